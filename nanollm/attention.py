@@ -1,0 +1,85 @@
+"""Attention: each token asks (q), every token it may see offers (k), and what is offered is mixed (v).
+
+    Attention(Q, K, V) = softmax(scale · Q Kᵀ + mask) V                 Vaswani et al. 2017 (arXiv 1706.03762), eq. 1
+
+H query heads share K key/value heads (Ainslie et al. 2023, arXiv 2305.13245). Head h reads key/value head h // (H/K):
+
+    H = 8, K = 2      q  0 1 2 3   4 5 6 7          K = H is multi-head attention, K = 1 is multi-query.
+                         └─┴┬┴─┘   └─┴┬┴─┘          Neighbours share: repeat_interleave, not repeat.
+                      kv    0         1
+
+Shapes: B batch, T queries, S keys, D model width, H query heads, K key/value heads, G = H/K, d head width.
+Which keys a query sees: mask.py. Rotation: rope.py. Remembered keys: cache.py.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanollm.cache import KV
+from nanollm.config import Attention as AttentionConfig
+from nanollm.frame import CAUSAL, Frame
+from nanollm.linear import Linear
+from nanollm.norm import build_norm
+from nanollm.rope import rotate
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None) -> Tensor:
+    """The definition. q (B, H, T, d), k and v (B, K, S, d), mask as `Frame.mask` gives it → (B, H, T, d). Softmax in float32."""
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    scores = q @ k.transpose(-2, -1) * scale                                    # (B, H, T, S)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)                         # Gemma-2, arXiv 2408.00118 §2
+    if mask is CAUSAL:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float) -> Tensor:
+    """The same through PyTorch's fused operation, which never holds the (T, S) scores. No soft cap."""
+    B, H, T, d = q.shape
+    if T == 1 and H != k.shape[1]:
+        # One token: the G query heads that share a key head stand side by side as its "queries", so keys are read once.
+        folded = q.view(B, k.shape[1], -1, d)                                   # (B, K, G, d)
+        if mask is not None and mask.shape[1] == H:
+            mask = mask.view(len(mask), k.shape[1], -1, mask.shape[-1])
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(B, H, T, d)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is CAUSAL else mask, is_causal=mask is CAUSAL, scale=scale, enable_gqa=H != k.shape[1])
+
+
+class Attention(nn.Module):
+    """The projections around `attend`, with norm and rotation of q and k where the config has them."""
+
+    def __init__(self, config: AttentionConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        H, K, d = config.heads, config.kv_heads, config.head_dim
+        self.q = Linear(dim, H * d, config.qkv_bias)
+        self.k = Linear(dim, K * d, config.qkv_bias)
+        self.v = Linear(dim, K * d, config.qkv_bias)
+        self.o = Linear(H * d, dim, config.out_bias)
+        self.q_norm = build_norm(config.qk_norm, d)
+        self.k_norm = build_norm(config.qk_norm, d)
+        self.scale = d**-0.5 if config.scale is None else config.scale
+
+    def forward(self, x: Tensor, frame: Frame, state: KV | None = None) -> Tensor:      # (B, T, D) → (B, T, D)
+        config = self.config
+        q, k, v = (project(x).unflatten(-1, (-1, config.head_dim)) for project in (self.q, self.k, self.v))     # (B, T, H or K, d)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H or K, T, d)
+        if config.rope is not None:
+            cos, sin = frame.rotation(config.rope, config.head_dim)
+            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
+        plan = None
+        if state is not None:
+            plan = frame.plan(state)
+            k, v = state.extend(k, v, plan)
+        mask = frame.mask(config, plan)
+        if config.softcap is None:
+            mixed = attend_fused(q, k, v, mask, self.scale)
+        else:
+            mixed = attend(q, k, v, mask, self.scale, config.softcap)
+        return self.o(mixed.transpose(1, 2).flatten(-2))

@@ -1,0 +1,60 @@
+"""One layer: a mixer and a feed-forward, each adding to the residual stream.
+
+    sequential                                       parallel
+    x ─┬─ pre_mixer ─ mixer ─ post_mixer ─ + ─┐      x ─┬─ pre_mixer ─ mixer ─ post_mixer ─┐
+       └───────────────────────────────────┘  │        ├─ pre_ffn ── ffn ─── post_ffn ────+─ + ─→
+    ┌─────────────────────────────────────────┘        └──────────────────────────────────────┘
+    └─┬─ pre_ffn ── ffn ─── post_ffn ──── + ─→
+      └───────────────────────────────────┘
+
+    pre only      Llama, Mistral, Qwen, Mamba (no ffn)      Xiong et al. 2020 (arXiv 2002.04745), pre-LN
+    pre and post  Gemma-2                                    post only   OLMo-2
+    parallel      GPT-NeoX with two norms; with one (Phi), pre_ffn is None and the ffn reads what the mixer reads
+
+Shapes: B batch, T tokens, D model width.
+"""
+
+from torch import Tensor, nn
+
+from nanollm import config as c
+from nanollm.attention import Attention
+from nanollm.cache import KV, Scan
+from nanollm.frame import Frame
+from nanollm.mamba import Mamba
+from nanollm.mlp import MLP
+from nanollm.moe import MoE
+from nanollm.norm import build_norm
+
+MODULES = {c.Attention: Attention, c.Mamba: Mamba, c.MLP: MLP, c.MoE: MoE}     # a fork adds its mixer here
+
+
+class Block(nn.Module):
+    """The wiring above; absent parts are None and have no parameters."""
+
+    def __init__(self, config: c.Layer, dim: int) -> None:
+        super().__init__()
+        self.parallel = config.parallel
+        self.pre_mixer = build_norm(config.pre_mixer, dim)
+        self.mixer = MODULES[type(config.mixer)](config.mixer, dim)
+        self.post_mixer = build_norm(config.post_mixer, dim)
+        self.pre_ffn = build_norm(config.pre_ffn, dim)
+        self.ffn = None if config.ffn is None else MODULES[type(config.ffn)](config.ffn, dim)
+        self.post_ffn = build_norm(config.post_ffn, dim)
+
+    def forward(self, x: Tensor, frame: Frame, state: KV | Scan | None = None) -> Tensor:       # (B, T, D) → (B, T, D)
+        h = x if self.pre_mixer is None else self.pre_mixer(x)
+        mixed = self.mixer(h, frame, state)
+        if self.post_mixer is not None:
+            mixed = self.post_mixer(mixed)
+        if self.ffn is None:
+            return x + mixed
+        if not self.parallel:
+            h = x = x + mixed
+        elif self.pre_ffn is not None:
+            h = x
+        if self.pre_ffn is not None:
+            h = self.pre_ffn(h)
+        out = self.ffn(h)
+        if self.post_ffn is not None:
+            out = self.post_ffn(out)
+        return x + out if not self.parallel else x + mixed + out

@@ -1,0 +1,132 @@
+"""What a decoder remembers between calls: keys and values for attention, a conv window and a state for a scan.
+
+A cache is passed in and never owned by the model:   cache = Cache(config, batch=2, length=512)
+                                                     logits = model(prompt, cache=cache);  model(next_token, cache=cache)
+
+Attention with a window W needs no more than the last W keys, so its cache is a ring of W slots; without one it has
+`length` slots. Either way position p of a row lives in slot p mod S. A ring of S = 4 fed positions 0 … 5:
+
+    slot        0  1  2  3
+    position    4  5  2  3        what the mask reads: order does not matter, the stored positions do
+
+Rows may have different lengths: padding (position −1) is written to one more slot, a bin that nothing reads, so a
+batch of ragged prompts needs no padding token, no left padding, and no second mechanism.
+
+Shapes: B batch, K key/value heads, S slots, T new tokens, d head width, I scan channels, N state, k conv width.
+"""
+
+import torch
+from torch import Tensor
+
+from nanollm.config import Attention, Mamba, ModelConfig
+from nanollm.errors import InputError
+from nanollm.rope import regime
+
+
+class KV:
+    """Keys and values of one attention layer."""
+
+    def __init__(self, config: Attention, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.ring = config.window is not None and config.window < length
+        self.size = config.window if self.ring else length
+        shape = (batch, config.kv_heads, self.size + 1, config.head_dim)        # the last slot is the bin
+        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+
+    def extend(self, k: Tensor, v: Tensor, plan: "Plan") -> tuple[Tensor, Tensor]:
+        """Store k, v (B, K, T, d); return all keys and values that the new queries may need (B, K, S', d)."""
+        old = self.k[:, :, : plan.old], self.v[:, :, : plan.old]
+        if plan.join:                                   # a chunk would overwrite keys that its own first queries need
+            old = torch.cat([old[0], k], 2), torch.cat([old[1], v], 2)
+        index = plan.index[:, None, :, None].expand(k.shape)
+        self.k.scatter_(2, index, k)
+        self.v.scatter_(2, index, v)
+        if plan.join:
+            return old
+        return (k, v) if plan.fresh else (self.k[:, :, : plan.used], self.v[:, :, : plan.used])
+
+
+class Scan:
+    """Conv window (B, I, k − 1) and state (B, I, N) of one Mamba layer; the state is float32 whatever the weights are."""
+
+    def __init__(self, config: Mamba, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.conv = torch.zeros(batch, config.inner, config.conv - 1, dtype=dtype, device=device)
+        self.state = torch.zeros(batch, config.inner, config.state, dtype=torch.float32, device=device)
+
+
+class Plan:
+    """Where one call writes in a cache of S slots and what it reads, worked out once for all layers of that size."""
+
+    def __init__(self, held: Tensor, positions: Tensor, ring: bool, filled: int, longest: int) -> None:
+        """held (B, S + 1): position in each slot before the call, −1 if none. filled, longest: tokens of the longest row
+        before and after it."""
+        size, chunk = held.shape[1] - 1, positions.shape[1]
+        self.fresh = filled == 0
+        self.join = ring and chunk > 1 and not self.fresh
+        self.old, self.used = min(filled, size), min(longest, size)
+        last = positions.amax(1, keepdim=True)
+        self.index = torch.where((positions >= 0) & (positions > last - size), positions % size, size)      # (B, T)
+        joined = torch.cat([held[:, : self.old], positions], 1) if self.join else None
+        held.scatter_(1, self.index, positions)
+        held[:, size] = -1
+        self.key_positions = joined if self.join else positions if self.fresh else held[:, : self.used]
+
+
+class Cache:
+    """The memory of a batch of sequences, one state a layer.
+
+    length: the longest sequence that layers without a window can hold. dtype: that of the model's activations.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.config, self.batch, self.length = config, batch, length
+        self.dtype, self.device = dtype, torch.device(device)
+        self.lengths = torch.zeros(batch, dtype=torch.long, device=device)      # tokens of each row so far
+        self.ragged = False                                                     # positions were given: rows may differ
+        self.history: list[tuple[Tensor, Tensor]] = []                          # tokens and positions, kept if there are:
+        mixers = [layer.mixer for layer in config.layers]
+        self.ropes = {m.rope for m in mixers if isinstance(m, Attention) and regime(m.rope, self.lengths) is not None}
+        self.endless = all(isinstance(m, Mamba) or (m.window is not None and m.window < length) for m in mixers)
+        self.empty()
+
+    def empty(self) -> None:
+        """Fresh states for all layers."""
+        kinds = {Attention: KV, Mamba: Scan}
+        self.states = [kinds[type(layer.mixer)](layer.mixer, self.batch, self.length, self.dtype, self.device) for layer in self.config.layers]
+        self.held: dict[int, Tensor] = {}                                       # slots → the position in each (B, S + 1)
+        self.longest = 0                                                        # tokens of the longest row in the states
+
+    def advance(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Take note of new tokens (B, T); return what must be fed now, tokens and positions.
+
+        That is the new ones, except where RoPE's angles follow the length of the sequence and the new tokens change
+        them. Then all that is remembered was computed with other angles: the cache empties itself and hands the whole
+        sequence back, so the result is that of one full forward pass. LongRoPE pays this once, dynamic NTK at each
+        step past its original context. Raises InputError where the positions do not continue the rows, or do not fit.
+        """
+        if tokens.shape[0] != self.batch:
+            raise InputError(f"the cache was made for a batch of {self.batch}, the tokens have {tokens.shape[0]} rows")
+        before = self.lengths
+        if positions is None:
+            positions = before[:, None] + torch.arange(tokens.shape[1], device=self.device)
+            after, longest = before + tokens.shape[1], self.longest + tokens.shape[1]
+        else:
+            real = positions >= 0
+            if bool((real & (positions != before[:, None] + real.cumsum(1) - 1)).any()):
+                raise InputError("with a cache, the positions of a row go on by one from where it stopped; -1 is padding")
+            after, self.ragged = before + real.sum(1), True
+            longest = int(after.max())
+        if longest > self.length and not self.endless:
+            raise InputError(f"the cache holds {self.length} positions, position {longest - 1} was fed; make it with a larger length")
+        if self.ropes:
+            self.history.append((tokens, positions))
+            if any(bool(((regime(r, before) != regime(r, after)) & (before > 0)).any()) for r in self.ropes):
+                tokens, positions = (torch.cat(parts, 1) for parts in zip(*self.history))
+                self.empty()
+        self.filled, self.longest, self.lengths = self.longest, longest, after
+        return tokens, positions
+
+    def plan(self, state: KV, positions: Tensor) -> Plan:
+        """Called once a forward pass for each distinct number of slots."""
+        if state.size not in self.held:
+            self.held[state.size] = torch.full((self.batch, state.size + 1), -1, device=self.device)
+        return Plan(self.held[state.size], positions, state.ring, self.filled, self.longest)

@@ -1,0 +1,21 @@
+"""The project's own errors. Each message names the file, key or tensor, what was found and what was expected."""
+
+
+class NanollmError(Exception):
+    """Base of every error that nanollm raises on purpose: bad input, never a bug of ours."""
+
+
+class ConfigError(NanollmError):
+    """A model configuration that is impossible, or that asks for something not implemented."""
+
+
+class CheckpointError(NanollmError):
+    """A folder of weights that is damaged, incomplete, or not what its config says."""
+
+
+class TokenizerError(NanollmError):
+    """A tokenizer file or a chat template that cannot be used."""
+
+
+class InputError(NanollmError):
+    """An argument that the model or the sampler cannot honour: a token out of range, a cache that is full."""

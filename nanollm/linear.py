@@ -1,0 +1,10 @@
+"""y = x Wᵀ + b, with W (out, in): torch's own Linear, left empty. `Decoder.init_weights` is the one place that draws numbers."""
+
+from torch import nn
+
+
+class Linear(nn.Linear):
+    """nn.Linear that does not initialise itself: a model is either loaded or initialised as a whole, never both."""
+
+    def reset_parameters(self) -> None:
+        pass

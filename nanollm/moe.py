@@ -1,0 +1,91 @@
+"""Mixture of experts: a router picks k of E small MLPs for each token and mixes what they say.
+
+    p = softmax(W_r x)  over all E experts, in float32
+    T = the k largest of p;     g_e = p_e,  or  p_e / Σ_{T} p  where the config renormalises (Mixtral, arXiv 2401.04088 §2.1)
+    y = Σ_{e ∈ T} g_e · expert_e(x)   [ + σ(w·x) · shared(x) ]
+
+Shapes: N tokens in all, D model width, E experts, k experts a token, F width of an expert.
+The experts are stacked, gate and up (E, F, D), down (E, D, F), so that one grouped product can run them all.
+
+A router left alone sends everything to few experts; the loss that spreads the load is at the end of the file.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanollm.config import MoE as MoEConfig
+from nanollm.linear import Linear
+from nanollm.mlp import MLP, activate
+
+
+class Experts(nn.Module):
+    """E gated MLPs side by side."""
+
+    def __init__(self, experts: int, hidden: int, dim: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.gate = nn.Parameter(torch.empty(experts, hidden, dim))
+        self.up = nn.Parameter(torch.empty(experts, hidden, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, hidden))
+
+    def forward(self, x: Tensor, e: int) -> Tensor:             # (n, D) → (n, D) through expert e
+        return F.linear(activate(self.activation, F.linear(x, self.gate[e])) * F.linear(x, self.up[e]), self.down[e])
+
+
+class MoE(nn.Module):
+    """Route, run the chosen experts on the tokens that chose them, add up."""
+
+    def __init__(self, config: MoEConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Linear(dim, config.experts, bias=False)
+        self.experts = Experts(config.experts, config.expert.hidden, dim, config.expert.activation)
+        self.shared = None if config.shared is None else MLP(config.shared, dim)
+        self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
+        flat = x.flatten(0, -2)                                 # (N, D)
+        weights, chosen = route(self.router(flat), self.config.top_k, self.config.renormalize)
+        weights = weights.to(x.dtype)
+        y = torch.zeros_like(flat)
+        for e in chosen.unique().tolist():                      # experts that no token chose cost nothing
+            token, rank = torch.where(chosen == e)
+            y = y.index_add(0, token, self.experts(flat[token], e) * weights[token, rank, None])
+        if self.shared is not None:
+            shared = self.shared(flat)
+            y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)
+        return y.view_as(x)
+
+
+def route(logits: Tensor, top_k: int, renormalize: bool) -> tuple[Tensor, Tensor]:
+    """Router logits (N, E) → weights (N, k) float32, experts (N, k). Softmax over all experts comes before the choice."""
+    weights, chosen = logits.softmax(-1, dtype=torch.float32).topk(top_k, -1)
+    if renormalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights, chosen
+
+
+@contextmanager
+def routing(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the router logits (N, E) of every MoE layer that runs inside the block, in order."""
+    logits: list[Tensor] = []
+    hooks = [m.router.register_forward_hook(lambda _, __, out: logits.append(out)) for m in model.modules() if isinstance(m, MoE)]
+    try:
+        yield logits
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def load_balance_loss(logits: list[Tensor], top_k: int) -> Tensor:
+    """E · Σ_e f_e P_e: f_e share of choices that went to e, P_e mean probability of e; Fedus et al. 2021 (arXiv 2101.03961) eq. 4.
+
+    logits: (N, E) a layer, as `routing` collects them; averaged over layers. k is its value when the load is even.
+    """
+    probabilities = torch.cat(logits).softmax(-1, dtype=torch.float32)                              # (layers·N, E)
+    chosen = F.one_hot(probabilities.topk(top_k, -1).indices, probabilities.shape[-1]).sum(-2)      # 1 where e was chosen
+    return probabilities.shape[-1] * (chosen.float().mean(0) * probabilities.mean(0)).sum()
