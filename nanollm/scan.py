@@ -50,7 +50,7 @@ def selective_scan_chunked(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Te
     cut = lambda z: F.pad(z, (0, 0, 0, pad)).reshape(batch * (length + pad) // chunk, chunk, -1)      # noqa: E731
     xs, deltas, Bs, Cs, starts = cut(x), cut(delta), cut(B), cut(C), cut(begins[..., None])[..., 0]
 
-    added = torch.zeros(len(xs), *A.shape, device=x.device)
+    added = x.new_zeros(len(xs), *A.shape)
     for t in range(chunk):                                                              # pass 1
         added = step(xs[:, t], deltas[:, t], A, Bs[:, t], added * ~starts[:, t, None, None])
     decay = torch.exp(deltas.sum(1)[..., None] * A) * ~starts.any(1)[:, None, None]

@@ -1,0 +1,168 @@
+"""One meaning, however it is fed: whole, in chunks, token by token, in a ragged batch, packed with other documents.
+
+The reference here is our own full forward pass of the prefix; that it is right is test_parity's business.
+"""
+
+import pytest
+import torch
+
+from nanollm.cache import KV, Cache
+from nanollm.config import MLP, Attention, DynamicNTK, Layer, LongRope, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.errors import InputError
+from nanollm.model import Decoder
+from nanollm.scan import selective_scan, selective_scan_chunked
+from tests.oracles import difference, make_loud
+
+T = 40
+LONG = LongRope((1.0, 1.5, 2.0, 2.5), (3.0, 4.0, 5.0, 6.0), original=16, attention_factor=1.2)
+
+
+def attention(**fields) -> Attention:
+    return Attention(4, 2, 8, **{"rope": Rope(), **fields})
+
+
+KINDS = {
+    "full": (Layer(attention(), MLP(48)),) * 2,
+    "window": (Layer(attention(window=7), MLP(48)), Layer(attention(), MLP(48))),
+    "windows": (Layer(attention(window=7), MLP(48)), Layer(attention(window=3), MLP(48))),
+    "dynamic": (Layer(attention(rope=Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),) * 2,
+    "longrope": (Layer(attention(rope=Rope(scaling=LONG)), MLP(48)),) * 2,
+    "alibi": (Layer(attention(rope=None, alibi=True), MLP(48)), Layer(attention(rope=None, alibi=True, window=5), MLP(48))),
+    "softcap": (Layer(attention(softcap=2.0, qk_norm=Norm()), MoE(4, 2, MLP(20), True, MLP(12), True)),) * 2,
+    "mamba": (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),) * 2,
+    "hybrid": (Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48))),
+}
+BOUND = 1e-5
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request) -> Decoder:
+    decoder = Decoder(ModelConfig(vocab=50, dim=32, layers=KINDS[request.param])).eval()
+    make_loud(decoder)
+    return decoder.requires_grad_(False)
+
+
+def tokens(rows: int, length: int = T, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 50, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def prefix(model: Decoder, x: torch.Tensor, n: int) -> torch.Tensor:
+    """The reference: logits (B, V) of the last of the first n tokens."""
+    return model(x[:, :n])[:, -1]
+
+
+def test_token_by_token(model):
+    x, cache = tokens(2), Cache(model.config, 2, T)
+    for n in range(1, T + 1):
+        assert difference(model(x[:, n - 1 : n], cache=cache)[:, -1], prefix(model, x, n)) < BOUND, n
+
+
+@pytest.mark.parametrize("cuts", [(0, 11, 12, 30, 40), (0, 1, 40), (0, 20, 27, 33, 40), (0, 39, 40)])
+def test_chunks(model, cuts):
+    x, cache = tokens(2), Cache(model.config, 2, T)
+    for start, end in zip(cuts, cuts[1:]):
+        logits = model(x[:, start:end], cache=cache)
+        assert logits.shape[1] == end - start
+        assert difference(logits[:, -1], prefix(model, x, end)) < BOUND, (start, end)
+
+
+def ragged(lengths: list[int], left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and positions (B, longest) with the padding on the left or on the right, filled with a real token id."""
+    x, longest = tokens(len(lengths)), max(lengths)
+    padded, positions = torch.full((len(lengths), longest), 7), torch.full((len(lengths), longest), -1)
+    for row, n in enumerate(lengths):
+        place = slice(longest - n, longest) if left else slice(0, n)
+        padded[row, place], positions[row, place] = x[row, :n], torch.arange(n)
+    return padded, positions
+
+
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("cached", [False, True])
+def test_ragged_batch(model, left, cached):
+    lengths, x = [5, 17, 11, 1], tokens(4)
+    padded, positions = ragged(lengths, left)
+    cache = Cache(model.config, 4, T) if cached else None
+    logits = model(padded, positions, cache)
+    assert logits.isfinite().all()
+    for row, n in enumerate(lengths):
+        assert difference(logits[row][positions[row] == n - 1], prefix(model, x[row : row + 1], n)) < BOUND
+    if not cached:
+        return
+    for step in range(20):                              # on past the windows, each row at its own position; row 1 stops at 25
+        new = torch.stack([x[row, n + step] for row, n in enumerate(lengths)])[:, None]
+        live = [row for row in range(4) if row != 1 or step < 8]
+        places = torch.tensor([[n + step if row in live else -1] for row, n in enumerate(lengths)])
+        logits = model(new, places if step >= 8 else None, cache)
+        for row in live:
+            assert difference(logits[row], prefix(model, x[row : row + 1], lengths[row] + step + 1)) < BOUND, (row, step)
+
+
+def same(model: Decoder, one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bit for bit. With experts up to rounding: how many tokens share an expert decides how its matrix product is cut."""
+    if any(isinstance(layer.ffn, MoE) for layer in model.config.layers):
+        return difference(one, other) < 1e-6
+    return torch.equal(one, other)
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    a, b, c = tokens(1, 13, 1), tokens(1, 22, 2), tokens(1, 5, 3)
+    pack = lambda *parts: model(torch.cat(parts, 1), torch.cat([torch.arange(part.shape[1]) for part in parts])[None])
+    logits = pack(a, b, c)
+    for part, document in zip(logits.split([13, 22, 5], 1), (a, b, c)):
+        assert difference(part, model(document)) < BOUND
+    changed = pack(tokens(1, 13, 4), b, c)
+    assert same(model, changed[:, 13:], logits[:, 13:]), "another first document changed the ones behind it"
+
+
+def test_the_future_changes_nothing(model):
+    x, y = tokens(1), tokens(1)
+    y[:, 20:] = tokens(1, 20, 9)
+    if any(getattr(getattr(layer.mixer, "rope", None), "scaling", None) for layer in model.config.layers):
+        x, y = x[:, :30], y[:, :30]                     # of the same length: their angles follow it
+    assert same(model, model(x)[:, :20], model(y)[:, :20])
+
+
+def test_a_ring_holds_one_window_and_wraps_many_times():
+    config = ModelConfig(50, 32, (Layer(attention(window=7), MLP(48)),) * 2)
+    decoder = Decoder(config).eval().requires_grad_(False)
+    make_loud(decoder)
+    x, cache = tokens(1, 100), Cache(config, 1, 64)     # longer than the cache: every layer has a window
+    for n in range(1, 101):
+        logits = decoder(x[:, n - 1 : n], cache=cache)
+    assert difference(logits[:, -1], prefix(decoder, x, 100)) < BOUND
+    assert all(isinstance(state, KV) and state.k.shape[2] == 8 for state in cache.states)
+
+
+# ---- what a cache refuses
+
+def test_cache_errors():
+    config = ModelConfig(50, 32, KINDS["full"])
+    decoder, cache = Decoder(config).eval(), Cache(config, 1, 8)
+    decoder(tokens(1, 5), cache=cache)
+    with pytest.raises(InputError, match="holds 8 positions, position 8 was fed"):
+        decoder(tokens(1, 4), cache=cache)
+    with pytest.raises(InputError, match="go on by one"):
+        decoder(tokens(1, 2), torch.tensor([[0, 1]]), cache)
+    with pytest.raises(InputError, match="batch of 1, the tokens have 2 rows"):
+        decoder(tokens(2, 1), cache=cache)
+    with pytest.raises(InputError, match="expected \\(batch, tokens\\)"):
+        decoder(torch.tensor([1, 2]))
+    assert difference(decoder(tokens(1)[:, 5:8], cache=cache)[:, -1], decoder(tokens(1)[:, :8])[:, -1]) < 1e-5, "a refused call left a trace"
+
+
+# ---- the two forms of the scan
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 50])
+@pytest.mark.parametrize("documents", [False, True])
+def test_chunked_scan_is_the_scan_with_its_gradients(length, documents):
+    torch.manual_seed(0)
+    I, N = 6, 4
+    inputs = [torch.randn(2, length, I), torch.rand(2, length, I) * 0.5, -torch.rand(I, N) * 4, torch.randn(2, length, N), torch.randn(2, length, N), torch.randn(I), torch.randn(2, I, N)]
+    inputs = [z.double().requires_grad_() for z in inputs]
+    begins = torch.rand(2, length) < 0.2 if documents else None
+    results = []
+    for scan in (selective_scan, selective_scan_chunked):
+        y, h = scan(*inputs, begins)
+        results.append([y, h, *torch.autograd.grad((y * y).sum() + (h * h * h).sum(), inputs)])
+    for one, other in zip(*results):
+        assert torch.allclose(one, other, atol=1e-10, rtol=1e-10)
