@@ -42,18 +42,17 @@ class Block(nn.Module):
         self.post_ffn = build_norm(config.post_ffn, dim)
 
     def forward(self, x: Tensor, frame: Frame, state: KV | Scan | None = None) -> Tensor:       # (B, T, D) → (B, T, D)
-        h = x if self.pre_mixer is None else self.pre_mixer(x)
+        # .to(frame.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
+        h = (x if self.pre_mixer is None else self.pre_mixer(x)).to(frame.dtype)
         mixed = self.mixer(h, frame, state)
         if self.post_mixer is not None:
             mixed = self.post_mixer(mixed)
         if self.ffn is None:
             return x + mixed
         if not self.parallel:
-            h = x = x + mixed
-        elif self.pre_ffn is not None:
-            h = x
-        if self.pre_ffn is not None:
-            h = self.pre_ffn(h)
+            x = x + mixed
+        if not self.parallel or self.pre_ffn is not None:
+            h = (x if self.pre_ffn is None else self.pre_ffn(x)).to(frame.dtype)
         out = self.ffn(h)
         if self.post_ffn is not None:
             out = self.post_ffn(out)

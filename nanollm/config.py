@@ -52,6 +52,10 @@ class Norm:
     def __post_init__(self) -> None:
         _need(self.kind in ("rms", "layer"), self, "kind", "'rms' or 'layer'")
         _need_positive(self, "eps")
+        if self.kind == "rms":
+            _need(not self.bias, self, "bias", "False, an RMSNorm has none")
+        else:
+            _need(self.offset == 0 and not self.cast_after_gain, self, "offset", "0 and cast_after_gain False for a LayerNorm")
 
 
 # ---- position: how the angles of RoPE are stretched to reach longer contexts. One class a formula, see rope.py.
@@ -232,7 +236,8 @@ class Layer:
     parallel: bool = False                  # the feed-forward reads the same input as the mixer; GPT-NeoX
 
     def __post_init__(self) -> None:
-        _need(self.ffn is not None or (self.pre_ffn is None and self.post_ffn is None), self, "pre_ffn", "None where there is no ffn")
+        alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
+        _need(self.ffn is not None or alone, self, "ffn", "a feed-forward, or pre_ffn None, post_ffn None and parallel False")
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,7 @@ class ModelConfig:
     layers: tuple[Layer, ...]
     final_norm: Norm = Norm()
     tied: bool = False                      # the head is the embedding
+    float32_residual: bool = False          # what the layers add up is kept in float32, whatever the weights are; Mamba True
     context: int | None = None              # positions it was trained for; a caller may warn past it, nothing depends on it
 
     def __post_init__(self) -> None:

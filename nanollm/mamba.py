@@ -76,7 +76,7 @@ class Mamba(nn.Module):
             delta = delta * frame.real[..., None]                                       # Δ = 0: the state stays
         scan = selective_scan if T < CHUNKED_FROM else selective_scan_chunked
         y, state.state = scan(x.float(), delta, -torch.exp(self.A_log.float()), B.float(), C.float(), self.D.float(), state.state, frame.begins)
-        return self.out_proj(y.to(x.dtype) * F.silu(z))
+        return self.out_proj((y * F.silu(z.float())).to(x.dtype))
 
     def _window(self, x: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
         """The last k − 1 real inputs of each row: (B, I, k−1)."""

@@ -76,9 +76,11 @@ class Decoder(nn.Module):
             positions = torch.arange(new, device=tokens.device).expand(tokens.shape)
         x = self.embed(tokens)
         frame = Frame(positions, regular, x.dtype, cache)
+        if self.config.float32_residual:
+            x = x.float()
         for layer, state in zip(self.layers, cache.states if cache is not None else [None] * len(self.layers)):
             x = layer(x, frame, state)
-        return self.norm(x[:, -new:])           # more than new only where a cache had to begin again, see cache.py
+        return self.norm(x[:, -new:]).to(frame.dtype)   # more than new only where a cache had to begin again, see cache.py
 
 
 @torch.no_grad()

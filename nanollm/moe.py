@@ -50,11 +50,10 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
         flat = x.flatten(0, -2)                                 # (N, D)
         weights, chosen = route(self.router(flat), self.config.top_k, self.config.renormalize)
-        weights = weights.to(x.dtype)
         y = torch.zeros_like(flat)
         for e in chosen.unique().tolist():                      # experts that no token chose cost nothing
             token, rank = torch.where(chosen == e)
-            y = y.index_add(0, token, self.experts(flat[token], e) * weights[token, rank, None])
+            y = y.index_add(0, token, (self.experts(flat[token], e) * weights[token, rank, None]).to(x.dtype))
         if self.shared is not None:
             shared = self.shared(flat)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)

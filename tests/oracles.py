@@ -1,6 +1,6 @@
 """Tiny models that transformers writes, loud enough that a mistake shows, and the logits that transformers gives for them.
 
-Loud: matrices N(0, 0.25), gains and biases N(·, 0.3), ε = 1e-2 in many, so that a dropped bias, a wrong norm or a wrong ε
+Loud: matrices N(0, 0.25), gains and biases N(·, 0.3), ε = 1e-2, so that a dropped bias, a wrong norm or a wrong ε
 moves the logits. Each fixture has key/value heads ≠ heads, head_dim ≠ dim / heads, or what its family has; tokens go past
 every window and every original context; the vocabulary is no round number.
 """
@@ -60,7 +60,7 @@ def renamed(model_type: str, *gone: str) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-YARN = dict(factor=4.0, original_max_position_embeddings=16)
+YARN = dict(factor=4.0, original_max_position_embeddings=2048)          # with 32 channels a head, both ends of the ramp lie inside
 LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
 MHA = dict(num_key_value_heads=8)
 MAMBA = dict(vocab_size=131, hidden_size=48, num_hidden_layers=3, state_size=8, expand=2, conv_kernel=4, time_step_rank=5, layer_norm_epsilon=1e-2,
@@ -68,8 +68,8 @@ MAMBA = dict(vocab_size=131, hidden_size=48, num_hidden_layers=3, state_size=8, 
 
 FIXTURES = {
     # Llama and what is exactly Llama
-    "llama-1": Fixture("llama", {**MHA, "rms_norm_eps": 1e-6}, old_dialect("rope_theta", "num_key_value_heads", "attention_bias", "mlp_bias", "rope_scaling")),
-    "llama-2": Fixture("llama", {**MHA, "rms_norm_eps": 1e-5}),
+    "llama-1": Fixture("llama", MHA, old_dialect("rope_theta", "num_key_value_heads", "attention_bias", "mlp_bias", "rope_scaling")),
+    "llama-2": Fixture("llama", MHA),
     "llama-2-70b": Fixture("llama", {"num_key_value_heads": 1}, old_dialect()),
     "llama-3": Fixture("llama", rope("default", 500_000.0)),
     "llama-3.1": Fixture("llama", {**rope("llama3", 500_000.0, **LLAMA3), "head_dim": 16}),
@@ -78,7 +78,7 @@ FIXTURES = {
     "vicuna-16k": Fixture("llama", {**MHA, **rope("linear", factor=4.0)}, old_dialect()),
     "alpaca": Fixture("llama", {**MHA, "vocab_size": 129}, old_dialect("rope_theta", "rope_scaling", "num_key_value_heads")),
     "orca-2": Fixture("llama", {**MHA, "vocab_size": 127}, old_dialect()),
-    "deepseek-llm-67b": Fixture("llama", {"rms_norm_eps": 1e-6}, old_dialect()),
+    "deepseek-llm-67b": Fixture("llama", {}, old_dialect()),
     "deepseek-coder": Fixture("llama", {**MHA, **rope("linear", 100_000.0, factor=4.0)}, old_dialect()),
     "tinyllama": Fixture("llama", {"num_key_value_heads": 4, "num_hidden_layers": 2}, old_dialect("attention_bias")),
     "xgen": Fixture("llama", MHA, old_dialect("rope_theta", "rope_scaling", "num_key_value_heads")),
@@ -89,20 +89,20 @@ FIXTURES = {
     "xverse": Fixture("llama", MHA, renamed("xverse", "num_key_value_heads")),
     "llama-biases": Fixture("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 10}),
     "llama-dynamic": Fixture("llama", {**rope("dynamic", factor=2.0), "max_position_embeddings": 16}, length_dependent=True),
-    "llama-yarn": Fixture("llama", rope("yarn", **YARN)),
+    "llama-yarn": Fixture("llama", {**rope("yarn", **YARN), "head_dim": 32}),
     "llama-yarn-open": Fixture("llama", {**rope("yarn", **YARN, attention_factor=1.4, beta_fast=8.0, beta_slow=2.0, truncate=False), "head_dim": 32}),
     # Mistral and Mixtral
     "mistral-v0.1": Fixture("mistral", {"sliding_window": 9}),
     "mistral-v0.2": Fixture("mistral", {"sliding_window": None, **rope("default", 1e6)}, old_dialect()),
     "mistral-nemo": Fixture("mistral", {"sliding_window": None, "head_dim": 12, **rope("default", 1e6)}),
-    "zephyr": Fixture("mistral", {"sliding_window": 16, "rms_norm_eps": 1e-5}, old_dialect()),
+    "zephyr": Fixture("mistral", {"sliding_window": 16}, old_dialect()),
     "mixtral-8x7b": Fixture("mixtral", {"num_local_experts": 8, "num_experts_per_tok": 2, "sliding_window": None, **rope("default", 1e6)}, old_dialect()),
     "mixtral-8x22b": Fixture("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 11}),
     # Qwen
     "qwen1.5": Fixture("qwen2", {**MHA, "use_sliding_window": False, "sliding_window": 32768}, old_dialect("layer_types")),
     "qwen2-0.5b": Fixture("qwen2", {"tie_word_embeddings": True, **rope("default", 1e6)}),
     "qwen2-sliding": Fixture("qwen2", {"num_hidden_layers": 4, "use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2}),
-    "qwen2.5-128k": Fixture("qwen2", rope("yarn", 1e6, **YARN), old_dialect("layer_types")),
+    "qwen2.5-128k": Fixture("qwen2", {**rope("yarn", 1e6, **YARN), "num_attention_heads": 2, "num_key_value_heads": 1}, old_dialect("layer_types")),
     "qwen3-0.6b": Fixture("qwen3", {"tie_word_embeddings": True, "head_dim": 16, **rope("default", 1e6)}),
     "qwen3-8b": Fixture("qwen3", {"head_dim": 12, **rope("default", 1e6)}, lambda c: (old_dialect()(c), c.update(head_dim=12), None)[-1]),
     "qwen3-sliding": Fixture("qwen3", {"num_hidden_layers": 4, "head_dim": 16, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1, "attention_bias": True}),
@@ -138,9 +138,11 @@ def make_loud(model: torch.nn.Module, seed: int = 0) -> None:
 
 def write(fixture: Fixture, folder: Path, dtype: torch.dtype = torch.float32, **save: Any) -> transformers.PreTrainedModel:
     """Write the fixture as its hub folder would be; return transformers' model, eager attention, eval mode."""
-    model = transformers.AutoModelForCausalLM.from_config(hf_config(fixture), attn_implementation="eager").eval()
+    model = transformers.AutoModelForCausalLM.from_config(hf_config(fixture), attn_implementation="eager", experts_implementation="eager").eval()
     make_loud(model)
     model.to(dtype).save_pretrained(folder, **save)
+    if dtype != torch.float32:                           # .to() also rounds the angles of RoPE, which from_pretrained does not
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager", experts_implementation="eager").eval()
     if fixture.edit is not None:
         path = folder / "config.json"
         config = json.loads(path.read_text())
@@ -160,9 +162,12 @@ def tokens(fixture: Fixture, batch: int = 2, length: int = TOKENS, seed: int = 1
 
 
 @torch.inference_mode()
-def reference_logits(model: transformers.PreTrainedModel, x: Tensor) -> Tensor:
-    """transformers' logits for the full pass, float32. A deep copy: dynamic NTK keeps state between calls."""
-    return copy.deepcopy(model)(x, use_cache=False).logits.float()
+def reference_logits(model: transformers.PreTrainedModel, x: Tensor, attention: str = "eager") -> Tensor:
+    """transformers' logits for the full pass. A deep copy: dynamic NTK keeps state between calls."""
+    model = copy.deepcopy(model)
+    if model.config.model_type != "mamba":
+        model.set_attn_implementation(attention)
+    return model(x, use_cache=False).logits
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:
