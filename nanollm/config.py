@@ -43,7 +43,7 @@ def _need_positive(owner: Any, *fields: str) -> None:
 @dataclass(frozen=True)
 class Norm:
     """The equations, and what the cast order means, are in norm.py."""
-    kind: Literal["rms", "layer"] = "rms"
+    kind: Literal["rms", "layer"] = "rms"   # without or with the mean taken out; GPT-NeoX "layer"
     eps: float = 1e-6                       # added to the mean square before the root; Llama-2 1e-5
     offset: float = 0.0                     # the gain is stored as an offset from this; Gemma 1.0
     cast_after_gain: bool = False           # round to the working dtype after the gain (Gemma) or before it (Llama)
@@ -72,7 +72,7 @@ class Linear:
 @dataclass(frozen=True)
 class DynamicNTK:
     """The base grows with the length of the sequence, once that is longer than the original context."""
-    factor: float                           # InternLM2 2.0
+    factor: float                           # how fast the base grows; InternLM2 2.0
     original: int                           # context the model was trained on; 32768
 
     def __post_init__(self) -> None:
@@ -83,8 +83,8 @@ class DynamicNTK:
 @dataclass(frozen=True)
 class Llama3:
     """Slow angles divided by the factor, fast ones kept, a linear blend between."""
-    factor: float                           # 8.0 (Llama-3.1), 32.0 (3.2)
-    original: int                           # 8192
+    factor: float                           # slow angles are divided by it; 8.0 (Llama-3.1), 32.0 (3.2)
+    original: int                           # context before the stretch; 8192
     low: float = 1.0                        # fewer turns than this over `original`: slow
     high: float = 4.0                       # more turns than this: fast
 
@@ -97,8 +97,8 @@ class Llama3:
 @dataclass(frozen=True)
 class Yarn:
     """As Llama3, with a ramp over the index of the angle, and a temperature on the logits."""
-    factor: float                           # 4.0 (Qwen2.5 at 128k)
-    original: int                           # 32768
+    factor: float                           # how much the context grows; 4.0 (Qwen2.5 at 128k)
+    original: int                           # context before the stretch; 32768
     fast: float = 32.0                      # turns over `original` above which an angle is kept (β in the paper)
     slow: float = 1.0                       # turns below which it is divided by the factor (α)
     truncate: bool = True                   # round the ends of the ramp outwards to whole indices
@@ -132,7 +132,7 @@ class Rope:
     theta: float = 10_000.0                 # base of the angles; Llama-3 500000.0
     layout: Literal["half", "interleaved"] = "half"   # which two channels turn together: (j, j + d/2) or (2j, 2j + 1)
     fraction: float = 1.0                   # leading part of each head that turns, the rest passes; GPT-NeoX 0.25
-    scaling: Scaling | None = None
+    scaling: Scaling | None = None          # None: as trained; Llama-3.1 Llama3(8.0, 8192)
 
     def __post_init__(self) -> None:
         _need_positive(self, "theta", "fraction")
@@ -179,7 +179,7 @@ class Mamba:
     state: int                              # N, numbers kept per channel; 16
     conv: int                               # width of the causal convolution before the scan; 4
     dt_rank: int                            # R, rank of the step-size projection; dim / 16
-    conv_bias: bool = True
+    conv_bias: bool = True                  # on that convolution
     bias: bool = False                      # on the projections in and out
 
     def __post_init__(self) -> None:
@@ -195,10 +195,10 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 @dataclass(frozen=True)
 class MLP:
     """SwiGLU, GeGLU and the plain two-matrix form, mlp.py."""
-    hidden: int                             # F; 14336
-    activation: Activation = "silu"
+    hidden: int                             # F, its width; 14336
+    activation: Activation = "silu"         # Gemma "gelu_tanh", Falcon "gelu"
     gated: bool = True                      # down(act(gate x) · up x), else down(act(up x))
-    bias: bool = False
+    bias: bool = False                      # on all its matrices; Phi-2 True
 
     def __post_init__(self) -> None:
         _need_sizes(self, "hidden")
@@ -210,7 +210,7 @@ class MoE:
     """A router that sends each token to a few of many gated MLPs, moe.py."""
     experts: int                            # E; 8
     top_k: int                              # experts a token visits; 2
-    expert: MLP                             # what one expert is
+    expert: MLP                             # what one expert is; MLP(14336)
     renormalize: bool                       # divide the chosen weights by their sum; Mixtral True, Qwen1.5-MoE False
     shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
@@ -227,12 +227,12 @@ class MoE:
 @dataclass(frozen=True)
 class Layer:
     """One residual block; block.py draws how the parts are wired. An absent norm is None, and absent in the module."""
-    mixer: Attention | Mamba
+    mixer: Attention | Mamba                # what moves information between tokens
     ffn: MLP | MoE | None                   # None: the mixer is the whole layer (Mamba)
-    pre_mixer: Norm | None = Norm()
+    pre_mixer: Norm | None = Norm()         # before the mixer; OLMo-2 None
     post_mixer: Norm | None = None          # on what the mixer adds, before it is added; Gemma-2
-    pre_ffn: Norm | None = Norm()
-    post_ffn: Norm | None = None
+    pre_ffn: Norm | None = Norm()           # before the feed-forward; None where it reads what the mixer reads (Phi)
+    post_ffn: Norm | None = None            # as post_mixer
     parallel: bool = False                  # the feed-forward reads the same input as the mixer; GPT-NeoX
 
     def __post_init__(self) -> None:
@@ -242,10 +242,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """A decoder: what stands before, in and after its layers. model.py."""
     vocab: int                              # V, rows of the embedding; 128256
     dim: int                                # D, width of the residual stream; 4096
-    layers: tuple[Layer, ...]
-    final_norm: Norm = Norm()
+    layers: tuple[Layer, ...]               # from the embedding to the head; (Layer(…),) * 32
+    final_norm: Norm = Norm()               # before the head
     tied: bool = False                      # the head is the embedding
     float32_residual: bool = False          # what the layers add up is kept in float32, whatever the weights are; Mamba True
     context: int | None = None              # positions it was trained for; a caller may warn past it, nothing depends on it

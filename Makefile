@@ -1,0 +1,31 @@
+# Two commands on a machine with nothing but Python >= 3.10:
+#     make demo       train a small model on Python's standard library, then let it write
+#     make test       every test that needs no GPU
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test quick bench clean
+
+demo: $(BIN)/ready
+	$(BIN)/python train.py
+	$(BIN)/python generate.py --model runs/demo --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1
+
+test: $(BIN)/ready
+	$(BIN)/python -m pytest -n auto
+
+quick: $(BIN)/ready
+	$(BIN)/python -m pytest -n auto -m "not slow"
+
+bench: $(BIN)/ready
+	$(BIN)/python benchmarks/generate.py
+
+# torch comes first and alone: so a build of it that the machine already offers is taken, and nothing replaces it after
+$(BIN)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nanollm needs Python 3.10 or later; make PYTHON=python3.11 … names another")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,train]"
+	touch $@
+
+clean:
+	rm -rf .venv

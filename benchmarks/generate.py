@@ -1,0 +1,137 @@
+"""How fast a prompt is read and tokens are written, beside transformers, on the same random weights, in one run.
+
+    python benchmarks/generate.py                    both shapes, float32 and bfloat16; a table and one JSON line
+    python benchmarks/generate.py --write            … and keep the table as benchmarks/generate.md
+
+Decoding one sequence reads every weight once a token, so memory bandwidth is the floor. "of bandwidth" is the bytes of
+weights and cached keys and values read a second over what this machine reads from a large array, measured in between.
+The two run in turn, round by round; the ratio is the median of the rounds' ratios, so a drifting machine cancels out.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import tempfile
+import time
+from datetime import date
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import checkpoints
+from nanollm.generation import Session
+
+COMMON = dict(rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=4096)
+SHAPES = {
+    "SmolLM-135M": ("llama", dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)),
+    "Qwen2.5-0.5B": ("qwen2", dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)),
+}
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Clock(transformers.StoppingCriteria):
+    """transformers calls this once a token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, ids, scores, **kwargs):
+        self.times.append(time.perf_counter())
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+
+def theirs(model, prompt: torch.Tensor, new: int) -> tuple[float, float]:
+    """Seconds until the first token, seconds a token after it."""
+    clock, start = Clock(), time.perf_counter()
+    model.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None, stopping_criteria=[clock])
+    return clock.times[0] - start, (clock.times[-1] - clock.times[0]) / (new - 1)
+
+
+def ours(model, prompt: torch.Tensor, new: int) -> tuple[float, float]:
+    """The same for us."""
+    start = time.perf_counter()
+    times = [time.perf_counter() for _ in Session(model, prompt.shape[1] + new).generate(prompt[0].tolist(), new)]
+    return times[0] - start, (times[-1] - times[0]) / (new - 1)
+
+
+def bandwidth(gigabytes: float = 0.5) -> float:
+    """Bytes a second that all threads together read from an array far larger than the caches; the best of a few."""
+    array = torch.ones(int(gigabytes * 2**30) // 4)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        array.sum()
+        seconds.append(time.perf_counter() - start)
+    return array.nbytes / min(seconds)
+
+
+def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: int) -> dict:
+    """One row of the table."""
+    kind, keys = SHAPES[name]
+    config = transformers.AutoConfig.for_model(kind, **COMMON, **keys, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    with tempfile.TemporaryDirectory() as folder:
+        transformers.set_seed(0)
+        reference = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        reference.save_pretrained(folder)
+        reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        model = checkpoints.load(folder)
+    prompt = torch.randint(0, keys["vocab_size"], (1, prompt_tokens))
+    cached = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in model.config.layers) * (prompt_tokens + new / 2)
+    read = sum(p.nbytes for p in model.parameters()) + cached * dtype.itemsize          # tied: the embedding is the head
+    pairs, bandwidths = [], [bandwidth()]
+    ours(model, prompt, 8), theirs(reference, prompt, 8)                                # warm up
+    for _ in tqdm(range(rounds), desc=f"{name} {str(dtype)[6:]}", leave=False):
+        pairs.append((ours(model, prompt, new), theirs(reference, prompt, new)))
+        bandwidths.append(bandwidth())
+    median = lambda values: statistics.median(values)
+    best = max(bandwidths)
+    return {
+        "model": name, "dtype": str(dtype)[6:],
+        "prefill": prompt_tokens / median(a[0] for a, _ in pairs), "prefill transformers": prompt_tokens / median(b[0] for _, b in pairs),
+        "prefill ratio": median(b[0] / a[0] for a, b in pairs),
+        "decode": 1 / median(a[1] for a, _ in pairs), "decode transformers": 1 / median(b[1] for _, b in pairs), "decode ratio": median(b[1] / a[1] for a, b in pairs),
+        "GB/s": read / median(a[1] for a, _ in pairs) / 1e9, "of bandwidth": read / median(a[1] for a, _ in pairs) / best,
+        "of bandwidth transformers": read / median(b[1] for _, b in pairs) / best, "bandwidth GB/s": best / 1e9,
+    }
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown, prefill and decode in tokens a second."""
+    lines = ["| model | dtype | prefill | transformers | ratio | decode | transformers | ratio | GB/s | of bandwidth | transformers |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    for r in rows:
+        lines.append(f"| {r['model']} | {r['dtype']} | {r['prefill']:.0f} | {r['prefill transformers']:.0f} | **{r['prefill ratio']:.2f}** | {r['decode']:.1f} | {r['decode transformers']:.1f} "
+                     f"| **{r['decode ratio']:.2f}** | {r['GB/s']:.1f} | {r['of bandwidth']:.0%} | {r['of bandwidth transformers']:.0%} |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """One line that says where the figures come from."""
+    names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
+    return f"{names[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, {date.today()}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompt-tokens", type=int, default=256)
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", choices=SHAPES, action="append", help="default: both")
+    parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
+    parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/generate.md")
+    args = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    rows = [bench(name, DTYPES[dtype], args.prompt_tokens, args.new_tokens, args.rounds) for name in args.model or SHAPES for dtype in args.dtype or DTYPES]
+    text = (f"Prompt of {args.prompt_tokens} tokens, then {args.new_tokens} new ones, batch 1, random weights; tokens per second.\nMedians of {args.rounds} rounds in turn. {machine()}.\n"
+            f"Reads of a large array reach {max(r['bandwidth GB/s'] for r in rows):.1f} GB/s.\n\n{table(rows)}\n")
+    print(text)
+    if args.write:
+        Path(__file__).with_suffix(".md").write_text("# Generation beside transformers\n\nWritten by `python benchmarks/generate.py --write`.\n\n" + text)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()

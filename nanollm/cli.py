@@ -1,0 +1,35 @@
+"""What the command lines share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1."""
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable
+
+from typing import Any
+
+from nanollm.errors import NanollmError
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that does not guess: options are written out, and a misspelt one is answered with the nearest."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            self.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+        return parsed
+
+
+def main(run: Callable[[], None]) -> None:
+    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end."""
+    try:
+        run()
+    except NanollmError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

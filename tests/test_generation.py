@@ -1,0 +1,171 @@
+"""Sampling against transformers' own filters, sessions, batches, stop strings; and generate.py as a person runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from transformers.generation import logits_process as filters
+
+from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, Rope
+from nanollm.errors import InputError
+from nanollm.generation import PREFILL, Session, feed, generate, generate_batch, new_cache, stream_text
+from nanollm.model import Decoder
+from nanollm.sample import keep_likely, sample
+from tests.oracles import Fixture, difference, make_loud, write
+
+ROOT = Path(__file__).parent.parent
+
+
+# ---- sample.py
+
+@pytest.mark.parametrize("ours, theirs", [
+    (dict(top_k=5), [filters.TopKLogitsWarper(5)]),
+    (dict(top_k=500), [filters.TopKLogitsWarper(500)]),
+    (dict(top_p=0.7), [filters.TopPLogitsWarper(0.7)]),
+    (dict(top_p=1e-9), [filters.TopPLogitsWarper(1e-9)]),
+    (dict(min_p=0.2), [filters.MinPLogitsWarper(0.2)]),
+    (dict(top_k=9, top_p=0.8, min_p=0.1), [filters.TopKLogitsWarper(9), filters.TopPLogitsWarper(0.8), filters.MinPLogitsWarper(0.1)]),
+])
+def test_filters_keep_what_transformers_keeps(ours, theirs):
+    logits = 3 * torch.randn(40, 101)
+    expected = logits
+    for each in theirs:
+        expected = each(None, expected)
+    assert torch.equal(keep_likely(logits, **ours), expected)
+
+
+def test_draws_follow_the_probabilities_and_the_seed():
+    logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
+    draw = lambda seed, **filters: sample(logits.expand(20_000, 4), 0.5, generator=torch.Generator().manual_seed(seed), **filters)
+    shares = draw(0).bincount(minlength=4) / 20_000
+    assert (shares - (logits[0] / 0.5).softmax(-1)).abs().max() < 0.015
+    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
+    assert set(draw(0, top_k=2).tolist()) == {0, 1}
+    assert sample(logits).tolist() == [1]
+
+
+# ---- generation.py
+
+@pytest.fixture(scope="module")
+def model() -> Decoder:
+    attention = Attention(4, 2, 8, Rope(), window=9)
+    decoder = Decoder(ModelConfig(60, 32, (Layer(attention, MLP(48)), Layer(Mamba(48, 4, 4, 2), None, pre_ffn=None), Layer(Attention(4, 1, 8, Rope()), MLP(48))))).eval()
+    make_loud(decoder)
+    return decoder
+
+
+def test_a_session_goes_on_where_it_stopped(model):
+    """The second turn reads only what is new, and says what a fresh start would say."""
+    first, session = [5, 17, 3, 44], Session(model, 100)
+    answer = list(session.generate(first, 6))
+    prompt = first + answer + [9, 8, 7]
+    fed = []
+    hook = model.embed.register_forward_hook(lambda _, args, __: fed.append(args[0].shape[1]))
+    second = list(session.generate(prompt, 6))
+    hook.remove()
+    assert fed[0] == 4 and second == list(generate(model, prompt, 6))             # the last answer token and three new ones
+    other = [9] + prompt[1:]
+    assert list(session.generate(other, 6)) == list(generate(model, other, 6)), "another beginning must start anew"
+    assert list(session.generate(other, 3)) == list(generate(model, other, 3)), "the same prompt again"
+
+
+def test_a_long_prompt_is_read_in_pieces(model, monkeypatch):
+    monkeypatch.setattr("nanollm.generation.PREFILL", 7)
+    tokens, cache = torch.randint(0, 60, (1, 30)), new_cache(model, 1, 40)
+    assert PREFILL > 7 and difference(feed(model, tokens, None, cache), model(tokens)[:, -1]) < 1e-5
+    prompts = [torch.randint(0, 60, (n,)).tolist() for n in (3, 22, 8)]
+    assert generate_batch(model, prompts, 9) == [list(generate(model, prompt, 9)) for prompt in prompts]
+
+
+def test_limits_and_stops(model):
+    prompt = [1, 2, 3]
+    all_of_it = list(generate(model, prompt, 12))
+    assert len(all_of_it) == 12 and list(generate(model, prompt, 0)) == []
+    stop = all_of_it[4]
+    assert list(generate(model, prompt, 12, stop_ids=[stop])) == all_of_it[: all_of_it.index(stop) + 1]
+    assert len(list(Session(model, 8).generate(prompt, 100))) == 5, "the session's length ends it"
+    assert list(generate(model, prompt, 12, temperature=1.0, seed=3)) == list(generate(model, prompt, 12, temperature=1.0, seed=3))
+    assert generate_batch(model, [prompt], 0) == [[]]
+
+
+@pytest.mark.parametrize("prompt, message", [([], "the prompt is empty"), ([1, 60], "token 60 is outside the model's vocabulary of 60"), ([-1], "token -1"), ([1] * 9, "the prompt has 9 tokens, this session holds 8")])
+def test_bad_prompts(model, prompt, message):
+    with pytest.raises(InputError, match=message):
+        next(Session(model, 8).generate(prompt, 4))
+
+
+@pytest.mark.parametrize("text, stop, expected", [
+    ("one two three", ["two"], "one "), ("one two three", ["three", "two"], "one "), ("one two", ["four"], "one two"), ("aaab", ["aab"], "a"),
+    ("stop", ["stop"], ""), ("sto", ["stop"], "sto"), ("", ["x"], ""), ("ab", [], "ab"),
+])
+def test_stop_strings_wherever_the_pieces_are_cut(text, stop, expected):
+    for size in (1, 2, 3, 100):
+        pieces = [text[i : i + size] for i in range(0, len(text), size)]
+        assert "".join(stream_text(iter(pieces), stop)) == expected
+
+
+# ---- generate.py
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What transformers writes: a loud Llama, a byte-level tokenizer, a ChatML template."""
+    path = tmp_path_factory.mktemp("model")
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    corpus = ["the quick brown fox jumps over the lazy dog\n"] * 20
+    alphabet = sorted(set("".join(corpus)) - {" ", "\n"}) + ["Ġ", "Ċ", "<", ">"]
+    backend.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(vocab_size=100, initial_alphabet=alphabet, special_tokens=["<|im_start|>", "<|im_end|>"]))
+    theirs = write(Fixture("llama", {"vocab_size": backend.get_vocab_size()}), path)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
+    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.save_pretrained(path)
+    theirs.generation_config.eos_token_id = 1
+    theirs.generation_config.save_pretrained(path)
+    path.with_name("ids.json").write_text(json.dumps(theirs.generate(torch.tensor([tokenizer("the fox")["input_ids"]]), max_new_tokens=20, do_sample=False, eos_token_id=1)[0].tolist()))
+    return path
+
+
+def cli(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "generate.py", *arguments], cwd=ROOT, input=text, capture_output=True, text=True, timeout=100)
+
+
+def test_prompt(folder):
+    """The same text as transformers' generate, special tokens hidden; the speed on standard error."""
+    done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "20")
+    assert done.returncode == 0, done.stderr
+    expected = transformers.AutoTokenizer.from_pretrained(folder).decode(json.loads(folder.with_name("ids.json").read_text()), skip_special_tokens=True)
+    assert done.stdout == expected + "\n"
+    assert "tokens/s" in done.stderr
+
+
+def test_batch_and_stdin(folder):
+    done = cli("--model", str(folder), "--prompt", "the fox", "--prompt", "-", "--max-new-tokens", "5", "--stop", "zzzz", text="dog")
+    assert done.returncode == 0 and done.stdout.count("---") == 2 and "for 2 prompts" in done.stderr, done.stderr
+
+
+def test_chat(folder):
+    done = cli("--model", str(folder), "--chat", "--system", "the dog", "--max-new-tokens", "8", text="the fox\nthe dog\n\n")
+    assert done.returncode == 0 and done.stdout.count("> ") == 3 and done.stderr.count("tokens/s") >= 1, done.stderr
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "x"], "--model"),
+    (["--model", "x"], "give either --prompt TEXT or --chat"),
+    (["--model", "x", "--prompt", "x", "--max-new-token", "3"], "did you mean --max-new-tokens?"),
+    (["--model", "x", "--prompt", "x", "--top-p", "7"], "--top-p 7.0: expected 0 to 1"),
+    (["--model", "no/such folder", "--prompt", "x"], "no such folder"),
+])
+def test_bad_arguments_are_one_line(arguments, message):
+    done = cli(*arguments)
+    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_a_bad_folder_is_one_line_and_an_exit_code(folder, tmp_path):
+    (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
+    done = cli("--model", str(tmp_path), "--prompt", "x")
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and "config.json" in done.stderr and len(done.stderr.splitlines()) == 1
