@@ -103,9 +103,9 @@ def yarn(s: Yarn, theta: float, r: int, exponents: Tensor) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, r - 1)
     pairs = torch.arange(r // 2, device=exponents.device).float()
-    ramp = ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)             # 0: keep, 1: divide by the factor
+    kept = 1 - ((pairs - first) / max(last - first, 0.001)).clamp(0, 1)         # 1: as it was, 0: divided by the factor
     powers = theta ** exponents
-    return 1 / (s.factor * powers) * ramp + 1 / powers * (1 - ramp)
+    return 1 / (s.factor * powers) * (1 - kept) + 1 / powers * kept
 
 
 def longrope(s: LongRope, theta: float, exponents: Tensor, lengths: Tensor) -> Tensor:
