@@ -1,0 +1,82 @@
+"""The families, by the `model_type` of their config.json.
+
+A model that was trained here has no family. It is written as the first in this list that can say all of it, which is
+found out by reading back what was written.
+"""
+
+import dataclasses
+from collections.abc import Collection
+from typing import Any
+
+from checkpoints.families.family import Family
+from checkpoints.families.llama import LLAMA
+from checkpoints.families.mamba import MAMBA
+from checkpoints.families.mistral import MISTRAL
+from checkpoints.families.mixtral import MIXTRAL
+from checkpoints.families.qwen import QWEN2, QWEN3
+from checkpoints.reader import Reader
+from nanollm.config import ModelConfig
+from nanollm.errors import ConfigError
+
+FAMILIES: dict[str, Family] = {
+    "llama": LLAMA,
+    "mistral": MISTRAL,
+    "mixtral": MIXTRAL,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "mamba": MAMBA,
+    # Llama under other names
+    "aquila": LLAMA,
+    "xverse": LLAMA,
+    "Yi": LLAMA,
+}
+
+
+def read_config(
+    values: dict[str, Any], where: str = "config.json", ignore: Collection[str] = (), most: int = 10_000
+) -> tuple[Family, ModelConfig]:
+    """A config.json as a ModelConfig, and its family. `most` bounds layers and experts.
+
+    Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        raise ConfigError(f"{where}: model_type is {kind!r}; supported are {', '.join(FAMILIES)}")
+    family = FAMILIES[kind]
+    reader = Reader(values, where, ignore, most)
+    try:
+        config = family.read(reader)
+    except ConfigError as error:                 # a combination that the dataclasses refuse does not know its file
+        raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from None
+    reader.close(family.irrelevant)
+    return family, config
+
+
+def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Family, dict[str, Any]]:
+    """A config.json for this model: of `family`, or else of the first that can express it.
+
+    Raises ConfigError with what stands in the way, family by family."""
+    reasons = []
+    for candidate in [family] if family else dict.fromkeys(FAMILIES.values()):
+        try:
+            values = candidate.write(config)
+            again = read_config(values, where=f"as {candidate.name}")[1]
+        except ConfigError as error:
+            reasons.append(f"{candidate.name}: {error}")
+            continue
+        if again == config:
+            return candidate, values
+        reasons.append(f"{candidate.name}: {difference(config, again, 'config')}")
+    raise ConfigError("no family can express this model:\n  " + "\n  ".join(reasons))
+
+
+def difference(ours: Any, read: Any, path: str) -> str:
+    """The first place where two configs part, as a sentence."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
+        pairs = [(f".{field.name}", getattr(ours, field.name), getattr(read, field.name)) for field in dataclasses.fields(ours)]
+    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read))]
+    for part, a, b in pairs:
+        if a != b:
+            return difference(a, b, path + part)
+    return f"{path} is {ours!r}, and would be read as {read!r}"

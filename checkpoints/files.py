@@ -1,0 +1,230 @@
+"""Model folders and safetensors files, read without trusting them.
+
+A safetensors file is three pieces, one after the other:
+
+    8 bytes      N, the length of the header, little-endian
+    N bytes      {"lm_head.weight": {"dtype": "BF16", "shape": [32000, 4096], "data_offsets": [0, 262144000]}, …}
+    the rest     the tensors, back to back, little-endian; offsets count from the start of this piece
+
+The header says every name, shape and dtype, so a whole model is checked before a byte of weights is read. A header that
+does not add up is refused, and where the file is something else altogether (a git-lfs pointer, a web page, a pickle)
+the error says what it is. A model is `model.safetensors`, or the shards that `model.safetensors.index.json` names; other
+files in the folder are never guessed at, because repositories keep the same weights twice (`consolidated.safetensors`).
+
+Format: https://github.com/huggingface/safetensors/blob/v0.5.3/README.md#format
+"""
+
+import json
+import math
+import re
+import reprlib
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from nanollm.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+LARGEST_HEADER = 25_000_000                      # bytes, room for 200,000 tensors; parsed, JSON takes 25 times its size
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool, "U8": torch.uint8,
+    "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where one tensor lies."""
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int                                   # bytes from the start of the file
+    size: int                                    # bytes
+
+
+def read_json(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
+    """The object in a JSON file. Raises CheckpointError if there is none, or if it is not one, or names a key twice."""
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
+    if path.stat().st_size > largest:
+        raise CheckpointError(f"{path}: {path.stat().st_size} bytes, too large for what it should be")
+    with _open(path) as file:
+        return parse_json(file.read(), str(path))
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def parse_json(text: bytes, where: str) -> dict[str, Any]:
+    """The object in a JSON text; Python's own parser takes the last of two equal keys, this one neither."""
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise CheckpointError(f"{where}: {Counter(name for name, _ in pairs).most_common(1)[0][0]!r} appears twice")
+        return found
+
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=unique)
+    except RecursionError:
+        raise CheckpointError(f"{where}: JSON nested too deeply") from None
+    except ValueError as error:                  # not UTF-8, not JSON, a number of ten thousand digits
+        raise CheckpointError(f"{where}: {_what_it_is(text) or f'not JSON ({error})'}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: a JSON object expected, found {type(value).__name__}")
+    return value
+
+
+def _what_it_is(head: bytes) -> str | None:
+    """What a file really holds that should have held something else, as far as its first bytes tell."""
+    start = head[:256].lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer, not the file itself; run `git lfs pull` in the folder"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page, not the file itself; the download failed, perhaps for want of a login"
+    if head.startswith(b"PK\x03\x04"):
+        return "a zip archive, as torch.save writes, not safetensors"
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return "a Python pickle, not safetensors"
+    return "a GGUF file, not safetensors" if head.startswith(b"GGUF") else None
+
+
+def read_header(path: Path) -> dict[str, Stored]:
+    """Names, shapes and places of the tensors in one file. Raises CheckpointError, naming the cause, on a damaged one."""
+    size = path.stat().st_size
+    if size == 0:
+        raise CheckpointError(f"{path}: empty")
+    with _open(path) as file:
+        head = file.read(256)
+        length = int.from_bytes(head[:8], "little")
+        if size < 8 or length > min(size - 8, LARGEST_HEADER) or head[8:9] != b"{":
+            raise CheckpointError(f"{path}: {_what_it_is(head) or _why_no_header(length, size)}")
+        file.seek(8)
+        header = parse_json(file.read(length), f"{path}, header")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path}: __metadata__ should be strings by name")
+
+    data = 8 + length
+    stored = {name: _read_entry(path, name, entry, data) for name, entry in header.items()}
+    end = data
+    for name, one in sorted(stored.items(), key=lambda item: (item[1].start, item[1].size)):
+        if one.start != end:
+            how = "inside" if one.start < end else "with a gap after"
+            raise CheckpointError(f"{path}: {name} starts at byte {one.start}, {how} the one before, which ends at {end}")
+        end = one.start + one.size
+    if end != size:
+        how = "truncated" if end > size else "bytes after the last tensor"
+        raise CheckpointError(f"{path}: {how}: expected {end} bytes, found {size}")
+    return stored
+
+
+def _why_no_header(length: int, size: int) -> str:
+    if size < 8:
+        return f"truncated: {size} bytes, not even the length of a header"
+    if length > LARGEST_HEADER:
+        return f"not safetensors: a header of {length} bytes is too large"
+    if length > size - 8:
+        return f"truncated in the header: expected at least {8 + length} bytes, found {size}"
+    return "not safetensors: the header does not start with {"
+
+
+def _read_entry(path: Path, name: str, entry: Any, data: int) -> Stored:
+    def need(condition: bool, what: str) -> None:
+        if not condition:
+            raise CheckpointError(f"{path}: {name}: {what}, found {reprlib.repr(entry)}")
+
+    def whole(value: Any) -> bool:
+        return type(value) is int and value >= 0         # a bool is an int to isinstance
+
+    need(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, "dtype, shape and data_offsets expected")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    need(isinstance(dtype, str) and dtype in DTYPES, f"a dtype among {', '.join(DTYPES)} expected")
+    need(isinstance(shape, list) and len(shape) <= 8 and all(map(whole, shape)), "a shape of whole numbers expected")
+    need(isinstance(offsets, list) and len(offsets) == 2 and all(map(whole, offsets)), "two offsets expected")
+    size = math.prod(shape) * DTYPES[dtype].itemsize
+    need(offsets[1] - offsets[0] == size, f"offsets {size} bytes apart expected")
+    return Stored(path, DTYPES[dtype], tuple(shape), data + offsets[0], size)
+
+
+def read_folder(folder: Path) -> dict[str, Stored]:
+    """All tensors of the model in `folder`. Raises CheckpointError if there is no model, or not all of one."""
+    if (folder / SINGLE).exists():
+        return read_header(_inside(folder, SINGLE, SINGLE))
+    if not (folder / INDEX).exists():
+        raise CheckpointError(f"{folder}: {_why_no_weights(folder)}")
+    index = folder / INDEX
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: weight_map should give a file for each tensor")
+    stored: dict[str, Stored] = {}
+    for shard in dict.fromkeys(map(str, places.values())):
+        for name, one in read_header(_inside(folder, shard, INDEX)).items():
+            if name in stored:
+                raise CheckpointError(f"{folder}: {name} is in two shards, {stored[name].file.name} and {shard}")
+            stored[name] = one
+    lost = [name for name, shard in places.items() if name not in stored or stored[name].file.name != shard]
+    if lost:
+        first = f"{lost[0]}, in {places[lost[0]]}"
+        raise CheckpointError(f"{index}: {len(lost)} tensors are not in the shard it names; the first is {first}")
+    return stored
+
+
+def _inside(folder: Path, name: str, said_by: str) -> Path:
+    """A weights file of `folder`, which may be a link only within it, or into the blobs of a hub download."""
+    if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
+        raise CheckpointError(f"{folder}: {said_by} names {name!r}; a plain file name ending in .safetensors expected")
+    path, home = folder / name, folder.resolve()
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing, though {said_by} needs it")
+    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
+    if not any(path.resolve().is_relative_to(one) for one in homes):
+        raise CheckpointError(f"{path}: a link that leaves the folder; copy the file here instead")
+    return path
+
+
+def _why_no_weights(folder: Path) -> str:
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in others):
+        return (f"only pickled weights ({others[0]}), which can run code and are not read here; convert them once, where you trust "
+                f"them, with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)")
+    return f"neither {SINGLE} nor {INDEX}" + (f"; {', '.join(others)} follow another layout" if others else "")
+
+
+def read_into(stored: Stored, tensor: Tensor) -> None:
+    """Copy a stored tensor into this one: straight from the file if the dtype and the device allow, else through the CPU."""
+    straight = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == stored.dtype
+    target = tensor if straight else torch.empty(stored.shape, dtype=stored.dtype)
+    assert target.shape == stored.shape, f"{stored} into {tuple(tensor.shape)}"
+    with _open(stored.file) as file:
+        file.seek(stored.start)
+        found = file.readinto(as_bytes(target))
+    if found != stored.size:
+        raise CheckpointError(f"{stored.file}: truncated while it was read: expected {stored.size} bytes, found {found}")
+    if not straight:
+        tensor.copy_(target)
+
+
+def equal_bytes(a: Stored, b: Stored, chunk: int = 1 << 24) -> bool:
+    """Whether two stored tensors are the same, without reading either whole."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    with _open(a.file) as first, _open(b.file) as second:
+        first.seek(a.start)
+        second.seek(b.start)
+        return all(
+            first.read(min(chunk, a.size - done)) == second.read(min(chunk, a.size - done)) for done in range(0, a.size, chunk))
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU."""
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,238 @@
+"""A folder that is not a whole, sound model is refused: by name, at once, and before any memory is taken for it."""
+
+import json
+import shutil
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+from checkpoints import files
+from nanollm.errors import CheckpointError, ConfigError, InputError, NanollmError
+from tests.oracles import FIXTURES, write
+
+
+@pytest.fixture(scope="module", params=["llama-3", "mixtral-8x22b", "mamba-130m"])
+def written(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write(FIXTURES[request.param], folder)
+    return folder
+
+
+@pytest.fixture
+def folder(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "model")
+
+
+@pytest.fixture
+def no_memory(monkeypatch):
+    """From here on, whoever takes memory for a parameter or reads a tensor fails the test."""
+    def refuse(*args, **more):
+        pytest.fail("memory was taken before the plan held")
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    monkeypatch.setattr(files, "read_into", refuse)
+
+
+def edit_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not ...}))
+
+
+def edit_tensors(folder, change) -> str:
+    """Apply `change(tensors, name)` to the largest tensor; return its name."""
+    tensors = load_file(folder / "model.safetensors")
+    name = max(tensors, key=lambda one: tensors[one].numel())
+    change(tensors, name)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return name
+
+
+def refused(folder, cause: str, kind=CheckpointError, **more) -> str:
+    start = time.perf_counter()
+    with pytest.raises(kind, match=cause) as error:
+        checkpoints.load(folder, **more)
+    assert time.perf_counter() - start < 1
+    return str(error.value)
+
+
+def test_the_folder_itself_loads(folder):
+    model = checkpoints.load(folder)
+    assert not model.training and model.origin.folder == folder
+    assert not list(model.buffers()) and not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_no_config(folder, no_memory):
+    (folder / "config.json").unlink()
+    refused(folder, "config.json: no such file")
+
+
+@pytest.mark.parametrize("text, cause", [
+    ("", "not JSON"), ("{", "not JSON"), ("[]", "a JSON object expected, found list"), ('{"a": 1, "a": 2}', "'a' appears twice"),
+    ('{"a":' * 100_000, "nested too deeply"), ("<!doctype html>", "a web page"), ("version https://git-lfs.github.com", "git-lfs pointer"),
+])
+def test_config_that_is_none(folder, text, cause, no_memory):
+    (folder / "config.json").write_text(text)
+    refused(folder, f"config.json: .*{cause}")
+
+
+def test_unknown_model_type(folder, no_memory):
+    edit_config(folder, model_type="gpt5")
+    refused(folder, "model_type is 'gpt5'; supported are llama,", ConfigError)
+
+
+def test_weights_that_are_none(folder, no_memory):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    refused(folder, "model.safetensors: a git-lfs pointer")
+    (folder / "model.safetensors").write_text("<html><body>Log in</body></html>")
+    refused(folder, "model.safetensors: a web page")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "neither model.safetensors nor")
+    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
+    refused(folder, "only pickled weights")
+
+
+def test_missing_tensor(folder, no_memory):
+    name = edit_tensors(folder, lambda tensors, name: tensors.pop(name))
+    refused(folder, f"1 missing:\n    {name}")
+
+
+def test_unexpected_tensor_and_then_ignored(folder, no_memory, monkeypatch):
+    edit_tensors(folder, lambda tensors, name: tensors.update({"extra.one": torch.ones(2), "extra.two": torch.ones(2)}))
+    refused(folder, r"2 unexpected .*:\n    extra.one\n    extra.two")
+    text = refused(folder, r"1 unexpected .*:\n    extra.two", ignore=["extra.one"])     # exactly that one passes
+    assert "extra.one" not in text
+    monkeypatch.undo()
+    checkpoints.load(folder, ignore=["extra.one", "extra.two"])
+
+
+def test_ignore_fills_no_hole(folder, no_memory):
+    name = edit_tensors(folder, lambda tensors, name: tensors.pop(name))
+    refused(folder, f"1 missing:\n    {name}", ignore=[name])
+
+
+def test_shape(folder, no_memory):
+    name = edit_tensors(folder, lambda tensors, name: tensors.update({name: tensors[name].flatten(0, 1)[1:].clone()}))
+    refused(folder, f"1 of another shape:\n    {name}: ")
+
+
+def test_type(folder, no_memory):
+    name = edit_tensors(folder, lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
+    refused(folder, f"of another type:\n    {name}: int8 stored")
+
+
+def test_everything_at_once(folder, no_memory):
+    def change(tensors, name):
+        tensors["extra"] = tensors.pop(name)
+        other = next(one for one in tensors if one.endswith("norm.weight"))
+        tensors[other] = torch.ones(3, dtype=torch.int32)
+    edit_tensors(folder, change)
+    text = refused(folder, "1 missing")
+    assert all(kind in text for kind in ("1 missing", "1 unexpected", "1 of another shape", "1 of another type"))
+
+
+def test_ignore_takes_whole_names(folder, no_memory):
+    edit_config(folder, clip=1)
+    refused(folder, "clip = 1", ConfigError, ignore="clip_qkv")      # a lone string is one name, not a set of letters
+    refused(folder, "clip = 1", ConfigError, ignore=["clip*"])
+
+
+def test_unreadable_file(folder, monkeypatch):
+    def denied(path, *more):
+        raise PermissionError(13, "Permission denied")
+    monkeypatch.setattr(files, "open", denied, raising=False)
+    refused(folder, "config.json: cannot be read: Permission denied")
+
+
+def test_unread_key_and_then_ignored(folder, no_memory, monkeypatch):
+    edit_config(folder, clip_qkv=8.0, mystery=None)
+    refused(folder, r'clip_qkv = 8.0, mystery = None.*ignore=\["clip_qkv", "mystery"\]', ConfigError)
+    assert "clip_qkv" not in refused(folder, "mystery = None", ConfigError, ignore=["clip_qkv"])
+    monkeypatch.undo()
+    checkpoints.load(folder, ignore=["clip_qkv", "mystery"])
+
+
+SIZES = [("num_hidden_layers", 4, "missing"), ("num_hidden_layers", 2, "unexpected"),
+         ("num_hidden_layers", 10**9, "from 1 to"), ("num_hidden_layers", 0, "from 1 to"),
+         ("vocab_size", 132, "of another shape"), ("vocab_size", 2**31, "of another shape"), ("vocab_size", 10**12, "from 1 to"),
+         ("hidden_size", 80, "of another shape"), ("hidden_size", -1, "from 1 to")]
+
+
+@pytest.mark.parametrize("key, value, cause", SIZES)
+def test_sizes_that_the_files_do_not_have(folder, key, value, cause, no_memory):
+    edit_config(folder, **{key: value})
+    if "mamba" in (folder / "config.json").read_text():
+        edit_config(folder, intermediate_size=...)       # which would contradict it first
+    refused(folder, cause, NanollmError)
+
+
+def test_sizes_that_overflow(folder, no_memory):
+    """A tensor that 64 bits cannot count, even on the meta device."""
+    edit_config(folder, vocab_size=2**31, hidden_size=2**31 - 64)
+    if "mamba" in (folder / "config.json").read_text():
+        edit_config(folder, intermediate_size=...)
+    refused(folder, "a tensor beyond any memory", ConfigError)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_value_that_is_not_finite(folder, value):
+    def change(tensors, name):
+        tensors[name].view(-1)[-1] = value
+    name = edit_tensors(folder, change)
+    refused(folder, f"{name} holds a NaN or an infinity as float32")
+
+
+def test_a_value_that_the_wanted_dtype_cannot_hold(folder):
+    def change(tensors, name):
+        tensors[name].view(-1)[0] = 70_000.0
+    name = edit_tensors(folder, change)
+    refused(folder, f"{name} holds a NaN or an infinity as float16", dtype=torch.float16)
+    checkpoints.load(folder)
+
+
+def test_a_dtype_that_weights_cannot_have(folder, no_memory):
+    refused(folder, "dtype is torch.int8; expected one of float32, bfloat16", InputError, dtype=torch.int8)
+
+
+def test_a_missing_head(folder):
+    """Tied: the embedding is the head. Untied: transformers would draw a random one; here it is missing."""
+    edit_tensors(folder, lambda tensors, _: tensors.pop("lm_head.weight", None))
+    edit_config(folder, tie_word_embeddings=False)
+    refused(folder, "1 missing:\n    lm_head.weight")
+    edit_config(folder, tie_word_embeddings=True)
+    model = checkpoints.load(folder)
+    assert model.head.weight is model.embed.weight
+
+
+def test_a_head_stored_although_tied(folder):
+    """A copy of the embedding is passed over. Another tensor is kept, as transformers 5 does, and the model is untied."""
+    embed = next(name for name in load_file(folder / "model.safetensors") if "embed" in name)
+    edit_config(folder, tie_word_embeddings=True)
+    edit_tensors(folder, lambda tensors, _: tensors.update({"lm_head.weight": tensors[embed].clone()}))
+    model = checkpoints.load(folder)
+    assert model.head.weight is model.embed.weight
+    other = torch.randn(131, load_file(folder / "model.safetensors")[embed].shape[1])
+    edit_tensors(folder, lambda tensors, _: tensors.update({"lm_head.weight": other}))
+    with pytest.warns(UserWarning, match="lm_head.weight is not the embedding"):
+        model = checkpoints.load(folder)
+    assert torch.equal(model.head.weight, other) and not model.config.tied
+    checkpoints.save(model, folder / "out")
+    assert json.loads((folder / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(checkpoints.load(folder / "out").head.weight, other)
+
+
+def test_save_refuses(folder, tmp_path):
+    model = checkpoints.load(folder)
+    with pytest.raises(CheckpointError, match="nothing is overwritten"):
+        checkpoints.save(model, folder)
+    model.extra = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(CheckpointError, match="1 parameters that this family has no name for:\n    extra"):
+        checkpoints.save(model, tmp_path / "out")
+    del model.extra
+    with torch.no_grad():
+        model.embed.weight[0, 0] = torch.nan
+    with pytest.raises(CheckpointError, match="embed.*weight holds a NaN"):
+        checkpoints.save(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

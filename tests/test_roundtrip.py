@@ -1,0 +1,239 @@
+"""What is loaded is what is saved: names, shapes, dtypes and bytes, for every fixture; and transformers takes it back."""
+
+import copy
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+from checkpoints import hub
+from checkpoints.families import read_config
+from checkpoints.files import INDEX, read_folder
+from nanollm import tokenizer_files
+from nanollm.config import MLP, Attention, Layer, Linear, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.errors import ConfigError
+from nanollm.model import Decoder
+from tests.oracles import FIXTURES, difference, old_dialect, reference_logits, tokens, write
+
+ONE_OF_EACH = ["llama-3.1", "llama-3.2", "yi-early", "mistral-v0.1", "mixtral-8x22b", "qwen2-sliding", "qwen3-sliding", "mamba-biases"]
+
+
+def all_tensors(folder):
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def same_tensors(a, b) -> bool:
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape
+        and torch.equal(a[name].view(-1).view(torch.uint8), b[name].view(-1).view(torch.uint8)) for name in a)
+
+
+def reload(folder, **more):
+    """As transformers loads it; nothing may be missing or left over."""
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager", **more)
+    assert not any(report.values()), report
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_every_fixture_comes_back_byte_for_byte(name, tmp_path):
+    write(FIXTURES[name], tmp_path / "in")
+    checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((tmp_path / "in/config.json").read_text())
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (tmp_path / "in/generation_config.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_bf16_in_shards(name, tmp_path):
+    write(FIXTURES[name], tmp_path / "in", torch.bfloat16)
+    stored = all_tensors(tmp_path / "in")
+    checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "sharded", shard_bytes=30_000)
+    assert (tmp_path / "sharded" / INDEX).exists() and len(list((tmp_path / "sharded").glob("*.safetensors"))) > 3
+    assert same_tensors(stored, all_tensors(tmp_path / "sharded"))
+    model = checkpoints.load(tmp_path / "sharded")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    checkpoints.save(model, tmp_path / "whole")
+    assert (tmp_path / "whole/model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
+    if FIXTURES[name].kind == json.loads((tmp_path / "in/config.json").read_text())["model_type"]:
+        reload(tmp_path / "sharded")
+
+
+@pytest.mark.parametrize("name", ["llama-3", "mixtral-8x22b"])
+def test_shards_that_transformers_wrote(name, tmp_path):
+    write(FIXTURES[name], tmp_path / "in", max_shard_size="40KB")
+    assert (tmp_path / "in" / INDEX).exists()
+    save_file({"layers.0.attention.wq.weight": torch.ones(3)}, tmp_path / "in/consolidated.safetensors")     # Mistral's other copy
+    checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
+    (tmp_path / "in/consolidated.safetensors").unlink()
+    assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "yi-early"])
+def test_without_its_origin_a_model_is_exported_all_the_same(name, tmp_path):
+    """A model trained here has no config.json to keep: it is written anew, in both dialects, and transformers' logits agree."""
+    theirs = write(FIXTURES[name], tmp_path / "in")
+    model = checkpoints.load(tmp_path / "in")
+    del model.origin
+    checkpoints.save(model, tmp_path / "out")
+    assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert values["model_type"] == FIXTURES[name].kind and values["dtype"] == values["torch_dtype"] == "float32"
+    assert checkpoints.load(tmp_path / "out").config == model.config
+    x = tokens(FIXTURES[name])
+    assert difference(reference_logits(reload(tmp_path / "out"), x), reference_logits(theirs, x)) < 1e-6
+    if "rope_parameters" in values:
+        del values["rope_parameters"]
+        (tmp_path / "out/config.json").write_text(json.dumps(values))
+        assert difference(reference_logits(reload(tmp_path / "out"), x), reference_logits(theirs, x)) < 1e-6
+
+
+FRESH = {
+    "llama": (Layer(Attention(6, 2, 12, Rope(5e5, scaling=Linear(2.0))), MLP(80)),) * 2,
+    "mistral": (Layer(Attention(4, 1, 16, Rope(), window=9), MLP(80)),) * 2,
+    "mixtral": (Layer(Attention(6, 3, 8, Rope()), MoE(4, 2, MLP(56), renormalize=True)),) * 2,
+    "qwen2": (Layer(Attention(6, 3, 8, Rope(), qkv_bias=True), MLP(80)), Layer(Attention(6, 3, 8, Rope(), window=9, qkv_bias=True), MLP(80))),
+    "qwen3": (Layer(Attention(6, 3, 10, Rope(), qk_norm=Norm()), MLP(80)),) * 2,
+    "mamba": (Layer(Mamba(96, 8, 4, 3), None, pre_ffn=None),) * 2,
+}
+
+
+@pytest.mark.parametrize("name", FRESH)
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_trained_here_runs_in_transformers(name, tied, tmp_path):
+    config = ModelConfig(97, 48, FRESH[name], tied=tied, context=None if name == "mamba" else 64)
+    model = Decoder(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))                    # as if trained
+    checkpoints.save(model, tmp_path / "out")
+    x = torch.randint(0, 97, (2, 40))
+    theirs = reload(tmp_path / "out")
+    assert theirs.config.model_type == name and theirs.generation_config.eos_token_id is None
+    assert difference(model(x), reference_logits(theirs, x)) < 1e-5
+    again = checkpoints.load(tmp_path / "out")
+    assert again.config == config and all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    assert len(list(again.parameters())) == len(list(model.parameters()))
+
+
+def test_changed_sizes_are_written_into_the_old_config(tmp_path):
+    """Three rows more in the vocabulary: the rest of config.json is as it was, in the dialect that it was in."""
+    write(FIXTURES["llama-3.2"], tmp_path / "in")
+    model = checkpoints.load(tmp_path / "in")
+    larger = Decoder(dataclasses.replace(model.config, vocab=134))
+    larger.load_state_dict({**model.state_dict(), **{name: torch.zeros(134, 64) for name in ("embed.weight", "head.weight")}})
+    larger.origin = model.origin
+    checkpoints.save(larger, tmp_path / "out")
+    before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "out"))
+    assert after == before | {"vocab_size": 134} and "rope_scaling" in before and "rope_parameters" not in before
+    assert reload(tmp_path / "out").model.embed_tokens.weight.shape == (134, 64)
+
+
+def test_what_the_old_family_cannot_say_is_refused(tmp_path):
+    write(FIXTURES["llama-3"], tmp_path / "in")
+    model = checkpoints.load(tmp_path / "in")
+    layers = tuple(dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=5)) for layer in model.config.layers)
+    model.config = dataclasses.replace(model.config, layers=layers)
+    with pytest.raises(ConfigError, match="llama: .*window is 5, and would be read as None"):
+        checkpoints.save(model, tmp_path / "out")
+
+
+def test_dtype(tmp_path):
+    write(FIXTURES["mamba-130m"], tmp_path / "in")
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    mixed = {name: tensor if "A_log" in name else tensor.bfloat16() for name, tensor in tensors.items()}
+    save_file(mixed, tmp_path / "in/model.safetensors", {"format": "pt"})
+    model = checkpoints.load(tmp_path / "in")                                     # as stored, each tensor for itself
+    assert {p.dtype for n, p in model.named_parameters() if "A_log" in n} == {torch.float32}
+    assert {p.dtype for n, p in model.named_parameters() if "A_log" not in n} == {torch.bfloat16}
+    checkpoints.save(model, tmp_path / "out")
+    assert same_tensors(mixed, all_tensors(tmp_path / "out"))
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert {p.dtype for p in checkpoints.load(tmp_path / "in", dtype=torch.float64).parameters()} == {torch.float64}
+
+
+# ---- layouts of the hub, names only
+
+def test_buffers_of_old_repositories_are_passed_over(tmp_path):
+    write(FIXTURES["llama-2"], tmp_path / "in")
+    tensors = load_file(tmp_path / "in/model.safetensors")
+    buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(3)}
+    save_file(tensors | buffers, tmp_path / "in/model.safetensors", {"format": "pt"})
+    checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
+    assert same_tensors(tensors, all_tensors(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("name, ours, theirs", [
+    ("yi-early", "layers.1.pre_mixer.gain", "model.layers.1.ln1.weight"), ("mamba-130m", "embed.weight", "backbone.embedding.weight")])
+def test_names_of_the_first_uploads(name, ours, theirs, tmp_path):
+    write(FIXTURES[name], tmp_path / "in")
+    tensors = {key.replace("embeddings", "embedding"): tensor for key, tensor in load_file(tmp_path / "in/model.safetensors").items()}
+    save_file(tensors, tmp_path / "in/model.safetensors", {"format": "pt"})
+    model = checkpoints.load(tmp_path / "in")
+    assert torch.equal(model.get_parameter(ours), tensors[theirs])
+    checkpoints.save(model, tmp_path / "out")
+    assert same_tensors(tensors, all_tensors(tmp_path / "out"))
+
+
+NEW_DIALECT = [name for name, fixture in FIXTURES.items()
+               if fixture.edit is None and "head_dim" not in fixture.keys and fixture.kind != "mamba"]
+
+
+@pytest.mark.parametrize("name", NEW_DIALECT)
+def test_both_dialects_read_alike(name, tmp_path):
+    write(FIXTURES[name], tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    old = copy.deepcopy(values)
+    old_dialect()(old)
+    assert old != values and read_config(old)[1] == read_config(values)[1]
+
+
+# ---- what goes with a model, and what it costs
+
+def test_what_the_tokenizer_reads_is_fetched_and_copied():
+    assert set(tokenizer_files.FILES) <= set(hub.COMPANIONS)
+
+
+def test_the_tokenizer_goes_with_the_model(tmp_path):
+    write(FIXTURES["llama-3"], tmp_path / "in")
+    for name in ("tokenizer.json", "qwen.tiktoken", "chat_template.jinja", "notes.txt", "modeling_llama.py"):
+        (tmp_path / "in" / name).write_text(name)
+    model = checkpoints.load(tmp_path / "in")
+    checkpoints.save(model, tmp_path / "out")
+    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    assert copied == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "qwen.tiktoken", "chat_template.jinja"}
+    shutil.rmtree(tmp_path / "in")
+    with pytest.warns(UserWarning, match="gone, so .* is written without tokenizer"):
+        checkpoints.save(model, tmp_path / "later")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")    # torch's own, while it compiles
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path):
+    write(FIXTURES["llama-3"], tmp_path / "in")
+    model = checkpoints.load(tmp_path / "in")
+    model.layers[1] = torch.compile(model.layers[1])
+    checkpoints.save(model, tmp_path / "out")
+    assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
+
+
+def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
+    """Resident memory of a fresh process: a model of 96 MB in 24 tensors may take 96 MB and a little, cast or not."""
+    layer = Layer(Attention(8, 8, 64, Rope()), MLP(512))
+    checkpoints.save(Decoder(ModelConfig(128, 512, (layer,) * 14, context=64)), tmp_path / "in")
+    size = sum(one.size for one in read_folder(tmp_path / "in").values())
+    code = """if True:
+        import resource, sys, torch, checkpoints
+        torch.set_num_threads(1)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        model = checkpoints.load(sys.argv[1], dtype=getattr(torch, sys.argv[2]))
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)"""
+    for dtype, wanted in (("float32", size), ("bfloat16", size // 2)):
+        peak = int(subprocess.run([sys.executable, "-c", code, str(tmp_path / "in"), dtype], capture_output=True, text=True, check=True).stdout)
+        assert peak < wanted + 16e6, (dtype, peak, wanted)

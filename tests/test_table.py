@@ -1,0 +1,115 @@
+"""Ops are inverses; tables are one-to-one; a plan lists everything that is wrong at once."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints.families import FAMILIES
+from checkpoints.files import Stored
+from checkpoints.ops import Same, Stack
+from checkpoints.table import check, expand, override, rule
+from nanollm.errors import CheckpointError
+
+
+def shapes_for(op, rng: random.Random) -> list[tuple[int, ...]]:
+    """Shapes that our side of an op may have."""
+    size = lambda: rng.randint(1, 7)
+    return [(size(), size(), size())] if op is Stack else [tuple(size() for _ in range(rng.randint(1, 3)))]
+
+
+@pytest.mark.parametrize("op", [Same, Stack])
+@pytest.mark.parametrize("seed", range(20))
+def test_ops_are_inverses(op, seed):
+    rng, dtype = random.Random(seed), [torch.float32, torch.bfloat16][seed % 2]
+    ours = [torch.randn(shape).to(dtype) for shape in shapes_for(op, rng)]
+    stored = [tensor.clone() for tensor in op.save(ours)]
+
+    again = [torch.full_like(tensor, torch.nan) for tensor in ours]
+    op.load(lambda k, tensor: tensor.copy_(stored[k]), again)                     # load ∘ save = 1 …
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))
+    assert all(torch.equal(a, b) for a, b in zip(stored, op.save(again)))         # … and save ∘ load = 1
+
+    meta = op.save([tensor.to("meta") for tensor in ours])                        # the plan says what is written
+    assert [(m.shape, m.dtype) for m in meta] == [(s.shape, s.dtype) for s in stored]
+
+
+def test_stack_copies_no_stack():
+    ours = [torch.zeros(4, 3, 2)]
+    assert all(part.untyped_storage().data_ptr() == ours[0].untyped_storage().data_ptr() for part in Stack.save(ours))
+
+
+def test_a_table_is_one_to_one():
+    base = override({}, rule("a", "x"), rule("b", "y"))
+    assert override(base, rule("c", "y"))["y"].theirs == ("c",)
+    with pytest.raises(AssertionError, match="named twice"):
+        override(base, rule("a", "z"))
+    fused = override({}, rule("qkv", ["q", "k", "v"]))
+    with pytest.raises(AssertionError, match="in part"):
+        override(fused, rule("q_proj", "q"))
+
+
+@pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()), ids=lambda family: family.name)
+def test_family_tables_name_nothing_twice(family):
+    for table in family.tables:
+        theirs = [name for each in table.values() for name in each.theirs]
+        assert len(theirs) == len(set(theirs)) and {"embed", "head"} <= table.keys()
+        assert all(("{i}" in name) == ("{i}" in each.theirs[0]) for name, each in table.items())
+
+
+TABLE = override(
+    {},
+    rule("emb", "embed"),
+    rule("h.{i}.ln", "layers.{i}.pre_mixer"),
+    rule("h.{i}.fc", "layers.{i}.mixer.q"),
+    rule("h.{i}.moe.{e}.w.weight", "layers.{i}.ffn.experts.gate", Stack),
+)
+
+
+def meta(**shapes):
+    return {name.replace("__", "."): torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+
+def stored(names: dict[str, tuple], dtype=torch.float32) -> dict[str, Stored]:
+    return {name: Stored(Path("x"), dtype, shape, 0, 0) for name, shape in names.items()}
+
+
+PARAMETERS = meta(
+    embed__weight=(5, 3), layers__0__pre_mixer__gain=(3,), layers__0__mixer__q__weight=(4, 3), layers__0__mixer__q__bias=(4,),
+    layers__11__ffn__experts__gate=(2, 6, 3),
+)
+ON_DISK = {
+    "emb.weight": (5, 3), "h.0.ln.weight": (3,), "h.0.fc.weight": (4, 3), "h.0.fc.bias": (4,),
+    "h.11.moe.0.w.weight": (6, 3), "h.11.moe.1.w.weight": (6, 3),
+}
+
+
+def test_weight_and_bias_follow_their_module():
+    steps = expand(TABLE, PARAMETERS)
+    assert {theirs for step in steps for theirs in step.theirs} == set(ON_DISK)
+    check(steps, PARAMETERS, stored(ON_DISK))
+
+
+def test_a_parameter_without_a_name_is_refused():
+    with pytest.raises(CheckpointError, match="1 parameters.*no name for(.|\n)*layers.0.mixer.sink"):
+        expand(TABLE, PARAMETERS | meta(layers__0__mixer__sink=(3,)))
+
+
+def test_every_discrepancy_is_in_one_error():
+    disk = stored({**ON_DISK, "h.0.fc.weight": (3, 4), "extra": (1,), "h.0.attn.bias": (1,), "h.5.attn.bias": (1,), "known": (2,)})
+    del disk["emb.weight"]
+    disk |= stored({"h.11.moe.1.w.weight": (6, 3)}, torch.float16) | stored({"h.0.ln.weight": (3,)}, torch.int8)
+    with pytest.raises(CheckpointError) as error:
+        check(expand(TABLE, PARAMETERS), PARAMETERS, disk, ["h.{i}.attn.bias"], ["known"])
+    text = str(error.value)
+    for line in ("1 missing", "emb.weight", "1 unexpected", "extra", "h.0.fc.weight: (3, 4) stored, (4, 3)", "h.0.ln.weight: int8",
+                 "parts of several dtypes: float16, float32"):
+        assert line in text, line
+    assert "attn.bias" not in text and "known" not in text
+
+
+def test_long_lists_are_counted_and_cut():
+    with pytest.raises(CheckpointError) as error:
+        check(expand(TABLE, PARAMETERS), PARAMETERS, stored(ON_DISK | {f"extra.{n}": (1,) for n in range(1000)}))
+    assert "1000 unexpected" in str(error.value) and "988 more" in str(error.value) and len(str(error.value)) < 1000
