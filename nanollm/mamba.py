@@ -71,7 +71,7 @@ class Mamba(nn.Module):
         positions = None if frame.regular else frame.positions
         x, state.conv = F.silu(self.conv1d(x, state.conv, positions)).transpose(1, 2), self._window(x, state.conv, frame.real)
         delta, B, C = self.x_proj(x).split([config.dt_rank, config.state, config.state], -1)
-        delta = F.softplus(self.dt_proj(delta)).float()                                 # (B, T, I)
+        delta = F.softplus(F.linear(delta, self.dt_proj.weight).float() + self.dt_proj.bias.float())     # (B, T, I), float32
         if frame.real is not None:
             delta = delta * frame.real[..., None]                                       # Δ = 0: the state stays
         scan = selective_scan if T < CHUNKED_FROM else selective_scan_chunked

@@ -109,7 +109,7 @@ FIXTURES = {
     # Mamba
     "mamba-130m": Fixture("mamba", MAMBA),
     "mamba-2.8b": Fixture("mamba", {**MAMBA, "hidden_size": 40, "time_step_rank": "auto", "state_size": 16, "tie_word_embeddings": False}),
-    "mamba-biases": Fixture("mamba", {**MAMBA, "use_bias": True, "use_conv_bias": False, "conv_kernel": 3, "expand": 3}),
+    "mamba-biases": Fixture("mamba", {**MAMBA, "use_bias": True, "use_conv_bias": False, "residual_in_fp32": False, "conv_kernel": 3, "expand": 3}),
 }
 
 

@@ -28,9 +28,13 @@ BOUND = 1e-5
 REPORT = Path(__file__).with_name("mutants.txt")
 LENGTH = 48
 
+ONE_ROUNDING = "the stream is float32, so either order rounds once, at the end; mamba-biases kills it"
+
 # (fixture or *, field) → why no logits of a full float32 pass can depend on it
 REASONS = {
     ("*", "context"): "a note for the caller; nothing in the decoder reads it",
+    ("mamba-130m", "cast_after_gain"): ONE_ROUNDING,
+    ("mamba-2.8b", "cast_after_gain"): ONE_ROUNDING,
     ("*", "tied"): "two copies of one tensor give the same logits; test_init checks that they are one parameter",
 }
 
