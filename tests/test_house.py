@@ -15,7 +15,7 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARIES = {                                            # beside torch, numpy and the standard library
     "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm"},
 }
-ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"}, "chat_child.py": {"jinja2"},
+ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
            "data.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}}
 FORWARD = "config norm rope mask attention mlp block model".split()
 

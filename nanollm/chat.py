@@ -1,0 +1,251 @@
+"""Chats: a list of messages, written out by the model's own template, then encoded.
+
+    messages ──render──▶ text ──encode(special=True, bos=False)──▶ ids
+             template           the template writes BOS itself, or wants none
+
+A chat template is a program in Jinja that came with somebody's weights: `{% for i in range(99999) %}` twice nested, or
+`{{ 'a' * 10**10 }}`, would hang or fill the machine (and does, in transformers). No check inside a process can stop a
+single call into C such as 9**(9**9), so templates run in a child process, which three limits hold:
+
+    time      TIME_LIMIT seconds, then the child is killed; should the parent die first, RLIMIT_CPU ends the child
+    memory    MEMORY_LIMIT bytes of address space (RLIMIT_AS, where the system has it)
+    output    OUTPUT_LIMIT characters more than the messages have
+
+The child starts once, in about a tenth of a second (jinja2, no torch), and then serves the whole session: a turn costs
+about a millisecond. In it, Jinja's sandbox keeps the template from Python's internals, as in transformers:
+
+    trim_blocks, lstrip_blocks, {% break %}, {% generation %}, raise_exception, strftime_now, tojson without HTML escapes
+
+A user who types "<|im_end|>" must not end the turn. `Conversation.prompt_ids` therefore marks special tokens inside the
+messages with two Unicode noncharacters, which survive the template, and encodes what they enclose as plain text. (In
+sentencepiece folders that costs a space token at each such place.)
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanollm.errors import TokenizerError
+
+if TYPE_CHECKING:
+    from nanollm.tokenizer import Tokenizer
+
+TIME_LIMIT = 2.0                  # seconds for one rendering
+START_LIMIT = 60.0                # seconds for the child to start, on a machine that is busy
+MEMORY_LIMIT = 512 << 20          # bytes
+OUTPUT_LIMIT = 1_000_000          # characters
+
+OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode keeps them out of interchanged text for good
+
+
+@dataclass
+class Conversation:
+    """The messages so far, {"role": …, "content": …}. `tools` are JSON schemas, for templates that show them."""
+    tokenizer: "Tokenizer"
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.chat_template is None:
+            raise TokenizerError("the model's folder has no chat template, and chats differ from model to model: "
+                                 "put a chat_template.jinja into the folder, or give --prompt without --chat")
+
+    def add(self, role: str, content: str) -> None:
+        self.messages.append({"role": role, "content": content})
+
+    def prompt_ids(self, **extra: Any) -> list[int]:
+        """The ids that ask for the next message of the assistant. `extra` are further variables of the template."""
+        special = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
+        pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
+        text = render(self.tokenizer.chat_template, _mark(self.messages, pattern), tools=_mark(self.tools, pattern),
+                      **(self.tokenizer.named_tokens | extra))
+        ids: list[int] = []
+        for i, piece in enumerate(re.split(f"{OPEN}({pattern.pattern}){CLOSE}", text)):     # template, marked, template, …
+            ids += self.tokenizer.encode(re.sub(f"[{OPEN}{CLOSE}]", "", piece), bos=False, special=i % 2 == 0)
+        return ids
+
+
+def _mark(value: Any, pattern: re.Pattern[str]) -> Any:
+    """The same messages, with each special token in their texts between OPEN and CLOSE. Marks already there are dropped."""
+    if isinstance(value, str):
+        return pattern.sub(lambda match: OPEN + match[0] + CLOSE, re.sub(f"[{OPEN}{CLOSE}]", "", value))
+    if isinstance(value, dict):
+        return {key: _mark(item, pattern) for key, item in value.items()}
+    return [_mark(item, pattern) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def render(template: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, bos_token: str = "",
+           eos_token: str = "", tools: list[dict[str, Any]] | None = None, **extra: Any) -> str:
+    """The chat as text. Raises TokenizerError if the template refuses the messages, is broken, or meets a limit.
+
+    >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", [{"role": "user", "content": "Hi"}])
+    'user: Hi\\n'
+    """
+    variables = dict(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos_token,
+                     eos_token=eos_token, tools=tools, **extra)
+    name = f"chat template {template[:60]!r}…" if len(template) > 60 else f"chat template {template!r}"
+    try:
+        request = json.dumps({"template": template, "variables": variables}).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TokenizerError(f"{name}: messages and variables must be plain JSON: {error}") from None
+    try:
+        answer = _renderer.ask(request)
+    except TimeoutError:
+        raise TokenizerError(f"{name}: exceeded the time limit of {TIME_LIMIT} s") from None
+    except EOFError:
+        raise TokenizerError(f"{name}: exceeded the memory limit of {MEMORY_LIMIT >> 20} MiB, or crashed") from None
+    if "error" in answer:
+        raise TokenizerError(f"{name}: {answer['error']}")
+    return answer["text"]
+
+
+class _Renderer:
+    """The parent's end of the child process: one request, one answer, each a line of JSON."""
+
+    def __init__(self) -> None:
+        self.lock, self.child, self.owner = threading.Lock(), None, 0
+
+    def ask(self, request: bytes) -> dict[str, Any]:
+        """Raises TimeoutError after TIME_LIMIT, EOFError if the child died by itself."""
+        with self.lock:
+            if self.owner != os.getpid() or self.child is None or self.child.poll() is not None:
+                self._start()                             # the first call, after a kill, or in a process that was forked
+            return self._exchange(request, TIME_LIMIT)
+
+    def _start(self) -> None:
+        root = str(Path(__file__).resolve().parent.parent)
+        program = "import sys; sys.path.insert(0, sys.argv[1]); from nanollm.chat import _serve; _serve()"
+        self.child = subprocess.Popen([sys.executable, "-I", "-c", program, root],
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.owner = os.getpid()
+        limits = {"memory": MEMORY_LIMIT, "time": TIME_LIMIT, "output": OUTPUT_LIMIT}
+        try:
+            self._exchange(json.dumps(limits).encode(), START_LIMIT)
+        except (EOFError, TimeoutError):
+            raise TokenizerError("the process that runs chat templates did not start: is jinja2 installed?") from None
+
+    def _exchange(self, line: bytes, limit: float) -> dict[str, Any]:
+        late, child = threading.Event(), self.child
+        timer = threading.Timer(limit, lambda: (late.set(), child.kill()))
+        timer.start()
+        try:
+            child.stdin.write(line + b"\n")
+            child.stdin.flush()
+            answer = child.stdout.readline()
+        except BrokenPipeError:
+            answer = b""
+        except BaseException:                             # Ctrl-C: the answer to this request must not meet the next one
+            self.close()
+            raise
+        finally:
+            timer.cancel()
+        if answer.endswith(b"\n") and not late.is_set():
+            return json.loads(answer)
+        self.close()
+        raise TimeoutError if late.is_set() else EOFError
+
+    def close(self) -> None:
+        if self.child is not None and self.owner == os.getpid():
+            self.child.kill()
+            self.child.wait()
+            with contextlib.suppress(OSError):            # what was not yet written is of no use
+                self.child.stdin.close()
+            self.child.stdout.close()
+        self.child = None
+
+
+_renderer = _Renderer()
+atexit.register(_renderer.close)
+
+
+# ---- what runs in the child
+
+def _serve() -> None:
+    """Answers requests from stdin, a line each, until it closes. The first line holds the limits."""
+    limits = json.loads(sys.stdin.readline())
+    with contextlib.suppress(ImportError, ValueError, OSError):        # Windows has none, macOS refuses this one
+        import resource
+        resource.setrlimit(resource.RLIMIT_AS, (limits["memory"], limits["memory"]))
+    compiled = functools.lru_cache(maxsize=2)(_environment().from_string)
+    print("{}", flush=True)
+    for line in sys.stdin:
+        _cpu_seconds_left(limits["time"] + 2)
+        try:
+            request = json.loads(line)
+            answer = {"text": _write(compiled(request["template"]), request["variables"], limits["output"] + len(line))}
+        except MemoryError:
+            raise                                         # ends this process; the parent says why and starts another
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+        print(json.dumps(answer), flush=True)
+
+
+def _write(template: Any, variables: dict[str, Any], limit: int) -> str:
+    pieces, size = [], 0
+    for piece in template.generate(**variables):
+        size += len(piece)
+        if size > limit:
+            raise OverflowError(f"exceeded the output limit of {limit} characters")
+        pieces.append(piece)
+    return "".join(pieces)
+
+
+def _cpu_seconds_left(seconds: float) -> None:
+    """The kernel ends this process after so much work, even if nobody is left to kill it."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
+
+
+def _environment() -> Any:
+    """Jinja as chat templates expect it: what transformers 5 offers them, `utils/chat_template_utils.py`."""
+    import jinja2
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """{% generation %} … {% endgeneration %} marks what the assistant said, for training; it prints what it encloses."""
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Namespace(jinja2.utils.Namespace):
+        """Without names that Python or Jinja give a meaning, such as __html__."""
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"namespace attribute {name!r} begins with an underscore")
+            super().__setitem__(name, value)
+
+    def namespace(*args: Any, **kwargs: Any) -> Namespace:
+        made = Namespace()
+        for name, value in dict(*args, **kwargs).items():
+            made[name] = value
+        return made
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None,
+               sort_keys: bool = False) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment.filters["tojson"] = tojson
+    environment.globals |= {"raise_exception": raise_exception, "namespace": namespace,
+                            "strftime_now": lambda format: datetime.now().strftime(format)}
+    return environment
