@@ -221,7 +221,7 @@ def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_beats_gzip_far(tmp_path):
-    """The default run, shortened: the text of the standard library, at a third of the steps."""
+    """The default run, with fewer than half of its steps."""
     run("--out", tmp_path / "demo", "--steps", "250")
     log = [json.loads(line) for line in (tmp_path / "demo" / "log.jsonl").read_text().splitlines()]
     facts = json.loads((tmp_path / "demo" / "data" / "facts.json").read_text())
