@@ -50,7 +50,7 @@ def edit_tensors(folder, change) -> str:
     return name
 
 
-def refused(folder, cause: str, kind=CheckpointError, **more) -> str:
+def expect_refusal(folder, cause: str, kind=CheckpointError, **more) -> str:
     start = time.perf_counter()
     with pytest.raises(kind, match=cause) as error:
         checkpoints.load(folder, **more)
@@ -66,7 +66,7 @@ def test_the_folder_itself_loads(folder):
 
 def test_no_config(folder, no_memory):
     (folder / "config.json").unlink()
-    refused(folder, "config.json: no such file")
+    expect_refusal(folder, "config.json: no such file")
 
 
 @pytest.mark.parametrize("text, cause", [
@@ -75,34 +75,34 @@ def test_no_config(folder, no_memory):
 ])
 def test_config_that_is_none(folder, text, cause, no_memory):
     (folder / "config.json").write_text(text)
-    refused(folder, f"config.json: .*{cause}")
+    expect_refusal(folder, f"config.json: .*{cause}")
 
 
 def test_unknown_model_type(folder, no_memory):
     edit_config(folder, model_type="gpt5")
-    refused(folder, "model_type is 'gpt5'; supported are llama,", ConfigError)
+    expect_refusal(folder, "model_type is 'gpt5'; supported are llama,", ConfigError)
 
 
 def test_weights_that_are_none(folder, no_memory):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    refused(folder, "model.safetensors: a git-lfs pointer")
+    expect_refusal(folder, "model.safetensors: a git-lfs pointer")
     (folder / "model.safetensors").write_text("<html><body>Log in</body></html>")
-    refused(folder, "model.safetensors: a web page")
+    expect_refusal(folder, "model.safetensors: a web page")
     (folder / "model.safetensors").unlink()
-    refused(folder, "neither model.safetensors nor")
+    expect_refusal(folder, "neither model.safetensors nor")
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    refused(folder, "only pickled weights")
+    expect_refusal(folder, "only pickled weights")
 
 
 def test_missing_tensor(folder, no_memory):
     name = edit_tensors(folder, lambda tensors, name: tensors.pop(name))
-    refused(folder, f"1 missing:\n    {name}")
+    expect_refusal(folder, f"1 missing:\n    {name}")
 
 
 def test_unexpected_tensor_and_then_ignored(folder, no_memory, monkeypatch):
     edit_tensors(folder, lambda tensors, name: tensors.update({"extra.one": torch.ones(2), "extra.two": torch.ones(2)}))
-    refused(folder, r"2 unexpected .*:\n    extra.one\n    extra.two")
-    text = refused(folder, r"1 unexpected .*:\n    extra.two", ignore=["extra.one"])     # exactly that one passes
+    expect_refusal(folder, r"2 unexpected .*:\n    extra.one\n    extra.two")
+    text = expect_refusal(folder, r"1 unexpected .*:\n    extra.two", ignore=["extra.one"])     # exactly that one passes
     assert "extra.one" not in text
     monkeypatch.undo()
     checkpoints.load(folder, ignore=["extra.one", "extra.two"])
@@ -110,17 +110,17 @@ def test_unexpected_tensor_and_then_ignored(folder, no_memory, monkeypatch):
 
 def test_ignore_fills_no_hole(folder, no_memory):
     name = edit_tensors(folder, lambda tensors, name: tensors.pop(name))
-    refused(folder, f"1 missing:\n    {name}", ignore=[name])
+    expect_refusal(folder, f"1 missing:\n    {name}", ignore=[name])
 
 
 def test_shape(folder, no_memory):
     name = edit_tensors(folder, lambda tensors, name: tensors.update({name: tensors[name].flatten(0, 1)[1:].clone()}))
-    refused(folder, f"1 of another shape:\n    {name}: ")
+    expect_refusal(folder, f"1 of another shape:\n    {name}: ")
 
 
 def test_type(folder, no_memory):
     name = edit_tensors(folder, lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
-    refused(folder, f"of another type:\n    {name}: int8 stored")
+    expect_refusal(folder, f"of another type:\n    {name}: int8 stored")
 
 
 def test_everything_at_once(folder, no_memory):
@@ -129,27 +129,27 @@ def test_everything_at_once(folder, no_memory):
         other = next(one for one in tensors if one.endswith("norm.weight"))
         tensors[other] = torch.ones(3, dtype=torch.int32)
     edit_tensors(folder, change)
-    text = refused(folder, "1 missing")
+    text = expect_refusal(folder, "1 missing")
     assert all(kind in text for kind in ("1 missing", "1 unexpected", "1 of another shape", "1 of another type"))
 
 
 def test_ignore_takes_whole_names(folder, no_memory):
     edit_config(folder, clip=1)
-    refused(folder, "clip = 1", ConfigError, ignore="clip_qkv")      # a lone string is one name, not a set of letters
-    refused(folder, "clip = 1", ConfigError, ignore=["clip*"])
+    expect_refusal(folder, "clip = 1", ConfigError, ignore="clip_qkv")      # a lone string is one name, not a set of letters
+    expect_refusal(folder, "clip = 1", ConfigError, ignore=["clip*"])
 
 
 def test_unreadable_file(folder, monkeypatch):
     def denied(path, *more):
         raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(files, "open", denied, raising=False)
-    refused(folder, "config.json: cannot be read: Permission denied")
+    expect_refusal(folder, "config.json: cannot be read: Permission denied")
 
 
 def test_unread_key_and_then_ignored(folder, no_memory, monkeypatch):
     edit_config(folder, clip_qkv=8.0, mystery=None)
-    refused(folder, r'clip_qkv = 8.0, mystery = None.*ignore=\["clip_qkv", "mystery"\]', ConfigError)
-    assert "clip_qkv" not in refused(folder, "mystery = None", ConfigError, ignore=["clip_qkv"])
+    expect_refusal(folder, r'clip_qkv = 8.0, mystery = None.*ignore=\["clip_qkv", "mystery"\]', ConfigError)
+    assert "clip_qkv" not in expect_refusal(folder, "mystery = None", ConfigError, ignore=["clip_qkv"])
     monkeypatch.undo()
     checkpoints.load(folder, ignore=["clip_qkv", "mystery"])
 
@@ -165,7 +165,7 @@ def test_sizes_that_the_files_do_not_have(folder, key, value, cause, no_memory):
     edit_config(folder, **{key: value})
     if "mamba" in (folder / "config.json").read_text():
         edit_config(folder, intermediate_size=...)       # which would contradict it first
-    refused(folder, cause, NanollmError)
+    expect_refusal(folder, cause, NanollmError)
 
 
 def test_sizes_that_overflow(folder, no_memory):
@@ -173,7 +173,7 @@ def test_sizes_that_overflow(folder, no_memory):
     edit_config(folder, vocab_size=2**31, hidden_size=2**31 - 64)
     if "mamba" in (folder / "config.json").read_text():
         edit_config(folder, intermediate_size=...)
-    refused(folder, "a tensor beyond any memory", ConfigError)
+    expect_refusal(folder, "a tensor beyond any memory", ConfigError)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -181,26 +181,26 @@ def test_a_value_that_is_not_finite(folder, value):
     def change(tensors, name):
         tensors[name].view(-1)[-1] = value
     name = edit_tensors(folder, change)
-    refused(folder, f"{name} holds a NaN or an infinity as float32")
+    expect_refusal(folder, f"{name} holds a NaN or an infinity as float32")
 
 
 def test_a_value_that_the_wanted_dtype_cannot_hold(folder):
     def change(tensors, name):
         tensors[name].view(-1)[0] = 70_000.0
     name = edit_tensors(folder, change)
-    refused(folder, f"{name} holds a NaN or an infinity as float16", dtype=torch.float16)
+    expect_refusal(folder, f"{name} holds a NaN or an infinity as float16", dtype=torch.float16)
     checkpoints.load(folder)
 
 
 def test_a_dtype_that_weights_cannot_have(folder, no_memory):
-    refused(folder, "dtype is torch.int8; expected one of float32, bfloat16", InputError, dtype=torch.int8)
+    expect_refusal(folder, "dtype is torch.int8; expected one of float32, bfloat16", InputError, dtype=torch.int8)
 
 
 def test_a_missing_head(folder):
     """Tied: the embedding is the head. Untied: transformers would draw a random one; here it is missing."""
     edit_tensors(folder, lambda tensors, _: tensors.pop("lm_head.weight", None))
     edit_config(folder, tie_word_embeddings=False)
-    refused(folder, "1 missing:\n    lm_head.weight")
+    expect_refusal(folder, "1 missing:\n    lm_head.weight")
     edit_config(folder, tie_word_embeddings=True)
     model = checkpoints.load(folder)
     assert model.head.weight is model.embed.weight
