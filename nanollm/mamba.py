@@ -21,7 +21,9 @@ from nanollm.frame import Frame
 from nanollm.linear import Linear
 from nanollm.scan import selective_scan, selective_scan_chunked
 
-CHUNKED_FROM = 32       # tokens above which the chunked scan is the faster one on a CPU; benchmarks/scan.py
+# The chunked scan does twice the work in far fewer steps. It pays (benchmarks/scan.md: up to six times) from this many
+CHUNKED_FROM = 32       # tokens on, while a step touches at most this many
+CHUNKED_UP_TO = 32768   # numbers, B · I · N: beyond, the work itself is what takes the time
 
 
 class Conv1d(nn.Module):
@@ -74,7 +76,8 @@ class Mamba(nn.Module):
         delta = F.softplus(F.linear(delta, self.dt_proj.weight).float() + self.dt_proj.bias.float())     # (B, T, I), float32
         if frame.real is not None:
             delta = delta * frame.real[..., None]                                       # Δ = 0: the state stays
-        scan = selective_scan if T < CHUNKED_FROM else selective_scan_chunked
+        chunked = T >= CHUNKED_FROM and state.state.numel() <= CHUNKED_UP_TO
+        scan = selective_scan_chunked if chunked else selective_scan
         y, state.state = scan(x.float(), delta, -torch.exp(self.A_log.float()), B.float(), C.float(), self.D.float(), state.state, frame.begins)
         return self.out_proj((y * F.silu(z.float())).to(x.dtype))
 
