@@ -88,7 +88,7 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
     ours(model, prompt, 8), theirs(reference, prompt, 8)                                # warm up
     for _ in tqdm(range(rounds), desc=f"{name} {str(dtype)[6:]}", leave=False):
         mine, other = ours(model, prompt, new), theirs(reference, prompt, new)
-        with matrix_vector(prompt.device):
+        with matrix_vector(reference.lm_head.weight):
             switched = theirs(reference, prompt[:, :8], new)                            # a short prompt: the switch is bad for long ones
         pairs.append((mine, other, switched))
         bandwidths.append(bandwidth())

@@ -84,11 +84,11 @@ def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tok
 
 
 @contextmanager
-def matrix_vector(device: torch.device) -> Iterator[None]:
+def matrix_vector(weight: Tensor) -> Iterator[None]:
     """For one token in bfloat16 on a CPU, torch's own matrix-vector product reads the weights 1.5 × as fast as oneDNN's,
     which is made for many rows (benchmarks/generate.md). Both sum in float32. Elsewhere this changes nothing."""
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and device.type != "cpu"
+    torch.backends.mkldnn.enabled = before and not (weight.is_cpu and weight.dtype == torch.bfloat16)
     try:
         yield
     finally:
@@ -99,7 +99,7 @@ def matrix_vector(device: torch.device) -> Iterator[None]:
 def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache) -> Tensor:
     """Run tokens (B, T) through the model; logits (B, V) of the last real token of each row (of the last column if none)."""
     if tokens.numel() == 1:
-        with matrix_vector(tokens.device):
+        with matrix_vector(model.embed.weight):
             return model(tokens, positions, cache)[:, -1]
     last = None
     for at in range(0, tokens.shape[1], PREFILL):

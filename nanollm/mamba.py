@@ -38,8 +38,11 @@ class Conv1d(nn.Module):
         """x (B, I, T), before (B, I, k−1) the inputs that precede it, positions (B, T) where documents or padding matter."""
         width, length = self.weight.shape[-1], x.shape[-1]
         x = torch.cat([before, x], -1)
-        if positions is None:
+        if positions is None and length > 1:
             return F.conv1d(x, self.weight, self.bias, groups=len(self.weight))
+        if positions is None:                                   # one token: the sum itself, which needs no convolution
+            y = (x.float() * self.weight[:, 0].float()).sum(-1, keepdim=True)
+            return (y if self.bias is None else y + self.bias[:, None].float()).to(x.dtype)
         y = torch.zeros_like(x[..., :length])
         for j in range(width):                                  # a token at position p has p predecessors of its own
             mine = (positions >= j)[:, None]

@@ -17,7 +17,7 @@ LIBRARIES = {                                            # beside torch, numpy a
 }
 ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
            "data.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}}
-FORWARD = "config norm rope mask attention mlp block model".split()
+FORWARD = "config norm rope mask frame linear attention mlp block model".split()
 
 
 def imports(path: Path) -> set[str]:

@@ -51,10 +51,10 @@ def edit_tensors(folder, change) -> str:
 
 
 def expect_refusal(folder, cause: str, kind=CheckpointError, **more) -> str:
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(kind, match=cause) as error:
         checkpoints.load(folder, **more)
-    assert time.perf_counter() - start < 10   # it ends; how fast is not for a test
+    assert time.process_time() - start < 1    # its own seconds, not those of a busy machine
     return str(error.value)
 
 

@@ -460,11 +460,11 @@ NAMED = {"empty": "an empty file", "html": "an HTML page", "pointer": "a git-lfs
 def test_junk_is_one_named_error(tmp_path: Path, name: str, junk: str) -> None:
     (tmp_path / name).write_bytes(JUNK[junk])
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(TokenizerError, match=re.escape(str(tmp_path / name))) as error:
         load(tmp_path)
     assert NAMED.get(junk, "found") in str(error.value) or name == "x.tiktoken" and "line 1" in str(error.value)
-    assert "expected" in str(error.value) and time.perf_counter() - start < 10   # it ends; how fast is not for a test
+    assert "expected" in str(error.value) and time.process_time() - start < 1    # its own seconds, not those of a busy machine
 
 
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
