@@ -1,23 +1,30 @@
-"""Train a decoder on text.
+"""Train a decoder: from nothing, or on from a checkpoint; on text, or on chats; on a laptop, or on many GPUs.
 
     python train.py                                     a small Llama on the source of Python's standard library, 2 to 3 minutes
     python train.py --preset mixtral                    another family: llama, qwen3, mistral, mixtral, mamba
     python train.py --data notes/ --steps 2000          your text: a file, a .jsonl with a "text" a line, or a folder of them
+    python train.py --init FOLDER --chat chats.jsonl    fine-tune any Hugging Face folder on chats, loss on the answers only
+    torchrun --nproc-per-node 8 train.py …              the same run on 8 GPUs, sharded (FSDP2); on 8 processes of a CPU too
+    python train.py … --resume                          go on where the run in --out stopped, to the bit
+    python train.py --preset llama-8b … --plan --world-size 64 --device h100        what that would take, without a GPU
     python generate.py --model runs/demo --prompt "def "
 
-The run folder ends up as a Hugging Face model folder, which transformers loads too, with log.jsonl and loss.png beside it.
-Held-out loss is in nats per token, which depends on the tokenizer, and in bits per byte, which does not.
+Large text is made into shards once, with python -m nanollm.data, and given as --data FOLDER. SIGTERM saves and leaves, SIGUSR1 saves
+a checkpoint and the model at once. The run folder ends up as a Hugging Face model folder, which transformers loads too, with log.jsonl
+and loss.png beside it. Held-out loss is in nats per token, which depends on the tokenizer, and in bits per byte, which does not.
 """
 
 import argparse
 import contextlib
-import json
+import dataclasses
 import math
 import os
-import tempfile
+import shutil
+import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 # Both are read when torch comes, and ignored where they mean nothing. A thread that waits sleeps: that costs a quarter of the
 # speed on an idle CPU, and saves two thirds of the time on one that others use too. Memory comes in large pages, not 4 KiB.
@@ -25,246 +32,258 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm import tqdm
 
 import checkpoints
-from nanollm import data
-from nanollm.cli import Parser, main
-from nanollm.config import MoE
-from nanollm.data import Batch, Corpus
-from nanollm.errors import NanollmError
+from nanollm import distributed, optim, plan, runs, state
+from nanollm.cli import main
+from nanollm.corpus import Corpus, open_corpus
+from nanollm.data import Batch, stack
+from nanollm.distributed import DTYPES, World
+from nanollm.errors import RunError
 from nanollm.generation import generate
-from nanollm.linear import Linear
-from nanollm.model import Decoder
-from nanollm.moe import load_balance_loss, routing
-from nanollm.plot import loss_curve
-from nanollm.presets import PRESETS, preset
+from nanollm.losses import RECENT, Balance, spike, token_loss
+from nanollm.model import Decoder, initial_values
+from nanollm.moe import routing
+from nanollm.options import parse
+from nanollm.presets import preset
 
 
-class TrainError(NanollmError):
-    """A run that cannot begin, or cannot go on."""
+@dataclass
+class Run:
+    """All that a step needs, and all that it changes: model, optimizers, balance and recent are what a checkpoint holds."""
+    options: argparse.Namespace
+    world: World
+    corpus: Corpus
+    model: Decoder
+    origin: checkpoints.Origin | None           # of a model that was loaded: it is written back the same way
+    dtype: torch.dtype                          # that the model is written in
+    optimizers: list[torch.optim.Optimizer]
+    balance: Balance
+    recent: list[tuple[float, float]] = field(default_factory=list)     # loss and gradient norm of the last steps that were taken
+    step: int = 0                               # steps done
 
 
-# ---- options
+# ---- a step
 
-def whole(text: str) -> int:
-    value = int(text.replace("_", ""))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
-    return value
-
-
-def rate(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a finite number, 0 or more")
-    return value
-
-
-def parse(args: list[str] | None = None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--preset", default="llama", metavar="NAME", help=f"shape of the model (default llama, which is llama-toy): {', '.join(PRESETS)}")
-    add("--data", type=Path, metavar="FILE_OR_FOLDER", help="text or .jsonl to train on (default: the source of Python's standard library)")
-    add("--vocab", type=whole, metavar="N", help="tokens of the BPE that is trained on that text (default: the preset's)")
-    add("--out", type=Path, metavar="FOLDER", help="run folder (default runs/demo, with --preset runs/NAME)")
-    add("--force", action="store_true", help="replace another run in that folder")
-    add = parser.add_argument_group("how").add_argument
-    add("--steps", type=whole, default=550, metavar="N", help="optimizer steps (default 550)")
-    add("--batch-size", type=whole, default=16, metavar="B", help="rows a step (default 16)")
-    add("--context", type=whole, default=128, metavar="T", help="tokens a row (default 128)")
-    add("--lr", type=rate, default=0.007, metavar="RATE", help="highest learning rate, after the warm-up and before the way down to 0 (default 0.007)")
-    add("--warmup", type=whole, default=20, metavar="N", help="steps in which the rate rises to --lr (default 20)")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon (default): Muon for matrices inside the layers, AdamW for the rest")
-    add("--weight-decay", type=rate, default=0.0, metavar="RATE", help="on matrices (default 0)")
-    add("--clip", type=rate, default=1.0, metavar="NORM", help="longest gradient, 0 for no limit (default 1.0)")
-    add("--balance", type=rate, default=0.01, metavar="WEIGHT", help="weight of the loss that spreads tokens over experts (default 0.01)")
-    add("--seed", type=int, default=0, metavar="N", help="of the weights and the order of the text (default 0)")
-    add = parser.add_argument_group("where, and what it shows").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    add("--dtype", choices=("auto", "bfloat16", "float32"), default="auto", help="of the matrix products; weights stay float32. auto: bfloat16 where the machine is fast at it")
-    add("--eval-every", type=whole, default=100, metavar="N", help="steps between looks at the held-out loss (default 100)")
-    add("--sample-every", type=whole, default=200, metavar="N", help="steps between samples (default 200)")
-    add("--prompt", default=None, metavar="TEXT", help='what samples continue (default "def " on the standard library, else the beginning of a document)')
-    options = parser.parse_args(args)
-    name = "demo" if options.preset == parser.get_default("preset") else options.preset
-    options.out = options.out or Path("runs") / name
-    options.prompt = options.prompt if options.prompt is not None else "" if options.data else "def "
-    return options
+def backward(run: Run, batches: list[Batch], wish: int) -> tuple[dict[str, float], int]:
+    """Gradients of one step, summed over micro-batches and ranks and clipped; every sum is divided by the counts of the whole step, so any
+    cut of the same rows gives the same. Returns what was measured on the way, and the most that a signal has asked of any rank."""
+    options, world = run.options, run.world
+    here = sum(int((batch.targets >= 0).sum()) for batch in batches)
+    tokens = sum(batch.tokens.numel() if batch.positions is None else int((batch.positions >= 0).sum()) for batch in batches)
+    targets, tokens = world.total(here, tokens)
+    sums = torch.zeros(2, device=world.device)
+    for number, batch in enumerate(batches, 1):
+        run.model.set_requires_gradient_sync(number == len(batches))           # gradients are reduced over ranks once a step
+        batch = batch.to(world.device)
+        with routing(run.model) as routed:
+            hidden = run.model.hidden(batch.tokens, batch.positions)
+        nats, squares = token_loss(run.model.head, hidden, batch.targets)
+        loss = (nats + options.z_loss * squares) / targets
+        if routed:
+            real = None if batch.positions is None else batch.positions.flatten() >= 0
+            loss = loss + options.balance * run.balance.loss(routed, real) / tokens
+        loss.backward()
+        sums += torch.stack([nats.detach(), squares.detach()])
+    norm = distributed.clip(run.model, options.clip)
+    nats, squares = sums.tolist()
+    table = world.everyone(nats, squares, nats / max(here, 1), wish)            # (ranks, 4)
+    nats, squares = table.sum(0)[:2].tolist()
+    return {
+        "loss": nats / targets,                                                 # nats per target
+        "worst_rank_loss": table[:, 2].max().item(),                            # of the rank where it is highest: shows one that is broken
+        "gradient_norm": norm,                                                  # before clipping
+        "log_z": math.sqrt(squares / targets) if squares >= 0 else math.nan,    # root mean square, see losses.py
+        "balance": run.balance.close(world.total),
+        "targets": int(targets),
+    }, int(table[:, 3].max())
 
 
-# ---- the parts of a step
-
-def loss_of(model: Decoder, batch: Batch, autocast: contextlib.AbstractContextManager) -> tuple[Tensor, Tensor]:
-    """Cross-entropy in nats per token, float32, and the load-balance loss of the routers (0 without experts)."""
-    with autocast, routing(model) as routed:
-        logits = model(batch.tokens, batch.positions)                           # (B, T, V)
-    loss = F.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten())
-    top_k = next((layer.ffn.top_k for layer in model.config.layers if isinstance(layer.ffn, MoE)), 0)
-    return loss, load_balance_loss(routed, top_k) if routed else loss.new_zeros(())
-
-
-def build_optimizers(model: Decoder, options: argparse.Namespace) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) turns the momentum of a matrix into the nearest orthogonal one, so all its directions
-    learn alike. Its step is scaled to the length of AdamW's (Liu et al. 2025, arXiv 2502.16982 §2.2), so one --lr does for
-    both; embedding, head, gains and stacked experts take 1.5 times that, which was measured to be better."""
-    matrices = [module.weight for module in model.layers.modules() if isinstance(module, Linear)]
-    inside = set(matrices)
-    rest = [p for p in model.parameters() if p not in inside]
-    if options.optimizer == "muon":
-        first = torch.optim.Muon(matrices, lr=options.lr, weight_decay=options.weight_decay, adjust_lr_fn="match_rms_adamw")
+def take_step(run: Run, batches: list[Batch], wish: int) -> tuple[dict, int]:
+    """Step `run.step`, counted from 0: what the log says of it, and what signals ask for. Raises RunError before a number that is not
+    finite reaches a weight."""
+    options, step = run.options, run.step
+    entry: dict = {"lr": options.lr * optim.rate(step, options.steps, options.warmup, options.schedule, options.decay)}
+    if any(a <= step < b for a, b in options.skip_steps):
+        return entry | {"skipped": "--skip-steps"}, int(run.world.everyone(wish).max())
+    measured, wish = backward(run, batches, wish)
+    loss, norm = measured["loss"], measured["gradient_norm"]
+    if not math.isfinite(loss + norm):
+        raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm} on {run.corpus.describe(step * options.batch_size, options.batch_size)}; no weight was changed by it. "
+                       f"A smaller --lr helps most often; --resume --skip-steps {step}:{step + 1} passes over these rows")
+    if spike(run.recent, loss, norm, options.skip_sigma):
+        entry["skipped"] = f"more than {options.skip_sigma:g} sigma above the last {len(run.recent)} steps"
     else:
-        first = torch.optim.AdamW(matrices, lr=options.lr, betas=(0.9, 0.95), weight_decay=options.weight_decay, fused=True)
-    return [first, torch.optim.AdamW([{"params": rest, "times": 1.5}], lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+        optim.step(run.optimizers, entry["lr"])
+        run.recent = [*run.recent, (loss, norm)][-RECENT:]
+    run.model.zero_grad()
+    return entry | measured, wish
 
 
-def rate_at(step: int, options: argparse.Namespace) -> float:
-    """Up in a line over the warm-up, down in a line to 0 at the last step."""
-    return options.lr * min((step + 1) / options.warmup, 1 - step / options.steps)
+def my_batches(run: Run, step: int) -> list[Batch]:
+    """This rank's micro-batches of a step. The rows of a step are the same however many ranks share them."""
+    options, each = run.options, run.options.batch_size // run.world.size
+    first = step * options.batch_size + run.world.rank * each
+    return [run.corpus.stream.batch(at, options.micro_batch) for at in range(first, first + each, options.micro_batch)]
 
+
+# ---- looking at the model
 
 @torch.no_grad()
-def held_out_loss(model: Decoder, corpus: Corpus, options: argparse.Namespace, most: int | None = None) -> float:
-    """Nats per token over `most` windows of the held-out text, or over all."""
-    total, count, device = 0.0, 0, torch.device(options.device)
-    for batch in data.held_out_batches(corpus, 2 * options.batch_size, options.context, most):
-        tokens = int((batch.targets >= 0).sum())
-        total += loss_of(model, batch.to(device), autocast(options))[0].item() * tokens
-        count += tokens
-    return total / count
+def held_out_loss(run: Run, most: int | None = None) -> float:
+    """Nats per token over `most` rows of the held-out source, evenly spread, or over all."""
+    source, world, each = run.corpus.held_out, run.world, run.options.micro_batch
+    rows = range(0, source.rows, 1 if most is None else math.ceil(source.rows / most))
+    total = torch.zeros(2, dtype=torch.float64)
+    for at in range(0, len(rows), each * world.size):
+        mine = rows[at + world.rank * each :][:each]
+        batch = stack([source.row(i) for i in mine or rows[:1]]).to(world.device)        # all ranks take part in each forward pass
+        targets = batch.targets if mine else torch.full_like(batch.targets, -100)
+        nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
+        total += torch.tensor([nats.item(), (targets >= 0).sum().item()])
+    run.model.reshard()                         # a backward pass would have; without one the last gathered parameters stay
+    nats, count = world.total(*total.tolist())
+    return nats / count
 
 
-def sample(model: Decoder, corpus: Corpus, prompt: str, seed: int, length: int = 100) -> str:
-    """What the model makes of the prompt, at temperature 0.8, on from the beginning of a document."""
-    ids = [corpus.end, *corpus.tokenizer.encode(prompt).ids]
-    new = [*generate(model, ids, length, temperature=0.8, top_p=0.95, seed=seed, stop_ids=[corpus.end])]
-    return corpus.tokenizer.decode(ids[1:] + [token for token in new if token != corpus.end])
+def sample(run: Run, length: int = 100) -> str | None:
+    """What the model makes of the prompt, at temperature 0.8. All ranks lend their slices, the first one writes."""
+    whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, distributed.DTYPES[run.options.dtype])
+    if whole is None:
+        return None
+    tokenizer, ids = run.corpus.tokenizer, run.corpus.prompt(run.options.prompt)
+    room = run.model.config.context or len(ids) + length
+    new = generate(whole, ids[-room + 1 :], min(length, room), temperature=0.8, top_p=0.95, seed=run.options.seed + run.step, stop_ids=tokenizer.stop_ids)
+    return tokenizer.decode([*ids, *new])
 
 
-# ---- the machine and the folder
+# ---- the loop
 
-def autocast(options: argparse.Namespace) -> contextlib.AbstractContextManager:
-    return torch.autocast(torch.device(options.device).type, torch.bfloat16, enabled=options.dtype == "bfloat16")
+def train(run: Run, saver: state.Saver, log: Callable[..., None]) -> bool:
+    """Steps until the last one, or until a signal asks to leave: then False. All ranks decide alike, from the same numbers."""
+    options, world, held_out = run.options, run.world, None
+    flops, peak = plan.flops_per_token(run.model.config, options.context), plan.peak_flops(world.device, options.dtype)
+    bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True, disable=world.rank > 0)
+    with ThreadPoolExecutor(1) as ahead, runs.signals() as asked, runs.settled(), bar:
+        coming = ahead.submit(my_batches, run, run.step)
+        while run.step < options.steps:
+            began = time.perf_counter()
+            batches = coming.result()
+            waited = time.perf_counter() - began
+            coming = ahead.submit(my_batches, run, run.step + 1)
+            entry, wish = take_step(run, batches, asked.wish)
+            asked.answered(wish)
+            run.step += 1
+            seconds = time.perf_counter() - began
+            if "loss" in entry:
+                speed = options.batch_size * options.context / seconds
+                entry |= {"tokens_per_second": round(speed), "data_wait": round(waited / seconds, 4), "memory_gb": round(plan.peak_memory(world.device) / 1e9, 3)}
+                if peak:
+                    entry["mfu"] = round(speed * flops / (peak * world.size), 4)
+            log(run.step, **entry)
+            shown = {"loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"), "mfu": entry.get("mfu"), "gb": entry.get("memory_gb")}
+            bar.set_postfix({name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
+            bar.update()
+            if "skipped" in entry and world.rank == 0:
+                tqdm.write(f"step {run.step} is skipped ({entry['skipped']})")
+
+            last = run.step == options.steps
+            if run.corpus.held_out and (last or run.step % options.eval_every == 0):
+                held_out = held_out_loss(run, most=None if last else 64)
+                log(run.step, held_out_loss=held_out, **run.corpus.in_bytes(held_out))
+            if run.corpus.tokenizer and options.sample_every and (last or run.step % options.sample_every == 0) and (text := sample(run)) is not None:
+                log(run.step, sample=text)
+                tqdm.write(f"\n── a sample at step {run.step}\n{text}\n")
+            if last or wish or run.step % options.save_every == 0:
+                finish(saver, log)                                              # the one before, if it is still being written
+                world.together(run.corpus.unchanged)
+                saver.begin(run.step, optim.tensors(run.model, run.optimizers), {"balance": run.balance.shares, "recent": run.recent})
+            if last or wish:
+                finish(saver, log, needed=last or wish == runs.LEAVE)
+                export(run)
+            elif saver.thread and not world.everyone(saver.busy).any():
+                finish(saver, log)
+            if wish == runs.LEAVE:
+                return last
+    return True
 
 
-def check_device(name: str) -> None:
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:         # torch without CUDA asserts
-        raise TrainError(f"--device {name}: {str(error).splitlines()[0]}") from None
-
-
-def fast_dtype(device: str) -> str:
-    """bfloat16 is slower than float32 on a CPU without instructions for it."""
-    if device.startswith("cuda"):
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
-
-
-def claim(folder: Path, record: dict, force: bool) -> None:
-    """Raise TrainError unless the folder is new, empty, or holds a run with the same options, or any run and --force."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+def finish(saver: state.Saver, log: Callable[..., None], needed: bool = False) -> None:
+    """Complete the checkpoint that is being written, if one is. Where that fails training goes on with a warning, unless it is `needed`."""
+    if saver.thread is None:
         return
-    try:
-        before = json.loads((folder / "run.json").read_text())
-        changed = [f"{name} {before.get(name)} → {value}" for name, value in record.items() if before.get(name) != value]
-    except (OSError, ValueError, AttributeError):
-        raise TrainError(f"{folder}: not empty, and not made by train.py; name another folder with --out") from None
-    if changed and not force:
-        raise TrainError(f"{folder}: holds a run with other options ({', '.join(changed)}); --force replaces it, --out names another folder")
+    step, problem = saver.step, saver.finish()
+    log(step, checkpoint=f"steps/{step:08}" if problem is None else f"failed: {problem}")
+    if problem and needed:
+        raise RunError(f"the checkpoint of step {step} cannot be written: {problem}; make room, then --resume")
+    if problem and saver.world.rank == 0:
+        tqdm.write(f"warning: no checkpoint at step {step}: {problem}; training goes on, and older checkpoints are as they were")
 
 
-def clear(folder: Path) -> None:
-    """Away with what an earlier run left, its prepared text excepted: a run that is cut short leaves no model but its own."""
-    for pattern in ("config.json", "generation_config.json", "tokenizer*.json", "model*.safetensors*", "log.jsonl", "loss.png"):
-        for path in folder.glob(pattern):
-            path.unlink()
+# ---- before and after
+
+def build(options: argparse.Namespace, world: World) -> Run:
+    """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
+    source = world.first(lambda: checkpoints.load(options.init)) if options.init else None
+    config, dtype = world.tell(source and (source.config, source.embed.weight.dtype))[0] or (preset(options.preset, context=options.context), torch.float32)
+    if options.init and config.context and options.context > config.context:
+        raise RunError(f"{options.init}: made for {config.context} tokens, --context is {options.context}")
+    corpus = open_corpus(options, world, options.vocab or config.vocab)
+    if options.init and corpus.vocab > config.vocab:
+        raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of {corpus.vocab}")
+    config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
+    with torch.device("meta"):
+        model = Decoder(config)
+    distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile, offload=options.offload)
+    model.to_empty(device="cpu" if options.offload else world.device)
+    distributed.fill(model, distributed.from_first(model, source, world.device) if options.init else initial_values(model, options.seed))
+    optimizers = optim.build(model, options.optimizer, options.weight_decay, DTYPES[options.dtype])
+    return Run(options, world, corpus, model, source.origin if source else None, dtype, optimizers, Balance(model))
 
 
-def save(model: Decoder, corpus: Corpus, folder: Path) -> None:
-    """The Hugging Face files, written aside and moved in when they are complete."""
-    with tempfile.TemporaryDirectory(dir=folder) as draft:
-        checkpoints.save(model, Path(draft) / "model")
-        data.save_tokenizer(corpus.tokenizer, Path(draft) / "model")
-        for path in (Path(draft) / "model").iterdir():
-            os.replace(path, folder / path.name)
+def restore(run: Run) -> None:
+    """Go on from the newest checkpoint in the run folder, if there is one."""
+    found = run.world.tell(state.complete(run.options.out / "steps"))[0]
+    if found:
+        facts = run.world.together(lambda: state.load(found[-1], optim.tensors(run.model, run.optimizers)))
+        run.step, run.balance.shares, run.recent = facts["step"], facts["balance"], [tuple(pair) for pair in facts["recent"]]
 
 
-# ---- the run
+def export(run: Run) -> None:
+    """The model as Hugging Face files in the run folder, written aside and moved in when they are complete."""
+    whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), run.dtype)
 
-def train(model: Decoder, corpus: Corpus, options: argparse.Namespace, log: Callable[..., None]) -> tuple[list[float], list[tuple[int, float]]]:
-    """The loop. Returns the training loss of each step, and (step, held-out loss) where it was looked at, the end included."""
-    optimizers, device = build_optimizers(model, options), torch.device(options.device)
-    losses, held_out, began = [], [], time.perf_counter()
-    bar = tqdm(range(options.steps), desc="training", unit="step", dynamic_ncols=True)
-    for step in bar:
-        batch = data.training_batch(corpus, step, options.batch_size, options.context, options.seed).to(device)
-        loss, balance = loss_of(model, batch, autocast(options))
-        (loss + options.balance * balance).backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip or math.inf)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm.item()):
-            raise TrainError(f"step {step + 1}: loss {losses[-1]}, gradient norm {norm.item()}; a smaller --lr helps most often")
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate_at(step, options) * group.get("times", 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-        done, speed = step + 1, (step + 1) * batch.tokens.numel() / (time.perf_counter() - began)
-        log(step=done, loss=losses[-1], lr=rate_at(step, options), gradient_norm=norm.item(), balance=balance.item(), tokens_per_second=round(speed))
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", held_out=f"{held_out[-1][1]:.3f}" if held_out else "–", tokens_per_s=f"{speed:,.0f}", refresh=False)
-        if done % options.eval_every == 0 or done == options.steps:
-            held_out.append((done, held_out_loss(model, corpus, options, most=None if done == options.steps else 64)))
-            log(step=done, held_out_loss=held_out[-1][1], held_out_bits_per_byte=corpus.bits_per_byte(held_out[-1][1]))
-        if done % options.sample_every == 0 or done == options.steps:
-            text = sample(model, corpus, options.prompt, seed=options.seed + done)
-            log(step=done, sample=text)
-            tqdm.write(f"\n── a sample at step {done}\n{text}\n")
-    return losses, held_out
-
-
-def report(corpus: Corpus, train_loss: float, loss: float) -> str:
-    """What was reached, beside what knows less."""
-    facts = corpus.facts
-    rows = [
-        ("this model", f"{loss:.3f}", corpus.bits_per_byte(loss)),
-        ("gzip -9, on the held-out text by itself", "", facts.gzip_bits_per_byte),
-        ("unigram model: how frequent each token is", f"{facts.unigram_loss:.3f}", corpus.bits_per_byte(facts.unigram_loss)),
-    ]
-    head = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
-    lines = [f"{head:<46}{'nats/token':>12}{'bits/byte':>12}"]
-    lines += [f"  {name:<44}{nats or '–':>12}{bits:>12.3f}" for name, nats, bits in rows]
-    return "\n".join([*lines, f"  {'(training text, last 50 steps)':<44}{train_loss:>12.3f}"])
+    def write() -> None:
+        with runs.replacing(run.options.out) as draft:
+            if run.origin:
+                whole.origin = run.origin
+            checkpoints.save(whole, draft)
+            run.corpus.copy_tokenizer(draft)
+    run.world.first(write)
 
 
 def run() -> None:
-    options, began = parse(), time.perf_counter()
-    config, folder = preset(options.preset), options.out
-    check_device(options.device)
-    options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    record = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items() if name not in ("out", "force")}
-    claim(folder, record, options.force)
-    documents = data.read(options.data)
-    corpus = data.prepare(documents, options.vocab or config.vocab, options.context, folder / "data")
-    clear(folder)
-    (folder / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-
-    model = Decoder(preset(options.preset, corpus.tokenizer.get_vocab_size(), options.context), options.seed).to(options.device)
-    facts, parameters, seen = corpus.facts, sum(p.numel() for p in model.parameters()), options.steps * options.batch_size * options.context
-    print(f"{facts.train_documents} documents, {facts.train_bytes / 1e6:.1f} MB, {len(corpus.train) / 1e6:.2f} M tokens; {facts.held_out_documents} more documents held out")
-    print(f"{options.preset}: {parameters / 1e6:.2f} M parameters, {seen / 1e6:.2f} M tokens to see, products in {options.dtype} on {options.device}")
-
-    with (folder / "log.jsonl").open("w", buffering=1) as file:
-        losses, held_out = train(model, corpus, options, lambda **values: print(json.dumps(values), file=file))
-    save(model, corpus, folder)
-    gzip_loss = facts.gzip_bits_per_byte / corpus.bits_per_byte(1.0)            # in nats per token, for the picture
-    pictured = loss_curve(folder / "loss.png", losses, held_out, {"unigram": facts.unigram_loss, "gzip": gzip_loss}, f"{options.preset} on {options.data or 'the standard library'}")
-    print(report(corpus, sum(losses[-50:]) / len(losses[-50:]), held_out[-1][1]))
-    print(f"{folder}: model, tokenizer, log.jsonl" + (", loss.png" if pictured else " (loss.png needs: pip install matplotlib)") + f"; {time.perf_counter() - began:.0f} s in all")
+    options = parse(__doc__)
+    if options.plan:
+        return print(plan.report(options, preset(options.preset, options.vocab, options.context)))
+    with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
+        options.micro_batch = distributed.rows_at_once(options.batch_size, options.micro_batch, world.size)
+        folder, chief, asked = options.out, world.rank == 0, dict(vars(options))
+        world.first(lambda: runs.check(folder, asked, options.resume, options.force))
+        world.first(lambda: held.enter_context(runs.locked(folder)))
+        here = build(options, world)
+        facts = {"options": asked, "model": here.model.config.to_dict(), "data": {"fingerprint": here.corpus.stream.fingerprint}}
+        world.first(lambda: runs.start(folder, facts, options.resume, options.force))
+        if options.resume:
+            restore(here)
+        say = print if chief else lambda *_, **__: None
+        say(*here.corpus.notes, sep="\n")
+        say(f"{options.init or options.preset}: {sum(p.numel() for p in here.model.parameters()) / 1e6:.2f} M parameters, {options.steps * options.batch_size * options.context / 1e6:.2f} M tokens to see, "
+            f"products in {options.dtype} on {world.size} × {options.device}" + (f", on from step {here.step}" if here.step else ""))
+        log = world.first(lambda: held.enter_context(runs.Log(folder, here.step, options.tensorboard, options.wandb, facts))) or (lambda *_, **__: None)
+        finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
+        say(runs.report(folder, here.corpus, str(options.init or options.preset)) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on")
 
 
 if __name__ == "__main__":

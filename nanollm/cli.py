@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable
 
@@ -19,17 +20,20 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            self.error(f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "; --help lists them"))
+            self.error(f"unknown option {unknown[0]}{self.nearest(unknown[0].split('=')[0])}")
         return parsed
+
+    def nearest(self, option: str) -> str:
+        known = [known for action in self._actions for known in action.option_strings]
+        near = difflib.get_close_matches(option, known, 1)
+        return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end."""
+    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end. Of many ranks the first one speaks."""
     try:
         run()
     except NanollmError as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
     except KeyboardInterrupt:
         sys.exit(130)

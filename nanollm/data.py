@@ -1,4 +1,4 @@
-"""From text to batches: documents, a tokenizer trained on them, one stream of tokens, windows cut from it.
+"""From shards to batches: one stream of tokens, windows cut from it, in an order that needs no state.
 
     <|endoftext|> t t t t t <|endoftext|> t t t <|endoftext|> …          the stream: a mark before each document
                   └───────── window of T + 1 ─────────┘
@@ -7,46 +7,42 @@
     positions       0 1 2 3 0             1 2 3                          a 0 begins a document, which sees nothing before it
 
 The mark opens a document as its first input and closes the one before as its last target, so a model learns to begin
-and to end, and each token of the text is predicted once. Whole documents are held out, chosen by a hash of their names.
+and to end. Windows start every T tokens: each token but the first is a target once an epoch.
 
-A batch is a pure function of (seed, step): nothing has to be saved to go on where a run stopped.
-Shapes: B batch, T tokens of the context, N tokens in all.
+A batch is a pure function of (seed, row number): nothing has to be saved to go on where a run stopped, and any number
+of machines can share the rows out. Three maps lead from a row of the run to a window, each in constant time:
+
+    row → source           of 1024 rows, source i has c_i, as its weight says; their order is a permutation keyed by (seed, block)
+    row of source → epoch  n → (n div rows, n mod rows)
+    place → window         a permutation of the windows keyed by (seed, source, epoch)
+
+Shapes: B batch, T tokens of the context, N tokens in all. The format of the files is in `shards.py`; `text.py` makes them.
 """
 
 import functools
-import gzip
-import json
-import math
-import sys
-import sysconfig
+import hashlib
+import os
+import re
+import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from tqdm import tqdm
 
-from nanollm.errors import NanollmError
+from nanollm.errors import DataError
+from nanollm.shards import Shard, read_meta
 
-END = "<|endoftext|>"           # before each document, and so after each but the last
-HELD_OUT = 0.05                 # share of the text that training never sees
-FEW = 20                        # fewer documents than this, and the end of each is held out instead of whole ones
-WORDS = r"\w+ ?|[^\w\s]+ ?|\s+"   # where tokens may end. A word takes the space behind it, so a prompt may end in "def "
-NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
+BLOCK = 1024                    # rows in which each source of a mixture has its exact share
+MAKE = "python -m nanollm.data makes them from text"
+NAME = re.compile(r"(.*_)?(train|val|held_out)[-_]?(\d*)\.bin")                 # train-00000.bin, val.bin, fineweb_train_000001.bin
 
-
-class DataError(NanollmError):
-    """Text that cannot be read or trained on: a folder without any, a file that is not text, a broken line of jsonl."""
-
-
-class Document(NamedTuple):
-    name: str                   # unique; the split depends on it and on nothing else
-    text: str
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]                                 # tokens, targets, positions: (T,) int64 each
 
 
 class Batch(NamedTuple):
@@ -58,224 +54,182 @@ class Batch(NamedTuple):
         return Batch(*(None if part is None else part.to(device) for part in self))
 
 
-# ---- documents
+def stack(rows: Sequence[Row]) -> Batch:
+    """B rows of one length → a batch."""
+    tokens, targets, positions = (np.stack(part) for part in zip(*rows))
+    plain = (positions == np.arange(positions.shape[1])).all()
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), None if plain else torch.from_numpy(positions))
 
-def read(source: Path | None) -> list[Document]:
-    """The documents of a file or a folder, in the order of their names. None: the source of Python's standard library.
 
-    A .jsonl file has a document a line, in "text"; any other file is one. In a folder, files that are not text and
-    hidden files are passed over. Raises DataError, which names the file, and the line of a jsonl.
+# ---- sources
+
+class Source(Protocol):
+    """Where rows come from: files of tokens here, chats elsewhere."""
+    name: str
+    rows: int
+    fingerprint: int            # of all that the rows are made from
+
+    def row(self, index: int) -> Row: ...
+    def verify(self, vocab: int) -> None: ...
+    def unchanged(self) -> None: ...
+
+
+class Tokens:
+    """Shards taken as one stream, and the stream cut into windows, which may straddle shards.
+
+    end      the mark between documents, for shards that do not say; None: none, so positions never begin again
+    short    True: the last window may be short, and is filled up with targets of −100, so that all tokens are predicted
     """
-    if source is None:
-        return standard_library()
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    if source.is_file():
-        documents = read_file(source, source.name)
-    else:
-        inside = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        shown = [(path, path.relative_to(source)) for path in inside]
-        shown = [(path, name) for path, name in shown if not any(part.startswith(".") for part in name.parts)]
-        documents = [d for path, name in shown if is_text(path) for d in read_file(path, name.as_posix())]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise DataError(f"{source}: no text in it")
-    return documents
+
+    def __init__(self, name: str, shards: Sequence[Shard], context: int, end: int | None = None, *, short: bool = False) -> None:
+        self.name, self.shards, self.context, self.digest = name, shards, context, shards[0].digest
+        self.end = end if shards[0].end is None else shards[0].end
+        self._stops = [*accumulate(shard.count for shard in shards)]            # where each shard ends in the stream
+        predicted = self._stops[-1] - 1
+        self.rows = -(-predicted // context) if short else predicted // context
+        if self.rows < 1:
+            raise DataError(f"{name}: {predicted + 1} tokens do not fill one context of {context} and a target; give more text, or a smaller context")
+
+    @functools.cached_property
+    def fingerprint(self) -> int:
+        """Of the bytes and how they are read. Shards that are not ours are read through for it."""
+        return zlib.crc32(repr([(shard.crc32, shard.dtype.str, shard.count) for shard in self.shards]).encode())
+
+    def row(self, index: int) -> Row:
+        """Window `index`: tokens, targets, positions, each (T,) int64."""
+        assert 0 <= index < self.rows, (index, self.rows)
+        start, count = index * self.context, self.context
+        window = self._read(start, min(start + count + 1, self._stops[-1]))
+        tokens, targets = np.full(count, self.end or 0, np.int64), np.full(count, -100, np.int64)
+        tokens[: len(window)], targets[: len(window) - 1] = window[:count], window[1:]
+        columns, mark = np.arange(count), -1 if self.end is None else self.end  # no id is −1
+        return tokens, targets, columns - np.maximum.accumulate(np.where(tokens == mark, columns, 0))
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        parts, number = [], bisect_right(self._stops, start)
+        while start < stop:
+            shard, first = self.shards[number], self._stops[number] - self.shards[number].count
+            parts.append(shard.tokens[start - first : stop - first])
+            start, number = self._stops[number], number + 1
+        return np.concatenate(parts)
+
+    def verify(self, vocab: int) -> None:                       # raises DataError, as does `unchanged`: see Shard
+        for shard in self.shards:
+            shard.verify(vocab)
+
+    def unchanged(self) -> None:
+        for shard in self.shards:
+            shard.unchanged()
 
 
-def standard_library() -> list[Document]:
-    """The .py files of this Python's standard library, without its tests and its tables of data."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*.py"))]
-    names = [name for name in names if not NOT_TEXT & set(name.parts[:-1]) and not name.name.startswith("_sysconfigdata")]
-    if not names:
-        raise DataError(f"{folder}: this Python comes without the source of its standard library; give text with --data")
-    return [d for name in names for d in read_file(folder / name, name.as_posix()) if d.text.strip()]
+def is_shard_folder(path: Path) -> bool:
+    """Whether it is a folder with shards to train on, by their names."""
+    return path.is_dir() and any(match and match[2] == "train" for match in map(NAME.fullmatch, os.listdir(path)))
 
 
-def is_text(path: Path) -> bool:
-    with path.open("rb") as file:
-        return b"\0" not in file.read(8192)
+def open_folder(path: Path, context: int, end: int | None = None) -> tuple[Tokens, Tokens | None]:
+    """(training, held out) of a folder of shards, or of one .bin file, which has nothing held out.
+
+    The shards are train-*.bin and held_out-*.bin (text.py), train.bin and val.bin (nanoGPT), *_train_*.bin and *_val_*.bin
+    (llm.c). `end` is the mark between documents where the files do not say. Raises DataError for anything else.
+    """
+    if path.is_file():
+        return Tokens(str(path), [Shard(path)], context, end), None
+    if not is_shard_folder(path):
+        found = sorted(os.listdir(path)) if path.is_dir() else ["no such file or folder"]
+        raise DataError(f"{path}: found {', '.join(found[:9]) or 'nothing'}, expected shards named train….bin; {MAKE}")
+    named = sorted(filter(None, map(NAME.fullmatch, os.listdir(path))), key=lambda match: (match[1] or "", int(match[3] or 0), match[0]))
+    if named[0][1] != named[-1][1]:
+        raise DataError(f"{path}: found shards of two sets, {named[0][0]} and {named[-1][0]}, expected one; move them apart")
+    train = [Shard(path / match[0]) for match in named if match[2] == "train"]
+    held_out = [Shard(path / match[0]) for match in named if match[2] != "train"]
+    for shard in train + held_out:
+        for fact in ("dtype", "end", "digest"):
+            found, expected = getattr(shard, fact), getattr(train[0], fact)
+            if found != expected:
+                raise DataError(f"{shard.path}: {fact}: found {found}, expected {expected} as in {train[0].path.name}; {MAKE}, all with one tokenizer")
+    meta, counts = read_meta(path), [sum(shard.count for shard in shards) for shards in (train, held_out)]
+    facts = meta["facts"] if isinstance(meta.get("facts"), dict) else {}
+    expected = [facts.get("train_tokens"), facts.get("held_out_tokens")]
+    if "format" in meta and counts != expected:
+        raise DataError(f"{path}: found {counts} tokens to train on and held out, expected {expected} as in meta.json (None: it is unfinished); {MAKE}")
+    return Tokens(str(path), train, context, end), Tokens(f"{path}, held out", held_out, context, end, short=True) if held_out else None
 
 
-def read_file(path: Path, name: str) -> list[Document]:
-    """The documents of one file. Bytes that are not UTF-8 become U+FFFD."""
-    try:
-        if not is_text(path):
-            raise DataError(f"{path}: not a text file (it holds zero bytes)")
-        text = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if path.suffix != ".jsonl":
-        return [Document(name, text)]
-    return [Document(f"{name}:{n}", json_text(line, f"{path}, line {n}")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+# ---- the order of rows
+
+def shuffle(index: int | np.ndarray, count: int, key: tuple[int, ...]) -> int | np.ndarray:
+    """Where a permutation of range(count) sends `index`: no table, the same on every machine. index int, or (n,) uint64.
+
+    A Feistel network permutes the numbers of 2h bits whatever its round function is (Luby & Rackoff 1988): each of
+    6 rounds swaps the halves and adds to one a hash of the other. 4ʰ ≤ 4 count; what leaves range(count) is sent on until
+    it is back inside ("cycle walking", Black & Rogaway 2002), which keeps it a permutation.
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask, keys = (1 << half) - 1, struct.unpack("<6Q", hashlib.blake2b(repr(key).encode(), digest_size=48).digest())
+
+    def permute(x: int | np.ndarray) -> int | np.ndarray:       # arrays of uint64 overflow as the masks say for an int
+        left, right = x >> half, x & mask
+        for round_key in keys:
+            hashed = (right ^ round_key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            hashed = (hashed ^ hashed >> 32) * 0xD6E8FEB86659FD93 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ (hashed >> 32 & mask)
+        return left << half | right
+
+    moved = permute(index)
+    if isinstance(moved, int):
+        while moved >= count:
+            moved = permute(moved)
+        return moved
+    while (outside := moved >= count).any():
+        moved[outside] = permute(moved[outside])
+    return moved
 
 
-def json_text(line: str, where: str) -> str:
-    """The document in one line of jsonl. Raises DataError that begins with `where`, the file and the line."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        found = f"the keys {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise DataError(f'{where}: expected an object with the document in "text", found {found}')
-    return value["text"]
+class Stream:
+    """All rows of a run, without end: row r is the same on every machine, whoever asks for it and whenever.
 
+    weights   the shares of the sources, of any sum; None: in proportion to their rows
+    """
 
-def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held out), the same on every machine. A text that occurs twice counts once, so none is on both sides."""
-    unique = list({document.text: document for document in reversed(documents)}.values())[::-1]
-    if len(unique) < FEW:
-        cuts = [d.text.rfind("\n", 0, math.ceil(len(d.text) * (1 - HELD_OUT))) + 1 or len(d.text) for d in unique]
-        ends = [Document(d.name, d.text[cut:]) for d, cut in zip(unique, cuts) if d.text[cut:].strip()]
-        return [Document(d.name, d.text[:cut]) for d, cut in zip(unique, cuts)], ends
-    share, held = HELD_OUT * sum(len(d.text) for d in unique), set()
-    room = share
-    for document in sorted(unique, key=lambda d: zlib.crc32(d.name.encode(errors="replace"))):
-        if room < share / 4:                            # to fill the rest would mean to look for ever smaller ones
-            break
-        if len(document.text) <= room:
-            room -= len(document.text)
-            held.add(document.name)
-    return [d for d in unique if d.name not in held], [d for d in unique if d.name in held]
-
-
-# ---- tokens
-
-def train_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, §2.2): any text can be written, and what was written can be read back."""
-    tokenizer = Tokenizer(models.BPE())
-    words, as_bytes = pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=sys.stderr.isatty())
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """The files that nanollm.tokenizer.load and transformers.AutoTokenizer read. The mark is BOS and EOS both."""
-    end = tokenizer.token_to_id(END)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "clean_up_tokenization_spaces": False}
-    for name, value in (("tokenizer_config", config), ("generation_config", {"bos_token_id": end, "eos_token_id": end})):
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
-
-
-def encode(tokenizer: Tokenizer, documents: Sequence[Document], label: str = "tokens") -> np.ndarray:
-    """The stream drawn at the head of the file, with a mark at its very end as well: (N,) uint16, or uint32 if need be."""
-    end = tokenizer.token_to_id(END)
-    tokenizer.encode_special_tokens = True              # a text that spells the mark does not become one
-    dtype, parts = np.uint16 if tokenizer.get_vocab_size() <= 2**16 else np.uint32, []
-    for at in tqdm(range(0, len(documents), 64), desc=label, unit="batch", leave=False):
-        for encoding in tokenizer.encode_batch([document.text for document in documents[at : at + 64]]):
-            parts += [np.array([end], dtype), np.array(encoding.ids, dtype)]
-    tokenizer.encode_special_tokens = False
-    return np.concatenate([*parts, np.array([end], dtype)])
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Text made ready: its two streams, and what a model is compared with."""
-    tokenizer: Tokenizer
-    train: np.ndarray           # (N,)
-    held_out: np.ndarray        # (N',)
-    facts: "Facts"
-
-    def bits_per_byte(self, loss: float) -> float:
-        """A loss in nats per token on the held-out stream, in a unit that does not depend on the tokenizer."""
-        return loss * (len(self.held_out) - 1) / math.log(2) / self.facts.held_out_bytes
+    def __init__(self, sources: Sequence[Source], weights: Sequence[float] | None, seed: int) -> None:
+        self.sources, self.seed = sources, seed
+        weights = [source.rows for source in sources] if weights is None else weights
+        if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+            raise DataError(f"weights {list(weights)}: expected {len(sources)} numbers, 0 or more, not all 0, for {', '.join(s.name for s in sources)}")
+        self.counts = shares(weights)
+        for source, weight, count in zip(sources, weights, self.counts):
+            if weight and not count:
+                raise DataError(f"{source.name}: weight {weight:g} of {sum(weights):g} is no row in {BLOCK}; expected {sum(weights) / BLOCK:.2g} or more, or 0")
 
     @property
-    def end(self) -> int:
-        return self.tokenizer.token_to_id(END)
+    def fingerprint(self) -> int:                               # of everything that decides what a row holds
+        return zlib.crc32(repr((self.seed, self.counts, [(source.fingerprint, source.rows) for source in self.sources])).encode())
+
+    def place(self, row: int) -> tuple[int, int, int]:
+        """(source, epoch, window) of row `row`."""
+        source, n = 0, row
+        if len(self.sources) > 1:
+            block, at = divmod(row, BLOCK)
+            at, ends = shuffle(at, BLOCK, (self.seed, block)), [*accumulate(self.counts)]
+            source = bisect_right(ends, at)
+            n = block * self.counts[source] + at - (ends[source] - self.counts[source])
+        epoch, n = divmod(n, self.sources[source].rows)
+        return source, epoch, shuffle(n, self.sources[source].rows, (self.seed, source, epoch))
+
+    def batch(self, first: int, count: int) -> Batch:
+        """Rows first … first + count − 1."""
+        return stack([self.sources[source].row(window) for source, _, window in map(self.place, range(first, first + count))])
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What was counted while the text was at hand. Bytes are those of the text in UTF-8."""
-    fingerprint: int            # of the documents, the size of the vocabulary and WORDS
-    train_documents: int
-    train_bytes: int
-    held_out_documents: int
-    held_out_bytes: int
-    unigram_loss: float         # nats per held-out token, from the frequencies of the training tokens
-    gzip_bits_per_byte: float   # of the held-out text compressed by itself
+def shares(weights: Sequence[float]) -> list[int]:
+    """BLOCK rows parted by weight: each has its share rounded down, the largest remainders take the rows left over."""
+    exact = [BLOCK * weight / sum(weights) for weight in weights]
+    order = sorted(range(len(weights)), key=lambda i: int(exact[i]) - exact[i])
+    more = order[: BLOCK - sum(map(int, exact))]
+    return [int(exact[i]) + (i in more) for i in range(len(weights))]
 
 
-def prepare(documents: Sequence[Document], vocab: int, context: int, folder: Path) -> Corpus:
-    """Split, train a tokenizer, encode; or take all that from `folder` if it was made from the same documents there.
-
-    Raises DataError, with nothing written, where the text does not fill one context.
-    """
-    fingerprint = zlib.crc32(f"{vocab} {WORDS}".encode())
-    for document in documents:
-        fingerprint = zlib.crc32(f"{document.name}\0{document.text}\0".encode(errors="replace"), fingerprint)
-    try:
-        facts = Facts(**json.loads((folder / "facts.json").read_text()))
-        if facts.fingerprint == fingerprint:
-            streams = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "held_out"))
-            return Corpus(Tokenizer.from_file(str(folder / "tokenizer.json")), *streams, facts)
-    except (OSError, ValueError, TypeError):
-        pass                                            # nothing there, or not ours: make it
-    kept, held = split(documents)
-    if not held:
-        raise DataError(f"{len(documents)} document(s) of {sum(len(d.text) for d in documents)} characters: too little text to hold out a part of it")
-    tokenizer = train_tokenizer([document.text for document in kept], vocab)
-    train, held_out = encode(tokenizer, kept, "tokens, training"), encode(tokenizer, held, "tokens, held out")
-    if len(train) <= context:
-        raise DataError(f"the text to train on has {len(train)} tokens, which do not fill one context of {context}; give more text, or a smaller --context")
-    counts = np.bincount(train, minlength=tokenizer.get_vocab_size()) + 1.0         # + 1: no token is impossible
-    text = "".join(document.text for document in held).encode(errors="replace")
-    facts = Facts(
-        fingerprint, len(kept), sum(len(d.text.encode(errors="replace")) for d in kept), len(held), len(text),
-        unigram_loss=float(-np.log(counts / counts.sum())[held_out[1:]].mean()),
-        gzip_bits_per_byte=8 * len(gzip.compress(text, 9)) / len(text),
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "train.npy", train)
-    np.save(folder / "held_out.npy", held_out)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "facts.json").write_text(json.dumps(asdict(facts), indent=2) + "\n")  # last: it vouches for the others
-    return Corpus(tokenizer, train, held_out, facts)
-
-
-# ---- batches
-
-def training_batch(corpus: Corpus, step: int, batch: int, context: int, seed: int) -> Batch:
-    """Batch number `step` of a stream that is shuffled anew each epoch: every window once, then every window again."""
-    windows = (len(corpus.train) - 1) // context
-    places = [divmod(row, windows) for row in range(step * batch, (step + 1) * batch)]
-    starts = [shuffled(windows, seed, epoch)[index] * context for epoch, index in places]
-    return cut(corpus.train, starts, context, corpus.end)
-
-
-@functools.lru_cache(maxsize=2)
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(count)
-
-
-def held_out_batches(corpus: Corpus, batch: int, context: int, most: int | None = None) -> Iterator[Batch]:
-    """All windows of the held-out stream, so that each token but the first is a target once; or `most`, evenly spread."""
-    starts = range(0, len(corpus.held_out) - 1, context)
-    starts = starts[:: 1 if most is None else math.ceil(len(starts) / most)]
-    for at in range(0, len(starts), batch):
-        yield cut(corpus.held_out, starts[at : at + batch], context, corpus.end)
-
-
-def cut(stream: np.ndarray, starts: Sequence[int], context: int, end: int) -> Batch:
-    """The windows of T + 1 tokens that begin at `starts`. One that leaves the stream is filled up with marks as documents."""
-    rows = np.full((len(starts), context + 1), end, np.int64)
-    targets = np.full((len(starts), context), -100, np.int64)
-    for row, target, start in zip(rows, targets, starts):
-        window = stream[start : start + context + 1]
-        row[: len(window)] = window
-        target[: len(window) - 1] = window[1:]
-    tokens = torch.from_numpy(rows[:, :-1].copy())
-    begins = tokens == end
-    if not begins[:, 1:].any():
-        return Batch(tokens, torch.from_numpy(targets), None)
-    columns = torch.arange(context)
-    last = torch.where(begins, columns, 0).cummax(1).values         # where the document of each token begins in its row
-    return Batch(tokens, torch.from_numpy(targets), columns - last)
+if __name__ == "__main__":
+    from nanollm.text import main
+    main()

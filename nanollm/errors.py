@@ -19,3 +19,11 @@ class TokenizerError(NanollmError):
 
 class InputError(NanollmError):
     """An argument that the model or the sampler cannot honour: a token out of range, a cache that is full."""
+
+
+class RunError(NanollmError):
+    """A training run that cannot begin or cannot go on: its folder, its checkpoints, its numbers."""
+
+
+class DataError(NanollmError):
+    """Text or token shards that cannot be read or trained on: a damaged file, a wrong format, too little of it."""

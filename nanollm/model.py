@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D model width, V vocabulary.
 
 import math
 import zlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,16 @@ class Decoder(nn.Module):
 
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter. Each has a random stream of its own, (seed, name), so the order does not matter.
+    """Draw every parameter, as `initial_values` says."""
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values(model, seed):
+        parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and first value. Each has a random stream of its own, (seed, name), so neither the order matters nor how
+    many processes share the model.
 
         embed, head                         N(0, 0.02²)                  Radford et al. 2019
         matrices                            N(0, 1/in)                   the variance of what goes through is kept
@@ -102,25 +112,27 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
         stream = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         leaf = ".".join(name.split(".")[-2:])
         owner = model.get_submodule(name.rpartition(".")[0])
+        value = torch.empty(p.shape, dtype=p.dtype, device=p.device)
         match leaf.split("."):
             case ["embed" | "head", "weight"]:
-                p.normal_(0, 0.02, generator=stream)
+                value.normal_(0, 0.02, generator=stream)
             case [_, "gain"]:
-                p.fill_(1 - getattr(owner.config, "offset", 0))
+                value.fill_(1 - getattr(owner.config, "offset", 0))
             case ["mixer", "A_log"]:
-                p.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).log().expand_as(p))
+                value.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).log().expand_as(value))
             case ["mixer", "D"]:
-                p.fill_(1)
+                value.fill_(1)
             case ["conv1d", "weight"]:
-                p.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5, generator=stream)
+                value.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5, generator=stream)
             case ["dt_proj", "weight"]:
-                p.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=stream)
+                value.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=stream)
             case ["dt_proj", "bias"]:
-                delta = torch.empty_like(p).uniform_(math.log(0.001), math.log(0.1), generator=stream).exp()
-                p.copy_(delta + torch.log(-torch.expm1(-delta)))                # the inverse of softplus
+                delta = value.uniform_(math.log(0.001), math.log(0.1), generator=stream).exp()
+                value = delta + torch.log(-torch.expm1(-delta))                 # the inverse of softplus
             case [_, "bias"]:
-                p.zero_()
+                value.zero_()
             case [writer, *_] if writer in ("o", "out_proj") or leaf.endswith("down") or writer == "down":
-                p.normal_(0, (p.shape[-1] * branches) ** -0.5, generator=stream)
+                value.normal_(0, (p.shape[-1] * branches) ** -0.5, generator=stream)
             case _:
-                p.normal_(0, p.shape[-1] ** -0.5, generator=stream)
+                value.normal_(0, p.shape[-1] ** -0.5, generator=stream)
+        yield name, value

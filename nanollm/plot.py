@@ -3,24 +3,26 @@
 from pathlib import Path
 
 
-def loss_curve(path: Path, train: list[float], held_out: list[tuple[int, float]], references: dict[str, float], title: str) -> bool:
-    """Write a .png: loss at each step, held-out loss at some, horizontal lines to compare. False: there is no matplotlib."""
+def loss_curve(path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], references: dict[str, float], title: str) -> bool:
+    """Write a .png: (step, loss) of training, the same held out, horizontal lines to compare. False: there is no matplotlib."""
     try:
         from matplotlib.figure import Figure            # not pyplot: no window, no global state
     except ImportError:
         return False
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    smooth, average = [], train[0]
-    for loss in train:
+    steps, losses = zip(*train)
+    smooth, average = [], losses[0]
+    for loss in losses:
         average += 0.05 * (loss - average)              # exponential average over about 20 steps
         smooth.append(average)
-    axes.plot(range(1, len(train) + 1), train, color="tab:blue", alpha=0.2, linewidth=0.8)
-    axes.plot(range(1, len(train) + 1), smooth, color="tab:blue", label="training, averaged over 20 steps")
-    axes.plot(*zip(*held_out), color="tab:orange", marker="o", markersize=4, label=f"held out, {held_out[-1][1]:.3f} at the end")
+    axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
+    axes.plot(steps, smooth, color="tab:blue", label="training, averaged over 20 steps")
+    if held_out:
+        axes.plot(*zip(*held_out), color="tab:orange", marker="o", markersize=4, label=f"held out, {held_out[-1][1]:.3f} at the end")
     for (name, value), style in zip(references.items(), ("--", ":", "-.")):
         axes.axhline(value, color="tab:gray", linestyle=style, label=f"{name}, {value:.3f}")
-    axes.set(title=title, xlabel="step", ylabel="loss, nats per token", xlim=(0, len(train)))
+    axes.set(title=title, xlabel="step", ylabel="loss, nats per token", xlim=(0, steps[-1]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

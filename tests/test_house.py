@@ -16,8 +16,10 @@ LIBRARIES = {                                            # beside torch, numpy a
     "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm"},
 }
 ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
-           "data.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}}
+           "text.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}, "state.py": {"safetensors"}, "options.py": {"tomli"},
+           "runs.py": {"wandb"}}
 FORWARD = "config norm rope mask frame linear attention mlp block model".split()
+TRAINER = "data optim losses distributed".split()         # with train.py: what a training step runs through
 
 
 def imports(path: Path) -> set[str]:
@@ -63,6 +65,11 @@ def test_the_forward_path_stays_under_1000_lines():
     assert sum((ROOT / "nanollm" / f"{name}.py").read_text().count("\n") for name in FORWARD) < 1000
 
 
+def test_the_trainer_stays_under_1000_lines():
+    files = [ROOT / "train.py", *(ROOT / "nanollm" / f"{name}.py" for name in TRAINER)]
+    assert sum(path.read_text().count("\n") for path in files) < 1000
+
+
 FAMILIES = re.compile(r"llama|mistral|mixtral|qwen|gemma|falcon|\bphi|bloom|olmo|gpt|aquila|xverse|\byi\b|model_type", re.IGNORECASE)
 
 
@@ -80,9 +87,9 @@ def code_words(path: Path) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("path", [p for p in PACKAGES["nanollm"] if p.name != "presets.py" and not p.name.startswith("token")], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in PACKAGES["nanollm"] if p.name not in ("presets.py", "options.py", "sft.py") and not p.name.startswith("token")], ids=lambda p: p.name)
 def test_the_decoder_knows_no_family(path):
-    """presets.py lists shapes by name, the tokenizer's files have the names of formats; Llama3 is the name of a RoPE formula."""
+    """presets.py and options.py have shapes by name, the tokenizer's files and sft.py have the names of formats; Llama3 is the name of a RoPE formula."""
     assert not [word for word in code_words(path) if FAMILIES.search(word) and word.lower() != "llama3"]
 
 
@@ -121,7 +128,7 @@ def test_the_public_face_is_frozen():
 
 OPTIONS = {
     "generate.py": "--chat --context --device --dtype --help --ignore --max-new-tokens --min-p --model --prompt --seed --stop --system --temperature --top-k --top-p",
-    "train.py": "--balance --batch-size --clip --context --data --device --dtype --eval-every --force --help --lr --optimizer --out --preset --prompt --sample-every --seed --steps --vocab --warmup --weight-decay",
+    "train.py": "--balance --batch-size --chat --clip --compile --config --context --data --decay --device --dtype --eval-every --force --help --init --keep --lr --mfu --micro-batch --mix --offload --optimizer --out --plan --preset --prompt --recompute --replicas --resume --sample-every --save-every --schedule --seed --skip-sigma --skip-steps --steps --template --tensorboard --tokenizer --vocab --wandb --warmup --weight-decay --world-size --z-loss",
 }
 
 

@@ -1,0 +1,91 @@
+"""What training minimises, as sums over tokens: the trainer divides by the tokens of the whole step.
+
+    L  =  1/n Σ_t [ −log p(y_t) + z · (log Z_t)² ]  +  b · balance          n = targets of the step, over micro-batches and ranks
+
+    log p(y) = x_y − log Z,     log Z = logsumexp(x)            z-loss keeps log Z near 0: Chowdhery et al. 2022 (arXiv 2204.02311) §5
+    balance  = mean over layers of  E · Σ_e f_e P_e             Fedus et al. 2021 (arXiv 2101.03961) eq. 4
+               f_e  share of the tokens whose choices include expert e,   P_e  mean probability of e
+
+A mean of means is not the mean: rows with few targets would weigh as much as rows with many. Sums over n are the same number however
+the step is cut into ranks and micro-batches. So is balance here: f, through which no gradient flows, is that of *the step before*, a
+price of each expert that all micro-batches of a step are charged alike (known only when the step ends, it could not be its own).
+
+Shapes: B batch, T tokens, D width, V vocabulary, N tokens in all, E experts.
+"""
+
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from nanollm.moe import MoE
+
+MOST = 2**28            # logits held at once. More are computed in pieces, and again for the gradient: V is 100,000 and more today
+RECENT = 128            # steps that a spike is measured against
+
+
+def token_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (B, T, D), targets (B, T) int64 with −100 for none → Σ −log p(y) and Σ (log Z)² over the targets, float32."""
+    def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(x).float()                                                # (n, V)
+        log_z = logits.logsumexp(-1)
+        said = logits.gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
+        real = y >= 0
+        return ((log_z - said) * real).sum(), (log_z.square() * real).sum()
+
+    rows, y, vocab = hidden.flatten(0, 1), targets.flatten(), head.weight.shape[0]
+    if len(rows) * vocab <= MOST:
+        return sums(rows, y)
+    size = max(1, MOST // vocab)
+    parts = [checkpoint(sums, *piece, use_reentrant=False) for piece in zip(rows.split(size), y.split(size))]
+    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+
+
+class Balance:
+    """The load-balance loss of every MoE layer, and the counts behind it. Without such layers everything is 0.
+
+    shares is what a checkpoint must keep: one row of f a layer, as plain numbers.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [module for module in model.modules() if isinstance(module, MoE)]
+        self.shares = [[m.config.top_k / m.config.experts] * m.config.experts for m in self.layers]     # at first all cost the same
+        self.chosen, self.probability, self.tokens = [], [], 0
+
+    def loss(self, routed: list[Tensor], real: Tensor | None) -> Tensor:
+        """Sum over tokens of the balance of this micro-batch. routed: router logits (N, E) a layer; real (N,): False is padding."""
+        loss = routed[0].new_zeros((), dtype=torch.float32)
+        if not self.chosen:
+            self.chosen = [torch.zeros(r.shape[-1], dtype=torch.float64, device=r.device) for r in routed]
+            self.probability = [torch.zeros_like(c) for c in self.chosen]
+        for i, (layer, logits) in enumerate(zip(self.layers, routed)):
+            p = logits.softmax(-1, dtype=torch.float32)                         # (N, E)
+            choice = F.one_hot(p.topk(layer.config.top_k, -1).indices, p.shape[-1]).sum(-2)
+            if real is not None:
+                p, choice = p * real[:, None], choice * real[:, None]
+            price = torch.tensor(self.shares[i], device=p.device)
+            loss = loss + p.shape[-1] * (price * p.sum(0)).sum() / len(self.layers)
+            self.chosen[i] += choice.sum(0)
+            self.probability[i] += p.detach().sum(0)
+        self.tokens += len(routed[0]) if real is None else int(real.sum())
+        return loss
+
+    def close(self, total: Callable[..., list[float]]) -> float:
+        """End a step: sum the counts over ranks, set the prices of the next one, and return what the balance was (eq. 4)."""
+        if not self.layers:
+            return 0.0
+        sums = iter(total(self.tokens, *(float(x) for row in (*self.chosen, *self.probability) for x in row.tolist())))
+        tokens = next(sums)
+        chosen, probability = ([[next(sums) / tokens for _ in row] for row in rows] for rows in (self.chosen, self.probability))
+        self.shares, self.chosen, self.probability, self.tokens = chosen, [], [], 0
+        return sum(len(f) * sum(a * b for a, b in zip(f, p)) for f, p in zip(chosen, probability)) / len(chosen)
+
+
+def spike(recent: Sequence[tuple[float, float]], loss: float, norm: float, sigma: float) -> bool:
+    """Whether loss or gradient norm lie more than `sigma` standard deviations (0: any) above their mean over the recent steps."""
+    if not sigma or len(recent) < RECENT // 4:
+        return False
+    return any(value > statistics.fmean(past) + sigma * statistics.pstdev(past) for value, past in zip((loss, norm), zip(*recent)))

@@ -1,0 +1,114 @@
+"""What the ranks of tests/test_distributed.py run: python -m torch.distributed.run … tests/ranks.py CASE OUT
+
+Each case works on a small sharded model, and the first rank writes what it found to OUT as JSON.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from nanollm import distributed, optim
+from nanollm.distributed import DTYPES, World
+from nanollm.losses import token_loss
+from nanollm.model import Decoder, initial_values
+from nanollm.presets import preset
+
+torch.set_num_threads(1)
+
+
+def build(world: World, name: str, dtype: str = "float32", **how) -> Decoder:
+    with torch.device("meta"):
+        model = Decoder(preset(name, 300, 32))
+    distributed.shard(model, world.mesh, DTYPES[dtype], **how)
+    model.to_empty(device="cpu")
+    distributed.fill(model, initial_values(model, seed=3))
+    return model
+
+
+def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **how) -> list[float]:
+    """A few steps on rows that all ranks share out; loss and gradient norm of each."""
+    model, found = build(world, name, dtype, **how), []
+    optimizers = optim.build(model, "adamw", 0.0, DTYPES[dtype])
+    stream = torch.Generator().manual_seed(5)
+    for _ in range(steps):
+        tokens = torch.randint(0, 300, (4, 33), generator=stream)
+        mine = tokens.chunk(world.size)[world.rank]
+        nats, _ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
+        (nats / 128).backward()
+        norm = distributed.clip(model, 1.0)
+        found += [world.total(nats.item())[0] / 128, norm]
+        optim.step(optimizers, 0.003)
+        model.zero_grad()
+    return found
+
+
+def initial(world: World) -> dict:
+    """Every toy, drawn in slices and gathered again, is what one process draws; heads that are tied stay tied."""
+    found = {}
+    for name in ("llama", "qwen3", "mistral", "mixtral", "mamba"):
+        model = build(world, name)
+        whole, expected = distributed.gather(model, True, torch.device("cpu")), Decoder(preset(name, 300, 32), seed=3)
+        same = {key: torch.equal(value, expected.state_dict()[key]) for key, value in whole.state_dict().items()}
+        found[name] = [len(same), sum(same.values()), (whole.head.weight is whole.embed.weight) == expected.config.tied]
+    return found
+
+
+def recompute(world: World) -> dict:
+    return {f"{name} {how}": losses(world, name, recompute=how) for name in ("llama", "mixtral") for how in distributed.RECOMPUTE}
+
+
+def variants(world: World) -> dict:
+    return {"plain": losses(world, "llama"), "bfloat16": losses(world, "llama", "bfloat16"), "offload": losses(world, "llama", offload=True),
+            "mamba": losses(world, "mamba"), "mixtral": losses(world, "mixtral")}
+
+
+def memory(world: World) -> dict:
+    """What a rank holds of weights and optimizer: numbers, over those of the whole model."""
+    model = build(world, "llama")
+    held = [tensor.to_local().numel() if hasattr(tensor, "to_local") else 0 for tensor in optim.tensors(model, optim.build(model, "adamw", 0.0, torch.float32)).values()]
+    return {"share": sum(held) / (3 * sum(p.numel() for p in Decoder(preset("llama", 300, 32)).parameters()))}
+
+
+def broken(world: World) -> dict:
+    """A NaN in the loss, then one in a gradient, of the last rank only: every rank has to see it."""
+    found = []
+    for where in ("loss", "gradient"):
+        model = build(world, "llama")
+        tokens = torch.randint(0, 300, (2, 17))
+        hidden = model.hidden(tokens[:, :-1])
+        nats, _ = token_loss(model.head, hidden, tokens[:, 1:])
+        if world.rank == world.size - 1 and where == "loss":
+            nats = nats * torch.nan
+        if world.rank == world.size - 1 and where == "gradient":
+            hidden.register_hook(lambda g: g * torch.nan)
+        nats.backward()
+        found.append([str(distributed.clip(model, 1.0)), str(world.everyone(nats.item()).sum().item())])
+    return {"all": world.tell(found)}
+
+
+def together(world: World) -> dict:
+    """An error on one rank is the same error on all; none waits for another."""
+    from nanollm.errors import DataError
+
+    def work() -> str:
+        if world.rank == world.size - 1:
+            raise DataError("the last rank's file is gone")
+        return "fine"
+
+    try:
+        world.together(work)
+        caught = "nothing"
+    except DataError as error:
+        caught = str(error)
+    return {"caught": world.tell(caught), "first": world.tell(world.first(lambda: "once")), "total": world.total(1, world.rank), "tell": world.tell(world.rank)}
+
+
+if __name__ == "__main__":
+    case, out, replicas = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    with distributed.world("cpu", replicas) as world:
+        found = globals()[case](world)
+        if world.rank == 0:
+            out.write_text(json.dumps(found))

@@ -1,0 +1,153 @@
+"""Many ranks are one computation: train.py and its parts under torchrun on gloo, against one process."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
+
+def launch(ranks: int, *args: object) -> str:
+    """Run a script on so many ranks; its output, where it ended with 0."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
+    done = subprocess.run([*start, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def case(name: str, ranks: int, folder: Path, replicas: int = 1) -> dict:
+    launch(ranks, "tests/ranks.py", name, folder / "found.json", replicas)
+    return json.loads((folder / "found.json").read_text())
+
+
+# ---- train.py
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    from nanollm import text
+    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
+    for i in range(24):
+        names = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
+        (folder / f"{i:02}.py").write_text("".join(f"def {a}({b}):\n    return {b} + {n}\n\n" for n, (a, b) in enumerate(zip(names, names[::-1]))))
+    text.prepare(text.read(folder), folder / "shards", vocab=300, tokenizer=None, context=32)
+    return folder / "shards"
+
+
+def steps(folder: Path) -> list[dict]:
+    return [entry for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+
+
+def run(ranks: int, out: Path, *args: object) -> list[dict]:
+    launch(ranks, "train.py", "--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype", "float32",
+           "--sample-every", 0, "--eval-every", 8, *args)
+    return steps(out)
+
+
+def furthest(a: list[dict], b: list[dict], key: str = "loss") -> float:
+    assert [entry["step"] for entry in a] == [entry["step"] for entry in b] and len(a) == 8
+    return max(abs(x[key] - y[key]) for x, y in zip(a, b))
+
+
+@pytest.fixture(scope="module")
+def alone(shards, tmp_path_factory):
+    """One process with one big batch, for each set of options, on demand."""
+    done: dict[tuple, tuple[list[dict], Path]] = {}
+
+    def get(*args: object) -> tuple[list[dict], Path]:
+        if args not in done:
+            out = tmp_path_factory.mktemp("alone") / "run"
+            done[args] = run(1, out, *args), out
+        return done[args]
+
+    return get
+
+
+@pytest.mark.parametrize("preset, ranks, more", [
+    ("llama", 2, ()), ("llama", 2, ("--micro-batch", 2)), ("llama", 1, ("--micro-batch", 2)), ("llama", 4, ("--replicas", 2)),
+    ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
+], ids=str)
+def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, preset, ranks, more):
+    one, _ = alone("--preset", preset, "--data", shards)
+    many = run(ranks, tmp_path / "run", "--preset", preset, "--data", shards, *more)
+    assert furthest(one, many) <= 1e-6
+    assert furthest(one, many, "balance") < 1e-5
+    assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many)) < 2e-5
+    assert all(entry["worst_rank_loss"] >= entry["loss"] - 1e-9 for entry in many)
+
+
+def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone, tmp_path):
+    """Chats: rows with few answers and rows with many. 2 ranks × 2 micro-batches = 1 × 4 = one big batch."""
+    rng = np.random.default_rng(1)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text("".join(json.dumps({"prompt": "alpha " * int(rng.integers(1, 4)), "completion": "beta " * int(rng.integers(1, 9))}) + "\n" for _ in range(200)))
+    _, model = alone("--preset", "llama", "--data", shards)
+    options = ("--init", model, "--chat", chats)
+    one = run(1, tmp_path / "one", *options)
+    assert len({entry["targets"] for entry in one}) > 4
+    for ranks, micro in ((1, 2), (2, 2)):
+        many = run(ranks, tmp_path / f"{ranks}x{micro}", *options, "--micro-batch", micro)
+        assert furthest(one, many) <= 1e-6 and [a["targets"] for a in one] == [b["targets"] for b in many]
+    means = run(2, tmp_path / "two", *options)
+    assert max(entry["worst_rank_loss"] - entry["loss"] for entry in means) > 0.01     # a mean of means would have been another number
+
+
+def test_held_out_loss_and_the_model_that_is_written_are_those_of_one_process(shards, alone, tmp_path):
+    import checkpoints
+    _, one = alone("--preset", "llama", "--data", shards)
+    run(2, tmp_path / "run", "--preset", "llama", "--data", shards)
+    held_out = [[entry["held_out_loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "held_out_loss" in entry] for folder in (one, tmp_path / "run")]
+    assert len(held_out[0]) == 1 and abs(held_out[0][0] - held_out[1][0]) < 5e-6
+    a, b = (checkpoints.load(folder).state_dict() for folder in (one, tmp_path / "run"))
+    assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+# ---- its parts
+
+@pytest.mark.parametrize("ranks, replicas", [(1, 1), (2, 1), (4, 2)])
+def test_weights_drawn_in_slices_are_those_drawn_whole(tmp_path, ranks, replicas):
+    for name, (count, same, tied) in case("initial", ranks, tmp_path, replicas).items():
+        assert count == same > 20 and tied, name
+
+
+def test_recomputed_activations_change_no_bit(tmp_path):
+    found = case("recompute", 2, tmp_path)
+    for name in ("llama", "mixtral"):
+        assert found[f"{name} none"] == found[f"{name} selective"] == found[f"{name} full"]
+
+
+def test_every_variant_computes_the_same(tmp_path):
+    one, two = case("variants", 1, tmp_path), case("variants", 2, tmp_path)
+    for name in ("plain", "offload", "mamba", "mixtral"):
+        assert np.allclose(one[name][::2], two[name][::2], rtol=0, atol=1e-6), name            # losses
+        assert np.allclose(one[name][1::2], two[name][1::2], rtol=2e-5, atol=0), name          # gradient norms
+    assert one["offload"] == one["plain"]
+    rounding = np.abs(np.array(two["bfloat16"]) - one["plain"])[::2]
+    assert 1e-6 < rounding.max() < 5e-2 and np.abs(np.array(two["bfloat16"]) - one["bfloat16"])[::2].max() < 5e-3
+
+
+def test_a_rank_holds_its_share_and_no_more(tmp_path):
+    assert case("memory", 1, tmp_path)["share"] == 1.0
+    assert 0.5 <= case("memory", 2, tmp_path)["share"] < 0.51
+    assert 0.5 <= case("memory", 4, tmp_path, replicas=2)["share"] < 0.51
+
+
+def test_what_is_not_finite_on_one_rank_is_seen_by_all(tmp_path):
+    for loss, gradient in case("broken", 2, tmp_path)["all"]:
+        assert loss == ["nan", "nan"] and gradient[0] == "nan" and gradient[1] != "nan"
+
+
+def test_ranks_agree(tmp_path):
+    found = case("together", 2, tmp_path)
+    assert found == {"caught": ["the last rank's file is gone"] * 2, "first": ["once", None], "total": [2, 1], "tell": [0, 1]}
+
+
+def test_an_error_is_said_once_and_ends_all_ranks(tmp_path):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
+    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "nowhere: no such file" in done.stderr and not (tmp_path / "run").exists()
