@@ -45,7 +45,7 @@ from nanollm.generation import generate
 from nanollm.losses import RECENT, Balance, spike, token_loss
 from nanollm.model import Decoder, initial_values
 from nanollm.moe import routing
-from nanollm.options import parse
+from nanollm.options import parse, rows_at_once
 from nanollm.presets import preset
 
 
@@ -268,7 +268,7 @@ def run() -> None:
     if options.plan:
         return print(plan.report(options, preset(options.preset, options.vocab, options.context)))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
-        options.micro_batch = distributed.rows_at_once(options.batch_size, options.micro_batch, world.size)
+        options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
         folder, chief, asked = options.out, world.rank == 0, dict(vars(options))
         world.first(lambda: runs.check(folder, asked, options.resume, options.force))
         world.first(lambda: held.enter_context(runs.locked(folder)))

@@ -29,22 +29,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nanollm.errors import InputError, NanollmError
 from nanollm.model import Decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 T = TypeVar("T")
-
-
-def rows_at_once(batch: int, micro: int | None, ranks: int) -> int:
-    """Rows of one forward pass, all of a rank's where `micro` is not given. Raises InputError where a step's rows do not come out even."""
-    micro = micro or batch // ranks or 1
-    if batch % (micro * ranks):
-        raise InputError(f"--batch-size {batch} is not a multiple of {ranks} rank(s) × --micro-batch {micro}")
-    return micro
 
 
 @dataclass(frozen=True)
@@ -129,11 +121,11 @@ def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
 # ---- wrapping
 
 RECOMPUTE = ("none", "selective", "full")
-KEPT = {                            # what "selective" keeps of a layer; the rest is computed again in the backward pass
+KEPT = [                            # what "selective" keeps of a layer; the rest is computed again in the backward pass
     torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten.topk.default,    # a second choice of experts could differ from the first
-}
+]
 
 
 def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, recompute: str = "none", compile: bool = False, offload: bool = False) -> None:
@@ -142,11 +134,9 @@ def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, recompute: st
     dtype is that of the products: parameters are cast to it as they are gathered; gradients are reduced in float32.
     offload: slices and optimizer live in the memory of the CPU."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    wrap = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy())
+    wrap = partial(fully_shard, mesh=mesh, mp_policy=precision, shard_placement_fn=partial(cut, mesh.size(-1)), offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy())
     for layer in model.layers:
-        if recompute != "none":
-            again = {"context_fn": partial(create_selective_checkpoint_contexts, _keep)} if recompute == "selective" else {}
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **again)
+        layer.forward = recomputed(layer.forward, recompute)
         if compile:
             layer.compile()
         wrap(layer)
@@ -157,8 +147,17 @@ def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, recompute: st
         module.set_force_sum_reduction_for_comms(True)          # without it gloo is asked for an operation that it lacks
 
 
-def _keep(_: object, operation: object, *args: object, **kwargs: object) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
+    """The same function, which keeps less for its backward pass and computes it again there."""
+    if how == "none":
+        return forward
+    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if how == "selective" else {}
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **kept)
+
+
+def cut(ranks: int, p: nn.Parameter) -> Shard | None:
+    """Along which dimension a parameter is sliced: the first, but for stacked experts, of which there may be fewer than ranks."""
+    return Shard(1) if p.ndim == 3 and p.shape[0] % ranks and p.shape[1] % ranks == 0 else None
 
 
 def slices(model: nn.Module) -> list[FSDPModule]:

@@ -148,6 +148,14 @@ def fast_dtype(device: str) -> str:
     return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
 
 
+def rows_at_once(batch: int, micro: int | None, ranks: int) -> int:
+    """Rows of one forward pass, all of a rank's where `micro` is not given. Raises InputError where a step's rows do not come out even."""
+    micro = micro or batch // ranks or 1
+    if batch % (micro * ranks):
+        raise InputError(f"--batch-size {batch} is not a multiple of {ranks} rank(s) × --micro-batch {micro}")
+    return micro
+
+
 def from_toml(path: Path, parser: Parser) -> list[str]:
     """A TOML file as the arguments that say the same, so that they are checked alike. Raises InputError, which names the file and the key."""
     try:

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nanollm import config as c
 from nanollm import distributed, losses, optim
 from nanollm.errors import InputError
 from nanollm.frame import Frame
 from nanollm.model import Decoder
+from nanollm.options import rows_at_once
 
 NODE = 8                    # GPUs that share the fast links
 NETWORK = 50e9              # bytes a second of each GPU's own network adapter: 400 Gb/s, as in the vendor's own 8-GPU machines
@@ -181,10 +181,8 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
         model.tie()
         frame = Frame(torch.arange(context).expand(rows, context), True, dtype)
         for block, (layer, count) in zip(model.layers, kinds.items()):
-            run, experts = partial(block, frame=frame), layer.ffn.experts if isinstance(layer.ffn, c.MoE) else 0
-            if recompute != "none":                             # as distributed.shard wraps it
-                again = {"context_fn": partial(create_selective_checkpoint_contexts, list(distributed.KEPT))} if recompute == "selective" else {}
-                run = partial(checkpoint, run, use_reentrant=False, preserve_rng_state=False, **again)
+            run = distributed.recomputed(partial(block, frame=frame), recompute)
+            experts = layer.ffn.experts if isinstance(layer.ffn, c.MoE) else 0
             T, T2 = SHORT if isinstance(layer.mixer, c.Mamba) and context > SHORT[1] else (context, context)
             with Live(experts), torch.no_grad():
                 block(torch.zeros(rows, T, config.dim, dtype=stream), frame)                    # makes the tables that all layers share
@@ -243,7 +241,7 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
         raise InputError(f"--mfu {options.mfu:g}: expected a share of the peak, above 0 and at most 1; 0.4 is common")
     device, name, ranks = DEVICES[options.device], "bfloat16" if options.dtype == "auto" else options.dtype, options.world_size
     dtype, slices, peak = distributed.DTYPES[name], ranks // options.replicas, getattr(device, name)
-    rows = distributed.rows_at_once(options.batch_size, options.micro_batch, ranks)
+    rows = rows_at_once(options.batch_size, options.micro_batch, ranks)
     passes, tokens = options.batch_size // (rows * ranks), options.batch_size * options.context
     mine = share(config, ranks, options.replicas, dtype, options.optimizer)
     kept, more = activations(config, rows, options.context, dtype, options.recompute)

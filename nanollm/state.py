@@ -3,12 +3,12 @@
     runs/demo/steps/00000200/         a checkpoint, complete or absent: it gets this name in one rename, last of all
         rank-0.safetensors            the slices that rank 0 holds, of parameters and of what the optimizers remember
         rank-1.safetensors
-        manifest.json                 which rows of which tensor lie where, a CRC-32 for each file, and the plain facts of the run
+        manifest.json                 which part of which tensor lies where, a CRC-32 for each file, and the plain facts of the run
         manifest.crc32                of manifest.json
     runs/demo/steps/.00000300.tmp/    one being written, or left by a process that was killed: never read, cleared by the next
 
     write     copy slices to CPU memory │ a thread: file, fsync, CRC   ‖ training goes on │ all done: manifest, fsync, rename, prune
-    read      manifest, CRC │ for each slice that is wanted: the files that overlap it, CRC first, then those rows
+    read      manifest, CRC │ for each slice that is wanted: the files that overlap it, CRC first, then that part
 
 A kill at any point leaves the checkpoints that were complete. A failure to write (a full disk) on any rank gives up that checkpoint
 on all of them and is reported; the run decides. A file is read by any number of ranks, so world sizes may differ.
@@ -16,6 +16,7 @@ on all of them and is reported; the run decides. A file is read by any number of
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import threading
@@ -35,16 +36,32 @@ from nanollm.distributed import World
 from nanollm.errors import RunError
 
 FORMAT = 1
+Box = list[list[int]]           # [start, end) in each dimension; of a single number: []
 
 
-def rows(tensor: Tensor) -> tuple[int, int]:
-    """Which rows of the whole tensor this rank holds, [start, end). What is not sliced is held by every rank."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor.shape[0] if tensor.ndim else 1
-    assert tensor.placements[-1] == Shard(0), tensor.placements
-    total, size, rank = tensor.shape[0], tensor.device_mesh.size(-1), tensor.device_mesh.get_local_rank(tensor.device_mesh.ndim - 1)
-    each = -(-total // size)                                    # as torch.chunk cuts: the last ranks may have less, or nothing
-    return min(total, rank * each), min(total, (rank + 1) * each)
+def box(tensor: Tensor) -> Box:
+    """Which part of the whole tensor this rank holds. What is not sliced is held by every rank."""
+    part = [[0, size] for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        placement, mesh = tensor.placements[-1], tensor.device_mesh
+        assert isinstance(placement, Shard), tensor.placements
+        total, each = tensor.shape[placement.dim], -(-tensor.shape[placement.dim] // mesh.size(-1))     # as torch.chunk cuts: the last
+        rank = mesh.get_local_rank(mesh.ndim - 1)                                                       # ranks may have less, or nothing
+        part[placement.dim] = [min(total, rank * each), min(total, (rank + 1) * each)]
+    return part
+
+
+def overlap(a: Box, b: Box) -> Box:
+    return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b)]
+
+
+def volume(part: Box) -> int:
+    return math.prod(max(0, end - start) for start, end in part)
+
+
+def within(part: Box, whole: Box) -> tuple[slice, ...]:
+    """Where `part` lies in a tensor that holds `whole`."""
+    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole))
 
 
 def keeper(tensor: Tensor, world: World) -> bool:
@@ -79,11 +96,10 @@ class Saver:
         self.step, self.facts, self.result = step, facts, {"pieces": {}, "shapes": {}}
         mine: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
-            start, end = rows(tensor)
             self.result["shapes"][name] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
-            if keeper(tensor, self.world) and start < end:
+            if keeper(tensor, self.world) and volume(box(tensor)):
                 mine[name] = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True).contiguous()
-                self.result["pieces"][name] = [start, end]
+                self.result["pieces"][name] = box(tensor)
         draft = self.draft(step)
         if self.world.rank == 0:
             for old in self.folder.glob(".*.tmp"):
@@ -204,12 +220,12 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     for name in sorted({*ours, *manifest["tensors"]}):
         if ours.get(name) != manifest["tensors"].get(name):
             raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, this run has {ours.get(name, 'none')}; go on with the options that it was written with")
-    wanted = {name: rows(tensor) for name, tensor in tensors.items()}
-    parts: dict[str, list[tuple[int, Tensor]]] = {name: [] for name in tensors}
+    wanted = {name: box(tensor) for name, tensor in tensors.items()}
+    parts: dict[str, list[tuple[Box, Tensor]]] = {name: [] for name in tensors}
     for file in manifest["files"]:
-        overlap = {name: (max(a, wanted[name][0]), min(b, wanted[name][1]), a) for name, (a, b) in file["pieces"].items()}
-        overlap = {name: one for name, one in overlap.items() if one[0] < one[1]}
-        if not overlap:
+        shared = {name: overlap(piece, wanted[name]) for name, piece in file["pieces"].items()}
+        shared = {name: part for name, part in shared.items() if volume(part)}
+        if not shared:
             continue
         path = folder / file["file"]
         try:
@@ -219,20 +235,17 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if found != file["crc32"]:
             raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, expected {file['crc32']:08x} and {file['bytes']}")
         with safetensors.safe_open(path, framework="pt") as stored:
-            for name, (start, end, first) in overlap.items():
-                one = stored.get_slice(name)
-                parts[name].append((start, one[start - first : end - first] if tensors[name].ndim else stored.get_tensor(name)))
+            for name, part in shared.items():
+                place = within(part, file["pieces"][name])
+                parts[name].append((part, stored.get_slice(name)[place] if place else stored.get_tensor(name)))
+    for name in tensors:
+        have = sum(volume(part) for part, _ in parts[name])
+        if have != volume(wanted[name]):
+            raise damaged(folder, f"{name}: {volume(wanted[name])} numbers are wanted, {have} of them are there")
     for name, tensor in tensors.items():
-        have = sum(len(part) if part.ndim else 1 for _, part in parts[name])
-        if have != wanted[name][1] - wanted[name][0]:
-            raise damaged(folder, f"{name}: rows {wanted[name]} are wanted, {have} of them are there")
-    for name, tensor in tensors.items():
-        target = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for start, part in parts[name]:
-            if tensor.ndim:
-                target[start - wanted[name][0] :][: len(part)].detach().copy_(part)
-            else:
-                target.copy_(part)
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        for part, values in parts[name]:
+            local[within(part, wanted[name])].copy_(values)
     return manifest["facts"] | {"step": manifest["step"]}
 
 

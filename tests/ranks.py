@@ -3,6 +3,7 @@
 Each case works on a small sharded model, and the first rank writes what it found to OUT as JSON.
 """
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -63,6 +64,28 @@ def recompute(world: World) -> dict:
 def variants(world: World) -> dict:
     return {"plain": losses(world, "llama"), "bfloat16": losses(world, "llama", "bfloat16"), "offload": losses(world, "llama", offload=True),
             "mamba": losses(world, "mamba"), "mixtral": losses(world, "mixtral")}
+
+
+def experts(world: World) -> dict:
+    """Three experts: two ranks cut each of them in two. Muon, which has to put them together again."""
+    config = preset("mixtral", 300, 32)
+    moe = dataclasses.replace(config.layers[0].ffn, experts=3)
+    config = dataclasses.replace(config, layers=(dataclasses.replace(config.layers[0], ffn=moe),) * 2)
+    with torch.device("meta"):
+        model = Decoder(config)
+    distributed.shard(model, world.mesh, torch.float32)
+    model.to_empty(device="cpu")
+    distributed.fill(model, initial_values(model, seed=3))
+    optimizers, tokens = optim.build(model, "muon", 0.1, torch.float32), torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(5))
+    for _ in range(3):
+        mine = tokens.chunk(world.size)[world.rank]
+        nats, _ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
+        (nats / 128).backward()
+        optim.step(optimizers, 0.003)
+        model.zero_grad()
+    gate = dict(model.named_parameters())["layers.0.ffn.experts.gate"]
+    whole = distributed.gather(model, True, torch.device("cpu"))
+    return {"loss": world.total(nats.item())[0] / 128, "slice": list(gate.to_local().shape), "sum": sum(p.double().abs().sum().item() for p in whole.parameters())}
 
 
 def memory(world: World) -> dict:

@@ -131,6 +131,12 @@ def test_every_variant_computes_the_same(tmp_path):
     assert 1e-6 < rounding.max() < 5e-2 and np.abs(np.array(two["bfloat16"]) - one["bfloat16"])[::2].max() < 5e-3
 
 
+def test_experts_that_ranks_do_not_divide_are_cut_inside(tmp_path):
+    one, two = case("experts", 1, tmp_path), case("experts", 2, tmp_path)
+    assert one["slice"] == [3, 256, 192] and two["slice"] == [3, 128, 192]
+    assert abs(one["loss"] - two["loss"]) <= 1e-6 and abs(one["sum"] / two["sum"] - 1) < 1e-6
+
+
 def test_a_rank_holds_its_share_and_no_more(tmp_path):
     assert case("memory", 1, tmp_path)["share"] == 1.0
     assert 0.5 <= case("memory", 2, tmp_path)["share"] < 0.51

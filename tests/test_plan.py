@@ -3,7 +3,6 @@
 import dataclasses
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,6 @@ import torch.distributed as dist
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanollm import distributed, optim, plan
@@ -88,9 +86,8 @@ def test_flops_of_msign_are_those_that_torch_counts(shape):
 # ---- activations
 
 def wrapped(model: Decoder, recompute: str) -> Decoder:
-    again = {"context_fn": partial(create_selective_checkpoint_contexts, distributed._keep)} if recompute == "selective" else {}
-    for layer in model.layers if recompute != "none" else []:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False, **again)
+    for layer in model.layers:
+        layer.forward = distributed.recomputed(layer.forward, recompute)
     return model
 
 
