@@ -266,7 +266,7 @@ def export(run: Run) -> None:
 def run() -> None:
     options = parse(__doc__)
     if options.plan:
-        return print(plan.report(options, preset(options.preset, options.vocab, options.context)))
+        return print(plan.report(options, checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
         folder, chief, asked = options.out, world.rank == 0, dict(vars(options))

@@ -80,6 +80,12 @@ def load(
     return model.eval()
 
 
+def config(source: str | Path) -> ModelConfig:
+    """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
+    path = hub.local_folder(source) / "config.json"
+    return read_config(files.read_json(path, largest=10_000_000), str(path))[1]
+
+
 def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
     """Write a Hugging Face folder: config.json, weights, and the tokenizer files of the folder the model came from.
 

@@ -185,6 +185,89 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text,
     assert [path.name for path in sorted((tmp_path / "run" / "steps").iterdir())] in (["00000002"], [".00000002.tmp"], [])
 
 
+# ---- on from a checkpoint
+
+def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsys):
+    """Questions of a toy, learnt by heart; and the folder keeps the family, dtype and tokenizer of the one it came from."""
+    from nanollm.chat import Conversation
+    from nanollm.generation import generate
+    base, chats = runs("llama")[0], {"alpha?": "beta", "beta?": "gamma", "gamma?": "delta + 1", "delta?": "return alpha"}
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats.items()))
+    run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "tuned", "--steps", "60", "--context", "32", "--batch-size", "4", "--warmup", "5", "--lr", "0.005",
+        "--dtype", "float32", "--sample-every", "60", "--prompt", "gamma?")
+    said = capsys.readouterr().out
+    assert "⟦beta" in said and "4 chats in" in said                             # one of them is shown before the first step
+    model, words = checkpoints.load(tmp_path / "tuned"), tokenizer.load(tmp_path / "tuned")
+    for question, answer in chats.items():
+        conversation = Conversation(words)
+        conversation.add("user", question)
+        ids = [*generate(model, conversation.prompt_ids(), 20, stop_ids=words.stop_ids)]
+        assert ids[-1] in words.stop_ids and words.decode(ids) == answer
+    assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    log = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
+    assert [entry["sample"] for entry in log if "sample" in entry] == ["User: gamma?\nAssistant: delta + 1"]
+
+
+def test_init_keeps_what_the_folder_is(runs, text, tmp_path):
+    """More text for a bfloat16 qwen3: its tokenizer reads the text, and its dtype is written."""
+    model = checkpoints.load(runs("qwen3")[0], dtype=torch.bfloat16)
+    checkpoints.save(model, tmp_path / "base")
+    run("--init", tmp_path / "base", "--data", text, "--out", tmp_path / "more", "--steps", "4", "--context", "16", "--batch-size", "4", "--dtype", "float32")
+    again = checkpoints.load(tmp_path / "more")
+    assert again.config == model.config and {p.dtype for p in again.parameters()} == {torch.bfloat16}
+    assert not torch.equal(again.embed.weight, model.embed.weight)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
+    assert losses[0] < 3.5                                                      # it knows the text; a new model would begin at 5.7
+
+
+@pytest.mark.parametrize("more, words", [
+    (["--context", "64"], "made for 32 tokens, --context is 64"),
+    (["--tokenizer", "other", "--context", "32"], "has a vocabulary of 300, the tokenizer of the data one of 3"),
+])
+def test_a_folder_of_another_shape_is_refused(runs, text, tmp_path, more, words):
+    from nanollm import text as texts
+    if "other" in more:
+        texts.prepare(texts.read(text), tmp_path / "other", vocab=400, tokenizer=None, context=16)
+        more = ["--tokenizer", str(tmp_path / "other"), "--context", "32"]
+    with pytest.raises(SystemExit) as error:
+        run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "run", *more)
+    assert words in error.value.code
+
+
+def test_shards_of_another_tokenizer_are_refused_and_mixtures_are_trained_on(runs, text, tmp_path):
+    from nanollm import text as texts
+    for name, vocab in (("a", 300), ("b", 400)):
+        texts.prepare(texts.read(text), tmp_path / name, vocab=vocab, tokenizer=None, context=32)
+    with pytest.raises(SystemExit) as error:
+        run("--data", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "run")
+    assert "another tokenizer" in error.value.code
+    texts.prepare(texts.read(text)[:12], tmp_path / "c", vocab=None, tokenizer=tmp_path / "a", context=32)
+    run("--data", tmp_path / "a", tmp_path / "c", "--mix", "0.75", "0.25", "--out", tmp_path / "run", "--steps", "3", "--context", "32", "--batch-size", "4", "--dtype", "float32")
+    assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 3
+
+
+def test_raw_shards_need_a_vocabulary_and_give_a_model_without_tokenizer(tmp_path):
+    np.random.default_rng(0).integers(0, 50, 4000).astype(np.uint16).tofile(tmp_path / "train.bin")
+    options = ("--data", tmp_path / "train.bin", "--out", tmp_path / "run", "--steps", "3", "--context", "32", "--batch-size", "4", "--dtype", "float32")
+    with pytest.raises(SystemExit) as error:
+        run(*options)
+    assert "train.bin: raw shards" in error.value.code and "--vocab" in error.value.code
+    with pytest.raises(SystemExit) as error:
+        run(*options, "--vocab", "49")
+    assert "found id 49" in error.value.code and not (tmp_path / "run").exists()
+    run(*options, "--vocab", "64")
+    assert checkpoints.load(tmp_path / "run").config.vocab == 64 and not (tmp_path / "run" / "tokenizer.json").exists()
+
+
+def test_tensorboard_has_the_curves(text, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    log = quick(text, tmp_path / "run", "--tensorboard")
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(e["step"], pytest.approx(e["loss"])) for e in log if "loss" in e]
+    assert {"lr", "gradient_norm", "held_out_loss"} <= set(events.Tags()["scalars"])
+
+
 # ---- the run folder
 
 def test_a_run_is_gone_on_with_or_replaced_only_when_that_is_said(text, tmp_path):
