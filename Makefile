@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test quick bench clean
 
 demo: $(BIN)/ready
-	$(BIN)/python train.py
+	$(BIN)/python train.py --resume
 	$(BIN)/python generate.py --model runs/demo --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1
 
 test: $(BIN)/ready
@@ -18,6 +18,7 @@ quick: $(BIN)/ready
 
 bench: $(BIN)/ready
 	$(BIN)/python benchmarks/generate.py
+	$(BIN)/python benchmarks/train.py
 
 # torch comes first and alone: so a build of it that the machine already offers is taken, and nothing replaces it after
 $(BIN)/ready: pyproject.toml constraints.txt

@@ -22,7 +22,6 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -35,18 +34,20 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from nanollm import distributed, optim, plan, runs, state
+from nanollm import distributed, optim, runs, state
 from nanollm.cli import main
 from nanollm.corpus import Corpus, open_corpus
 from nanollm.data import Batch, stack
 from nanollm.distributed import DTYPES, World
 from nanollm.errors import RunError
 from nanollm.generation import generate
+from nanollm.log import Log, report, shown
 from nanollm.losses import RECENT, Balance, spike, token_loss
 from nanollm.model import Decoder, initial_values
 from nanollm.moe import routing
 from nanollm.options import parse, rows_at_once
 from nanollm.presets import preset
+from nanollm.speed import Speed
 
 
 @dataclass
@@ -79,13 +80,13 @@ def backward(run: Run, batches: list[Batch], wish: int) -> tuple[dict[str, float
         batch = batch.to(world.device)
         with routing(run.model) as routed:
             hidden = run.model.hidden(batch.tokens, batch.positions)
-        nats, squares = token_loss(run.model.head, hidden, batch.targets)
-        loss = (nats + options.z_loss * squares) / targets
+        loss, *found = token_loss(run.model.head, hidden, batch.targets, options.z_loss)
+        loss = loss / targets
         if routed:
             real = None if batch.positions is None else batch.positions.flatten() >= 0
             loss = loss + options.balance * run.balance.loss(routed, real) / tokens
         loss.backward()
-        sums += torch.stack([nats.detach(), squares.detach()])
+        sums += torch.stack(found)
     norm = distributed.clip(run.model, options.clip)
     nats, squares = sums.tolist()
     table = world.everyone(nats, squares, nats / max(here, 1), wish)            # (ranks, 4)
@@ -123,9 +124,8 @@ def take_step(run: Run, batches: list[Batch], wish: int) -> tuple[dict, int]:
 
 def my_batches(run: Run, step: int) -> list[Batch]:
     """This rank's micro-batches of a step. The rows of a step are the same however many ranks share them."""
-    options, each = run.options, run.options.batch_size // run.world.size
-    first = step * options.batch_size + run.world.rank * each
-    return [run.corpus.stream.batch(at, options.micro_batch) for at in range(first, first + each, options.micro_batch)]
+    each = run.options.batch_size // run.world.size
+    return run.corpus.batches(step * run.options.batch_size + run.world.rank * each, each, run.options.micro_batch)
 
 
 # ---- looking at the model
@@ -140,7 +140,7 @@ def held_out_loss(run: Run, most: int | None = None) -> float:
         mine = rows[at + world.rank * each :][:each]
         batch = stack([source.row(i) for i in mine or rows[:1]]).to(world.device)        # all ranks take part in each forward pass
         targets = batch.targets if mine else torch.full_like(batch.targets, -100)
-        nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
+        _, nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
         total += torch.tensor([nats.item(), (targets >= 0).sum().item()])
     run.model.reshard()                         # a backward pass would have; without one the last gathered parameters stay
     nats, count = world.total(*total.tolist())
@@ -160,10 +160,10 @@ def sample(run: Run, length: int = 100) -> str | None:
 
 # ---- the loop
 
-def train(run: Run, saver: state.Saver, log: Callable[..., None]) -> bool:
+def train(run: Run, saver: state.Saver, log: Log) -> bool:
     """Steps until the last one, or until a signal asks to leave: then False. All ranks decide alike, from the same numbers."""
     options, world, held_out = run.options, run.world, None
-    flops, peak = plan.flops_per_token(run.model.config, options.context), plan.peak_flops(world.device, options.dtype)
+    speed = Speed(run.model.config, options, world)
     bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True, disable=world.rank > 0)
     with ThreadPoolExecutor(1) as ahead, runs.signals() as asked, runs.settled(), bar:
         coming = ahead.submit(my_batches, run, run.step)
@@ -172,18 +172,15 @@ def train(run: Run, saver: state.Saver, log: Callable[..., None]) -> bool:
             batches = coming.result()
             waited = time.perf_counter() - began
             coming = ahead.submit(my_batches, run, run.step + 1)
-            entry, wish = take_step(run, batches, asked.wish)
+            entry, wish = take_step(run, batches, max(asked.wish, log.wish))
             asked.answered(wish)
+            if wish == runs.STOP:
+                world.together(log.check)
             run.step += 1
-            seconds = time.perf_counter() - began
             if "loss" in entry:
-                speed = options.batch_size * options.context / seconds
-                entry |= {"tokens_per_second": round(speed), "data_wait": round(waited / seconds, 4), "memory_gb": round(plan.peak_memory(world.device) / 1e9, 3)}
-                if peak:
-                    entry["mfu"] = round(speed * flops / (peak * world.size), 4)
+                entry |= speed.entry(time.perf_counter() - began, waited)
             log(run.step, **entry)
-            shown = {"loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"), "mfu": entry.get("mfu"), "gb": entry.get("memory_gb")}
-            bar.set_postfix({name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for name, value in shown.items() if value is not None}, refresh=False)
+            bar.set_postfix(shown(entry, held_out), refresh=False)
             bar.update()
             if "skipped" in entry and world.rank == 0:
                 tqdm.write(f"step {run.step} is skipped ({entry['skipped']})")
@@ -201,15 +198,18 @@ def train(run: Run, saver: state.Saver, log: Callable[..., None]) -> bool:
                 saver.begin(run.step, optim.tensors(run.model, run.optimizers), {"balance": run.balance.shares, "recent": run.recent})
             if last or wish:
                 finish(saver, log, needed=last or wish == runs.LEAVE)
-                export(run)
             elif saver.thread and not world.everyone(saver.busy).any():
                 finish(saver, log)
-            if wish == runs.LEAVE:
-                return last
+            if wish and not last:
+                export(run)
+            if wish == runs.LEAVE and not last:
+                return False
+    export(run)                                 # also where an earlier start did the last step, and ended before this
+    world.together(log.check)
     return True
 
 
-def finish(saver: state.Saver, log: Callable[..., None], needed: bool = False) -> None:
+def finish(saver: state.Saver, log: Log, needed: bool = False) -> None:
     """Complete the checkpoint that is being written, if one is. Where that fails training goes on with a warning, unless it is `needed`."""
     if saver.thread is None:
         return
@@ -266,12 +266,14 @@ def export(run: Run) -> None:
 def run() -> None:
     options = parse(__doc__)
     if options.plan:
+        from nanollm import plan
         return print(plan.report(options, checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
         folder, chief, asked = options.out, world.rank == 0, dict(vars(options))
         world.first(lambda: runs.check(folder, asked, options.resume, options.force))
         world.first(lambda: held.enter_context(runs.locked(folder)))
+        world.first(lambda: runs.check(folder, asked, options.resume, options.force))       # what it holds by now
         here = build(options, world)
         facts = {"options": asked, "model": here.model.config.to_dict(), "data": {"fingerprint": here.corpus.stream.fingerprint}}
         world.first(lambda: runs.start(folder, facts, options.resume, options.force))
@@ -281,9 +283,9 @@ def run() -> None:
         say(*here.corpus.notes, sep="\n")
         say(f"{options.init or options.preset}: {sum(p.numel() for p in here.model.parameters()) / 1e6:.2f} M parameters, {options.steps * options.batch_size * options.context / 1e6:.2f} M tokens to see, "
             f"products in {options.dtype} on {world.size} × {options.device}" + (f", on from step {here.step}" if here.step else ""))
-        log = world.first(lambda: held.enter_context(runs.Log(folder, here.step, options.tensorboard, options.wandb, facts))) or (lambda *_, **__: None)
+        log = world.together(lambda: held.enter_context(Log(folder if chief else None, here.step, options.tensorboard, options.wandb, facts)))
         finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
-        say(runs.report(folder, here.corpus, str(options.init or options.preset)) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on")
+        say(report(folder, here.corpus, options.title) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@
 Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write: the model's
 own loss under autocast, clip_grad_norm_, fused AdamW. Each lives in a process of its own, for the sake of its peak memory; they take
 turns, round by round, and the ratio is the median of the rounds' ratios, so a drifting machine cancels out.
-"of peak" is model FLOPs (plan.flops_per_token) a second over those of a large matrix product in the same dtype, measured between the
+"of peak" is model FLOPs (speed.flops_per_token) a second over those of a large matrix product in the same dtype, measured between the
 rounds (on a GPU: over the vendor's dense peak, which is the MFU that others publish).
 """
 
@@ -30,7 +30,7 @@ import train                                            # first: it sets what to
 
 import torch
 
-from nanollm import distributed, optim, plan
+from nanollm import distributed, optim, speed
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.data import Batch
 from nanollm.losses import Balance
@@ -132,7 +132,7 @@ def serve(step, rows: int, length: int, vocab: int, device: str) -> None:
 def peak(dtype: str, device: str) -> float:
     """FLOP/s: of a product of two large matrices on a CPU, the best of five; the vendor's figure for a GPU."""
     if device == "cuda":
-        return plan.peak_flops(torch.device("cuda"), dtype)
+        return speed.peak_flops(torch.device("cuda"), dtype)
     a, b, seconds = *(torch.randn(4096, 4096, dtype=distributed.DTYPES[dtype]) for _ in range(2)), []
     for _ in range(5):
         start = time.perf_counter()
@@ -164,7 +164,7 @@ def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
         racer.wait()
     speed = {who: rows * length / statistics.median(one["seconds"] for one in found[who]) for who in racers}
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found[peer]))
-    flops = plan.flops_per_token(config, length)
+    flops = speed.flops_per_token(config, length)
     return {"model": name, "dtype": dtype, "rows": rows, "tokens": length, "tokens_per_second": round(speed["ours"]), "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratio, 2),
             "of_peak": round(speed["ours"] * flops / statistics.median(peaks), 3), "theirs_of_peak": round(speed[peer] * flops / statistics.median(peaks), 3),
             "gb": round(found["ours"][-1]["memory"] / 1e9, 2), "theirs_gb": round(found[peer][-1]["memory"] / 1e9, 2)}

@@ -30,10 +30,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end. Of many ranks the first one speaks."""
+    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end. Of ranks that fail alike the first one speaks."""
+    ending: str | int = 0
     try:
         run()
     except NanollmError as error:
-        sys.exit(f"error: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        ending = f"error: {error}" if error.alone or os.environ.get("RANK", "0") == "0" else 1
     except KeyboardInterrupt:
-        sys.exit(130)
+        ending = 130
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # Not by way of Python's own end: a thread of gloo that wants the interpreter then is cut off, and brings the process down (SIGABRT)
+        if isinstance(ending, str):
+            print(ending, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1 if isinstance(ending, str) else ending)
+    if ending:
+        sys.exit(ending)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanollm import data, sft, text, tokenizer
 from nanollm.chat import Conversation
-from nanollm.data import Source, Stream
+from nanollm.data import Batch, Source, Stream
 from nanollm.distributed import World
 from nanollm.errors import DataError
 from nanollm.tokenizer import Tokenizer
@@ -48,6 +48,14 @@ class Corpus:
                 shutil.copyfile(path, folder / path.name)
         if self.chat:
             (folder / "chat_template.jinja").write_text(self.tokenizer.chat_template)
+
+    def batches(self, first: int, rows: int, at_once: int) -> list[Batch]:
+        """The rows first … first + rows − 1 of the stream, `at_once` to a batch. Raises DataError where a file cannot be read any more."""
+        try:
+            return [self.stream.batch(at, at_once) for at in range(first, first + rows, at_once)]
+        except DataError as error:
+            error.alone = True                  # the other ranks may have read theirs
+            raise
 
     def describe(self, first: int, count: int) -> str:
         """Which rows of which source the rows first … of the stream are."""
@@ -106,6 +114,8 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     if facts:
         notes = [f"{facts.train_documents} documents, {facts.train_bytes / 1e6:.1f} MB, {facts.train_tokens / 1e6:.2f} M tokens; {facts.held_out_documents} more documents held out"]
     held_out = next((held for _, held in pairs if held), None)
+    if len(pairs) > 1:
+        notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")
     return Corpus(stream, held_out, reader, words, vocab, False, facts, tuple(notes))
 
 

@@ -17,12 +17,11 @@ The order of wrapping matters: recomputation inside compilation inside sharding.
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +35,6 @@ from nanollm.errors import InputError, NanollmError
 from nanollm.model import Decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ class World:
         dist.all_gather_object(said, value)
         return said
 
-    def together(self, work: Callable[[], T]) -> T:
+    def together(self, work: Callable[[], Any]) -> Any:
         """Do `work` on every rank. An error of our own on any of them is raised on all: none is left waiting for the others."""
         done = problem = None
         try:
@@ -77,7 +75,7 @@ class World:
                 raise found
         return done
 
-    def first(self, work: Callable[[], T]) -> T | None:
+    def first(self, work: Callable[[], Any]) -> Any:
         """Do `work` on the first rank, while the others wait."""
         return self.together(lambda: work() if self.rank == 0 else None)
 
@@ -97,8 +95,9 @@ def world(device: str, replicas: int = 1) -> Iterator[World]:
     try:
         yield World(rank, size, here, build_mesh(here.type, size, replicas))
         part()
-    except NanollmError:                                        # raised on every rank, see `together`
-        part()
+    except NanollmError as error:
+        if not error.alone:                                     # raised on every rank, see `together`
+            part()
         raise
     finally:
         dist.destroy_process_group()
@@ -111,11 +110,9 @@ def part() -> None:
 
 
 def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                         # "random operators may not have complete support": none is used
-        if replicas == 1:
-            return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
-        return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
+    if replicas == 1:
+        return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
 
 
 # ---- wrapping
@@ -191,8 +188,7 @@ def fill(model: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
     """Give a sharded model its values, full tensors in the order of `named_parameters`, one in memory at a time."""
     parameters = dict(model.named_parameters())
     for name, value in values:
-        local = parameters[name].to_local()
-        local.copy_(spread(value.to(parameters[name].device), parameters[name]))
+        parameters[name].to_local().copy_(spread(value.to(parameters[name].device), parameters[name]))
 
 
 def from_first(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:

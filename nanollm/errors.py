@@ -3,6 +3,7 @@
 
 class NanollmError(Exception):
     """Base of every error that nanollm raises on purpose: bad input, never a bug of ours."""
+    alone = False               # of the ranks of a run only this one met it
 
 
 class ConfigError(NanollmError):

@@ -27,21 +27,24 @@ MOST = 2**28            # logits held at once. More are computed in pieces, and 
 RECENT = 128            # steps that a spike is measured against
 
 
-def token_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """hidden (B, T, D), targets (B, T) int64 with −100 for none → Σ −log p(y) and Σ (log Z)² over the targets, float32."""
-    def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def token_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (B, T, D), targets (B, T) int64 with −100 for none → three float32 sums over the targets: −log p(y) + z (log Z)², to be
+    differentiated, and −log p(y) and (log Z)² by themselves, to be read."""
+    def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = head(x).float()                                                # (n, V)
-        log_z = logits.logsumexp(-1)
-        said = logits.gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
-        real = y >= 0
-        return ((log_z - said) * real).sum(), (log_z.square() * real).sum()
+        nats = F.cross_entropy(logits, y, reduction="none")                     # 0 where there is no target
+        with torch.set_grad_enabled(z > 0):                                     # without z-loss log Z is only looked at
+            said = logits.gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
+            squares = ((nats + said).square() * (y >= 0)).sum()                 # log Z = x_y − log p(y)
+        total = nats.sum()
+        return total + z * squares, total.detach(), squares.detach()
 
     rows, y, vocab = hidden.flatten(0, 1), targets.flatten(), head.weight.shape[0]
     if len(rows) * vocab <= MOST:
         return sums(rows, y)
     size = max(1, MOST // vocab)
     parts = [checkpoint(sums, *piece, use_reentrant=False) for piece in zip(rows.split(size), y.split(size))]
-    return sum(part[0] for part in parts), sum(part[1] for part in parts)
+    return tuple(sum(part) for part in zip(*parts))
 
 
 class Balance:

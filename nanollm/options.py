@@ -127,6 +127,8 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     if not options.plan:
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
+    source = [path.name for path in ([options.chat] if options.chat else options.data)]
+    options.title = f"{options.init.name if options.init else options.preset} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
         options.prompt = "def " if not (options.data or options.chat) else ""
     return options

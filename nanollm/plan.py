@@ -4,11 +4,7 @@
                                                group) and placed on the meta device: shapes and slices, no numbers
               activations                      one layer of each kind run forward and backward without numbers (FakeTensorMode),
                                                every storage followed from the operation that makes it to its end
-    FLOPs     6 · (weights a token meets) + 12 · Σ_layers H d min(T, W)          of a token, forward and backward
-    time      FLOPs / (MFU · peak)             MFU is the share of the peak that the run reaches: measured elsewhere, given here
-
-MFU counts what the model needs, so nothing that is computed twice, and attention as if every token saw all T of its row: half of
-that is masked, but published figures count so (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; nanoGPT; torchtitan).
+    time      FLOPs / (MFU · peak)             see speed.py; the MFU that a run reaches is measured elsewhere, and given here
 
 Shapes: B rows of a micro-batch, T tokens of the context; H heads, d head width, W window; of a scan I channels, N state, R rank.
 """
@@ -16,8 +12,6 @@ Shapes: B rows of a micro-batch, T tokens of the context; H heads, d head width,
 import argparse
 import dataclasses
 import difflib
-import resource
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -37,77 +31,9 @@ from nanollm.errors import InputError
 from nanollm.frame import Frame
 from nanollm.model import Decoder
 from nanollm.options import rows_at_once
+from nanollm.speed import DEVICES, flops_per_token
 
-NODE = 8                    # GPUs that share the fast links
-NETWORK = 50e9              # bytes a second of each GPU's own network adapter: 400 Gb/s, as in the vendor's own 8-GPU machines
 SHORT = 64, 128             # tokens at which a scan is traced, see `activations`
-
-
-class Device(NamedTuple):
-    """Vendor's figures: dense products, not "with sparsity"; bytes a second; one direction of a link, which is half of what is advertised."""
-    memory: float           # bytes
-    bfloat16: float         # FLOP/s
-    float32: float          # FLOP/s without TF32, which torch leaves off
-    bandwidth: float        # of the memory
-    link: float             # to the other GPUs of the machine
-    name: str               # as torch.cuda.get_device_name says it
-
-    def between(self, ranks: int, apart: int = 1) -> float:
-        """Bytes a second and GPU in a collective of `ranks` GPUs, every `apart`-th. Rings cross from machine to machine on all the
-        adapters that a group has in one, so a group of whole machines is eight times as fast as one with a single GPU in each."""
-        in_node = min(ranks, max(1, NODE // apart))
-        return self.link if ranks == in_node else min(self.link, in_node * NETWORK)
-
-
-DEVICES = {
-    # NVIDIA data sheets: H100 (SXM), H200 (SXM), HGX B200 (an eighth of it), A100 (SXM: 40 and 80 GB), L40S; RTX 4090: Ada white paper, appendix A
-    "h100":    Device(80e9, 989.4e12, 66.9e12, 3.35e12, 450e9, "NVIDIA H100 80GB HBM3"),
-    "h200":    Device(141e9, 989.4e12, 66.9e12, 4.8e12, 450e9, "NVIDIA H200"),
-    "b200":    Device(180e9, 2250e12, 75e12, 7.7e12, 900e9, "NVIDIA B200"),
-    "a100":    Device(80e9, 312e12, 19.5e12, 2.039e12, 300e9, "NVIDIA A100-SXM4-80GB"),
-    "a100-40": Device(40e9, 312e12, 19.5e12, 1.555e12, 300e9, "NVIDIA A100-SXM4-40GB"),
-    "l40s":    Device(48e9, 362.05e12, 91.6e12, 864e9, 32e9, "NVIDIA L40S"),             # linked by PCIe 4.0 ×16
-    "4090":    Device(24e9, 165.2e12, 82.6e12, 1.008e12, 32e9, "NVIDIA GeForce RTX 4090"),
-}
-
-
-def peak_flops(device: torch.device, dtype: str) -> float | None:
-    """FLOP/s of dense products on the GPU that is there; None for a CPU, and for a GPU that is not in DEVICES."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return next((getattr(known, dtype) for known in DEVICES.values() if known.name == name), None)
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most bytes so far: of tensors on a GPU, or of this whole process on a CPU."""
-    if device.type == "cuda":
-        return float(torch.cuda.max_memory_allocated(device))
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
-
-
-# ---- FLOPs
-
-def flops_per_token(config: c.ModelConfig, context: int) -> float:
-    """Of one token, forward and backward: 2 a multiply-add, and twice as many backward, for the input and for the weight. A tied head
-    counts as head, experts where they are chosen; looking up, normalising, rotating and activating count nothing."""
-    layers = sum(_mixer(layer.mixer, config.dim, context) + _ffn(layer.ffn, config.dim) for layer in config.layers)
-    return 6.0 * (layers + config.dim * config.vocab)
-
-
-def _mixer(mixer: c.Attention | c.Mamba, dim: int, context: int) -> int:      # multiply-adds of one token
-    if isinstance(mixer, c.Attention):
-        seen = min(context, mixer.window or context)
-        return 2 * dim * mixer.head_dim * (mixer.heads + mixer.kv_heads) + 2 * mixer.heads * mixer.head_dim * seen
-    I, N, R = mixer.inner, mixer.state, mixer.dt_rank
-    # a channel: the convolution; D x; and for each of N states Δ·A, exp, Δ·B, ·x, Ā·h, +, C·h, Σ: 8 operations, as many as 4 multiply-adds
-    return 3 * dim * I + I * (R + 2 * N) + R * I + I * (mixer.conv + 1 + 4 * N)
-
-
-def _ffn(ffn: c.MLP | c.MoE | None, dim: int) -> int:                         # multiply-adds of one token
-    if ffn is None:
-        return 0
-    if isinstance(ffn, c.MLP):
-        return (3 if ffn.gated else 2) * dim * ffn.hidden
-    return ffn.top_k * _ffn(ffn.expert, dim) + dim * ffn.experts + _ffn(ffn.shared, dim) + dim * ffn.shared_gate
 
 
 def msign_flops(shape: torch.Size) -> float:
@@ -191,7 +117,7 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
             kept, more = kept + count * here[0], max(more, here[1])
         kept += sum(table.nbytes for table in tree_leaves(list(frame.memo.values())) if isinstance(table, Tensor))
         targets = torch.zeros(rows, context, dtype=torch.long)
-        loss = trace(lambda x: sum(losses.token_loss(model.head, model.norm(x).to(dtype), targets)), (rows, context, config.dim), stream)
+        loss = trace(lambda x: losses.token_loss(model.head, model.norm(x).to(dtype), targets)[0], (rows, context, config.dim), stream)
         return kept + loss[0], max(more + model.head.weight.nbytes, loss[1])    # the head's gradient waits, whole, for that of the embedding
 
 

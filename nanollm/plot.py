@@ -1,5 +1,6 @@
 """The loss curve as a picture. matplotlib is asked for only here."""
 
+import statistics
 from pathlib import Path
 
 
@@ -12,12 +13,9 @@ def loss_curve(path: Path, train: list[tuple[int, float]], held_out: list[tuple[
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     steps, losses = zip(*train)
-    smooth, average = [], losses[0]
-    for loss in losses:
-        average += 0.05 * (loss - average)              # exponential average over about 20 steps
-        smooth.append(average)
+    smooth = [statistics.fmean(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
-    axes.plot(steps, smooth, color="tab:blue", label="training, averaged over 20 steps")
+    axes.plot(steps, smooth, color="tab:blue", label="training, averaged over 21 steps")
     if held_out:
         axes.plot(*zip(*held_out), color="tab:orange", marker="o", markersize=4, label=f"held out, {held_out[-1][1]:.3f} at the end")
     for (name, value), style in zip(references.items(), ("--", ":", "-.")):

@@ -25,15 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from nanollm import state
-from nanollm.corpus import Corpus
 from nanollm.errors import RunError
-from nanollm.plot import loss_curve
 
 OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "added_tokens.json",
         "special_tokens_map.json", "chat_template.jinja", "model*.safetensors*", "log.jsonl", "loss.png")
 # These may differ when a run goes on: they do not change what is computed, but for the order of sums
 FREE = {"out", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile", "offload", "eval_every", "sample_every",
-        "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps", "plan", "world_size", "mfu"}
+        "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps", "plan", "world_size", "mfu", "title"}
 
 
 @contextlib.contextmanager
@@ -153,7 +151,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 # ---- signals
 
-SAVE, LEAVE = 1, 2              # what SIGUSR1 and SIGTERM ask for
+SAVE, LEAVE, STOP = 1, 2, 3     # what SIGUSR1 and SIGTERM ask for, and what a log that cannot be written does
 
 
 class Asked:
@@ -220,76 +218,3 @@ def git() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip() or None
-
-
-class Log:
-    """log.jsonl, always; TensorBoard and Weights & Biases where asked for."""
-
-    def __init__(self, folder: Path, after: int, tensorboard: bool, wandb: str | None, facts: dict[str, Any]) -> None:
-        """after: the step that the run goes on from; what an earlier start wrote beyond it is dropped, as is half a line at the end."""
-        path = folder / "log.jsonl"
-        kept = [entry for entry in read_log(path) if entry["step"] <= after] if path.exists() else []
-        write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
-        self.file = path.open("a", buffering=1)
-        self.tensorboard = self.wandb = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
-        if wandb:
-            import wandb as weights_and_biases
-            self.wandb = weights_and_biases.init(project=wandb, name=folder.name, dir=str(folder), config=facts, resume="allow")
-
-    def __call__(self, step: int, **values: Any) -> None:
-        """Raises RunError where the disk is full."""
-        try:
-            self.file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            raise RunError(f"{self.file.name}: cannot write: {error.strerror}; the last checkpoint is whole: make room, then --resume") from None
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):                      # what a full disk has refused is tried once more, and was reported
-            self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log.jsonl, up to the first line that is not whole."""
-    entries = []
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
-
-
-def report(folder: Path, corpus: Corpus, name: str) -> str:
-    """What was reached, beside what knows less, as lines of text; draws loss.png."""
-    log = read_log(folder / "log.jsonl")
-    losses, held_out = ([(entry["step"], entry[key]) for entry in log if key in entry] for key in ("loss", "held_out_loss"))
-    facts, references, lines = corpus.facts, {}, []
-    if facts and held_out:
-        references = {"unigram": facts.unigram_loss, "gzip": facts.gzip_bits_per_byte / corpus.bits_per_byte(1.0)}
-        lines = [f"{f'held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB':<46}{'nats/token':>12}{'bits/byte':>12}"]
-        rows = (("this model", held_out[-1][1]), ("gzip -9, on the held-out text by itself", references["gzip"]), ("unigram model: how frequent each token is", references["unigram"]))
-        lines += [f"  {label:<44}{loss:>12.3f}{corpus.bits_per_byte(loss):>12.3f}" for label, loss in rows]
-    elif held_out:
-        lines = [f"  {'held out, nats per target':<44}{held_out[-1][1]:>12.3f}"]
-    pictured = False
-    if losses:
-        last = [loss for _, loss in losses[-50:]]
-        lines.append(f"  {'(training, last 50 steps)':<44}{sum(last) / len(last):>12.3f}")
-        pictured = loss_curve(folder / "loss.png", losses, held_out, references, f"{name} on {corpus.stream.sources[0].name}")
-    return "\n".join([*lines, f"{folder}: model, tokenizer, log.jsonl" + (", loss.png" if pictured else " (loss.png needs: pip install matplotlib)")])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from nanollm import distributed, optim
+from nanollm import cli, distributed, optim
 from nanollm.distributed import DTYPES, World
 from nanollm.losses import token_loss
 from nanollm.model import Decoder, initial_values
@@ -37,11 +37,11 @@ def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **ho
     for _ in range(steps):
         tokens = torch.randint(0, 300, (4, 33), generator=stream)
         mine = tokens.chunk(world.size)[world.rank]
-        nats, _ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
+        nats, *_ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
         (nats / 128).backward()
         norm = distributed.clip(model, 1.0)
         found += [world.total(nats.item())[0] / 128, norm]
-        optim.step(optimizers, 0.003)
+        optim.step(optimizers, 0.001)
         model.zero_grad()
     return found
 
@@ -79,7 +79,7 @@ def experts(world: World) -> dict:
     optimizers, tokens = optim.build(model, "muon", 0.1, torch.float32), torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(5))
     for _ in range(3):
         mine = tokens.chunk(world.size)[world.rank]
-        nats, _ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
+        nats, *_ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
         (nats / 128).backward()
         optim.step(optimizers, 0.003)
         model.zero_grad()
@@ -102,7 +102,7 @@ def broken(world: World) -> dict:
         model = build(world, "llama")
         tokens = torch.randint(0, 300, (2, 17))
         hidden = model.hidden(tokens[:, :-1])
-        nats, _ = token_loss(model.head, hidden, tokens[:, 1:])
+        nats, *_ = token_loss(model.head, hidden, tokens[:, 1:])
         if world.rank == world.size - 1 and where == "loss":
             nats = nats * torch.nan
         if world.rank == world.size - 1 and where == "gradient":
@@ -129,9 +129,13 @@ def together(world: World) -> dict:
     return {"caught": world.tell(caught), "first": world.tell(world.first(lambda: "once")), "total": world.total(1, world.rank), "tell": world.tell(world.rank)}
 
 
-if __name__ == "__main__":
-    case, out, replicas = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+def run() -> None:
+    name, out, replicas = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     with distributed.world("cpu", replicas) as world:
-        found = globals()[case](world)
+        found = globals()[name](world)
         if world.rank == 0:
             out.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    cli.main(run)

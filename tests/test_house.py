@@ -17,7 +17,7 @@ LIBRARIES = {                                            # beside torch, numpy a
 }
 ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
            "text.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}, "state.py": {"safetensors"}, "options.py": {"tomli"},
-           "runs.py": {"wandb"}}
+           "log.py": {"wandb"}}
 FORWARD = "config norm rope mask frame linear attention mlp block model".split()
 TRAINER = "data optim losses distributed".split()         # with train.py: what a training step runs through
 

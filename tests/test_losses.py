@@ -25,26 +25,40 @@ def test_the_sums_are_those_of_torch_and_leave_out_what_is_no_target(most, monke
     monkeypatch.setattr(losses, "MOST", most)
     read, hidden, targets = head(), torch.randn(2, 7, 8, requires_grad=True), torch.randint(0, 50, (2, 7))
     targets[0, 2:5] = -100
-    nats, squares = token_loss(read, hidden, targets)
+    loss, nats, squares = token_loss(read, hidden, targets, z=0.1)
     logits = F.linear(hidden.detach(), read.weight).flatten(0, 1).double()
     assert nats.item() == pytest.approx(F.cross_entropy(logits, targets.flatten(), reduction="sum").item(), rel=1e-6)
     real = targets.flatten() >= 0
     assert squares.item() == pytest.approx(logits.logsumexp(-1).square()[real].sum().item(), rel=1e-6)
+    assert loss.item() == pytest.approx(nats.item() + 0.1 * squares.item(), rel=1e-6) and not nats.requires_grad and not squares.requires_grad
+
+
+@pytest.mark.parametrize("z", [0.0, 0.1])
+def test_the_gradient_is_that_of_the_equation(z):
+    read, hidden, targets = head(), torch.randn(2, 7, 8, requires_grad=True), torch.randint(0, 50, (2, 7))
+    targets[1, :3] = -100
+    found = torch.autograd.grad(token_loss(read, hidden, targets, z)[0], hidden)[0]
+    logits = F.linear(hidden.double(), read.weight.double())
+    log_z, real = logits.logsumexp(-1), targets >= 0
+    nats = log_z - logits.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
+    expected = torch.autograd.grad(((nats + z * log_z.square()) * real).sum(), hidden)[0]
+    assert torch.allclose(found, expected, atol=1e-5) and expected.abs().max() > 0.1
 
 
 def test_pieces_change_neither_loss_nor_gradient(monkeypatch):
-    read, hidden, targets = head(), torch.randn(2, 7, 8, requires_grad=True), torch.randint(-1, 50, (2, 7))
+    read, hidden, targets = head(), torch.randn(2, 7, 8, requires_grad=True), torch.randint(0, 50, (2, 7))
+    targets[0, 3:5] = -100
     found = []
     for most in (2**28, 150):
         monkeypatch.setattr(losses, "MOST", most)
-        nats, squares = token_loss(read, hidden, targets)
-        found.append((nats.detach(), *torch.autograd.grad(nats + 0.1 * squares, [hidden, read.weight])))
+        loss, nats, squares = token_loss(read, hidden, targets, z=0.1)
+        found.append((nats, squares, *torch.autograd.grad(loss, [hidden, read.weight])))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
 
 
 def test_bfloat16_logits_are_summed_in_float32():
     read, hidden, targets = head().bfloat16(), torch.randn(1, 64, 8).bfloat16(), torch.randint(0, 50, (1, 64))
-    nats, _ = token_loss(read, hidden, targets)
+    _, nats, _ = token_loss(read, hidden, targets)
     expected = F.cross_entropy(F.linear(hidden, read.weight).double().flatten(0, 1), targets.flatten(), reduction="sum")
     assert nats.dtype == torch.float32 and nats.item() == pytest.approx(expected.item(), rel=1e-6)
 

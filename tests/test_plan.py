@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollm import distributed, optim, plan
+from nanollm import distributed, optim, plan, speed
 from nanollm.errors import InputError
 from nanollm.losses import token_loss
 from nanollm.model import Decoder
@@ -51,13 +51,13 @@ def counted(model: Decoder, context: int) -> FlopCounterMode:
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mixtral"])
 def test_flops_are_those_that_torch_counts(name):
     model = small(name)
-    assert plan.flops_per_token(model.config, 64) == counted(model, 64).get_total_flops() / 64
+    assert speed.flops_per_token(model.config, 64) == counted(model, 64).get_total_flops() / 64
 
 
 def test_a_window_counts_the_keys_inside_it_where_torch_counts_all():
     model = small("mistral")                        # 4 layers, 3 heads 64 wide, a window of 64
-    assert plan.flops_per_token(model.config, 64) == counted(model, 64).get_total_flops() / 64
-    assert plan.flops_per_token(model.config, 128) == counted(model, 128).get_total_flops() / 128 - 12 * 4 * 3 * 64 * (128 - 64)
+    assert speed.flops_per_token(model.config, 64) == counted(model, 64).get_total_flops() / 64
+    assert speed.flops_per_token(model.config, 128) == counted(model, 128).get_total_flops() / 128 - 12 * 4 * 3 * 64 * (128 - 64)
 
 
 def test_a_scan_counts_its_products_and_what_torch_does_not_count():
@@ -65,15 +65,15 @@ def test_a_scan_counts_its_products_and_what_torch_does_not_count():
     flops = counted(model, 64).get_flop_counts()["Global"]
     products = (flops[torch.ops.aten.mm] + flops[torch.ops.aten.bmm]) / 64
     # of the 8 N operations that a channel takes, torch sees the 2 N of C·h; it sees neither D x (2) nor a convolution in channels (2 k)
-    assert plan.flops_per_token(model.config, 64) == products + 3 * 4 * 256 * (6 * 4 + 2 + 2 * 4)
+    assert speed.flops_per_token(model.config, 64) == products + 3 * 4 * 256 * (6 * 4 + 2 + 2 * 4)
 
 
 def test_flops_of_the_published_shape_by_hand_and_the_published_mfu():
-    flops = plan.flops_per_token(preset("llama-8b"), 8192)
+    flops = speed.flops_per_token(preset("llama-8b"), 8192)
     met = LLAMA_8B - 128256 * 4096 - 65 * 4096      # neither the embedding nor the gains
     assert flops == 6 * met + 12 * 32 * 32 * 128 * 8192
     # torchtitan publishes 6,667 tokens a second and H100 as 39 % MFU
-    assert round(6667 * flops / plan.DEVICES["h100"].bfloat16, 2) == 0.39
+    assert round(6667 * flops / speed.DEVICES["h100"].bfloat16, 2) == 0.39
 
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (3, 24, 40)])
@@ -97,7 +97,7 @@ def test_activations_are_those_that_a_real_run_holds(name, context, recompute):
     model = wrapped(small(name, context).to(BF16), recompute)
     tokens = torch.randint(300, (2, context))
     with plan.Live() as live:
-        loss = sum(token_loss(model.head, model.hidden(tokens), tokens))
+        loss = token_loss(model.head, model.hidden(tokens), tokens)[0]
         kept = live.now - loss.nbytes
     assert plan.activations(model.config, 2, context, BF16, recompute)[0] == kept + tokens.nbytes
 
@@ -114,7 +114,7 @@ def test_activations_are_what_autograd_saves(name, dtype):
             saved[storage.data_ptr()] = storage                 # held, so that no other takes its place
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = sum(token_loss(model.head, model.hidden(tokens), tokens))
+        loss = token_loss(model.head, model.hidden(tokens), tokens)[0]
     assert loss.requires_grad
     assert plan.activations(model.config, 2, 128, dtype, "none")[0] == sum(storage.nbytes() for storage in saved.values())
 
@@ -184,7 +184,7 @@ def test_memory_is_that_of_a_sharded_run_as_torch_tracks_it():
         distributed.shard(model, distributed.build_mesh("cpu", ranks, 1), BF16)
         model.to_empty(device="cpu")
         tokens, optimizers = torch.randint(2000, (2, 512)), optim.build(model, "adamw", 0.0, BF16)
-        model.forward = lambda tokens: sum(token_loss(model.head, Decoder.hidden(model, tokens), tokens))
+        model.forward = lambda tokens: token_loss(model.head, Decoder.hidden(model, tokens), tokens)[0]
         with FSDPMemTracker(model, optimizers[0]) as tracker:
             for _ in range(2):
                 model(tokens).backward()
@@ -216,7 +216,7 @@ def test_communication_and_memory_by_hand():
     parts = [figure(text, part) for part in ("parameters", "gradients", "optimizer (adamw)", "gathered in", "whole float32", "activations kept", "activations and")]
     total, of_step = (float(row[60:].split()[0]) for row in text.splitlines() if row.strip().startswith("total"))
     assert sum(parts) == pytest.approx(total, abs=0.05) and "warning" not in text
-    busy = plan.flops_per_token(preset("llama-8b"), 128) * 32 * 128 / 8 / (0.4 * 989.4e12)
+    busy = speed.flops_per_token(preset("llama-8b"), 128) * 32 * 128 / 8 / (0.4 * 989.4e12)
     talk = sum(figure(text, line, 2) for line in ("gathers of weights", "reduction of gradients"))
     assert talk > busy and "NOT hidden" in text                 # rows of 128 tokens are too little work for what is sent
     assert of_step == pytest.approx(talk + figure(text, "optimizer, with"), abs=0.002)
@@ -247,7 +247,7 @@ def test_slices_that_are_mostly_filling_are_said():
 
 
 def test_a_group_sends_over_all_adapters_that_it_has_in_a_machine():
-    h100, l40s = plan.DEVICES["h100"], plan.DEVICES["l40s"]
+    h100, l40s = speed.DEVICES["h100"], speed.DEVICES["l40s"]
     assert [h100.between(n) for n in (1, 2, 8, 16, 1024)] == [450e9, 450e9, 450e9, 400e9, 400e9]
     assert [h100.between(16, apart) for apart in (2, 4, 8, 64)] == [200e9, 100e9, 50e9, 50e9]
     assert h100.between(2, 4) == 450e9 and h100.between(4, 4) == 100e9 and l40s.between(64) == 32e9
@@ -312,10 +312,10 @@ def test_a_failure_leaves_no_group_behind(monkeypatch):
 ])
 def test_peak_of_a_gpu_is_found_by_its_whole_name(monkeypatch, name, dtype, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    assert plan.peak_flops(torch.device("cuda:0"), dtype) == peak
+    assert speed.peak_flops(torch.device("cuda:0"), dtype) == peak
 
 
 def test_a_cpu_has_no_peak_but_a_largest_size():
     held = torch.ones(50_000_000)
-    assert plan.peak_flops(torch.device("cpu"), "float32") is None
-    assert held.nbytes < plan.peak_memory(torch.device("cpu")) < 1e12             # bytes, not kilobytes
+    assert speed.peak_flops(torch.device("cpu"), "float32") is None
+    assert held.nbytes < speed.peak_memory(torch.device("cpu")) < 1e12             # bytes, not kilobytes

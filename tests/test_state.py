@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nanollm import distributed, runs, state
+from nanollm import log as logs
 from nanollm.distributed import World
 from nanollm.errors import RunError
 
@@ -365,7 +366,7 @@ def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path,
             with pytest.raises(RunError, match=f"{tmp_path}/run.json: cannot write: No space left on device; make room"):
                 runs.record(tmp_path, {"options": OPTIONS}, resume=True)
             with pytest.raises(RunError, match=f"{tmp_path}/log.jsonl: cannot write: No space left"):
-                runs.Log(tmp_path, 9, tensorboard=False, wandb=None, facts={})
+                logs.Log(tmp_path, 9, tensorboard=False, wandb=None, facts={})
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -416,25 +417,28 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, place):
 
 def test_a_log_goes_on_after_the_step_that_the_run_goes_on_from(tmp_path):
     path = tmp_path / "log.jsonl"
-    with runs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
+    with logs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
         for step in (1, 2, 3, 4):
             log(step, loss=step / 3, text="line\u2028separator\n")
     whole = path.read_text()
     for torn in ('{"step": 5, "lo', '{"step": 5, "loss": 1.0}\n\0\0\0', "\udcff"):
         path.write_text(whole + torn, errors="surrogateescape")
-        assert [entry["step"] for entry in runs.read_log(path)] in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
-        with runs.Log(tmp_path, 2, tensorboard=False, wandb=None, facts={}) as log:
+        assert [entry["step"] for entry in logs.read_log(path)] in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
+        with logs.Log(tmp_path, 2, tensorboard=False, wandb=None, facts={}) as log:
             log(3, loss=1.0)
-            assert [entry["step"] for entry in runs.read_log(path)] == [1, 2, 3]        # on disk at once
+            assert [entry["step"] for entry in logs.read_log(path)] == [1, 2, 3]        # on disk at once
         assert path.read_text() == "".join(whole.splitlines(True)[:2]) + '{"step": 3, "loss": 1.0}\n'
-    assert runs.read_log(path)[0] == {"step": 1, "loss": 1 / 3, "text": "line\u2028separator\n"}
+    assert logs.read_log(path)[0] == {"step": 1, "loss": 1 / 3, "text": "line\u2028separator\n"}
 
 
 def test_a_log_that_cannot_grow_is_one_error(tmp_path):
-    with runs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
+    with logs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
         log.file = open("/dev/full", "a", buffering=1)
+        assert log.wish == 0 and log.check() is None
+        log(1, loss=1.0)                                                        # the other ranks have no log: it must not raise here
+        assert log.wish == runs.STOP
         with pytest.raises(RunError, match="/dev/full: cannot write: No space left on device; .*--resume"):
-            log(1, loss=1.0)
+            log.check()
 
 
 def test_a_model_is_replaced_when_the_new_one_is_complete(tmp_path):

@@ -1,0 +1,426 @@
+"""A run survives anything: what is resumed ends as what was never interrupted, to the bit.
+
+    killed       SIGKILL at every place of a step and of a checkpoint, on 1 and on 2 ranks (tests/killed.py)
+    elastic      one checkpoint of 2 ranks, gone on with by 1, 2 and 4
+    asked        SIGTERM, SIGUSR1, two runs in one folder, workers whose torchrun is gone
+    no room      a disk that is full for a checkpoint, the log or the model; folders that cannot be written
+
+"Ends as" means: loss, gradient norm and learning rate of every step, each step once in the log, are equal floats; model.safetensors has
+equal bytes; nothing half-written is left.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import train
+from nanollm import cli, losses, state
+from nanollm import log as logs
+from nanollm import text as texts
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(train.__file__).parent
+SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4"]
+LONG = ["--steps", "80", "--save-every", "20", "--eval-every", "40"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """Shards of a small grammar, made once."""
+    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
+    for i in range(24):
+        names = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
+        (folder / f"{i:02}.py").write_text("".join(f"def {a}({b}):\n    return {b} + {n}\n\n" for n, (a, b) in enumerate(zip(names, names[::-1]))))
+    texts.prepare(texts.read(folder), folder / "shards", vocab=300, tokenizer=None, context=32)
+    return folder / "shards"
+
+
+def arguments(data: Path, out: Path, more: tuple) -> list[str]:
+    return [*map(str, ["--data", data, "--out", out, "--context", 32, "--batch-size", 4, "--warmup", 2, "--lr", 0.003, "--dtype", "float32",
+                       "--sample-every", 0, *more])]
+
+
+def here(data: Path, out: Path, *more: str) -> str | int | None:
+    """A run in this process: much quicker, where nothing has to die. Returns what the process would have ended with: None, or "error: …"."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", *arguments(data, out, more)])
+        try:
+            cli.main(train.run)
+        except SystemExit as end:
+            return end.code
+
+
+def launch(data: Path, out: Path, *more: str, ranks: int = 1, killed: tuple[str, int] | None = None) -> subprocess.Popen:
+    script = ["tests/killed.py", *map(str, killed)] if killed else ["train.py"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return subprocess.Popen([sys.executable, *launcher, *script, *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+
+
+def processes(out: Path) -> list[int]:
+    """Those at work in a run folder, which their command lines name; torchrun is one of them."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if str(out).encode() in (folder / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:                                         # it ended meanwhile
+            pass
+    return found
+
+
+def kill(out: Path) -> None:
+    """Whoever is at work there. Ranks are started by torchrun in sessions of their own: they do not end with it."""
+    for process in processes(out):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+
+
+def end(child: subprocess.Popen, out: Path, seconds: int = 120) -> tuple[int, str]:
+    """Its exit code and all it said. Nothing of it is left, whatever happens."""
+    try:
+        said, _ = child.communicate(timeout=seconds)
+        return child.returncode, said
+    finally:
+        kill(out)
+        child.wait()
+
+
+def run(data: Path, out: Path, *more: str, ranks: int = 1, killed: tuple[str, int] | None = None) -> tuple[int, str]:
+    return end(launch(data, out, *more, ranks=ranks, killed=killed), out)
+
+
+def steps(out: Path) -> list[tuple]:
+    """What the log says of each step, to the bit."""
+    keys = ("step", "loss", "worst_rank_loss", "gradient_norm", "log_z", "balance", "lr", "targets", "skipped")
+    return [tuple(entry.get(key) for key in keys) for entry in logs.read_log(out / "log.jsonl") if "lr" in entry]
+
+
+def outcome(out: Path) -> tuple:
+    """All that must be equal."""
+    held_out = [(entry["step"], entry["held_out_loss"]) for entry in logs.read_log(out / "log.jsonl") if "held_out_loss" in entry]
+    return steps(out), held_out, (out / "model.safetensors").read_bytes()
+
+
+def hidden(out: Path) -> list[str]:
+    """Whatever is half-written: drafts have names that begin with a dot."""
+    return sorted(str(path.relative_to(out)) for path in out.rglob(".*"))
+
+
+def saved(out: Path) -> list[int]:
+    return [int(path.name) for path in state.complete(out / "steps")]
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory) -> Callable[..., Path]:
+    """The folder of a run that was never interrupted, all of its checkpoints there; each is computed once."""
+    done: dict[tuple, Path] = {}
+
+    def get(*more: str, ranks: int = 1) -> Path:
+        if (more, ranks) not in done:
+            out = tmp_path_factory.mktemp("whole") / "run"
+            if ranks == 1:
+                assert here(data, out, *more, "--keep", "9") is None
+            else:
+                code, said = run(data, out, *more, "--keep", "9", ranks=ranks)
+                assert code == 0, said
+            done[more, ranks] = out
+        return done[more, ranks]
+
+    return get
+
+
+def cut(folder: Path, after: int, out: Path) -> Path:
+    """A copy of a run as it was when checkpoint `after` was its newest."""
+    shutil.copytree(folder, out)
+    for checkpoint in state.complete(out / "steps"):
+        if int(checkpoint.name) > after:
+            shutil.rmtree(checkpoint)
+    (out / "model.safetensors").unlink()
+    return out
+
+
+# ---- killed
+
+KILLS = {                       # place, step: the checkpoints that are complete afterwards, and the draft that is left
+    ("forward", 6): ([2, 4], None),
+    ("optimizer", 6): ([2, 4], None),
+    ("shard", 2): ([], ".00000002.tmp"),
+    ("manifest", 4): ([2], ".00000004.tmp"),
+    ("rename", 6): ([2, 4], ".00000006.tmp"),
+    ("renamed", 6): ([2, 4, 6], None),
+    ("pruning", 2): ([4, 6], ".00000002.old.tmp"),
+    ("export", 8): ([6, 8], None),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("killed", KILLS, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, killed, ranks):
+    out, (there, draft) = tmp_path / "run", KILLS[killed]
+    code, said = run(data, out, *SHORT, ranks=ranks, killed=killed)
+    assert code == -signal.SIGKILL if ranks == 1 else code == 1 and "Signal 9 (SIGKILL)" in said, said
+    assert saved(out) in ([there, there[:-1]] if killed[0] in ("forward", "optimizer") else [there])       # the thread may not have finished 4
+    assert draft is None or draft in os.listdir(out / "steps")
+    assert not (out / "model.safetensors").exists()
+    code, said = run(data, out, *SHORT, "--resume", ranks=ranks)
+    assert code == 0, said
+    assert saved(out)[-1] == 8 and hidden(out) == []
+    assert outcome(out) == outcome(whole(*SHORT, ranks=ranks))
+
+
+# ---- every kind of state
+
+@pytest.mark.parametrize("more", [
+    ("--preset", "mixtral", "--optimizer", "adamw"),            # the prices of experts, AdamW's moments and its count
+    ("--preset", "mamba", "--micro-batch", "1"),
+    ("--dtype", "bfloat16", "--schedule", "wsd", "--z-loss", "0.0001"),
+], ids=lambda more: more[1])
+def test_what_goes_on_from_a_checkpoint_ends_as_what_went_on(whole, data, tmp_path, more):
+    out = cut(whole(*SHORT, *more), 4, tmp_path / "run")
+    assert here(data, out, *SHORT, *more, "--resume") is None
+    assert outcome(out) == outcome(whole(*SHORT, *more))
+
+
+def test_the_window_that_spikes_are_measured_against_goes_on(data, tmp_path, monkeypatch):
+    """Where weights hardly move, many a step is half a sigma above the others. A window that began anew would be blind for 8 steps."""
+    monkeypatch.setattr(losses, "RECENT", 32)
+    more = ["--steps", "24", "--save-every", "12", "--lr", "0.000001", "--skip-sigma", "0.5"]
+    assert here(data, tmp_path / "whole", *more) is None
+    out = cut(tmp_path / "whole", 12, tmp_path / "run")
+    assert here(data, out, *more, "--resume") is None
+    assert outcome(out) == outcome(tmp_path / "whole")
+    facts = [state.read_manifest(folder / "steps" / "00000024")["facts"] for folder in (out, tmp_path / "whole")]
+    assert facts[0] == facts[1]
+    assert any("sigma" in (skipped or "") for step, *_, skipped in steps(out) if 12 < step <= 20)
+
+
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_gone_on_with(whole, data, tmp_path):
+    out = cut(whole(*SHORT), 6, tmp_path / "run")
+    newest = out / "steps" / "00000006"
+    file = newest / "rank-0.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    ended = here(data, out, *SHORT, "--resume")
+    assert ended.startswith(f"error: {newest}: damaged: rank-0.safetensors has CRC-32 ") and "\n" not in ended
+    newest.rename(tmp_path / "away")
+    assert here(data, out, *SHORT, "--resume") is None
+    assert outcome(out) == outcome(whole(*SHORT))
+
+
+# ---- elastic
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_one_checkpoint_of_2_ranks_is_gone_on_with_by_1_2_and_4(whole, data, tmp_path, ranks):
+    before = whole(*SHORT, ranks=2)
+    out = cut(before, 4, tmp_path / "run")
+    code, said = run(data, out, *SHORT, "--resume", ranks=ranks)
+    assert code == 0 and "on from step 4" in said, said
+    assert state.read_manifest(out / "steps" / "00000008")["ranks"] == ranks
+    if ranks == 2:
+        assert outcome(out) == outcome(before)
+    ours, theirs = ([entry for entry in logs.read_log(folder / "log.jsonl") if "loss" in entry] for folder in (out, before))
+    assert [(entry["step"], entry["lr"], entry["targets"]) for entry in ours] == [(entry["step"], entry["lr"], entry["targets"]) for entry in theirs]
+    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-6        # the order of sums is another
+    assert max(abs(a["gradient_norm"] - b["gradient_norm"]) for a, b in zip(ours, theirs)) < 1e-5
+    assert len(ours) == 8
+
+
+# ---- asked
+
+def wait(out: Path, until: Callable[[], bool]) -> None:
+    """Until it is so, while someone is at work in the folder."""
+    while not until():
+        time.sleep(0.02)                        # first: a process that has just begun has no command line yet
+        assert processes(out), "the run has ended"
+
+
+def done(out: Path) -> int:
+    """Steps in the log."""
+    return len(steps(out)) if (out / "log.jsonl").exists() else 0
+
+
+def worker(out: Path, rank: int) -> int:
+    """The process of a rank."""
+    return next(process for process in processes(out) if f"RANK={rank}".encode() in (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp_path, ranks):
+    out = tmp_path / "run"
+    child = launch(data, out, *LONG, ranks=ranks)
+    try:
+        wait(out, lambda: done(out) >= 3)
+        os.kill(child.pid if ranks == 1 else worker(out, 1), signal.SIGUSR1)    # any one rank will do
+        wait(out, (out / "model.safetensors").exists)
+        asked = saved(out)
+        wait(out, lambda: done(out) >= asked[0] + 3)
+        child.send_signal(signal.SIGTERM)                                       # torchrun hands it on
+    finally:
+        code, said = end(child, out)
+    left = saved(out)[-1]
+    assert 3 < asked[0] < 20 and asked[0] + 3 < left < 80                       # both between the checkpoints of every 20 steps
+    assert f"{out}: left at step {left} as asked; --resume goes on" in said and done(out) == left and hidden(out) == []
+    assert code == 0 if ranks == 1 else "SignalException" in said, said         # the workers end with 0; torchrun never does after a signal
+    code, said = run(data, out, *LONG, "--resume", ranks=ranks)
+    assert code == 0 and f"on from step {left}" in said, said
+    assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
+
+
+def test_a_folder_in_use_is_refused_even_where_the_torchrun_of_its_workers_is_gone(whole, data, tmp_path):
+    out = tmp_path / "run"
+    child = launch(data, out, *LONG, ranks=2)
+    try:
+        wait(out, lambda: len(saved(out)) > 0)
+        refused = f"error: {out}: another run is at work in it (process {worker(out, 0)}); wait for it, end it, or name another folder with --out"
+        assert here(data, out, *LONG, "--resume") == here(data, out, *LONG, "--force") == refused
+        child.kill()
+        child.wait()
+        before = done(out)
+        wait(out, lambda: done(out) > before + 1)                               # orphans, who train on
+        assert here(data, out, *LONG, "--resume") == refused
+    finally:
+        kill(out)
+        end(child, out)
+    code, said = run(data, out, *LONG, "--resume", ranks=2)
+    assert code == 0 and "on from step" in said, said
+    assert outcome(out) == outcome(whole(*LONG, ranks=2))
+
+
+# ---- no room
+
+@pytest.mark.parametrize("place", ["save_file", "write_manifest", "publish"])
+def test_training_goes_on_where_a_checkpoint_cannot_be_written(whole, data, tmp_path, monkeypatch, capsys, place):
+    out, original = tmp_path / "run", getattr(state, place)
+
+    def full(*args: object) -> None:
+        """Of checkpoint 4, where files and folders are named before or after what goes into them."""
+        if any("00000004" in str(arg) for arg in args if isinstance(arg, Path)):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(*args)
+
+    monkeypatch.setattr(state, place, full)
+    assert here(data, out, *SHORT, "--keep", "9") is None
+    said = capsys.readouterr()
+    assert "warning: no checkpoint at step 4: " in said.out + said.err and "No space left" in said.out + said.err
+    assert saved(out) == [2, 6, 8] and hidden(out) == [] and outcome(out) == outcome(whole(*SHORT))
+
+
+def test_a_run_whose_last_checkpoint_cannot_be_written_stops_and_goes_on_later(whole, data, tmp_path, monkeypatch):
+    out, original = tmp_path / "run", os.rename
+
+    def full(source: Path, target: Path) -> None:
+        if Path(target).name == "00000008":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", full)
+        ended = here(data, out, *SHORT)
+    assert ended.startswith("error: the checkpoint of step 8 cannot be written: ") and ended.endswith("make room, then --resume") and "\n" not in ended
+    assert saved(out) == [4, 6] and hidden(out) == [] and not (out / "model.safetensors").exists()
+    assert here(data, out, *SHORT, "--resume") is None
+    assert outcome(out) == outcome(whole(*SHORT))
+
+
+@pytest.fixture
+def disk(tmp_path) -> Iterator[Callable[[int], Path]]:
+    """A small disk: disk(bytes) makes it, or gives it another size."""
+    place = tmp_path / "disk"
+
+    def size(count: int) -> Path:
+        options = f"size={count}" if not place.exists() else f"remount,size={count}"
+        place.mkdir(exist_ok=True)
+        made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", place], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {made.stderr.strip()}")
+        return place
+
+    yield size
+    subprocess.run(["umount", place], capture_output=True)
+
+
+def fill(place: Path) -> Path:
+    """Take all that is left."""
+    with contextlib.suppress(OSError), (place / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return place / "filler"
+
+
+def ours(said: str) -> list[str]:
+    """The lines of a traceback that are of this repository. Of torchrun's own there always is one where a worker failed."""
+    return [line for line in said.splitlines() if f'File "{ROOT}' in line]
+
+
+def bytes_of(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_on_a_disk_with_room_for_one_checkpoint_the_first_one_is_gone_on_with(whole, data, disk, ranks):
+    one = bytes_of(whole(*SHORT, ranks=ranks) / "steps" / "00000002")
+    out = disk(one * 3 // 2) / "run"
+    code, said = run(data, out, *SHORT, ranks=ranks)
+    assert code == 1 and ours(said) == [], said
+    assert said.count("warning: no checkpoint at step ") == 2 and said.count("error: the checkpoint of step 8 cannot be written: ") == 1, said
+    assert saved(out) == [2] and hidden(out) == [] and done(out) == 8
+    disk(one * 6)
+    code, said = run(data, out, *SHORT, "--resume", ranks=ranks)
+    assert code == 0 and "on from step 2" in said, said
+    assert outcome(out) == outcome(whole(*SHORT, ranks=ranks))
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(whole, data, disk, ranks):
+    """The log is the first that must be written."""
+    place = disk(bytes_of(whole(*LONG, ranks=ranks)))
+    out = place / "run"
+    child = launch(data, out, *LONG, ranks=ranks)
+    try:
+        wait(out, lambda: len(saved(out)) > 0)
+        filler = fill(place)
+    finally:
+        code, said = end(child, out)
+    assert code == 1 and said.count(f"error: {out / 'log.jsonl'}: cannot write: No space left on device; ") == 1, said
+    assert ours(said) == [], said
+    assert done(out) < 80 and saved(out)[0] == 20 and hidden(out) == []
+    code, said = run(data, out, *LONG, "--resume", ranks=ranks)                 # still full
+    assert code == 1 and said.count("error: ") == 1 and "No space left" in said and ours(said) == [], said
+    filler.unlink()
+    code, said = run(data, out, *LONG, "--resume", ranks=ranks)
+    assert code == 0 and "on from step" in said, said
+    assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
+
+
+def test_a_model_for_which_there_is_no_room_is_written_when_there_is(whole, data, disk, monkeypatch):
+    place = disk(bytes_of(whole(*SHORT)))
+    out, export = place / "run", train.export
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "export", lambda run: (fill(place), export(run)))
+        ended = here(data, out, *SHORT)
+    assert ended.startswith("error: ") and "No space left" in ended and "\n" not in ended
+    assert saved(out) == [6, 8] and hidden(out) == []
+    (place / "filler").unlink()
+    assert here(data, out, *SHORT, "--resume") is None
+    assert outcome(out) == outcome(whole(*SHORT))
+
+
+@pytest.mark.parametrize("place", ["file/run", "/proc/run", "x" * 300])
+def test_a_folder_that_cannot_be_written_is_one_line(data, tmp_path, place):
+    (tmp_path / "file").write_text("")
+    ended = here(data, tmp_path / place, *SHORT)
+    assert ended.startswith(f"error: {tmp_path / place}: cannot ") and "\n" not in ended
+    assert os.listdir(tmp_path) == ["file"]
