@@ -68,13 +68,14 @@ def alone(shards, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("preset, ranks, more", [
+@pytest.mark.parametrize("what, ranks, more", [
     ("llama", 2, ()), ("llama", 2, ("--micro-batch", 2)), ("llama", 1, ("--micro-batch", 2)), ("llama", 4, ("--replicas", 2)),
-    ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
+    ("llama --optimizer adamw", 2, ("--micro-batch", 2)), ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
 ], ids=str)
-def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, preset, ranks, more):
-    one, _ = alone("--preset", preset, "--data", shards)
-    many = run(ranks, tmp_path / "run", "--preset", preset, "--data", shards, *more)
+def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, what, ranks, more):
+    options = ("--preset", *what.split(), "--data", shards)
+    one, _ = alone(*options)
+    many = run(ranks, tmp_path / "run", *options, *more)
     assert furthest(one, many) <= 1e-6
     assert furthest(one, many, "balance") < 1e-5
     assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many)) < 2e-5
