@@ -142,7 +142,8 @@ def held_out_loss(run: Run, most: int | None = None) -> float:
         targets = batch.targets if mine else torch.full_like(batch.targets, -100)
         _, nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
         total += torch.tensor([nats.item(), (targets >= 0).sum().item()])
-    run.model.reshard()                         # a backward pass would have; without one the last gathered parameters stay
+    for module in distributed.slices(run.model):
+        module.reshard()                        # a backward pass would have; without one what was gathered stays
     nats, count = world.total(*total.tolist())
     return nats / count
 

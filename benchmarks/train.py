@@ -8,7 +8,7 @@
 Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write: the model's
 own loss under autocast, clip_grad_norm_, fused AdamW. Each lives in a process of its own, for the sake of its peak memory; they take
 turns, round by round, and the ratio is the median of the rounds' ratios, so a drifting machine cancels out.
-"of peak" is model FLOPs (speed.flops_per_token) a second over those of a large matrix product in the same dtype, measured between the
+"of peak" is model FLOPs (flops_per_token) a second over those of a large matrix product in the same dtype, measured between the
 rounds (on a GPU: over the vendor's dense peak, which is the MFU that others publish).
 """
 
@@ -30,12 +30,13 @@ import train                                            # first: it sets what to
 
 import torch
 
-from nanollm import distributed, optim, speed
+from nanollm import distributed, optim
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.data import Batch
 from nanollm.losses import Balance
 from nanollm.model import Decoder, initial_values
 from nanollm.presets import preset, transformer
+from nanollm.speed import flops_per_token, peak_flops
 
 
 def gpt(vocab: int, dim: int, layers: int, heads: int) -> ModelConfig:
@@ -132,7 +133,7 @@ def serve(step, rows: int, length: int, vocab: int, device: str) -> None:
 def peak(dtype: str, device: str) -> float:
     """FLOP/s: of a product of two large matrices on a CPU, the best of five; the vendor's figure for a GPU."""
     if device == "cuda":
-        return speed.peak_flops(torch.device("cuda"), dtype)
+        return peak_flops(torch.device("cuda"), dtype)
     a, b, seconds = *(torch.randn(4096, 4096, dtype=distributed.DTYPES[dtype]) for _ in range(2)), []
     for _ in range(5):
         start = time.perf_counter()
@@ -164,7 +165,7 @@ def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
         racer.wait()
     speed = {who: rows * length / statistics.median(one["seconds"] for one in found[who]) for who in racers}
     ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found[peer]))
-    flops = speed.flops_per_token(config, length)
+    flops = flops_per_token(config, length)
     return {"model": name, "dtype": dtype, "rows": rows, "tokens": length, "tokens_per_second": round(speed["ours"]), "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratio, 2),
             "of_peak": round(speed["ours"] * flops / statistics.median(peaks), 3), "theirs_of_peak": round(speed[peer] * flops / statistics.median(peaks), 3),
             "gb": round(found["ours"][-1]["memory"] / 1e9, 2), "theirs_gb": round(found[peer][-1]["memory"] / 1e9, 2)}
@@ -184,12 +185,16 @@ def main() -> None:
     if options.contender:
         return contender(options.contender, options.name, options.dtype, options.device, options.compile, options.nanogpt)
     names = [name for name, (config, _, _, peer) in SHAPES.items() if (config.vocab > 100_000) == (options.device == "cuda") and (peer != "nanogpt" or options.nanogpt)]
-    table = [bench(name, dtype, options) for name in names for dtype in (("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16"))]
-    lines = ["| model | rows × tokens | dtype | tokens/s | of peak | GB | peer | tokens/s | of peak | GB | ratio |", "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
-    lines += [f"| {r['model']} | {r['rows']} × {r['tokens']} | {r['dtype']} | {r['tokens_per_second']:,} | {r['of_peak']:.0%} | {r['gb']} | {r['peer']} | {r['theirs']:,} | {r['theirs_of_peak']:.0%} | {r['theirs_gb']} | **{r['ratio']:.2f}** |" for r in table]
+    head = ["| model | rows × tokens | dtype | tokens/s | of peak | GB | peer | tokens/s | of peak | GB | ratio |", "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+    print("\n".join(head), flush=True)
+    table, lines = [], []
+    for name, dtype in ((name, dtype) for name in names for dtype in (("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16"))):
+        table.append(r := bench(name, dtype, options))
+        lines.append(f"| {r['model']} | {r['rows']} × {r['tokens']} | {r['dtype']} | {r['tokens_per_second']:,} | {r['of_peak']:.0%} | {r['gb']} | {r['peer']} | {r['theirs']:,} | {r['theirs_of_peak']:.0%} | {r['theirs_gb']} | **{r['ratio']:.2f}** |")
+        print(lines[-1], flush=True)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    text = "\n".join(lines) + f"\n\n`python benchmarks/train.py{' --compile' * options.compile}`: {machine}, torch {torch.__version__}, {date.today()}, median of {options.rounds} rounds of {options.steps} steps each.\n"
-    print(text + json.dumps(table))
+    text = "\n".join(head + lines) + f"\n\n`python benchmarks/train.py{' --compile' * options.compile}`: {machine}, torch {torch.__version__}, {date.today()}, median of {options.rounds} rounds of {options.steps} steps each.\n"
+    print(json.dumps(table))
     if options.write:
         Path(__file__).with_suffix(".md").write_text(text)
 

@@ -136,10 +136,10 @@ def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, recompute: st
         layer.forward = recomputed(layer.forward, recompute)
         if compile:
             layer.compile()
-        wrap(layer)
+        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)         # what is not sliced need not be gathered twice
     wrap(model)                                                 # embedding, last norm and head, tied or not, stay whole through a step
     register_fsdp_forward_method(model, "hidden")
-    for module in slices(model):
+    for module in slices(model) if mesh.size() > 1 else []:     # sums, not means: see the head of the file
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)          # without it gloo is asked for an operation that it lacks
 
@@ -163,11 +163,9 @@ def slices(model: nn.Module) -> list[FSDPModule]:
 
 @torch.no_grad()
 def clip(model: nn.Module, most: float) -> float:
-    """The length of the gradient over all ranks, which is made `most` where it is longer (0: any length will do).
-
-    Summed in float64: then the number, and what it decides, does not depend on how the gradient is sliced."""
+    """The length of the gradient over all ranks, which is made `most` where it is longer (0: any length will do)."""
     slices = [p.grad.to_local() for p in model.parameters()]
-    squares = sum(torch.linalg.vector_norm(slice, dtype=torch.float64).square() for slice in slices)
+    squares = torch.stack(torch._foreach_norm(slices)).double().square().sum()
     dist.all_reduce(squares, group=model.embed.weight.device_mesh.get_group("shard"))
     norm = squares.sqrt().item()
     if most and norm > most:

@@ -176,7 +176,8 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
     # micro-batch nothing is reduced (FSDPParam.to_accumulated_grad_if_needed): each rank holds the gradient of the whole model.
     *layers, root = mine.groups
     resting = {"parameters": mine.weights, "gradients": mine.weights, f"optimizer ({options.optimizer})": mine.state}
-    passing = {f"gathered in {name}: embedding, head, 2 layers": (root + sum(sorted(layers)[-2:])) * dtype.itemsize + 4 * max(layers),
+    whole = "2 layers" if slices > 1 or options.offload else "all layers"       # one slice is gathered once a step
+    passing = {f"gathered in {name}: embedding, head, {whole}": (root + sum(sorted(layers)[-2 if whole == "2 layers" else 0 :])) * dtype.itemsize + 4 * max(layers),
                f"whole float32 gradients, until {passes} micro-batches are done": 4 * mine.parameters * (passes > 1),
                f"activations kept (recomputed: {options.recompute})": kept, "activations and gradients of the part at work": more}
     memory = passing if options.offload else resting | passing

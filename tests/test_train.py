@@ -246,6 +246,29 @@ def test_shards_of_another_tokenizer_are_refused_and_mixtures_are_trained_on(run
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 3
 
 
+def test_shards_that_change_under_a_run_end_it_and_no_checkpoint_has_seen_them(text, tmp_path, monkeypatch):
+    from nanollm import optim
+    from nanollm import text as texts
+    texts.prepare(texts.read(text), tmp_path / "shards", vocab=300, tokenizer=None, context=32)
+    shard, steps, step = tmp_path / "shards" / "train-00000.bin", [], optim.step
+
+    def meddle(optimizers, lr):
+        step(optimizers, lr)
+        steps.append(lr)
+        if len(steps) == 6:
+            shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
+
+    monkeypatch.setattr(optim, "step", meddle)
+    with pytest.raises(SystemExit) as error:
+        run("--data", tmp_path / "shards", "--out", tmp_path / "run", "--steps", "12", "--context", "32", "--batch-size", "4", "--dtype", "float32", "--save-every", "4", "--sample-every", "0")
+    assert str(shard) in error.value.code and "changed since the run began" in error.value.code
+    assert [path.name for path in sorted((tmp_path / "run" / "steps").glob("0*"))] == ["00000004"]
+    monkeypatch.undo()
+    with pytest.raises(SystemExit) as error:                                    # and it cannot be gone on with: the checksum tells
+        run("--data", tmp_path / "shards", "--out", tmp_path / "run", "--steps", "12", "--context", "32", "--batch-size", "4", "--dtype", "float32", "--save-every", "4", "--sample-every", "0", "--resume")
+    assert str(shard) in error.value.code and "crc32" in error.value.code
+
+
 def test_raw_shards_need_a_vocabulary_and_give_a_model_without_tokenizer(tmp_path):
     np.random.default_rng(0).integers(0, 50, 4000).astype(np.uint16).tofile(tmp_path / "train.bin")
     options = ("--data", tmp_path / "train.bin", "--out", tmp_path / "run", "--steps", "3", "--context", "32", "--batch-size", "4", "--dtype", "float32")
@@ -266,6 +289,25 @@ def test_tensorboard_has_the_curves(text, tmp_path):
     events.Reload()
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(e["step"], pytest.approx(e["loss"])) for e in log if "loss" in e]
     assert {"lr", "gradient_norm", "held_out_loss"} <= set(events.Tags()["scalars"])
+
+
+def test_weights_and_biases_gets_the_numbers_and_the_facts(text, tmp_path, monkeypatch):
+    """With a stand-in for the library, which would want the network."""
+    seen = []
+
+    class Run:
+        def log(self, values, step):
+            seen.append((step, values))
+
+        def finish(self):
+            seen.append("finished")
+
+    stand_in = type(sys)("wandb")
+    stand_in.init = lambda **how: seen.append(how) or Run()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    log = quick(text, tmp_path / "run", "--wandb", "toys")
+    assert seen[0]["project"] == "toys" and seen[0]["name"] == "run" and seen[0]["config"]["options"]["steps"] == 12 and seen[-1] == "finished"
+    assert [(step, values["loss"]) for step, values in seen[1:-1] if "loss" in values] == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
 
 
 # ---- the run folder
@@ -362,7 +404,7 @@ def test_the_demo_beats_gzip_far(tmp_path):
     """The default run, with fewer than half of its steps."""
     run("--out", tmp_path / "demo", "--steps", "250")
     log = [json.loads(line) for line in (tmp_path / "demo" / "log.jsonl").read_text().splitlines()]
-    facts = json.loads((tmp_path / "demo" / "data" / "facts.json").read_text())
+    facts = json.loads((tmp_path / "demo" / "data" / "meta.json").read_text())["facts"]
     held_out = [entry for entry in log if "held_out_loss" in entry][-1]
     assert held_out["held_out_loss"] < facts["unigram_loss"] - 1.5
     assert held_out["held_out_bits_per_byte"] < facts["gzip_bits_per_byte"]
