@@ -361,8 +361,8 @@ def fill(place: Path) -> Path:
 
 
 def ours(said: str) -> list[str]:
-    """The lines of a traceback that are of this repository. Of torchrun's own there always is one where a worker failed."""
-    return [line for line in said.splitlines() if f'File "{ROOT}' in line]
+    """The lines of a traceback that are of this repository. Of torchrun's own (.venv may lie in here) there always is one where a worker failed."""
+    return [line for line in said.splitlines() if f'File "{ROOT}' in line and "site-packages" not in line]
 
 
 def bytes_of(folder: Path) -> int:
