@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.toys import grammar
+
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
@@ -31,10 +33,7 @@ def case(name: str, ranks: int, folder: Path, replicas: int = 1) -> dict:
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
     from nanollm import text
-    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    for i in range(24):
-        names = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
-        (folder / f"{i:02}.py").write_text("".join(f"def {a}({b}):\n    return {b} + {n}\n\n" for n, (a, b) in enumerate(zip(names, names[::-1]))))
+    folder = grammar(tmp_path_factory.mktemp("text"))
     text.prepare(text.read(folder), folder / "shards", vocab=300, tokenizer=None, context=32)
     return folder / "shards"
 

@@ -20,13 +20,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import train
 from nanollm import cli, losses, state
 from nanollm import log as logs
 from nanollm import text as texts
+from tests.toys import grammar
 
 pytestmark = pytest.mark.slow
 
@@ -38,10 +38,7 @@ LONG = ["--steps", "80", "--save-every", "20", "--eval-every", "40"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     """Shards of a small grammar, made once."""
-    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    for i in range(24):
-        names = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
-        (folder / f"{i:02}.py").write_text("".join(f"def {a}({b}):\n    return {b} + {n}\n\n" for n, (a, b) in enumerate(zip(names, names[::-1]))))
+    folder = grammar(tmp_path_factory.mktemp("text"))
     texts.prepare(texts.read(folder), folder / "shards", vocab=300, tokenizer=None, context=32)
     return folder / "shards"
 

@@ -15,6 +15,7 @@ import train
 from nanollm import cli, options, presets, tokenizer
 from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
+from tests.toys import grammar
 
 TOYS = ["llama", "qwen3", "mistral", "mixtral", "mamba"]
 ROOT = Path(train.__file__).parent
@@ -23,11 +24,7 @@ ROOT = Path(train.__file__).parent
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     """A small grammar: enough to learn from in a few steps."""
-    folder, rng = tmp_path_factory.mktemp("text"), np.random.default_rng(0)
-    for i in range(24):
-        names = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
-        (folder / f"{i:02}.py").write_text("".join(f"def {a}({b}):\n    return {b} + {n}\n\n" for n, (a, b) in enumerate(zip(names, names[::-1]))))
-    return folder
+    return grammar(tmp_path_factory.mktemp("text"))
 
 
 def run(*args: str | Path) -> None:
