@@ -19,8 +19,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import shutil
-import statistics
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -286,7 +284,7 @@ def run() -> None:
             f"products in {options.dtype} on {world.size} × {options.device}" + (f", on from step {here.step}" if here.step else ""))
         log = world.together(lambda: held.enter_context(Log(folder if chief else None, here.step, options.tensorboard, options.wandb, facts)))
         finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
-        say(report(folder, here.corpus, options.title) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on")
+        world.first(lambda: print(report(folder, here.corpus, options.title) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on"))
 
 
 if __name__ == "__main__":

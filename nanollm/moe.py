@@ -7,7 +7,7 @@
 Shapes: N tokens in all, D model width, E experts, k experts a token, F width of an expert.
 The experts are stacked, gate and up (E, F, D), down (E, D, F), so that one grouped product can run them all.
 
-A router left alone sends everything to few experts; the loss that spreads the load is at the end of the file.
+A router left alone sends everything to few experts; `losses.Balance` spreads the load.
 """
 
 from collections.abc import Iterator
@@ -78,13 +78,3 @@ def routing(model: nn.Module) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def load_balance_loss(logits: list[Tensor], top_k: int) -> Tensor:
-    """E · Σ_e f_e P_e: f_e share of choices that went to e, P_e mean probability of e; Fedus et al. 2021 (arXiv 2101.03961) eq. 4.
-
-    logits: (N, E) a layer, as `routing` collects them; averaged over layers. k is its value when the load is even.
-    """
-    probabilities = torch.cat(logits).softmax(-1, dtype=torch.float32)                              # (layers·N, E)
-    chosen = F.one_hot(probabilities.topk(top_k, -1).indices, probabilities.shape[-1]).sum(-2)      # 1 where e was chosen
-    return probabilities.shape[-1] * (chosen.float().mean(0) * probabilities.mean(0)).sum()
