@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.config import Norm
+from nanollm.ops import accelerated
 
 
+@accelerated                                            # on a GPU kernels.rms_norm runs in its place: same signature, same result
 def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_after_gain: bool = False) -> Tensor:
     """x (…, D), gain (D,) → (…, D) in the dtype of x."""
     x32 = x.float()
@@ -29,6 +31,19 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_afte
     if cast_after_gain:
         return (x_hat * gain.float()).to(x.dtype)
     return (gain * x_hat.to(x.dtype)).to(x.dtype)
+
+
+@accelerated
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_after_gain: bool = False) -> tuple[Tensor, Tensor]:
+    """x + y, which is the residual stream, and its norm."""
+    total = x + y
+    return total, rms_norm(total, gain, eps, offset, cast_after_gain)
+
+
+@accelerated
+def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """x (…, D), gain and bias (D,) → (…, D) in the dtype of x."""
+    return F.layer_norm(x, gain.shape, gain, bias, eps)
 
 
 class RMSNorm(nn.Module):
@@ -56,7 +71,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.empty(dim)) if config.bias else None
 
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
-        return F.layer_norm(x, self.gain.shape, self.gain, self.bias, self.config.eps)
+        return layer_norm(x, self.gain, self.bias, self.config.eps)
 
 
 def build_norm(config: Norm | None, dim: int) -> nn.Module | None:

@@ -8,6 +8,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+if not torch.cuda.is_available():                       # read when triton is imported: kernels run in its interpreter
+    os.environ["TRITON_INTERPRET"] = "1"
+
 torch.set_num_threads(1)
 
 

@@ -1,0 +1,81 @@
+"""The one door to the kernels: `@accelerated` above a definition, a switch, and nothing else.
+
+    @accelerated
+    def rms_norm(x, gain, eps, …):          the definition: plain PyTorch, what a reader reads and what a CPU runs
+        …
+
+    NANOLLM_KERNELS=auto       on an NVIDIA GPU kernels.rms_norm runs in its place, same signature, same result up to rounding;
+                               where the kernel does not support the arguments (a width, a dtype, a stride) the definition runs
+                    torch      always the definition
+                    triton     always the kernel; ValueError where it does not support the arguments
+
+    with using("torch"): …     the same, for a block of code
+
+`kernels` is imported when it is first needed, so nothing here asks for Triton or a GPU.
+"""
+
+import functools
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TypeVar
+
+import torch
+
+from nanollm.errors import InputError
+
+MODES = ("auto", "torch", "triton")
+Definition = TypeVar("Definition", bound=Callable)
+
+
+def _checked(mode: str) -> str:
+    if mode not in MODES:
+        raise InputError(f"NANOLLM_KERNELS is {mode!r}, expected one of {', '.join(MODES)}")
+    return mode
+
+
+_mode = _checked(os.environ.get("NANOLLM_KERNELS", "auto"))
+
+
+@contextmanager
+def using(mode: str) -> Iterator[None]:
+    """Choose inside the block what `accelerated` functions run; raises InputError for anything but the three modes."""
+    global _mode
+    before, _mode = _mode, _checked(mode)
+    try:
+        yield
+    finally:
+        _mode = before
+
+
+def accelerated(definition: Definition) -> Definition:
+    """Let the kernel of the same name run in place of a definition. The first argument is a tensor, and tells the device."""
+    name = definition.__name__
+
+    @functools.wraps(definition)
+    def run(*args, **kwargs):
+        if _mode == "torch" or (_mode == "auto" and not (args[0].is_cuda and available())):
+            return definition(*args, **kwargs)
+        kernel = getattr(package(), name)
+        if _mode == "auto" and kernel.refuses(*args, **kwargs) is not None:
+            return definition(*args, **kwargs)
+        return kernel(*args, **kwargs)
+
+    return run
+
+
+@functools.cache
+def available() -> bool:
+    """Whether Triton and an NVIDIA GPU are there."""
+    return torch.version.cuda is not None and torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def package() -> ModuleType:
+    """The kernels. Raises InputError where another package of that name stands before ours."""
+    found = importlib.import_module("kernels")
+    if not hasattr(found, "OPERATIONS"):
+        raise InputError(f"{found.__file__} is another package named kernels, which hides nanollm's: uninstall it, or put nanollm first on PYTHONPATH")
+    return found

@@ -1,0 +1,70 @@
+"""The table of what each kernel compiles to: kernels/compiled.csv, one line a kernel, configuration and device.
+
+    python -m tests.kernels.compiled norm               print the lines of one file, for sm_80, sm_90 and sm_100
+    python -m tests.kernels.compiled --write            measure all of them with the triton that is installed, and keep them
+
+What is compiled are the launches that `real_launches` of each tests/kernels/test_*.py makes, at the sizes of real decoders.
+"""
+
+import csv
+import dataclasses
+import importlib
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).parent
+TABLE = HERE.parent.parent / "kernels/compiled.csv"
+MODULES = sorted(path.stem[5:] for path in HERE.glob("test_*.py") if "def real_launches" in path.read_text())
+TARGETS = ("sm_80", "sm_90", "sm_100")
+KEYS = ["triton", "file", "target", "kernel", "constants", "dtypes", "warps", "stages"]
+COUNTS = ["registers", "spills", "shared", "tensor", "wide", "narrow", "exp2", "atomic", "float64"]
+
+
+def measure(module: str) -> None:
+    """Print a JSON line for each kernel that a file compiles to, and last the entries of the tuning table that were used."""
+    import triton
+
+    from tests.kernels.compiling import compile_only
+
+    launches = importlib.import_module(f"tests.kernels.test_{module}").real_launches
+    used = []
+    for target in TARGETS:
+        with compile_only(target) as (found, entries):
+            launches()
+        for kernel in found:
+            print(json.dumps({"triton": triton.__version__, "file": module, "target": target} | dataclasses.asdict(kernel)))
+        used += sorted(entries)
+    print(json.dumps(used))
+
+
+def measured(module: str) -> tuple[list[dict[str, str]], list[list[str]]]:
+    """`measure` in a process of its own, where kernels are compiled and not interpreted: the lines of the table, and the entries used."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.compiled", module], env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    *lines, used = map(json.loads, done.stdout.splitlines())
+    return [{key: str(value) for key, value in line.items()} for line in lines], used
+
+
+def committed() -> list[dict[str, str]]:
+    """The table as it stands."""
+    return list(csv.DictReader(TABLE.open())) if TABLE.exists() else []
+
+
+def write() -> None:
+    """Replace the lines of this version of triton."""
+    with ThreadPoolExecutor(2) as pool:
+        new = [line for lines, _ in pool.map(measured, MODULES) for line in lines]
+    lines = [line for line in committed() if line["triton"] != new[0]["triton"]] + new
+    with TABLE.open("w", newline="") as file:
+        table = csv.DictWriter(file, KEYS + COUNTS, lineterminator="\n")
+        table.writeheader()
+        table.writerows(sorted(lines, key=lambda line: [line[key] for key in KEYS]))
+
+
+if __name__ == "__main__":
+    write() if sys.argv[1:] == ["--write"] else measure(sys.argv[1])
