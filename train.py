@@ -39,9 +39,10 @@ from nanollm.data import Batch, stack
 from nanollm.distributed import DTYPES, World
 from nanollm.errors import RunError
 from nanollm.generation import generate
+from nanollm.init import initial_values
 from nanollm.log import Log, report, shown
 from nanollm.losses import RECENT, Balance, spike, token_loss
-from nanollm.model import Decoder, initial_values
+from nanollm.model import Decoder
 from nanollm.moe import routing
 from nanollm.options import parse, rows_at_once
 from nanollm.presets import preset

@@ -34,7 +34,8 @@ from nanollm import distributed, optim
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.data import Batch
 from nanollm.losses import Balance
-from nanollm.model import Decoder, initial_values
+from nanollm.init import initial_values
+from nanollm.model import Decoder
 from nanollm.presets import preset, transformer
 from nanollm.speed import flops_per_token, peak_flops
 

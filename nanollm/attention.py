@@ -18,14 +18,23 @@ from torch.nn import functional as F
 
 from nanollm.cache import KV
 from nanollm.config import Attention as AttentionConfig
-from nanollm.frame import CAUSAL, Frame
+from nanollm.frame import CAUSAL, Frame, Sight
 from nanollm.linear import Linear
 from nanollm.norm import build_norm
+from nanollm.ops import accelerated
 from nanollm.rope import rotate
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None) -> Tensor:
-    """The definition. q (B, H, T, d), k and v (B, K, S, d), mask as `Frame.mask` gives it → (B, H, T, d). Softmax in float32."""
+@accelerated
+def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, softcap: float | None = None) -> Tensor:
+    """q (B, H, T, d), k and v (B, K, S, d), and what of the keys each query sees → (B, H, T, d)."""
+    if softcap is None:
+        return attend_fused(q, k, v, sight.mask, scale)
+    return attend_plainly(q, k, v, sight.mask, scale, softcap)
+
+
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None) -> Tensor:
+    """The equation, step by step. mask as `Sight.mask` says. Softmax in float32."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-2, -1) * scale                                    # (B, H, T, S)
     if softcap is not None:
@@ -77,9 +86,5 @@ class Attention(nn.Module):
         if state is not None:
             plan = frame.plan(state)
             k, v = state.extend(k, v, plan)
-        mask = frame.mask(config, plan)
-        if config.softcap is None:
-            mixed = attend_fused(q, k, v, mask, self.scale)
-        else:
-            mixed = attend(q, k, v, mask, self.scale, config.softcap)
+        mixed = attend(q, k, v, Sight(frame, config, plan), self.scale, config.softcap)
         return self.o(mixed.transpose(1, 2).flatten(-2))

@@ -49,10 +49,13 @@ class Block(nn.Module):
             mixed = self.post_mixer(mixed)
         if self.ffn is None:
             return x + mixed
-        if not self.parallel:
-            x = x + mixed
-        if not self.parallel or self.pre_ffn is not None:
-            h = (x if self.pre_ffn is None else self.pre_ffn(x)).to(frame.dtype)
+        if self.parallel:
+            h = h if self.pre_ffn is None else self.pre_ffn(x)
+        elif self.pre_ffn is None:
+            x = h = x + mixed
+        else:
+            x, h = self.pre_ffn.add(x, mixed)
+        h = h.to(frame.dtype)
         out = self.ffn(h)
         if self.post_ffn is not None:
             out = self.post_ffn(out)

@@ -61,7 +61,8 @@ class Plan:
     def __init__(self, held: Tensor, positions: Tensor, ring: bool, alike: bool, filled: int, longest: int) -> None:
         """held (B, S + 1): position in each slot before the call, −1 if none. alike: all rows have the same positions.
         filled, longest: tokens of the longest row before and after the call."""
-        size, chunk = held.shape[1] - 1, positions.shape[1]
+        self.size = size = held.shape[1] - 1
+        self.ring, chunk = ring, positions.shape[1]
         self.alike = alike
         self.fresh = filled == 0
         self.join = ring and chunk > 1 and not self.fresh
@@ -114,8 +115,10 @@ class Cache:
             after, longest = before + tokens.shape[1], self.longest + tokens.shape[1]
         else:
             real = positions >= 0
-            if bool((real & (positions != before[:, None] + real.cumsum(1) - 1)).any()):
-                raise InputError("with a cache, the positions of a row go on by one from where it stopped; -1 is padding")
+            count = real.cumsum(1)
+            broken = real[:, 1:] & ~real[:, :-1] & (count[:, 1:] > 1)           # padding with real tokens on both sides
+            if bool((real & (positions != before[:, None] + count - 1)).any() | broken.any()):
+                raise InputError("with a cache, the positions of a row go on by one from where it stopped; -1 is padding, before or behind them")
             after = before + real.sum(1)
             longest = int(after.max())
         if longest > self.length and not self.endless:

@@ -1,18 +1,21 @@
 """What all layers of one forward pass share, worked out once: positions, rotation tables, masks, cache plans.
 
-A layer asks for what its own config says (`frame.rotation(rope, d)`, `frame.mask(…)`); layers that ask for the same
+A layer asks for what its own config says (`frame.rotation(rope, d)`, `Sight(frame, …).mask`); layers that ask for the same
 get the same tensor. Where every row is simply the next T tokens, no mask is built at all: attention is then causal
 over the new keys, or over everything for a single new token.
 
 Shapes: B batch, T new tokens, S keys, r rotated channels.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from nanollm.cache import KV, Cache, Plan
 from nanollm.config import Attention, Rope
-from nanollm.mask import alibi_bias, allowed
+from nanollm.mask import alibi_bias, alibi_slopes, allowed
 from nanollm.rope import rotation_tables
 
 CAUSAL = "causal"       # a mask that need not be built: query i of T sees the first i + 1 of T keys
@@ -30,8 +33,8 @@ class Frame:
 
     def rotation(self, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, 1, T, r) in the working dtype, see rope.py."""
-        return self._once(("rotation", rope, head_dim), lambda: tuple(
-            table.to(self.dtype) for table in rotation_tables(rope, head_dim, self._rows(self.positions), self._rows(self.lengths()))))
+        return self.once(("rotation", rope, head_dim), lambda: tuple(
+            table.to(self.dtype) for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
 
     def lengths(self) -> Tensor:
         """(B, T): the length of the sequence that each token belongs to, itself and what is cached included."""
@@ -44,31 +47,87 @@ class Frame:
 
     def plan(self, state: KV) -> Plan:
         """Where this call writes in caches of this size, and what it reads."""
-        return self._once(("plan", state.size), lambda: self.cache.plan(state, self.positions))
+        return self.once(("plan", state.size), lambda: self.cache.plan(state, self.positions))
 
-    def mask(self, config: Attention, plan: Plan | None) -> Tensor | str | None:
-        """None: every query sees every key. CAUSAL. Else bool (B, 1, T, S), or with ALiBi a float bias (B, H, T, S)."""
-        return self._once(("mask", config.window, config.alibi and config.heads, plan), lambda: self._mask(config, plan))
+    def rows(self, table: Tensor) -> Tensor:
+        """One row of a table (B, …) where all are equal."""
+        return table[:1] if self.regular else table
 
-    def _mask(self, config: Attention, plan: Plan | None) -> Tensor | str | None:
-        fresh = plan is None or plan.fresh
-        k_pos = self.positions if fresh else plan.key_positions
-        T, S = self.positions.shape[1], k_pos.shape[1]
-        if self.regular and not config.alibi and (config.window is None or S <= config.window):
-            if T == 1:
-                return None
-            if fresh:
-                return CAUSAL
-        visible = allowed(self._rows(self.positions), self._rows(k_pos), config.window, self.documents, self.documents)[:, None]
-        if not config.alibi:
-            return visible
-        bias = alibi_bias(config.heads, self._rows(self.positions), self._rows(k_pos))
-        return bias.masked_fill(~visible, -torch.inf).to(self.dtype)
-
-    def _rows(self, table: Tensor) -> Tensor:
-        return table[:1] if self.regular else table     # equal rows need one
-
-    def _once(self, key: tuple, make):
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first asking."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]
+
+
+class Sight:
+    """What the queries of a call see of the keys, in two forms: a mask for the definition, a run of keys a query for the kernels.
+
+    Keys lie in order, those of this call in the order of the tokens, those of a cache by position. So what a query sees is one run,
+    first … last, both included: here with W = 3, and two documents in one row.
+
+        k      0 1 2 3 4 5 6        first last        k  0 1 2 3 4        position  first last
+        q 0    x . . . . . .          0    0        q 0  x . . . .           0        0    0
+          1    x x . . . . .          0    1          1  x x . . .           1        0    1
+          2    x x x . . . .          0    2          2  x x x . .           2        0    2
+          3    . x x x . . .          1    3          3  . . . x .           0        3    3
+          4    . . x x x . .          2    4          4  . . . x x           1        3    4
+    """
+
+    def __init__(self, frame: Frame, config: Attention, plan: Plan | None) -> None:
+        self.frame, self.config, self.plan = frame, config, plan
+        self.key = (config.window, config.alibi and config.heads, plan)
+        self.fresh = plan is None or plan.fresh                                 # the keys are those of this call
+
+    @property
+    def mask(self) -> Tensor | str | None:
+        """None: every query sees every key. CAUSAL. Else bool (B or 1, 1, T, S), or with ALiBi a float bias (B or 1, H, T, S)."""
+        return self.frame.once(("mask", *self.key), self._mask)
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first key that each query sees, int32 (B or 1, T). None: what it sees is no run (a ring with a chunk joined to it)."""
+        return self.frame.once(("runs", *self.key), self._runs)[0]
+
+    @property
+    def last(self) -> Tensor | None:
+        """The last key that each query sees, int32 (B or 1, T); less than `first` for padding, which sees nothing."""
+        return self.frame.once(("runs", *self.key), self._runs)[1]
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """What a key costs for each place that it stands before the last, float32 (H,); None without ALiBi."""
+        return self.frame.once(("slopes", *self.key), self._slopes)
+
+    def _mask(self) -> Tensor | str | None:
+        frame, config = self.frame, self.config
+        k_pos = frame.positions if self.fresh else self.plan.key_positions
+        T, S = frame.positions.shape[1], k_pos.shape[1]
+        if frame.regular and not config.alibi and (config.window is None or S <= config.window):
+            if T == 1:
+                return None
+            if self.fresh:
+                return CAUSAL
+        visible = allowed(frame.rows(frame.positions), frame.rows(k_pos), config.window, frame.documents, frame.documents)[:, None]
+        if not config.alibi:
+            return visible
+        bias = alibi_bias(config.heads, frame.rows(frame.positions), frame.rows(k_pos))
+        return bias.masked_fill(~visible, -torch.inf).to(frame.dtype)
+
+    def _runs(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        positions, window, plan = self.frame.rows(self.frame.positions), self.config.window, self.plan
+        if self.fresh:
+            last = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
+            first = last - positions                                            # where its document begins
+        elif not plan.ring:
+            last, first = positions, torch.zeros_like(positions)                # position p lies in slot p
+        elif plan.join or self.config.alibi:
+            return None, None
+        else:                                                                   # one token: all that the ring holds is in its window
+            return (torch.zeros_like(positions, dtype=torch.int32), positions.clamp(max=plan.size - 1).int())
+        if window is not None:
+            first = torch.maximum(first, last - window + 1)
+        return first.clamp(min=0).int(), last.int()
+
+    def _slopes(self) -> Tensor | None:
+        return alibi_slopes(self.config.heads).to(self.frame.positions.device) if self.config.alibi else None

@@ -1,4 +1,4 @@
-"""y = x Wᵀ + b, with W (out, in): torch's own Linear, left empty. `Decoder.init_weights` is the one place that draws numbers."""
+"""y = x Wᵀ + b, with W (out, in): torch's own Linear, left empty. init.py is the one place that draws numbers."""
 
 from torch import nn
 

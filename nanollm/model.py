@@ -8,10 +8,6 @@
 Shapes: B batch, T tokens, D model width, V vocabulary.
 """
 
-import math
-import zlib
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +17,7 @@ from nanollm.cache import Cache
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.frame import Frame
+from nanollm.init import init_weights
 from nanollm.linear import Linear
 from nanollm.norm import build_norm
 
@@ -59,8 +56,8 @@ class Decoder(nn.Module):
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T) int64.
 
-        positions (B, T): the place of each token in its document. A 0 begins a document that sees nothing before it,
-        −1 is padding. None: each row goes on where its cache stopped, or is one document. Any split of a sequence into
+        positions (B, T): the place of each token in its document, where it rises by one. A 0 begins a document that sees nothing
+        before it, −1 is padding, which stands between documents, not inside. None: each row goes on where its cache stopped, or is one document. Any split of a sequence into
         calls with a cache gives what the single call gives.
         """
         return self.head(self.hidden(tokens, positions, cache))
@@ -75,6 +72,8 @@ class Decoder(nn.Module):
             tokens, positions = cache.advance(tokens, positions)
         elif positions is None:
             positions = torch.arange(new, device=tokens.device).expand(tokens.shape)
+        else:
+            check_positions(positions)
         x = self.embed(tokens)
         frame = Frame(positions, regular, x.dtype, cache)
         if self.config.float32_residual:
@@ -84,55 +83,12 @@ class Decoder(nn.Module):
         return self.norm(x[:, -new:]).to(frame.dtype)   # more than new only where a cache had to begin again, see cache.py
 
 
-@torch.no_grad()
-def init_weights(model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter, as `initial_values` says."""
-    parameters = dict(model.named_parameters())
-    for name, value in initial_values(model, seed):
-        parameters[name].copy_(value)
-
-
-@torch.no_grad()
-def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's name and first value. Each has a random stream of its own, (seed, name), so neither the order matters nor how
-    many processes share the model.
-
-        embed, head                         N(0, 0.02²)                  Radford et al. 2019
-        matrices                            N(0, 1/in)                   the variance of what goes through is kept
-        … that write to the residual:       N(0, 1/in / 2L)              o, down, out_proj; L layers: the stream does
-                                                                         not grow with depth (GPT-2 §2.3)
-        gains                               1, stored less their offset
-        biases                              0
-        conv1d                              U(−1/√k, 1/√k)
-        A_log, D                            log(1 … N), 1                Gu & Dao 2023, §3.6 (S4D-Real)
-        dt_proj                             U(−1/√R, 1/√R), its bias such that Δ is log-uniform in [0.001, 0.1]
-    """
-    branches = 2 * len(model.config.layers)
-    for name, p in model.named_parameters():
-        stream = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        leaf = ".".join(name.split(".")[-2:])
-        owner = model.get_submodule(name.rpartition(".")[0])
-        value = torch.empty(p.shape, dtype=p.dtype, device=p.device)
-        match leaf.split("."):
-            case ["embed" | "head", "weight"]:
-                value.normal_(0, 0.02, generator=stream)
-            case [_, "gain"]:
-                value.fill_(1 - getattr(owner.config, "offset", 0))
-            case ["mixer", "A_log"]:
-                value.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).log().expand_as(value))
-            case ["mixer", "D"]:
-                value.fill_(1)
-            case ["conv1d", "weight"]:
-                value.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5, generator=stream)
-            case ["dt_proj", "weight"]:
-                value.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=stream)
-            case ["dt_proj", "bias"]:
-                delta = value.uniform_(math.log(0.001), math.log(0.1), generator=stream).exp()
-                value = delta + torch.log(-torch.expm1(-delta))                 # the inverse of softplus
-            case [_, "bias"]:
-                value.zero_()
-            case [writer, *_] if writer in ("o", "out_proj") or leaf.endswith("down") or writer == "down":
-                value.normal_(0, (p.shape[-1] * branches) ** -0.5, generator=stream)
-            case _:
-                value.normal_(0, p.shape[-1] ** -0.5, generator=stream)
-        yield name, value
+def check_positions(positions: Tensor) -> None:
+    """Positions (B, T) must rise by one inside a document. Raises InputError; on a GPU, which nobody waits for here, the device says so later."""
+    broken = (positions[:, 1:] > 0) & (positions[:, 1:] != positions[:, :-1] + 1)
+    message = "positions rise by one inside a document; 0 begins one, -1 is padding between them"
+    if positions.is_cuda:
+        torch._assert_async(~broken.any(), message)
+    elif broken.any():
+        row, column = broken.nonzero()[0].tolist()
+        raise InputError(f"{message}; row {row} goes from {positions[row, column]} to {positions[row, column + 1]}")

@@ -57,6 +57,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
         return rms_norm(x, self.gain, self.config.eps, self.config.offset, self.config.cast_after_gain)
 
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y and its norm, in one pass over memory where a kernel runs."""
+        return add_rms_norm(x, y, self.gain, self.config.eps, self.config.offset, self.config.cast_after_gain)
+
     def extra_repr(self) -> str:
         return f"{len(self.gain)}, eps={self.config.eps:g}"
 
@@ -72,6 +76,11 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
         return layer_norm(x, self.gain, self.bias, self.config.eps)
+
+    def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """x + y and its norm."""
+        total = x + y
+        return total, self(total)
 
 
 def build_norm(config: Norm | None, dim: int) -> nn.Module | None:

@@ -15,14 +15,15 @@
 """
 
 import functools
-import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from nanollm.errors import InputError
 
@@ -55,8 +56,8 @@ def accelerated(definition: Definition) -> Definition:
     name = definition.__name__
 
     @functools.wraps(definition)
-    def run(*args, **kwargs):
-        if _mode == "torch" or (_mode == "auto" and not (args[0].is_cuda and available())):
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if _mode == "torch" or (_mode == "auto" and not on_gpu(args[0])):
             return definition(*args, **kwargs)
         kernel = getattr(package(), name)
         if _mode == "auto" and kernel.refuses(*args, **kwargs) is not None:
@@ -66,10 +67,15 @@ def accelerated(definition: Definition) -> Definition:
     return run
 
 
+def on_gpu(x: Tensor) -> bool:
+    """Whether a tensor is on an NVIDIA GPU, and Triton is there."""
+    return x.is_cuda and has_triton()
+
+
 @functools.cache
-def available() -> bool:
-    """Whether Triton and an NVIDIA GPU are there."""
-    return torch.version.cuda is not None and torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+def has_triton() -> bool:
+    """On AMD's GPUs, which torch calls cuda too, the kernels are untested: there NANOLLM_KERNELS=triton asks for them."""
+    return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -14,7 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from nanollm import cli, distributed, optim
 from nanollm.distributed import DTYPES, World
 from nanollm.losses import token_loss
-from nanollm.model import Decoder, initial_values
+from nanollm.init import initial_values
+from nanollm.model import Decoder
 from nanollm.presets import preset
 
 torch.set_num_threads(1)

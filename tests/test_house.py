@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("nanollm", "checkpoints")}
+PACKAGES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("nanollm", "checkpoints", "kernels")}
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARIES = {                                            # beside torch, numpy and the standard library
-    "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm"},
+    "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm"}, "kernels": {"kernels", "triton"},
 }
 ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
            "text.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}, "state.py": {"safetensors"}, "options.py": {"tomli"},
@@ -51,7 +51,7 @@ def test_config_is_imported_by_all_and_imports_nothing():
 
 def test_importing_loads_neither_torch_nor_transformers():
     quick = "import sys, nanollm; assert not {'torch', 'transformers', 'triton', 'tokenizers'} & set(sys.modules)"
-    whole = "import sys, nanollm.generation, nanollm.tokenizer, nanollm.chat, checkpoints; assert not {'transformers', 'matplotlib', 'huggingface_hub'} & set(sys.modules)"
+    whole = "import sys, nanollm.generation, nanollm.tokenizer, nanollm.chat, checkpoints; assert not {'transformers', 'matplotlib', 'huggingface_hub', 'kernels'} & set(sys.modules)"
     for code in (quick, whole):
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 

@@ -1,0 +1,65 @@
+"""The first values of the weights: one table, one random stream a parameter.
+
+A parameter's values follow from (seed, name) alone, so neither the order matters in which they are drawn, nor how many processes
+share the model.
+"""
+
+import math
+import zlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter, as `initial_values` says."""
+    parameters = dict(model.named_parameters())
+    for name, value in initial_values(model, seed):
+        parameters[name].copy_(value)
+
+
+@torch.no_grad()
+def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name and first value.
+
+        embed, head                         N(0, 0.02²)                  Radford et al. 2019
+        matrices                            N(0, 1/in)                   the variance of what goes through is kept
+        … that write to the residual:       N(0, 1/in / 2L)              o, down, out_proj; L layers: the stream does
+                                                                         not grow with depth (GPT-2 §2.3)
+        gains                               1, stored less their offset
+        biases                              0
+        conv1d                              U(−1/√k, 1/√k)
+        A_log, D                            log(1 … N), 1                Gu & Dao 2023, §3.6 (S4D-Real)
+        dt_proj                             U(−1/√R, 1/√R), its bias such that Δ is log-uniform in [0.001, 0.1]
+    """
+    branches = 2 * len(model.config.layers)
+    for name, p in model.named_parameters():
+        stream = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+        leaf = ".".join(name.split(".")[-2:])
+        owner = model.get_submodule(name.rpartition(".")[0])
+        value = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        match leaf.split("."):
+            case ["embed" | "head", "weight"]:
+                value.normal_(0, 0.02, generator=stream)
+            case [_, "gain"]:
+                value.fill_(1 - getattr(owner.config, "offset", 0))
+            case ["mixer", "A_log"]:
+                value.copy_(torch.arange(1, p.shape[1] + 1, device=p.device).log().expand_as(value))
+            case ["mixer", "D"]:
+                value.fill_(1)
+            case ["conv1d", "weight"]:
+                value.uniform_(-(p.shape[-1] ** -0.5), p.shape[-1] ** -0.5, generator=stream)
+            case ["dt_proj", "weight"]:
+                value.uniform_(-(p.shape[1] ** -0.5), p.shape[1] ** -0.5, generator=stream)
+            case ["dt_proj", "bias"]:
+                delta = value.uniform_(math.log(0.001), math.log(0.1), generator=stream).exp()
+                value = delta + torch.log(-torch.expm1(-delta))                 # the inverse of softplus
+            case [_, "bias"]:
+                value.zero_()
+            case [writer, *_] if writer in ("o", "out_proj") or leaf.endswith("down") or writer == "down":
+                value.normal_(0, (p.shape[-1] * branches) ** -0.5, generator=stream)
+            case _:
+                value.normal_(0, p.shape[-1] ** -0.5, generator=stream)
+        yield name, value
