@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,8 +41,16 @@ def operation(refuses: Callable[..., str | None]) -> Callable[[Callable], Callab
     return wrap
 
 
+INTERPRETS_BFLOAT16 = False                 # set by the tests, which repair it
+
+
 def unlike(x: Tensor, **others: Tensor | None) -> str | None:
     """Refuse tensors on another device than x, and dtypes that no kernel computes with. Absent tensors pass."""
+    if not x.is_cuda and TARGET is None:
+        if not triton.knobs.runtime.interpret:
+            return f"tensors on {x.device}; kernels run on an NVIDIA GPU, or with TRITON_INTERPRET=1 in Triton's interpreter"
+        if not INTERPRETS_BFLOAT16 and torch.bfloat16 in {tensor.dtype for tensor in (x, *others.values()) if tensor is not None}:
+            return "Triton's interpreter gives wrong numbers in bfloat16; float32 and float16 are right"
     for name, tensor in {"the first argument": x, **others}.items():
         if tensor is not None and tensor.device != x.device:
             return f"{name} is on {tensor.device}, the first argument on {x.device}"

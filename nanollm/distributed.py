@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanollm.errors import InputError, NanollmError
 from nanollm.model import Decoder
@@ -118,11 +118,12 @@ def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
 # ---- wrapping
 
 RECOMPUTE = ("none", "selective", "full")
-KEPT = [                            # what "selective" keeps of a layer; the rest is computed again in the backward pass
-    torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.aten.topk.default,    # a second choice of experts could differ from the first
-]
+SDPA = [f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
+KEPT = {*SDPA, "nanollm::attention", "aten::topk"}      # by "selective": attention, and choices of experts, which could differ a second time
+
+
+def kept(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, recompute: str = "none", compile: bool = False, offload: bool = False) -> None:
@@ -148,8 +149,8 @@ def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor
     """The same function, which keeps less for its backward pass and computes it again there."""
     if how == "none":
         return forward
-    kept = {"context_fn": partial(create_selective_checkpoint_contexts, KEPT)} if how == "selective" else {}
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **kept)
+    some = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if how == "selective" else {}
+    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **some)
 
 
 def cut(ranks: int, p: nn.Parameter) -> Shard | None:

@@ -22,36 +22,38 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanollm.moe import MoE
+from nanollm.ops import accelerated
 
 MOST = 2**28            # logits held at once. More are computed in pieces, and again for the gradient: V is 100,000 and more today
 RECENT = 128            # steps that a spike is measured against
 
 
-def token_loss(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (B, T, D), targets (B, T) int64 with −100 for none → three float32 sums over the targets: −log p(y) + z (log Z)², to be
-    differentiated, and −log p(y) and (log Z)² by themselves, to be read."""
-    def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = head(x).float()                                                # (n, V)
-        nats = F.cross_entropy(logits, y, reduction="none")                     # 0 where there is no target
-        with torch.set_grad_enabled(z > 0):                                     # without z-loss log Z is only looked at
-            said = logits.gather(-1, y.clamp(min=0)[:, None]).squeeze(-1)
-            squares = ((nats + said).square() * (y >= 0)).sum()                 # log Z = x_y − log p(y)
-        total = nats.sum()
-        return total + z * squares, total.detach(), squares.detach()
+def token_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_cross_entropy` of hidden (B, T, D) and targets (B, T)."""
+    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), z)
 
-    rows, y, vocab = hidden.flatten(0, 1), targets.flatten(), head.weight.shape[0]
-    if len(rows) * vocab <= MOST:
-        return sums(rows, y)
-    size = max(1, MOST // vocab)
-    parts = [checkpoint(sums, *piece, use_reentrant=False) for piece in zip(rows.split(size), y.split(size))]
+
+@accelerated
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (n, D), weight (V, D), targets (n,) int64 with −100 for none → three float32 sums over the targets: −log p(y) + z (log Z)²,
+    to be differentiated, and −log p(y) and (log Z)² by themselves, to be read. softcap: as attention.py has it, on the logits."""
+    def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = F.linear(x, weight).float()                                    # (n, V)
+        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        nats = F.cross_entropy(logits, y, reduction="none")                     # 0 where there is no target
+        with torch.set_grad_enabled(z > 0 and torch.is_grad_enabled()):         # without z-loss log Z is only looked at
+            squares = ((nats + logits.gather(-1, y.clamp(min=0)[:, None])[:, 0]).square() * (y >= 0)).sum()     # log Z = x_y − log p(y)
+        return nats.sum() + z * squares, nats.detach().sum(), squares.detach()
+
+    if len(hidden) <= (size := max(1, MOST // len(weight))):
+        return sums(hidden, targets)
+    parts = [checkpoint(sums, *piece, use_reentrant=False) for piece in zip(hidden.split(size), targets.split(size))]
     return tuple(sum(part) for part in zip(*parts))
 
 
 class Balance:
     """The load-balance loss of every MoE layer, and the counts behind it. Without such layers everything is 0.
-
-    shares is what a checkpoint must keep: one row of f a layer, as plain numbers.
-    """
+    shares is what a checkpoint must keep: one row of f a layer, as plain numbers."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, MoE)]
@@ -61,16 +63,14 @@ class Balance:
     def loss(self, routed: list[Tensor], real: Tensor | None) -> Tensor:
         """Sum over tokens of the balance of this micro-batch. routed: router logits (N, E) a layer; real (N,): False is padding."""
         loss = routed[0].new_zeros((), dtype=torch.float32)
-        if not self.chosen:
-            self.chosen = [torch.zeros(r.shape[-1], dtype=torch.float64, device=r.device) for r in routed]
-            self.probability = [torch.zeros_like(c) for c in self.chosen]
-        for i, (layer, logits) in enumerate(zip(self.layers, routed)):
+        self.chosen = self.chosen or [torch.zeros(r.shape[-1], dtype=torch.float64, device=r.device) for r in routed]
+        self.probability = self.probability or [torch.zeros_like(c) for c in self.chosen]
+        for i, (layer, logits, price) in enumerate(zip(self.layers, routed, self.shares)):
             p = logits.softmax(-1, dtype=torch.float32)                         # (N, E)
             choice = F.one_hot(p.topk(layer.config.top_k, -1).indices, p.shape[-1]).sum(-2)
             if real is not None:
                 p, choice = p * real[:, None], choice * real[:, None]
-            price = torch.tensor(self.shares[i], device=p.device)
-            loss = loss + p.shape[-1] * (price * p.sum(0)).sum() / len(self.layers)
+            loss = loss + p.shape[-1] * (torch.tensor(price, device=p.device) * p.sum(0)).sum() / len(self.layers)
             self.chosen[i] += choice.sum(0)
             self.probability[i] += p.detach().sum(0)
         self.tokens += len(routed[0]) if real is None else int(real.sum())

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from nanollm.config import MLP as MLPConfig
 from nanollm.linear import Linear
+from nanollm.ops import accelerated
 
 
 def activate(name: str, x: Tensor) -> Tensor:
@@ -29,6 +30,12 @@ def activate(name: str, x: Tensor) -> Tensor:
     raise AssertionError(name)
 
 
+@accelerated
+def gated(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) ⊙ up, both (…, F)."""
+    return activate(activation, gate) * up
+
+
 class MLP(nn.Module):
     """Two or three matrices and an activation; the equations are at the head of the file."""
 
@@ -42,4 +49,4 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
         if self.gate is None:
             return self.down(activate(self.config.activation, self.up(x)))
-        return self.down(activate(self.config.activation, self.gate(x)) * self.up(x))
+        return self.down(gated(self.gate(x), self.up(x), self.config.activation))

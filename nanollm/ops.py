@@ -19,7 +19,6 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +27,7 @@ from torch import Tensor
 from nanollm.errors import InputError
 
 MODES = ("auto", "torch", "triton")
+KERNELS: dict[str, Callable] = {}           # operation → its kernel, once it was needed
 Definition = TypeVar("Definition", bound=Callable)
 
 
@@ -59,7 +59,8 @@ def accelerated(definition: Definition) -> Definition:
     def run(*args: Any, **kwargs: Any) -> Any:
         if _mode == "torch" or (_mode == "auto" and not on_gpu(args[0])):
             return definition(*args, **kwargs)
-        kernel = getattr(package(), name)
+        find(name)
+        kernel = KERNELS[name]
         if _mode == "auto" and kernel.refuses(*args, **kwargs) is not None:
             return definition(*args, **kwargs)
         return kernel(*args, **kwargs)
@@ -78,10 +79,11 @@ def has_triton() -> bool:
     return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
-def package() -> ModuleType:
-    """The kernels. Raises InputError where another package of that name stands before ours."""
-    found = importlib.import_module("kernels")
-    if not hasattr(found, "OPERATIONS"):
-        raise InputError(f"{found.__file__} is another package named kernels, which hides nanollm's: uninstall it, or put nanollm first on PYTHONPATH")
-    return found
+@torch.compiler.assume_constant_result                  # torch.compile does not look inside: it could not follow an import
+def find(name: str) -> bool:
+    """Put the kernel of that name into KERNELS. Raises InputError where another package called kernels stands before ours."""
+    package = importlib.import_module("kernels")
+    if not hasattr(package, "OPERATIONS"):
+        raise InputError(f"{package.__file__} is another package named kernels, which hides nanollm's: uninstall it, or put nanollm first on PYTHONPATH")
+    KERNELS[name] = getattr(package, name)
+    return True

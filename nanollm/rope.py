@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Yarn
+from nanollm.ops import accelerated
 
 
+@accelerated
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
     """x (B, H, T, d); cos, sin (B or 1, 1, T, r) from `rotation_tables` → (B, H, T, d), channels past r unchanged."""
     r = cos.shape[-1]

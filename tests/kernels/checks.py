@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanollm import ops
+
 INTERPRETED = not torch.cuda.is_available()
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -121,9 +123,10 @@ def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool =
     less exact than float32 (TF32)."""
     inputs = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
     dtype = inputs_dtype(inputs)
-    with in_float64():
-        exact = run(definition, inputs, torch.float64, backward)
-    plain = run(definition, [x.detach().clone(memory_format=torch.preserve_format) if isinstance(x, Tensor) else x for x in inputs], None, backward)
+    with ops.using("torch"):
+        with in_float64():
+            exact = run(definition, inputs, torch.float64, backward)
+        plain = run(definition, inputs, None, backward)
     with poisoned():
         ours = run(kernel, inputs, None, backward)
     for kind, limits, triples in (("result", LIMIT, zip(ours[0], exact[0], plain[0])), ("gradient", LIMIT_GRADIENT, zip(ours[1], exact[1], plain[1]))):

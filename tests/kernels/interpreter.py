@@ -9,6 +9,8 @@ import numpy as np
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
+from kernels import common
+
 COMPARISONS = {np.less, np.less_equal, np.greater, np.greater_equal, np.equal, np.not_equal}
 
 
@@ -53,3 +55,4 @@ def repair() -> None:
         return TensorHandle(result, tl.int1) if operation in COMPARISONS else TensorHandle(rounded(result), tl.bfloat16)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = cast_impl, create_dot, binary_op
+    common.INTERPRETS_BFLOAT16 = True

@@ -1,0 +1,111 @@
+"""The door: what runs when, and what is said when it cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+import kernels
+from kernels import common
+from nanollm import ops
+from nanollm.errors import InputError
+from nanollm.norm import rms_norm
+
+ROOT = Path(__file__).parent.parent.parent
+X, GAIN = torch.randn(2, 8), torch.ones(8)
+WIDE = torch.randn(2, 20000), torch.ones(20000)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list:
+    found = []
+
+    def kernel(*args, **kwargs):
+        found.append(args)
+        return args[0]
+    kernel.refuses = kernels.rms_norm.refuses
+    monkeypatch.setattr(kernels, "rms_norm", kernel)
+    return found
+
+
+def test_a_cpu_runs_the_definition(calls):
+    assert not torch.equal(rms_norm(X, GAIN, 1e-5), X) and not calls
+
+
+def test_a_gpu_runs_the_kernel_where_it_can(calls, monkeypatch):
+    monkeypatch.setattr(ops, "on_gpu", lambda x: True)
+    assert rms_norm(X, GAIN, 1e-5) is X and len(calls) == 1
+    assert rms_norm(*WIDE, 1e-5) is not WIDE[0] and len(calls) == 1             # too wide: the definition
+    with ops.using("torch"):
+        assert rms_norm(X, GAIN, 1e-5) is not X and len(calls) == 1
+
+
+def test_the_switch_asks_for_the_kernel_whatever_the_device(calls):
+    with ops.using("triton"):
+        assert rms_norm(X, GAIN, 1e-5) is X
+    assert rms_norm(X, GAIN, 1e-5) is not X                                     # as before
+
+
+def test_the_kernel_says_what_it_does_not_support():
+    with ops.using("triton"), pytest.raises(ValueError, match="kernels.rms_norm: rows of 20000, supported are up to 16384"):
+        rms_norm(*WIDE, 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_no_gpu_and_no_interpreter_is_said(monkeypatch):
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    with ops.using("triton"), pytest.raises(ValueError, match="tensors on cpu; kernels run on an NVIDIA GPU, or with TRITON_INTERPRET=1"):
+        rms_norm(X, GAIN, 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_bfloat16_in_an_interpreter_that_is_not_repaired_is_refused(monkeypatch):
+    monkeypatch.setattr(common, "INTERPRETS_BFLOAT16", False)
+    with ops.using("triton"), pytest.raises(ValueError, match="wrong numbers in bfloat16"):
+        rms_norm(X.bfloat16(), GAIN.bfloat16(), 1e-5)
+
+
+def test_the_switch_is_put_back_after_an_error():
+    with pytest.raises(ZeroDivisionError), ops.using("triton"):
+        1 / 0
+    assert ops._mode == "auto"
+
+
+@pytest.mark.parametrize("mode", ["auto", "torch", "triton", "cuda"])
+def test_the_environment_variable(mode):
+    code = "from nanollm import ops; print(ops._mode)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={"NANOLLM_KERNELS": mode, "PATH": ""}, capture_output=True, text=True)
+    if mode == "cuda":
+        assert "NANOLLM_KERNELS is 'cuda', expected one of auto, torch, triton" in done.stderr
+    else:
+        assert done.stdout.strip() == mode
+
+
+def test_using_refuses_other_words():
+    with pytest.raises(InputError, match="'fast', expected one of auto, torch, triton"), ops.using("fast"):
+        pass
+
+
+def test_a_foreign_package_named_kernels_is_reported(tmp_path):
+    (tmp_path / "kernels.py").write_text("")
+    code = "import torch\nfrom nanollm import ops\nfrom nanollm.norm import rms_norm\nwith ops.using('triton'): rms_norm(torch.ones(1, 8), torch.ones(8), 1e-5)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}, capture_output=True, text=True)
+    assert "is another package named kernels, which hides nanollm's" in done.stderr
+
+
+def test_every_operation_is_a_definition_too():
+    """Same name, same signature, and a way to say no."""
+    import importlib
+    import inspect
+
+    homes = {"rms_norm": "norm", "add_rms_norm": "norm", "layer_norm": "norm", "rotate": "rope", "gated": "mlp", "attend": "attention", "expert_mlp": "moe",
+             "mamba_scan": "scan", "causal_conv": "mamba", "ssd": "ssd", "linear_cross_entropy": "losses", "quantized_linear": "quantize"}
+    assert set(homes) == set(kernels.OPERATIONS)
+    for name, home in homes.items():
+        definition, kernel = getattr(importlib.import_module(f"nanollm.{home}"), name), getattr(kernels, name)
+        mine, theirs = (inspect.signature(f).parameters for f in (kernel, definition))
+        assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in theirs.values()], name
+        assert callable(kernel.refuses)
