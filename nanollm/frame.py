@@ -66,12 +66,11 @@ class Sight:
     Keys lie in order, those of this call in the order of the tokens, those of a cache by position. So what a query sees is one run,
     first … last, both included: here with W = 3, and two documents in one row.
 
-        k      0 1 2 3 4 5 6        first last        k  0 1 2 3 4        position  first last
-        q 0    x . . . . . .          0    0        q 0  x . . . .           0        0    0
-          1    x x . . . . .          0    1          1  x x . . .           1        0    1
-          2    x x x . . . .          0    2          2  x x x . .           2        0    2
-          3    . x x x . . .          1    3          3  . . . x .           0        3    3
-          4    . . x x x . .          2    4          4  . . . x x           1        3    4
+        k      0 1 2 3 4        first last        k  0 1 2 3        position  first last
+        q 0    x . . . .          0    0        q 0  x . . .           0        0    0
+          1    x x . . .          0    1          1  x x . .           1        0    1
+          2    x x x . .          0    2          2  . . x .           0        2    2
+          3    . x x x .          1    3          3  . . x x           1        2    3
     """
 
     def __init__(self, frame: Frame, config: Attention, plan: Plan | None) -> None:
@@ -97,7 +96,8 @@ class Sight:
     @property
     def slopes(self) -> Tensor | None:
         """What a key costs for each place that it stands before the last, float32 (H,); None without ALiBi."""
-        return self.frame.once(("slopes", *self.key), self._slopes)
+        make = lambda: alibi_slopes(self.config.heads).to(self.frame.positions.device)      # noqa: E731
+        return self.frame.once(("slopes", *self.key), make) if self.config.alibi else None
 
     def _mask(self) -> Tensor | str | None:
         frame, config = self.frame, self.config
@@ -128,6 +128,3 @@ class Sight:
         if window is not None:
             first = torch.maximum(first, last - window + 1)
         return first.clamp(min=0).int(), last.int()
-
-    def _slopes(self) -> Tensor | None:
-        return alibi_slopes(self.config.heads).to(self.frame.positions.device) if self.config.alibi else None
