@@ -2,6 +2,7 @@
 
     p = softmax(W_r x)  over all E experts, in float32
     T = the k largest of p;     g_e = p_e,  or  p_e / Σ_{T} p  where the config renormalises (Mixtral, arXiv 2401.04088 §2.1)
+    expert_e(x) = down_e( act(gate_e x) ⊙ up_e x )
     y = Σ_{e ∈ T} g_e · expert_e(x)   [ + σ(w·x) · shared(x) ]
 
 Shapes: N tokens in all, D model width, E experts, k experts a token, F width of an expert.
@@ -20,10 +21,23 @@ from torch.nn import functional as F
 from nanollm.config import MoE as MoEConfig
 from nanollm.linear import Linear
 from nanollm.mlp import MLP, activate
+from nanollm.ops import accelerated
+
+
+@accelerated
+def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor, activation: str) -> Tensor:
+    """Σ_{e ∈ T} g_e · expert_e(x): x (N, D), gate and up (E, F, D), down (E, D, F), weights g (N, k) float32, chosen T (N, k) int64 → (N, D)."""
+    y = torch.zeros_like(x)
+    for e in chosen.unique().tolist():                          # experts that no token chose cost nothing
+        token, rank = torch.where(chosen == e)
+        own = x[token]
+        out = F.linear(activate(activation, F.linear(own, gate[e])) * F.linear(own, up[e]), down[e])
+        y = y.index_add(0, token, (out * weights[token, rank, None]).to(x.dtype))
+    return y
 
 
 class Experts(nn.Module):
-    """E gated MLPs side by side."""
+    """The weights of E gated MLPs side by side."""
 
     def __init__(self, experts: int, hidden: int, dim: int, activation: str) -> None:
         super().__init__()
@@ -31,9 +45,6 @@ class Experts(nn.Module):
         self.gate = nn.Parameter(torch.empty(experts, hidden, dim))
         self.up = nn.Parameter(torch.empty(experts, hidden, dim))
         self.down = nn.Parameter(torch.empty(experts, dim, hidden))
-
-    def forward(self, x: Tensor, e: int) -> Tensor:             # (n, D) → (n, D) through expert e
-        return F.linear(activate(self.activation, F.linear(x, self.gate[e])) * F.linear(x, self.up[e]), self.down[e])
 
 
 class MoE(nn.Module):
@@ -50,10 +61,7 @@ class MoE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
         flat = x.flatten(0, -2)                                 # (N, D)
         weights, chosen = route(self.router(flat), self.config.top_k, self.config.renormalize)
-        y = torch.zeros_like(flat)
-        for e in chosen.unique().tolist():                      # experts that no token chose cost nothing
-            token, rank = torch.where(chosen == e)
-            y = y.index_add(0, token, (self.experts(flat[token], e) * weights[token, rank, None]).to(x.dtype))
+        y = expert_mlp(flat, self.experts.gate, self.experts.up, self.experts.down, weights, chosen, self.experts.activation)
         if self.shared is not None:
             shared = self.shared(flat)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)
