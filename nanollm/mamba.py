@@ -19,15 +19,30 @@ from nanollm.cache import Scan
 from nanollm.config import Mamba as MambaConfig
 from nanollm.frame import Frame
 from nanollm.linear import Linear
-from nanollm.scan import selective_scan, selective_scan_chunked
+from nanollm.ops import accelerated
+from nanollm.scan import mamba_scan
 
-# The chunked scan does twice the work in far fewer steps. It pays (benchmarks/scan.md: up to six times) from this many
-CHUNKED_FROM = 32       # tokens on, while a step touches at most this many
-CHUNKED_UP_TO = 32768   # numbers, B · I · N: beyond, the work itself is what takes the time
+
+@accelerated
+def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, positions: Tensor | None) -> Tensor:
+    """x (B, I, T), weight (I, 1, k), before (B, I, k−1) the inputs that precede x, positions (B, T) where documents or padding
+    matter → silu(y) (B, I, T), y_t = Σ_j w_j x_{t−j} + b."""
+    width, length = weight.shape[-1], x.shape[-1]
+    x = torch.cat([before, x], -1)
+    if positions is None and length > 1:
+        return F.silu(F.conv1d(x, weight, bias, groups=len(weight)))
+    if positions is None:                                       # one token: the sum itself, which needs no convolution
+        y = (x.float() * weight[:, 0].float()).sum(-1, keepdim=True)
+        return F.silu((y if bias is None else y + bias[:, None].float()).to(x.dtype))
+    y = torch.zeros_like(x[..., :length])
+    for j in range(width):                                      # a token at position p has p predecessors of its own
+        mine = (positions >= j)[:, None]
+        y = y + weight[:, :, width - 1 - j] * (x[..., width - 1 - j : width - 1 - j + length] * mine)
+    return F.silu(y if bias is None else y + bias[:, None])
 
 
 class Conv1d(nn.Module):
-    """Causal depthwise convolution: y_t = Σ_j w_j x_{t−j} + b, one filter a channel, stored back to front as (I, 1, k)."""
+    """Causal depthwise convolution and SiLU, one filter a channel, stored back to front as (I, 1, k)."""
 
     def __init__(self, channels: int, width: int, bias: bool) -> None:
         super().__init__()
@@ -35,19 +50,7 @@ class Conv1d(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
     def forward(self, x: Tensor, before: Tensor, positions: Tensor | None) -> Tensor:
-        """x (B, I, T), before (B, I, k−1) the inputs that precede it, positions (B, T) where documents or padding matter."""
-        width, length = self.weight.shape[-1], x.shape[-1]
-        x = torch.cat([before, x], -1)
-        if positions is None and length > 1:
-            return F.conv1d(x, self.weight, self.bias, groups=len(self.weight))
-        if positions is None:                                   # one token: the sum itself, which needs no convolution
-            y = (x.float() * self.weight[:, 0].float()).sum(-1, keepdim=True)
-            return (y if self.bias is None else y + self.bias[:, None].float()).to(x.dtype)
-        y = torch.zeros_like(x[..., :length])
-        for j in range(width):                                  # a token at position p has p predecessors of its own
-            mine = (positions >= j)[:, None]
-            y = y + self.weight[:, :, width - 1 - j] * (x[..., width - 1 - j : width - 1 - j + length] * mine)
-        return y if self.bias is None else y + self.bias[:, None]
+        return causal_conv(x, self.weight, self.bias, before, positions)
 
 
 class Mamba(nn.Module):
@@ -66,7 +69,7 @@ class Mamba(nn.Module):
         self.out_proj = Linear(I, dim, config.bias)
 
     def forward(self, x: Tensor, frame: Frame, state: Scan | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
-        config, T = self.config, x.shape[1]
+        config = self.config
         if state is None:
             state = Scan(config, x.shape[0], 0, x.dtype, x.device)
         x, z = self.in_proj(x).chunk(2, -1)                                             # (B, T, I) each
@@ -74,15 +77,11 @@ class Mamba(nn.Module):
         if frame.real is not None:
             x = x * frame.real[:, None]
         positions = None if frame.regular else frame.positions
-        x, state.conv = F.silu(self.conv1d(x, state.conv, positions)).transpose(1, 2), self._window(x, state.conv, frame.real)
+        x, state.conv = self.conv1d(x, state.conv, positions).transpose(1, 2), self._window(x, state.conv, frame.real)
         delta, B, C = self.x_proj(x).split([config.dt_rank, config.state, config.state], -1)
-        delta = F.softplus(F.linear(delta, self.dt_proj.weight).float() + self.dt_proj.bias.float())     # (B, T, I), float32
-        if frame.real is not None:
-            delta = delta * frame.real[..., None]                                       # Δ = 0: the state stays
-        chunked = T >= CHUNKED_FROM and state.state.numel() <= CHUNKED_UP_TO
-        scan = selective_scan_chunked if chunked else selective_scan
-        y, state.state = scan(x.float(), delta, -torch.exp(self.A_log.float()), B.float(), C.float(), self.D.float(), state.state, frame.begins)
-        return self.out_proj((y * F.silu(z.float())).to(x.dtype))
+        delta, A = F.linear(delta, self.dt_proj.weight), -torch.exp(self.A_log.float())
+        y, state.state = mamba_scan(x, delta, self.dt_proj.bias, A, B, C, self.D, z, state.state, frame.begins, frame.real)
+        return self.out_proj(y)
 
     def _window(self, x: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
         """The last k − 1 real inputs of each row: (B, I, k−1)."""
