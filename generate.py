@@ -23,9 +23,11 @@ from nanollm.chat import Conversation
 from nanollm.cli import Parser, main
 from nanollm.generation import Session, generate_batch, stream_text
 from nanollm.model import Decoder
+from nanollm.quantize import quantize
 from nanollm.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+QUANTIZE = {"int8": 8, "int4": 4}
 
 
 def parse() -> argparse.Namespace:
@@ -45,6 +47,7 @@ def parse() -> argparse.Namespace:
     choice.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text appears; may be given several times")
     machine = parser.add_argument_group("where it runs")
     machine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps what is stored")
+    machine.add_argument("--quantize", choices=QUANTIZE, help="keep the layers' matrices in 8 or 4 bits a weight: half or a quarter of the memory, and faster on a GPU (slower on a CPU)")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
     machine.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this one config key or tensor that loading complains of")
     args = parser.parse_args()
@@ -134,6 +137,8 @@ def run() -> None:
     folder = local_folder(args.model)
     tokenizer = tokenizers.load(folder)
     model = checkpoints.load(folder, dtype=DTYPES[args.dtype], device=args.device, ignore=args.ignore)
+    if args.quantize:
+        quantize(model, QUANTIZE[args.quantize])
     (chat if args.chat else complete)(args, model, tokenizer)
 
 

@@ -11,10 +11,12 @@ import torch
 import transformers
 from transformers.generation import logits_process as filters
 
+import checkpoints
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, Rope
 from nanollm.errors import InputError
 from nanollm.generation import PREFILL, Session, feed, generate, generate_batch, new_cache, stream_text
 from nanollm.model import Decoder
+from nanollm.quantize import quantize
 from nanollm.sample import keep_likely, sample
 from tests.oracles import Fixture, difference, make_loud, write
 
@@ -141,6 +143,16 @@ def test_prompt(folder):
     expected = transformers.AutoTokenizer.from_pretrained(folder).decode(json.loads(folder.with_name("ids.json").read_text()), skip_special_tokens=True)
     assert done.stdout == expected + "\n"
     assert "tokens/s" in done.stderr
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantized(folder, bits):
+    """The text that the model quantised by hand gives."""
+    done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "8", "--quantize", bits)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model, prompt = quantize(checkpoints.load(folder), int(bits[3:])), tokenizer("the fox")["input_ids"]
+    expected = tokenizer.decode([*prompt, *generate(model, prompt, 8, stop_ids=[1, 2])], skip_special_tokens=True)
+    assert done.returncode == 0 and done.stdout == expected + "\n", done.stderr
 
 
 def test_batch_and_stdin(folder):

@@ -127,7 +127,7 @@ def test_the_public_face_is_frozen():
 
 
 OPTIONS = {
-    "generate.py": "--chat --context --device --dtype --help --ignore --max-new-tokens --min-p --model --prompt --seed --stop --system --temperature --top-k --top-p",
+    "generate.py": "--chat --context --device --dtype --help --ignore --max-new-tokens --min-p --model --prompt --quantize --seed --stop --system --temperature --top-k --top-p",
     "train.py": "--balance --batch-size --chat --clip --compile --config --context --data --decay --device --dtype --eval-every --force --help --init --keep --lr --mfu --micro-batch --mix --offload --optimizer --out --plan --preset --prompt --recompute --replicas --resume --sample-every --save-every --schedule --seed --skip-sigma --skip-steps --steps --template --tensorboard --tokenizer --vocab --wandb --warmup --weight-decay --world-size --z-loss",
 }
 

@@ -1,0 +1,163 @@
+"""Quantised weights: how far a weight moves, how far the logits do, and what is left alone."""
+
+import copy
+
+import pytest
+import torch
+
+from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Rope
+from nanollm.errors import InputError
+from nanollm.generation import generate
+from nanollm.linear import Linear
+from nanollm.model import Decoder
+from nanollm.quantize import QuantizedLinear, dequantize, pack, quantize, quantize_weight, quantized_linear, unpack
+from tests.oracles import difference, make_loud
+
+FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]
+LAYERS = (Layer(Attention(4, 2, 16, Rope(), qkv_bias=True), MLP(64)), Layer(Attention(2, 2, 32, Rope()), MoE(4, 2, MLP(32), True, MLP(64), True)), Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None))
+
+
+def decoder(tied: bool = False) -> Decoder:
+    model = Decoder(ModelConfig(vocab=50, dim=64, layers=LAYERS, tied=tied)).eval().requires_grad_(False)
+    make_loud(model)
+    return model
+
+
+def weights() -> torch.Tensor:
+    """Rows that are what rows can be: normal, huge, tiny, of one sign, and with one large number among small ones."""
+    w = torch.randn(9, 256)
+    w[1] *= 1e30
+    w[2] *= 1e-30
+    w[3] = w[3].abs() + 3
+    w[4] = -w[4].abs() - 3
+    w[5, 7] = 100
+    w[6, :128] = 0
+    return w
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits, group", FORMATS)
+def test_no_weight_moves_by_more_than_half_a_step(bits, group, dtype):
+    w = weights()[[0, 3, 4, 5, 6] if dtype == torch.float16 else slice(None)].to(dtype)
+    packed, scale, zero = quantize_weight(w, bits, group)
+    error = (dequantize(packed, scale, zero).double() - w.double()).abs().unflatten(1, (scale.shape[1], -1)).amax(2)
+    assert (error <= scale.double() * 0.5 * (1 + 1e-5)).all()
+    assert (error > scale.double() * 0.3).any()                 # and the step is not smaller than it is said to be
+    span = w.double().unflatten(1, (scale.shape[1], -1))
+    steps = 2 * span.abs().amax(2) / 254 if bits == 8 else (span.amax(2).clamp(min=0) - span.amin(2).clamp(max=0)) / 15
+    assert torch.allclose(scale.double(), steps.clamp(min=torch.finfo(torch.float32).tiny), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bits, group", FORMATS)
+def test_zeros_and_constants(bits, group):
+    w = torch.zeros(5, 256)
+    w[1], w[2], w[3, ::2] = 3.7, -3.7, -1.5
+    w[4] = 3e38 * torch.tensor([1.0, -1.0]).repeat(128)                                # the range itself is no float32
+    restored = dequantize(*quantize_weight(w, bits, group))
+    assert torch.equal(restored[0], w[0]) and torch.equal(restored[3, 1::2], w[3, 1::2])
+    assert torch.allclose(restored[:4], w[:4], rtol=1e-6)
+    assert ((restored[4].double() - w[4].double()).abs() <= 2e37 * 1.001).all()         # half a step of 4 bits
+
+
+def test_packing():
+    codes = torch.randint(0, 16, (7, 96), dtype=torch.int32)
+    codes[0], codes[1] = 15, 8
+    packed = pack(codes)
+    assert packed.dtype == torch.int32 and packed.shape == (7, 12) and torch.equal(unpack(packed), codes)
+    assert packed[0].eq(-1).all() and pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.int32)).item() == 0x87654321 - 2**32
+    every = torch.arange(16, dtype=torch.int32).repeat(2)[None]                        # as weights 0 … 15: nothing is rounded
+    packed, scale, zero = quantize_weight(every.float(), 4, 32)
+    assert torch.equal(unpack(packed), every) and scale.item() == 1 and zero.item() == 0
+    assert quantize_weight(torch.tensor([[-127.0, 64, 127, 0]]), 8)[0].tolist() == [[-127, 64, 127, 0]]
+
+
+@pytest.mark.parametrize("bits, group", FORMATS)
+def test_the_product_is_that_of_the_restored_weight(bits, group):
+    x, w, bias = torch.randn(2, 3, 256), torch.randn(9, 256), torch.randn(9)
+    form = quantize_weight(w, bits, group)
+    assert torch.equal(quantized_linear(x, *form, bias), x @ dequantize(*form).T + bias) or difference(quantized_linear(x, *form, bias), x @ dequantize(*form).T + bias) < 1e-6
+    assert quantized_linear(x.bfloat16(), *form, bias.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bits, most", [(8, 0.02), (4, 0.25)])
+def test_logits(bits, most):
+    """Three loud layers in a row: a step is 1/254 or 1/15 of the range, and the logits must not move by much more."""
+    model, x = decoder(), torch.randint(0, 50, (2, 20))
+    before = model(x)
+    after = quantize(copy.deepcopy(model), bits, 32)(x)
+    change = float((after - before).norm() / before.norm())
+    assert most / 20 < change < most, change
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_replaced_and_what_is_left(tied):
+    model = decoder(tied)
+    before = dict(copy.deepcopy(model).named_modules())
+    assert quantize(model, 4, 32) is model
+    replaced = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+    left = {name for name, module in model.named_modules() if type(module) is Linear}
+    assert left == {"head", "layers.1.ffn.router", "layers.1.ffn.shared_gate", "layers.2.mixer.dt_proj"}
+    assert replaced | left == {name for name, module in before.items() if type(module) is Linear} and "layers.1.ffn.shared.down" in replaced
+    assert (model.head.weight is model.embed.weight) == tied
+    for name in left:
+        assert torch.equal(model.get_submodule(name).weight, before[name].weight)
+    assert not {name for name, _ in model.named_parameters()} & {f"{name}.{leaf}" for name in replaced for leaf in ("weight", "bias")}
+    assert torch.equal(model.layers[0].mixer.q.bias, before["layers.0.mixer.q"].bias)
+    assert not any(module.training for module in model.modules())
+
+
+def test_skip_takes_parts_of_names():
+    model = quantize(decoder(), skip=("layers.0", "mixer", "experts"))
+    assert {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == {
+        "head", "layers.1.ffn.router", "layers.1.ffn.shared_gate", "layers.1.ffn.shared.gate", "layers.1.ffn.shared.up", "layers.1.ffn.shared.down"}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_generation_and_state_dict(bits):
+    model, prompt = quantize(decoder(tied=True), bits, 64), [3, 1, 4, 1, 5]
+    tokens = list(generate(model, prompt, 12, temperature=0))
+    assert len(tokens) == 12
+    other = decoder(tied=True)
+    for parameter in other.parameters():
+        parameter.data.mul_(0.5)
+    quantize(other, bits, 64).load_state_dict(model.state_dict())
+    x = torch.tensor([prompt])
+    assert torch.equal(other(x), model(x)) and list(generate(other, prompt, 12, temperature=0)) == tokens
+
+
+def test_scales_stay_float32():
+    form = quantize_weight(torch.randn(6, 128), 4, 32)
+    module = QuantizedLinear(*form, torch.randn(6)).bfloat16()
+    assert torch.equal(module.scale, form[1]) and module.bias.dtype == torch.bfloat16 and torch.equal(module.packed, form[0])
+    assert module(torch.randn(2, 128).bfloat16()).dtype == torch.bfloat16
+
+
+def test_repr():
+    w = torch.randn(6, 128)
+    assert repr(QuantizedLinear(*quantize_weight(w, 4, 64))) == "QuantizedLinear(in_features=128, out_features=6, bits=4, group=64, bias=False)"
+    assert repr(QuantizedLinear(*quantize_weight(w, 8), torch.randn(6))) == "QuantizedLinear(in_features=128, out_features=6, bits=8, bias=True)"
+
+
+@pytest.mark.parametrize("bits, group, message", [
+    (3, 32, "layers.0.mixer.q: 3 bits, expected 8 or 4"),
+    (4, 48, "layers.0.mixer.q: groups of 48, expected 32, 64, 128"),
+    (4, 128, "layers.0.mixer.q: 64 inputs, expected a multiple of the group of 128"),
+])
+def test_refusals(bits, group, message):
+    with pytest.raises(InputError, match=message):
+        quantize(decoder(), bits, group)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf"), float("nan")])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_weight_that_is_not_finite_is_named_and_nothing_is_changed(bits, value):
+    model = decoder()
+    model.layers[2].mixer.out_proj.weight.data[1, 2] = value
+    with pytest.raises(InputError, match=r"layers\.2\.mixer\.out_proj: 1 of 4096 weights are not finite"):
+        quantize(model, bits, 32)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())
+
+
+def test_the_group_is_the_largest_that_divides_all():
+    """All inputs here are multiples of 64, and not all of 128."""
+    assert {8 * m.packed.shape[1] // m.scale.shape[1] for m in quantize(decoder(), 4).modules() if isinstance(m, QuantizedLinear)} == {64}
