@@ -6,7 +6,7 @@
     used                                                # {("norm", "any", "4096")}: entries of the tuning table
 
 This needs a process without TRITON_INTERPRET: the decorator @triton.jit chooses between compiler and interpreter once. Registers and spills
-stand in the machine code's own header, the rest is counted in its disassembly; the tools come inside triton's wheel and need no GPU.
+stand in the header of the machine code; instructions are counted in the PTX that it was made of. The tools come inside triton's wheel.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import os
 import re
 import subprocess
 import tempfile
-from collections import Counter
 from collections.abc import Iterator
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "to compile, start a process without TRITON_INTERPRET"
@@ -30,12 +29,12 @@ from triton.runtime.jit import KernelInterface
 import kernels.common
 
 INSTRUCTIONS = {
-    "tensor": r"\b(?:HGMMA|HMMA|IMMA|QGMMA|UTCHMMA|UTCQMMA|UTCIMMA)",                    # tensor cores
-    "wide": r"\b(?:LDG\.\S*128|LDGSTS\.\S*128|STG\.\S*128|UTMALDG|UTMASTG)",     # 16 bytes a thread, or a whole tile
-    "narrow": r"\b(?:LDG|STG|LDGSTS)\.(?!\S*128)",
-    "exp2": r"\bMUFU\.EX2",
-    "atomic": r"\b(?:ATOMG|ATOM|RED)\.",
-    "float64": r"\bD(?:ADD|MUL|FMA|SETP)\b",
+    "tensor": r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b",                                   # on the tensor cores
+    "wide": r"\b(?:ld|st)\.global\S*\.v(?:[48]\.b32|[24]\.b64)|\bcp\.async\.c[ag]\S*[^;]*\b0x10\b|\bcp\.async\.bulk",     # 16 bytes a thread or more
+    "narrow": r"\b(?:ld|st)\.global(?!\S*\.v(?:[48]\.b32|[24]\.b64))|\bcp\.async\.c[ag]\S*[^;]*\b0x[48]\b",
+    "exp2": r"\bex2\.approx",
+    "atomic": r"\b(?:atom|red)\.",
+    "float64": r"\b(?:add|sub|mul|fma|div|cvt)\S*\.f64\b",
 }
 
 
@@ -93,8 +92,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def read(kernel: object, name: str, arguments: dict[str, object]) -> Compiled:
     """What one compiled kernel is made of."""
     registers, spills = resources(kernel.asm["cubin"])
-    sass = kernel.asm["sass"]
-    counts = Counter({what: len(re.findall(pattern, sass)) for what, pattern in INSTRUCTIONS.items()})
+    counts = {what: len(re.findall(pattern, kernel.asm["ptx"])) for what, pattern in INSTRUCTIONS.items()}
     constants = " ".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in arguments.items() if key.isupper() and len(key) > 1)
     dtypes = " ".join(dict.fromkeys(str(value.dtype)[6:] for value in arguments.values() if isinstance(value, torch.Tensor) and value.is_floating_point()))
     meta = kernel.metadata
