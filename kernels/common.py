@@ -44,10 +44,16 @@ def operation(refuses: Callable[..., str | None]) -> Callable[[Callable], Callab
 INTERPRETS_BFLOAT16 = False                 # set by the tests, which repair it
 
 
+@torch.compiler.assume_constant_result      # torch.compile cannot follow it into triton's settings
+def interpreting() -> bool:
+    """Whether TRITON_INTERPRET=1: kernels run on a CPU, slowly."""
+    return bool(triton.knobs.runtime.interpret)
+
+
 def unlike(x: Tensor, **others: Tensor | None) -> str | None:
     """Refuse tensors on another device than x, and dtypes that no kernel computes with. Absent tensors pass."""
     if not x.is_cuda and TARGET is None:
-        if not triton.knobs.runtime.interpret:
+        if not interpreting():
             return f"tensors on {x.device}; kernels run on an NVIDIA GPU, or with TRITON_INTERPRET=1 in Triton's interpreter"
         if not INTERPRETS_BFLOAT16 and torch.bfloat16 in {tensor.dtype for tensor in (x, *others.values()) if tensor is not None}:
             return "Triton's interpreter gives wrong numbers in bfloat16; float32 and float16 are right"
