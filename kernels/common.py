@@ -26,7 +26,7 @@ NEVER = 2**31                               # sizes that are an int32 inside a k
 def operation(refuses: Callable[..., str | None]) -> Callable[[Callable], Callable]:
     """Make a function an operation: refuses(same arguments) says in a sentence what is not supported, or None.
 
-    Called directly, the operation raises it as a ValueError. `nanollm.ops` asks first, and runs the definition instead.
+    Called directly, the operation raises it as a ValueError. `nanollm.ops` asks by itself, and then calls `unchecked` or the definition.
     """
     def wrap(run: Callable) -> Callable:
         @functools.wraps(run)
@@ -36,7 +36,7 @@ def operation(refuses: Callable[..., str | None]) -> Callable[[Callable], Callab
                 raise ValueError(f"kernels.{run.__name__}: {reason}")
             return run(*args, **kwargs)
 
-        checked.refuses = refuses
+        checked.refuses, checked.unchecked = refuses, run
         return checked
     return wrap
 

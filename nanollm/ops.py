@@ -61,9 +61,9 @@ def accelerated(definition: Definition) -> Definition:
             return definition(*args, **kwargs)
         find(name)
         kernel = KERNELS[name]
-        if _mode == "auto" and kernel.refuses(*args, **kwargs) is not None:
-            return definition(*args, **kwargs)
-        return kernel(*args, **kwargs)
+        if _mode == "triton":
+            return kernel(*args, **kwargs)                                      # says itself what it does not support
+        return (definition if kernel.refuses(*args, **kwargs) else kernel.unchecked)(*args, **kwargs)
 
     return run
 

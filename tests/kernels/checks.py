@@ -116,11 +116,10 @@ def inputs_dtype(inputs: Sequence[Any]) -> torch.dtype:
     return min((x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), key=lambda d: (d.itemsize, d == torch.float16))
 
 
-def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool = True, limit: float | None = None) -> None:
+def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool = True) -> None:
     """Fail unless kernel(*inputs) and its gradients agree with the definition, as the head of this file says.
 
-    Tensors among the inputs keep their strides; plain values are handed on. limit: in place of LIMIT where a product of the device is
-    less exact than float32 (TF32)."""
+    Tensors among the inputs keep their strides; plain values are handed on."""
     inputs = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
     dtype = inputs_dtype(inputs)
     with ops.using("torch"):
@@ -131,7 +130,7 @@ def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool =
         ours = run(kernel, inputs, None, backward)
     for kind, limits, triples in (("result", LIMIT, zip(ours[0], exact[0], plain[0])), ("gradient", LIMIT_GRADIENT, zip(ours[1], exact[1], plain[1]))):
         for number, (mine, right, same) in enumerate(triples):
-            compare(f"{kind} {number}", mine, right, same, limit or limits[dtype], dtype)
+            compare(f"{kind} {number}", mine, right, same, limits[dtype], dtype)
     assert len(ours[0]) == len(exact[0]) and len(ours[1]) == len(exact[1])
 
 

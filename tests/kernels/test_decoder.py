@@ -50,7 +50,7 @@ def ran(monkeypatch) -> Counter:
         def run(*args, **kwargs):
             count[name] += 1
             return kernel(*args, **kwargs)
-        run.refuses = kernel.refuses
+        run.refuses, run.unchecked = kernel.refuses, run
         return run
     for name in kernels.OPERATIONS:
         monkeypatch.setattr(kernels, name, counted(name))

@@ -26,7 +26,7 @@ def calls(monkeypatch) -> list:
     def kernel(*args, **kwargs):
         found.append(args)
         return args[0]
-    kernel.refuses = kernels.rms_norm.refuses
+    kernel.refuses, kernel.unchecked = kernels.rms_norm.refuses, kernel
     monkeypatch.setattr(kernels, "rms_norm", kernel)
     return found
 
@@ -108,4 +108,4 @@ def test_every_operation_is_a_definition_too():
         definition, kernel = getattr(importlib.import_module(f"nanollm.{home}"), name), getattr(kernels, name)
         mine, theirs = (inspect.signature(f).parameters for f in (kernel, definition))
         assert [(p.name, p.default) for p in mine.values()] == [(p.name, p.default) for p in theirs.values()], name
-        assert callable(kernel.refuses)
+        assert callable(kernel.refuses) and callable(kernel.unchecked)
