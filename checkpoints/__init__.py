@@ -100,7 +100,7 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
         kinds[table.short(parameter.dtype)] += parameter.numel()
     values |= {key: kinds.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in values}
 
-    steps = table.expand(names, parameters)
+    steps = table.expand(names, parameters, model.config)
     shapes = {name: parameter.to("meta") for name, parameter in parameters.items()}
     tensors = {theirs: tensor for step in steps for theirs, tensor in step.save(shapes).items()}
     source = {theirs: step for step in steps for theirs in step.theirs}
@@ -125,7 +125,7 @@ def _plan(
     """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
     model = _on_meta(config, folder)
     parameters = dict(model.named_parameters())
-    names = min(family.tables, key=lambda one: len(table.missing(table.expand(one, parameters), stored)))
+    names = min(family.tables, key=lambda one: len(table.missing(table.expand(one, parameters, config), stored)))
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
     if config.tied and head in stored:           # stored although tied: a copy is passed over, another head is kept
         if embed in stored and files.equal_bytes(stored[head], stored[embed]):
@@ -134,7 +134,7 @@ def _plan(
             warnings.warn(f"{folder}: tied by config.json, but {head} is not the embedding; it is kept, and the model is untied")
             model = _on_meta(dataclasses.replace(config, tied=False), folder)
             parameters = dict(model.named_parameters())
-    steps = table.expand(names, parameters)
+    steps = table.expand(names, parameters, model.config)
     table.check(steps, parameters, stored, family.ignorable, ignore, str(folder))
     return model, names, steps
 

@@ -12,7 +12,7 @@ one place says so in one line:
 
 From there everything is derived:
 
-    expand(table, parameters)    the rules for one model, with numbers in place of {i} and {e}: a list of Steps
+    expand(table, …)             the rules for one model, with numbers in place of {i} and {e}: a list of Steps
     check(steps, …)              the steps against the headers of the files: every discrepancy in one error
     Step.load, Step.save         the bytes, one step at a time
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from checkpoints.files import Stored
 from checkpoints.ops import Op, Same
+from nanollm.config import Layer, ModelConfig
 from nanollm.errors import CheckpointError
 
 INSIDE = {"": "", ".weight": ".weight", ".gain": ".weight", ".bias": ".bias"}    # our name inside a module → theirs
@@ -59,24 +60,31 @@ def override(base: Table, *rules: Rule) -> Table:
     return table
 
 
+def stripped(table: Table, prefix: str) -> Table:
+    """The same table for folders whose tensor names lack a prefix. GPT-2 and BLOOM on the hub."""
+    bare = {each: Rule(tuple(name.removeprefix(prefix) for name in each.theirs), each.ours, each.op) for each in table.values()}
+    return {name: bare[each] for name, each in table.items()}
+
+
 @dataclass(frozen=True)
 class Step:
-    """A rule with the numbers filled in: these stored tensors are these parameters."""
+    """A rule with the numbers filled in: these stored tensors are these parameters, of this layer."""
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     op: Op
+    layer: Layer | None
 
     def load(self, put: Callable[[str, Tensor], None], parameters: Mapping[str, Tensor]) -> None:
         """`put(name, tensor)` copies a stored tensor into memory of ours."""
-        self.op.load(lambda k, tensor: put(self.theirs[k], tensor), [parameters[name] for name in self.ours])
+        self.op.load(lambda k, tensor: put(self.theirs[k], tensor), [parameters[name] for name in self.ours], self.layer)
 
     def save(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stored = self.op.save([parameters[name] for name in self.ours])
+        stored = self.op.save([parameters[name] for name in self.ours], self.layer)
         assert len(stored) == len(self.theirs), f"{self.ours}: {len(stored)} tensors for {len(self.theirs)} names"
         return dict(zip(self.theirs, stored))
 
 
-def expand(table: Table, parameters: Mapping[str, Tensor]) -> list[Step]:
+def expand(table: Table, parameters: Mapping[str, Tensor], config: ModelConfig) -> list[Step]:
     """One step for each rule and layer. Raises CheckpointError if a parameter has no rule."""
     steps: dict[tuple[str, ...], Step] = {}
     orphans = []
@@ -91,7 +99,8 @@ def expand(table: Table, parameters: Mapping[str, Tensor]) -> list[Step]:
         if ours not in steps:
             theirs = [one.replace("{i}", layer) + INSIDE[found] for one in each.theirs]
             experts = range(len(parameters[name])) if any("{e}" in one for one in theirs) else (0,)
-            steps[ours] = Step(tuple(one.replace("{e}", str(e)) for one in theirs for e in experts), ours, each.op)
+            names = tuple(one.replace("{e}", str(e)) for one in theirs for e in experts)
+            steps[ours] = Step(names, ours, each.op, config.layers[int(layer)] if layer else None)
     if orphans:
         raise CheckpointError(_list("parameters that this family has no name for", orphans))
     return list(steps.values())

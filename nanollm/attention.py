@@ -20,7 +20,7 @@ from nanollm.cache import KV
 from nanollm.config import Attention as AttentionConfig
 from nanollm.frame import CAUSAL, Frame, Sight
 from nanollm.linear import Linear
-from nanollm.norm import build_norm
+from nanollm.norm import build_head_norm
 from nanollm.ops import accelerated
 from nanollm.rope import rotate
 
@@ -33,8 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, softcap:
     return attend_plainly(q, k, v, sight.mask, scale, softcap)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None) -> Tensor:
-    """The equation, step by step. mask as `Sight.mask` says. Softmax in float32."""
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    """The equation, step by step. mask as `Sight.mask` says. Softmax in float32. sinks (H,): one more score a head, of a key
+    that is nowhere and whose value is 0: a head can look at nothing (Xiao et al. 2023, arXiv 2309.17453, §3.3; learned in gpt-oss)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-2, -1) * scale                                    # (B, H, T, S)
     if softcap is not None:
@@ -43,7 +44,9 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, s
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
+    return scores.softmax(-1, dtype=torch.float32)[..., : v.shape[-2]].to(q.dtype) @ v
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float) -> Tensor:
@@ -69,22 +72,40 @@ class Attention(nn.Module):
         self.k = Linear(dim, K * d, config.qkv_bias)
         self.v = Linear(dim, K * d, config.qkv_bias)
         self.o = Linear(H * d, dim, config.out_bias)
-        self.q_norm = build_norm(config.qk_norm, d)
-        self.k_norm = build_norm(config.qk_norm, d)
+        self.q_norm = build_head_norm(config.qk_norm, H, d)
+        self.k_norm = build_head_norm(config.qk_norm, K, d)
+        self.sinks = nn.Parameter(torch.empty(H)) if config.sinks else None
         self.scale = d**-0.5 if config.scale is None else config.scale
 
     def forward(self, x: Tensor, frame: Frame, state: KV | None = None) -> Tensor:      # (B, T, D) → (B, T, D)
         config = self.config
-        q, k, v = (project(x).unflatten(-1, (-1, config.head_dim)) for project in (self.q, self.k, self.v))     # (B, T, H or K, d)
-        if self.q_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)               # (B, H or K, T, d)
+        q, k, v = self.project(x)                                                       # (B, H or K, T, d)
         if config.rope is not None:
             cos, sin = frame.rotation(config.rope, config.head_dim)
             q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
+        if config.logn is not None:
+            q = q * frame.log_growth(config.logn)
         plan = None
         if state is not None:
             plan = frame.plan(state)
             k, v = state.extend(k, v, plan)
-        mixed = attend(q, k, v, Sight(frame, config, plan), self.scale, config.softcap)
+        sight = Sight(frame, plan, config.window, config.alibi, config.heads, self.scale)
+        if self.sinks is None:
+            mixed = attend(q, k, v, sight, self.scale, config.softcap)
+        else:
+            mixed = attend_plainly(q, k, v, sight.mask, self.scale, sinks=self.sinks)
         return self.o(mixed.transpose(1, 2).flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""
+        config = self.config
+        q, k, v = self.q(x), self.k(x), self.v(x)                                       # (B, T, H·d or K·d)
+        whole = config.qk_norm is not None and config.qk_norm.scope == "all"
+        if whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if config.clip is not None:
+            q, k, v = (z.clamp(-config.clip, config.clip) for z in (q, k, v))
+        q, k, v = (z.unflatten(-1, (-1, config.head_dim)) for z in (q, k, v))           # (B, T, H or K, d)
+        if config.qk_norm is not None and not whole:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -12,25 +12,27 @@ Attention with a window W needs no more than the last W keys, so its cache is a 
 Rows may have different lengths: padding (position −1) is written to one more slot, a bin that nothing reads, so a
 batch of ragged prompts needs no padding token, no left padding, and no second mechanism.
 
+What each mixer needs is said in one place, `new_state`.
+
 Shapes: B batch, K key/value heads, S slots, T new tokens, d head width, I scan channels, N state, k conv width.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanollm.config import Attention, Mamba, ModelConfig
 from nanollm.errors import InputError
-from nanollm.rope import regime
+from nanollm.scaling import regime
 
 
 class KV:
-    """Keys and values of one attention layer."""
+    """Keys and values of one attention layer: (B, K, S + 1, width of each); the last slot is the bin."""
 
-    def __init__(self, config: Attention, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.ring = config.window is not None and config.window < length
-        self.size = config.window if self.ring else length
-        shape = (batch, config.kv_heads, self.size + 1, config.head_dim)        # the last slot is the bin
-        self.k, self.v = torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, batch: int, heads: int, size: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device, ring: bool = False) -> None:
+        self.size, self.ring = size, ring
+        self.k, self.v = (torch.zeros(batch, heads, size + 1, width, dtype=dtype, device=device) for width in widths)
 
     def extend(self, k: Tensor, v: Tensor, plan: "Plan") -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, d); return all keys and values that the new queries may need (B, K, S', d)."""
@@ -48,11 +50,23 @@ class KV:
 
 
 class Scan:
-    """Conv window (B, I, k − 1) and state (B, I, N) of one Mamba layer; the state is float32 whatever the weights are."""
+    """What a recurrence carries on: the inputs that its convolution still needs, (B, channels, k − 1), and its state, (B, …),
+    which is float32 whatever the weights are."""
 
-    def __init__(self, config: Mamba, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.conv = torch.zeros(batch, config.inner, config.conv - 1, dtype=dtype, device=device)
-        self.state = torch.zeros(batch, config.inner, config.state, dtype=torch.float32, device=device)
+    def __init__(self, batch: int, channels: int, width: int, state: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+        self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
+        self.state = torch.zeros(batch, *state, dtype=torch.float32, device=device)
+
+
+def new_state(mixer: Any, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> "KV | Scan":
+    """An empty state for a mixer, of sequences up to `length` tokens."""
+    match mixer:
+        case Attention():
+            ring = mixer.window is not None and mixer.window < length
+            return KV(batch, mixer.kv_heads, mixer.window if ring else length, (mixer.head_dim, mixer.head_dim), dtype, device, ring)
+        case Mamba():
+            return Scan(batch, mixer.inner, mixer.conv, (mixer.inner, mixer.state), dtype, device)
+    raise AssertionError(f"new_state does not know what {type(mixer).__name__} remembers")
 
 
 class Plan:
@@ -87,15 +101,14 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)      # tokens of each row so far
         self.ragged = False                                                     # positions were given: rows may differ
         self.history: list[tuple[Tensor, Tensor]] = []                          # tokens and positions, kept if there are:
-        mixers = [layer.mixer for layer in config.layers]
-        self.ropes = {m.rope for m in mixers if isinstance(m, Attention) and regime(m.rope, self.lengths) is not None}
-        self.endless = all(isinstance(m, Mamba) or (m.window is not None and m.window < length) for m in mixers)
+        ropes = {getattr(layer.mixer, "rope", None) for layer in config.layers}
+        self.ropes = [rope for rope in ropes if regime(rope, self.lengths) is not None]
         self.empty()
+        self.endless = all(not isinstance(state, KV) or state.ring for state in self.states)
 
     def empty(self) -> None:
         """Fresh states for all layers."""
-        kinds = {Attention: KV, Mamba: Scan}
-        self.states = [kinds[type(layer.mixer)](layer.mixer, self.batch, self.length, self.dtype, self.device) for layer in self.config.layers]
+        self.states = [new_state(layer.mixer, self.batch, self.length, self.dtype, self.device) for layer in self.config.layers]
         self.held: dict[int, Tensor] = {}                                       # slots → the position in each (B, S + 1)
         self.longest = 0                                                        # tokens of the longest row in the states
 

@@ -7,15 +7,17 @@ over the new keys, or over everything for a single new token.
 Shapes: B batch, T new tokens, S keys, r rotated channels.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanollm.alibi import alibi_bias, alibi_slopes
 from nanollm.cache import KV, Cache, Plan
-from nanollm.config import Attention, Rope
-from nanollm.mask import alibi_bias, alibi_slopes, allowed
+from nanollm.config import Alibi, Rope
+from nanollm.mask import allowed
 from nanollm.rope import rotation_tables
 
 CAUSAL = "causal"       # a mask that need not be built: query i of T sees the first i + 1 of T keys
@@ -35,6 +37,11 @@ class Frame:
         """cos and sin (B or 1, 1, T, r) in the working dtype, see rope.py."""
         return self.once(("rotation", rope, head_dim), lambda: tuple(
             table.to(self.dtype) for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
+
+    def log_growth(self, original: int) -> Tensor:
+        """max(1, log_L n) for the n-th token of its document, (B or 1, 1, T, 1): how much longer than L a query's sequence is."""
+        return self.once(("log_growth", original), lambda: (
+            torch.log((self.rows(self.positions) + 1).clamp(min=original).float()) / math.log(original)).to(self.dtype)[:, None, :, None])
 
     def lengths(self) -> Tensor:
         """(B, T): the length of the sequence that each token belongs to, itself and what is cached included."""
@@ -73,9 +80,10 @@ class Sight:
           3    . x x x .          1    3          3  . . x x           1        2    3
     """
 
-    def __init__(self, frame: Frame, config: Attention, plan: Plan | None) -> None:
-        self.frame, self.config, self.plan = frame, config, plan
-        self.key = (config.window, config.alibi and config.heads, plan)
+    def __init__(self, frame: Frame, plan: Plan | None, window: int | None = None, alibi: Alibi | None = None, heads: int = 1, scale: float = 1.0) -> None:
+        """`heads` and `scale` are those of the scores, for `alibi`."""
+        self.frame, self.plan, self.window, self.alibi, self.heads, self.scale = frame, plan, window, alibi, heads, scale
+        self.key = (window, alibi and (alibi, heads, scale), plan)
         self.fresh = plan is None or plan.fresh                                 # the keys are those of this call
 
     @property
@@ -85,7 +93,8 @@ class Sight:
 
     @property
     def first(self) -> Tensor | None:
-        """The first key that each query sees, int32 (B or 1, T). None: what it sees is no run (a ring with a chunk joined to it)."""
+        """The first key that each query sees, int32 (B or 1, T). None: what it sees is no run (a ring with a chunk joined to it),
+        or does not cost what a run costs (coarse ALiBi)."""
         return self.frame.once(("runs", *self.key), self._runs)[0]
 
     @property
@@ -96,32 +105,34 @@ class Sight:
     @property
     def slopes(self) -> Tensor | None:
         """What a key costs for each place that it stands before the last, float32 (H,); None without ALiBi."""
-        make = lambda: alibi_slopes(self.config.heads).to(self.frame.positions.device)      # noqa: E731
-        return self.frame.once(("slopes", *self.key), make) if self.config.alibi else None
+        make = lambda: alibi_slopes(self.heads, self.alibi.odd_first).to(self.frame.positions.device)      # noqa: E731
+        return self.frame.once(("slopes", *self.key), make) if self.alibi else None
 
     def _mask(self) -> Tensor | str | None:
-        frame, config = self.frame, self.config
+        frame = self.frame
         k_pos = frame.positions if self.fresh else self.plan.key_positions
         T, S = frame.positions.shape[1], k_pos.shape[1]
-        if frame.regular and not config.alibi and (config.window is None or S <= config.window):
+        if frame.regular and not self.alibi and (self.window is None or S <= self.window):
             if T == 1:
                 return None
             if self.fresh:
                 return CAUSAL
-        visible = allowed(frame.rows(frame.positions), frame.rows(k_pos), config.window, frame.documents, frame.documents)[:, None]
-        if not config.alibi:
+        visible = allowed(frame.rows(frame.positions), frame.rows(k_pos), self.window, frame.documents, frame.documents)[:, None]
+        if not self.alibi:
             return visible
-        bias = alibi_bias(config.heads, frame.rows(frame.positions), frame.rows(k_pos))
+        bias = alibi_bias(self.alibi, self.heads, frame.rows(frame.positions), frame.rows(k_pos), self.scale)
         return bias.masked_fill(~visible, -torch.inf).to(frame.dtype)
 
     def _runs(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        positions, window, plan = self.frame.rows(self.frame.positions), self.config.window, self.plan
+        positions, window, plan = self.frame.rows(self.frame.positions), self.window, self.plan
+        if self.alibi and self.alibi.coarse:                                    # what a key costs is no slope times a distance
+            return None, None
         if self.fresh:
             last = torch.arange(positions.shape[1], device=positions.device).expand_as(positions)
             first = last - positions                                            # where its document begins
         elif not plan.ring:
             last, first = positions, torch.zeros_like(positions)                # position p lies in slot p
-        elif plan.join or self.config.alibi:
+        elif plan.join or self.alibi:
             return None, None
         else:                                                                   # one token: all that the ring holds is in its window
             return (torch.zeros_like(positions, dtype=torch.int32), positions.clamp(max=plan.size - 1).int())

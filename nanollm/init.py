@@ -24,12 +24,12 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
 def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and first value.
 
-        embed, head                         N(0, 0.02²)                  Radford et al. 2019
+        embed, positions, head              N(0, 0.02²)                  Radford et al. 2019
         matrices                            N(0, 1/in)                   the variance of what goes through is kept
         … that write to the residual:       N(0, 1/in / 2L)              o, down, out_proj; L layers: the stream does
                                                                          not grow with depth (GPT-2 §2.3)
         gains                               1, stored less their offset
-        biases                              0
+        biases, sinks                       0
         conv1d                              U(−1/√k, 1/√k)
         A_log, D                            log(1 … N), 1                Gu & Dao 2023, §3.6 (S4D-Real)
         dt_proj                             U(−1/√R, 1/√R), its bias such that Δ is log-uniform in [0.001, 0.1]
@@ -41,7 +41,7 @@ def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tenso
         owner = model.get_submodule(name.rpartition(".")[0])
         value = torch.empty(p.shape, dtype=p.dtype, device=p.device)
         match leaf.split("."):
-            case ["embed" | "head", "weight"]:
+            case ["embed" | "positions" | "head", "weight"]:
                 value.normal_(0, 0.02, generator=stream)
             case [_, "gain"]:
                 value.fill_(1 - getattr(owner.config, "offset", 0))
@@ -56,7 +56,7 @@ def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tenso
             case ["dt_proj", "bias"]:
                 delta = value.uniform_(math.log(0.001), math.log(0.1), generator=stream).exp()
                 value = delta + torch.log(-torch.expm1(-delta))                 # the inverse of softplus
-            case [_, "bias"]:
+            case [_, "bias" | "sinks"]:
                 value.zero_()
             case [writer, *_] if writer in ("o", "out_proj") or leaf.endswith("down") or writer == "down":
                 value.normal_(0, (p.shape[-1] * branches) ** -0.5, generator=stream)

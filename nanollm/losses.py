@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanollm.model import Head
 from nanollm.moe import MoE
 from nanollm.ops import accelerated
 
@@ -28,9 +29,9 @@ MOST = 2**28            # logits held at once. More are computed in pieces, and 
 RECENT = 128            # steps that a spike is measured against
 
 
-def token_loss(head: nn.Linear, hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def token_loss(head: Head, hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`linear_cross_entropy` of hidden (B, T, D) and targets (B, T)."""
-    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), z)
+    return linear_cross_entropy(*head.product(hidden.flatten(0, 1)), targets.flatten(), z, head.softcap)
 
 
 @accelerated

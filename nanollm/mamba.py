@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollm.cache import Scan
+from nanollm.cache import Scan, new_state
 from nanollm.config import Mamba as MambaConfig
 from nanollm.frame import Frame
 from nanollm.linear import Linear
@@ -71,7 +71,7 @@ class Mamba(nn.Module):
     def forward(self, x: Tensor, frame: Frame, state: Scan | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
         config = self.config
         if state is None:
-            state = Scan(config, x.shape[0], 0, x.dtype, x.device)
+            state = new_state(config, x.shape[0], 0, x.dtype, x.device)
         x, z = self.in_proj(x).chunk(2, -1)                                             # (B, T, I) each
         x = x.transpose(1, 2)                                                           # (B, I, T)
         if frame.real is not None:

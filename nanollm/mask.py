@@ -1,4 +1,4 @@
-"""Which keys a query may see, and what distance costs it. Every attention in the house asks here.
+"""Which keys a query may see. Every attention in the house asks here.
 
     q at position p sees k at position s   iff   s ≤ p,   s > p − W,   same document,   both real
 
@@ -29,21 +29,3 @@ def allowed(q_pos: Tensor, k_pos: Tensor, window: int | None, q_doc: Tensor | No
     if q_doc is not None:
         visible &= q_doc[:, :, None] == k_doc[:, None, :]
     return visible
-
-
-def alibi_slopes(heads: int) -> Tensor:
-    """Press, Smith & Lewis 2021 (arXiv 2108.12409) §3: head h of n pays 2^(−8h/n) for each token of distance.
-
-    Where n is no power of two: the slopes of the next smaller power, then every other one of the next larger.
-    float32 (H,).
-    """
-    power = 2 ** (heads.bit_length() - 1)
-    slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    between = [2 ** (-4 * h / power) for h in range(1, 2 * power + 1, 2)]
-    return torch.tensor(slopes + between[: heads - power])
-
-
-def alibi_bias(heads: int, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """−slope · distance, float32 (B, H, T, S); added to the scores."""
-    distance = (q_pos[:, :, None] - k_pos[:, None, :]).clamp(min=0)
-    return -alibi_slopes(heads).to(q_pos.device)[:, None, None] * distance[:, None]

@@ -2,6 +2,9 @@
 
     tokens ── embed ── layer 0 ── layer 1 ── … ── norm ── head ── logits
 
+    embed     e = s·E[token] + P[position], then a norm       s, P and the norm where the config has them (Gemma; GPT-2; BLOOM)
+    head      logits = c·tanh(s (W x + b) / c)                s, b and c likewise (Command-R; Phi; Gemma-2)
+
     config = ModelConfig(vocab=32000, dim=512, layers=(Layer(Attention(8, 2, 64, Rope()), MLP(1408)),) * 8)
     logits = Decoder(config)(tokens)
 
@@ -33,6 +36,32 @@ class Embedding(nn.Module):
         return F.embedding(tokens, self.weight)
 
 
+class Head(Linear):
+    """Reads the vocabulary off: the equation at the head of the file. With `unit_head` every row of W is brought to length 1."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.dim, config.vocab, config.head_bias)
+        self.scale, self.softcap, self.unit = config.head_scale, config.head_softcap, config.unit_head
+
+    def forward(self, x: Tensor) -> Tensor:                     # (…, D) → (…, V)
+        logits = F.linear(x, self.rows(), self.bias)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def rows(self) -> Tensor:
+        """W (V, D)."""
+        return F.normalize(self.weight) if self.unit else self.weight
+
+    def product(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, D) → x' (n, D'), W' (V, D') whose product x' W'ᵀ is what the soft cap is applied to: for a loss that never holds all logits."""
+        weight = self.rows()
+        x = x if self.scale == 1 else x * self.scale
+        if self.bias is None:
+            return x, weight
+        return F.pad(x, (0, 1), value=self.scale), torch.cat([weight, self.bias[:, None]], 1)      # the bias is the weight of a constant
+
+
 class Decoder(nn.Module):
     """A stack of blocks. It owns no buffers and no cache: everything but the weights follows from config and inputs."""
 
@@ -41,9 +70,11 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab, config.dim)
+        self.positions = None if config.positions is None else Embedding(config.positions, config.dim)
+        self.embed_norm = build_norm(config.embed_norm, config.dim)
         self.layers = nn.ModuleList(Block(layer, config.dim) for layer in config.layers)
         self.norm = build_norm(config.final_norm, config.dim)
-        self.head = Linear(config.dim, config.vocab, bias=False)
+        self.head = Head(config)
         self.tie()
         if not self.embed.weight.is_meta:
             init_weights(self, seed)
@@ -57,8 +88,8 @@ class Decoder(nn.Module):
         """Logits (B, T, V) for tokens (B, T) int64.
 
         positions (B, T): the place of each token in its document, where it rises by one. A 0 begins a document that sees nothing
-        before it, −1 is padding, which stands between documents, not inside. None: each row goes on where its cache stopped, or is one document. Any split of a sequence into
-        calls with a cache gives what the single call gives.
+        before it, −1 is padding, which stands between documents, not inside. None: each row goes on where its cache stopped, or is
+        one document. Any split of a sequence into calls with a cache gives what the single call gives.
         """
         return self.head(self.hidden(tokens, positions, cache))
 
@@ -74,7 +105,7 @@ class Decoder(nn.Module):
             positions = torch.arange(new, device=tokens.device).expand(tokens.shape)
         else:
             check_positions(positions)
-        x = self.embed(tokens)
+        x = self.embedded(tokens, positions)
         frame = Frame(positions, regular, x.dtype, cache)
         if self.config.float32_residual:
             x = x.float()
@@ -83,12 +114,29 @@ class Decoder(nn.Module):
         return self.norm(x[:, -new:]).to(frame.dtype)   # more than new only where a cache had to begin again, see cache.py
 
 
+    def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """What the first layer reads: (B, T) and (B, T) → (B, T, D)."""
+        x = self.embed(tokens)
+        if self.config.embed_scale != 1:
+            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)      # the factor itself is rounded: 55.5, not 55.4256
+        if self.positions is not None:
+            rows = self.config.positions
+            demand(positions < rows, f"the model has {rows} positions, from 0 to {rows - 1}; it cannot read a longer sequence")
+            x = x + self.positions(positions.clamp(min=0))
+        return x if self.embed_norm is None else self.embed_norm(x)
+
+
 def check_positions(positions: Tensor) -> None:
-    """Positions (B, T) must rise by one inside a document. Raises InputError; on a GPU, which nobody waits for here, the device says so later."""
-    broken = (positions[:, 1:] > 0) & (positions[:, 1:] != positions[:, :-1] + 1)
-    message = "positions rise by one inside a document; 0 begins one, -1 is padding between them"
-    if positions.is_cuda:
-        torch._assert_async(~broken.any(), message)
-    elif broken.any():
-        row, column = broken.nonzero()[0].tolist()
-        raise InputError(f"{message}; row {row} goes from {positions[row, column]} to {positions[row, column + 1]}")
+    """Positions (B, T) must rise by one inside a document. Raises InputError."""
+    risen = (positions[:, 1:] <= 0) | (positions[:, 1:] == positions[:, :-1] + 1)
+    demand(risen, "positions rise by one inside a document; 0 begins one, -1 is padding between them")
+
+
+def demand(holds: Tensor, message: str) -> None:
+    """holds (B, n) must be true everywhere. Raises InputError with the first place where it is not; on a GPU, which nobody waits for
+    here, the device says so later."""
+    if holds.is_cuda:
+        torch._assert_async(holds.all(), message)
+    elif not holds.all():
+        row, column = (~holds).nonzero()[0].tolist()
+        raise InputError(f"{message} (row {row}, token {column})")

@@ -61,7 +61,7 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
     parts = {"matrices": [], "tables": [], "rest": []}
     inside = {id(p) for m in model.layers.modules() if isinstance(m, (Linear, Experts)) for p in m.parameters(recurse=False) if p.ndim > 1}
     for key, p in model.named_parameters():
-        parts["matrices" if id(p) in inside else "tables" if key in ("embed.weight", "head.weight") else "rest"].append(p)
+        parts["matrices" if id(p) in inside else "tables" if key in ("embed.weight", "positions.weight", "head.weight") else "rest"].append(p)
     times = 1.5 if name == "muon" else 1.0
     outer = [{"params": parts["tables"], "weight_decay": weight_decay, "times": times}, {"params": parts["rest"], "weight_decay": 0.0, "times": times}]
     if name == "muon":

@@ -13,7 +13,8 @@ import transformers
 
 import checkpoints
 from nanollm.generation import generate
-from tests.oracles import FIXTURES, TOKENS, Fixture, difference, reference_logits, tokens, write
+from tests.fixtures import FIXTURES
+from tests.oracles import TOKENS, Fixture, difference, reference_logits, tokens, write
 
 REPORT = Path(__file__).parent.parent / "docs" / "parity.md"
 
@@ -35,10 +36,10 @@ our cache against transformers' `generate` (its full pass where its cache differ
 def greedy_agrees(fixture: Fixture, theirs: transformers.PreTrainedModel, ours: torch.nn.Module, new: int = 64) -> bool:
     """64 tokens with our cache, and the reference's."""
     prompt = tokens(fixture, batch=1, length=12)
-    if fixture.length_dependent:
+    if fixture.length_dependent or fixture.logits is not None or not fixture.cache:
         expected = prompt
         for _ in range(new):
-            expected = torch.cat([expected, reference_logits(theirs, expected)[:, -1:].argmax(-1)], 1)
+            expected = torch.cat([expected, reference_logits(fixture, theirs, expected)[:, -1:].argmax(-1)], 1)
     else:
         expected = theirs.generate(prompt, max_new_tokens=new, do_sample=False, eos_token_id=None)
     return list(generate(ours, prompt[0].tolist(), new)) == expected[0, 12:].tolist()
@@ -47,7 +48,7 @@ def greedy_agrees(fixture: Fixture, theirs: transformers.PreTrainedModel, ours: 
 def bfloat16(fixture: Fixture, x: torch.Tensor) -> str:
     """Bit-equal, or how far either is from the float32 logits of the same weights."""
     with tempfile.TemporaryDirectory() as folder:
-        theirs = reference_logits(write(fixture, Path(folder), torch.bfloat16), x, "sdpa")
+        theirs = reference_logits(fixture, write(fixture, Path(folder), torch.bfloat16), x, *fixture.attention[-1:])
         ours, exact = checkpoints.load(folder)(x), checkpoints.load(folder, dtype=torch.float32)(x)
     if torch.equal(ours, theirs):
         return "bit-equal"
@@ -63,8 +64,8 @@ def row(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         theirs, ours = write(fixture, Path(folder)), checkpoints.load(folder)
     kind = ours.origin.values["model_type"]
-    against = [difference(ours(x), reference_logits(theirs, x, attention)) for attention in ("eager", "sdpa")]
-    return f"| {name} | {kind} | {against[0]:.0e} | {against[1]:.0e} | {bfloat16(fixture, x)} | {'equal' if greedy_agrees(fixture, theirs, ours) else 'DIFFER'} |"
+    against = [difference(ours(x), reference_logits(fixture, theirs, x, attention)) for attention in (fixture.attention or (None,))]
+    return f"| {name} | {kind} | {against[0]:.0e} | {against[-1]:.0e} | {bfloat16(fixture, x)} | {'equal' if greedy_agrees(fixture, theirs, ours) else 'DIFFER'} |"
 
 
 if __name__ == "__main__":

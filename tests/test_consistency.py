@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanollm.cache import KV, Cache
-from nanollm.config import MLP, Attention, DynamicNTK, Layer, LongRope, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.config import MLP, Alibi, Attention, DynamicNTK, Layer, LongRope, Mamba, ModelConfig, MoE, Norm, Rope, SteppedNTK
 from nanollm.errors import InputError
 from nanollm.model import Decoder
 from nanollm.scan import selective_scan, selective_scan_chunked
@@ -27,7 +27,11 @@ KINDS = {
     "windows": (Layer(attention(window=7), MLP(48)), Layer(attention(window=3), MLP(48))),
     "dynamic": (Layer(attention(rope=Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),) * 2,
     "longrope": (Layer(attention(rope=Rope(scaling=LONG)), MLP(48)),) * 2,
-    "alibi": (Layer(attention(rope=None, alibi=True), MLP(48)), Layer(attention(rope=None, alibi=True, window=5), MLP(48))),
+    "alibi": (Layer(attention(rope=None, alibi=Alibi()), MLP(48)), Layer(attention(rope=None, alibi=Alibi(), window=5), MLP(48))),
+    "coarse alibi": (Layer(attention(rope=None, alibi=Alibi(coarse=True)), MLP(48)), Layer(Attention(6, 2, 8, alibi=Alibi(odd_first=True)), MLP(48))),
+    "norms of heads": (Layer(attention(qk_norm=Norm("layer", scope="each"), clip=1.0), MLP(48), parallel=True, pre_ffn=None),
+                       Layer(attention(qk_norm=Norm(scope="all"), sinks=True, window=5), MLP(48, gated=False, bias=True), post_mixer=Norm("rms_outer"))),
+    "log n": (Layer(attention(logn=8, rope=Rope(scaling=SteppedNTK(8))), MLP(48), pre_mixer=Norm("layer", gain=False)),) * 2,
     "softcap": (Layer(attention(softcap=2.0, qk_norm=Norm()), MoE(4, 2, MLP(20), True, MLP(12), True)),) * 2,
     "mamba": (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),) * 2,
     "hybrid": (Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48))),

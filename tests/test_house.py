@@ -18,7 +18,7 @@ LIBRARIES = {                                            # beside torch, numpy a
 ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
            "text.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}, "state.py": {"safetensors"}, "options.py": {"tomli"},
            "log.py": {"wandb"}}
-FORWARD = "config norm rope mask frame linear attention mlp block model".split()
+FORWARD = "config config_parts norm rope mask frame linear attention mlp block model".split()
 TRAINER = "data optim losses distributed".split()         # with train.py: what a training step runs through
 
 
@@ -46,7 +46,8 @@ def test_every_own_library_is_still_used():
 
 
 def test_config_is_imported_by_all_and_imports_nothing():
-    assert {name for name in imports(ROOT / "nanollm/config.py") if name.startswith(("nanollm", "torch"))} == {"nanollm.errors"}
+    found = set().union(*(imports(path) for path in PACKAGES["nanollm"] if path.name.startswith("config")))
+    assert {name for name in found if name.startswith(("nanollm", "torch")) and not name.startswith("nanollm.config_")} == {"nanollm.errors"}
 
 
 def test_importing_loads_neither_torch_nor_transformers():

@@ -9,15 +9,15 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 
 from nanollm import losses
 from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm, Rope
-from nanollm.linear import Linear
 from nanollm.losses import Balance, spike, token_loss
-from nanollm.model import Decoder
+from nanollm.model import Decoder, Head
 from nanollm.moe import routing
 
 
-def head(vocab: int = 50, dim: int = 8) -> Linear:
-    made = Linear(dim, vocab, bias=False)
-    torch.nn.init.normal_(made.weight)
+def head(**fields) -> Head:
+    made = Head(ModelConfig(50, 8, (Layer(Attention(2, 1, 8), None, pre_ffn=None),), **fields))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter)
     return made
 
 
@@ -44,6 +44,20 @@ def test_the_gradient_is_that_of_the_equation(z):
     nats = log_z - logits.gather(-1, targets.clamp(min=0)[..., None]).squeeze(-1)
     expected = torch.autograd.grad(((nats + z * log_z.square()) * real).sum(), hidden)[0]
     assert torch.allclose(found, expected, atol=1e-5) and expected.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("fields", [
+    dict(head_bias=True), dict(head_scale=0.3), dict(head_softcap=2.0), dict(unit_head=True),
+    dict(head_bias=True, head_scale=0.3, head_softcap=2.0, unit_head=True)], ids=str)
+def test_whatever_the_head_does_the_loss_is_that_of_its_logits(fields):
+    read, hidden, targets = head(**fields), torch.randn(2, 7, 8, requires_grad=True), torch.randint(0, 50, (2, 7))
+    wanted = [hidden, *read.parameters()]
+    loss, nats, _ = token_loss(read, hidden, targets)
+    expected = F.cross_entropy(read(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
+    assert nats.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert nats.item() != pytest.approx(F.cross_entropy(F.linear(hidden, read.weight).flatten(0, 1), targets.flatten(), reduction="sum").item(), rel=1e-3)
+    for one, other in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted)):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_pieces_change_neither_loss_nor_gradient(monkeypatch):

@@ -16,11 +16,12 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 
+from nanollm.alibi import alibi_bias, alibi_slopes
 from nanollm.attention import attend_fused, attend_plainly
 from nanollm.block import Block
-from nanollm.config import ACTIVATIONS, MLP, Attention, Layer, MoE, Norm, Rope
+from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Rope
 from nanollm.frame import CAUSAL, Frame
-from nanollm.mask import alibi_bias, alibi_slopes, allowed
+from nanollm.mask import allowed
 from nanollm.mlp import activate
 from nanollm.moe import MoE as MoEModule
 from nanollm.moe import routing
@@ -109,7 +110,7 @@ def test_soft_cap_equals_gemma2():
 def test_alibi_slopes_equal_bloom(heads):
     reference = build_alibi_tensor(torch.ones(1, 10), heads, torch.float32)[:, 0]               # (H, T): slope · key index
     assert torch.allclose(alibi_slopes(heads), reference[:, 1], rtol=3e-7)                      # BLOOM takes powers in float32, we round once
-    ours = alibi_bias(heads, torch.tensor([[9]]), torch.arange(10)[None])[0, :, 0]
+    ours = alibi_bias(Alibi(), heads, torch.tensor([[9]]), torch.arange(10)[None], 1.0)[0, :, 0]
     assert torch.allclose(ours - ours[:, :1], reference, atol=1e-6)                             # a constant a row drops out
 
 
@@ -119,7 +120,7 @@ def test_fused_attention_is_the_definition(T, S, H, K, masked):
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, S, 8), torch.randn(2, K, S, 8)
     q_pos, k_pos = torch.arange(S - T, S).expand(2, T), torch.arange(S).expand(2, S)
     visible = allowed(q_pos, k_pos, 4)[:, None]
-    mask = {"window": visible, "alibi": alibi_bias(H, q_pos, k_pos).masked_fill(~visible, -torch.inf), "none": CAUSAL if T == S else None}[masked]
+    mask = {"window": visible, "alibi": alibi_bias(Alibi(), H, q_pos, k_pos, 1.0).masked_fill(~visible, -torch.inf), "none": CAUSAL if T == S else None}[masked]
     assert difference(attend_fused(q, k, v, mask, 0.4), attend_plainly(q, k, v, mask, 0.4)) < 1e-6
 
 

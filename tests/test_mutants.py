@@ -22,9 +22,9 @@ import checkpoints
 from nanollm import config as c
 from nanollm.errors import NanollmError
 from nanollm.model import Decoder
-from tests.oracles import FIXTURES, difference, reference_logits, tokens, write
+from tests.fixtures import FIXTURES
+from tests.oracles import difference, reference_logits, tokens, write
 
-BOUND = 1e-5
 REPORT = Path(__file__).with_name("mutants.txt")
 LENGTH = 48
 
@@ -50,6 +50,8 @@ def another(owner: Any, field: dataclasses.Field) -> Any:
         return value * 2
     if isinstance(value, float):
         return value * 2
+    if isinstance(value, tuple):
+        return tuple(2 * number for number in value)
     if isinstance(value, str):
         return next((v for v in get_args(field.type) if v != value), value)
     return value
@@ -79,7 +81,7 @@ def mutations(owner: Any, path: str = "") -> Iterator[tuple[str, Any]]:
                     yield name, None
 
 
-def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, reference: torch.Tensor) -> str:
+def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, reference: torch.Tensor, bound: float) -> str:
     """"refused", "shape", "logits", "bfloat16", or "survived"."""
     if mutant is None:
         return "refused"
@@ -94,7 +96,7 @@ def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, referenc
     decoder.load_state_dict({name: weights[name] for name in ours}, assign=True, strict=False)
     decoder.tie()
     with torch.inference_mode():
-        if not difference(decoder(x), reference) < BOUND:
+        if not difference(decoder(x), reference) < bound:
             return "logits"
         decoder, model = copy.deepcopy(decoder).bfloat16(), copy.deepcopy(model).bfloat16()     # test_parity: bit-equal to transformers there
         return "survived" if torch.equal(decoder(x), model(x)) else "bfloat16"
@@ -107,8 +109,8 @@ def report(name: str) -> list[str]:
         theirs = write(fixture, Path(folder))
         model = checkpoints.load(folder)
     x = tokens(fixture, length=LENGTH)
-    reference = reference_logits(theirs, x)
-    fates = [(path, fate(model, mutant, x, reference)) for path, mutant in mutations(model.config)]
+    reference = reference_logits(fixture, theirs, x)
+    fates = [(path, fate(model, mutant, x, reference, fixture.bound)) for path, mutant in mutations(model.config)]
     count = lambda kind: sum(f == kind for _, f in fates)
     survivors = [path for path, f in fates if f == "survived"]
     lines = [f"{name:18} {len(fates):4} mutants: {count('logits'):3} killed by logits, {count('bfloat16')} in bfloat16, {count('shape'):3} by shapes, {count('refused'):3} by the config, {len(survivors)} survived"]

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 from checkpoints import files
 from nanollm.errors import CheckpointError, ConfigError, InputError, NanollmError
-from tests.oracles import FIXTURES, write
+from tests.fixtures import FIXTURES
+from tests.oracles import write
 
 
 @pytest.fixture(scope="module", params=["llama-3", "mixtral-8x22b", "mamba-130m"])

@@ -10,7 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Yarn
-from nanollm.rope import attention_factor, frequencies, regime, rotate, rotation_tables
+from nanollm.rope import frequencies, rotate, rotation_tables
+from nanollm.scaling import attention_factor, regime
 
 D = 32                                                   # rotated channels
 SHORT, LONG = tuple(1 + 0.1 * j for j in range(D // 2)), tuple(2.0 + j for j in range(D // 2))

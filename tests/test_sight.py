@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nanollm.cache import Cache
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
+from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import InputError
 from nanollm.frame import CAUSAL, Frame, Sight
 from nanollm.model import Decoder
@@ -29,28 +29,33 @@ def same(sight: Sight, T: int, S: int) -> None:
     assert sight.first.dtype == sight.last.dtype == torch.int32
 
 
-def attention(window, alibi=False) -> Attention:
-    return Attention(4, 2, 8, None if alibi else Rope(), window=window, alibi=alibi)
+def attention(window) -> Attention:
+    return Attention(4, 2, 8, Rope(), window=window)
 
 
-@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize("alibi", [None, Alibi()])
 @pytest.mark.parametrize("window", WINDOWS)
 @pytest.mark.parametrize("positions", [
     [[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 0, 1, 0]], [[0, 0, 0, 0]], [[0, 1, -1, -1], [0, 1, 2, 3]], [[-1, -1, 0, 1], [-1, 0, 1, 0]],
     [[0, 1, -1, 0, 1, 2]], [[7, 8, 9, 0, 1]], [[-1, -1, -1, -1], [0, 1, 2, 0]]], ids=str)
 def test_without_a_cache(positions, window, alibi):
     positions = torch.tensor(positions)
-    same(Sight(Frame(positions, False, torch.float32), attention(window, alibi), None), positions.shape[1], positions.shape[1])
+    same(Sight(Frame(positions, False, torch.float32), None, window, alibi, 4), positions.shape[1], positions.shape[1])
     if len(positions) == 1 and positions[0, -1] == 5:
-        same(Sight(Frame(positions, True, torch.float32), attention(window, alibi), None), 6, 6)
+        same(Sight(Frame(positions, True, torch.float32), None, window, alibi, 4), 6, 6)
 
 
 def test_the_last_token_of_a_run_is_where_distance_is_counted_from():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]])
-    sight = Sight(Frame(positions, False, torch.float32), attention(None, alibi=True), None)
+    sight = Sight(Frame(positions, False, torch.float32), None, alibi=Alibi(), heads=4)
     distance = (sight.last[..., None] - torch.arange(6))[:, None]
     visible = sight.mask > -torch.inf
     assert torch.equal((-sight.slopes[:, None, None] * distance)[visible], sight.mask[visible])
+
+
+def test_coarse_alibi_is_no_run():
+    sight = Sight(Frame(torch.arange(6)[None], True, torch.float32), None, alibi=Alibi(coarse=True), heads=4)
+    assert sight.first is None and sight.last is None and sight.mask.shape == (1, 4, 6, 6)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -68,7 +73,7 @@ def test_with_a_cache(chunks, window):
         state = cache.states[0]
         plan = frame.plan(state)
         keys, _ = state.extend(torch.zeros(2, 2, T, 8), torch.zeros(2, 2, T, 8), plan)
-        sight = Sight(frame, config.layers[0].mixer, plan)
+        sight = Sight(frame, plan, window)
         if plan.join:
             assert sight.first is None and sight.last is None
         else:
@@ -79,7 +84,7 @@ def test_with_a_cache(chunks, window):
 def test_positions_rise_by_one(positions):
     config = ModelConfig(vocab=8, dim=16, layers=(Layer(attention(None), MLP(16), Norm(), None, Norm()),))
     tokens = torch.zeros(len(positions), len(positions[0]), dtype=torch.long)
-    with pytest.raises(InputError, match="positions rise by one inside a document.* row . goes from"):
+    with pytest.raises(InputError, match="positions rise by one inside a document.* \\(row ., token ."):
         Decoder(config)(tokens, torch.tensor(positions))
 
 

@@ -8,36 +8,44 @@ import torch
 
 from checkpoints.families import FAMILIES
 from checkpoints.files import Stored
-from checkpoints.ops import Same, Stack
+from checkpoints.ops import Blocks, Groups, Same, Stack, Transposed
 from checkpoints.table import check, expand, override, rule
+from nanollm.config import MLP, Attention, Layer, ModelConfig
 from nanollm.errors import CheckpointError
+
+
+LAYER = Layer(Attention(heads=6, kv_heads=3, head_dim=2), MLP(4))
 
 
 def shapes_for(op, rng: random.Random) -> list[tuple[int, ...]]:
     """Shapes that our side of an op may have."""
     size = lambda: rng.randint(1, 7)
+    op = getattr(op, "op", op)
+    if op in (Blocks, Groups):
+        rest = tuple(size() for _ in range(rng.randint(0, 1)))
+        return [(rows, *rest) for rows in ((12, 6, 6) if op is Groups else (size(), size(), size()))]
     return [(size(), size(), size())] if op is Stack else [tuple(size() for _ in range(rng.randint(1, 3)))]
 
 
-@pytest.mark.parametrize("op", [Same, Stack])
+@pytest.mark.parametrize("op", [Same, Stack, Blocks, Groups, Transposed(Same), Transposed(Blocks)], ids="same stack blocks groups transposed transposed-blocks".split())
 @pytest.mark.parametrize("seed", range(20))
 def test_ops_are_inverses(op, seed):
     rng, dtype = random.Random(seed), [torch.float32, torch.bfloat16][seed % 2]
     ours = [torch.randn(shape).to(dtype) for shape in shapes_for(op, rng)]
-    stored = [tensor.clone() for tensor in op.save(ours)]
+    stored = [tensor.clone() for tensor in op.save(ours, LAYER)]
 
     again = [torch.full_like(tensor, torch.nan) for tensor in ours]
-    op.load(lambda k, tensor: tensor.copy_(stored[k]), again)                     # load ∘ save = 1 …
+    op.load(lambda k, tensor: tensor.copy_(stored[k]), again, LAYER)                     # load ∘ save = 1 …
     assert all(torch.equal(a, b) for a, b in zip(ours, again))
-    assert all(torch.equal(a, b) for a, b in zip(stored, op.save(again)))         # … and save ∘ load = 1
+    assert all(torch.equal(a, b) for a, b in zip(stored, op.save(again, LAYER)))         # … and save ∘ load = 1
 
-    meta = op.save([tensor.to("meta") for tensor in ours])                        # the plan says what is written
+    meta = op.save([tensor.to("meta") for tensor in ours], LAYER)                        # the plan says what is written
     assert [(m.shape, m.dtype) for m in meta] == [(s.shape, s.dtype) for s in stored]
 
 
 def test_stack_copies_no_stack():
     ours = [torch.zeros(4, 3, 2)]
-    assert all(part.untyped_storage().data_ptr() == ours[0].untyped_storage().data_ptr() for part in Stack.save(ours))
+    assert all(part.untyped_storage().data_ptr() == ours[0].untyped_storage().data_ptr() for part in Stack.save(ours, None))
 
 
 def test_a_table_is_one_to_one():
@@ -75,6 +83,7 @@ def stored(names: dict[str, tuple], dtype=torch.float32) -> dict[str, Stored]:
     return {name: Stored(Path("x"), dtype, shape, 0, 0) for name, shape in names.items()}
 
 
+CONFIG = ModelConfig(5, 3, (LAYER,) * 12)
 PARAMETERS = meta(
     embed__weight=(5, 3), layers__0__pre_mixer__gain=(3,), layers__0__mixer__q__weight=(4, 3), layers__0__mixer__q__bias=(4,),
     layers__11__ffn__experts__gate=(2, 6, 3),
@@ -86,14 +95,14 @@ ON_DISK = {
 
 
 def test_weight_and_bias_follow_their_module():
-    steps = expand(TABLE, PARAMETERS)
+    steps = expand(TABLE, PARAMETERS, CONFIG)
     assert {theirs for step in steps for theirs in step.theirs} == set(ON_DISK)
     check(steps, PARAMETERS, stored(ON_DISK))
 
 
 def test_a_parameter_without_a_name_is_refused():
     with pytest.raises(CheckpointError, match="1 parameters.*no name for(.|\n)*layers.0.mixer.sink"):
-        expand(TABLE, PARAMETERS | meta(layers__0__mixer__sink=(3,)))
+        expand(TABLE, PARAMETERS | meta(layers__0__mixer__sink=(3,)), CONFIG)
 
 
 def test_every_discrepancy_is_in_one_error():
@@ -101,7 +110,7 @@ def test_every_discrepancy_is_in_one_error():
     del disk["emb.weight"]
     disk |= stored({"h.11.moe.1.w.weight": (6, 3)}, torch.float16) | stored({"h.0.ln.weight": (3,)}, torch.int8)
     with pytest.raises(CheckpointError) as error:
-        check(expand(TABLE, PARAMETERS), PARAMETERS, disk, ["h.{i}.attn.bias"], ["known"])
+        check(expand(TABLE, PARAMETERS, CONFIG), PARAMETERS, disk, ["h.{i}.attn.bias"], ["known"])
     text = str(error.value)
     for line in ("1 missing", "emb.weight", "1 unexpected", "extra", "h.0.fc.weight: (3, 4) stored, (4, 3)", "h.0.ln.weight: int8",
                  "parts of several dtypes: float16, float32"):
@@ -111,5 +120,5 @@ def test_every_discrepancy_is_in_one_error():
 
 def test_long_lists_are_counted_and_cut():
     with pytest.raises(CheckpointError) as error:
-        check(expand(TABLE, PARAMETERS), PARAMETERS, stored(ON_DISK | {f"extra.{n}": (1,) for n in range(1000)}))
+        check(expand(TABLE, PARAMETERS, CONFIG), PARAMETERS, stored(ON_DISK | {f"extra.{n}": (1,) for n in range(1000)}))
     assert "1000 unexpected" in str(error.value) and "988 more" in str(error.value) and len(str(error.value)) < 1000

@@ -13,7 +13,7 @@ import torch
 import kernels
 from nanollm import ops
 from nanollm.cache import Cache
-from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.config import MLP, Alibi, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
 from nanollm.generation import generate, generate_batch
 from nanollm.losses import token_loss
 from nanollm.model import Decoder
@@ -32,7 +32,7 @@ MODELS = {      # name → (config, the operations that must have run as kernels
     "window, head norms, biases": (config(Attention(4, 4, 24, Rope(theta=1e6), 7, qk_norm=Norm(), qkv_bias=True), MLP(48)), {"rms_norm", "rotate", "attend", "gated"}),
     "interleaved, partial, geglu, gemma's norms, soft cap": (
         config(Attention(4, 1, 16, Rope(layout="interleaved", fraction=0.5), softcap=5.0, scale=0.3), MLP(40, "gelu_tanh"), GEMMA, post_mixer=GEMMA, post_ffn=GEMMA), {"rms_norm", "add_rms_norm", "rotate", "attend", "gated"}),
-    "alibi, layer norm": (config(Attention(6, 6, 16, alibi=True, qkv_bias=True, out_bias=True), MLP(64, "gelu", gated=False, bias=True), SHIFT), {"layer_norm", "attend"}),
+    "alibi, layer norm": (config(Attention(6, 6, 16, alibi=Alibi(), qkv_bias=True, out_bias=True), MLP(64, "gelu", gated=False, bias=True), SHIFT), {"layer_norm", "attend"}),
     "parallel": (config(Attention(4, 2, 16, Rope(fraction=0.25)), MLP(48), SHIFT, pre_ffn=None, parallel=True), {"layer_norm", "rotate", "attend", "gated"}),
     "experts": (config(Attention(4, 2, 16, Rope()), MoE(4, 2, MLP(24), renormalize=True, shared=MLP(32), shared_gate=True)), {"rms_norm", "add_rms_norm", "attend", "gated", "expert_mlp"}),
     "mamba": (ModelConfig(61, 32, (Layer(Mamba(64, 4, 4, 2), None, Norm(), pre_ffn=None),) * 2, Norm(), float32_residual=True), {"rms_norm", "mamba_scan", "causal_conv"}),
