@@ -3,6 +3,8 @@
     python generate.py --model FOLDER --prompt "def fibonacci(n):"          one prompt
     python generate.py --model FOLDER --prompt "One" --prompt "Two"         several at once, as one batch
     python generate.py --model FOLDER --chat                                a conversation, with the model's own template
+    python generate.py --model FOLDER --chat --template vicuna              … with a published one, where the folder has none
+    python generate.py --model FOLDER --prompt "def f(" --suffix "return x" --template codellama      what stands between
 
 FOLDER is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
 files. train.py writes one. A name like Qwen/Qwen2.5-0.5B-Instruct, which is no folder here, is downloaded from the hub.
@@ -18,6 +20,7 @@ import torch
 
 import checkpoints
 from checkpoints.hub import local_folder
+from nanollm import templates
 from nanollm import tokenizer as tokenizers
 from nanollm.chat import Conversation
 from nanollm.cli import Parser, main
@@ -35,6 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help="a model folder, or owner/name on the Hugging Face hub")
     parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; give it several times for a batch; - reads standard input")
     parser.add_argument("--chat", action="store_true", help="talk in turns; an empty line or Ctrl-D ends")
+    parser.add_argument("--template", metavar="NAME_OR_FILE", help="with --chat: a chat template in place of the folder's, a file (Jinja) or one of "
+                        f"{', '.join(templates.TEMPLATES)}; with --suffix: one of {', '.join(templates.INFILL)}")
+    parser.add_argument("--suffix", metavar="TEXT", help="with one --prompt and --template: fill in what stands between the two texts")
     parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most this many a prompt or turn (default 256)")
     parser.add_argument("--context", type=int, default=4096, metavar="N", help="with --chat: the most tokens of a whole conversation (default 4096)")
@@ -57,6 +63,10 @@ def parse() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     if args.chat == bool(args.prompt):
         parser.error("give either --prompt TEXT or --chat")
+    if args.suffix is not None and (args.chat or len(args.prompt) > 1 or not args.template):
+        parser.error("--suffix goes with one --prompt, and with a --template that says how to infill")
+    if args.template and not args.chat and args.suffix is None:
+        parser.error("--template goes with --chat or --suffix; a --prompt is continued as it stands")
     return args
 
 
@@ -96,12 +106,14 @@ def sampling(args: argparse.Namespace) -> dict:
 
 
 def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
-    prompts = [tokenizer.encode(sys.stdin.read() if prompt == "-" else prompt) for prompt in args.prompt]
+    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
+    prompts = [tokenizer.encode(text) for text in texts] if args.suffix is None else [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
     warn(tokenizer, prompts[0])
     if len(prompts) == 1:
         print(args.prompt[0] if args.prompt[0] != "-" else "", end="")
         session = Session(model, len(prompts[0]) + args.max_new_tokens)
-        say(tokenizer, session.generate(prompts[0], args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args)), args.stop, continues=True)
+        stop = [*args.stop, *tokenizer.stop_texts]
+        say(tokenizer, session.generate(prompts[0], args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args)), stop, continues=True)
         return
     start = time.perf_counter()
     answers = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
@@ -112,7 +124,10 @@ def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> 
 
 
 def chat(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
+    if args.template:
+        templates.choose(tokenizer, args.template)
     conversation, session = Conversation(tokenizer), Session(model, args.context)
+    stop = [*args.stop, *tokenizer.stop_texts]
     if args.system:
         conversation.add("system", args.system)
     note("An empty line ends the conversation.")
@@ -121,8 +136,8 @@ def chat(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None
         ids = conversation.prompt_ids()
         if len(conversation.messages) <= 2:
             warn(tokenizer, ids)
-        answer = say(tokenizer, session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args)), args.stop, continues=False)
-        conversation.add("assistant", "".join(stream_text([tokenizer.decode(answer)], args.stop)).strip())
+        answer = say(tokenizer, session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args)), stop, continues=False)
+        conversation.add("assistant", "".join(stream_text([tokenizer.decode(answer)], stop)).strip())
 
 
 def read_line() -> str:

@@ -10,7 +10,8 @@ Nothing is allocated before the plan holds: every parameter has its tensor and e
 shape. Values are checked as they are read; a NaN or an infinity is an error with a name. All errors are NanollmErrors.
 
     files.py   what is on disk          reader.py, rope.py   config.json, every key accounted for
-    ops.py     arrangements, both ways  table.py             names, both ways, and the plan
+    ops.py     arrangements, both ways  expert_ops.py        of stacked experts
+    table.py   names, both ways         quantized.py         8 and 4 bits, read as the weights that they stand for
     writing.py a folder or none at all  hub.py               owner/name → folder          families/   one file a lineage
 """
 
@@ -26,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import files, hub, table, writing
-from checkpoints.families import Family, read_config, write_config
+from checkpoints import files, hub, quantized, table, writing
+from checkpoints.families import FAMILIES, Family, read_config, write_config
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, InputError
 from nanollm.model import Decoder
@@ -48,7 +49,8 @@ class Origin:
 def load(
     source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", ignore: Collection[str] = ()
 ) -> Decoder:
-    """The model in a folder or on the hub, in eval mode. dtype None keeps each tensor as it is stored.
+    """The model in a folder or on the hub, in eval mode. dtype None keeps each tensor as it is stored; what is stored in fewer than 16 bits
+    becomes bfloat16. Of a multimodal model it is the language model, and a warning says what was left out.
 
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
     nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats."""
@@ -56,22 +58,25 @@ def load(
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
     folder = hub.local_folder(source)
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    values = files.read_json(folder / "config.json", largest=10_000_000)
-    stored = files.read_folder(folder)
+    values, block = quantized.plain_config(files.read_json(folder / "config.json", largest=10_000_000), str(folder / "config.json"))
+    stored = quantized.plain_tensors(files.read_folder(folder), block, str(folder))
     family, config = read_config(values, str(folder / "config.json"), ignore, most=min(len(stored), 10_000))
+    stored = _language_model(stored, family, config, folder)
     model, names, steps = _plan(family, config, stored, ignore, folder)
 
     parameters = dict(model.named_parameters())
     for step in steps:                           # from here on there is memory
         for name in step.ours:
             owner, _, leaf = name.rpartition(".")
-            kept = torch.empty_like(parameters[name], dtype=dtype or stored[step.theirs[0]].dtype, device=device)
+            wide = dtype is not None and leaf in getattr(model.get_submodule(owner), "FLOAT32", ())
+            kind = torch.promote_types(dtype, torch.float32) if wide else dtype or stored[step.theirs[0]].dtype
+            kept = torch.empty_like(parameters[name], dtype=kind, device=device)
             setattr(model.get_submodule(owner), leaf, nn.Parameter(kept))
     model.tie()
     parameters = {name: parameter.data for name, parameter in model.named_parameters()}
 
     def put(name: str, tensor: Tensor) -> None:
-        files.read_into(stored[name], tensor)
+        quantized.read_into(stored[name], tensor)
         _need_finite(name, tensor, folder)
 
     for step in steps:
@@ -82,8 +87,8 @@ def load(
 
 def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
-    path = hub.local_folder(source) / "config.json"
-    return read_config(files.read_json(path, largest=10_000_000), str(path))[1]
+    path = hub.local_folder(source, ("config.json",)) / "config.json"
+    return read_config(quantized.plain_config(files.read_json(path, largest=10_000_000), str(path))[0], str(path))[1]
 
 
 def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
@@ -119,6 +124,17 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
             shutil.copyfile(path, draft / path.name)
 
 
+def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig, folder: Path) -> dict[str, files.Stored]:
+    """The tensors without those of a multimodal model's other towers, and of a layer that predicts ahead, which are counted in a warning."""
+    mark = family.ahead.replace("{i}", str(len(config.layers)))
+    spare = (*family.left_out, *([mark.rsplit(".", 2)[0] + "."] if mark in stored else []))
+    towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
+    told = [f"{prefix}… ({len(tower)} tensors, {sum(one.size for one in tower):,} bytes)" for prefix, tower in towers.items() if tower]
+    if told:
+        warnings.warn(f"{folder}: the language model is loaded; left out: {', '.join(told)}")
+    return {name: one for name, one in stored.items() if not name.startswith(spare)}
+
+
 def _plan(
     family: Family, config: ModelConfig, stored: dict[str, files.Stored], ignore: tuple[str, ...], folder: Path
 ) -> tuple[Decoder, table.Table, list[table.Step]]:
@@ -152,6 +168,10 @@ def _config_to_write(config: ModelConfig, origin: Origin | None) -> tuple[dict[s
     if origin is None:
         family, values = write_config(config)
         return values, family.tables[0]
+    if origin.family.left_out:                   # a text model now, and a config.json that claims no tower
+        family, values = write_config(config, FAMILIES[origin.family.name])
+        said = (origin.values.get("text_config") or {}) | origin.values
+        return values | {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in said}, family.tables[0]
     values = dict(origin.values)
     before = read_config(values, ignore=origin.ignore)[1]
     if before != config:

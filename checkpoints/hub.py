@@ -4,6 +4,7 @@ Only what a model needs is fetched: no pickles, no second copy of the weights, n
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from checkpoints.files import INDEX, SINGLE
@@ -16,8 +17,9 @@ COMPANIONS = (                                   # what belongs to a model besid
 WANTED = ("config.json", SINGLE, INDEX, "model-*-of-*.safetensors", *COMPANIONS)
 
 
-def local_folder(source: str | Path) -> Path:
-    """Raises CheckpointError if `source` is neither a folder nor a model that the hub, or its cache here, can give."""
+def local_folder(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
+    """A name on the hub has the files that match `wanted` fetched. Raises CheckpointError if `source` is neither a folder nor a model
+    that the hub, or its cache here, can give."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -25,7 +27,7 @@ def local_folder(source: str | Path) -> Path:
         raise CheckpointError(f"{source}: no such folder, and not a hub name of the form owner/name")
     from huggingface_hub import snapshot_download          # imported late: a local folder needs neither it nor a network
     try:
-        return Path(snapshot_download(source, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(source, allow_patterns=list(wanted)))
     except Exception as error:                             # offline, absent, gated, misspelt: the hub's errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{source}: no such folder, and the hub does not give a model of that name: {reason}") from error

@@ -62,8 +62,14 @@ def override(base: Table, *rules: Rule) -> Table:
 
 def stripped(table: Table, prefix: str) -> Table:
     """The same table for folders whose tensor names lack a prefix. GPT-2 and BLOOM on the hub."""
-    bare = {each: Rule(tuple(name.removeprefix(prefix) for name in each.theirs), each.ours, each.op) for each in table.values()}
-    return {name: bare[each] for name, each in table.items()}
+    return moved(table, prefix, "")
+
+
+def moved(table: Table, old: str, new: str) -> Table:
+    """The same table with `new` in place of the prefix `old`, where a name has it. Gemma-3 and Qwen-VL with their vision towers."""
+    renamed = lambda name: new + name[len(old):] if name.startswith(old) else name         # noqa: E731
+    rules = {each: Rule(tuple(map(renamed, each.theirs)), each.ours, each.op) for each in table.values()}
+    return {name: rules[each] for name, each in table.items()}
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, sight: Sight, scale: float, softcap:
     return attend_plainly(q, k, v, sight.mask, scale, softcap)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+def attend_plainly(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None
+) -> Tensor:
     """The equation, step by step. mask as `Sight.mask` says. Softmax in float32. sinks (H,): one more score a head, of a key
     that is nowhere and whose value is 0: a head can look at nothing (Xiao et al. 2023, arXiv 2309.17453, §3.3; learned in gpt-oss)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))

@@ -19,13 +19,23 @@ from torch import Tensor, nn
 from nanollm import config as c
 from nanollm.attention import Attention
 from nanollm.cache import KV, Scan
+from nanollm.filtered_attention import FilteredAttention
 from nanollm.frame import Frame
+from nanollm.hyena import Hyena
+from nanollm.latent_attention import LatentAttention
 from nanollm.mamba import Mamba
+from nanollm.mamba2 import Mamba2
 from nanollm.mlp import MLP
 from nanollm.moe import MoE
 from nanollm.norm import build_norm
+from nanollm.recurrent import RGLRU
+from nanollm.rwkv import RWKV
 
-MODULES = {c.Attention: Attention, c.Mamba: Mamba, c.MLP: MLP, c.MoE: MoE}     # a fork adds its mixer here
+MODULES = {                                                                     # a fork adds its mixer here
+    c.Attention: Attention, c.LatentAttention: LatentAttention, c.FilteredAttention: FilteredAttention,
+    c.Mamba: Mamba, c.Mamba2: Mamba2, c.RGLRU: RGLRU, c.RWKV: RWKV, c.Hyena: Hyena,
+    c.MLP: MLP, c.MoE: MoE,
+}
 
 
 class Block(nn.Module):

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollm.config import Attention, Mamba, ModelConfig
+from nanollm.config import RGLRU, RWKV, Attention, FilteredAttention, Hyena, LatentAttention, Mamba, Mamba2, ModelConfig
 from nanollm.errors import InputError
 from nanollm.scaling import regime
 
@@ -49,6 +49,12 @@ class KV:
         return (k, v) if plan.fresh else (self.k[:, :, : plan.used], self.v[:, :, : plan.used])
 
 
+class FilteredKV(KV):
+    """The same, and the last token that each of two filters read, [(B, 1, channels), …]; None at the beginning."""
+
+    tokens: list[Tensor] | None = None
+
+
 class Scan:
     """What a recurrence carries on: the inputs that its convolution still needs, (B, channels, k − 1), and its state, (B, …),
     which is float32 whatever the weights are."""
@@ -66,6 +72,18 @@ def new_state(mixer: Any, batch: int, length: int, dtype: torch.dtype, device: t
             return KV(batch, mixer.kv_heads, mixer.window if ring else length, (mixer.head_dim, mixer.head_dim), dtype, device, ring)
         case Mamba():
             return Scan(batch, mixer.inner, mixer.conv, (mixer.inner, mixer.state), dtype, device)
+        case Mamba2(heads=H, head_dim=P, state=N):
+            return Scan(batch, H * P + 2 * mixer.groups * N, mixer.conv, (H, P, N), dtype, device)
+        case RGLRU():
+            return Scan(batch, mixer.width, mixer.conv, (mixer.width,), dtype, device)
+        case RWKV(width=D):
+            return Scan(batch, 2 * D, 2, (3, D), dtype, device)       # the last input of two token shifts
+        case LatentAttention():                         # one head: the latent and the rotated key, side by side as one key
+            return KV(batch, 1, length, (mixer.kv_rank + mixer.rope_dim, 0), dtype, device)
+        case FilteredAttention(attention=inner):
+            return FilteredKV(batch, inner.kv_heads, length, (inner.head_dim, inner.head_dim), dtype, device)
+        case Hyena(inner=I):                            # complex numbers as pairs
+            return Scan(batch, 3 * I, mixer.conv, (I, mixer.state, 2), dtype, device)
     raise AssertionError(f"new_state does not know what {type(mixer).__name__} remembers")
 
 
@@ -134,6 +152,9 @@ class Cache:
                 raise InputError("with a cache, the positions of a row go on by one from where it stopped; -1 is padding, before or behind them")
             after = before + real.sum(1)
             longest = int(after.max())
+        rows = self.config.positions
+        if rows is not None and longest > rows:
+            raise InputError(f"the model has {rows} positions, from 0 to {rows - 1}; position {longest - 1} was fed")
         if longest > self.length and not self.endless:
             raise InputError(f"the cache holds {self.length} positions, position {longest - 1} was fed; make it with a larger length")
         if self.ropes:

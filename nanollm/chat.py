@@ -16,9 +16,8 @@ about a millisecond. In it, Jinja's sandbox keeps the template from Python's int
 
     trim_blocks, lstrip_blocks, {% break %}, {% generation %}, raise_exception, strftime_now, tojson without HTML escapes
 
-A user who types "<|im_end|>" must not end the turn. `Conversation.prompt_ids` therefore marks special tokens inside the
-messages with two Unicode noncharacters, which survive the template, and encodes what they enclose as plain text. (In
-sentencepiece folders that costs a space token at each such place.)
+A user who types "<|im_end|>" must not end the turn. `Conversation.prompt_ids` therefore puts special tokens inside the
+messages between two Unicode noncharacters, which survive the template; what they enclose is encoded as plain text.
 """
 
 import atexit
@@ -36,6 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanollm.errors import TokenizerError
+from nanollm.templates import no_template
 
 if TYPE_CHECKING:
     from nanollm.tokenizer import Tokenizer
@@ -57,8 +57,7 @@ class Conversation:
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template is None:
-            raise TokenizerError("the model's folder has no chat template, and chats differ from model to model: "
-                                 "put a chat_template.jinja into the folder, or give --prompt without --chat")
+            raise TokenizerError(f"{no_template(self.tokenizer.about)}; or put a chat_template.jinja into the folder, or give --prompt without --chat")
 
     def add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
@@ -69,10 +68,7 @@ class Conversation:
         pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
         text = render(self.tokenizer.chat_template, _mark(self.messages, pattern), tools=_mark(self.tools, pattern),
                       **(self.tokenizer.named_tokens | extra))
-        ids: list[int] = []
-        for i, piece in enumerate(re.split(f"{OPEN}({pattern.pattern}){CLOSE}", text)):     # template, marked, template, …
-            ids += self.tokenizer.encode(re.sub(f"[{OPEN}{CLOSE}]", "", piece), bos=False, special=i % 2 == 0)
-        return ids
+        return [*self.tokenizer.prefix * self.tokenizer.chat_begins, *self.tokenizer.encode(text, bos=False, special=True)]
 
 
 def _mark(value: Any, pattern: re.Pattern[str]) -> Any:

@@ -20,13 +20,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanollm.config_checks import need, need_positive, need_sizes
-from nanollm.config_mixers import FEED_FORWARDS, MIXERS, Mamba, MoE
+from nanollm.config_mixers import (
+    FEED_FORWARDS, MIXERS, PARTS, RGLRU, RWKV, SCANS, ClippedGLU, ExpertGroups, FilteredAttention, Hyena, LatentAttention, Mamba, Mamba2, MoE,
+)
 from nanollm.config_parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config_scaling import SCALINGS, DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
 from nanollm.errors import ConfigError
 
-__all__ = ["ACTIVATIONS", "Activation", "Alibi", "Attention", "DynamicNTK", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "MoE",
-           "ModelConfig", "Norm", "Rope", "Scaling", "SteppedNTK", "Yarn"]
+__all__ = [
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FilteredAttention", "Hyena",
+    "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2", "MoE", "ModelConfig", "Norm", "RGLRU",
+    "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+]
 
 
 def need_whole_vectors(owner: Any, *fields: str) -> None:
@@ -106,4 +111,4 @@ def _decode(value: Any) -> Any:
     return tuple(_decode(item) for item in value) if isinstance(value, list) else value
 
 
-CLASSES = {c.__name__: c for c in (Norm, Rope, Alibi, Attention, MLP, *SCALINGS, *MIXERS, *FEED_FORWARDS, Layer, ModelConfig)}
+CLASSES = {c.__name__: c for c in (Norm, Rope, Alibi, Attention, MLP, *SCALINGS, *MIXERS, *FEED_FORWARDS, *PARTS, Layer, ModelConfig)}

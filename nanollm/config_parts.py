@@ -41,17 +41,19 @@ class Rope:
     layout: Literal["half", "interleaved"] = "half"   # which two channels turn together: (j, j + d/2) or (2j, 2j + 1)
     fraction: float = 1.0                   # leading part of each head that turns, the rest passes; GPT-NeoX 0.25
     scaling: Scaling | None = None          # None: as trained; Llama-3.1 Llama3(8.0, 8192)
+    rounds: Literal["each", "tables", "result"] = "each"    # what is rounded to the working dtype: cos, sin and every product (Llama);
+                                            # cos, sin and the result (Command-R); the result alone (OLMo, DeepSeek-V2)
 
     def __post_init__(self) -> None:
         need_positive(self, "theta", "fraction")
         need(self.layout in ("half", "interleaved"), self, "layout", "'half' or 'interleaved'")
         need(self.fraction <= 1, self, "fraction", "at most 1")
+        need(self.rounds in ("each", "tables", "result"), self, "rounds", "'each', 'tables' or 'result'")
 
 
 @dataclass(frozen=True)
 class Alibi:
-    """A penalty linear in distance in place of rotation, alibi.py; the fields are how two families depart from the paper."""
-    odd_first: bool = False                 # heads no power of two: every other slope of the next larger power comes first; MPT
+    """A penalty linear in distance in place of rotation, alibi.py."""
     coarse: bool = False                    # slopes, key positions and products in bfloat16, then scaled as the scores are; Falcon
 
 

@@ -6,13 +6,14 @@
 """
 
 import argparse
+import json
 import math
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollm import data, sft, text, tokenizer
+from nanollm import data, sft, templates, text, tokenizer
 from nanollm.chat import Conversation
 from nanollm.data import Batch, Source, Stream
 from nanollm.distributed import World
@@ -34,7 +35,7 @@ class Corpus:
 
     def prompt(self, words: str) -> list[int]:
         """The ids that a sample goes on from: the beginning of a document, or of an answer."""
-        if self.chat:
+        if self.chat and self.tokenizer.chat_template is not None:           # without one, prompts and completions are plain text
             conversation = Conversation(self.tokenizer)
             conversation.add("user", words or "Hello!")
             return conversation.prompt_ids()
@@ -42,12 +43,15 @@ class Corpus:
         return ([] if start is None else [start]) + self.tokenizer.encode(words, bos=False)
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Put the tokenizer's files beside a model. A template that was given for the chats goes with them."""
+        """Put the tokenizer's files beside a model. A template that was given for the chats goes with them, and the ids that end an answer in it."""
         for path in [*self.tokenizer.files, self.folder / "generation_config.json"] if self.tokenizer else []:
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
-        if self.chat:
+        if self.chat and self.tokenizer.chat_template is not None:
             (folder / "chat_template.jinja").write_text(self.tokenizer.chat_template)
+            file = folder / "generation_config.json"
+            config = json.loads(file.read_text()) if file.exists() else {}
+            file.write_text(json.dumps(config | {"eos_token_id": list(self.tokenizer.stop_ids)}, indent=2) + "\n")
 
     def batches(self, first: int, rows: int, at_once: int) -> list[Batch]:
         """The rows first … first + rows − 1 of the stream, `at_once` to a batch. Raises DataError where a file cannot be read any more."""
@@ -123,10 +127,7 @@ def open_chats(options: argparse.Namespace) -> Corpus:
     """The chats of a file, read through the template of --init, packed; the first of them is shown to whoever sits before it."""
     reader = tokenizer.load(options.init)
     if options.template:
-        try:
-            reader.chat_template = options.template.read_text()
-        except OSError as error:
-            raise DataError(f"{options.template}: cannot be read: {error.strerror}") from None
+        templates.choose(reader, options.template, to_file=True)
     chats, held = sft.split(sft.read(options.chat))
     made = [[example for chat in some for example in sft.examples(reader, chat)] for some in (chats, held)]
     pad = reader.eos_id if reader.eos_id is not None else 0

@@ -165,7 +165,7 @@ def slices(model: nn.Module) -> list[FSDPModule]:
 @torch.no_grad()
 def clip(model: nn.Module, most: float) -> float:
     """The length of the gradient over all ranks, which is made `most` where it is longer (0: any length will do)."""
-    slices = [p.grad.to_local() for p in model.parameters()]
+    slices = [p.grad.to_local() for p in model.parameters() if p.grad is not None]      # a router's correction has none
     squares = torch.stack(torch._foreach_norm(slices)).double().square().sum()
     dist.all_reduce(squares, group=model.embed.weight.device_mesh.get_group("shard"))
     norm = squares.sqrt().item()

@@ -34,9 +34,11 @@ class Frame:
         self.memo: dict[tuple, object] = {}
 
     def rotation(self, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
-        """cos and sin (B or 1, 1, T, r) in the working dtype, see rope.py."""
+        """cos and sin (B or 1, 1, T, r), rounded and in the dtype that the rope asks for, see rope.py."""
+        rounded = torch.float32 if rope.rounds == "result" else self.dtype
+        kept = self.dtype if rope.rounds == "each" else torch.float32
         return self.once(("rotation", rope, head_dim), lambda: tuple(
-            table.to(self.dtype) for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
+            table.to(rounded).to(kept) for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
 
     def log_growth(self, original: int) -> Tensor:
         """max(1, log_L n) for the n-th token of its document, (B or 1, 1, T, 1): how much longer than L a query's sequence is."""
@@ -105,7 +107,7 @@ class Sight:
     @property
     def slopes(self) -> Tensor | None:
         """What a key costs for each place that it stands before the last, float32 (H,); None without ALiBi."""
-        make = lambda: alibi_slopes(self.heads, self.alibi.odd_first).to(self.frame.positions.device)      # noqa: E731
+        make = lambda: alibi_slopes(self.heads).to(self.frame.positions.device)      # noqa: E731
         return self.frame.once(("slopes", *self.key), make) if self.alibi else None
 
     def _mask(self) -> Tensor | str | None:

@@ -116,7 +116,10 @@ def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache)
 
 
 def new_cache(model: Decoder, batch: int, length: int) -> Cache:
-    """An empty cache of the model's activations' type, on its device."""
+    """An empty cache of the model's activations' type, on its device. Raises InputError where a learned table of positions is too short."""
+    rows = model.config.positions
+    if rows is not None and length > rows + 1:           # the last new token is never read
+        raise InputError(f"prompt and new tokens may be {length} long together, and the model has {rows} positions; ask for at most {rows + 1}")
     return Cache(model.config, batch, length, model.embed.weight.dtype, model.embed.weight.device)
 
 

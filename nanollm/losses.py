@@ -4,7 +4,7 @@
 
     log p(y) = x_y − log Z,     log Z = logsumexp(x)            z-loss keeps log Z near 0: Chowdhery et al. 2022 (arXiv 2204.02311) §5
     balance  = mean over layers of  E · Σ_e f_e P_e             Fedus et al. 2021 (arXiv 2101.03961) eq. 4
-               f_e  share of the tokens whose choices include expert e,   P_e  mean probability of e
+               f_e  share of the tokens whose choices include expert e,   P_e  mean probability of e (of sigmoids: their share of the sum)
 
 A mean of means is not the mean: rows with few targets would weigh as much as rows with many. Sums over n are the same number however
 the step is cut into ranks and micro-batches. So is balance here: f, through which no gradient flows, is that of *the step before*, a
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from nanollm.model import Head
-from nanollm.moe import MoE
+from nanollm.moe import MoE, Routed, probabilities
 from nanollm.ops import accelerated
 
 MOST = 2**28            # logits held at once. More are computed in pieces, and again for the gradient: V is 100,000 and more today
@@ -61,20 +61,19 @@ class Balance:
         self.shares = [[m.config.top_k / m.config.experts] * m.config.experts for m in self.layers]     # at first all cost the same
         self.chosen, self.probability, self.tokens = [], [], 0
 
-    def loss(self, routed: list[Tensor], real: Tensor | None) -> Tensor:
-        """Sum over tokens of the balance of this micro-batch. routed: router logits (N, E) a layer; real (N,): False is padding."""
-        loss = routed[0].new_zeros((), dtype=torch.float32)
-        self.chosen = self.chosen or [torch.zeros(r.shape[-1], dtype=torch.float64, device=r.device) for r in routed]
+    def loss(self, routed: list[Routed], real: Tensor | None) -> Tensor:
+        """Sum over tokens of the balance of this micro-batch. routed: what the router said, a layer; real (N,): False is padding."""
+        loss = routed[0].logits.new_zeros((), dtype=torch.float32)
+        self.chosen = self.chosen or [torch.zeros(r.logits.shape[-1], dtype=torch.float64, device=r.logits.device) for r in routed]
         self.probability = self.probability or [torch.zeros_like(c) for c in self.chosen]
-        for i, (layer, logits, price) in enumerate(zip(self.layers, routed, self.shares)):
-            p = logits.softmax(-1, dtype=torch.float32)                         # (N, E)
-            choice = F.one_hot(p.topk(layer.config.top_k, -1).indices, p.shape[-1]).sum(-2)
+        for i, (layer, (logits, _, chosen), price) in enumerate(zip(self.layers, routed, self.shares)):
+            p, choice = probabilities(logits, layer.config), F.one_hot(chosen, logits.shape[-1]).sum(-2)          # (N, E)
             if real is not None:
                 p, choice = p * real[:, None], choice * real[:, None]
             loss = loss + p.shape[-1] * (torch.tensor(price, device=p.device) * p.sum(0)).sum() / len(self.layers)
             self.chosen[i] += choice.sum(0)
             self.probability[i] += p.detach().sum(0)
-        self.tokens += len(routed[0]) if real is None else int(real.sum())
+        self.tokens += len(routed[0].logits) if real is None else int(real.sum())
         return loss
 
     def close(self, total: Callable[..., list[float]]) -> float:

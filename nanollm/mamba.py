@@ -6,6 +6,9 @@
 
     Δ = softplus(dt_proj(low-rank Δ))        A = −exp(A_log)                 Gu & Dao 2023 (arXiv 2312.00752), §3.4, Figure 3
 
+Where the config has an inner norm, the low-rank Δ, B and C are each brought to length on the way: large models are not stable
+without (Lieber et al. 2024, arXiv 2403.19887, §6.4). In Falcon-Mamba these norms have no gain.
+
 Shapes: B batch, T tokens, D model width, I inner channels, N state, R rank of Δ, k width of the convolution.
 Documents and padding (see mask.py): the convolution does not look across the start of a document, the state is
 forgotten there, and padding changes neither.
@@ -19,26 +22,58 @@ from nanollm.cache import Scan, new_state
 from nanollm.config import Mamba as MambaConfig
 from nanollm.frame import Frame
 from nanollm.linear import Linear
+from nanollm.norm import build_norm
 from nanollm.ops import accelerated
 from nanollm.scan import mamba_scan
 
 
 @accelerated
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, positions: Tensor | None) -> Tensor:
+    """silu(y) (B, I, T) for the y of `convolve`."""
+    return F.silu(convolve(x, weight, bias, before, positions))
+
+
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, positions: Tensor | None) -> Tensor:
     """x (B, I, T), weight (I, 1, k), before (B, I, k−1) the inputs that precede x, positions (B, T) where documents or padding
-    matter → silu(y) (B, I, T), y_t = Σ_j w_j x_{t−j} + b."""
+    matter → y (B, I, T), y_t = Σ_j w_j x_{t−j} + b."""
     width, length = weight.shape[-1], x.shape[-1]
     x = torch.cat([before, x], -1)
     if positions is None and length > 1:
-        return F.silu(F.conv1d(x, weight, bias, groups=len(weight)))
+        return F.conv1d(x, weight, bias, groups=len(weight))
     if positions is None:                                       # one token: the sum itself, which needs no convolution
         y = (x.float() * weight[:, 0].float()).sum(-1, keepdim=True)
-        return F.silu((y if bias is None else y + bias[:, None].float()).to(x.dtype))
+        return (y if bias is None else y + bias[:, None].float()).to(x.dtype)
     y = torch.zeros_like(x[..., :length])
     for j in range(width):                                      # a token at position p has p predecessors of its own
         mine = (positions >= j)[:, None]
         y = y + weight[:, :, width - 1 - j] * (x[..., width - 1 - j : width - 1 - j + length] * mine)
-    return F.silu(y if bias is None else y + bias[:, None])
+    return y if bias is None else y + bias[:, None]
+
+
+def aligned(x: Tensor, before: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x (B, I, T) and what precedes it (B, I, k−1), such that it does: padding becomes 0, and where a row begins with padding,
+    `before` moves over it, up to the first real token.
+
+        before  a b c    x  · · d e        →        before  a b a    x  b c d e
+    """
+    if real is None:
+        return x, before
+    width, joined = before.shape[-1], torch.cat([before, x * real[:, None]], -1)
+    column = torch.arange(joined.shape[-1], device=x.device)
+    place = column - real.int().argmax(1, keepdim=True)                                 # in `before`; none is moved where all is padding
+    index = torch.where((place >= 0) & (place < width), place, column)[:, None]
+    joined = joined.gather(-1, index.expand(joined.shape))
+    return joined[..., width:], joined[..., :width]
+
+
+def window(x: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
+    """The last k − 1 real inputs of each row, which the convolution of the next call needs: (B, I, k−1). x and before as `aligned` gives them."""
+    x, width = torch.cat([before, x], -1), before.shape[-1]
+    if real is None:
+        return x[..., x.shape[-1] - width :]
+    end = (real * torch.arange(1, real.shape[1] + 1, device=x.device)).amax(1)          # one past the last real token, 0 if none
+    index = end[:, None] + torch.arange(width, device=x.device)                         # in x, where `before` shifts by k − 1
+    return x.gather(-1, index[:, None].expand(-1, x.shape[1], -1))
 
 
 class Conv1d(nn.Module):
@@ -64,6 +99,7 @@ class Mamba(nn.Module):
         self.conv1d = Conv1d(I, config.conv, config.conv_bias)
         self.x_proj = Linear(I, R + 2 * N, bias=False)
         self.dt_proj = Linear(R, I, bias=True)
+        self.dt_norm, self.b_norm, self.c_norm = (build_norm(config.inner_norm, width) for width in (R, N, N))
         self.A_log = nn.Parameter(torch.empty(I, N))
         self.D = nn.Parameter(torch.empty(I))
         self.out_proj = Linear(I, dim, config.bias)
@@ -73,21 +109,12 @@ class Mamba(nn.Module):
         if state is None:
             state = new_state(config, x.shape[0], 0, x.dtype, x.device)
         x, z = self.in_proj(x).chunk(2, -1)                                             # (B, T, I) each
-        x = x.transpose(1, 2)                                                           # (B, I, T)
-        if frame.real is not None:
-            x = x * frame.real[:, None]
+        x, before = aligned(x.transpose(1, 2), state.conv, frame.real)                  # (B, I, T)
         positions = None if frame.regular else frame.positions
-        x, state.conv = self.conv1d(x, state.conv, positions).transpose(1, 2), self._window(x, state.conv, frame.real)
+        x, state.conv = self.conv1d(x, before, positions).transpose(1, 2), window(x, before, frame.real)
         delta, B, C = self.x_proj(x).split([config.dt_rank, config.state, config.state], -1)
+        if config.inner_norm is not None:
+            delta, B, C = (norm(part.contiguous()) for norm, part in ((self.dt_norm, delta), (self.b_norm, B), (self.c_norm, C)))
         delta, A = F.linear(delta, self.dt_proj.weight), -torch.exp(self.A_log.float())
         y, state.state = mamba_scan(x, delta, self.dt_proj.bias, A, B, C, self.D, z, state.state, frame.begins, frame.real)
         return self.out_proj(y)
-
-    def _window(self, x: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
-        """The last k − 1 real inputs of each row: (B, I, k−1)."""
-        x, width = torch.cat([before, x], -1), before.shape[-1]
-        if real is None:
-            return x[..., x.shape[-1] - width :]
-        end = (real * torch.arange(1, real.shape[1] + 1, device=x.device)).amax(1)      # one past the last real token, 0 if none
-        index = end[:, None] + torch.arange(width, device=x.device)                     # in x, where `before` shifts by k − 1
-        return x.gather(-1, index[:, None].expand(-1, x.shape[1], -1))

@@ -44,7 +44,7 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float =
 @accelerated
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x (…, D), gain and bias (D,) → (…, D) in the dtype of x."""
-    return F.layer_norm(x, gain.shape, gain, bias, eps)
+    return F.layer_norm(x, gain.shape, gain.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)      # x may be the wider
 
 
 class RMSNorm(nn.Module):

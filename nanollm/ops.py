@@ -79,7 +79,6 @@ def has_triton() -> bool:
     return torch.version.cuda is not None and importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result                  # torch.compile does not look inside: it could not follow an import
 def find(name: str) -> bool:
     """Put the kernel of that name into KERNELS. Raises InputError where another package called kernels stands before ours."""
     package = importlib.import_module("kernels")
@@ -87,3 +86,8 @@ def find(name: str) -> bool:
         raise InputError(f"{package.__file__} is another package named kernels, which hides nanollm's: uninstall it, or put nanollm first on PYTHONPATH")
     KERNELS[name] = getattr(package, name)
     return True
+
+
+# torch.compile does not look inside, it could not follow an import. This is what torch.compiler.assume_constant_result sets; to call
+# that would import the compiler into every process, which doubles the time that a command takes to start
+find._dynamo_marked_constant = True

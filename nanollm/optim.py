@@ -59,7 +59,8 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
     gains, biases and what a scan keeps go to AdamW without decay. What AdamW has beside Muon learns 1.5 times as fast, which
     was measured to be better (group["times"])."""
     parts = {"matrices": [], "tables": [], "rest": []}
-    inside = {id(p) for m in model.layers.modules() if isinstance(m, (Linear, Experts)) for p in m.parameters(recurse=False) if p.ndim > 1}
+    owners = [m for m in model.layers.modules() if isinstance(m, (Linear, Experts))]
+    inside = {id(p) for m in owners for key, p in m.named_parameters(recurse=False) if p.ndim > 1 and not key.endswith("bias")}
     for key, p in model.named_parameters():
         parts["matrices" if id(p) in inside else "tables" if key in ("embed.weight", "positions.weight", "head.weight") else "rest"].append(p)
     times = 1.5 if name == "muon" else 1.0

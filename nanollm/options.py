@@ -19,6 +19,7 @@ from nanollm.distributed import DTYPES, RECOMPUTE
 from nanollm.errors import InputError
 from nanollm.optim import SCHEDULES
 from nanollm.presets import PRESETS
+from nanollm.templates import TEMPLATES
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -61,7 +62,7 @@ def build_parser(description: str) -> Parser:
         "(default: the source of Python's standard library)")
     add("--mix", type=rate, nargs="+", metavar="W", help="how much of each --data, when they are shards (default: all alike, by size)")
     add("--chat", type=Path, metavar="FILE", help="fine-tune on chats instead: .jsonl of messages, alpaca, sharegpt or prompt/completion")
-    add("--template", type=Path, metavar="FILE", help="a chat template (Jinja), for a model that has none")
+    add("--template", metavar="NAME_OR_FILE", help=f"a chat template, for a model that has none: a file (Jinja), or one of {', '.join(TEMPLATES)}")
     add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer files for --data (default: a BPE trained on the text, or that of --init)")
     add("--vocab", type=whole, metavar="N", help="tokens of the BPE that is trained (default: the preset's); for raw .bin files the vocabulary they were made with")
     add = parser.add_argument_group("the run folder").add_argument

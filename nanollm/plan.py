@@ -33,7 +33,7 @@ from nanollm.model import Decoder
 from nanollm.options import rows_at_once
 from nanollm.speed import DEVICES, flops_per_token
 
-SHORT = 64, 128             # tokens at which a scan is traced, see `activations`
+SHORT = 128, 256            # tokens at which a scan is traced, see `activations`; of two chunks at least, as one chunk is not joined to any
 
 
 def msign_flops(shape: torch.Size) -> float:
@@ -94,28 +94,32 @@ def trace(run: Callable[[Tensor], Tensor], shape: tuple[int, ...], dtype: torch.
 def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dtype, recompute: str) -> tuple[int, int]:
     """Bytes (kept, more) of a forward and backward pass over (rows, context): what all parts keep, and what the one at work adds at most.
     Each row is one document; packed ones need a mask (B, 1, T, T) in each attention. Experts get even shares. The scan in PyTorch keeps
-    every step, and takes as many operations: it is traced at 64 and 128 tokens, and the straight line through both followed to `context`."""
+    every step, and takes as many operations: it is traced at 128 and 256 tokens, and the straight line through both followed to `context`."""
     kinds = Counter(config.layers)
     with torch.device("meta"):
         model = Decoder(dataclasses.replace(config, layers=tuple(kinds)))
-    kept = context * 8 * (rows + (recompute != "none"))                         # tokens; and positions, for layers that run again
+    looked_up = rows if config.positions is None else 2 * rows                  # tokens, and positions where there is a table of them
+    kept = context * 8 * (looked_up + (recompute != "none"))                    # one row of positions more for layers that run again
     more, stream = 0, torch.float32 if config.float32_residual else dtype
     with FakeTensorMode():
         for name, p in model.named_parameters():                # without numbers too, but on a device that has fused attention
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
         model.tie()
-        frame = Frame(torch.arange(context).expand(rows, context), True, dtype)
+        if model.embed_norm is not None:
+            first, more = trace(model.embed_norm, (rows, context, config.dim), dtype)
+            kept += first
+        frames = {length: Frame(torch.arange(length).expand(rows, length), True, dtype) for length in (context, *SHORT)}
         for block, (layer, count) in zip(model.layers, kinds.items()):
-            run = distributed.recomputed(partial(block, frame=frame), recompute)
+            runs = {length: distributed.recomputed(partial(block, frame=frame), recompute) for length, frame in frames.items()}
             experts = layer.ffn.experts if isinstance(layer.ffn, c.MoE) else 0
-            T, T2 = SHORT if isinstance(layer.mixer, c.Mamba) and context > SHORT[1] else (context, context)
+            T, T2 = SHORT if isinstance(layer.mixer, c.SCANS) and context > SHORT[1] else (context, context)
             with Live(experts), torch.no_grad():
-                block(torch.zeros(rows, T, config.dim, dtype=stream), frame)                    # makes the tables that all layers share
-            held = [trace(run, (rows, length, config.dim), stream, experts) for length in dict.fromkeys((T, T2))]
+                block(torch.zeros(rows, T, config.dim, dtype=stream), frames[T])                # makes the tables that all layers share
+            held = [trace(runs[length], (rows, length, config.dim), stream, experts) for length in dict.fromkeys((T, T2))]
             here = [a + (b - a) * (context - T) // max(1, T2 - T) for a, b in zip(held[0], held[-1])]
             kept, more = kept + count * here[0], max(more, here[1])
-        kept += sum(table.nbytes for table in tree_leaves(list(frame.memo.values())) if isinstance(table, Tensor))
+        kept += sum(table.nbytes for table in tree_leaves(list(frames[context].memo.values())) if isinstance(table, Tensor))
         targets = torch.zeros(rows, context, dtype=torch.long)
         loss = trace(lambda x: losses.token_loss(model.head, model.norm(x).to(dtype), targets)[0], (rows, context, config.dim), stream)
         return kept + loss[0], max(more + model.head.weight.nbytes, loss[1])    # the head's gradient waits, whole, for that of the embedding

@@ -34,7 +34,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
         swapped = turned.roll(r // 2, -1)                                       # 0 1 2 3 4 5 6 7 → 4 5 6 7 0 1 2 3
     else:
         swapped = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)            # 0 1 2 3 4 5 6 7 → 1 0 3 2 5 4 7 6
-    turned = turned * cos + swapped * sin
+    turned = (turned * cos + swapped * sin).to(x.dtype)                         # the tables may be the wider
     return turned if kept is None else torch.cat([turned, kept], -1)
 
 

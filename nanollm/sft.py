@@ -28,6 +28,7 @@ import numpy as np
 
 from nanollm.chat import Conversation
 from nanollm.errors import DataError, TokenizerError
+from nanollm.templates import no_template
 
 if TYPE_CHECKING:
     from nanollm.tokenizer import Tokenizer
@@ -211,8 +212,8 @@ def examples(tokenizer: "Tokenizer", chat: Chat) -> list[Example]:
 def _ids(tokenizer: "Tokenizer", chat: Chat, i: int) -> tuple[list[int], list[int]]:
     """The ids that ask for message i, and the ids of all messages up to it."""
     if tokenizer.chat_template is None and not chat.plain:
-        raise TokenizerError(f"{chat.where}: the model's folder has no chat template, and chats differ from model to model: put a "
-                             "chat_template.jinja into the folder, or give each item as a prompt and a completion, both text")
+        raise TokenizerError(f"{chat.where}: {no_template(tokenizer.about)}; or put a chat_template.jinja into the folder, or give each item "
+                             "as a prompt and a completion, both text")
     try:
         if tokenizer.chat_template is None:
             prompt, completion = (message["content"] for message in chat.messages)

@@ -1,6 +1,6 @@
 """How fast a run could be, and how fast it is: the FLOPs that a token takes, what GPUs can do, and what a step came to.
 
-    FLOPs of a token    6 · (weights it meets) + 12 · Σ_layers H d min(T, W)         forward and backward
+    FLOPs of a token    6 · (weights it meets) + 12 · Σ_layers H d min(T, W)         forward and backward; forward alone is a third
     MFU                 FLOPs of a token · tokens a second / peak                    model FLOPs utilisation
 
 MFU counts what the model needs, so nothing that is computed twice, and attention as if every token saw all T of its row: half of
@@ -12,12 +12,15 @@ Shapes: T tokens of the context, H heads, d head width, W window; I channels, N 
 import argparse
 import resource
 import sys
-from typing import NamedTuple
+from collections import Counter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from nanollm import config as c
-from nanollm import distributed
+
+if TYPE_CHECKING:
+    from nanollm.distributed import World               # imported, it would cost show.py a second
 
 NODE = 8                    # GPUs that share the fast links
 NETWORK = 50e9              # bytes a second of each GPU's own network adapter: 400 Gb/s, as in the vendor's own 8-GPU machines
@@ -67,7 +70,7 @@ def peak_memory(device: torch.device) -> float:
 class Speed:
     """What a step of a run came to, for its log."""
 
-    def __init__(self, config: c.ModelConfig, options: argparse.Namespace, world: distributed.World) -> None:
+    def __init__(self, config: c.ModelConfig, options: argparse.Namespace, world: "World") -> None:
         self.tokens, self.device = options.batch_size * options.context, world.device
         peak = peak_flops(world.device, options.dtype)
         self.share = peak and flops_per_token(config, options.context) / (peak * world.size)    # of the peak, for one token a second
@@ -81,24 +84,65 @@ class Speed:
 # ---- FLOPs
 
 def flops_per_token(config: c.ModelConfig, context: int) -> float:
-    """Of one token, forward and backward: 2 a multiply-add, and twice as many backward, for the input and for the weight. A tied head
-    counts as head, experts where they are chosen; looking up, normalising, rotating and activating count nothing."""
-    layers = sum(_mixer(layer.mixer, config.dim, context) + _ffn(layer.ffn, config.dim) for layer in config.layers)
-    return 6.0 * (layers + config.dim * config.vocab)
+    """Of one token, forward and backward: 2 a multiply-add, and twice as many backward, for the input and for the weight."""
+    return 6.0 * _multiply_adds(config, context)
 
 
-def _mixer(mixer: c.Attention | c.Mamba, dim: int, context: int) -> int:      # multiply-adds of one token
-    if isinstance(mixer, c.Attention):
-        seen = min(context, mixer.window or context)
-        return 2 * dim * mixer.head_dim * (mixer.heads + mixer.kv_heads) + 2 * mixer.heads * mixer.head_dim * seen
-    I, N, R = mixer.inner, mixer.state, mixer.dt_rank
-    # a channel: the convolution; D x; and for each of N states Δ·A, exp, Δ·B, ·x, Ā·h, +, C·h, Σ: 8 operations, as many as 4 multiply-adds
-    return 3 * dim * I + I * (R + 2 * N) + R * I + I * (mixer.conv + 1 + 4 * N)
+def decode_flops(config: c.ModelConfig, context: int) -> float:
+    """Of one new token, forward only, that is the last of `context`."""
+    return 2.0 * _multiply_adds(config, context)
 
 
-def _ffn(ffn: c.MLP | c.MoE | None, dim: int) -> int:                         # multiply-adds of one token
-    if ffn is None:
-        return 0
-    if isinstance(ffn, c.MLP):
-        return (3 if ffn.gated else 2) * dim * ffn.hidden
-    return ffn.top_k * _ffn(ffn.expert, dim) + dim * ffn.experts + _ffn(ffn.shared, dim) + dim * ffn.shared_gate
+def prefill_flops(config: c.ModelConfig, context: int) -> float:
+    """Of a prompt of `context` tokens, forward only and divided by its tokens, where the t-th token sees t keys and not all of them.
+
+    What a layer takes at the t-th token grows evenly up to its window, and evenly after it: two arithmetic series."""
+    edges = sorted({0, context} | {layer.mixer.window for layer in config.layers if 0 < (getattr(layer.mixer, "window", None) or 0) < context})
+    return sum((b - a) * (_multiply_adds(config, a + 1) + _multiply_adds(config, b)) for a, b in zip(edges, edges[1:])) / context
+
+
+def _multiply_adds(config: c.ModelConfig, context: int) -> int:
+    """Of one token forward. A tied head counts as head, experts where they are chosen; looking up, normalising, rotating and activating
+    count nothing."""
+    layers = sum(count * (_mixer(layer.mixer, config.dim, context) + _ffn(layer.ffn, config.dim)) for layer, count in Counter(config.layers).items())
+    return layers + config.dim * config.vocab
+
+
+def _mixer(mixer: Any, dim: int, context: int) -> int:                          # multiply-adds of one token
+    match mixer:
+        case c.Attention():
+            seen = min(context, mixer.window or context)
+            return 2 * dim * mixer.head_dim * (mixer.heads + mixer.kv_heads) + 2 * mixer.heads * mixer.head_dim * seen
+        case c.FilteredAttention(attention=inner, hidden=C):
+            return _mixer(inner, dim, context) + 2 * (2 * dim * C)                      # two filters of two taps
+        case c.LatentAttention(heads=H, nope=n, rope_dim=r, value=v, kv_rank=c_kv, q_rank=c_q):
+            query = H * (n + r) * dim if c_q is None else c_q * (dim + H * (n + r))     # keys and values in full, as in training
+            return query + dim * (c_kv + r) + c_kv * H * (n + v) + H * v * dim + H * (n + r + v) * context
+        case c.Mamba(inner=I, state=N, dt_rank=R):
+            # a channel: the convolution; D x; and for each of N states Δ·A, exp, Δ·B, ·x, Ā·h, +, C·h, Σ: 8 operations, as many as 4 multiply-adds
+            return 3 * dim * I + I * (R + 2 * N) + R * I + I * (mixer.conv + 1 + 4 * N)
+        case c.Mamba2(heads=H, head_dim=P, groups=G, state=N):
+            # likewise, but the decay is one number a head: Ā·h, B·Δx, +, C·h, Σ: 5 operations a state
+            return dim * (3 * H * P + 2 * G * N + H) + (H * P + 2 * G * N) * mixer.conv + H * P * (2 + 5 * N // 2)
+        case c.RGLRU(width=I, heads=H):
+            return 3 * dim * I + I * (mixer.conv + 2 * (I // H) + 2)                    # the gates; a·h + √(1 − a²)·(i·u)
+        case c.Hyena(inner=I, state=N):
+            # three short filters; x₁·v, D·u, ·x₂; and for each of N complex states p·S, + u, Re(R·S): 4 + 2 multiply-adds
+            return 4 * dim * I + I * (3 * mixer.conv + 3 + 6 * N)
+        case c.RWKV(hidden=F):
+            # five token shifts, m·x + (1 − m)·y; two sums of two numbers, twice p·a + q·b; their four exponentials, the quotient, times σ(r)
+            return dim * (5 * dim + 2 * F) + dim * (5 * 2 + 2 * 4 + 3)
+    raise AssertionError(f"the multiply-adds of {type(mixer).__name__} are not counted here")
+
+
+def _ffn(ffn: Any, dim: int) -> int:                                            # multiply-adds of one token
+    match ffn:
+        case None:
+            return 0
+        case c.MLP():
+            return (3 if ffn.gated else 2) * dim * ffn.hidden
+        case c.ClippedGLU():
+            return 3 * dim * ffn.hidden
+        case c.MoE():
+            return ffn.top_k * _ffn(ffn.expert, dim) + dim * ffn.experts + _ffn(ffn.shared, dim) + dim * ffn.shared_gate
+    raise AssertionError(f"the multiply-adds of {type(ffn).__name__} are not counted here")

@@ -1,4 +1,4 @@
-"""Text ↔ token ids. `load(folder)` takes a Hugging Face folder; which files it may hold is in `tokenizer_files.py`.
+"""Text ↔ token ids. `load(folder)` takes a Hugging Face folder; what it may hold is in `tokenizer_files.py` and `tokenizer_declared.py`.
 
     encode(text) = prefix + ids + suffix          prefix is BOS where the folder says so
     decode(ids)  = utf8(b₁ ‖ b₂ ‖ … ‖ bₙ)         a token *is* a byte string; characters appear when bytes are joined
@@ -11,6 +11,7 @@ one for each maximal subpart (Unicode §3.9), as in tokenizers' byte-level decod
 only `special=True`, for rendered chat templates, reads "</s>" as its id. tokenizers has a switch for this; sentencepiece
 never parses control pieces, but it does parse user-defined ones: where the folder calls such a piece special, the text is
 cut in two until the piece no longer appears. A special token that is an ordinary word too (a lone "\\n", say) keeps its id.
+In a rendered chat the messages stay text: `chat.py` puts OPEN and CLOSE around each special token inside them.
 
 A sentencepiece folder without `add_bos_token` gets BOS, and without `legacy` gets the space that sentencepiece puts
 before each stretch of text: so its models were trained. (transformers 5 does neither when the key is absent.)
@@ -27,8 +28,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from nanollm.chat import CLOSE, OPEN
 from nanollm.errors import TokenizerError
-from nanollm.tokenizer_files import BYTE, FILES, Declared, need, read_model, what_is
+from nanollm.tokenizer_declared import Declared, chat_template, need
+from nanollm.tokenizer_files import BYTE, FILES, read_model
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
 
@@ -43,8 +46,10 @@ class Tokenizer:
 
     vocab_size       largest id + 1                        special_tokens   {text: id}
     bos_id, eos_id   an id, or None                        named_tokens     {"bos_token": text, …}
-    stop_ids         every id that a file calls an end     chat_template    its source, or None
-    files            the paths to copy on export
+    prefix           the ids that every text begins with   about            model_type and names, as the files say
+    stop_ids         every id that a file calls an end     files            the paths to copy on export
+    chat_template    its source, or None; a named one (`templates.py`) may have texts that end an answer, `stop_texts`,
+                     and `chat_begins`: then the prefix is put before a chat, which otherwise writes it itself
     """
 
     def __init__(self, folder: Path) -> None:
@@ -57,23 +62,24 @@ class Tokenizer:
         self._special_ids = {*self.special_tokens.values()}
         self.bos_id = self.special_tokens.get(declared.named.get("bos_token"), declared.bos_id)
         self.eos_id = self.special_tokens.get(declared.named.get("eos_token"))
-        if self.eos_id is not None:
-            declared.stops = {"the tokenizer": {self.eos_id}} | declared.stops
-        self.stop_ids = tuple(sorted(set().union(*declared.stops.values())))
-        self.chat_template = _chat_template(folder, declared)
+        self.prefix, self.about = tuple(self._backend.prefix), declared.about
+        self._stops = declared.all_stops(self.special_tokens)
+        self.stop_ids = tuple(sorted(set().union(*self._stops.values())))
+        self.chat_template, self.chat_begins, self.stop_texts = chat_template(folder, declared), False, ()
         self.files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
 
-    def encode(self, text: str, *, bos: bool | None = None, special: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool | None = None, special: bool = False, continues: bool = False) -> list[int]:
         """The ids of `text`.
 
-        bos      None: the folder's own rule, EOS included. True: begins with BOS. False: the text alone.
-        special  True: the text of a special token becomes its id. Only for text that no user wrote.
+        bos        None: the folder's own rule, EOS included. True: begins with BOS. False: the text alone.
+        special    True: the text of a special token becomes its id, but not between OPEN and CLOSE. Only for text that no user wrote.
+        continues  True: the text goes on from other text, so it gets no leading space.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise TokenizerError(f"text: found a lone surrogate at position {error.start}, expected Unicode text") from None
-        ids = self._backend.encode(text, special)
+        ids = self._backend.encode(text, special, continues)
         if bos is None:
             return self._backend.prefix + ids + self._backend.suffix
         if not bos:
@@ -111,7 +117,7 @@ class Tokenizer:
 
     def doctor(self) -> list[str]:
         """What is wrong, or worth knowing, about the special tokens of the folder, in sentences."""
-        found, stops = [], self._declared.stops
+        found, stops = [], self._stops
         if not stops:
             found.append("No stop id: no file names an end-of-sequence token, so generation ends only at its length limit.")
         if len({frozenset(ids) for ids in stops.values()}) > 1:
@@ -155,24 +161,7 @@ class Stream:
         return text
 
 
-def _chat_template(folder: Path, declared: Declared) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's: one source, or a list of named ones of which "default" is meant."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{file}: found {what_is(file.read_bytes())}, expected UTF-8 text ({error})") from None
-    template = declared.config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        need("default" in named, declared.where, f"chat templates named {[*named]}", "one named 'default'")
-        template = named["default"]
-    need(template is None or isinstance(template, str), declared.where, repr(template), "chat_template to be text")
-    return template
-
-
-# ---- the two backends. Each has: encode(text, special), bytes_of(id), special {text: id}, size (largest id + 1),
+# ---- the two backends. Each has: encode(text, special, continues), bytes_of(id), special {text: id}, size (largest id + 1),
 # ---- strips (decoding drops one leading space), prefix and suffix (the ids that the folder puts around a text).
 
 def _decoder_steps(backend: tokenizers.Tokenizer, where: Path) -> list[dict[str, Any]]:
@@ -201,10 +190,12 @@ class Tokenizers:
             need(got == id, where, f"id {got} for {token.content!r}", f"{id}, as the folder's added tokens declare it")
         added = backend.get_added_tokens_decoder()
         stops = {added[id].content for ids in declared.stops.values() for id in ids if id in added}
+        declared.speak(backend.id_to_token, where)
         backend.add_special_tokens([t for t in sorted(declared.special | stops) if backend.token_to_id(t) is not None])
         added = backend.get_added_tokens_decoder()
         self.added = {id: token.content for id, token in added.items()}
         self.special = {token.content: id for id, token in added.items() if token.special}
+        self.marked = re.compile(OPEN + "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
         self.size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         need(self.size, where, "an empty vocabulary", "at least one token")
 
@@ -220,7 +211,13 @@ class Tokenizers:
             start = next(i for i in range(len(whole)) if whole[i:i + len(bare)] == bare)
             self.prefix, self.suffix = whole[:start], whole[start + len(bare):]
 
-    def encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool, continues: bool) -> list[int]:
+        if special and (OPEN in text or CLOSE in text):   # text, marked, text, …
+            pieces = [piece.replace(OPEN, "").replace(CLOSE, "") for piece in self.marked.split(text)]
+            return [id for i, piece in enumerate(pieces) for id in self.encode(piece, i % 2 == 0, continues)]
+        if continues and self.strips:                     # a newline is a byte token, with which nothing merges
+            begun, whole = (self.encode(before, special, False) for before in ("\n", "\n" + text))
+            return whole[len(begun):]
         with self.lock:                                   # the switch belongs to the backend, not to the call
             self.backend.encode_special_tokens = not special
             return self.backend.encode(text, add_special_tokens=False).ids
@@ -250,6 +247,7 @@ class SentencePiece:
         for name in ("bos", "eos", "unk", "pad"):
             if (id := getattr(self.model, f"{name}_id")()) >= 0:
                 declared.named.setdefault(f"{name}_token", self.model.id_to_piece(id))
+        declared.speak(lambda id: self.model.id_to_piece(id) if id < self.pieces else None, where)
         control = {i for i in range(self.pieces) if self.model.is_control(i) or self.model.is_unknown(i)}
         self.added = {id: token.content for id, token in declared.added.items()}
         for id, text in self.added.items():
@@ -271,22 +269,23 @@ class SentencePiece:
         """A pattern with one group for each token, the longest first, and the ids of the groups."""
         order = sorted(tokens, key=len, reverse=True)
         flags = [declared.added.get(tokens[text], AddedToken(text)) for text in order]
-        groups = ["(" + r"\s*" * t.lstrip + re.escape(text) + r"\s*" * t.rstrip + ")" for text, t in zip(order, flags)]
+        groups = ["(" + r"\s*" * t.lstrip + f"(?<!{OPEN})" + re.escape(text) + r"\s*" * t.rstrip + ")" for text, t in zip(order, flags)]
         return re.compile("|".join(groups) or "(?!)"), [tokens[text] for text in order]
 
-    def encode(self, text: str, special: bool) -> list[int]:
+    def encode(self, text: str, special: bool, continues: bool) -> list[int]:
         pattern, group_ids = self.cuts[special]
-        ids, end = [], 0
+        ids, end, space = [], 0, not continues
         for match in pattern.finditer(text):
-            ids += self._stretch(text[end:match.start()], end == 0 or self.legacy, special)
+            ids += self._stretch(text[end:match.start()], space, special)
             ids.append(group_ids[match.lastindex - 1])
-            end = match.end()
-        return ids + self._stretch(text[end:], end == 0 or self.legacy, special)
+            end, space = match.end(), self.legacy
+        return ids + self._stretch(text[end:], space, special)
 
     def _stretch(self, text: str, leading_space: bool, special: bool) -> list[int]:
-        """Text between added tokens. A special piece that sentencepiece finds in it is cut in two, unless wanted."""
+        """Text between tokens of the pattern. A special piece that sentencepiece finds in it is cut in two."""
+        text = text.replace(OPEN, "").replace(CLOSE, "") if special else text
         ids = (self.model if leading_space else self.bare).encode(text)
-        if special or len(text) < 2 or self.parsed.isdisjoint(ids):
+        if len(text) < 2 or self.parsed.isdisjoint(ids):
             return ids
         half = len(text) // 2
         return self._stretch(text[:half], leading_space, False) + self._stretch(text[half:], False, False)

@@ -6,6 +6,7 @@
     tokenizer.model   Llama-3, GLM-4: base64 ranks    tokenizers' BPE
     *.tiktoken        Qwen-1: base64 ranks            tokenizers' BPE
     vocab.json and merges.txt   GPT-2, Qwen2          tokenizers' BPE
+    vocab.json        XGen: GPT-2's, read as ranks    tokenizers' BPE
     tekken.json       Mistral-Nemo: base64 ranks      tokenizers' BPE
 
 The byte alphabet (GPT-2, `encoder.py`) gives each of the 256 bytes a visible character, so that byte strings can be stored
@@ -18,7 +19,6 @@ tokenizers must put one first; in 270 000 random trials no text was cut otherwis
 """
 
 import base64
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -29,10 +29,10 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from nanollm.errors import TokenizerError
+from nanollm.tokenizer_declared import Declared, need, read_json, token_id, what_is
 
 FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json", "added_tokens.json",
          "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 
 # Where text is cut before merging; no merge crosses a cut.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -40,12 +40,17 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN = LLAMA3.replace("{1,3}", "")                        # digits one at a time
 VOCAB_CLASSES = {"": GPT2, "GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "GPTNeoXTokenizer": GPT2, "Qwen2Tokenizer": QWEN}
+XGEN = "XgenTokenizer"                                    # GPT-2's vocabulary, and what its Python code adds
 
 # Special tokens that a format keeps in Python code rather than in a file. Those of ranks follow the last rank.
 LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
                    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
                    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+XGEN_RUNS = (*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9, 1, -1)))     # each a rank, after GPT-2's
+XGEN_SPECIALS = ("<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
+                 "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> "
+                 "<commit_after> <reponame>").split()
 TEKKEN_SPECIALS = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
                    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
                    "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
@@ -53,89 +58,6 @@ TEKKEN_SPECIALS = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _CHAR = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
 BYTE = {char: byte for byte, char in _CHAR.items()}
-
-
-def need(condition: Any, path: Path, found: str, expected: str) -> None:
-    if not condition:
-        raise TokenizerError(f"{path}: found {found[:160]}, expected {expected}")
-
-
-def what_is(data: bytes) -> str:
-    """Names the usual accidents: most 'invalid JSON' is an error page, or a pointer that git-lfs did not follow."""
-    kinds = {b"version https://git-lfs": "a git-lfs pointer", b"<": "an HTML page", b"PK\x03": "a zip archive"}
-    named = [kind for mark, kind in kinds.items() if data.lstrip().startswith(mark)]
-    return named[0] if named else f"{len(data)} bytes beginning {data[:24]!r}" if data else "an empty file"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; {} where there is no such file."""
-    data = path.read_bytes() if path.exists() else b"{}"
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: found {what_is(data)}, expected JSON ({error!s:.80})") from None
-    need(isinstance(value, dict), path, repr(value), "a JSON object")
-    return value
-
-
-def token_id(value: Any, path: Path) -> int:
-    """An id from JSON, where keys are strings and values numbers. 2²⁴ is far above every vocabulary in use."""
-    digits = str(value) if not isinstance(value, bool) else ""
-    fits = digits.isascii() and digits.isdigit() and len(digits) < 9 and int(digits) < 1 << 24
-    need(fits, path, repr(value), "a token id")
-    return int(digits)
-
-
-class Declared:
-    """What the small JSON files of a folder say about its tokens. Every one of them may be absent."""
-
-    def __init__(self, folder: Path) -> None:
-        self.where = folder / "tokenizer_config.json"
-        self.config = read_json(folder / "special_tokens_map.json") | read_json(self.where)
-        self.kind = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
-        self.begins = False                               # with BOS, where no switch says so: set by a reader below
-        self.named = {name: self._text(self.config[name]) for name in NAMES if self.config.get(name) is not None}
-        extra = self.config.get("additional_special_tokens") or []
-        need(isinstance(extra, list), self.where, repr(extra), "additional_special_tokens to be a list")
-        self.special = {*self.named.values(), *map(self._text, extra)}
-
-        self.added: dict[int, AddedToken] = {}
-        for text, id in read_json(folder / "added_tokens.json").items():
-            self.added[token_id(id, folder / "added_tokens.json")] = AddedToken(text, special=text in self.special)
-        listed = self.config.get("added_tokens_decoder") or {}
-        need(isinstance(listed, dict), self.where, repr(listed), "added_tokens_decoder to map ids to tokens")
-        for id, token in listed.items():
-            need(isinstance(token, dict), self.where, repr(token), "a token's object in added_tokens_decoder")
-            flags = {flag: token.get(flag) is True for flag in ("special", "lstrip", "rstrip", "normalized", "single_word")}
-            self.added[token_id(id, self.where)] = AddedToken(self._text(token), **flags)
-
-        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
-        self.rows = model.get("vocab_size") or 0          # of the embedding; often padded beyond the tokenizer
-        need(isinstance(self.rows, int), folder / "config.json", repr(self.rows), "vocab_size to be a number")
-        bos = model.get("bos_token_id", generation.get("bos_token_id"))
-        self.bos_id = bos if bos is None else token_id(bos, folder / "config.json")
-        self.stops = {}                                   # file name → the ids that it says end a generation
-        for name, config in (("config.json", model), ("generation_config.json", generation)):
-            ids = config.get("eos_token_id")
-            if ids is not None:
-                self.stops[name] = {token_id(id, folder / name) for id in (ids if isinstance(ids, list) else [ids])}
-
-    def _text(self, token: Any) -> str:                   # "<s>" or {"content": "<s>", "special": true, …}
-        text = token.get("content") if isinstance(token, dict) else token
-        need(isinstance(text, str) and text, self.where, repr(token), "the text of a token")
-        return text
-
-    def flag(self, name: str) -> bool | None:
-        """A switch of tokenizer_config.json; None where it is absent."""
-        value = self.config.get(name)
-        need(value in (None, True, False), self.where, f"{name} = {value!r}", "true or false")
-        return value
-
-    def around(self, ids: dict[str, int]) -> tuple[list[int], list[int]]:
-        """The prefix and the suffix that `add_bos_token` and `add_eos_token` ask for."""
-        bos, eos, add_bos = self.named.get("bos_token"), self.named.get("eos_token"), self.flag("add_bos_token")
-        return ([ids[bos]] if bos in ids and (self.begins if add_bos is None else add_bos) else [],
-                [ids[eos]] if eos in ids and self.flag("add_eos_token") else [])
 
 
 # ---- the readers
@@ -156,7 +78,10 @@ def _from_model(path: Path, declared: Declared) -> Model:
     need(data, path, "an empty file", "a sentencepiece model, or ranks in base64")     # sentencepiece accepts it
     # Protobuf merges a message that is given twice, and the last value wins: normalizer_spec { add_dummy_prefix: false }
     no_space = b"\x1a\x02\x18\x00"
-    return SentencePieceProcessor(model_proto=data), SentencePieceProcessor(model_proto=data + no_space)
+    model = SentencePieceProcessor(model_proto=data)
+    follow = {model.get_piece_size() + i: AddedToken(text, special=True) for i, text in enumerate(declared.in_code.follow)}
+    declared.added = follow | declared.added              # what the folder lists wins
+    return model, SentencePieceProcessor(model_proto=data + no_space)
 
 
 def _from_ranks(path: Path, declared: Declared) -> Model:
@@ -167,6 +92,7 @@ def _from_ranks(path: Path, declared: Declared) -> Model:
         need(rank.isdigit(), path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
         ranks[base64.b64decode(token, validate=True)] = int(rank)
         need(len(ranks) == number, path, f"line {number}: {line!r}", "a token that no line above has")
+    need(declared.added or not declared.in_code.begin, declared.where, "no added_tokens_decoder", f"one, for the special tokens of {declared.kind}")
     qwen = path.suffix == ".tiktoken"
     names, first = QWEN_SPECIALS if qwen else LLAMA3_SPECIALS, 1 + max(ranks.values())
     special = {token.content: id for id, token in declared.added.items()} or {t: first + i for i, t in enumerate(names)}
@@ -178,13 +104,28 @@ def _from_ranks(path: Path, declared: Declared) -> Model:
 
 
 def _from_vocab(path: Path, declared: Declared) -> Model:
-    need(declared.kind in VOCAB_CLASSES, declared.where, f"tokenizer_class {declared.kind!r}", f"one of {[*VOCAB_CLASSES]}")
+    need(declared.kind in (*VOCAB_CLASSES, XGEN), declared.where, f"tokenizer_class {declared.kind!r}", f"one of {[*VOCAB_CLASSES, XGEN]}")
+    if declared.kind == XGEN:
+        return _from_xgen(path, declared)
     need(path.with_name("merges.txt").exists(), path, "no merges.txt beside it", "both")
     model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
     if model.token_to_id("<|endoftext|>") is not None:    # GPT-2's only special token, named in no file
         declared.named.setdefault("eos_token", "<|endoftext|>")
         declared.special.add("<|endoftext|>")
     return _byte_level(model, VOCAB_CLASSES[declared.kind], bool(declared.flag("add_prefix_space")))
+
+
+def _from_xgen(path: Path, declared: Declared) -> Model:
+    """GPT-2's ids are ranks already. Runs of spaces and tabs get new ones, also those that GPT-2 knows: their old ids fall out of use."""
+    end = "<|endoftext|>"
+    known = {text: token_id(id, path) for text, id in read_json(path).items()}
+    ranks = {bytes(BYTE[char] for char in text): id for text, id in known.items() if text != end}
+    first = 1 + max(known.values())
+    ranks |= {run.encode(): first + i for i, run in enumerate(XGEN_RUNS)}
+    special = {end: known[end]} | {text: first + len(XGEN_RUNS) + i for i, text in enumerate(XGEN_SPECIALS)}
+    declared.special |= special.keys()
+    declared.named.setdefault("eos_token", end)
+    return _byte_level(_rank_model(ranks, special, path), GPT2)
 
 
 def _from_tekken(path: Path, declared: Declared) -> Model:
@@ -251,4 +192,5 @@ def read_model(folder: Path, declared: Declared, run: Callable[[Model, Path], An
                 reason = f"{type(error).__name__}: {error}"[:120]
                 found = what_is(path.read_bytes())
                 raise TokenizerError(f"{path}: found {found}, expected {expected} ({reason})") from error
-    raise TokenizerError(f"{folder}: found no tokenizer, expected one of {', '.join(READERS)}")
+    advice = f". {XGEN} has no file of its own: put the vocab.json of GPT-2 into the folder, on which its code builds" if declared.kind == XGEN else ""
+    raise TokenizerError(f"{folder}: found no tokenizer, expected one of {', '.join(READERS)}{advice}")

@@ -140,7 +140,9 @@ def reference_logits(fixture: Fixture, model: transformers.PreTrainedModel, x: T
     between calls."""
     model = copy.deepcopy(model)
     if fixture.attention:
-        model.set_attn_implementation(attention or fixture.attention[0])
+        implementation = attention or fixture.attention[0]
+        model.set_attn_implementation(implementation)
+        model.config._attn_implementation = implementation      # what all layers read; Falcon passes over the call before in silence
     if fixture.logits is not None:
         return fixture.logits(model, x)
     return model(x, use_cache=False).logits

@@ -190,7 +190,7 @@ def test_mistral_prompts_equal_mistral_common(tmp_path: Path) -> None:
         for turn, text in enumerate(["Hi there", "Hello! How are you?", "Ça va 👍\n\nand  you?", "Fine.", "end </s> of [INST] it"]):
             ours.add("assistant" if turn % 2 else "user", text)
             their_messages.append((AssistantMessage if turn % 2 else UserMessage)(content=text))
-            if turn in (0, 2):
+            if turn in (0, 2) or turn == 4 and name == "tokenizer.model":      # tekken's text is cut at each mark, as transformers cuts it
                 request = ChatCompletionRequest(messages=list(their_messages))
                 assert ours.prompt_ids() == theirs.encode_chat_completion(request).tokens
         ids = ours.prompt_ids()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nanollm.cache import KV, Cache
-from nanollm.config import MLP, Alibi, Attention, DynamicNTK, Layer, LongRope, Mamba, ModelConfig, MoE, Norm, Rope, SteppedNTK
+from nanollm.config import MLP, RGLRU, RWKV, Alibi, Attention, ClippedGLU, DynamicNTK, ExpertGroups, FilteredAttention, Hyena, LatentAttention, Layer, LongRope, Mamba, Mamba2, MoE, ModelConfig, Norm, Rope, SteppedNTK
 from nanollm.errors import InputError
 from nanollm.model import Decoder
 from nanollm.scan import selective_scan, selective_scan_chunked
@@ -28,12 +28,22 @@ KINDS = {
     "dynamic": (Layer(attention(rope=Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),) * 2,
     "longrope": (Layer(attention(rope=Rope(scaling=LONG)), MLP(48)),) * 2,
     "alibi": (Layer(attention(rope=None, alibi=Alibi()), MLP(48)), Layer(attention(rope=None, alibi=Alibi(), window=5), MLP(48))),
-    "coarse alibi": (Layer(attention(rope=None, alibi=Alibi(coarse=True)), MLP(48)), Layer(Attention(6, 2, 8, alibi=Alibi(odd_first=True)), MLP(48))),
+    "coarse alibi": (Layer(attention(rope=None, alibi=Alibi(coarse=True)), MLP(48)), Layer(Attention(6, 2, 8, alibi=Alibi()), MLP(48))),
     "norms of heads": (Layer(attention(qk_norm=Norm("layer", scope="each"), clip=1.0), MLP(48), parallel=True, pre_ffn=None),
                        Layer(attention(qk_norm=Norm(scope="all"), sinks=True, window=5), MLP(48, gated=False, bias=True), post_mixer=Norm("rms_outer"))),
     "log n": (Layer(attention(logn=8, rope=Rope(scaling=SteppedNTK(8))), MLP(48), pre_mixer=Norm("layer", gain=False)),) * 2,
     "softcap": (Layer(attention(softcap=2.0, qk_norm=Norm()), MoE(4, 2, MLP(20), True, MLP(12), True)),) * 2,
+    "latent": (Layer(LatentAttention(4, 8, 4, 6, 12, 10, Rope(layout="interleaved")), MoE(8, 3, MLP(20), True, MLP(12), score="sigmoid", correction=True, groups=ExpertGroups(4, 2, 2), scale=2.5)),
+               Layer(LatentAttention(4, 6, 8, 10, 12, None, Rope(rounds="result"), scale=0.2), MoE(4, 2, MLP(20), False, sparse=0.1))),
+    "latent dynamic": (Layer(LatentAttention(4, 8, 8, 6, 12, 10, Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),
+                       Layer(LatentAttention(4, 8, 8, 6, 12, None, Rope(scaling=DynamicNTK(2.0, 16), rounds="result")), MLP(48))),
+    "sinks": (Layer(attention(sinks=True, window=6), MoE(4, 2, ClippedGLU(20, limit=0.5), True, router_bias=True)), Layer(attention(sinks=True), MLP(48))),
     "mamba": (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),) * 2,
+    "mamba-2": (Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None), Layer(Mamba2(6, 8, 1, 5, 3), MLP(48))),
+    "rwkv": (Layer(RWKV(32, 48, Norm("layer", bias=True)), None, None, pre_ffn=None),) * 2,
+    "griffin": (Layer(RGLRU(40, 4, 4), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(RGLRU(32, 2, 2, "silu"), MLP(48))),
+    "hyena": (Layer(Hyena(32, 4, 2, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Hyena(24, 1, 3, 4), MLP(48), post_mixer=Norm("rms_outer"))),
+    "filtered": (Layer(FilteredAttention(attention(), 16), MLP(48)), Layer(FilteredAttention(Attention(3, 3, 8, Rope(scaling=DynamicNTK(2.0, 16))), 24), MLP(48))),
     "hybrid": (Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48))),
 }
 BOUND = 1e-5
@@ -99,6 +109,22 @@ def test_ragged_batch(model, left, cached):
         logits = model(new, places if step >= 8 else None, cache)
         for row in live:
             assert difference(logits[row], prefix(model, x[row : row + 1], lengths[row] + step + 1)) < BOUND, (row, step)
+
+
+def test_a_row_may_go_on_behind_padding(model):
+    """Rows that wait while others are fed: of the second call row 0 has six tokens, row 1 four behind padding, row 2 one, row 3 none."""
+    x, cache = tokens(4), Cache(model.config, 4, T)
+    model(x[:, :10], cache=cache)
+    padded, positions = torch.full((4, 6), 7), torch.full((4, 6), -1)
+    for row, n in enumerate((6, 4, 1)):
+        padded[row, 6 - n :], positions[row, 6 - n :] = x[row, 10 : 10 + n], torch.arange(10, 10 + n)
+    logits = model(padded, positions, cache)
+    for row, n in enumerate((6, 4, 1)):
+        assert difference(logits[row, -1:], prefix(model, x[row : row + 1], 10 + n)) < BOUND
+    fed = torch.tensor([16, 14, 11, 10])
+    logits = model(x.gather(1, fed[:, None]), fed[:, None], cache)
+    for row, n in enumerate(fed.tolist()):
+        assert difference(logits[row], prefix(model, x[row : row + 1], n + 1)) < BOUND
 
 
 def same(model: Decoder, one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -15,9 +15,9 @@ SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARIES = {                                            # beside torch, numpy and the standard library
     "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm"}, "kernels": {"kernels", "triton"},
 }
-ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "chat.py": {"jinja2"},
+ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "tokenizer_declared.py": {"tokenizers"}, "chat.py": {"jinja2"},
            "text.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}, "state.py": {"safetensors"}, "options.py": {"tomli"},
-           "log.py": {"wandb"}}
+           "log.py": {"wandb"}, "show.py": {"checkpoints"}}        # the command of show.py reads a checkpoint, and imports them inside it
 FORWARD = "config config_parts norm rope mask frame linear attention mlp block model".split()
 TRAINER = "data optim losses distributed".split()         # with train.py: what a training step runs through
 
@@ -52,7 +52,7 @@ def test_config_is_imported_by_all_and_imports_nothing():
 
 def test_importing_loads_neither_torch_nor_transformers():
     quick = "import sys, nanollm; assert not {'torch', 'transformers', 'triton', 'tokenizers'} & set(sys.modules)"
-    whole = "import sys, nanollm.generation, nanollm.tokenizer, nanollm.chat, checkpoints; assert not {'transformers', 'matplotlib', 'huggingface_hub', 'kernels'} & set(sys.modules)"
+    whole = "import sys, nanollm.generation, nanollm.tokenizer, nanollm.chat, nanollm.show; assert 'checkpoints' not in sys.modules; import checkpoints; assert not {'transformers', 'matplotlib', 'huggingface_hub', 'kernels'} & set(sys.modules)"
     for code in (quick, whole):
         subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
@@ -88,10 +88,11 @@ def code_words(path: Path) -> list[str]:
     return words
 
 
-@pytest.mark.parametrize("path", [p for p in PACKAGES["nanollm"] if p.name not in ("presets.py", "options.py", "sft.py") and not p.name.startswith("token")], ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in PACKAGES["nanollm"] if p.name not in ("presets.py", "templates.py", "options.py", "sft.py") and not p.name.startswith("token")], ids=lambda p: p.name)
 def test_the_decoder_knows_no_family(path):
-    """presets.py and options.py have shapes by name, the tokenizer's files and sft.py have the names of formats; Llama3 is the name of a RoPE formula."""
-    assert not [word for word in code_words(path) if FAMILIES.search(word) and word.lower() != "llama3"]
+    """presets.py and options.py have shapes by name, templates.py has chat formats by name, the tokenizer's files and sft.py have the names of formats; Llama3 is the name of a RoPE formula;
+    show.py compares every model with one."""
+    assert not [word for word in code_words(path) if FAMILIES.search(word) and word.lower() != "llama3" and word != "Different from Llama"]
 
 
 PUBLIC = {
@@ -128,7 +129,7 @@ def test_the_public_face_is_frozen():
 
 
 OPTIONS = {
-    "generate.py": "--chat --context --device --dtype --help --ignore --max-new-tokens --min-p --model --prompt --quantize --seed --stop --system --temperature --top-k --top-p",
+    "generate.py": "--chat --context --device --dtype --help --ignore --max-new-tokens --min-p --model --prompt --quantize --seed --stop --suffix --system --temperature --template --top-k --top-p",
     "train.py": "--balance --batch-size --chat --clip --compile --config --context --data --decay --device --dtype --eval-every --force --help --init --keep --lr --mfu --micro-batch --mix --offload --optimizer --out --plan --preset --prompt --recompute --replicas --resume --sample-every --save-every --schedule --seed --skip-sigma --skip-steps --steps --template --tensorboard --tokenizer --vocab --wandb --warmup --weight-decay --world-size --z-loss",
 }
 

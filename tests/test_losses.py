@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from nanollm import losses
-from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm, Rope
+from nanollm.config import MLP, Attention, ClippedGLU, ExpertGroups, Layer, ModelConfig, MoE, Norm, Rope
 from nanollm.losses import Balance, spike, token_loss
 from nanollm.model import Decoder, Head
 from nanollm.moe import routing
@@ -108,7 +108,7 @@ def test_what_is_logged_is_equation_4_of_fedus_over_the_whole_step():
     step(model, balance, [tokens[:1], tokens[1:]], [None, None])
     with routing(model) as routed:
         model.hidden(tokens)
-    each = [load_balancing_loss_func((logits,), 6, 2).item() for logits in routed]         # transformers' own
+    each = [load_balancing_loss_func((one.logits,), 6, 2).item() for one in routed]         # transformers' own
     assert balance.close(plain_total) == pytest.approx(sum(each) / 2, rel=1e-6)
     assert max(each) > 2.1                                                      # 2 = top_k would be even
 
@@ -136,14 +136,49 @@ def test_the_gradient_is_that_of_the_equation_with_the_price_of_the_step_before(
     balance.close(plain_total)
     with routing(model) as routed:
         model.hidden(first)
-    price = [F.one_hot(logits.topk(2).indices, 6).sum(1).double().mean(0) for logits in routed]
+    price = [F.one_hot(one.logits.topk(2).indices, 6).sum(1).double().mean(0) for one in routed]
     found = step(model, balance, [second], [None])
     model.zero_grad()
     with routing(model) as routed:
         model.hidden(second)
-    loss = sum(6 * (f * logits.double().softmax(-1).sum(0)).sum() for f, logits in zip(price, routed)) / 2
+    loss = sum(6 * (f * one.logits.double().softmax(-1).sum(0)).sum() for f, one in zip(price, routed)) / 2
     loss.backward()
     assert torch.allclose(found, torch.cat([block.ffn.router.weight.grad.flatten() for block in model.layers]), atol=1e-4)
+
+
+ROUTERS = {
+    "a corrected choice among sigmoids of groups": MoE(8, 3, MLP(16), True, score="sigmoid", correction=True, groups=ExpertGroups(4, 2, 2), scale=2.5),
+    "softmax in groups": MoE(8, 3, MLP(16), False, groups=ExpertGroups(4, 2, 1), router_float32=True),
+    "sparse": MoE(8, 2, MLP(16), False, sparse=0.1),
+    "clipped experts": MoE(8, 3, ClippedGLU(16), True, router_bias=True),
+}
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+def test_balance_counts_what_the_router_chose(name):
+    """f is of the router's own choice, whatever decides it; P of the scores, as shares of their sum where they are sigmoids (V3's eq. 17-20)."""
+    moe = ROUTERS[name]
+    layer = Layer(Attention(2, 1, 8, Rope()), moe, pre_mixer=Norm(), pre_ffn=Norm())
+    model, tokens = Decoder(ModelConfig(40, 16, (layer, layer), Norm())), torch.randint(0, 40, (4, 10))
+    for block in model.layers:
+        torch.nn.init.normal_(block.ffn.router.weight)
+        if moe.correction:
+            torch.nn.init.normal_(block.ffn.router.correction)
+    balance = Balance(model)
+    found = step(model, balance, [tokens], [None])
+    assert found.abs().max() > 0 and all(block.ffn.router.correction is None or block.ffn.router.correction.grad is None for block in model.layers)
+    seen = []
+    hooks = [block.ffn.experts.register_forward_hook(lambda _, args, __: seen.append(args[2])) for block in model.layers]    # what the experts were given
+    with routing(model) as routed:
+        model.hidden(tokens)
+    [hook.remove() for hook in hooks]
+    expected = []
+    for (logits, _, _), chosen in zip(routed, seen):
+        score = logits.double().sigmoid() if moe.score == "sigmoid" else logits.double().softmax(-1)
+        share = (score / score.sum(-1, keepdim=True)).mean(0)
+        counts = torch.bincount(chosen.flatten(), minlength=8) / len(chosen)
+        expected.append(8 * (counts * share).sum().item())
+    assert balance.close(plain_total) == pytest.approx(sum(expected) / 2, rel=1e-5)
 
 
 def test_padding_is_not_counted():

@@ -13,6 +13,7 @@ from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb as rotate_half
 from transformers.models.mixtral import modeling_mixtral as mixtral
+from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 
@@ -107,7 +108,8 @@ def test_soft_cap_equals_gemma2():
 
 
 @pytest.mark.parametrize("heads", [1, 4, 8, 6, 7, 12, 40])
-def test_alibi_slopes_equal_bloom(heads):
+def test_alibi_slopes_equal_bloom_and_mpt(heads):
+    assert torch.equal(alibi_slopes(heads), -build_mpt_alibi_tensor(heads, 2)[:, 0, 0])         # (H, 1, T): slope · distance from the last
     reference = build_alibi_tensor(torch.ones(1, 10), heads, torch.float32)[:, 0]               # (H, T): slope · key index
     assert torch.allclose(alibi_slopes(heads), reference[:, 1], rtol=3e-7)                      # BLOOM takes powers in float32, we round once
     ours = alibi_bias(Alibi(), heads, torch.tensor([[9]]), torch.arange(10)[None], 1.0)[0, :, 0]
@@ -174,13 +176,13 @@ def test_router_logits_are_collected_inside_the_block_only():
     moe = MoEModule(MoE(6, 2, MLP(8), renormalize=True), 16)
     make_loud(moe)
     x = torch.randn(2, 9, 16)
-    with routing(moe) as logits:
+    with routing(moe) as routed:
         moe(x), moe(torch.randn(2, 9, 16))
-    assert len(logits) == 2 and torch.equal(logits[0], moe.router(x.flatten(0, 1)))
+    assert len(routed) == 2 and torch.equal(routed[0].logits, moe.router(x.flatten(0, 1)).logits)
     with routing(moe):
         pass
     moe(torch.randn(1, 2, 16))
-    assert len(logits) == 2, "the hooks outlived the block"
+    assert len(routed) == 2, "the hooks outlived the block"
 
 
 # ---- wiring: whole layers of other families

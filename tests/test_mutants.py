@@ -22,19 +22,29 @@ import checkpoints
 from nanollm import config as c
 from nanollm.errors import NanollmError
 from nanollm.model import Decoder
-from tests.fixtures import FIXTURES
+from tests.fixtures import FIXTURES, QUICK
 from tests.oracles import difference, reference_logits, tokens, write
 
 REPORT = Path(__file__).with_name("mutants.txt")
 LENGTH = 48
 
 ONE_ROUNDING = "the stream is float32, so either order rounds once, at the end; mamba-biases kills it"
+PAST_ORIGINAL = "48 tokens are past the original context, where the long list holds; test_parity at 24 tokens kills it"
 
 # (fixture or *, field) → why no logits of a full float32 pass can depend on it
 REASONS = {
     ("*", "context"): "a note for the caller; nothing in the decoder reads it",
     ("mamba-130m", "cast_after_gain"): ONE_ROUNDING,
     ("mamba-2.8b", "cast_after_gain"): ONE_ROUNDING,
+    ("mamba-original", "cast_after_gain"): ONE_ROUNDING,
+    ("falcon-mamba-7b", "cast_after_gain"): ONE_ROUNDING,
+    ("mamba2-130m", "cast_after_gain"): ONE_ROUNDING,
+    ("codestral-mamba", "cast_after_gain"): ONE_ROUNDING,
+    ("mamba2-limits", "cast_after_gain"): ONE_ROUNDING,
+    ("phi-3-mini-128k", "short"): PAST_ORIGINAL,
+    ("phi-3.5-mini", "short"): PAST_ORIGINAL,
+    ("phi-4-mini", "short"): PAST_ORIGINAL,
+    ("phi-3.5-moe", "short"): PAST_ORIGINAL,
     ("*", "tied"): "two copies of one tensor give the same logits; test_init checks that they are one parameter",
 }
 
@@ -85,8 +95,11 @@ def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, referenc
     """"refused", "shape", "logits", "bfloat16", or "survived"."""
     if mutant is None:
         return "refused"
-    with torch.device("meta"):
-        decoder = Decoder(mutant)
+    try:
+        with torch.device("meta"):
+            decoder = Decoder(mutant)
+    except NanollmError:                                # a layer that does not fit the stream
+        return "refused"
     weights = dict(model.state_dict(keep_vars=True))
     if not mutant.tied:
         weights["head.weight"] = model.head.weight
@@ -124,7 +137,7 @@ def report(name: str) -> list[str]:
 HEAD = "What changes of the config the comparison with transformers notices (tests/test_mutants.py).\n\n"
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FIXTURES])
 def test_mutants_die_or_are_explained(name):
     lines = report(name)
     assert not [line for line in lines if line.endswith("UNEXPLAINED")], "\n".join(lines)

@@ -1,15 +1,18 @@
 """Muon is torch's, every parameter has one owner, and the rate is the curve it is called by."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 from nanollm import optim
+from nanollm.config import Attention, ClippedGLU, Layer, ModelConfig, MoE, Norm
 from nanollm.model import Decoder
 from nanollm.presets import PRESETS, preset
 
 TOYS = [name for name in PRESETS if name.endswith("-toy")]
+AROUND = dict(positions=32, embed_norm=Norm("layer", bias=True), head_bias=True)        # what may stand around the layers
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
@@ -47,10 +50,11 @@ def test_a_stack_of_experts_is_each_of_its_matrices():
     assert all(torch.allclose(found[i], optim.msign(stack[i], torch.float32), atol=1e-5) for i in range(3))
 
 
+@pytest.mark.parametrize("around", [{}, AROUND], ids=["", "around"])
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_every_parameter_has_one_owner_and_only_matrices_decay(name, optimizer):
-    model = Decoder(preset(name))
+def test_every_parameter_has_one_owner_and_only_matrices_decay(name, optimizer, around):
+    model = Decoder(dataclasses.replace(preset(name), **around))
     groups = [(o, group) for o in optim.build(model, optimizer, 0.1, torch.float32) for group in o.param_groups]
     owned = [p for _, group in groups for p in group["params"]]
     assert len({*map(id, owned)}) == len(owned) and {*map(id, owned)} == {*map(id, model.parameters())}
@@ -60,8 +64,19 @@ def test_every_parameter_has_one_owner_and_only_matrices_decay(name, optimizer):
             matrix = names[id(p)].split(".")[-2 if names[id(p)].endswith("weight") else -1]
             inside = matrix in ("q", "k", "v", "o", "gate", "up", "down", "router", "in_proj", "x_proj", "dt_proj", "out_proj") and p.ndim > 1
             assert isinstance(owner, optim.Muon) == (inside and optimizer == "muon"), names[id(p)]
-            assert (group["weight_decay"] > 0) == (inside or matrix in ("embed", "head")), names[id(p)]
+            assert (group["weight_decay"] > 0) == (inside or matrix in ("embed", "positions", "head")), names[id(p)]
             assert group["times"] == (1.5 if optimizer == "muon" and not inside else 1.0)
+
+
+def test_stacked_biases_and_corrections_are_no_matrices():
+    moe = MoE(4, 2, ClippedGLU(24), True, router_bias=True, correction=True)
+    model = Decoder(ModelConfig(20, 16, (Layer(Attention(2, 1, 8), moe),)))
+    muon, adamw = optim.build(model, "muon", 0.1, torch.float32)
+    names = {id(p): name.removeprefix("layers.0.ffn.") for name, p in model.named_parameters() if ".ffn." in name}
+    owned = lambda groups: {names[id(p)] for group in groups for p in group["params"] if id(p) in names}
+    assert owned(muon.param_groups) == {"router.weight", "experts.gate", "experts.up", "experts.down"}
+    assert owned(group for group in adamw.param_groups if group["weight_decay"] == 0) == {
+        "router.bias", "router.correction", "experts.gate_bias", "experts.up_bias", "experts.down_bias"}
 
 
 def test_state_made_beforehand_is_what_the_first_step_would_make():

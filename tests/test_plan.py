@@ -14,14 +14,18 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanollm import distributed, optim, plan, speed
+from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
+from nanollm.config_mixers import FEED_FORWARDS, MIXERS, PARTS, SCANS
 from nanollm.errors import InputError
 from nanollm.losses import token_loss
 from nanollm.model import Decoder
 from nanollm.options import parse
 from nanollm.presets import preset, transformer
+from tests.test_consistency import KINDS, attention
 
 BF16 = torch.bfloat16
 LLAMA_8B = 8_030_261_248
+SHIFT = Norm("layer", bias=True)
 
 
 def small(name: str, context: int = 128) -> Decoder:
@@ -68,6 +72,29 @@ def test_a_scan_counts_its_products_and_what_torch_does_not_count():
     assert speed.flops_per_token(model.config, 64) == products + 3 * 4 * 256 * (6 * 4 + 2 + 2 * 4)
 
 
+def without_windows(layer: Layer) -> Layer:
+    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=None)) if getattr(layer.mixer, "window", None) else layer
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_flops_of_every_kind_of_layer(name):
+    """As torch counts them, where nothing is masked or scanned. A scan takes the products with its weights, and more."""
+    config = ModelConfig(97, 32, tuple(map(without_windows, KINDS[name])))
+    flops = speed.flops_per_token(config, 64)
+    if any(isinstance(layer.mixer, SCANS) for layer in config.layers):
+        met = sum(p.numel() for layer in Decoder(config).layers for p in layer.parameters() if p.ndim == 2)
+        assert flops > 6 * met and speed.flops_per_token(config, 1) > 6 * met
+    else:
+        assert flops == counted(Decoder(config), 64).get_total_flops() / 64
+
+
+def test_every_mixer_there_is_has_a_kind():
+    def parts(value):
+        return [value, *(part for field in dataclasses.fields(value) for part in parts(getattr(value, field.name)))] if dataclasses.is_dataclass(value) else []
+    used = {type(part) for layers in KINDS.values() for layer in layers for part in parts(layer)}
+    assert used >= {Attention, MLP, *MIXERS, *FEED_FORWARDS, *PARTS}
+
+
 def test_flops_of_the_published_shape_by_hand_and_the_published_mfu():
     flops = speed.flops_per_token(preset("llama-8b"), 8192)
     met = LLAMA_8B - 128256 * 4096 - 65 * 4096      # neither the embedding nor the gains
@@ -100,6 +127,34 @@ def test_activations_are_those_that_a_real_run_holds(name, context, recompute):
         loss = token_loss(model.head, model.hidden(tokens), tokens)[0]
         kept = live.now - loss.nbytes
     assert plan.activations(model.config, 2, context, BF16, recompute)[0] == kept + tokens.nbytes
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_activations_of_every_kind_of_layer(name):
+    model, tokens = Decoder(ModelConfig(97, 32, KINDS[name])).to(BF16), torch.randint(97, (2, 8))
+    with plan.Live() as live:
+        loss = token_loss(model.head, model.hidden(tokens), tokens)[0]
+        kept = live.now - loss.nbytes
+    masks = 8 * 8 * len({getattr(layer.mixer, "window", None) for layer in KINDS[name]})      # the plan keeps them to the end of the step
+    assert 0 <= plan.activations(model.config, 2, 8, BF16, "none")[0] - (kept + tokens.nbytes) <= masks
+
+
+@pytest.mark.parametrize("around", [{"positions": 100}, {"embed_norm": SHIFT}, {"positions": 100, "embed_norm": SHIFT, "head_bias": True, "tied": True}])
+def test_activations_of_what_stands_around_the_layers(around):
+    config = ModelConfig(97, 32, (Layer(attention(), MLP(48), SHIFT, parallel=True),) * 2, SHIFT, **around)
+    model, tokens = wrapped(Decoder(config).to(BF16), "full"), torch.randint(97, (2, 100))
+    with plan.Live() as live:
+        loss = token_loss(model.head, model.hidden(tokens), tokens)[0]
+        kept = live.now - loss.nbytes
+    assert plan.activations(model.config, 2, 100, BF16, "full")[0] == kept + tokens.nbytes
+    assert plan.share(model.config, 4, 1, BF16, "muon").parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_scan_is_followed_from_short_rows_to_long_ones(monkeypatch):
+    config = ModelConfig(97, 32, KINDS["griffin"])
+    whole = plan.activations(config, 2, 8, BF16, "none")[0]
+    monkeypatch.setattr(plan, "SHORT", (2, 4))
+    assert plan.activations(config, 2, 8, BF16, "none")[0] == pytest.approx(whole, rel=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -264,6 +319,7 @@ print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_8_billion_parameters_on_1024_ranks_take_seconds_and_no_memory():
     out = subprocess.run([sys.executable, "-c", BUDGET], cwd=Path(plan.__file__).parents[1], capture_output=True, text=True)
     assert out.returncode == 0, out.stderr

@@ -76,7 +76,7 @@ def test_mamba_keys():
     assert read_config(MAMBA | dict(hidden_size=50))[1].layers[0].mixer.dt_rank == 4
     other = read_config(MAMBA | dict(time_step_rank=7, use_bias=True, use_conv_bias=False, residual_in_fp32=False))[1]
     assert other.layers[0].mixer == Mamba(96, 16, 4, 7, conv_bias=False, bias=True) and not other.float32_residual
-    for key, value in (("intermediate_size", 100), ("rms_norm", False), ("hidden_act", "gelu"), ("ssm_cfg", {"d_state": 16})):
+    for key, value in (("d_inner", 100), ("rms_norm", False), ("hidden_act", "gelu"), ("ssm_cfg", {"d_state": 16})):
         with pytest.raises(ConfigError, match=f"{key} is .* which is what is implemented"):
             read_config(MAMBA | {key: value})
 
@@ -270,7 +270,7 @@ REFUSED = {
     "layers that differ": (decoder(PLAIN, WINDOW), r"llama: config.layers\[1\].mixer.window is 7, and would be read as None"),
     "two windows": (decoder(WINDOW, change(WINDOW, window=9)), r"mistral: config.layers\[1\].mixer.window is 9, and would be read as 7"),
     "hybrid": (decoder(PLAIN, Layer(Mamba(96, 16, 4, 3), None, pre_ffn=None)), r"llama: layers\[1\].mixer is Mamba, not Attention"),
-    "interleaved": (decoder(change(PLAIN, rope=Rope(layout="interleaved"))), "layout is 'interleaved', and would be read as 'half'"),
+    "interleaved": (decoder(change(PLAIN, rope=Rope(layout="interleaved"), out_bias=True)), "layout is 'interleaved', and would be read as 'half'"),
     "no rope": (decoder(change(PLAIN, rope=None)), "rope is None"),
     "soft cap": (decoder(change(PLAIN, softcap=50.0)), "softcap is 50.0, and would be read as None"),
     "sandwich": (decoder(dataclasses.replace(PLAIN, post_ffn=NORM)), "post_ffn is .* and would be read as None"),

@@ -22,7 +22,7 @@ from mistral_common.tokens.tokenizers.tekken import SpecialTokenPolicy, Tekkeniz
 
 from nanollm.errors import TokenizerError
 from nanollm.tokenizer import Tokenizer, load
-from nanollm.tokenizer_files import LLAMA3, QWEN
+from nanollm.tokenizer_files import GPT2, LLAMA3, QWEN
 from tests.tok_folders import (CORPUS, MISTRAL, NASTY, begin_with, byte_bpe, metaspace_bpe, noise, ranks_of, sentencepiece_model,
                                write, write_ranks)
 
@@ -219,7 +219,74 @@ def test_glm4_declares_its_special_tokens(tmp_path: Path) -> None:
     assert ours.encode("<|user|>a", special=True) == [455, *ours.encode("a")] and ours.decode([452]) == "\ufffd"
 
 
+def test_glm4_keeps_its_prefix_in_code(tmp_path: Path) -> None:
+    """Every text begins with [gMASK]<sop>; its special tokens are not Llama-3's, so a folder that lists none is refused."""
+    write_ranks(tmp_path / "tokenizer.model", ranks_of(byte_bpe()))
+    kind = {"tokenizer_class": "ChatGLM4Tokenizer", "eos_token": "<|endoftext|>"}
+    with pytest.raises(TokenizerError, match="no added_tokens_decoder.*ChatGLM4Tokenizer"):
+        load(write(tmp_path, tokenizer_config=kind))
+    names = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    listed = {str(450 + i): {"content": text, "special": True} for i, text in enumerate(names)}
+    ours = load(write(tmp_path, tokenizer_config=kind | {"added_tokens_decoder": listed}, config={"eos_token_id": [450, 457, 459], "padded_vocab_size": 470}))
+    theirs = tiktoken.Encoding("oracle", pat_str=LLAMA3, mergeable_ranks=ranks_of(byte_bpe()), special_tokens={})
+    for text in TEXTS:
+        assert ours.encode(text) == [452, 454, *theirs.encode(text, disallowed_special=())], text
+    assert ours.stop_ids == (450, 457, 459) and ours.decode([469]) == "\ufffd" and ours.warnings([1]) != []
+
+
+def test_xgen_equals_tiktoken(tmp_path: Path) -> None:
+    """GPT-2's vocabulary with runs of spaces and tabs as new ranks, BudEcosystem/GenZ utils/tokenizer_xgen.py @14ad9221, a copy of Salesforce's."""
+    byte_bpe().model.save(str(tmp_path))
+    vocab = json.loads((tmp_path / "vocab.json").read_text()) | {"<|endoftext|>": 450}
+    write(tmp_path, vocab=vocab, tokenizer_config={"tokenizer_class": "XgenTokenizer"}, config={"eos_token_id": 450})
+    (tmp_path / "merges.txt").unlink()
+    ranks = ranks_of(byte_bpe())
+    assert b"  " in ranks, "the example needs a run that GPT-2 knows"
+    for run in [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]:
+        ranks[run.encode()] = 451 + len([r for r in ranks.values() if r > 450])
+    theirs = tiktoken.Encoding("oracle", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 450, "<fim_prefix>": 489, "<reponame>": 506})
+    ours = load(tmp_path)
+    for text in [*TEXTS, *(" " * n + "x" for n in range(70)), *("\t" * n for n in range(25)), *noise(4, 200, "  \t\nab")]:
+        ids = theirs.encode(text, disallowed_special=())
+        assert ours.encode(text) == ids, text
+        assert ours.decode(ids) == text
+    assert (ours.vocab_size, ours.eos_id, ours.stop_ids, ours.prefix) == (507, 450, (450,), ())
+    for text in ("<fim_prefix>", "<reponame>", "<|endoftext|>"):
+        assert ours.encode(text, special=True) == theirs.encode(text, allowed_special="all") == [ours.special_tokens[text]]
+    (tmp_path / "vocab.json").unlink()
+    with pytest.raises(TokenizerError, match="XgenTokenizer has no file of its own: put the vocab.json of GPT-2"):
+        load(tmp_path)
+
+
+def test_old_qwen_has_the_same_first_special_tokens(folders: dict[str, Path]) -> None:
+    """Those of August 2023 have other names after the third, which no text is written with: undefdev/Qwen-7B-Chat @04df5dd5."""
+    assert list(load(folders["qwen"]).special_tokens.items())[:3] == [("<|endoftext|>", 450), ("<|im_start|>", 451), ("<|im_end|>", 452)]
+
+
+@pytest.mark.parametrize("kind", ["sp", "metaspace", "byte"])
+def test_a_text_that_continues_another(folders: dict[str, Path], kind: str) -> None:
+    """It gets no leading space, and so decodes to itself behind the other."""
+    ours = load(folders[kind])
+    for text in ("world", " world", "\nworld", "é", "👍", "", "the quick", "  "):
+        ids = ours.encode("hello", bos=False) + ours.encode(text, bos=False, continues=True)
+        assert ours.decode(ids) == "hello" + text, (kind, text)
+    assert (ours.encode("world", bos=False, continues=True) == ours.encode("world", bos=False)) == (kind == "byte")
+
+
 # ---- text stays text
+
+def test_marks_keep_special_tokens_text(folders: dict[str, Path]) -> None:
+    """As chat.py sets them; a template that cuts the closing mark off opens no door."""
+    for kind, text in (("byte", "<|im_end|>"), ("sp", "</s>"), ("mistral", "[INST]"), ("metaspace", "</s>")):
+        ours = load(folders[kind])
+        id = ours.special_tokens[text]
+        for marked in (f"a\ufdd0{text}\ufdd1b", f"a\ufdd0{text}", f"\ufdd0{text}{text}"):
+            ids = ours.encode(marked, bos=False, special=True)
+            assert ids.count(id) == max(0, marked.count(text) - 1), (kind, marked)
+            assert "\ufdd0" not in ours.decode(ids, skip_special=False) and "\ufdd1" not in ours.decode(ids, skip_special=False)
+    sp = load(folders["sp"])
+    assert sp.encode("a\ufdd0</s>\ufdd1b </s>", bos=False, special=True) == [*sp.encode("a</s>b ", bos=False), 2], "the text is not cut there"
+
 
 def test_user_text_never_becomes_a_special_token(folders: dict[str, Path], tekken: Path) -> None:
     for folder in [*folders.values(), tekken]:
@@ -485,7 +552,7 @@ WRONG = [("tokenizer_config", {"bos_token": 7}), ("tokenizer_config", {"eos_toke
          ("tokenizer_config", {"additional_special_tokens": {"a": 1}}), ("tokenizer_config", {"chat_template": 5}),
          ("added_tokens", {"x": "no"}), ("added_tokens", {"x": 1.5}), ("config", {"eos_token_id": "two"}),
          ("config", {"eos_token_id": [True]}), ("generation_config", {"eos_token_id": -1}), ("config", {"vocab_size": "big"}),
-         ("config", {"bos_token_id": {}})]
+         ("config", {"bos_token_id": {}}), ("generation_config", {"user_token_id": "195a"})]
 
 
 @pytest.mark.parametrize("file, content", WRONG, ids=str)

@@ -184,6 +184,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text,
 
 # ---- on from a checkpoint
 
+
+@pytest.mark.slow
 def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsys):
     """Questions of a toy, learnt by heart; and the folder keeps the family, dtype and tokenizer of the one it came from."""
     from nanollm.chat import Conversation

@@ -12,7 +12,7 @@
     DeepSeek-LLM, -Coder       Coder: theta 1e5 and linear scaling by 4
     TinyLlama, SmolLM          SmolLM: tied, and two keys of its trainer
     Aquila, Aquila2            model_type "aquila"; the 16K one has linear scaling by 4
-    XVERSE                     model_type "xverse"
+    XVERSE                     model_type "xverse", and two keys about how it was stored
     InternLM-1 as converted    attention_bias, which puts a bias on o too
 
 The readers and the table of Llama are what the other Llama-shaped lineages (mistral.py, mixtral.py, qwen.py) start from.
@@ -82,9 +82,11 @@ def read_decoder(r: Reader, layers: list[Layer], norm: Norm, context: int = 2048
 
 
 def read(r: Reader) -> ModelConfig:
+    """Llama, and its other names with the keys that they add."""
     norm = Norm(eps=r.number("rms_norm_eps", 1e-6))
     bias = r.flag("attention_bias", False)
     r.must("rope_interleaved", False)                    # SmolLM
+    r.must("quantization_bit", 0)                        # XVERSE: all its configs have it
     attention = read_attention(r, qkv_bias=bias, out_bias=bias)
     layer = Layer(attention, read_mlp(r, bias=r.flag("mlp_bias", False)), pre_mixer=norm, pre_ffn=norm)
     return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm)
@@ -120,6 +122,8 @@ def write_llama_shape(config: ModelConfig, model_type: str, architecture: str, f
     attention, mlp = layer.mixer, layer.ffn if ffn is MLP else layer.ffn.expert
     if attention.rope is None:
         raise ConfigError("layers[0].mixer.rope is None")
+    if not isinstance(mlp, MLP):
+        raise ConfigError(f"layers[0].ffn.expert is {type(mlp).__name__}, not MLP")
     return base | {
         "num_attention_heads": attention.heads,
         "num_key_value_heads": attention.kv_heads,
@@ -142,5 +146,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
 
 LLAMA = Family(
     "llama", read, write, (LLAMA_NAMES, YI_NAMES), INV_FREQ,
-    irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config"}),
+    irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight", "_from_model_config"}),
 )

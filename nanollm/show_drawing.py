@@ -1,0 +1,184 @@
+"""The picture that show.py prints: the pattern of the layers, and one box for each kind of layer with its wiring and its matrices.
+
+    ┌─ 5 × sliding ───────────────────────────────────────────────────── 12,345 parameters each ─┐
+    │  x ─┬→ RMSNorm → Attention → RMSNorm → + ─┬→ RMSNorm → MLP → RMSNorm → + →                 │
+    │     └──────────────────────────────────┘  └────────────────────────────┘                   │
+    │  pre_mixer   RMSNorm(ε=1e-06)   gain 64                                                    │
+    │  mixer       Attention(H=8, K=2, d=16, rope=Rope(θ=10000), window=9)                       │
+    │              q 128×64   k 32×64   v 32×64   o 64×128                                       │
+    └────────────────────────────────────────────────────────────────────────────────────────────┘
+
+A part is named as its config says it: the class, the fields that have no default (with the letter that the code has for a size)
+and those that are not at their default. A matrix is rows × columns, as it is stored: y = W x.
+"""
+
+import dataclasses
+import itertools
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nanollm.config import Layer, ModelConfig, Norm
+from nanollm.model import Decoder
+
+WIDTH = 100
+LONGEST = 40                                                # layers in a pattern that repeats
+LETTERS = {"heads": "H", "kv_heads": "K", "head_dim": "d", "hidden": "F", "experts": "E", "top_k": "k", "inner": "I", "state": "N", "dt_rank": "R",
+           "theta": "θ", "eps": "ε"}
+ALWAYS = ("theta", "eps")                                   # said even at their default
+NORMS = {"rms": "RMSNorm", "rms_outer": "RMSNorm", "layer": "LayerNorm"}
+PARTS = ("pre_mixer", "mixer", "post_mixer", "pre_ffn", "ffn", "post_ffn")
+
+
+class Kind(NamedTuple):
+    """Layers that are alike."""
+    name: str
+    layer: Layer
+    count: int
+    parameters: dict[str, Tensor]                           # of one of them, on the meta device; names as in block.py
+    around: dict[str, Tensor]                               # what is in no layer: embedding, last norm, head
+
+
+def kinds_of(config: ModelConfig) -> list[Kind]:
+    """In the order in which they first appear, with one layer of each on the meta device."""
+    counts = Counter(config.layers)
+    with torch.device("meta"):
+        model = Decoder(dataclasses.replace(config, layers=tuple(counts)))
+    around = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
+    return [Kind(name, layer, count, dict(block.named_parameters()), around)
+            for name, block, (layer, count) in zip(names(list(counts)), model.layers, counts.items())]
+
+
+def names(layers: Sequence[Layer]) -> list[str]:
+    """A name for each of several kinds: what tells them apart, and a number where that is not enough."""
+    mixers, ffns = [_title(layer.mixer) for layer in layers], [_title(layer.ffn) for layer in layers]
+    windows = [getattr(layer.mixer, "window", 0) for layer in layers]       # 0: of no use to it
+    if len(set(windows) - {0}) > 1:
+        mixers = [name if window == 0 else "sliding" if window else "full" for name, window in zip(mixers, windows)]
+    telling = [parts for parts in (mixers, ffns) if len(set(parts)) > 1 and all(parts)] or [mixers, ffns]
+    found = [" + ".join(filter(None, parts)) for parts in zip(*telling)]
+    numbers = {name: itertools.count(1) for name in found if found.count(name) > 1}
+    return [f"{name} {next(numbers[name])}" if name in numbers else name for name in found]
+
+
+def pattern(layers: Sequence[str]) -> str:
+    """Runs, and units of several runs that repeat: [a, a, b, a, a, b, a] → 2 times (2 × a, 1 × b), 1 × a.
+
+    Of all ways that take each unit as often as it repeats, the one that writes the fewest runs; units of up to LONGEST layers."""
+    n = len(layers)
+    repeats = [[1] * (n + 1) for _ in range(LONGEST + 1)]               # [p][i]: how often the p layers from i on come in a row
+    best: list[tuple[int, int, str]] = [(0, 0, "")] * (n + 1)           # from i on: runs written, units, and what
+    for i in reversed(range(n)):
+        ways = []
+        for p in range(1, min(LONGEST, n - i) + 1):
+            if layers[i : i + p] == layers[i + p : i + 2 * p]:
+                repeats[p][i] = times = 1 + repeats[p][i + p]
+            elif p > 1:
+                continue
+            else:
+                times = 1
+            unit = [f"{times if p == 1 else len(list(same))} × {name}" for name, same in itertools.groupby(layers[i : i + p])]
+            runs, units, rest = best[i + p * times]
+            said = unit[0] if p == 1 else f"{times} times ({', '.join(unit)})"
+            ways.append((runs + len(unit), units + 1, ", ".join(filter(None, [said, rest]))))
+        best[i] = min(ways, key=lambda way: way[:2])
+    return best[0][2]
+
+
+def draw(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
+    """The lines of the picture."""
+    by_layer = {kind.layer: kind.name for kind in kinds}
+    inner = WIDTH - 4
+    rows = ["  tokens", *_around(config, kinds[0].around, ("embed", "positions", "embed_norm")), "  │"]
+    said = pattern([by_layer[layer] for layer in config.layers])
+    if len(kinds) > 1:
+        rows += textwrap.wrap(f"{len(config.layers)} layers: {said}", WIDTH, subsequent_indent="    ")
+    for kind in kinds:
+        size = f"{sum(p.numel() for p in kind.parameters.values()):,} parameters each"
+        rows.append("┌─ " + f"{kind.count} × {kind.name} ".ljust(inner - len(size) - 3, "─") + f" {size} ─┐")
+        body = wiring(kind.layer)
+        for part in PARTS:
+            value = getattr(kind.layer, part)
+            if value is not None:
+                body += _entry(part, brief(value), {n.removeprefix(part + "."): p for n, p in kind.parameters.items() if n.startswith(part + ".")}, inner)
+        rows += [f"│ {line.ljust(inner)} │" for line in body] + ["└" + "─" * (WIDTH - 2) + "┘"]
+    return [*rows, *_around(config, kinds[0].around, ("norm", "head")), "  │", "  logits"]
+
+
+def _around(config: ModelConfig, parameters: dict[str, Tensor], parts: Sequence[str]) -> list[str]:
+    """What stands before and after the layers, as entries of the picture."""
+    mine = {part: {n.removeprefix(part + "."): p for n, p in parameters.items() if n.startswith(part + ".")} for part in parts}
+    cap = config.head_softcap
+    said = {
+        "embed": "Embedding" + (f", times {config.embed_scale:g}" if config.embed_scale != 1 else ""),
+        "positions": config.positions and "Embedding of the position, added",
+        "embed_norm": config.embed_norm and brief(config.embed_norm),
+        "norm": brief(config.final_norm),
+        "head": "Linear" + (", its matrix the embedding" if config.tied else "") + (", rows of length 1" if config.unit_head else "")
+                + (f", times {config.head_scale:g}" if config.head_scale != 1 else "") + (f", then {cap:g}·tanh(logit / {cap:g})" if cap else ""),
+    }
+    return [f"  {line}" for part in parts if said[part] for line in ["│", *_entry(part, said[part], mine[part], WIDTH - 2)]]
+
+
+def _entry(part: str, said: str, parameters: dict[str, Tensor], width: int) -> list[str]:
+    """`part`, what it is, and its parameters with their shapes, below where there is no room beside."""
+    shapes = [f"{name.removesuffix('.weight')}\xa0".removeprefix("weight\xa0") + "×".join(map(str, p.shape)) for name, p in parameters.items()]
+    whole = "   ".join(filter(None, [said, *shapes]))
+    lines = [whole] if len(shapes) < 2 and len(whole) <= width - 12 else [*_wrapped(said, width - 12), *_wrapped("   ".join(shapes), width - 12)]
+    return [f"{part if i == 0 else '':12}{line}".replace("\xa0", " ").rstrip() for i, line in enumerate(lines)]
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_on_hyphens=False)
+
+
+# ---- one layer
+
+def wiring(layer: Layer) -> list[str]:
+    """The drawing at the head of block.py with the parts that this layer has."""
+    pre, mixer, post, pre_ffn, ffn, post_ffn = (_title(getattr(layer, part)) for part in PARTS)
+    if not layer.parallel:
+        top, bottom = "x ", "  "
+        for branch in filter(None, (_chain(pre, mixer, post), _chain(pre_ffn, ffn, post_ffn))):
+            top, bottom = f"{top}─┬→ {branch} → + ", f"{bottom} └{'─' * (len(branch) + 5)}┘ "
+        return [top + "→", bottom.rstrip()]
+    if layer.pre_mixer is not None and layer.pre_ffn is None:           # both read what one norm gives
+        lead, upper, lower = f"x ─┬→ {pre} ─┬→ ", _chain(mixer, post), _chain(ffn, post_ffn)
+        below = "   │".ljust(len(lead) - 3) + "└→ "
+    else:
+        lead, upper, lower, below = "x ─┬→ ", _chain(pre, mixer, post), _chain(pre_ffn, ffn, post_ffn), "   ├→ "
+    end = len(lead) + max(len(upper), len(lower)) + 2
+    return [f"{lead}{upper} ".ljust(end, "─") + "┐", f"{below}{lower} ".ljust(end, "─") + "┤", "   └".ljust(end, "─") + "┴→ + →"]
+
+
+def _chain(*parts: str) -> str:
+    return " → ".join(filter(None, parts))
+
+
+def _title(part: Any) -> str:
+    """The name of a part in the wiring; nothing for none."""
+    return "" if part is None else NORMS[part.kind] if isinstance(part, Norm) else type(part).__name__
+
+
+def brief(value: Any) -> str:
+    """A part in one line, see the head of the file: Attention(H=32, K=8, d=128, rope=Rope(θ=500000))."""
+    if isinstance(value, tuple):
+        return f"({', '.join(map(brief, value[:3]))}{f', … {len(value)} in all' if len(value) > 3 else ''})"
+    if isinstance(value, float):
+        return f"{value:g}".replace("e+0", "e")
+    if not dataclasses.is_dataclass(value):
+        return str(value)
+    said = []
+    for field in dataclasses.fields(value):
+        mine = getattr(value, field.name)
+        if (mine == field.default and field.name not in ALWAYS) or (isinstance(value, Norm) and field.name == "kind" and mine != "rms_outer"):
+            continue
+        if isinstance(mine, bool):
+            said.append(field.name if mine else f"no {field.name}")
+        else:
+            said.append(f"{LETTERS.get(field.name, field.name)}={brief(mine)}")
+    return f"{_title(value)}({', '.join(said)})"

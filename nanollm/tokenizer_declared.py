@@ -1,0 +1,161 @@
+"""What a model folder says about its tokens, beside the vocabulary itself: in small JSON files, each of which may be absent.
+
+    tokenizer_config.json, special_tokens_map.json   special tokens by name, added tokens, switches, the tokenizer's class
+    added_tokens.json                                added tokens, text → id
+    config.json, generation_config.json              the ids that end a generation; the speakers' ids, where they have any
+    chat_template.jinja, or tokenizer_config.json    how a chat is written
+
+Some published tokenizers say a part of it nowhere but in their Python code. That part stands here as data, by the name of
+their class (`IN_CODE`), and counts only where the files are silent.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tokenizers import AddedToken
+
+from nanollm.errors import TokenizerError
+
+NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+SPEAKERS = ("user_token", "assistant_token")              # generation_config.json has their ids: "user_token_id": 195
+
+
+class InCode(NamedTuple):
+    """What a tokenizer's class keeps in Python code."""
+    follow: tuple[str, ...] = ()                          # special tokens, whose ids follow the last of the vocabulary
+    special: tuple[str, ...] = ()                         # entries of the vocabulary that are special
+    begin: tuple[str, ...] = ()                           # what each text begins with, in place of BOS
+    stops: tuple[str, ...] = ()                           # what ends a generation
+
+
+_GLM_MASKS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
+_GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+IN_CODE = {
+    "ChatGLMTokenizer": InCode(follow=_GLM_MASKS + _GLM_ROLES, begin=("[gMASK]", "sop"), stops=("<|user|>", "<|observation|>")),
+    "ChatGLMTokenizer chatglm2": InCode(follow=_GLM_MASKS, begin=("[gMASK]", "sop")),      # the same class before it had roles
+    "ChatGLM4Tokenizer": InCode(begin=("[gMASK]", "<sop>")),
+    "InternLMTokenizer": InCode(special=("<eoh>", "<eoa>")),
+}
+
+
+def need(condition: Any, path: Path, found: str, expected: str) -> None:
+    if not condition:
+        raise TokenizerError(f"{path}: found {found[:160]}, expected {expected}")
+
+
+def what_is(data: bytes) -> str:
+    """Names the usual accidents: most 'invalid JSON' is an error page, or a pointer that git-lfs did not follow."""
+    kinds = {b"version https://git-lfs": "a git-lfs pointer", b"<": "an HTML page", b"PK\x03": "a zip archive"}
+    named = [kind for mark, kind in kinds.items() if data.lstrip().startswith(mark)]
+    return named[0] if named else f"{len(data)} bytes beginning {data[:24]!r}" if data else "an empty file"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; {} where there is no such file."""
+    data = path.read_bytes() if path.exists() else b"{}"
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path}: found {what_is(data)}, expected JSON ({error!s:.80})") from None
+    need(isinstance(value, dict), path, repr(value), "a JSON object")
+    return value
+
+
+def token_id(value: Any, path: Path) -> int:
+    """An id from JSON, where keys are strings and values numbers. 2²⁴ is far above every vocabulary in use."""
+    digits = str(value) if not isinstance(value, bool) else ""
+    fits = digits.isascii() and digits.isdigit() and len(digits) < 9 and int(digits) < 1 << 24
+    need(fits, path, repr(value), "a token id")
+    return int(digits)
+
+
+class Declared:
+    """The contents of the small files, checked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.where = folder / "tokenizer_config.json"
+        self.config = read_json(folder / "special_tokens_map.json") | read_json(self.where)
+        self.kind = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
+        self.begins = False                               # with BOS, where no switch says so: set by a reader
+        self.named = {name: self._text(self.config[name]) for name in NAMES if self.config.get(name) is not None}
+        extra = self.config.get("additional_special_tokens") or []
+        need(isinstance(extra, list), self.where, repr(extra), "additional_special_tokens to be a list")
+        self.special = {*self.named.values(), *map(self._text, extra)}
+
+        self.added: dict[int, AddedToken] = {}
+        for text, id in read_json(folder / "added_tokens.json").items():
+            self.added[token_id(id, folder / "added_tokens.json")] = AddedToken(text, special=text in self.special)
+        listed = self.config.get("added_tokens_decoder") or {}
+        need(isinstance(listed, dict), self.where, repr(listed), "added_tokens_decoder to map ids to tokens")
+        for id, token in listed.items():
+            need(isinstance(token, dict), self.where, repr(token), "a token's object in added_tokens_decoder")
+            flags = {flag: token.get(flag) is True for flag in ("special", "lstrip", "rstrip", "normalized", "single_word")}
+            self.added[token_id(id, self.where)] = AddedToken(self._text(token), **flags)
+
+        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+        rows = model.get("vocab_size") or model.get("padded_vocab_size") or 0
+        need(isinstance(rows, int), folder / "config.json", repr(rows), "vocab_size to be a number")
+        self.rows = rows                                  # of the embedding; often padded beyond the tokenizer
+        bos = model.get("bos_token_id", generation.get("bos_token_id"))
+        self.bos_id = bos if bos is None else token_id(bos, folder / "config.json")
+        self.stops = {}                                   # file name → the ids that it says end a generation
+        for name, config in (("config.json", model), ("generation_config.json", generation)):
+            ids = config.get("eos_token_id")
+            if ids is not None:
+                self.stops[name] = {token_id(id, folder / name) for id in (ids if isinstance(ids, list) else [ids])}
+        self.speakers = {name: token_id(generation[f"{name}_id"], folder / "generation_config.json")
+                         for name in SPEAKERS if f"{name}_id" in generation}
+        self.about = " ".join(str(config.get(key) or "") for config, key in (
+            (model, "model_type"), (model, "_name_or_path"), (self.config, "name_or_path"))).strip()
+        older = f"{self.kind} chatglm2" if "chatglm2" in self.about.lower() else self.kind
+        self.in_code = IN_CODE.get(older, IN_CODE.get(self.kind, InCode()))
+        self.special |= {*self.in_code.special, *self.in_code.follow}
+
+    def _text(self, token: Any) -> str:                   # "<s>" or {"content": "<s>", "special": true, …}
+        text = token.get("content") if isinstance(token, dict) else token
+        need(isinstance(text, str) and text, self.where, repr(token), "the text of a token")
+        return text
+
+    def flag(self, name: str) -> bool | None:
+        """A switch of tokenizer_config.json; None where it is absent."""
+        value = self.config.get(name)
+        need(value in (None, True, False), self.where, f"{name} = {value!r}", "true or false")
+        return value
+
+    def speak(self, text_of: Callable[[int], str | None], where: Path) -> None:
+        """Name the speakers' tokens after their ids, so that a template can write them: {{ user_token }}."""
+        for name, id in self.speakers.items():
+            need(text_of(id) is not None, where, f"no token of id {id}", f"one, as generation_config.json names it {name}_id")
+            self.named[name] = text_of(id)
+            self.special.add(text_of(id))
+
+    def around(self, ids: dict[str, int]) -> tuple[list[int], list[int]]:
+        """The prefix and the suffix of every text: what the class begins with, else what `add_bos_token` and `add_eos_token` ask for."""
+        bos, eos, add_bos = self.named.get("bos_token"), self.named.get("eos_token"), self.flag("add_bos_token")
+        begin = [ids[text] for text in self.in_code.begin if text in ids]
+        return (begin or ([ids[bos]] if bos in ids and (self.begins if add_bos is None else add_bos) else []),
+                [ids[eos]] if eos in ids and self.flag("add_eos_token") else [])
+
+    def all_stops(self, ids: dict[str, int]) -> dict[str, set[int]]:
+        """Who says that which ids end a generation. Each of them does."""
+        said = {"the tokenizer": [self.named.get("eos_token")], f"the code of {self.kind}": self.in_code.stops}
+        return {who: found for who, texts in said.items() if (found := {ids[text] for text in texts if text in ids})} | self.stops
+
+
+def chat_template(folder: Path, declared: Declared) -> str | None:
+    """chat_template.jinja, else tokenizer_config.json's: one source, or a list of named ones of which "default" is meant."""
+    file = folder / "chat_template.jinja"
+    if file.exists():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TokenizerError(f"{file}: found {what_is(file.read_bytes())}, expected UTF-8 text ({error})") from None
+    template = declared.config.get("chat_template")
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        need("default" in named, declared.where, f"chat templates named {[*named]}", "one named 'default'")
+        template = named["default"]
+    need(template is None or isinstance(template, str), declared.where, repr(template), "chat_template to be text")
+    return template
