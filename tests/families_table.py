@@ -52,6 +52,9 @@ after the published file. The row says which. None of that uses our tables or ou
 - cached: 64 greedy tokens with our cache, past every window and original context, and the oracle's.
 - round trip: what `checkpoints.save` writes after `checkpoints.load`, beside what was there.
 
+Folders that also see pictures (Gemma 3, Qwen2-VL, Qwen2.5-VL) have no row, since what is saved of them is a text model: `tests/families/test_multimodal.py`
+compares them with transformers' multimodal classes.
+
 {summary}
 """
 TABLE = "| fixture | model_type | oracle | float32 | bfloat16 | cached | round trip |\n|---|---|---|---|---|---|---|\n"
