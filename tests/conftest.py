@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"                      # no test touches the network
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["OMP_NUM_THREADS"] = "1"                     # of the processes that tests start; idle threads spin, and take the core of the other worker
 
 import pytest
 import torch
