@@ -19,7 +19,7 @@ from collections.abc import Iterator
 import torch
 
 import checkpoints
-from checkpoints.hub import local_folder
+from checkpoints.hub import local_folder, local_path
 from nanollm import templates
 from nanollm import tokenizer as tokenizers
 from nanollm.chat import Conversation
@@ -149,9 +149,9 @@ def read_line() -> str:
 
 def run() -> None:
     args = parse()
-    folder = local_folder(args.model)
-    tokenizer = tokenizers.load(folder)
-    model = checkpoints.load(folder, dtype=DTYPES[args.dtype], device=args.device, ignore=args.ignore)
+    path = local_path(args.model)
+    tokenizer = tokenizers.load(local_folder(path))
+    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=args.device, ignore=args.ignore)
     if args.quantize:
         quantize(model, QUANTIZE[args.quantize])
     (chat if args.chat else complete)(args, model, tokenizer)

@@ -9,10 +9,9 @@ Shapes: E experts, F feed-forward width, D model width. Ours: gate and up (E, F,
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from checkpoints.ops import Put
+from checkpoints.ops import Beside, Pieces, Shape
 from nanollm.config import Layer
 
 
@@ -20,41 +19,37 @@ class GateUp:
     """One stored tensor has gate above up."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
         gate, up = ours
-        stored = gate.new_empty(len(gate), gate.shape[1] + up.shape[1], *gate.shape[2:])
-        put(0, stored)
-        gate.copy_(stored[:, : gate.shape[1]])
-        up.copy_(stored[:, gate.shape[1] :])
+        return [(len(gate), gate.shape[1] + up.shape[1], *gate.shape[2:])]
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return [torch.cat(list(ours), 1)]
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield from ((0, part) for expert in zip(*ours) for part in expert)
 
 
 class Interleaved:
     """One stored tensor has columns gate up gate up …; of biases the numbers."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        gate, up = ours
-        stored = gate.new_empty(len(gate), *gate.shape[2:], 2 * gate.shape[1])
-        put(0, stored)
-        for tensor, first in ((gate, 0), (up, 1)):
-            tensor.copy_(stored[..., first::2].transpose(1, -1))        # nothing to turn in a bias: 1 is its last dimension
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        gate = ours[0]
+        return [(len(gate), *gate.shape[2:], 2 * gate.shape[1])]
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return [torch.stack([tensor.transpose(1, -1) for tensor in ours], -1).flatten(-2)]
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        for gate, up in zip(*ours):              # (F, D), of a bias (F,)
+            yield 0, Beside([part.T.unsqueeze(-1) if part.ndim == 2 else part.unsqueeze(-1) for part in (gate, up)])
 
 
 class Turned:
     """One stored tensor, each expert's matrix transposed."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        put(0, ours[0].transpose(1, 2))
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        experts, rows, columns = ours[0].shape
+        return [(experts, columns, rows)]
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return [ours[0].transpose(1, 2)]
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield 0, ours[0].transpose(1, 2)

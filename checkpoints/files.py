@@ -19,6 +19,7 @@ import math
 import re
 import reprlib
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -46,6 +47,18 @@ class Stored:
     shape: tuple[int, ...]
     start: int                                   # bytes from the start of the file
     size: int                                    # bytes
+
+    def run_dtype(self, wanted: torch.dtype) -> torch.dtype:
+        """What `read_run` fills, where `wanted` is what will be made of it: what lies in the file. Packed weights have no dtype of their own."""
+        return self.dtype
+
+    def read_run(self, first: int, run: Tensor) -> None:
+        """Fill `run`, contiguous, on the CPU and of `run_dtype`, with the elements from the first-th on. Raises CheckpointError if they are gone."""
+        with _open(self.file) as file:
+            file.seek(self.start + first * self.dtype.itemsize)
+            found = file.readinto(as_bytes(run))
+        if found != run.nbytes:
+            raise CheckpointError(f"{self.file}: truncated while it was read: expected {run.nbytes} bytes, found {found}")
 
 
 def read_json(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
@@ -78,24 +91,24 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:                  # not UTF-8, not JSON, a number of ten thousand digits
-        raise CheckpointError(f"{where}: {_what_it_is(text) or f'not JSON ({error})'}") from None
+        raise CheckpointError(f"{where}: {what_it_is(text) or f'not JSON ({error})'}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object expected, found {type(value).__name__}")
     return value
 
 
-def _what_it_is(head: bytes) -> str | None:
-    """What a file really holds that should have held something else, as far as its first bytes tell."""
+def what_it_is(head: bytes) -> str | None:
+    """What a file really holds that should have held something else, as far as its first bytes tell; None: no idea."""
     start = head[:256].lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer, not the file itself; run `git lfs pull` in the folder"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "a web page, not the file itself; the download failed, perhaps for want of a login"
     if head.startswith(b"PK\x03\x04"):
-        return "a zip archive, as torch.save writes, not safetensors"
+        return "a zip archive, as torch.save writes"
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return "a Python pickle, not safetensors"
-    return "a GGUF file, not safetensors" if head.startswith(b"GGUF") else None
+        return "a Python pickle"
+    return "a GGUF file" if head.startswith(b"GGUF") else None
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -107,7 +120,8 @@ def read_header(path: Path) -> dict[str, Stored]:
         head = file.read(256)
         length = int.from_bytes(head[:8], "little")
         if size < 8 or length > min(size - 8, LARGEST_HEADER) or head[8:9] != b"{":
-            raise CheckpointError(f"{path}: {_what_it_is(head) or _why_no_header(length, size)}")
+            kind = what_it_is(head)
+            raise CheckpointError(f"{path}: {f'not safetensors, but {kind}' if kind else _why_no_header(length, size)}")
         file.seek(8)
         header = parse_json(file.read(length), f"{path}, header")
     metadata = header.pop("__metadata__", {})
@@ -158,31 +172,35 @@ def _read_entry(path: Path, name: str, entry: Any, data: int) -> Stored:
 
 def read_folder(folder: Path) -> dict[str, Stored]:
     """All tensors of the model in `folder`. Raises CheckpointError if there is no model, or not all of one."""
-    if (folder / SINGLE).exists():
-        return read_header(_inside(folder, SINGLE, SINGLE))
-    if not (folder / INDEX).exists():
+    return read_shards(folder, SINGLE, INDEX, read_header, ".safetensors")
+
+
+def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], dict[str, Stored]], suffix: str) -> dict[str, Stored]:
+    """All tensors of the file `single`, or of the shards that the file `index` names; `read` gives those of one file."""
+    if (folder / single).exists():
+        return read(inside(folder, single, single, suffix))
+    if not (folder / index).exists():
         raise CheckpointError(f"{folder}: {_why_no_weights(folder)}")
-    index = folder / INDEX
-    places = read_json(index).get("weight_map")
+    places = read_json(folder / index).get("weight_map")
     if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{index}: weight_map should give a file for each tensor")
+        raise CheckpointError(f"{folder / index}: weight_map should give a file for each tensor")
     stored: dict[str, Stored] = {}
     for shard in dict.fromkeys(map(str, places.values())):
-        for name, one in read_header(_inside(folder, shard, INDEX)).items():
+        for name, one in read(inside(folder, shard, index, suffix)).items():
             if name in stored:
                 raise CheckpointError(f"{folder}: {name} is in two shards, {stored[name].file.name} and {shard}")
             stored[name] = one
     lost = [name for name, shard in places.items() if name not in stored or stored[name].file.name != shard]
     if lost:
         first = f"{lost[0]}, in {places[lost[0]]}"
-        raise CheckpointError(f"{index}: {len(lost)} tensors are not in the shard it names; the first is {first}")
+        raise CheckpointError(f"{folder / index}: {len(lost)} tensors are not in the shard it names; the first is {first}")
     return stored
 
 
-def _inside(folder: Path, name: str, said_by: str) -> Path:
+def inside(folder: Path, name: str, said_by: str, suffix: str = ".safetensors") -> Path:
     """A weights file of `folder`, which may be a link only within it, or into the blobs of a hub download."""
-    if not re.fullmatch(r"[\w.-]+\.safetensors", name, re.ASCII):
-        raise CheckpointError(f"{folder}: {said_by} names {name!r}; a plain file name ending in .safetensors expected")
+    if not re.fullmatch(r"[\w.-]+" + re.escape(suffix), name, re.ASCII):
+        raise CheckpointError(f"{folder}: {said_by} names {name!r}; a plain file name ending in {suffix} expected")
     path, home = folder / name, folder.resolve()
     if not path.is_file():
         raise CheckpointError(f"{path}: missing, though {said_by} needs it")
@@ -194,35 +212,21 @@ def _inside(folder: Path, name: str, said_by: str) -> Path:
 
 def _why_no_weights(folder: Path) -> str:
     others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
-    if any(name.endswith((".bin", ".pt", ".pth")) for name in others):
-        return (f"only pickled weights ({others[0]}), which can run code and are not read here; convert them once, where you trust "
-                f"them, with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)")
     return f"neither {SINGLE} nor {INDEX}" + (f"; {', '.join(others)} follow another layout" if others else "")
 
 
-def read_into(stored: Stored, tensor: Tensor) -> None:
-    """Copy a stored tensor into this one: straight from the file if the dtype and the device allow, else through the CPU."""
-    straight = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype == stored.dtype
-    target = tensor if straight else torch.empty(stored.shape, dtype=stored.dtype)
-    assert target.shape == stored.shape, f"{stored} into {tuple(tensor.shape)}"
-    with _open(stored.file) as file:
-        file.seek(stored.start)
-        found = file.readinto(as_bytes(target))
-    if found != stored.size:
-        raise CheckpointError(f"{stored.file}: truncated while it was read: expected {stored.size} bytes, found {found}")
-    if not straight:
-        tensor.copy_(target)
-
-
-def equal_bytes(a: Stored, b: Stored, chunk: int = 1 << 24) -> bool:
-    """Whether two stored tensors are the same, without reading either whole."""
+def equal_bytes(a: Stored, b: Stored, most: int = 1 << 22) -> bool:
+    """Whether two stored tensors are the same, bit for bit, without reading either whole: `most` elements at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
-    with _open(a.file) as first, _open(b.file) as second:
-        first.seek(a.start)
-        second.seek(b.start)
-        return all(
-            first.read(min(chunk, a.size - done)) == second.read(min(chunk, a.size - done)) for done in range(0, a.size, chunk))
+    count = math.prod(a.shape)
+    for first in range(0, count, most):
+        runs = [torch.empty(min(most, count - first), dtype=a.dtype) for _ in (a, b)]
+        for one, run in zip((a, b), runs):
+            one.read_run(first, run)
+        if as_bytes(runs[0]) != as_bytes(runs[1]):
+            return False
+    return True
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

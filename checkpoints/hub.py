@@ -17,12 +17,12 @@ COMPANIONS = (                                   # what belongs to a model besid
 WANTED = ("config.json", SINGLE, INDEX, "model-*-of-*.safetensors", *COMPANIONS)
 
 
-def local_folder(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
-    """A name on the hub has the files that match `wanted` fetched. Raises CheckpointError if `source` is neither a folder nor a model
-    that the hub, or its cache here, can give."""
-    folder = Path(source)
-    if folder.is_dir():
-        return folder
+def local_path(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
+    """The folder, or the file in it that describes a model (layouts.py). A name on the hub has the files that match `wanted` fetched.
+    Raises CheckpointError if `source` is neither, nor a model that the hub, or its cache here, can give."""
+    path = Path(source)
+    if path.exists():
+        return path
     if not isinstance(source, str) or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source, re.ASCII):
         raise CheckpointError(f"{source}: no such folder, and not a hub name of the form owner/name")
     from huggingface_hub import snapshot_download          # imported late: a local folder needs neither it nor a network
@@ -31,3 +31,9 @@ def local_folder(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
     except Exception as error:                             # offline, absent, gated, misspelt: the hub's errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{source}: no such folder, and the hub does not give a model of that name: {reason}") from error
+
+
+def local_folder(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
+    """The same, and of a file the folder in which it lies."""
+    path = local_path(source, wanted)
+    return path.parent if path.is_file() else path

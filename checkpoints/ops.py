@@ -1,107 +1,153 @@
-"""How a parameter is arranged on disk and how it is arranged here: one class an arrangement, each its own inverse pair.
+"""How a parameter is arranged on disk and how it is arranged here: one class an arrangement, which serves both ways.
 
     Same             one tensor there is one tensor here, element for element
     Stack            one tensor an expert there, (F, D) each; one stacked tensor here, (E, F, D)
     Blocks           several of ours, one under another, are one there:        rows  q q q q k k v v
     Groups           the same, a key/value head at a time:                     rows  q q k v q q k v       (K = 2 of H = 4 heads)
     Transposed(op)   as op, with matrices stored (in, out)
+    Interleaving     here the halves of a head, as RoPE turns them; there pairs:        rows  0 1 2 3 → 0 2 1 3     (d = 4)
+    Halving          the inverse: pairs here, halves there
 
-`save` says what the stored tensors are, given ours; `load` fills ours from stored ones. Two habits follow from that:
+An op names the parts of our parameters in the order in which a file holds them:
 
-- The shapes that a file must have are never computed by hand: `save`, run on the meta device, is the plan (table.py).
-- `save` returns views where it can, and `load` is handed a `put(k, tensor)` that writes the k-th stored tensor into
-  memory of ours, straight from the file. `torch.stack` of 128 experts would hold all of them twice.
+    pieces(ours)     (0, q of group 0), (0, k of group 0), (0, v of group 0), (0, q of group 1), …
+                      └ of the rule's stored tensors, the first        └ a view of our memory
+
+Loading fills the pieces from the file, one after another; saving writes them to it, one after another. So the two cannot
+disagree, nothing is ever held twice, and a tensor of any size goes through a buffer of a few megabytes (stream.py).
+`shapes(ours)` is what the stored tensors' headers say; on the meta device it is the plan (table.py).
 
 `layer` is the config of the layer that the parameters belong to, None outside the layers.
-Shapes: E experts, F feed-forward width, D model width, H query heads, K key/value heads.
+Shapes: E experts, F feed-forward width, D model width, H query heads, K key/value heads, d head width.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import Protocol, Union
 
 import torch
 from torch import Tensor
 
 from nanollm.config import Layer
 
-Put = Callable[[int, Tensor], None]
+
+class Beside:
+    """Several views that a file holds side by side, as the columns of one matrix: row 0 of each, then row 1 of each, and so on.
+
+    To those who fill and read pieces it is a tensor: it has a length, can be cut by rows, and copied into."""
+
+    def __init__(self, views: Sequence[Tensor]) -> None:
+        self.views = views
+
+    def __len__(self) -> int:
+        return len(self.views[0])
+
+    def __getitem__(self, rows: slice) -> "Beside":
+        return Beside([view[rows] for view in self.views])
+
+    def numel(self) -> int:
+        return sum(view.numel() for view in self.views)
+
+    def dense(self) -> Tensor:
+        return torch.cat(list(self.views), -1)
+
+    def copy_(self, dense: Tensor) -> None:
+        for view, part in zip(self.views, dense.view(*self.views[0].shape[:-1], -1).split([view.shape[-1] for view in self.views], -1)):
+            view.copy_(part)
+
+
+Piece = Union[Tensor, Beside]
+Pieces = Iterator[tuple[int, Piece]]
+Shape = tuple[int, ...]
 
 
 class Op(Protocol):
-    def load(self, put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        """Fill our parameters; `put(k, tensor)` copies the k-th stored tensor of the rule into a tensor of its shape."""
+    """What stands in a rule of a table."""
 
-    def save(self, ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        """Our parameters as the stored tensors, in the order of the rule."""
+    def shapes(self, ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        """Of the stored tensors, in the order of the rule."""
+
+    def pieces(self, ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        """(which of the stored tensors, a view of ours): each stored tensor is its pieces, flattened, end to end."""
 
 
 class Same:
     """One stored tensor is one parameter."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        put(0, ours[0])
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return [tuple(ours[0].shape)]
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return [ours[0]]
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield 0, ours[0]
 
 
 class Stack:
     """One stored tensor an expert; the parameter has the expert as its first dimension."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        for e, expert in enumerate(ours[0]):     # (F, D), a view of (E, F, D)
-            put(e, expert)
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return [tuple(ours[0].shape[1:])] * len(ours[0])
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return list(ours[0])                     # E views
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield from enumerate(ours[0])
 
 
 class Blocks:
     """One stored tensor has the rows of several parameters, one block under another."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        stored = torch.empty_like(torch.cat([tensor.to("meta") for tensor in ours]), device=ours[0].device)
-        put(0, stored)
-        for tensor, rows in zip(ours, stored.split([len(tensor) for tensor in ours])):
-            tensor.copy_(rows)
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return [(sum(map(len, ours)), *ours[0].shape[1:])]
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return [torch.cat(list(ours))]
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield from ((0, tensor) for tensor in ours)
 
 
-class Groups:
+class Groups(Blocks):
     """One stored tensor has the rows of q, k and v, sorted by key/value head: the queries that read it, its key, its value.
 
     With K = 1 this is Blocks (Falcon-7B), with K = H it is q k v of each head (GPT-NeoX, BLOOM), between them InternLM2."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        K = layer.mixer.kv_heads
-        stored = torch.empty_like(torch.cat([tensor.to("meta") for tensor in ours]), device=ours[0].device)
-        put(0, stored)
-        for tensor, rows in zip(ours, stored.unflatten(0, (K, -1)).split([len(tensor) // K for tensor in ours], 1)):
-            tensor.copy_(rows.flatten(0, 1))
-
-    @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        K = layer.mixer.kv_heads
-        return [torch.cat([tensor.unflatten(0, (K, -1)) for tensor in ours], 1).flatten(0, 1)]
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        grouped = [tensor.unflatten(0, (layer.mixer.kv_heads, -1)) for tensor in ours]         # (H d, D) → (K, H/K d, D)
+        yield from ((0, rows) for group in zip(*grouped) for rows in group)
 
 
 class Transposed:
-    """As another op, with matrices stored as (in, out); vectors are as they are. GPT-2."""
+    """As Same or Blocks, with matrices stored as (in, out); vectors are as they are. GPT-2."""
 
     def __init__(self, op: Op) -> None:
         self.op = op
 
-    def load(self, put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        self.op.load(lambda k, tensor: put(k, tensor.T if tensor.ndim == 2 else tensor), ours, layer)
+    def shapes(self, ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return [shape[::-1] if len(shape) == 2 else shape for shape in self.op.shapes(ours, layer)]
 
-    def save(self, ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        return [tensor.T if tensor.ndim == 2 else tensor for tensor in self.op.save(ours, layer)]
+    def pieces(self, ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        if ours[0].ndim == 2:
+            yield 0, Beside([tensor.T for tensor in ours])                   # blocks of rows are blocks of columns when turned
+        else:
+            yield from self.op.pieces(ours, layer)
+
+
+class _HeadByHead(Same):
+    """One stored tensor is one parameter, with the rows within each head in another order."""
+    parts: tuple[int, int]                                                   # of a head here; there the second comes first
+
+    @classmethod
+    def pieces(cls, ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        heads = len(ours[0]) // layer.mixer.head_dim
+        yield 0, ours[0].unflatten(0, (heads, *cls.parts)).transpose(1, 2)
+
+
+class Interleaving(_HeadByHead):
+    """q or k, here as two halves that RoPE turns against each other, stored as neighbours: what Meta stores of a Hugging Face model."""
+    parts = (2, -1)
+
+
+class Halving(_HeadByHead):
+    """q or k, here as neighbours that RoPE turns against each other, stored as two halves: what Hugging Face stores of a model of Meta's."""
+    parts = (-1, 2)

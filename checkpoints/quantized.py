@@ -10,7 +10,7 @@
                                                          OCP Microscaling Formats 1.0, §5.3.3 and 5.4.1
 
 `plain_config` takes the quantization_config out of a config, and `plain_tensors` puts one name, X, in the place of two; plan, tables
-and ops see a bfloat16 tensor. It is made when it is read, some rows at a time, and never stands whole in float32. A model is saved as
+and ops see a bfloat16 tensor. It is made when it is read, a run at a time, and never stands whole in float32. A model is saved as
 what it is then: bfloat16, or what `dtype` asked for, and no quantization_config.
 
 Shapes: N outputs, K inputs, E experts, R rows of an expert's matrix.
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints import files
 from checkpoints.files import Stored
 from checkpoints.reader import Reader
 from nanollm.errors import CheckpointError, ConfigError
@@ -36,7 +35,9 @@ class Packed(Stored):
     """A weight that is two stored tensors. shape is that of the weight, dtype bfloat16; file, start and size are those of `codes`."""
     codes: Stored
     scales: Stored
-    block: tuple[int, int] | None                # rows and columns that share a scale in fp8; None: mxfp4
+
+    def run_dtype(self, wanted: torch.dtype) -> torch.dtype:
+        return wanted                            # rounded once, to what is wanted
 
 
 # ---- what is there
@@ -87,7 +88,7 @@ def _fp8(name: str, codes: Stored, scales: Stored, block: tuple[int, int], where
     grid = tuple(-(-size // part) for size, part in zip(codes.shape, block))
     if scales.shape != grid:
         raise CheckpointError(f"{where}: {name} {codes.shape} has scales {scales.shape}; expected {grid}, one for {block[0]} × {block[1]}")
-    return Packed(codes.file, torch.bfloat16, codes.shape, codes.start, codes.size, codes, scales, block)
+    return Fp8(codes.file, torch.bfloat16, codes.shape, codes.start, codes.size, codes, scales, block)
 
 
 def _mxfp4(name: str, codes: Stored, scales: Stored, where: str) -> Packed:
@@ -95,28 +96,53 @@ def _mxfp4(name: str, codes: Stored, scales: Stored, where: str) -> Packed:
         raise CheckpointError(f"{where}: {name} is {codes.shape} with scales {scales.dtype} {scales.shape}; "
                               f"expected (E, R, G, 16) with bytes (E, R, G)")
     E, R, G = scales.shape
-    return Packed(codes.file, torch.bfloat16, (E, 32 * G, R), codes.start, codes.size, codes, scales, None)
+    return Mxfp4(codes.file, torch.bfloat16, (E, 32 * G, R), codes.start, codes.size, codes, scales)
 
 
 # ---- the numbers
 
-def read_into(stored: Stored, tensor: Tensor) -> None:
-    """As files.read_into; what is packed is unpacked on the way, and rounded once, to the dtype of `tensor`."""
-    if not isinstance(stored, Packed):
-        return files.read_into(stored, tensor)
-    codes, scales = (torch.empty(one.shape, dtype=one.dtype) for one in (stored.codes, stored.scales))
-    files.read_into(stored.codes, codes)
-    files.read_into(stored.scales, scales)
-    if stored.block is None:
-        for each, expert, powers in zip(tensor, codes, scales):
-            each.copy_(unpacked(expert, powers).T)
-        return
-    rows, columns = stored.block
-    for at, row in zip(range(0, len(codes), rows), scales):
-        tensor[at : at + rows].copy_(codes[at : at + rows].float() * row.repeat_interleave(columns)[: codes.shape[1]])
+@dataclass(frozen=True)
+class Fp8(Packed):
+    """A matrix (N, K) of fp8 with a scale for each block."""
+    block: tuple[int, int]                       # rows and columns that share a scale
+
+    def read_run(self, first: int, run: Tensor) -> None:
+        """The rows that the run touches are unpacked."""
+        width, (rows, columns) = self.shape[1], self.block
+        top, end = first // width, -(-(first + run.numel()) // width)
+        codes = torch.empty(end - top, width, dtype=self.codes.dtype)
+        self.codes.read_run(top * width, codes)
+        above, below = top // rows, -(-end // rows)                          # rows of scales
+        scales = torch.empty(below - above, self.scales.shape[1], dtype=self.scales.dtype)
+        self.scales.read_run(above * self.scales.shape[1], scales)
+        each = (torch.arange(top, end) // rows) - above                      # for each row of codes its row of scales
+        whole = codes.float() * scales[each].repeat_interleave(columns, 1)[:, :width]
+        run.copy_(whole.flatten()[first - top * width :][: run.numel()].view(run.shape))
+
+
+@dataclass(frozen=True)
+class Mxfp4(Packed):
+    """Experts (E, K, R), each stored as its transpose in groups of 32."""
+
+    def read_run(self, first: int, run: Tensor) -> None:
+        """Of each expert that the run touches, the groups of 32 inputs are unpacked that it touches."""
+        (_, K, R), out = self.shape, run.view(-1)
+        done = 0
+        while done < out.numel():
+            e, inside = divmod(first + done, K * R)
+            count = min(K * R - inside, out.numel() - done)
+            low = inside // R // 32
+            high = (inside + count - 1) // R // 32 + 1
+            codes = torch.empty(R, K // 32, 16, dtype=torch.uint8)
+            powers = torch.empty(R, K // 32, dtype=torch.uint8)
+            self.codes.read_run(e * codes.numel(), codes)
+            self.scales.read_run(e * powers.numel(), powers)
+            whole = unpacked(codes[:, low:high], powers[:, low:high]).T.flatten()
+            out[done : done + count].copy_(whole[inside - low * 32 * R :][:count])
+            done += count
 
 
 def unpacked(codes: Tensor, powers: Tensor) -> Tensor:
-    """One expert of mxfp4: bytes (R, G, 16) and (R, G) → (R, 32 G) float32."""
+    """Of one expert of mxfp4: bytes (R, G, 16) and (R, G) → (R, 32 G) float32."""
     halves = torch.stack([codes & 15, codes >> 4], -1).flatten(-2)              # (R, G, 32)
     return torch.ldexp(torch.tensor(FP4)[halves.int()], powers.int()[..., None] - 127).flatten(-2)

@@ -14,20 +14,20 @@ From there everything is derived:
 
     expand(table, …)             the rules for one model, with numbers in place of {i} and {e}: a list of Steps
     check(steps, …)              the steps against the headers of the files: every discrepancy in one error
-    Step.load, Step.save         the bytes, one step at a time
+    Step.pieces                  which part of a stored tensor is which part of ours; stream.py moves the bytes
 
 Our parameters come first: a parameter without a rule is an error when it is saved as when it is loaded.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from checkpoints.files import Stored
-from checkpoints.ops import Op, Same
+from checkpoints.ops import Op, Piece, Same, Shape
 from nanollm.config import Layer, ModelConfig
 from nanollm.errors import CheckpointError
 
@@ -80,14 +80,15 @@ class Step:
     op: Op
     layer: Layer | None
 
-    def load(self, put: Callable[[str, Tensor], None], parameters: Mapping[str, Tensor]) -> None:
-        """`put(name, tensor)` copies a stored tensor into memory of ours."""
-        self.op.load(lambda k, tensor: put(self.theirs[k], tensor), [parameters[name] for name in self.ours], self.layer)
+    def shapes(self, parameters: Mapping[str, Tensor]) -> dict[str, Shape]:
+        """What each stored tensor's header says, for these parameters, which may be on the meta device."""
+        shapes = self.op.shapes([parameters[name] for name in self.ours], self.layer)
+        assert len(shapes) == len(self.theirs), f"{self.ours}: {len(shapes)} tensors for {len(self.theirs)} names"
+        return dict(zip(self.theirs, shapes))
 
-    def save(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        stored = self.op.save([parameters[name] for name in self.ours], self.layer)
-        assert len(stored) == len(self.theirs), f"{self.ours}: {len(stored)} tensors for {len(self.theirs)} names"
-        return dict(zip(self.theirs, stored))
+    def pieces(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
+        """(stored tensor, view of ours) in the order in which the stored tensor holds them."""
+        yield from ((self.theirs[k], piece) for k, piece in self.op.pieces([parameters[name] for name in self.ours], self.layer))
 
 
 def expand(table: Table, parameters: Mapping[str, Tensor], config: ModelConfig) -> list[Step]:
@@ -139,13 +140,13 @@ def check(
 ) -> None:
     """Raise one CheckpointError with every tensor that is missing, unexpected, of another shape or of another type.
 
-    `parameters` are on the meta device and nothing is read: `save` there says what each stored tensor should be."""
+    `parameters` are on the meta device and nothing is read."""
     shapes, types = [], []
     for step in steps:
-        expected = step.save(parameters)
+        expected = step.shapes(parameters)
         present = [name for name in expected if name in stored]
         for name in present:
-            want, found = tuple(expected[name].shape), stored[name].shape
+            want, found = expected[name], stored[name].shape
             if want != found:
                 shapes.append(f"{name}: {found} stored, {want} by config.json")
             if stored[name].dtype not in READABLE:

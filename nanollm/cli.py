@@ -38,6 +38,8 @@ def main(run: Callable[[], None]) -> None:
         ending = f"error: {error}" if error.alone or os.environ.get("RANK", "0") == "0" else 1
     except KeyboardInterrupt:
         ending = 130
+    except BrokenPipeError:                                # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Not by way of Python's own end: a thread of gloo that wants the interpreter then is cut off, and brings the process down (SIGABRT)
         if isinstance(ending, str):

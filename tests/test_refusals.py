@@ -33,7 +33,7 @@ def no_memory(monkeypatch):
     def refuse(*args, **more):
         pytest.fail("memory was taken before the plan held")
     monkeypatch.setattr(torch, "empty_like", refuse)
-    monkeypatch.setattr(files, "read_into", refuse)
+    monkeypatch.setattr(files.Stored, "read_run", refuse)
 
 
 def edit_config(folder, **changes) -> None:
@@ -86,9 +86,9 @@ def test_unknown_model_type(folder, no_memory):
 
 def test_weights_that_are_none(folder, no_memory):
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    expect_refusal(folder, "model.safetensors: a git-lfs pointer")
+    expect_refusal(folder, "model.safetensors: not safetensors, but a git-lfs pointer")
     (folder / "model.safetensors").write_text("<html><body>Log in</body></html>")
-    expect_refusal(folder, "model.safetensors: a web page")
+    expect_refusal(folder, "model.safetensors: not safetensors, but a web page")
     (folder / "model.safetensors").unlink()
     expect_refusal(folder, "neither model.safetensors nor")
     (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")

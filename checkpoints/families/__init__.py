@@ -28,6 +28,7 @@ from checkpoints.families.mamba2 import MAMBA2, ORIGINAL
 from checkpoints.families.mistral import MISTRAL
 from checkpoints.families.mixtral import MIXTRAL
 from checkpoints.families.mpt import MPT
+from checkpoints.families.nanollm import NANOLLM
 from checkpoints.families.olmo import OLMO, OLMO2, OLMOE
 from checkpoints.families.persimmon import PERSIMMON
 from checkpoints.families.phi import PHI
@@ -109,6 +110,8 @@ FAMILIES: dict[str, Family] = {
     "aquila": LLAMA,
     "xverse": LLAMA,
     "Yi": LLAMA,
+    # any model, with names of our own
+    "nanollm": NANOLLM,
 }
 
 
@@ -136,7 +139,7 @@ def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Fam
 
     Raises ConfigError with what stands in the way, family by family."""
     reasons = []
-    for candidate in [family] if family else dict.fromkeys(one for one in FAMILIES.values() if not one.left_out):
+    for candidate in [family] if family else dict.fromkeys(one for one in FAMILIES.values() if not one.left_out and one is not NANOLLM):
         try:
             values = candidate.write(config)
             again = read_config(values, where=f"as {candidate.name}")[1]

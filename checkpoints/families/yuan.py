@@ -22,12 +22,11 @@ then is that the first two tokens of a document do not see the end of the one be
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_mlp, write_decoder
-from checkpoints.ops import Put
+from checkpoints.ops import Pieces, Shape
 from checkpoints.reader import Reader
 from checkpoints.table import override, rule
 from nanollm.config import MLP, Attention, FilteredAttention, Layer, ModelConfig, Norm, Rope
@@ -37,17 +36,15 @@ class Pairs:
     """Two stored tensors, one under another, have the rows of q and of k by turns, a head at a time: the drawing at the head of the file."""
 
     @staticmethod
-    def load(put: Put, ours: Sequence[Tensor], layer: Layer | None) -> None:
-        stored = torch.empty_like(torch.cat([tensor.to("meta") for tensor in ours]), device=ours[0].device)
-        for half, tensor in enumerate(stored.chunk(2)):
-            put(half, tensor)
-        for tensor, rows in zip(ours, stored.unflatten(0, (layer.mixer.attention.heads, 2, -1)).unbind(1)):
-            tensor.copy_(rows.flatten(0, 1))
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return [tuple(tensor.shape) for tensor in ours]
 
     @staticmethod
-    def save(ours: Sequence[Tensor], layer: Layer | None) -> list[Tensor]:
-        heads = [tensor.unflatten(0, (layer.mixer.attention.heads, -1)) for tensor in ours]
-        return list(torch.stack(heads, 1).flatten(0, 2).chunk(2))
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        heads = layer.mixer.attention.heads
+        in_turn = [rows for pair in zip(*(tensor.unflatten(0, (heads, -1)) for tensor in ours)) for rows in pair]     # q0 k0 q1 k1 …
+        yield from ((0, rows) for rows in in_turn[:heads])
+        yield from ((1, rows) for rows in in_turn[heads:])
 
 
 YUAN_NAMES = override(

@@ -13,6 +13,7 @@ from checkpoints.families import read_config, write_config
 from nanollm.config import Attention, ClippedGLU, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import CheckpointError, ConfigError
 from nanollm.model import Decoder
+from tests.arranged import fill, stored_tensors
 from tests.fixtures import FIXTURES
 from tests.oracles import write
 
@@ -74,18 +75,17 @@ def test_refused(case):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_are_inverses(op, shapes, stored, dtype):
     ours = [torch.randn(shape).to(dtype) for shape in shapes]
-    tensor, = op.save(ours, None)
-    meta, = op.save([each.to("meta") for each in ours], None)
-    assert tensor.shape == meta.shape == stored and tensor.dtype == meta.dtype == dtype
-    kept, again = tensor.clone(), [torch.full_like(each, torch.nan) for each in ours]
-    op.load(lambda k, into: into.copy_(kept), again, None)
+    tensor, = stored_tensors(op, ours)
+    assert tensor.shape == stored and op.shapes([each.to("meta") for each in ours], None) == [stored] and tensor.dtype == dtype
+    again = [torch.full_like(each, torch.nan) for each in ours]
+    fill(op, [tensor], again)
     assert all(torch.equal(a, b) for a, b in zip(ours, again))
 
 
 def test_gate_and_up_columns_take_turns():
     gate, up = torch.zeros(1, 2, 3), torch.ones(1, 2, 3)
-    assert Interleaved.save([gate, up], None)[0][0, 0].tolist() == [0, 1, 0, 1]
-    assert Interleaved.save([gate[..., 0], up[..., 0]], None)[0][0].tolist() == [0, 1, 0, 1]
+    assert stored_tensors(Interleaved, [gate, up])[0][0, 0].tolist() == [0, 1, 0, 1]
+    assert stored_tensors(Interleaved, [gate[..., 0], up[..., 0]])[0][0].tolist() == [0, 1, 0, 1]
 
 
 # ---- 4 bits

@@ -16,6 +16,7 @@ from nanollm.config import MLP, Attention, FilteredAttention, Layer, ModelConfig
 from nanollm.errors import ConfigError
 from nanollm.model import Decoder
 from nanollm.speed import flops_per_token
+from tests.arranged import fill, stored_tensors
 from tests.fixtures.yuan import FIXTURES
 from tests.oracles import difference, make_loud, write
 
@@ -60,12 +61,11 @@ def test_what_is_written_reads_back():
 def test_pairs_are_inverses(heads):
     layer = Layer(FilteredAttention(Attention(heads, heads, 4), 8), MLP(4))
     ours = [torch.randn(4 * heads, 5), torch.randn(4 * heads, 5)]
-    stored = [tensor.clone() for tensor in Pairs.save(ours, layer)]
+    stored = stored_tensors(Pairs, ours, layer)
     again = [torch.full_like(tensor, torch.nan) for tensor in ours]
-    Pairs.load(lambda k, tensor: tensor.copy_(stored[k]), again, layer)
+    fill(Pairs, stored, again, layer)
     assert all(torch.equal(a, b) for a, b in zip(ours, again))
-    meta = Pairs.save([tensor.to("meta") for tensor in ours], layer)
-    assert [m.shape for m in meta] == [s.shape for s in stored]
+    assert Pairs.shapes(ours, layer) == [tuple(one.shape) for one in stored]
     rows = torch.cat(stored).unflatten(0, (heads, 2, 4))                                    # the drawing in yuan.py
     assert torch.equal(rows[:, 0].flatten(0, 1), ours[0]) and torch.equal(rows[:, 1].flatten(0, 1), ours[1])
 

@@ -1,0 +1,198 @@
+"""Convert weights from any layout to another, in the memory of one tensor.
+
+    python -m checkpoints.convert SRC DST                              to a Hugging Face folder
+    python -m checkpoints.convert SRC DST --to meta                    … to params.json and consolidated.00.pth (Llama)
+    python -m checkpoints.convert SRC DST --dtype bfloat16 --verify    cast, and compare what was written with SRC
+    python -m checkpoints.convert SRC DST --dry-run                    what would become what; nothing is written
+    python -m checkpoints.convert SRC DST --allow-pickle               SRC has its weights as pickles (.bin, .pth), and you trust it
+
+SRC is a model folder, a name on the Hugging Face hub, or a file that describes a model: a config.json, a params.json, a *.gguf.
+DST appears whole, with the tokenizer files of SRC, or not at all. Every value is checked on its way: a NaN or an infinity ends it.
+"""
+
+import argparse
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from checkpoints import export, hub, pickles, stream, table, writing
+from checkpoints.files import Stored
+from checkpoints.source import Source, open_source
+from checkpoints.table import Step
+from nanollm import cli
+from nanollm.errors import CheckpointError, InputError
+
+DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Move:
+    """Parameters that are stored together in SRC or in DST, and so are moved together: the steps that read them, and those that write them."""
+    reads: list[Step]
+    writes: list[Step]
+
+    @property
+    def straight(self) -> bool:
+        """Whether both sides hold them in one arrangement, so that no more than names differ."""
+        read, write = self.reads[0], self.writes[0]
+        return len(self.reads) == len(self.writes) == 1 and read.op is write.op and read.ours == write.ours
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What becomes what."""
+    source: Source
+    written: export.Export
+    dtypes: Mapping[str, torch.dtype]            # of our parameters, as they are written
+    moves: list[Move]
+
+
+def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None) -> Conversion:
+    """Raises ConfigError if the layout cannot express the model."""
+    parameters = source.parameters()
+    dtypes = {name: source.dtype(name, dtype) for name in parameters}
+    origin = export.Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
+    written = export.plan_export(source.config, parameters, dtypes, origin, to)
+    return Conversion(source, written, dtypes, list(_moves(source.steps, written.steps)))
+
+
+def _moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:
+    """The steps of both sides, sorted into groups that share no parameter."""
+    group: dict[str, str] = {}                   # parameter → the first one of its group
+
+    def root(name: str) -> str:
+        while group.setdefault(name, name) != name:
+            name = group[name]
+        return name
+
+    for step in (*reads, *writes):
+        for name in step.ours[1:]:
+            group[root(name)] = root(step.ours[0])
+    found: dict[str, Move] = {}
+    for step in reads:
+        found.setdefault(root(step.ours[0]), Move([], [])).reads.append(step)
+    for step in writes:
+        found[root(step.ours[0])].writes.append(step)
+    yield from found.values()
+
+
+def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_000, verify: bool = False, done: Callable[[int], None] = lambda count: None) -> None:
+    """Write the folder. `done` is called with the bytes of each part that is written (and again of each that is compared).
+
+    Raises CheckpointError on a damaged source, a full disk, or a comparison that fails; `folder` is not there then."""
+    source, written = conversion.source, conversion.written
+    origin = export.Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
+    need_room(folder, written.nbytes)
+    with writing.new_folder(folder) as draft:
+        places = written.lay_out(draft, shard_bytes)
+        for work in (_move, _compare) if verify else (_move,):
+            for move in conversion.moves:
+                work(move, conversion, places)
+                done(sum(places[name].size for step in move.writes for name in step.theirs))
+        export.copy_companions(origin, draft, folder)
+
+
+def need_room(folder: Path, size: int) -> None:
+    """Raises CheckpointError if the disk has less room than this."""
+    parent = next(one for one in folder.absolute().parents if one.exists())
+    free = shutil.disk_usage(parent).free
+    if free < size:
+        raise CheckpointError(f"{folder}: {size:,} bytes to write, and {free:,} free on that disk; nothing was written")
+
+
+def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> None:
+    stored = conversion.source.stored
+    if move.straight:
+        for here, there in zip(move.reads[0].theirs, move.writes[0].theirs):
+            stream.copy(stored[here], places[there], here)
+        return
+    parameters = _in_memory(move, conversion)
+    for step in move.writes:
+        stream.save_step(step, parameters, places)
+
+
+def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> None:
+    """The source through its table against the file through its own: what was written is what would be loaded from the source."""
+    parameters = _in_memory(move, conversion)
+    for step in move.writes:
+        for name, same in stream.same_step(step, parameters, places):
+            if not same:
+                raise CheckpointError(f"{name}: what was written is not what {conversion.source.folder} has; the disk or the memory is not to be trusted")
+
+
+def _in_memory(move: Move, conversion: Conversion) -> dict[str, Tensor]:
+    shapes = conversion.source.parameters()
+    parameters = {name: torch.empty_like(shapes[name], dtype=conversion.dtypes[name], device="cpu") for step in move.reads for name in step.ours}
+    for step in move.reads:
+        stream.load_step(step, conversion.source.stored, parameters)
+    return parameters
+
+
+def describe(conversion: Conversion) -> Iterator[str]:
+    """The plan in lines: every tensor of DST, its dtype and shape, and what it is made of."""
+    made_of = {name: move for move in conversion.moves for step in move.writes for name in step.theirs}
+    width = max(map(len, conversion.written.tensors))
+    for name, (dtype, shape) in conversion.written.tensors.items():
+        move = made_of[name]
+        step = next(step for step in move.writes if name in step.theirs)
+        from_ = [move.reads[0].theirs[step.theirs.index(name)]] if move.straight else [one for read in move.reads for one in read.theirs]
+        first = conversion.source.stored[from_[0]]
+        how = "" if move.straight else f"   as {' + '.join(_name(read.op) for read in move.reads)} → {_name(step.op)}"
+        cast = "" if first.dtype == dtype else f" {table.short(first.dtype)}"
+        more = f" … {from_[-1]} ({len(from_)} tensors)" if len(from_) > 3 else ", ".join(["", *from_[1:]])
+        yield f"{name:{width}}  {table.short(dtype):8}  {'×'.join(map(str, shape)) or 'scalar':>14}  ←{cast} {from_[0]}{more}  {first.file.name}{how}"
+
+
+def _name(op: object) -> str:
+    return getattr(op, "__name__", type(op).__name__)
+
+
+def size(text: str) -> int:
+    """Bytes from a text such as 5GB, 500MB or 1GiB. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
+    if not found or float(found[1]) * UNITS[(found[2] or "").upper()] < 1:
+        raise InputError(f"--shard-size {text}: expected a size, such as 5GB, 500MB or 2GiB")
+    return int(float(found[1]) * UNITS[(found[2] or "").upper()])
+
+
+def run() -> None:
+    """The command."""
+    parser = cli.Parser(prog="python -m checkpoints.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="SRC", help="a model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
+    parser.add_argument("destination", metavar="DST", type=Path, help="a folder that does not exist yet, or is empty")
+    parser.add_argument("--to", choices=export.FORMATS, default="hf", help="the layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps what is stored, and makes bfloat16 of 8 and 4 bits")
+    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="the most that one file holds, where the layout knows shards (default 5GB)")
+    parser.add_argument("--family", metavar="MODEL_TYPE", help="what the model is, for a folder that does not say, or says something else")
+    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this one config key or tensor that reading complains of")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, tensor by tensor, and write nothing")
+    parser.add_argument("--verify", action="store_true", help="read DST back and compare every value with SRC before it takes its name")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files, by torch's restricted reader; only for files from people you trust")
+    args = parser.parse_args()
+    shard_bytes = size(args.shard_size)
+    wanted = (*hub.WANTED, pickles.INDEX, "pytorch_model*.bin") if args.allow_pickle else hub.WANTED
+    source = open_source(hub.local_path(args.source, wanted), args.ignore, args.family, args.allow_pickle)
+    conversion = plan(source, args.to, DTYPES[args.dtype])
+    total = conversion.written.nbytes
+    print(f"{source.folder} ({source.family.name}, {source.layout}) → {args.destination} ({args.to}): {len(conversion.written.tensors):,} tensors, {total:,} bytes")
+    if args.dry_run:
+        print("\n".join(describe(conversion)))
+        return
+    start = time.perf_counter()
+    with tqdm(total=total * (1 + args.verify), unit="B", unit_scale=True, disable=None) as bar:
+        convert(conversion, args.destination, shard_bytes, args.verify, bar.update)
+    seconds = time.perf_counter() - start
+    checked = "; every value is finite" + (", and read back equal" if args.verify else "")
+    print(f"{args.destination}: written in {seconds:.1f} s, {total / seconds / 1e6:,.0f} MB/s{checked}")
+
+
+if __name__ == "__main__":
+    cli.main(run)

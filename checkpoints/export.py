@@ -1,0 +1,124 @@
+"""What is written for a model: the JSON that describes it, the names of its tensors, and the files that belong to it.
+
+    to        config               tensors                                    what loads it
+    hf        config.json          model.safetensors, or shards and index     transformers, vLLM, llama.cpp's converter, nanollm
+    nanollm   config.json          the same files, with our own names         nanollm: any model that can be built here
+    meta      params.json          consolidated.00.pth                        Meta's published code; Llama
+    mistral   params.json          consolidated.safetensors                   Mistral's published code; Mistral and Mixtral
+
+A model that came from a Hugging Face folder keeps its config.json, but for what changed. Any other is written by its family, or else by
+the first family that can say all of it.
+"""
+
+import dataclasses
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints import hub, pickles, table, writing
+from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
+from checkpoints.families.nanollm import NANOLLM
+from checkpoints.families.original import NAMES, SINGLE, for_heads_in, read_params, rope_layout, with_rope_layout, write_params
+from checkpoints.files import Stored
+from nanollm.config import ModelConfig
+from nanollm.errors import ConfigError
+
+FORMATS = ("hf", "nanollm", "meta", "mistral")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model was loaded from, so that it is written back the same way. It stands at `model.origin`."""
+    folder: Path
+    layout: str
+    values: dict[str, Any]                       # config.json as it was
+    family: Family
+    names: table.Table
+    ignore: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Export:
+    """A model as it will be written."""
+    to: str
+    values: dict[str, Any]                       # of config.json or params.json
+    steps: list[table.Step]
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]      # in the order in which shards are filled
+
+    @property
+    def nbytes(self) -> int:
+        return sum(writing.nbytes(*one) for one in self.tensors.values())
+
+    def lay_out(self, draft: Path, shard_bytes: int) -> dict[str, Stored]:
+        """Write what describes the model, and make room for its tensors. Where each goes."""
+        writing.write_json(draft / ("params.json" if self.to in ("meta", "mistral") else "config.json"), self.values)
+        if self.to == "meta":
+            return pickles.lay_out(draft / "consolidated.00.pth", self.tensors)
+        if self.to == "mistral":
+            return writing.lay_out(draft, self.tensors, self.nbytes, SINGLE)
+        return writing.lay_out(draft, self.tensors, shard_bytes)
+
+
+def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], origin: Origin | None, to: str = "hf") -> Export:
+    """The plan. `parameters` may be on the meta device; `dtypes` are what they are written as. Raises ConfigError where `to` has no words."""
+    values, names = {"hf": _hf, "nanollm": _nanollm}.get(to, lambda *given: _original(*given, to))(config, origin)
+    kinds: Counter[str] = Counter()
+    for name, parameter in parameters.items():
+        kinds[table.short(dtypes[name])] += parameter.numel()
+    values |= {key: kinds.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in values}
+    steps = table.expand(names, parameters, config)
+    tensors = {theirs: (dtypes[step.ours[0]], shape) for step in steps for theirs, shape in step.shapes(parameters).items()}
+    return Export(to, values, steps, tensors)
+
+
+def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
+    if origin is None or origin.family is NANOLLM:
+        family, values = write_config(config)
+        return values, family.tables[0]
+    if origin.layout != "hf":
+        family, values = write_config(with_rope_layout(config, "half"), origin.family)
+        return values, for_heads_in(family.tables[0], rope_layout(config), "half")
+    if origin.family.left_out:                   # a text model now, and a config.json that claims no tower
+        family, values = write_config(config, FAMILIES[origin.family.name])
+        said = (origin.values.get("text_config") or {}) | origin.values
+        return values | {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in said}, family.tables[0]
+    values = dict(origin.values)
+    before = read_config(values, ignore=origin.ignore)[1]
+    if before != config:
+        old, new = write_config(before, origin.family)[1], write_config(config, origin.family)[1]
+        values |= {key: new[key] for key in new if new[key] != old[key]}
+        if read_config(values, ignore=origin.ignore)[1] != config:
+            raise ConfigError(f"{origin.folder / 'config.json'}: cannot be changed to say what the model is now")
+    return values, origin.names
+
+
+def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
+    return NANOLLM.write(config), NANOLLM.tables[0]
+
+
+def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict[str, Any], table.Table]:
+    family = origin.family if origin and origin.family is not NANOLLM else write_config(with_rope_layout(config, "half"))[0]
+    expected = ("llama",) if to == "meta" else ("mistral", "mixtral")
+    if family.name not in expected:
+        raise ConfigError(f"a {family.name} model has no {to} layout; it is one of {' and '.join(expected)}")
+    params = write_params(with_rope_layout(config, "interleaved"), family.name)
+    again = read_config(read_params(params, f"as {to}", family.name, config.vocab, config.tied))[1]
+    kept = dataclasses.replace(with_rope_layout(config, "half"), context=again.context)     # which params.json of Meta does not say
+    if again != kept:
+        raise ConfigError(f"params.json cannot say what the model is: {difference(kept, again, 'config')}")
+    return params, for_heads_in(NAMES, rope_layout(config), "interleaved")
+
+
+def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
+    """The tokenizer and what else belongs to the model, from where it came from."""
+    if origin and not origin.folder.is_dir():
+        warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer")
+    for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)] if origin else []:
+        shutil.copyfile(path, draft / path.name)

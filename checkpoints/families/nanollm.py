@@ -1,0 +1,41 @@
+"""nanollm's own layout: a model under the names that it has here. Any model that can be built can be kept so.
+
+    config.json     {"model_type": "nanollm", "decoder": ModelConfig.to_dict()}
+    tensors         as named_parameters() has them: embed.weight, layers.3.mixer.q.weight, …
+
+transformers does not know it; `python -m checkpoints.convert` takes it to a layout that it knows, if there is one.
+"""
+
+from typing import Any
+
+from checkpoints.families.family import Family
+from checkpoints.reader import Reader
+from checkpoints.table import Rule, Table, rule
+from nanollm.config import ModelConfig
+
+
+class OwnNames(Table):
+    """The table in which every name stands for itself."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+    def __missing__(self, name: str) -> Rule:
+        return rule(name, name)
+
+
+def read(r: Reader) -> ModelConfig:
+    """Raises ConfigError on what to_dict did not write, and on more layers than there are tensors."""
+    decoder = r.get("decoder")
+    runs = decoder.get("layers") if isinstance(decoder, dict) else None
+    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 for run in runs)
+    if not pairs or sum(run[0] for run in runs) > r.most:
+        raise r.error("decoder", f"a ModelConfig as to_dict writes it, of at most {r.most} layers")
+    return ModelConfig.from_dict(decoder)
+
+
+def write(config: ModelConfig) -> dict[str, Any]:
+    return {"model_type": "nanollm", "decoder": config.to_dict(), "dtype": None}
+
+
+NANOLLM = Family("nanollm", read, write, (OwnNames(),))

@@ -1,0 +1,110 @@
+"""A model where it lies: found in a folder, understood, and planned, without a byte of its weights read.
+
+    folder ──→ what describes it, and where its tensors are (layouts.py)
+           ──→ ModelConfig and family (reader.py, families/)         Decoder on the meta device ─┐
+           ──→ headers of its files ─────────────────────────────────────────────────────────────┴─ steps
+
+What comes out fits: every parameter has its tensor and every tensor its parameter, in the right shape. If not, the error has the
+whole list. load() fills a model from it, convert.py writes another folder from it, inspect.py and compare.py look at it.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints import files, layouts, quantized, table
+from checkpoints.families import Family, read_config
+from checkpoints.families.original import with_rope_layout
+from nanollm.config import ModelConfig
+from nanollm.errors import ConfigError
+from nanollm.model import Decoder
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk, and how it is read."""
+    folder: Path
+    layout: str                                  # of layouts.LAYOUTS
+    values: dict[str, Any]                       # config.json as it is; of another layout, what a config.json would say
+    family: Family
+    names: table.Table
+    model: Decoder                               # on the meta device
+    steps: list[table.Step]
+    stored: dict[str, files.Stored]
+    ignore: tuple[str, ...]
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def parameters(self) -> dict[str, torch.Tensor]:
+        """Names and shapes, each parameter once: of tied ones the first."""
+        return dict(self.model.named_parameters())
+
+    def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
+        """What a parameter is kept as: as stored, or as wanted, but float32 at least where its module says that less would not do."""
+        step = next(step for step in self.steps if name in step.ours)
+        if wanted is None:
+            return self.stored[step.theirs[0]].dtype
+        owner, _, leaf = name.rpartition(".")
+        wide = leaf in getattr(self.model.get_submodule(owner), "FLOAT32", ())
+        return torch.promote_types(wanted, torch.float32) if wide else wanted
+
+
+def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None, allow_pickle: bool = False) -> Source:
+    """The model in a folder, or the one that a file (params.json, *.gguf) belongs to. `family` is a model_type in place of the one that
+    is said, for folders that say none. Raises ConfigError or CheckpointError; nothing was read or allocated then."""
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
+    found = layouts.find(path, family, allow_pickle)
+    values, block = quantized.plain_config(found.values, found.where)
+    stored = quantized.plain_tensors(found.stored, block, str(path))
+    kind, config = read_config(values, found.where, ignore, most=min(len(stored), 10_000))
+    if found.pairs:
+        config = with_rope_layout(config, "interleaved")
+    stored = _language_model(stored, kind, config, path)
+    model, names, steps = _plan(kind, found, config, stored, ignore, path)
+    return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore)
+
+
+def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig, folder: Path) -> dict[str, files.Stored]:
+    """The tensors without those of a multimodal model's other towers, and of a layer that predicts ahead, which are counted in a warning."""
+    mark = family.ahead.replace("{i}", str(len(config.layers)))
+    spare = (*family.left_out, *([mark.rsplit(".", 2)[0] + "."] if mark in stored else []))
+    towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
+    told = [f"{prefix}… ({len(tower)} tensors, {sum(one.size for one in tower):,} bytes)" for prefix, tower in towers.items() if tower]
+    if told:
+        warnings.warn(f"{folder}: the language model is loaded; left out: {', '.join(told)}")
+    return {name: one for name, one in stored.items() if not name.startswith(spare)}
+
+
+def _plan(
+    family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored], ignore: tuple[str, ...], folder: Path
+) -> tuple[Decoder, table.Table, list[table.Step]]:
+    """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
+    model = _on_meta(config, found.where)
+    parameters = dict(model.named_parameters())
+    names = min(found.tables or family.tables, key=lambda one: len(table.missing(table.expand(one, parameters, config), stored)))
+    head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
+    if config.tied and head in stored:           # stored although tied: a copy is passed over, another head is kept
+        if embed in stored and files.equal_bytes(stored[head], stored[embed]):
+            ignore = (*ignore, head)
+        else:
+            warnings.warn(f"{folder}: tied by config.json, but {head} is not the embedding; it is kept, and the model is untied")
+            model = _on_meta(dataclasses.replace(config, tied=False), found.where)
+            parameters = dict(model.named_parameters())
+    steps = table.expand(names, parameters, model.config)
+    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, str(folder))
+    return model, names, steps
+
+
+def _on_meta(config: ModelConfig, where: str) -> Decoder:
+    try:
+        with torch.device("meta"):
+            return Decoder(config)
+    except RuntimeError as error:                # torch's word for sizes whose product no 64-bit number holds
+        raise ConfigError(f"{where}: a tensor beyond any memory: {error}") from None

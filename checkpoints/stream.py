@@ -1,0 +1,121 @@
+"""Moving weights: from a file to memory, from memory to a file, from a file to a file, a few megabytes at a time.
+
+    read     stored tensor → piece of ours        write    piece of ours → stored tensor        copy     stored → stored
+
+A piece (ops.py) is cut into runs that fit a buffer. What needs no cast and lies in one stretch of memory is read straight into it.
+Each run is checked as it passes: a NaN or an infinity is an error with the tensor's name, never judged by logits, as PyTorch's fused
+attention turns a NaN in q or k into finite numbers on a CPU.
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from checkpoints.files import Stored, as_bytes
+from checkpoints.ops import Beside, Piece
+from checkpoints.table import Step, short
+from nanollm.errors import CheckpointError
+
+RUN = 1 << 20                                    # elements of a run: it is read, checked and written while it is in the cache
+
+
+def runs(piece: Piece, most: int = RUN) -> Iterator[Piece]:
+    """The piece cut by rows, then within a row, into parts of at most `most` elements. A row of views side by side stays whole."""
+    if piece.numel() <= most or (isinstance(piece, Beside) and len(piece) == 1):
+        yield piece
+    elif len(piece) == 1:
+        yield from runs(piece[0], most)
+    else:
+        rows = max(1, most * len(piece) // piece.numel())
+        for at in range(0, len(piece), rows):
+            yield from runs(piece[at : at + rows], most)
+
+
+def read(stored: Stored, first: int, piece: Piece, name: str) -> int:
+    """Fill a piece with the elements of a stored tensor from the first-th on; return which comes next.
+
+    Raises CheckpointError if one of them is not finite in the dtype of the piece, or the file has ended."""
+    for part in runs(piece):
+        dtype = (part.views[0] if isinstance(part, Beside) else part).dtype
+        if isinstance(part, Tensor) and part.is_cpu and part.is_contiguous() and stored.run_dtype(dtype) == dtype:
+            stored.read_run(first, part.view(-1))
+            need_finite(name, part, stored)
+        else:
+            run = torch.empty(part.numel(), dtype=stored.run_dtype(dtype))
+            stored.read_run(first, run)
+            run = run.to(dtype)
+            need_finite(name, run, stored)
+            part.copy_(run if isinstance(part, Beside) else run.view(part.shape))
+        first += part.numel()
+    return first
+
+
+def write(stored: Stored, first: int, piece: Piece, name: str) -> int:
+    """Put a piece where a stored tensor lies, from its first-th element on; return which comes next."""
+    file = os.open(stored.file, os.O_WRONLY)
+    try:
+        for part in runs(piece):
+            run = (part.dense() if isinstance(part, Beside) else part).to("cpu", stored.dtype).contiguous()
+            need_finite(name, run, stored)
+            _write_at(file, stored, first, run)
+            first += part.numel()
+    finally:
+        os.close(file)
+    return first
+
+
+def copy(source: Stored, target: Stored, name: str) -> None:
+    """A stored tensor into the place of another of its shape, cast if need be."""
+    file = os.open(target.file, os.O_WRONLY)
+    run = torch.empty(min(RUN, math.prod(target.shape)), dtype=source.run_dtype(target.dtype))
+    try:
+        for first in range(0, math.prod(target.shape), RUN):
+            part = run[: math.prod(target.shape) - first]
+            source.read_run(first, part)
+            cast = part.to(target.dtype)
+            need_finite(name, cast, source)
+            _write_at(file, target, first, cast)
+    finally:
+        os.close(file)
+
+
+def _write_at(file: int, stored: Stored, first: int, run: Tensor) -> None:
+    left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
+    while left:                                  # a call may write less than it was given
+        done = os.pwrite(file, left, place)
+        left, place = left[done:], place + done
+
+
+def load_step(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor]) -> None:
+    """Fill the parameters of one step."""
+    places = dict.fromkeys(step.theirs, 0)
+    for name, piece in step.pieces(parameters):
+        places[name] = read(stored[name], places[name], piece, name)
+
+
+def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+    """Write the parameters of one step where their stored tensors go."""
+    places = dict.fromkeys(step.theirs, 0)
+    for name, piece in step.pieces(parameters):
+        places[name] = write(stored[name], places[name], piece, name)
+
+
+def need_finite(name: str, run: Tensor, stored: Stored) -> None:
+    """Raises CheckpointError with the name of a tensor that holds a NaN or an infinity."""
+    if run.numel() and not all(torch.isfinite(end) for end in torch.aminmax(run)):           # NaN goes through both
+        raise CheckpointError(f"{stored.file.parent}: {name} holds a NaN or an infinity as {short(run.dtype)}")
+
+
+def same_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> Iterator[tuple[str, bool]]:
+    """For each piece of a step, whether its stored tensor has just the bits that it has."""
+    places = dict.fromkeys(step.theirs, 0)
+    for name, piece in step.pieces(parameters):
+        for part in runs(piece):
+            ours = (part.dense() if isinstance(part, Beside) else part).contiguous().view(-1)
+            theirs = torch.empty(part.numel(), dtype=stored[name].dtype)
+            stored[name].read_run(places[name], theirs)
+            places[name] += part.numel()
+            yield name, as_bytes(ours) == as_bytes(theirs)
