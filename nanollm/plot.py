@@ -1,4 +1,4 @@
-"""The loss curve as a picture. matplotlib is asked for only here."""
+"""The loss curve, and where two models part, as pictures. matplotlib is asked for only here."""
 
 import statistics
 from pathlib import Path
@@ -21,6 +21,26 @@ def loss_curve(path: Path, train: list[tuple[int, float]], held_out: list[tuple[
     for (name, value), style in zip(references.items(), ("--", ":", "-.")):
         axes.axhline(value, color="tab:gray", linestyle=style, label=f"{name}, {value:.3f}")
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token", xlim=(0, steps[-1]))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def error_by_depth(path: Path, errors: list[tuple[str, float]], bound: float) -> bool:
+    """Write a .png: (what, relative difference) from the embedding to the logits, on a log scale, and the bound. False: there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure            # as above
+    except ImportError:
+        return False
+    least = min([bound, *(error for _, error in errors if error > 0)]) / 10
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([max(error, least) for _, error in errors], color="tab:blue", marker="o", markersize=4, label=f"difference; {least:.0e} stands for none")
+    axes.axhline(bound, color="tab:gray", linestyle="--", label=f"bound, {bound:g}")
+    axes.set(yscale="log", xlabel="depth", ylabel="largest difference over the spread")
+    shown = range(0, len(errors), -(-len(errors) // 24))             # of many layers not every name fits
+    axes.set_xticks(list(shown), [errors[i][0] for i in shown], rotation=60, ha="right")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -1,6 +1,7 @@
 """What a checkpoint is, as a person would draw it: its layers by kind, how each is wired, its matrices, and what it all takes.
 
-    python -m nanollm.show FOLDER           a model folder, a config.json alone, owner/name on the hub, or the name of a preset
+    python -m nanollm.show FOLDER           a model folder of any layout, a config.json, params.json or *.gguf, owner/name on the hub, or the
+                                            name of a preset
 
 No weight is read, and nothing is worked out twice: shapes are those of the model on the meta device (one layer of each kind), bytes on
 disk those in the headers of the files, bytes of the cache those of `cache.new_state` without memory, FLOPs those of speed.py. How the
@@ -133,13 +134,21 @@ def find(source: str) -> Found:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    from checkpoints import files, hub, table               # nanollm never needs checkpoints; this command reads one, so it does
-    from checkpoints.families import read_config
-    path = path if path.is_file() else hub.local_folder(source, ("config.json",)) / "config.json"
-    values = files.read_json(path, largest=10_000_000)
-    with_weights = Path(source).is_dir() and any((path.parent / name).exists() for name in (files.SINGLE, files.INDEX))
-    stored = files.read_folder(path.parent) if with_weights else {}
-    config = read_config(values, str(path), most=min(len(stored) or 10_000, 10_000))[1]
+    from checkpoints import files, hub, layouts, quantized, table       # nanollm never needs checkpoints; this command reads one, so it does
+    from checkpoints.families import original, read_config
+    path = path if path.exists() else hub.local_folder(source, ("config.json",))
+    weights = (files.SINGLE, files.INDEX, original.SINGLE)
+    if path.is_dir():
+        described = None if any((path / name).exists() for name in weights) else path / "config.json"
+    else:
+        described = path if path.suffix == ".json" and path.name != "params.json" else None
+    if described is not None and described.exists():        # a config alone, or one whose weights are pickles, which stay closed
+        found = layouts.Found(described.parent, "hf", files.read_json(described, layouts.LARGEST_CONFIG), str(described), {})
+    else:
+        found = layouts.find(path)
+    values, stored = quantized.plain_config(found.values, found.where)[0], found.stored
+    config = read_config(values, found.where, most=min(len(stored) or 10_000, 10_000))[1]
+    config = original.with_rope_layout(config, "interleaved") if found.pairs else config
     held: Counter[torch.dtype] = Counter()                  # bytes
     for tensor in stored.values():
         held[tensor.dtype] += tensor.size
@@ -148,14 +157,15 @@ def find(source: str) -> Found:
                  if isinstance(each.get(key), str)), None)
     usual = next((dtype for dtype, _ in held.most_common() if dtype in table.READABLE), torch.bfloat16)
     parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
-    where = f" in {len(stored):,} tensors and {len({tensor.file for tensor in stored.values()})} file(s)"
+    used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
+    where = f" in {len(stored):,} tensors and {len(used)} file(s)"
     return Found(config, names.get(said, usual), parts + where if stored else None)
 
 
 def run() -> None:
     """The command."""
     parser = cli.Parser(prog="python -m nanollm.show", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="FOLDER", help="a model folder, a config.json, owner/name on the hub, or the name of a preset")
+    parser.add_argument("source", metavar="FOLDER", help="a model folder, a config.json, params.json or *.gguf, owner/name on the hub, or the name of a preset")
     parser.add_argument("--context", type=int, metavar="N", help=f"tokens that the costs are for (default {CONTEXT}, or as many as the model was trained for)")
     parser.add_argument("--json", action="store_true", help="the same for machines")
     args = parser.parse_args()

@@ -13,11 +13,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGES = {name: sorted((ROOT / name).rglob("*.py")) for name in ("nanollm", "checkpoints", "kernels")}
 SCRIPTS = sorted(ROOT.glob("*.py"))
 LIBRARIES = {                                            # beside torch, numpy and the standard library
-    "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm"}, "kernels": {"kernels", "triton"},
+    "nanollm": {"nanollm"}, "checkpoints": {"checkpoints", "nanollm", "safetensors", "huggingface_hub", "tqdm", "gguf"}, "kernels": {"kernels", "triton"},
 }
 ITS_OWN = {"tokenizer.py": {"tokenizers"}, "tokenizer_files.py": {"tokenizers", "sentencepiece"}, "tokenizer_declared.py": {"tokenizers"}, "chat.py": {"jinja2"},
            "text.py": {"tokenizers", "tqdm"}, "plot.py": {"matplotlib"}, "state.py": {"safetensors"}, "options.py": {"tomli"},
-           "log.py": {"wandb"}, "show.py": {"checkpoints"}}        # the command of show.py reads a checkpoint, and imports them inside it
+           "log.py": {"wandb"}, "show.py": {"checkpoints"},        # the command of show.py reads a checkpoint, and imports them inside it
+           "compare.py": {"transformers"}}                         # it compares with them, and imports them inside
 FORWARD = "config config_parts norm rope mask frame linear attention mlp block model".split()
 TRAINER = "data optim losses distributed".split()         # with train.py: what a training step runs through
 
@@ -41,8 +42,8 @@ def test_imports_follow_the_arrows(path):
 
 def test_every_own_library_is_still_used():
     for name, libraries in ITS_OWN.items():
-        path = ROOT / "nanollm" / name
-        assert path.exists() and libraries <= {found.partition(".")[0] for found in imports(path)}, name
+        [path] = [path for files in PACKAGES.values() for path in files if path.name == name and path.parent.name != "families"]
+        assert libraries <= {found.partition(".")[0] for found in imports(path)}, name
 
 
 def test_config_is_imported_by_all_and_imports_nothing():

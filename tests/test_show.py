@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoints
+from checkpoints.convert import convert, plan
 from checkpoints.families import read_config
+from checkpoints.families.original import with_rope_layout
+from checkpoints.source import open_source
 from nanollm import config as c
 from nanollm import show, speed
 from nanollm.cache import Cache
@@ -343,6 +347,33 @@ def test_a_folder_a_file_and_a_preset(tmp_path, monkeypatch, capsys):
         assert "B in float16\n" in shown(monkeypatch, capsys, str(source))
     assert shown(monkeypatch, capsys, "llama-8b", "--context", "100").endswith("Llama3(factor=8, original=8192)\n")
     assert json.loads(shown(monkeypatch, capsys, "llama-8b", "--json"))["parameters"] == 8_030_261_248
+
+
+def test_every_layout(tmp_path):
+    """The same model, but for the channels that turn together, which the layouts hold in another order."""
+    config = ModelConfig(97, 48, (LLAMA,) * 3, context=32_768)
+    checkpoints.save(Decoder(config), tmp_path / "hf")
+    shutil.copytree(tmp_path / "hf", tmp_path / "as mistral")
+    values = {key: value for key, value in json.loads((tmp_path / "hf" / "config.json").read_text()).items() if not key.endswith("_bias")}
+    (tmp_path / "as mistral" / "config.json").write_text(json.dumps(values | {"model_type": "mistral", "sliding_window": None}))
+    for source, layout in (("hf", "nanollm"), ("hf", "meta"), ("as mistral", "mistral")):
+        convert(plan(open_source(tmp_path / source), layout), tmp_path / layout)
+    found = {name: find(str(tmp_path / name)) for name in ("hf", "nanollm", "mistral")}
+    assert found["hf"].config == found["nanollm"].config == with_rope_layout(found["mistral"].config, "half")
+    assert found["mistral"].config.layers[0].mixer.rope.layout == "interleaved"
+    size = amount(4 * sum(p.numel() for p in Decoder(config).parameters()))
+    assert {one.weights for one in found.values()} == {f"{size}B of float32 in 30 tensors and 1 file(s)"}
+    assert find(str(tmp_path / "mistral" / "params.json")) == found["mistral"]
+    with pytest.raises(CheckpointError, match="only pickled weights"):
+        find(str(tmp_path / "meta"))
+
+
+def test_a_config_whose_weights_are_pickles_or_in_eight_bits_is_shown(tmp_path):
+    eight = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    (tmp_path / "other.json").write_text(json.dumps(VALUES | {"quantization_config": eight}))
+    (tmp_path / "config.json").write_text(json.dumps(VALUES))
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never opened")
+    assert find(str(tmp_path)) == find(str(tmp_path / "other.json")) == (read_config(VALUES)[1], torch.float16, None)
 
 
 def test_a_name_on_the_hub_has_its_config_fetched_and_no_weights(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,47 @@
+"""Many names in one line: those that differ in numbers only, the numbers folded.
+
+    model.layers.0.self_attn.q_proj.weight  …  model.layers.31.self_attn.q_proj.weight     model.layers.{0..31}.self_attn.q_proj.weight
+    model.layers.3.mlp.experts.0.up_proj.weight  …  60 layers, 256 experts                 model.layers.{3..60}.mlp.experts.{0..255}.up_proj.weight
+    layers.1.mixer.window, layers.3.mixer.window, layers.5.mixer.window                    layers.{1,3,5}.mixer.window
+
+A number is a part of a name that stands alone between dots. Tensors, parameters, and fields of a config are all folded here.
+"""
+
+from collections.abc import Iterable, Sequence
+
+SHOWN = 6                                        # runs of numbers that a name spells out
+
+
+def pattern(name: str) -> str:
+    """What names that are folded together have in common: layers.3.norm → layers.{}.norm"""
+    return ".".join("{}" if _is_number(part) else part for part in name.split("."))
+
+
+def folded(names: Sequence[str]) -> str:
+    """Names of one pattern as one. A part that is the same number in all of them stays as it is."""
+    columns = zip(*(name.split(".") for name in names))
+    return ".".join(_folded(column) if _is_number(column[0]) else column[0] for column in columns)
+
+
+def _is_number(part: str) -> bool:
+    return part.isascii() and part.isdigit() and len(part) < 10      # a file may hold any name
+
+
+def _folded(column: Sequence[str]) -> str:
+    numbers = sorted(set(map(int, column)))
+    if len(numbers) == 1:
+        return column[0]
+    runs = list(_runs(numbers))
+    spelt = [str(first) if first == last else f"{first}..{last}" for first, last in runs]
+    return "{" + ",".join(spelt if len(runs) <= SHOWN else [*spelt[: SHOWN - 1], "…", spelt[-1]]) + "}"
+
+
+def _runs(numbers: Iterable[int]) -> Iterable[tuple[int, int]]:
+    """Rising numbers as runs without a gap: 0 1 2 5 → (0, 2), (5, 5)"""
+    first = last = None
+    for number in numbers:
+        if last is not None and number != last + 1:
+            yield first, last
+            first = None
+        first, last = number if first is None else first, number
+    yield first, last

@@ -1,0 +1,229 @@
+"""What a model folder holds, and whether it would load, from headers alone: no weight is read, whatever the size.
+
+    python -m checkpoints.inspect FOLDER                what it is, and its tensors by pattern
+    python -m checkpoints.inspect FOLDER --tensors      … one by one
+    python -m checkpoints.inspect FOLDER --json         … for machines
+
+    Mixtral-8x7B-v0.1
+    layout       hf
+    family       mixtral
+    files        19, 93.4 GB: model-00001-of-00019.safetensors … model-00019-of-00019.safetensors
+    dtypes       93.4 GB of bfloat16
+    tensors      995
+    parameters   46,702,792,704 (46.70 B)
+    loads        yes
+
+    model.embed_tokens.weight                                       bfloat16  32000×4096  1 tensor     262 MB
+    model.layers.{0..31}.self_attn.q_proj.weight                    bfloat16  4096×4096   32 tensors   1.07 GB
+    model.layers.{0..31}.block_sparse_moe.experts.{0..7}.w1.weight  bfloat16  14336×4096  256 tensors  30.1 GB
+    …
+
+The exit code is 0 if the folder would load, and 1 if not; then `loads` has what checkpoints.load() says, and what can be listed still is.
+FOLDER is whatever load() takes. Pickles (.bin, .pth) are read with --allow-pickle only. Without it, each is named, and which functions it
+calls beside what tensors need; nothing of it is run.
+
+Two things are read beside headers: a head that is stored although tied is compared with the embedding, and norms that every rank's file
+has with each other, as load() does to know what the model is.
+"""
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from checkpoints import files, folding, hub, layouts, pickles, table
+from checkpoints.families import original
+from checkpoints.files import Stored
+from checkpoints.source import understand
+from nanollm import cli
+from nanollm.errors import NanollmError
+from nanollm.show import amount, billions
+
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+LISTED = 8                                       # files that are listed one by one
+
+
+@dataclass
+class Report:
+    """What was found. `stored` is as it lies on disk: with the scales of fp8 weights, and the towers that load() leaves out."""
+    folder: Path
+    layout: str
+    family: str | None
+    reason: str | None = None                    # why it would not load; None: it would
+    parameters: int | None = None                # of the model, if it would load
+    notes: list[str] = field(default_factory=list)
+    stored: dict[str, Stored] = field(default_factory=dict)
+    pickles: dict[str, str | None] = field(default_factory=dict)         # file that was not read → what speaks against it; None: it is harmless
+
+    @property
+    def used(self) -> set[Path]:
+        """The files that the tensors are in. A matrix that several ranks share out is in several."""
+        return {part.file for one in self.stored.values() for part in getattr(one, "parts", (one,))}
+
+    def sizes(self) -> dict[Path, int]:
+        """All files of the folder that could hold weights, and their bytes."""
+        return {path: path.stat().st_size for path in sorted(self.folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()}
+
+
+def look(path: Path, ignore: Collection[str] = (), family: str | None = None, allow_pickle: bool = False) -> Report:
+    """The report of a folder, or of the model that a file belongs to. What is wrong with it is in there; OSError if it cannot be listed."""
+    folder = path.parent if path.is_file() else path
+    report = Report(folder, which_layout(path), family)
+    try:
+        found = layouts.find(path, family, allow_pickle, ignore)
+        report.stored, report.layout, report.family = found.stored, found.layout, found.values.get("model_type")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            source = understand(found, tuple(ignore))
+        report.notes += [str(one.message) for one in told]
+        report.family = source.family.name
+        report.parameters = sum(parameter.numel() for parameter in source.parameters().values())
+    except NanollmError as error:
+        report.reason = str(error)
+    if not report.stored:
+        _list_anyway(report)
+    if report.family == "nanollm":
+        report.layout = "nanollm"
+    return report
+
+
+def which_layout(path: Path) -> str:
+    """By the names of files alone, for folders that nothing else can be said of."""
+    names = {path.name} if path.is_file() else {one.name for one in path.iterdir()}
+    if "config.json" in names:
+        return "hf"
+    if "params.json" in names:
+        return "mistral" if original.SINGLE in names else "meta"
+    return "gguf" if any(name.endswith(".gguf") for name in names) else "unknown"
+
+
+def _list_anyway(report: Report) -> None:
+    """A folder that is no whole model: what each of its files says by itself."""
+    try:
+        said = files.read_json(report.folder / "config.json", layouts.LARGEST_CONFIG).get("model_type")
+        report.family = report.family or (said if isinstance(said, str) else None)
+    except NanollmError:
+        pass                                     # that it is missing, or damaged, is among the reasons already
+    for path in report.sizes():
+        try:
+            if path.suffix == ".safetensors":
+                report.stored |= files.read_header(path)
+            elif path.match("pytorch_model*.bin") or pickles.RANK.fullmatch(path.name):
+                called = pickles.functions(path)
+                report.pickles[path.name] = f"it calls {', '.join(called)}" if called else None
+        except NanollmError as error:
+            if path.suffix != ".safetensors":
+                report.pickles[path.name] = str(error)
+            elif str(error) != report.reason:
+                report.notes.append(str(error))
+
+
+# ---- what is said
+
+def describe(report: Report, tensors: bool = False) -> str:
+    """The report as text; `tensors`: one by one."""
+    held: Counter[str] = Counter()
+    for one in report.stored.values():
+        held[_dtype(one)] += one.size
+    numbers = sum(math.prod(one.shape) for one in report.stored.values())
+    counted, by_tensors = (report.parameters, "") if report.reason is None else (numbers, ", as many numbers as the tensors hold")
+    rows = {
+        "layout": [report.layout],
+        "family": [report.family or "unknown"],
+        "files": list(_files(report)) or ["none that could hold weights"],
+        "dtypes": [", ".join(f"{amount(size)}B of {name}" for name, size in held.most_common()) or "unknown"],
+        "tensors": [f"{len(report.stored):,}"],
+        "parameters": [f"{counted:,} ({billions(counted)}){by_tensors}" if report.stored else "unknown"],
+        "pickles": [f"{name}: {f'NOT harmless, {against}' if against else 'harmless, it calls what tensors need and no more'}"
+                    for name, against in report.pickles.items()],
+        "notes": report.notes,
+        "loads": ["yes"] if report.reason is None else ["no", *report.reason.splitlines()],
+    }
+    lines = [f"{what if at == 0 else '':13}{line}" for what, said in rows.items() for at, line in enumerate(said)]
+    listed = _each(report) if tensors else _groups(report)
+    return "\n".join(map(_printable, [str(report.folder), *lines, *([""] if report.stored else []), *_aligned([_row(one) for one in listed])]))
+
+
+def facts(report: Report, tensors: bool = False) -> str:
+    """The same for machines, as JSON."""
+    used = report.used
+    return json.dumps({
+        "folder": str(report.folder), "layout": report.layout, "family": report.family, "loads": report.reason is None, "reason": report.reason,
+        "notes": report.notes, "parameters": report.parameters, "tensors": len(report.stored),
+        "files": [{"name": path.name, "bytes": size, "used": path in used} for path, size in report.sizes().items()],
+        "pickles": [{"name": name, "harmless": against is None, "against": against} for name, against in report.pickles.items()],
+        "stored": list(_each(report) if tensors else _groups(report)),
+    }, indent=2, ensure_ascii=False)
+
+
+def _files(report: Report) -> Iterator[str]:
+    """Those that the model is read from, then those that belong to something else."""
+    sizes, used = report.sizes(), report.used
+    for names, more in (([path for path in sizes if path in used], ""), ([path for path in sizes if path not in used], ", not read")):
+        if len(names) <= LISTED:
+            yield from (f"{path.name}   {amount(sizes[path])}B{more}" for path in names)
+        else:
+            yield f"{len(names)}, {amount(sum(sizes[path] for path in names))}B{more}: {names[0].name} … {names[-1].name}"
+
+
+def _each(report: Report) -> Iterator[dict[str, Any]]:
+    for name, one in report.stored.items():
+        parts = [part.file.name for part in getattr(one, "parts", (one,))]
+        yield {"name": name, "dtype": _dtype(one), "shape": list(one.shape), "bytes": one.size, "file": ", ".join(parts)}
+
+
+def _groups(report: Report) -> Iterator[dict[str, Any]]:
+    """Tensors that differ in numbers of layers and experts only."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name, one in report.stored.items():
+        groups.setdefault((folding.pattern(name), _dtype(one), one.shape), []).append(name)
+    for (_, dtype, shape), names in groups.items():
+        yield {"name": folding.folded(names), "dtype": dtype, "shape": list(shape),
+               "bytes": sum(report.stored[name].size for name in names), "tensors": len(names)}
+
+
+def _dtype(one: Stored) -> str:
+    """What lies in the file. Blocks of a GGUF have no dtype of their own, but so many bits a number: Q4_K 4.5."""
+    numbers = math.prod(one.shape)
+    return table.short(one.dtype) if one.size == numbers * one.dtype.itemsize else f"{8 * one.size / numbers:.3g} bits"
+
+
+def _row(one: Mapping[str, Any]) -> list[str]:
+    last = one["file"] if "file" in one else f"{one['tensors']:,} tensor{'s' * (one['tensors'] > 1)}"
+    return [one["name"], one["dtype"], "×".join(map(str, one["shape"])) or "scalar", last, f"{amount(one['bytes'])}B"]
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+
+
+def _printable(line: str) -> str:
+    """Names come from a file that anyone may have written, and a terminal obeys what is not printable."""
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in line)
+
+
+def run() -> None:
+    """The command."""
+    parser = cli.Parser(prog="python -m checkpoints.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="FOLDER", help="a model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
+    parser.add_argument("--tensors", action="store_true", help="every tensor with its file; else those are one line that differ in numbers only")
+    parser.add_argument("--json", action="store_true", help="the same for machines")
+    parser.add_argument("--family", metavar="MODEL_TYPE", help="what the model is, for a folder that does not say, or says something else")
+    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this config key or tensor that reading complains of")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files too; only from people you trust")
+    args = parser.parse_args()
+    report = look(hub.local_path(args.source, hub.wanted(args.allow_pickle)), args.ignore, args.family, args.allow_pickle)
+    print((facts if args.json else describe)(report, args.tensors))
+    if report.reason is not None:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.main(run)
