@@ -20,10 +20,9 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from checkpoints import files, hub, quantized, stream, table, writing
-from checkpoints.export import Origin, copy_companions, plan_export
+from checkpoints.export import Origin, copy_companions, origin_of, plan_export
 from checkpoints.families import read_config
 from checkpoints.layouts import LARGEST_CONFIG
 from checkpoints.source import open_source
@@ -46,22 +45,17 @@ def load(
     if dtype not in (None, *table.READABLE):
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
     found = open_source(hub.local_path(source), ignore)
-    model = found.model
-    for name in found.parameters():              # from here on there is memory
-        owner, _, leaf = name.rpartition(".")
-        kept = torch.empty_like(model.get_parameter(name), dtype=found.dtype(name, dtype), device=device)
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept))
-    model.tie()
-    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
-    for step in found.steps:
-        stream.load_step(step, found.stored, parameters)
-    model.origin = Origin(found.folder, found.layout, found.values, found.family, found.names, found.ignore)
-    return model.eval()
+    model = stream.fill(found, dtype, device)    # from here on there is memory
+    model.origin = origin_of(found)
+    return model
 
 
 def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
-    path = hub.local_folder(source, ("config.json",)) / "config.json"
+    folder = hub.local_folder(source, ("config.json",))
+    path = folder / "config.json"
+    if not path.exists() and folder.is_dir():
+        return open_source(hub.local_path(source)).config        # another layout
     return read_config(quantized.plain_config(files.read_json(path, largest=LARGEST_CONFIG), str(path))[0], str(path))[1]
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import export, hub, pickles, stream, table, writing
+from checkpoints import export, hub, stream, table, writing
 from checkpoints.files import Stored
 from checkpoints.source import Source, open_source
 from checkpoints.table import Step
@@ -42,14 +42,20 @@ class Move:
     @property
     def straight(self) -> bool:
         """Whether both sides hold them in one arrangement, so that no more than names differ."""
-        read, write = self.reads[0], self.writes[0]
-        return len(self.reads) == len(self.writes) == 1 and read.op is write.op and read.ours == write.ours
+        read = self.reads[0]
+        return len(self.reads) == 1 and all(write.op is read.op and write.ours == read.ours for write in self.writes)
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """(name in SRC, name in DST) of a straight move."""
+        for write in self.writes:
+            yield from zip(self.reads[0].theirs, write.theirs)
 
 
 @dataclass(frozen=True)
 class Conversion:
     """What becomes what."""
     source: Source
+    origin: export.Origin
     written: export.Export
     dtypes: Mapping[str, torch.dtype]            # of our parameters, as they are written
     moves: list[Move]
@@ -59,12 +65,12 @@ def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None) -> Co
     """Raises ConfigError if the layout cannot express the model."""
     parameters = source.parameters()
     dtypes = {name: source.dtype(name, dtype) for name in parameters}
-    origin = export.Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
+    origin = export.origin_of(source)
     written = export.plan_export(source.config, parameters, dtypes, origin, to)
-    return Conversion(source, written, dtypes, list(_moves(source.steps, written.steps)))
+    return Conversion(source, origin, written, dtypes, list(moves(source.steps, written.steps)))
 
 
-def _moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:
+def moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:
     """The steps of both sides, sorted into groups that share no parameter."""
     group: dict[str, str] = {}                   # parameter → the first one of its group
 
@@ -88,8 +94,7 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
     """Write the folder. `done` is called with the bytes of each part that is written (and again of each that is compared).
 
     Raises CheckpointError on a damaged source, a full disk, or a comparison that fails; `folder` is not there then."""
-    source, written = conversion.source, conversion.written
-    origin = export.Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
+    written = conversion.written
     need_room(folder, written.nbytes)
     with writing.new_folder(folder) as draft:
         places = written.lay_out(draft, shard_bytes)
@@ -97,7 +102,7 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
             for move in conversion.moves:
                 work(move, conversion, places)
                 done(sum(places[name].size for step in move.writes for name in step.theirs))
-        export.copy_companions(origin, draft, folder)
+        export.copy_companions(conversion.origin, draft, folder)
 
 
 def need_room(folder: Path, size: int) -> None:
@@ -111,7 +116,7 @@ def need_room(folder: Path, size: int) -> None:
 def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> None:
     stored = conversion.source.stored
     if move.straight:
-        for here, there in zip(move.reads[0].theirs, move.writes[0].theirs):
+        for here, there in move.pairs():
             stream.copy(stored[here], places[there], here)
         return
     parameters = _in_memory(move, conversion)
@@ -121,16 +126,20 @@ def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> N
 
 def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> None:
     """The source through its table against the file through its own: what was written is what would be loaded from the source."""
-    parameters = _in_memory(move, conversion)
-    for step in move.writes:
-        for name, same in stream.same_step(step, parameters, places):
-            if not same:
-                raise CheckpointError(f"{name}: what was written is not what {conversion.source.folder} has; the disk or the memory is not to be trusted")
+    stored = conversion.source.stored
+    if move.straight:
+        equal = [(there, stream.same(stored[here], places[there])) for here, there in move.pairs()]
+    else:
+        parameters = _in_memory(move, conversion)
+        equal = [found for step in move.writes for found in stream.same_step(step, parameters, places)]
+    for name, same in equal:
+        if not same:
+            raise CheckpointError(f"{name}: what was written is not what {conversion.source.folder} has; the disk or the memory is not to be trusted")
 
 
 def _in_memory(move: Move, conversion: Conversion) -> dict[str, Tensor]:
     shapes = conversion.source.parameters()
-    parameters = {name: torch.empty_like(shapes[name], dtype=conversion.dtypes[name], device="cpu") for step in move.reads for name in step.ours}
+    parameters = {name: torch.empty(shapes[name].shape, dtype=conversion.dtypes[name]) for step in move.reads for name in step.ours}
     for step in move.reads:
         stream.load_step(step, conversion.source.stored, parameters)
     return parameters
@@ -175,11 +184,10 @@ def run() -> None:
     parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this one config key or tensor that reading complains of")
     parser.add_argument("--dry-run", action="store_true", help="print the plan, tensor by tensor, and write nothing")
     parser.add_argument("--verify", action="store_true", help="read DST back and compare every value with SRC before it takes its name")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files, by torch's restricted reader; only for files from people you trust")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files; none of what they name is run, and yet: only from people you trust")
     args = parser.parse_args()
     shard_bytes = size(args.shard_size)
-    wanted = (*hub.WANTED, pickles.INDEX, "pytorch_model*.bin") if args.allow_pickle else hub.WANTED
-    source = open_source(hub.local_path(args.source, wanted), args.ignore, args.family, args.allow_pickle)
+    source = open_source(hub.local_path(args.source, hub.wanted(args.allow_pickle)), args.ignore, args.family, args.allow_pickle)
     conversion = plan(source, args.to, DTYPES[args.dtype])
     total = conversion.written.nbytes
     print(f"{source.folder} ({source.family.name}, {source.layout}) → {args.destination} ({args.to}): {len(conversion.written.tensors):,} tensors, {total:,} bytes")

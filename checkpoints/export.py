@@ -25,8 +25,10 @@ from torch import Tensor
 from checkpoints import hub, pickles, table, writing
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.families.original import NAMES, SINGLE, for_heads_in, read_params, rope_layout, with_rope_layout, write_params
+from checkpoints.families.original import NAMES, SINGLE, for_heads_in, read_params, rope_layout, steps_of, with_rope_layout, write_params
 from checkpoints.files import Stored
+from checkpoints.reader import Reader
+from checkpoints.source import Source
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
 
@@ -42,6 +44,21 @@ class Origin:
     family: Family
     names: table.Table
     ignore: tuple[str, ...]
+
+
+def origin_of(source: Source) -> Origin:
+    """Of a model in our own layout the folder that it was made from, if config.json says so. Raises ConfigError if that is no such thing."""
+    was = source.values.get("was") if source.family is NANOLLM else None
+    if was is None:
+        return Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
+    r = Reader(was if isinstance(was, dict) else {}, str(source.folder / "config.json"), prefix="was.")
+    values, table_number, ignore = r.get("config"), r.get("names"), r.get("ignore")
+    if not isinstance(values, dict) or not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
+        raise r.error("config", "a config.json, and ignore a list of names")
+    family = read_config(values, r.where, ignore)[0]
+    if type(table_number) is not int or not 0 <= table_number < len(family.tables):
+        raise r.error("names", f"a number below {len(family.tables)}, of one of the tables of {family.name}")
+    return Origin(source.folder, "hf", values, family, family.tables[table_number], tuple(ignore))
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: M
     for name, parameter in parameters.items():
         kinds[table.short(dtypes[name])] += parameter.numel()
     values |= {key: kinds.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in values}
-    steps = table.expand(names, parameters, config)
+    steps = (steps_of if to in ("meta", "mistral") else table.expand)(names, parameters, config)
     tensors = {theirs: (dtypes[step.ours[0]], shape) for step in steps for theirs, shape in step.shapes(parameters).items()}
     return Export(to, values, steps, tensors)
 
@@ -100,7 +117,11 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
 
 
 def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
-    return NANOLLM.write(config), NANOLLM.tables[0]
+    was = {}
+    if origin and origin.layout == "hf" and origin.family is not NANOLLM:
+        number = next(number for number, names in enumerate(origin.family.tables) if names is origin.names)
+        was = {"was": {"config": origin.values, "names": number, "ignore": list(origin.ignore)}}
+    return NANOLLM.write(config) | was, NANOLLM.tables[0]
 
 
 def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict[str, Any], table.Table]:
@@ -110,7 +131,7 @@ def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict
         raise ConfigError(f"a {family.name} model has no {to} layout; it is one of {' and '.join(expected)}")
     params = write_params(with_rope_layout(config, "interleaved"), family.name)
     again = read_config(read_params(params, f"as {to}", family.name, config.vocab, config.tied))[1]
-    kept = dataclasses.replace(with_rope_layout(config, "half"), context=again.context)     # which params.json of Meta does not say
+    kept = dataclasses.replace(with_rope_layout(config, "half"), context=again.context)     # which params.json does not say
     if again != kept:
         raise ConfigError(f"params.json cannot say what the model is: {difference(kept, again, 'config')}")
     return params, for_heads_in(NAMES, rope_layout(config), "interleaved")

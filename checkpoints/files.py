@@ -199,7 +199,7 @@ def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], di
 
 def inside(folder: Path, name: str, said_by: str, suffix: str = ".safetensors") -> Path:
     """A weights file of `folder`, which may be a link only within it, or into the blobs of a hub download."""
-    if not re.fullmatch(r"[\w.-]+" + re.escape(suffix), name, re.ASCII):
+    if not re.fullmatch(r"[\w.-]{1,200}" + re.escape(suffix), name, re.ASCII):
         raise CheckpointError(f"{folder}: {said_by} names {name!r}; a plain file name ending in {suffix} expected")
     path, home = folder / name, folder.resolve()
     if not path.is_file():

@@ -15,10 +15,16 @@ COMPANIONS = (                                   # what belongs to a model besid
     "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
 )
 WANTED = ("config.json", SINGLE, INDEX, "model-*-of-*.safetensors", *COMPANIONS)
+PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
 
 
-def local_path(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
-    """The folder, or the file in it that describes a model (layouts.py). A name on the hub has the files that match `wanted` fetched.
+def wanted(allow_pickle: bool) -> Collection[str]:
+    """What is fetched of a model: pickles only where they may be read."""
+    return (*WANTED, *PICKLES) if allow_pickle else WANTED
+
+
+def local_path(source: str | Path, patterns: Collection[str] = WANTED) -> Path:
+    """The folder, or the file in it that describes a model (layouts.py). A name on the hub has the files that match `patterns` fetched.
     Raises CheckpointError if `source` is neither, nor a model that the hub, or its cache here, can give."""
     path = Path(source)
     if path.exists():
@@ -27,13 +33,13 @@ def local_path(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
         raise CheckpointError(f"{source}: no such folder, and not a hub name of the form owner/name")
     from huggingface_hub import snapshot_download          # imported late: a local folder needs neither it nor a network
     try:
-        return Path(snapshot_download(source, allow_patterns=list(wanted)))
+        return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:                             # offline, absent, gated, misspelt: the hub's errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{source}: no such folder, and the hub does not give a model of that name: {reason}") from error
 
 
-def local_folder(source: str | Path, wanted: Collection[str] = WANTED) -> Path:
+def local_folder(source: str | Path, patterns: Collection[str] = WANTED) -> Path:
     """The same, and of a file the folder in which it lies."""
-    path = local_path(source, wanted)
+    path = local_path(source, patterns)
     return path.parent if path.is_file() else path

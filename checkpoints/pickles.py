@@ -1,42 +1,58 @@
 """Weights as torch.save writes them: a zip archive of one pickle, which says what there is, and the bytes of each storage.
 
-    pytorch_model.bin, or shards and pytorch_model.bin.index.json      consolidated.00.pth …                .pt
+    pytorch_model.bin, or shards and pytorch_model.bin.index.json      consolidated.00.pth …
 
     archive/data.pkl      {"w": _rebuild_tensor_v2(storage "0", offset, shape, strides), …}       names and shapes
     archive/data/0        the bytes, as they are: not compressed, little-endian                   read later, from the file
 
-A pickle is a program, and can be one that does anything. So these files are read only where the caller allows it, and even then by
-torch's restricted reader, after a look at which functions the program names: tensors are built from five, and any other is refused
-with its name. torch reads data.pkl alone, in its FakeTensorMode: that gives for each tensor where its bytes are, and takes no memory.
-From there on the tensors are read like those of a safetensors file.
+A pickle is a program for a small machine, and what it may call is anything. So these files are read only where the caller allows it, and
+then nothing of what they name is called: the program is looked through first, and refused for an instruction or a function that tensors
+do not need; then a machine of ours runs it, with stand-ins for the few that they do, which note shapes and places. From there on the
+tensors are read like those of a safetensors file.
 
-Format: https://docs.pytorch.org/docs/2.10/notes/serialization.html. Files of before torch 1.6 (2020) are another format and refused.
+Why not Python's own machine, with stand-ins alone: BUILD there writes into whatever object it meets, a stand-in too, and a dict takes any
+key, so that a tuple of tuples costs as much to hash as it has leaves, which can be 2⁶⁰, or ends the process if it is deep enough.
+
+Format: https://docs.pytorch.org/docs/2.10/notes/serialization.html, https://docs.python.org/3/library/pickletools.html. Files of before
+torch 1.6 (2020) are another format and refused.
 """
 
+import itertools
+import math
 import pickletools
 import re
+import reprlib
+import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.serialization import skip_data
 
 from checkpoints import files
-from checkpoints.files import LARGEST_HEADER, Stored
+from checkpoints.files import Stored
 from nanollm.errors import CheckpointError
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
+LARGEST_PROGRAM = 2_000_000                      # bytes, room for 15,000 tensors with long names
+LONGEST_PROGRAM = 400_000                        # instructions; a tensor takes 30
+LARGEST_STACK = 100_000                          # values; pickle leaves at most a thousand names and tensors waiting
 RANK = re.compile(r"consolidated\.(\d\d)\.pth", re.ASCII)
-STORAGES = frozenset(f"torch {kind}Storage" for kind in "Float Double Half BFloat16 Byte Char Short Int Long Bool".split())
-HARMLESS = STORAGES | {
-    "torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_parameter", "torch.nn.parameter Parameter", "collections OrderedDict",
-    "torch.storage UntypedStorage", "torch FloatTensor", "torch HalfTensor", "torch BFloat16Tensor",
-}
 HOW = "they can run code when they are read. If you trust where they come from, convert them once: python -m checkpoints.convert SRC DST --allow-pickle"
+INSTRUCTIONS = frozenset("""
+    PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE NEWFALSE
+    BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BUILD BINPERSID
+""".split())
+DTYPES = {
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Byte": torch.uint8,
+    "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool,
+}
 
+
+# ---- which files
 
 def there(folder: Path) -> bool:
     """Whether a Hugging Face folder has its weights as pickles."""
@@ -45,9 +61,19 @@ def there(folder: Path) -> bool:
 
 def read_folder(folder: Path, allowed: bool) -> dict[str, Stored]:
     """All tensors of pytorch_model.bin, or of the shards that its index names. Raises CheckpointError."""
-    if not allowed:
-        raise CheckpointError(f"{folder}: only pickled weights ({SINGLE if (folder / SINGLE).exists() else INDEX}); {HOW}")
+    need_allowed(folder, SINGLE if (folder / SINGLE).exists() else INDEX, allowed)
     return files.read_shards(folder, SINGLE, INDEX, read_header, ".bin")
+
+
+def read_file(path: Path, allowed: bool) -> dict[str, Stored]:
+    """All tensors of one file, whatever its name. Raises CheckpointError."""
+    need_allowed(path.parent, path.name, allowed)
+    return read_header(path)
+
+
+def need_allowed(folder: Path, name: str, allowed: bool) -> None:
+    if not allowed:
+        raise CheckpointError(f"{folder}: only pickled weights ({name}); {HOW}")
 
 
 def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
@@ -57,64 +83,217 @@ def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
         raise CheckpointError(f"{folder}: params.json, but neither consolidated.safetensors nor consolidated.00.pth")
     if [int(RANK.fullmatch(name)[1]) for name in names] != list(range(len(names))):
         raise CheckpointError(f"{folder}: {', '.join(names)}: one of the ranks' files is missing")
-    if not allowed:
-        raise CheckpointError(f"{folder}: only pickled weights ({names[0]}); {HOW}")
+    need_allowed(folder, names[0], allowed)
     return [read_header(files.inside(folder, name, "params.json", ".pth")) for name in names]
 
 
+# ---- one file
+
 def read_header(path: Path) -> dict[str, Stored]:
     """Names, shapes and places of the tensors in one file. Raises CheckpointError on what is no such file, or would run code."""
-    named = functions(path)
-    harmful = sorted(named - HARMLESS)
+    program, places = _open_archive(path)
+    harmful = sorted(one.replace(" ", ".") for one in _functions(path, program) - STAND_INS.keys())
     if harmful:
-        raise CheckpointError(f"{path}: the pickle calls {', '.join(one.replace(' ', '.') for one in harmful[:5])}, which is not how tensors are stored; not read")
+        raise CheckpointError(f"{path}: the pickle calls {', '.join(harmful[:5])}, which is not how tensors are stored; not read")
     try:
-        with FakeTensorMode():
-            found = torch.load(path, weights_only=True)
-    except Exception as error:                   # a damaged pickle ends in whatever its bytes lead to
-        raise CheckpointError(f"{path}: not readable as tensors by name: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
-    if isinstance(found, dict) and found.keys() <= {"model", "state_dict", "module"} and len(found) == 1:
-        found = next(iter(found.values()))       # one level around it, as trainers have
+        found = _run(program)
+    except Exception as error:                   # a damaged program ends in whatever its bytes lead to
+        raise CheckpointError(f"{path}: data.pkl is damaged: {type(error).__name__}: {error!s:.200}") from None
+    if isinstance(found, dict) and len(found) == 1 and isinstance(inner := next(iter(found.values())), dict):
+        found = inner                            # one level around it, as trainers have
     if not isinstance(found, dict) or not found:
         raise CheckpointError(f"{path}: tensors by name expected, found {type(found).__name__}")
-    return {name: _place(path, name, tensor) for name, tensor in found.items()}
+    return {name: _place(path, name, tensor, places) for name, tensor in found.items()}
 
 
-def functions(path: Path) -> set[str]:
-    """What the pickle of a file names, as "module name", without running it. Raises CheckpointError if there is no sound archive."""
+def functions(path: Path) -> list[str]:
+    """What the pickle of a file calls beside what tensors need: nothing, or names. Nothing is run. Raises CheckpointError."""
+    return sorted(one.replace(" ", ".") for one in _functions(path, _open_archive(path)[0]) - STAND_INS.keys())
+
+
+def _open_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
+    """The program, and where in the file the bytes of each storage are: first byte and size."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
-            if "data.pkl" not in entries or entries["data.pkl"].file_size > LARGEST_HEADER:
-                raise CheckpointError(f"{path}: {'no' if 'data.pkl' not in entries else 'too large a'} data.pkl in the archive; not as torch.save writes it")
+            if len(entries) < len(archive.infolist()):
+                raise CheckpointError(f"{path}: an entry of the archive appears twice; not as torch.save writes it")
             packed = [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size]
-            if packed or len(entries) > 400_000:
-                raise CheckpointError(f"{path}: {packed[0] if packed else len(entries)}: compressed, or too many; not as torch.save writes it")
+            if packed:
+                raise CheckpointError(f"{path}: {packed[0]} is compressed; not as torch.save writes it")
+            if "data.pkl" not in entries or entries["data.pkl"].file_size > LARGEST_PROGRAM:
+                raise CheckpointError(f"{path}: data.pkl in the archive is {'too large' if 'data.pkl' in entries else 'missing'}; not as torch.save writes it")
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise CheckpointError(f"{path}: written on a big-endian machine")
-            program = archive.read(entries["data.pkl"])
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError) as error:
+            places = {}
+            for name, entry in entries.items():
+                if name.startswith("data/"):
+                    file.seek(entry.header_offset)           # a header in front of each entry: 30 bytes, its name, and padding
+                    head = file.read(30)
+                    places[name[5:]] = (entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30])), entry.file_size)
+            return archive.read(entries["data.pkl"]), places
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
         with open(path, "rb") as file:
-            head = file.read(256)
-        raise CheckpointError(f"{path}: not tensors as torch.save writes them since 1.6: {files.what_it_is(head) or error}") from None
+            kind = files.what_it_is(file.read(256))
+        raise CheckpointError(f"{path}: not tensors as torch.save writes them since 1.6: {kind or error}") from None
+
+
+def _functions(path: Path, program: bytes) -> set[str]:
+    """What the program names, as "module name". Raises CheckpointError for an instruction that tensors do not need."""
+    named = set()
     try:
-        return {argument if code.name == "GLOBAL" else f"{code.name}" for code, argument, _ in pickletools.genops(program)
-                if code.name in ("GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4")}
+        for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
+            if count > LONGEST_PROGRAM:
+                raise CheckpointError(f"{path}: data.pkl has more than {LONGEST_PROGRAM} instructions; not as torch.save writes it")
+            if instruction.name not in INSTRUCTIONS:
+                raise CheckpointError(f"{path}: data.pkl has the instruction {instruction.name}, which is not how tensors are stored; not read")
+            if instruction.name == "GLOBAL":
+                named.add(argument)
+    except CheckpointError:
+        raise
     except Exception as error:                   # as above
         raise CheckpointError(f"{path}: data.pkl is damaged: {error}") from None
+    return named
 
 
-def _place(path: Path, name: Any, tensor: Any) -> Stored:
-    if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
-        raise CheckpointError(f"{path}: {name!r}: a tensor expected, found {type(tensor).__name__}")
-    if not tensor.is_contiguous():
-        raise CheckpointError(f"{path}: {name}: stored with strides {tensor.stride()}, not row by row; write it again with .contiguous()")
-    storage = tensor.untyped_storage()
-    start = getattr(storage, "_checkpoint_offset", None)
-    size, inside = tensor.numel() * tensor.dtype.itemsize, tensor.storage_offset() * tensor.dtype.itemsize
-    if start is None or inside < 0 or inside + size > storage.nbytes() or start + inside + size > path.stat().st_size:
+# ---- the machine
+
+class _Storage(NamedTuple):
+    dtype: torch.dtype
+    key: str
+
+
+class _Tensor(NamedTuple):
+    """What a pickle says of a tensor."""
+    storage: _Storage
+    first: int                                   # element of the storage
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
+    if not isinstance(storage, _Storage):
+        raise TypeError(f"{reprlib.repr(storage)} is no storage")
+    return _Tensor(storage, first, shape, strides)
+
+
+def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
+    return tensor
+
+
+def _empty() -> dict[str, Any]:
+    return {}
+
+
+STAND_INS: dict[str, Callable[..., Any] | torch.dtype] = {
+    "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils _rebuild_parameter": _rebuild_parameter,
+    "collections OrderedDict": _empty,
+    **{f"torch {name}Storage": dtype for name, dtype in DTYPES.items()},
+}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+
+
+def _run(program: bytes) -> Any:
+    """What the program leaves. Raises whatever a damaged one leads to."""
+    stack: list[Any] = []
+    marks: list[int] = []
+    memo: dict[int, Any] = {}
+
+    def since_mark() -> list[Any]:
+        start = marks.pop()
+        items = stack[start:]
+        del stack[start:]
+        return items
+
+    for instruction, argument, _ in pickletools.genops(program):
+        match instruction.name:
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
+                stack.append(argument)
+            case "BINPUT" | "LONG_BINPUT":
+                memo[argument] = stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                stack.append(memo[argument])
+            case "NONE" | "NEWTRUE" | "NEWFALSE" as name:
+                stack.append(CONSTANTS[name])
+            case "EMPTY_TUPLE":
+                stack.append(())
+            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
+                stack[-int(name[-1]):] = [tuple(stack[-int(name[-1]):])]
+            case "MARK":
+                marks.append(len(stack))
+            case "TUPLE":
+                stack.append(tuple(since_mark()))
+            case "EMPTY_LIST":
+                stack.append([])
+            case "APPEND":
+                _list(stack, -2).append(stack.pop())
+            case "APPENDS":
+                items = since_mark()
+                _list(stack, -1).extend(items)
+            case "EMPTY_DICT":
+                stack.append({})
+            case "SETITEM":
+                items = [stack.pop(), stack.pop()][::-1]
+                _set(stack[-1], items)
+            case "SETITEMS":
+                items = since_mark()
+                _set(stack[-1], items)
+            case "GLOBAL":
+                stack.append(STAND_INS[argument])
+            case "REDUCE":
+                arguments = stack.pop()
+                stack.append(stack.pop()(*arguments))
+            case "BINPERSID":
+                stack.append(_storage(stack.pop()))
+            case "BUILD":
+                stack.pop()                      # attributes: torch notes the versions of modules so
+            case "STOP":
+                return stack.pop()
+        if len(stack) + len(marks) > LARGEST_STACK:
+            raise MemoryError(f"more than {LARGEST_STACK} values wait on the stack")
+
+
+def _list(stack: list[Any], place: int) -> list[Any]:
+    if not isinstance(stack[place], list):
+        raise TypeError(f"appended to {type(stack[place]).__name__}")
+    return stack[place]
+
+
+def _set(target: Any, items: list[Any]) -> None:
+    """Names and values, in turn, into a dict. Names are text: any other key would be hashed."""
+    names, values = items[::2], items[1::2]
+    if not isinstance(target, dict) or not all(isinstance(name, str) for name in names) or len(names) != len(values):
+        odd = next((name for name in names if not isinstance(name, str)), target)
+        raise TypeError(f"values by name expected, found {reprlib.repr(odd)}")
+    before = len(target)
+    target.update(zip(names, values))
+    if len(target) < before + len(names):
+        raise ValueError("a name appears twice")
+
+
+def _storage(saved: Any) -> _Storage:
+    kind, dtype, key, *_ = saved
+    if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+        raise TypeError(f"{reprlib.repr(saved)} is no storage")
+    return _Storage(dtype, key)
+
+
+def _place(path: Path, name: str, tensor: Any, places: dict[str, tuple[int, int]]) -> Stored:
+    if not isinstance(tensor, _Tensor):
+        raise CheckpointError(f"{path}: {name}: a tensor expected, found {type(tensor).__name__}")
+    numbers = (tensor.first, *tensor.shape, *tensor.strides) if isinstance(tensor.shape, tuple) and isinstance(tensor.strides, tuple) else (None,)
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 8:
+        raise CheckpointError(f"{path}: {name}: a shape and strides of whole numbers expected, found "
+                              f"{reprlib.repr(tensor.shape)} and {reprlib.repr(tensor.strides)}")
+    row_by_row = [*itertools.accumulate(reversed(tensor.shape[1:]), lambda step, width: step * width, initial=1)][::-1]
+    if math.prod(tensor.shape) and any(width > 1 and step != wanted for width, step, wanted in zip(tensor.shape, tensor.strides, row_by_row)):
+        raise CheckpointError(f"{path}: {name}: stored with strides {tensor.strides}, not row by row; write it again with .contiguous()")
+    start, room = places.get(tensor.storage.key, (0, 0))
+    inside, size = tensor.first * tensor.storage.dtype.itemsize, math.prod(tensor.shape) * tensor.storage.dtype.itemsize
+    if inside + size > room or start + room > path.stat().st_size:
         raise CheckpointError(f"{path}: {name}: its {size} bytes are not all in the file")
-    return Stored(path, tensor.dtype, tuple(tensor.shape), start + inside, size)
+    return Stored(path, tensor.storage.dtype, tensor.shape, start + inside, size)
 
 
 def lay_out(path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Stored]:

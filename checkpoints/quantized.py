@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import Stored
-from checkpoints.reader import Reader
+from checkpoints.reader import Reader, brief
 from nanollm.errors import CheckpointError, ConfigError
 
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
@@ -51,12 +51,12 @@ def plain_config(values: dict[str, Any], where: str = "config.json") -> tuple[di
     if found is None:
         return plain, None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: quantization_config is {found!r}; expected an object")
+        raise ConfigError(f"{where}: quantization_config is {brief(found)}; expected an object")
     r = Reader(found, where, prefix="quantization_config.")
     method, block = r.get("quant_method", None), None
     if method not in ("fp8", "mxfp4"):
-        raise ConfigError(f"{where}: quantization_config.quant_method is {method!r}; read are fp8 in blocks, and mxfp4. Take weights that are not "
-                          f"quantised, or write them once with transformers: model.dequantize(), then model.save_pretrained(folder)")
+        raise ConfigError(f"{where}: quantization_config.quant_method is {brief(method)}; read are fp8 in blocks, and mxfp4. "
+                          f"Take weights that are not quantised, or write them once with transformers: model.dequantize(), then model.save_pretrained(folder)")
     if method == "fp8":
         r.must("fmt", "e4m3")
         r.must("activation_scheme", "dynamic")           # with another, activations have stored scales

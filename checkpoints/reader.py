@@ -13,6 +13,7 @@ defaults differ between families, and a default taken from the wrong one is a mo
 Numbers are checked as they are read: NaN, infinities, text, booleans for numbers, and sizes that no file could fill.
 """
 
+import reprlib
 from collections.abc import Collection
 from typing import Any
 
@@ -39,6 +40,9 @@ ACTIVATIONS = {
 }
 LARGEST = 2**31                                  # of one size; products of sizes are compared with the files
 NEEDED: Any = object()                           # in place of a default
+SHORT = reprlib.Repr()                           # of a value in an error: a list may hold a million, or be as deep as JSON can be
+SHORT.maxstring = SHORT.maxother = 80
+SHORT.maxdict = SHORT.maxlist = 20
 
 
 class Reader:
@@ -51,7 +55,7 @@ class Reader:
         self.seen: set[str] = set()
 
     def error(self, key: str, expected: str) -> ConfigError:
-        found = f"is {_brief(self.values[key])}" if key in self.values else "is missing"
+        found = f"is {brief(self.values[key])}" if key in self.values else "is missing"
         return ConfigError(f"{self.where}: {self.prefix}{key} {found}; expected {expected}")
 
     def get(self, key: str, default: Any = NEEDED) -> Any:
@@ -93,7 +97,7 @@ class Reader:
         """One of the values that are implemented; the first is what a missing key means."""
         value = self.get(key, implemented[0])
         if not any(value == one and (type(value) is bool) == (type(one) is bool) for one in implemented):
-            raise self.error(key, " or ".join(map(_brief, implemented)) + ", which is what is implemented")
+            raise self.error(key, " or ".join(map(brief, implemented)) + ", which is what is implemented")
         return value
 
     def activation(self, key: str, default: str) -> str:
@@ -113,7 +117,7 @@ class Reader:
         if not self.prefix:
             unread = [key for key in unread if key not in IRRELEVANT]
         if unread:
-            listed = ", ".join(f"{self.prefix}{key} = {_brief(self.values[key])}" for key in unread)
+            listed = ", ".join(f"{self.prefix}{key} = {brief(self.values[key])}" for key in unread)
             names = ", ".join(f'"{self.prefix}{key}"' for key in unread)
             raise ConfigError(f"{self.where}: nothing here knows what these mean: {listed}. "
                               f"If you know that they do not change the logits: ignore=[{names}]")
@@ -123,6 +127,6 @@ def is_number(value: Any, above: float = 0.0) -> bool:
     return type(value) in (int, float) and above < value < 1e38       # false for NaN, infinities, booleans
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
+def brief(value: Any) -> str:
+    text = SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

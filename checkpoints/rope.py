@@ -13,7 +13,7 @@ SCALINGS is the table of formulas, read in both directions. The formulas themsel
 import math
 from typing import Any
 
-from checkpoints.reader import Reader, is_number
+from checkpoints.reader import Reader, brief, is_number
 from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Scaling, Yarn
 from nanollm.errors import ConfigError
 
@@ -50,9 +50,9 @@ def read_rope(
     theta = inner.number("rope_theta", theta, above=1)
     older = inner.get("type", "default")
     kind = inner.get("rope_type", older)
-    kind = OLD_WORDS.get(str(kind), kind)
+    kind = OLD_WORDS.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ("default", *SCALINGS):
-        raise ConfigError(f"{r.where}: {inner.prefix}rope_type is {kind!r}; expected default, {', '.join(SCALINGS)}")
+        raise ConfigError(f"{r.where}: {inner.prefix}rope_type is {brief(kind)}; expected default, {', '.join(SCALINGS)}")
     scaling = None if kind == "default" else _read_scaling(inner, kind, context, original)
     if whole:
         inner.must("partial_rotary_factor", 1.0)

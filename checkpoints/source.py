@@ -21,7 +21,7 @@ from checkpoints import files, layouts, quantized, table
 from checkpoints.families import Family, read_config
 from checkpoints.families.original import with_rope_layout
 from nanollm.config import ModelConfig
-from nanollm.errors import ConfigError
+from nanollm.errors import CheckpointError, ConfigError
 from nanollm.model import Decoder
 
 
@@ -60,14 +60,20 @@ def open_source(path: Path, ignore: Collection[str] = (), family: str | None = N
     """The model in a folder, or the one that a file (params.json, *.gguf) belongs to. `family` is a model_type in place of the one that
     is said, for folders that say none. Raises ConfigError or CheckpointError; nothing was read or allocated then."""
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    found = layouts.find(path, family, allow_pickle)
+    return understand(layouts.find(path, family, allow_pickle, ignore), ignore)
+
+
+def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
+    """The same for what was found already."""
     values, block = quantized.plain_config(found.values, found.where)
-    stored = quantized.plain_tensors(found.stored, block, str(path))
+    stored = quantized.plain_tensors(found.stored, block, str(found.folder))
+    if not stored:
+        raise CheckpointError(f"{found.folder}: no tensors in any file")
     kind, config = read_config(values, found.where, ignore, most=min(len(stored), 10_000))
     if found.pairs:
         config = with_rope_layout(config, "interleaved")
-    stored = _language_model(stored, kind, config, path)
-    model, names, steps = _plan(kind, found, config, stored, ignore, path)
+    stored = _language_model(stored, kind, config, found.folder)
+    model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore)
 
 
@@ -83,7 +89,7 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
 
 
 def _plan(
-    family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored], ignore: tuple[str, ...], folder: Path
+    family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored], ignore: tuple[str, ...]
 ) -> tuple[Decoder, table.Table, list[table.Step]]:
     """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
     model = _on_meta(config, found.where)
@@ -94,11 +100,11 @@ def _plan(
         if embed in stored and files.equal_bytes(stored[head], stored[embed]):
             ignore = (*ignore, head)
         else:
-            warnings.warn(f"{folder}: tied by config.json, but {head} is not the embedding; it is kept, and the model is untied")
+            warnings.warn(f"{found.folder}: tied by config.json, but {head} is not the embedding; it is kept, and the model is untied")
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)
-    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, str(folder))
+    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, str(found.folder))
     return model, names, steps
 
 

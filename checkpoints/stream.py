@@ -1,6 +1,7 @@
 """Moving weights: from a file to memory, from memory to a file, from a file to a file, a few megabytes at a time.
 
     read     stored tensor → piece of ours        write    piece of ours → stored tensor        copy     stored → stored
+    fill     a model from its source
 
 A piece (ops.py) is cut into runs that fit a buffer. What needs no cast and lies in one stretch of memory is read straight into it.
 Each run is checked as it passes: a NaN or an infinity is an error with the tensor's name, never judged by logits, as PyTorch's fused
@@ -12,12 +13,14 @@ import os
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from checkpoints.files import Stored, as_bytes
 from checkpoints.ops import Beside, Piece
+from checkpoints.source import Source
 from checkpoints.table import Step, short
 from nanollm.errors import CheckpointError
+from nanollm.model import Decoder
 
 RUN = 1 << 20                                    # elements of a run: it is read, checked and written while it is in the cache
 
@@ -42,12 +45,12 @@ def read(stored: Stored, first: int, piece: Piece, name: str) -> int:
         dtype = (part.views[0] if isinstance(part, Beside) else part).dtype
         if isinstance(part, Tensor) and part.is_cpu and part.is_contiguous() and stored.run_dtype(dtype) == dtype:
             stored.read_run(first, part.view(-1))
-            need_finite(name, part, stored)
+            need_finite(name, part, f"{stored.file}: ")
         else:
             run = torch.empty(part.numel(), dtype=stored.run_dtype(dtype))
             stored.read_run(first, run)
             run = run.to(dtype)
-            need_finite(name, run, stored)
+            need_finite(name, run, f"{stored.file}: ")
             part.copy_(run if isinstance(part, Beside) else run.view(part.shape))
         first += part.numel()
     return first
@@ -59,7 +62,7 @@ def write(stored: Stored, first: int, piece: Piece, name: str) -> int:
     try:
         for part in runs(piece):
             run = (part.dense() if isinstance(part, Beside) else part).to("cpu", stored.dtype).contiguous()
-            need_finite(name, run, stored)
+            need_finite(name, run)
             _write_at(file, stored, first, run)
             first += part.numel()
     finally:
@@ -70,16 +73,32 @@ def write(stored: Stored, first: int, piece: Piece, name: str) -> int:
 def copy(source: Stored, target: Stored, name: str) -> None:
     """A stored tensor into the place of another of its shape, cast if need be."""
     file = os.open(target.file, os.O_WRONLY)
-    run = torch.empty(min(RUN, math.prod(target.shape)), dtype=source.run_dtype(target.dtype))
     try:
-        for first in range(0, math.prod(target.shape), RUN):
-            part = run[: math.prod(target.shape) - first]
-            source.read_run(first, part)
-            cast = part.to(target.dtype)
-            need_finite(name, cast, source)
-            _write_at(file, target, first, cast)
+        for first, run in cast_runs(source, target.dtype):
+            need_finite(name, run, f"{source.file}: ")
+            _write_at(file, target, first, run)
     finally:
         os.close(file)
+
+
+def same(source: Stored, target: Stored) -> bool:
+    """Whether `copy` would change nothing."""
+    theirs = torch.empty(min(RUN, math.prod(target.shape)), dtype=target.dtype)
+    for first, run in cast_runs(source, target.dtype):
+        target.read_run(first, theirs[: len(run)])
+        if as_bytes(run) != as_bytes(theirs[: len(run)]):
+            return False
+    return True
+
+
+def cast_runs(stored: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first element, run) of a stored tensor from end to end, as dtype. A run is good until the next."""
+    count = math.prod(stored.shape)
+    buffer = torch.empty(min(RUN, count), dtype=stored.run_dtype(dtype))
+    for first in range(0, count, RUN):
+        run = buffer[: count - first]
+        stored.read_run(first, run)
+        yield first, run.to(dtype)
 
 
 def _write_at(file: int, stored: Stored, first: int, run: Tensor) -> None:
@@ -87,6 +106,20 @@ def _write_at(file: int, stored: Stored, first: int, run: Tensor) -> None:
     while left:                                  # a call may write less than it was given
         done = os.pwrite(file, left, place)
         left, place = left[done:], place + done
+
+
+def fill(source: Source, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Decoder:
+    """The model of a source, which has been on the meta device, in memory and in eval mode. dtype None: as stored."""
+    model = source.model
+    for name, parameter in source.parameters().items():
+        owner, _, leaf = name.rpartition(".")
+        kept = torch.empty(parameter.shape, dtype=source.dtype(name, dtype), device=device)
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(kept))
+    model.tie()
+    parameters = {name: parameter.data for name, parameter in model.named_parameters()}
+    for step in source.steps:
+        load_step(step, source.stored, parameters)
+    return model.eval()
 
 
 def load_step(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor]) -> None:
@@ -103,10 +136,10 @@ def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str,
         places[name] = write(stored[name], places[name], piece, name)
 
 
-def need_finite(name: str, run: Tensor, stored: Stored) -> None:
+def need_finite(name: str, run: Tensor, where: str = "") -> None:
     """Raises CheckpointError with the name of a tensor that holds a NaN or an infinity."""
     if run.numel() and not all(torch.isfinite(end) for end in torch.aminmax(run)):           # NaN goes through both
-        raise CheckpointError(f"{stored.file.parent}: {name} holds a NaN or an infinity as {short(run.dtype)}")
+        raise CheckpointError(f"{where}{name} holds a NaN or an infinity as {short(run.dtype)}")
 
 
 def same_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> Iterator[tuple[str, bool]]:

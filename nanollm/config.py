@@ -19,7 +19,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from nanollm.config_checks import need, need_positive, need_sizes
+from nanollm.config_checks import need, need_positive, need_sizes, need_types
 from nanollm.config_mixers import (
     FEED_FORWARDS, MIXERS, PARTS, RGLRU, RWKV, SCANS, ClippedGLU, ExpertGroups, FilteredAttention, Hyena, LatentAttention, Mamba, Mamba2, MoE,
 )
@@ -95,8 +95,8 @@ class ModelConfig:
         try:
             layers = tuple(layer for count, entry in data["layers"] for layer in [_decode(entry)] * count)
             return _decode({**data, "layers": layers})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ConfigError(f"not a ModelConfig as to_dict writes it: {error}") from None
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"not a ModelConfig as to_dict writes it: {type(error).__name__}: {error}") from None
 
 
 def _encode(value: Any) -> Any:
@@ -107,7 +107,9 @@ def _encode(value: Any) -> Any:
 
 def _decode(value: Any) -> Any:
     if isinstance(value, dict):
-        return CLASSES[value["is"]](**{name: _decode(item) for name, item in value.items() if name != "is"})
+        fields = {name: _decode(item) for name, item in value.items() if name != "is"}
+        need_types(CLASSES[value["is"]], fields)
+        return CLASSES[value["is"]](**fields)
     return tuple(_decode(item) for item in value) if isinstance(value, list) else value
 
 

@@ -1,9 +1,27 @@
-"""The project's own errors. Each message names the file, key or tensor, what was found and what was expected."""
+"""The project's own errors. Each message names the file, key or tensor, what was found and what was expected.
+
+Names and values in a message were chosen by whoever wrote the file: a tensor may be called a million letters, or what clears a terminal, or
+half a surrogate pair, which no terminal can print. So lines are cut in the middle, and what is not printable is spelled out.
+"""
+
+WIDEST = 900                    # characters of a line
+MOST = 64                       # lines
 
 
 class NanollmError(Exception):
     """Base of every error that nanollm raises on purpose: bad input, never a bug of ours."""
     alone = False               # of the ranks of a run only this one met it
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__("\n".join(_cut(_spelled(_cut(line))) for line in message.split("\n")[:MOST]))
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= WIDEST else f"{line[: WIDEST // 2]} … {line[-WIDEST // 2 + 3 :]}"
+
+
+def _spelled(line: str) -> str:
+    return line if line.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in line)
 
 
 class ConfigError(NanollmError):

@@ -31,7 +31,7 @@ from tokenizers import AddedToken
 from nanollm.chat import CLOSE, OPEN
 from nanollm.errors import TokenizerError
 from nanollm.tokenizer_declared import Declared, chat_template, need
-from nanollm.tokenizer_files import BYTE, FILES, read_model
+from nanollm.tokenizer_files import BYTE, FILES, one_error, read_model
 
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
 
@@ -181,7 +181,7 @@ class Tokenizers:
     """A `tokenizers.Tokenizer`, for every file but sentencepiece's."""
 
     def __init__(self, backend: tokenizers.Tokenizer, declared: Declared, where: Path) -> None:
-        self.backend, self.lock = backend, threading.Lock()
+        self.backend, self.lock, self.where = backend, threading.Lock(), where
         backend.no_truncation()
         backend.no_padding()
         for id, token in sorted(declared.added.items()):
@@ -198,6 +198,7 @@ class Tokenizers:
         self.marked = re.compile(OPEN + "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
         self.size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         need(self.size, where, "an empty vocabulary", "at least one token")
+        need(self.size <= 1 << 24, where, f"id {self.size - 1}", f"ids below {1 << 24}")
 
         steps = _decoder_steps(backend, where)
         self.byte_level = steps[0]["type"] == "ByteLevel"
@@ -218,7 +219,7 @@ class Tokenizers:
         if continues and self.strips:                     # a newline is a byte token, with which nothing merges
             begun, whole = (self.encode(before, special, False) for before in ("\n", "\n" + text))
             return whole[len(begun):]
-        with self.lock:                                   # the switch belongs to the backend, not to the call
+        with self.lock, one_error(self.where, "rules that this text can be cut by"):      # the switch belongs to the backend, not to the call
             self.backend.encode_special_tokens = not special
             return self.backend.encode(text, add_special_tokens=False).ids
 

@@ -19,8 +19,9 @@ tokenizers must put one first; in 270 000 random trials no text was cut otherwis
 """
 
 import base64
+import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ def _from_xgen(path: Path, declared: Declared) -> Model:
 def _from_tekken(path: Path, declared: Declared) -> Model:
     data = read_json(path)
     config = data["config"]
-    shift = config["default_num_special_tokens"]          # special tokens come first, ranks follow
+    shift = token_id(config["default_num_special_tokens"], path)         # special tokens come first, ranks follow
+    need(shift < 100_000, path, f"default_num_special_tokens = {shift}", "a thousand, or some")
     special = {token["token_str"]: token["rank"] for token in data.get("special_tokens") or
                [{"token_str": text, "rank": rank} for rank, text in enumerate(TEKKEN_SPECIALS)]}
     special |= {f"<SPECIAL_{id}>": id for id in range(len(special), shift)}
@@ -180,17 +182,26 @@ READERS: dict[str, tuple[Callable[[Path, Declared], Model], str]] = {
 }
 
 
+@contextlib.contextmanager
+def one_error(path: Path, expected: str) -> Iterator[None]:
+    """What fails inside the block, in three libraries that have their own kinds of errors, as a TokenizerError. A panic in Rust, which is
+    how a pattern ends that takes too long, is no Exception to Python."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {error}"[:120]
+        raise TokenizerError(f"{path}: found {what_is(path.read_bytes())}, expected {expected} ({reason})") from error
+
+
 def read_model(folder: Path, declared: Declared, run: Callable[[Model, Path], Any]) -> Any:
     """`run(model, path)` for the first tokenizer file in the folder, every failure turned into one TokenizerError."""
     for pattern, (reader, expected) in READERS.items():
         for path in sorted(folder.glob(pattern)):
-            try:
+            with one_error(path, expected):
                 return run(reader(path, declared), path)
-            except TokenizerError:
-                raise
-            except Exception as error:                    # from three libraries, each with its own kinds
-                reason = f"{type(error).__name__}: {error}"[:120]
-                found = what_is(path.read_bytes())
-                raise TokenizerError(f"{path}: found {found}, expected {expected} ({reason})") from error
     advice = f". {XGEN} has no file of its own: put the vocab.json of GPT-2 into the folder, on which its code builds" if declared.kind == XGEN else ""
     raise TokenizerError(f"{folder}: found no tokenizer, expected one of {', '.join(READERS)}{advice}")

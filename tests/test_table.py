@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from checkpoints.families import FAMILIES
-from checkpoints.families.nanollm import NANOLLM
 from checkpoints.files import Stored
 from checkpoints.ops import Blocks, Groups, Halving, Interleaving, Same, Stack, Transposed
 from checkpoints.table import check, expand, override, rule
@@ -78,7 +77,7 @@ def test_a_table_is_one_to_one():
         override(fused, rule("q_proj", "q"))
 
 
-@pytest.mark.parametrize("family", dict.fromkeys(family for family in FAMILIES.values() if family is not NANOLLM), ids=lambda family: family.name)
+@pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()), ids=lambda family: family.name)
 def test_family_tables_name_nothing_twice(family):
     for table in family.tables:
         theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs]

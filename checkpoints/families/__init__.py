@@ -1,4 +1,4 @@
-"""The families, by the `model_type` of their config.json.
+"""The families, by the `model_type` of their config.json; beside them nanollm's own layout, which is for all.
 
 A model that was trained here has no family. It is written as the first in this list that can say all of it, which is
 found out by reading back what was written.
@@ -44,7 +44,7 @@ from checkpoints.families.stablelm import STABLELM
 from checkpoints.families.starcoder import STARCODER2
 from checkpoints.families.stripedhyena import STRIPEDHYENA
 from checkpoints.families.yuan import YUAN
-from checkpoints.reader import Reader
+from checkpoints.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
 
@@ -110,8 +110,6 @@ FAMILIES: dict[str, Family] = {
     "aquila": LLAMA,
     "xverse": LLAMA,
     "Yi": LLAMA,
-    # any model, with names of our own
-    "nanollm": NANOLLM,
 }
 
 
@@ -122,9 +120,10 @@ def read_config(
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
-    if not isinstance(kind, str) or kind not in FAMILIES:
-        raise ConfigError(f"{where}: model_type is {kind!r}; supported are {', '.join(FAMILIES)}")
-    family = FAMILIES[kind]
+    known = {**FAMILIES, NANOLLM.name: NANOLLM}
+    if not isinstance(kind, str) or kind not in known:
+        raise ConfigError(f"{where}: model_type is {brief(kind)}; supported are {', '.join(known)}")
+    family = known[kind]
     reader = Reader(values, where, ignore, most)
     try:
         config = family.read(reader)
@@ -139,7 +138,7 @@ def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Fam
 
     Raises ConfigError with what stands in the way, family by family."""
     reasons = []
-    for candidate in [family] if family else dict.fromkeys(one for one in FAMILIES.values() if not one.left_out and one is not NANOLLM):
+    for candidate in [family] if family else dict.fromkeys(one for one in FAMILIES.values() if not one.left_out):
         try:
             values = candidate.write(config)
             again = read_config(values, where=f"as {candidate.name}")[1]

@@ -65,7 +65,8 @@ def read_ratio(r: Reader) -> Rope:
 
 def what_ratio_scales(r: Reader) -> str | None:
     """"positions" or "base", as far as a published folder says it; else None."""
-    name = str(r.get("_name_or_path", "")).lower()
+    name = r.get("_name_or_path", "")
+    name = name.lower() if isinstance(name, str) else ""
     older, newer = re.search(r"chatglm-?2", name), re.search(r"chatglm-?3|glm-?4", name)
     if bool(older) != bool(newer):
         return "positions" if older else "base"

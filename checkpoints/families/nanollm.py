@@ -1,9 +1,11 @@
 """nanollm's own layout: a model under the names that it has here. Any model that can be built can be kept so.
 
-    config.json     {"model_type": "nanollm", "decoder": ModelConfig.to_dict()}
+    config.json     {"model_type": "nanollm", "decoder": ModelConfig.to_dict(), "was": …}
     tensors         as named_parameters() has them: embed.weight, layers.3.mixer.q.weight, …
 
-transformers does not know it; `python -m checkpoints.convert` takes it to a layout that it knows, if there is one.
+transformers does not know it; `python -m checkpoints.convert` takes it to a layout that it knows, if there is one. "was", if the model
+came from a Hugging Face folder, is what takes it back there byte for byte: its config.json, which of the family's tables its names were
+of, and which keys were passed over.
 """
 
 from typing import Any
@@ -26,6 +28,7 @@ class OwnNames(Table):
 
 def read(r: Reader) -> ModelConfig:
     """Raises ConfigError on what to_dict did not write, and on more layers than there are tensors."""
+    r.get("was", None)                           # says nothing about the logits
     decoder = r.get("decoder")
     runs = decoder.get("layers") if isinstance(decoder, dict) else None
     pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 for run in runs)

@@ -30,6 +30,7 @@ mistralai/mistral-inference (args.py, transformer.py, moe.py).
 
 import dataclasses
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ from torch import Tensor
 from checkpoints.files import Stored, equal_bytes
 from checkpoints.ops import Halving, Interleaving, Op, Same, Stack
 from checkpoints.reader import Reader
-from checkpoints.table import Table, override, rule
+from checkpoints.table import Step, Table, expand, override, rule
 from nanollm.config import MLP, Attention, Llama3, ModelConfig, MoE, Rope
 from nanollm.errors import CheckpointError, ConfigError
 
@@ -100,11 +101,12 @@ def dialect(params: dict[str, Any], layout: str) -> str:
     return "mistral" if layout == "mistral" or "head_dim" in params else "llama"
 
 
-def read_params(params: dict[str, Any], where: str, dialect: str, rows: int, tied: bool, most: int = 10_000) -> dict[str, Any]:
-    """What a config.json of Hugging Face's would say. rows: of the embedding; tied: whether the head is the embedding; most: layers and experts.
+def read_params(params: dict[str, Any], where: str, dialect: str, rows: int, tied: bool, most: int = 10_000, ignore: Collection[str] = ()) -> dict[str, Any]:
+    """What a config.json of Hugging Face's would say. rows: of the embedding; tied: whether the head is the embedding; most: layers and
+    experts; ignore: keys to pass over.
 
     Raises ConfigError on a key that is not known, or a size that cannot be."""
-    r = Reader(params, where, most=most)
+    r = Reader(params, where, ignore, most)
     dim, heads = r.size("dim"), r.size("n_heads")
     values = {
         "model_type": dialect,
@@ -218,8 +220,15 @@ def merged(ranks: list[dict[str, Stored]], params: dict[str, Any], folder: str) 
 
 # ---- writing
 
+def steps_of(names: Table, parameters: Mapping[str, Tensor], config: ModelConfig) -> list[Step]:
+    """As table.expand. A head that is the embedding is written as well: the published code has no word for a tied one."""
+    steps = expand(names, parameters, config)
+    return [*steps, Step(("output.weight",), ("embed.weight",), Same, None)] if config.tied else steps
+
+
 def write_params(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """params.json of a dialect, for a model whose RoPE turns neighbours. What it cannot say is found by reading it back.
+    """params.json of a dialect, for a model whose RoPE turns neighbours: what the published code takes, and no more. It has no word for the
+    length of the context, or for a tied head. What else it cannot say is found by reading it back.
 
     Raises ConfigError where there is nothing to say it with."""
     layer = config.layers[0]
@@ -238,8 +247,7 @@ def write_params(config: ModelConfig, kind: str) -> dict[str, Any]:
     }
     if kind != "llama":
         moe = {"moe": {"num_experts": ffn.experts, "num_experts_per_tok": ffn.top_k}} if isinstance(ffn, MoE) else {}
-        return shared | {"head_dim": attention.head_dim, "hidden_dim": expert.hidden, "sliding_window": attention.window,
-                         "max_seq_len": config.context, "tied_embeddings": config.tied} | moe
+        return shared | {"head_dim": attention.head_dim, "hidden_dim": expert.hidden, "sliding_window": attention.window} | moe
     scaling = attention.rope.scaling
     stretched = {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor} if isinstance(scaling, Llama3) else {}
     return shared | _width_in_words(config.dim, expert.hidden) | stretched

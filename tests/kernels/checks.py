@@ -11,7 +11,7 @@ Where Triton finds a GPU the tests run on it, else in Triton's interpreter.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -116,10 +116,11 @@ def inputs_dtype(inputs: Sequence[Any]) -> torch.dtype:
     return min((x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), key=lambda d: (d.itemsize, d == torch.float16))
 
 
-def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool = True) -> None:
+def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool = True, terms: Mapping[int, Tensor] = {}) -> None:
     """Fail unless kernel(*inputs) and its gradients agree with the definition, as the head of this file says.
 
-    Tensors among the inputs keep their strides; plain values are handed on."""
+    Tensors among the inputs keep their strides; plain values are handed on. terms: for a gradient, by its number, whose few elements are
+    long sums of either sign, and now and then an accidental zero: the sums of the terms' magnitudes, which its error is relative to."""
     inputs = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
     dtype = inputs_dtype(inputs)
     with ops.using("torch"):
@@ -130,21 +131,23 @@ def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool =
         ours = run(kernel, inputs, None, backward)
     for kind, limits, triples in (("result", LIMIT, zip(ours[0], exact[0], plain[0])), ("gradient", LIMIT_GRADIENT, zip(ours[1], exact[1], plain[1]))):
         for number, (mine, right, same) in enumerate(triples):
-            compare(f"{kind} {number}", mine, right, same, limits[dtype], dtype)
+            size = terms.get(number) if kind == "gradient" else None
+            compare(f"{kind} {number}", mine, right, same, right if size is None else size, limits[dtype], dtype)
     assert len(ours[0]) == len(exact[0]) and len(ours[1]) == len(exact[1])
 
 
-def compare(what: str, mine: Tensor, right: Tensor, same: Tensor, limit: float, dtype: torch.dtype) -> None:
+def compare(what: str, mine: Tensor, right: Tensor, same: Tensor, size: Tensor, limit: float, dtype: torch.dtype) -> None:
+    """mine, right, same: what the head of this file calls ours, exact and plain. size: what errors are relative to, exact itself for most."""
     assert mine.shape == right.shape and mine.dtype == same.dtype, (what, mine.shape, right.shape, mine.dtype, same.dtype)
     mine, right, same = (x.detach().double() for x in (mine, right, same))
     assert torch.isfinite(mine).all(), f"{what}: {int((~torch.isfinite(mine)).sum())} of {mine.numel()} are not finite"
     if right.numel() == 0:
         return
-    norm = right.norm()
+    norm = size.detach().double().norm()
     relative = float((mine - right).norm() / norm) if norm > 0 else float(mine.norm())
     assert relative <= limit, f"{what}: relative error {relative:.2e}, at most {limit:.0e}"
     if dtype != torch.float32:
-        ulp = torch.finfo(dtype).eps * float(right.abs().max())
+        ulp = torch.finfo(dtype).eps * float(size.abs().max())
         worst, allowed = float((mine - right).abs().max()), max(2 * float((same - right).abs().max()), ulp)
         assert worst <= allowed, f"{what}: largest error {worst:.2e}, PyTorch's own {allowed / 2:.2e}"
 

@@ -1,0 +1,148 @@
+"""What a conversion takes, beside a plain copy of the same bytes and beside transformers' load and save, in one run.
+
+    python -m benchmarks.convert [--gigabytes 3] [--rounds 3] [--folder /tmp]
+
+A checkpoint of Llama's shape with random weights is made on the spot. Then, in turn, each in a process of its own:
+
+    copy             the folder's bytes to new files, by the kernel (shutil.copyfile), and forced to disk
+    hf → hf          python -m checkpoints.convert: through the table, every value checked
+    hf → nanollm     the same with other names
+    meta → hf        from params.json and consolidated.00.pth: q and k are turned on the way
+    hf → float32     every value is cast, and twice the bytes are written
+    hf → hf, verify  and read back
+    transformers     from_pretrained(folder, dtype="auto").save_pretrained(out)
+
+Peak memory is the most that was resident (VmHWM) less what the process held before it began, its imports done. All of them read from the page
+cache, and write to the same disk; all are timed until the disk has it. A round runs them one after another, and what is compared is
+compared within a round: the figures are medians, ratios of the round's own copy.
+"""
+
+import argparse
+import datetime
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from checkpoints import convert, export, stream
+from checkpoints.source import open_source
+from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
+from nanollm.model import Decoder
+
+LAYER = Layer(Attention(20, 4, 128, Rope(5e5)), MLP(6912))
+BYTES_A_LAYER = 2 * (2560 * (2560 + 512 + 512 + 2560) + 3 * 2560 * 6912)
+
+COPY = """
+    import os, shutil, sys
+    from pathlib import Path
+    def work(source, out):
+        Path(out).mkdir()
+        for path in Path(source).iterdir():
+            shutil.copyfile(path, Path(out) / path.name)
+            handle = os.open(Path(out) / path.name, os.O_RDONLY)
+            os.fsync(handle)
+"""
+CONVERT = """
+    from pathlib import Path
+    import torch
+    from checkpoints.convert import convert, plan
+    from checkpoints.source import open_source
+    def work(source, out):
+        convert(plan(open_source(Path(source), allow_pickle=True), {to!r}, {dtype}), Path(out), verify={verify})
+"""
+TRANSFORMERS = """
+    import os, torch, transformers
+    from transformers.models.llama import modeling_llama
+    transformers.logging.disable_progress_bar()
+    def work(source, out):
+        transformers.AutoModelForCausalLM.from_pretrained(source, dtype="auto").save_pretrained(out)
+        for name in os.listdir(out):
+            os.fsync(os.open(os.path.join(out, name), os.O_RDONLY))
+"""
+MEASURE = """
+    import sys, time
+    def high(reset=False):
+        if reset:
+            open("/proc/self/clear_refs", "w").write("5")
+        return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+    before, start = high(reset=True), time.perf_counter()
+    work(sys.argv[1], sys.argv[2])
+    print(time.perf_counter() - start, high() - before)
+"""
+
+
+def make(folder: Path, gigabytes: float) -> int:
+    """The checkpoint in both layouts: folder/hf and folder/meta. Returns its bytes."""
+    layers = max(1, round((gigabytes * 1e9 - 2 * 2 * 32000 * 2560) / BYTES_A_LAYER))
+    with torch.device("meta"):
+        model = Decoder(ModelConfig(32000, 2560, (LAYER,) * layers, context=8192))
+    parameters = dict(model.named_parameters())
+    written = export.plan_export(model.config, parameters, dict.fromkeys(parameters, torch.bfloat16), None)
+    (folder / "hf").mkdir()
+    places = written.lay_out(folder / "hf", 1_000_000_000)
+    for name, stored in places.items():
+        stream.write(stored, 0, torch.randn(stored.shape).bfloat16(), name)
+    convert.convert(convert.plan(open_source(folder / "hf"), "meta"), folder / "meta")
+    return written.nbytes
+
+
+def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
+    """Seconds, and bytes of memory, in a process of its own."""
+    for path in source.iterdir():                        # into the page cache
+        with open(path, "rb") as file:
+            while file.read(1 << 24):
+                pass
+    os.sync()
+    body = "\n".join(line[4:] for line in (code + MEASURE).splitlines())
+    ran = subprocess.run([sys.executable, "-c", body, str(source), str(out)], check=True, capture_output=True, text=True)
+    shutil.rmtree(out)
+    seconds, memory = ran.stdout.split()
+    return float(seconds), int(memory)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gigabytes", type=float, default=3.0, metavar="N", help="of the checkpoint (default 3)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is run (default 3)")
+    parser.add_argument("--folder", type=Path, help="where there is room for four times as much (default: the system's folder for such things)")
+    args = parser.parse_args()
+    def converting(to: str = "hf", dtype: str = "None", verify: bool = False) -> str:
+        return CONVERT.format(to=to, dtype=dtype, verify=verify)
+
+    runs = {
+        "copy": ("hf", COPY),
+        "hf → hf": ("hf", converting()),
+        "hf → nanollm": ("hf", converting("nanollm")),
+        "meta → hf": ("meta", converting()),
+        "hf → hf, verify": ("hf", converting(verify=True)),
+        "hf → float32": ("hf", converting(dtype="torch.float32")),
+        "transformers": ("hf", TRANSFORMERS),
+    }
+    with tempfile.TemporaryDirectory(dir=args.folder) as name:
+        folder = Path(name)
+        size = make(folder, args.gigabytes)
+        stored = open_source(folder / "hf").stored
+        largest = max(one.size for one in stored.values())
+        found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
+        for _ in range(args.rounds):
+            for name, (source, code) in runs.items():
+                found[name].append(measure(code, folder / source, folder / "out"))
+                print(f"{name:16} {size / found[name][-1][0] / 1e6:7,.0f} MB/s {found[name][-1][1] / 1e6:7,.0f} MB", file=sys.stderr)
+    print(f"A checkpoint of {size / 1e9:.2f} GB in bfloat16, {len(stored)} tensors, the largest of {largest / 1e6:.0f} MB; {args.rounds} rounds, medians.")
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {datetime.date.today()}\n")
+    print("| | MB/s of the source | of the copy's speed | peak memory | of the largest tensor |\n|---|--:|--:|--:|--:|")
+    for name, rounds in found.items():
+        seconds = statistics.median(seconds for seconds, _ in rounds)
+        ratio = statistics.median(copy / mine for (mine, _), (copy, _) in zip(rounds, found["copy"]))
+        memory = statistics.median(memory for _, memory in rounds)
+        print(f"| {name} | {size / seconds / 1e6:,.0f} | {ratio:.0%} | {memory / 1e6:,.0f} MB | {memory / largest:.2f} × |")
+
+
+if __name__ == "__main__":
+    main()
