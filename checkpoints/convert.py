@@ -99,6 +99,8 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
     with writing.new_folder(folder) as draft:
         places = written.lay_out(draft, shard_bytes)
         for work in (_move, _compare) if verify else (_move,):
+            if work is _compare:                 # the folder as anyone would find it
+                places = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
             for move in conversion.moves:
                 work(move, conversion, places)
                 done(sum(places[name].size for step in move.writes for name in step.theirs))

@@ -177,18 +177,10 @@ def _rebuild_tensor(storage: Any, first: Any, shape: Any, strides: Any, *_: Any)
     return _Tensor(storage, first, shape, strides)
 
 
-def _rebuild_parameter(tensor: Any, *_: Any) -> Any:
-    return tensor
-
-
-def _empty() -> dict[str, Any]:
-    return {}
-
-
 STAND_INS: dict[str, Callable[..., Any] | torch.dtype] = {
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils _rebuild_parameter": _rebuild_parameter,
-    "collections OrderedDict": _empty,
+    "torch._utils _rebuild_parameter": lambda tensor, *_: tensor,
+    "collections OrderedDict": lambda: {},
     **{f"torch {name}Storage": dtype for name, dtype in DTYPES.items()},
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}

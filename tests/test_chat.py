@@ -1,4 +1,4 @@
-"""chat.py against transformers and mistral_common; and against templates that mean harm.
+"""chat.py against transformers and mistral_common. Templates that mean harm are in tests/hostile/tokens.py.
 
 The templates are written here after the published chat formats, in the ways that real ones use Jinja: whitespace control,
 namespaces, macros, loop controls, tojson, dates, exceptions.
@@ -27,6 +27,7 @@ from nanollm import chat
 from nanollm.chat import Conversation, render
 from nanollm.errors import TokenizerError
 from nanollm.tokenizer import load
+from tests.hostile.tokens import ATTACKS
 from tests.tok_folders import MISTRAL, begin_with, byte_bpe, write
 
 SPECIAL = ("<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "[INST]", "[/INST]")
@@ -223,58 +224,7 @@ def test_a_conversation(with_template, folder: Path) -> None:
         Conversation(load(folder))
 
 
-# ---- templates that mean harm
-
-TOO_LONG, TOO_LARGE, TOO_MUCH, EITHER = "time limit", "memory limit", "output limit", "(time|memory) limit"
-ATTACKS = {
-    "nested ranges": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", TOO_LONG),
-    "power": ("{{ 9**(9**9) }}", TOO_LONG),
-    "power of powers": ("{% set ns = namespace(x=7) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}", TOO_LONG),
-    "string times number": ("{{ 'a' * 10**10 }}", TOO_LARGE),
-    "list times number": ("{{ ([0] * 10**9) | length }}", TOO_LARGE),
-    "percent format": ("{{ '%1000000000d' % 1 }}", TOO_LARGE),
-    "str.format": ("{{ '{:1000000000}'.format(1) }}", TOO_LARGE),
-    "center": ("{{ 'a' | center(10**9) }}", TOO_LARGE),
-    "replace": ("{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}", EITHER),
-    "join": ("{{ (['a' * 10**5] * 10**4) | join }}", EITHER),
-    "doubling": ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}", EITHER),
-    "indent": ("{{ ('a\n' * 10**6) | indent(10**3) }}", EITHER),
-    "lipsum": ("{{ lipsum(n=100000) }}", TOO_LONG),
-    "many small pieces": ("{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}", TOO_MUCH),
-    "one large piece": ("{{ 'a' * 10**7 }}", TOO_MUCH),
-    "recursive macro": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    "two recursive macros": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", TOO_LONG),
-    "range": ("{{ range(10**9) | list }}", "Range too big"),
-    "deep parentheses": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "RecursionError"),
-    "ten million words": ("{{ ('a ' * 10**7).split() | map('upper') | list | length }}", EITHER),
-}
-
-
-@pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_meet_a_limit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    template, expected = ATTACKS[name]
-    if expected == TOO_LONG and name != "nested ranges":     # one with the real limit, the others with a short one
-        monkeypatch.setattr(chat, "TIME_LIMIT", 0.5)
-    assert render("{{ messages[0].content }}", [USER]) == USER["content"]
-    start = time.perf_counter()
-    with pytest.raises(TokenizerError, match=f"chat template .*{expected}"):
-        render(template, [USER])
-    assert time.perf_counter() - start < 3
-    assert render("{{ messages[0].content }}", [USER]) == USER["content"], "the next chat is served"
-
-
-ESCAPES = ["{{ ''.__class__.__mro__ }}", "{{ messages.append(1) }}", "{{ messages[0].update(a=1) }}", "{% include 'x' %}",
-           "{{ cycler.__init__.__globals__ }}", "{{ ().__class__.__base__.__subclasses__() }}", "{% import 'os' as os %}",
-           "{{ '{0.__class__.__init__}'.format(messages) }}{{ ''.format.__self__.x }}", "{{ namespace(__html__=1) }}",
-           "{% set ns = namespace() %}{% set ns._x = 1 %}", "{{ raise_exception.__globals__.os }}", "{{ undefined_thing() }}",
-           "{% for %}", "{{ open('/etc/passwd') }}", "{{ self._TemplateReference__context.environment.x }}"]
-
-
-@pytest.mark.parametrize("template", ESCAPES)
-def test_the_sandbox_holds(template: str) -> None:
-    with pytest.raises(TokenizerError, match="chat template"):
-        render(template, [USER])
-
+# ---- limits; templates that mean harm are in tests/hostile/tokens.py
 
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="the system shows limits elsewhere")
 def test_the_child_lives_under_its_limits() -> None:

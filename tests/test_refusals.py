@@ -1,4 +1,6 @@
-"""A folder that is not a whole, sound model is refused: by name, at once, and before any memory is taken for it."""
+"""A folder that is not a whole, sound model is refused before any memory is taken for it; what may be passed over, and what is untied.
+
+The many ways in which a folder can be bad are in tests/hostile/; here are those that a caller has a word in."""
 
 import json
 import shutil
@@ -67,41 +69,6 @@ def test_the_folder_itself_loads(folder):
     assert not list(model.buffers()) and not any(parameter.is_meta for parameter in model.parameters())
 
 
-def test_no_config(folder, no_memory):
-    (folder / "config.json").unlink()
-    expect_refusal(folder, "config.json: no such file")
-
-
-@pytest.mark.parametrize("text, cause", [
-    ("", "not JSON"), ("{", "not JSON"), ("[]", "a JSON object expected, found list"), ('{"a": 1, "a": 2}', "'a' appears twice"),
-    ('{"a":' * 100_000, "nested too deeply"), ("<!doctype html>", "a web page"), ("version https://git-lfs.github.com", "git-lfs pointer"),
-])
-def test_config_that_is_none(folder, text, cause, no_memory):
-    (folder / "config.json").write_text(text)
-    expect_refusal(folder, f"config.json: .*{cause}")
-
-
-def test_unknown_model_type(folder, no_memory):
-    edit_config(folder, model_type="gpt5")
-    expect_refusal(folder, "model_type is 'gpt5'; supported are llama,", ConfigError)
-
-
-def test_weights_that_are_none(folder, no_memory):
-    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    expect_refusal(folder, "model.safetensors: not safetensors, but a git-lfs pointer")
-    (folder / "model.safetensors").write_text("<html><body>Log in</body></html>")
-    expect_refusal(folder, "model.safetensors: not safetensors, but a web page")
-    (folder / "model.safetensors").unlink()
-    expect_refusal(folder, "neither model.safetensors nor")
-    (folder / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
-    expect_refusal(folder, "only pickled weights")
-
-
-def test_missing_tensor(folder, no_memory):
-    name = edit_tensors(folder, lambda tensors, name: tensors.pop(name))
-    expect_refusal(folder, f"1 missing:\n    {name}")
-
-
 def test_unexpected_tensor_and_then_ignored(folder, no_memory, monkeypatch):
     edit_tensors(folder, lambda tensors, name: tensors.update({"extra.one": torch.ones(2), "extra.two": torch.ones(2)}))
     expect_refusal(folder, r"2 unexpected .*:\n    extra.one\n    extra.two")
@@ -114,16 +81,6 @@ def test_unexpected_tensor_and_then_ignored(folder, no_memory, monkeypatch):
 def test_ignore_fills_no_hole(folder, no_memory):
     name = edit_tensors(folder, lambda tensors, name: tensors.pop(name))
     expect_refusal(folder, f"1 missing:\n    {name}", ignore=[name])
-
-
-def test_shape(folder, no_memory):
-    name = edit_tensors(folder, lambda tensors, name: tensors.update({name: tensors[name].flatten(0, 1)[1:].clone()}))
-    expect_refusal(folder, f"1 of another shape:\n    {name}: ")
-
-
-def test_type(folder, no_memory):
-    name = edit_tensors(folder, lambda tensors, name: tensors.update({name: tensors[name].to(torch.int8)}))
-    expect_refusal(folder, f"of another type:\n    {name}: int8 stored")
 
 
 def test_everything_at_once(folder, no_memory):
@@ -177,14 +134,6 @@ def test_sizes_that_overflow(folder, no_memory):
     if "mamba" in (folder / "config.json").read_text():
         edit_config(folder, intermediate_size=...)
     expect_refusal(folder, "a tensor beyond any memory", ConfigError)
-
-
-@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_a_value_that_is_not_finite(folder, value):
-    def change(tensors, name):
-        tensors[name].view(-1)[-1] = value
-    name = edit_tensors(folder, change)
-    expect_refusal(folder, f"{name} holds a NaN or an infinity as float32")
 
 
 def test_a_value_that_the_wanted_dtype_cannot_hold(folder):

@@ -1,0 +1,162 @@
+"""Bad input: every case of tests/hostile/ is refused, quickly, in little memory, with its cause named; what is sound loads. And
+docs/refusals.md, which tests/battery.py writes, says what was found."""
+
+import itertools
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from checkpoints import files
+from nanollm import chat
+from nanollm.errors import CheckpointError, NanollmError
+from tests import battery
+from tests.battery import LARGEST, LINEAGES, REPORT, SECTIONS, SEEDED, committed, document, good_folder, measured, need_little, need_refusal, prepared, resident, tried
+from tests.fixtures import QUICK
+from tests.hostile import GROUPS, good
+from tests.hostile.configs import CONFIGS, META
+from tests.hostile.files import FILES, INDICES
+
+AGAIN = "python -m tests.battery writes it anew"
+OF_QUICK = {f"tensors {name}" for name in QUICK[::4]}        # the other lineages are tried in the slow half
+CASES = [pytest.param(key, name, id=f"{key}: {name[:60]}", marks=[pytest.mark.slow] * (key.startswith("tensors ") and key not in OF_QUICK))
+         for key, group in GROUPS.items() for name in group.cases]
+
+
+@pytest.fixture(scope="module")
+def goods(tmp_path_factory):
+    """The good folder of each group, made once; that it loads is a test of its own."""
+    made: dict[str, Path] = {}
+
+    def folder(key: str) -> Path:
+        if key not in made:
+            made[key] = good_folder(GROUPS[key], tmp_path_factory.mktemp("good"))
+        return made[key]
+    return folder
+
+
+@pytest.mark.parametrize("key", GROUPS)
+def test_the_good_folder_loads(key, goods):
+    group, folder = GROUPS[key], goods(key)
+    assert group.use(folder) is not None
+    outcome = measured(lambda: group.use(folder), group.process)
+    assert outcome.error is None
+    need_little(outcome, group.seconds, folder)
+
+
+@pytest.mark.parametrize("key, name", CASES)
+def test_case(key, name, goods, tmp_path, monkeypatch):
+    group = GROUPS[key]
+    harm, cause = group.cases[name]
+    if key == "templates" and name != "nested ranges":       # one with the real limit, the others with a short one
+        monkeypatch.setattr(chat, "TIME_LIMIT", 0.5)
+    folder = prepared(harm, tmp_path / "case", goods(key))
+    outcome = measured(lambda: group.use(folder), group.process)
+    if cause is not None:
+        need_refusal(outcome, cause, group.seconds, folder)
+    else:
+        assert outcome.error is None, outcome.error
+        need_little(outcome, group.seconds, folder)
+    if key == "templates":
+        assert group.use(goods(key)) == "Hi", "the next chat is served"
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=[pytest.mark.slow] * key.startswith("sweep")) for key in SEEDED])
+def test_as_many_of_the_seeded_are_refused_as_were(key, tmp_path):
+    outcomes, refused = tried(SEEDED[key], tmp_path)
+    row = committed()[SEEDED[key].title]
+    assert (len(outcomes), len(refused)) == (int(row.tried), int(row.refused)), AGAIN
+
+
+# ---- nothing is taken before the plan holds
+
+@pytest.mark.parametrize("key", [key for key, group in GROUPS.items() if group.use is battery.checkpoints.load and key != "mistral"])
+def test_no_memory_is_taken_for_what_does_not_fit(key, goods, tmp_path, monkeypatch):
+    """From here on, whoever takes memory for a parameter or reads a tensor fails the test: but for values that are not finite. (Mistral's
+    own layout does not say whether the head is the embedding: they are compared.)"""
+    def refuse(*args, **more):
+        pytest.fail("memory was taken before the plan held")
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    monkeypatch.setattr(files.Stored, "read_run", refuse)
+    for number, (name, (harm, cause)) in enumerate(GROUPS[key].cases.items()):
+        if cause is not None and "NaN or an infinity" not in cause:
+            folder = prepared(harm, tmp_path / str(number), goods(key))
+            with pytest.raises(NanollmError):
+                GROUPS[key].use(folder)
+
+
+# ---- the battery can fail
+
+def test_what_is_not_refused_or_takes_too_much_is_noticed(tmp_path):
+    error = CheckpointError("model.safetensors: empty")
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for outcome, cause, said in (
+        (battery.Outcome(None, 0.1, 1.0, []), "empty", "loaded, but should have said"),
+        (battery.Outcome(error, 0.1, 1.0, []), "truncated", "does not say"),
+        (battery.Outcome(error, 1.1, 1.0, []), "empty", "1.10 s"),
+        (battery.Outcome(error, 0.1, LARGEST + 1, []), "empty", "65 MB"),
+        (battery.Outcome(error, 0.1, 1.0, [str(tmp_path / "outside")]), "empty", "opened"),
+        (battery.Outcome(error, 0.1, 1.0, ["/etc/passwd"]), "empty", "opened"),
+    ):
+        with pytest.raises(AssertionError, match=said):
+            need_refusal(outcome, cause, 1.0, folder)
+    need_refusal(battery.Outcome(error, 0.1, 1.0, [str(folder / "model.safetensors")]), "empty", 1.0, folder)
+    (tmp_path / battery.MARK).touch()
+    with pytest.raises(AssertionError, match="code of the file was run"):
+        need_refusal(battery.Outcome(error, 0.1, 1.0, []), "empty", 1.0, folder)
+
+
+def test_evil_pickles_are_evil(tmp_path):
+    """Python's own reader runs them, and leaves the mark."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    good.pickled(folder)
+    harm, _ = GROUPS["pickles"].cases["os.system"]
+    harm(folder)
+    torch.load(folder / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / battery.MARK).exists()
+
+
+@pytest.mark.skipif(resident() is None, reason="the system does not tell")
+def test_time_memory_and_files_are_measured(tmp_path):
+    (tmp_path / "x").write_text("x")
+
+    def work() -> None:
+        (tmp_path / "x").read_text()
+        torch.ones(100_000_000 // 4)
+        for _ in range(10_000_000):
+            pass
+
+    outcome = measured(work)
+    assert outcome.megabytes > 90 and outcome.seconds > 0.05 and os.path.realpath(tmp_path / "x") in outcome.opened
+    assert measured(lambda: None).megabytes < 5
+
+
+def test_there_are_as_many_cases_as_were_promised():
+    assert sum(cause is not None for _, cause in FILES.values()) >= 44 and int(committed()[SEEDED["mutated safetensors"].title].tried) == 500
+    assert len(INDICES) >= 12 and len(CONFIGS) >= 30 and len(META) >= 12
+
+
+# ---- the document
+
+def test_the_document_is_derived_anew():
+    """Cases, headings, sums: the document written again from its own rows is the document."""
+    rows = committed()
+    assert list(rows) == list(SECTIONS), AGAIN
+    assert document(rows, REPORT.read_text().splitlines()[4]) == REPORT.read_text(), AGAIN
+
+
+@pytest.mark.parametrize("title", [title for title, keys in SECTIONS.items() if keys[0] in GROUPS])
+def test_each_row_counts_its_cases(title):
+    cases = list(itertools.chain.from_iterable(GROUPS[key].cases.values() for key in SECTIONS[title]))
+    row, loaded = committed()[title], sum(cause is None for _, cause in cases)
+    assert (int(row.tried), int(row.refused), int(row.loaded)) == (len(cases), len(cases) - loaded, loaded), AGAIN
+
+
+def test_what_was_measured_is_within_the_bounds():
+    for title, row in committed().items():
+        seconds = max(GROUPS[key].seconds if key in GROUPS else 1.0 for key in SECTIONS[title])
+        assert float(row.slowest) < 1e3 * seconds and float(row.largest) < LARGEST, title
+        assert title == LINEAGES or int(row.tried) == int(row.refused) + int(row.loaded)
