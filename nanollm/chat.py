@@ -7,7 +7,7 @@ A chat template is a program in Jinja that came with somebody's weights: `{% for
 `{{ 'a' * 10**10 }}`, would hang or fill the machine (and does, in transformers). No check inside a process can stop a
 single call into C such as 9**(9**9), so templates run in a child process, which three limits hold:
 
-    time      TIME_LIMIT seconds, then the child is killed; should the parent die first, RLIMIT_CPU ends the child
+    time      TIME_LIMIT seconds of its own, counted by the kernel, which then ends it, whether or not the parent still lives
     memory    MEMORY_LIMIT bytes of address space (RLIMIT_AS, where the system has it)
     output    OUTPUT_LIMIT characters more than the messages have
 
@@ -26,6 +26,7 @@ import functools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -40,7 +41,8 @@ from nanollm.templates import no_template
 if TYPE_CHECKING:
     from nanollm.tokenizer import Tokenizer
 
-TIME_LIMIT = 2.0                  # seconds for one rendering
+TIME_LIMIT = 0.8                  # seconds of processor time for one rendering
+WALL_LIMIT = 20.0                 # seconds on the clock, for a machine that is busy
 START_LIMIT = 60.0                # seconds for the child to start, on a machine that is busy
 MEMORY_LIMIT = 512 << 20          # bytes
 OUTPUT_LIMIT = 1_000_000          # characters
@@ -112,11 +114,11 @@ class _Renderer:
         self.lock, self.child, self.owner = threading.Lock(), None, 0
 
     def ask(self, request: bytes) -> dict[str, Any]:
-        """Raises TimeoutError after TIME_LIMIT, EOFError if the child died by itself."""
+        """Raises TimeoutError when the time is over, EOFError if the child died of something else."""
         with self.lock:
             if self.owner != os.getpid() or self.child is None or self.child.poll() is not None:
                 self._start()                             # the first call, after a kill, or in a process that was forked
-            return self._exchange(request, TIME_LIMIT)
+            return self._exchange(request, WALL_LIMIT if hasattr(signal, "setitimer") else TIME_LIMIT)      # Windows has no such clock
 
     def _start(self) -> None:
         root = str(Path(__file__).resolve().parent.parent)
@@ -147,8 +149,9 @@ class _Renderer:
             timer.cancel()
         if answer.endswith(b"\n") and not late.is_set():
             return json.loads(answer)
+        over = late.is_set() or (hasattr(signal, "SIGPROF") and child.wait() == -signal.SIGPROF)
         self.close()
-        raise TimeoutError if late.is_set() else EOFError
+        raise TimeoutError if over else EOFError
 
     def close(self) -> None:
         if self.child is not None and self.owner == os.getpid():
@@ -175,7 +178,7 @@ def _serve() -> None:
     compiled = functools.lru_cache(maxsize=2)(_environment().from_string)
     print("{}", flush=True)
     for line in sys.stdin:
-        _cpu_seconds_left(limits["time"] + 2)
+        _seconds_left(limits["time"])
         try:
             request = json.loads(line)
             answer = {"text": _write(compiled(request["template"]), request["variables"], limits["output"] + len(line))}
@@ -183,6 +186,7 @@ def _serve() -> None:
             raise                                         # ends this process; the parent says why and starts another
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {str(error)[:400]}"}
+        _seconds_left(0)                                  # no limit
         print(json.dumps(answer), flush=True)
 
 
@@ -196,13 +200,10 @@ def _write(template: Any, variables: dict[str, Any], limit: int) -> str:
     return "".join(pieces)
 
 
-def _cpu_seconds_left(seconds: float) -> None:
-    """The kernel ends this process after so much work, even if nobody is left to kill it."""
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
+def _seconds_left(seconds: float) -> None:
+    """The kernel ends this process with SIGPROF after so much work, also in the middle of a call into C, where no handler would run."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, seconds)
 
 
 def _environment() -> Any:

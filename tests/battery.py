@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 import checkpoints
+from nanollm import chat
 from nanollm.errors import NanollmError
 from tests.hostile import GROUPS, configs, files, pickled
 from tests.hostile.good import Group
@@ -297,8 +298,8 @@ refused with; each starts from a sound folder, which loads.
 {machine}
 
 Every attempt ends within a second of processor time, with one error of our own (`nanollm/errors.py`) that names the file, key or tensor;
-beside what was there before it takes less than {largest:.0f} MB, or twice what is on the disk. Chat templates run in a process of their own, with 2
-seconds and 512 MiB; their seconds are those of the wall. No file outside the folder is opened, and nothing that a pickle names is called.
+beside what was there before it takes less than {largest:.0f} MB, or twice what is on the disk. Chat templates run in a process of their own, with {time:g} s
+of processor time and 512 MiB; the seconds in their row are those of the wall, its start among them. No file outside the folder is opened, and nothing that a pickle names is called.
 
 What loads is legal, though odd, and listed below; or it is one of the attempts at random that did no harm that a file could show: changed
 bytes inside a weight (safetensors has no checksums), keys that say nothing about the logits, values that another model could have.
@@ -336,7 +337,7 @@ def listed(group: Group) -> str:
 def document(rows: dict[str, Row], machine: str) -> str:
     """docs/refusals.md."""
     version = re.search(r"transformers (\S+?)[,.]? ", machine + " ")[1]
-    text = HEAD.format(machine=machine, largest=LARGEST, transformers=version) + "".join(f"| {' | '.join(rows[title])} |\n" for title in SECTIONS)
+    text = HEAD.format(machine=machine, largest=LARGEST, time=chat.TIME_LIMIT, transformers=version) + "".join(f"| {' | '.join(rows[title])} |\n" for title in SECTIONS)
     total = [sum(int(getattr(each, field)) for each in rows.values()) for field in ("tried", "refused", "loaded")]
     text += f"\n{total[0]:,} attempts: {total[1]:,} refused with a named cause, {total[2]:,} load. None ended in another way.\n\n## The cases\n"
     for title, keys in SECTIONS.items():

@@ -231,7 +231,6 @@ def test_the_child_lives_under_its_limits() -> None:
     render("", [])
     limits = Path(f"/proc/{chat._renderer.child.pid}/limits").read_text()
     assert [line.split()[3] for line in limits.splitlines() if line.startswith("Max address space")] == [str(chat.MEMORY_LIMIT)]
-    assert "unlimited" not in [line.split()[3] for line in limits.splitlines() if line.startswith("Max cpu time")]
 
 
 def test_long_messages_are_no_attack() -> None:
@@ -315,8 +314,8 @@ def test_a_forked_process_starts_its_own_child() -> None:
 @pytest.mark.slow
 def test_an_orphan_ends_by_itself() -> None:
     """The parent is killed while a template runs: nobody is left to kill the child but the kernel."""
-    program = ("import threading, time; from nanollm import chat; chat.TIME_LIMIT = 0.5; chat.render('', []);"
-               "print(chat._renderer.child.pid, flush=True); chat.TIME_LIMIT = 60;"
+    program = ("import threading, time; from nanollm import chat; chat.TIME_LIMIT = 1.0; chat.render('', []);"
+               "print(chat._renderer.child.pid, flush=True); chat.WALL_LIMIT = 60;"
                f"chat.render({ATTACKS['nested ranges'][0]!r}, [])")
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     child = int(parent.stdout.readline())
