@@ -15,6 +15,7 @@ import train
 from nanollm import cli, options, presets, tokenizer
 from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
+from tests import forked
 from tests.toys import grammar
 
 TOYS = ["llama", "qwen3", "mistral", "mixtral", "mamba"]
@@ -392,8 +393,8 @@ def test_a_toml_file_says_the_same_as_the_command_line_and_the_command_line_wins
 
 
 def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
-    help = subprocess.run([sys.executable, ROOT / "train.py", "--help"], capture_output=True, text=True)
-    assert help.returncode == 0 and all(word in help.stdout for word in ("python train.py", "--data", "--preset", "mamba", "default"))
+    help = forked.start(1, train.run, "--help").end()
+    assert help.codes == [0] and all(word in help.out for word in ("python train.py", "--data", "--preset", "mamba", "default"))
     bad = subprocess.run([sys.executable, ROOT / "train.py", "--data", tmp_path / "none"], capture_output=True, text=True, cwd=tmp_path)
     assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
