@@ -1,6 +1,6 @@
 """train.py, killed in the middle of something: the child of test_resume.py.
 
-    python tests/killed.py PLACE STEP [the options of train.py]             alone, or under torchrun
+    python tests/killed.py PLACE STEP [the options of train.py]             alone, or under torchrun; or `run`, forked (forked.py)
 
     forward     in step STEP, after the first layer                         one rank, the last
     optimizer   in step STEP, after the first of the optimizers             one rank, the last
@@ -25,9 +25,8 @@ from typing import Any
 import train
 from nanollm import block, cli, optim, state
 
-PLACE, STEP = sys.argv[1], int(sys.argv[2])
-LAST = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
-now = 0                         # the step that is being taken, counted from 1
+PLACE, STEP, LAST = "", 0, False    # what `run` was asked; whether this is the last rank
+now = 0                             # the step that is being taken, counted from 1
 
 
 def die() -> None:
@@ -104,8 +103,16 @@ PLACES = {
     "pruning": (state, "retire", retire), "export": (train, "export", export),
 }
 
-if __name__ == "__main__":
+
+def run() -> None:
+    global PLACE, STEP, LAST
+    PLACE, STEP = sys.argv[1], int(sys.argv[2])
+    LAST = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
     wrap(train, "take_step", take_step)
     wrap(*PLACES[PLACE])
     sys.argv = ["train.py", *sys.argv[3:]]
-    cli.main(train.run)
+    train.run()
+
+
+if __name__ == "__main__":
+    cli.main(run)

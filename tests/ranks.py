@@ -1,4 +1,4 @@
-"""What the ranks of tests/test_distributed.py run: python -m torch.distributed.run … tests/ranks.py CASE OUT
+"""What the ranks of tests/test_distributed.py run: python -m torch.distributed.run … tests/ranks.py CASE OUT REPLICAS, or forked.py's `run`
 
 Each case works on a small sharded model, and the first rank writes what it found to OUT as JSON.
 """

@@ -1,30 +1,40 @@
-"""Many ranks are one computation: train.py and its parts under torchrun on gloo, against one process."""
+"""Many ranks are one computation: train.py and its parts on gloo, against one process.
+
+Ranks are forked (forked.py), which gives them what torchrun does and saves most of the time. Under torchrun itself are the first of the runs
+that must equal one process, so that train.py is started as the README says, and the error that all ranks meet, of which torchrun has a say.
+"""
 
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import train
+from tests import forked, ranks
 from tests.toys import grammar
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.slow
 
 
-def launch(ranks: int, *args: object) -> str:
-    """Run a script on so many ranks; its output, where it ended with 0."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else [sys.executable]
-    done = subprocess.run([*start, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return subprocess.run([*start, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
-def case(name: str, ranks: int, folder: Path, replicas: int = 1) -> dict:
-    launch(ranks, "tests/ranks.py", name, folder / "found.json", replicas)
+def launch(ranks: int, function: Callable[[], None], *args: object) -> None:
+    """Run the main function of a script on so many ranks; all must end with 0."""
+    ended = forked.start(ranks, function, *args).end(300)
+    assert ended.codes == [0] * ranks, ended.said
+
+
+def case(name: str, size: int, folder: Path, replicas: int = 1) -> dict:
+    launch(size, ranks.run, name, folder / "found.json", replicas)
     return json.loads((folder / "found.json").read_text())
 
 
@@ -42,9 +52,12 @@ def steps(folder: Path) -> list[dict]:
     return [entry for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
 
 
-def run(ranks: int, out: Path, *args: object) -> list[dict]:
-    launch(ranks, "train.py", "--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype", "float32",
-           "--sample-every", 0, "--eval-every", 8, *args)
+def options(out: Path, *more: object) -> tuple:
+    return ("--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype", "float32", "--sample-every", 0, "--eval-every", 8, *more)
+
+
+def run(size: int, out: Path, *more: object) -> list[dict]:
+    launch(size, train.run, *options(out, *more))
     return steps(out)
 
 
@@ -67,14 +80,19 @@ def alone(shards, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("what, ranks, more", [
+@pytest.mark.parametrize("what, size, more", [
     ("llama", 2, ()), ("llama", 2, ("--micro-batch", 2)), ("llama", 1, ("--micro-batch", 2)), ("llama", 4, ("--replicas", 2)),
     ("llama --optimizer adamw", 2, ("--micro-batch", 2)), ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
 ], ids=str)
-def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, what, ranks, more):
-    options = ("--preset", *what.split(), "--data", shards)
-    one, _ = alone(*options)
-    many = run(ranks, tmp_path / "run", *options, *more)
+def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, what, size, more):
+    model = ("--preset", *what.split(), "--data", shards)
+    one, _ = alone(*model)
+    if (what, size, more) == ("llama", 2, ()):
+        done = torchrun(2, "train.py", *options(tmp_path / "run", *model))
+        assert done.returncode == 0, done.stdout + done.stderr
+        many = steps(tmp_path / "run")
+    else:
+        many = run(size, tmp_path / "run", *model, *more)
     assert furthest(one, many) <= 1e-6
     assert furthest(one, many, "balance") < 1e-5
     assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many)) < 2e-5
@@ -87,13 +105,13 @@ def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone
     chats = tmp_path / "chats.jsonl"
     chats.write_text("".join(json.dumps({"prompt": "alpha " * int(rng.integers(1, 4)), "completion": "beta " * int(rng.integers(1, 9))}) + "\n" for _ in range(200)))
     _, model = alone("--preset", "llama", "--data", shards)
-    options = ("--init", model, "--chat", chats)
-    one = run(1, tmp_path / "one", *options)
+    chat = ("--init", model, "--chat", chats)
+    one = run(1, tmp_path / "one", *chat)
     assert len({entry["targets"] for entry in one}) > 4
-    for ranks, micro in ((1, 2), (2, 2)):
-        many = run(ranks, tmp_path / f"{ranks}x{micro}", *options, "--micro-batch", micro)
+    for size, micro in ((1, 2), (2, 2)):
+        many = run(size, tmp_path / f"{size}x{micro}", *chat, "--micro-batch", micro)
         assert furthest(one, many) <= 1e-6 and [a["targets"] for a in one] == [b["targets"] for b in many]
-    means = run(2, tmp_path / "two", *options)
+    means = run(2, tmp_path / "two", *chat)
     assert max(entry["worst_rank_loss"] - entry["loss"] for entry in means) > 0.01     # a mean of means would have been another number
 
 
@@ -109,9 +127,9 @@ def test_held_out_loss_and_the_model_that_is_written_are_those_of_one_process(sh
 
 # ---- its parts
 
-@pytest.mark.parametrize("ranks, replicas", [(1, 1), (2, 1), (4, 2)])
-def test_weights_drawn_in_slices_are_those_drawn_whole(tmp_path, ranks, replicas):
-    for name, (count, same, tied) in case("initial", ranks, tmp_path, replicas).items():
+@pytest.mark.parametrize("size, replicas", [(1, 1), (2, 1), (4, 2)])
+def test_weights_drawn_in_slices_are_those_drawn_whole(tmp_path, size, replicas):
+    for name, (count, same, tied) in case("initial", size, tmp_path, replicas).items():
         assert count == same > 20 and tied, name
 
 
@@ -154,6 +172,5 @@ def test_ranks_agree(tmp_path):
 
 
 def test_an_error_is_said_once_and_ends_all_ranks(tmp_path):
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py", "--data", str(tmp_path / "nowhere"), "--out", str(tmp_path / "run")]
-    done = subprocess.run(start, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = torchrun(2, "train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "nowhere: no such file" in done.stderr and not (tmp_path / "run").exists()

@@ -1,8 +1,9 @@
-"""Sampling against transformers' own filters, sessions, batches, stop strings; and generate.py as a person runs it."""
+"""Sampling against transformers' own filters, sessions, batches, stop strings; and generate.py as a person runs it.
+
+Its processes are forked (forked.py); tests/kernels/test_decoder.py starts it from a command line.
+"""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,15 +13,16 @@ import transformers
 from transformers.generation import logits_process as filters
 
 import checkpoints
+import generate as script
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, Rope
 from nanollm.errors import InputError
 from nanollm.generation import PREFILL, Session, feed, generate, generate_batch, new_cache, stream_text
 from nanollm.model import Decoder
 from nanollm.quantize import quantize
 from nanollm.sample import keep_likely, sample
+from tests import forked
 from tests.oracles import Fixture, difference, make_loud, write
 
-ROOT = Path(__file__).parent.parent
 
 
 # ---- sample.py
@@ -132,17 +134,17 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def cli(*arguments: str, text: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "generate.py", *arguments], cwd=ROOT, input=text, capture_output=True, text=True, timeout=100)
+def cli(*arguments: str, text: str = "") -> forked.Ended:
+    return forked.start(1, script.run, *arguments, stdin=text).end()
 
 
 def test_prompt(folder):
     """The same text as transformers' generate, special tokens hidden; the speed on standard error."""
     done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "20")
-    assert done.returncode == 0, done.stderr
+    assert done.codes == [0], done.err
     expected = transformers.AutoTokenizer.from_pretrained(folder).decode(json.loads(folder.with_name("ids.json").read_text()), skip_special_tokens=True)
-    assert done.stdout == expected + "\n"
-    assert "tokens/s" in done.stderr
+    assert done.out == expected + "\n"
+    assert "tokens/s" in done.err
 
 
 @pytest.mark.parametrize("bits", ["int8", "int4"])
@@ -152,17 +154,17 @@ def test_quantized(folder, bits):
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model, prompt = quantize(checkpoints.load(folder), int(bits[3:])), tokenizer("the fox")["input_ids"]
     expected = tokenizer.decode([*prompt, *generate(model, prompt, 8, stop_ids=[1, 2])], skip_special_tokens=True)
-    assert done.returncode == 0 and done.stdout == expected + "\n", done.stderr
+    assert done.codes == [0] and done.out == expected + "\n", done.err
 
 
 def test_batch_and_stdin(folder):
     done = cli("--model", str(folder), "--prompt", "the fox", "--prompt", "-", "--max-new-tokens", "5", "--stop", "zzzz", text="dog")
-    assert done.returncode == 0 and done.stdout.count("---") == 2 and "for 2 prompts" in done.stderr, done.stderr
+    assert done.codes == [0] and done.out.count("---") == 2 and "for 2 prompts" in done.err, done.err
 
 
 def test_chat(folder):
     done = cli("--model", str(folder), "--chat", "--system", "the dog", "--max-new-tokens", "8", text="the fox\nthe dog\n\n")
-    assert done.returncode == 0 and done.stdout.count("> ") == 3 and done.stderr.count("tokens/s") >= 1, done.stderr
+    assert done.codes == [0] and done.out.count("> ") == 3 and done.err.count("tokens/s") >= 1, done.err
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -174,10 +176,10 @@ def test_chat(folder):
 ])
 def test_bad_arguments_are_one_line(arguments, message):
     done = cli(*arguments)
-    assert done.returncode in (1, 2) and message in done.stderr and "Traceback" not in done.stderr and done.stdout == ""
+    assert done.codes[0] in (1, 2) and message in done.err and "Traceback" not in done.err and done.out == ""
 
 
 def test_a_bad_folder_is_one_line_and_an_exit_code(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     done = cli("--model", str(tmp_path), "--prompt", "x")
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and "config.json" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.codes == [1] and done.err.startswith("error: ") and "config.json" in done.err and len(done.err.splitlines()) == 1

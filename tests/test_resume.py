@@ -7,6 +7,10 @@
 
 "Ends as" means: loss, gradient norm and learning rate of every step, each step once in the log, are equal floats; model.safetensors has
 equal bytes; nothing half-written is left.
+
+Where nothing has to die a run is in this process (`here`), else its ranks are forked (`launch`, see forked.py), which gives them what torchrun
+does. Torchrun itself (`torchrun`) starts one that is killed and what goes on from it, and the runs of 2 ranks whose tests are about torchrun:
+signals, which it hands on; workers that outlive it; a disk that fills up under it. Those equal uninterrupted runs of forked ranks.
 """
 
 import contextlib
@@ -26,13 +30,14 @@ import train
 from nanollm import cli, losses, state
 from nanollm import log as logs
 from nanollm import text as texts
+from tests import forked, killed
 from tests.toys import grammar
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4"]
-LONG = ["--steps", "80", "--save-every", "20", "--eval-every", "40"]
+LONG = ["--steps", "64", "--save-every", "16", "--eval-every", "32", "--optimizer", "adamw"]      # long enough to be met on its way; SHORT has both optimizers
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +63,29 @@ def here(data: Path, out: Path, *more: str) -> str | int | None:
             return end.code
 
 
-def launch(data: Path, out: Path, *more: str, ranks: int = 1, killed: tuple[str, int] | None = None) -> subprocess.Popen:
-    script = ["tests/killed.py", *map(str, killed)] if killed else ["train.py"]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return subprocess.Popen([sys.executable, *launcher, *script, *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+def launch(data: Path, out: Path, *more: str, ranks: int = 1, place: tuple[str, int] | None = None) -> forked.Started:
+    """Forked ranks; place: where one of them is killed."""
+    return forked.start(ranks, killed.run if place else train.run, *(place or ()), *arguments(data, out, more))
+
+
+def run(data: Path, out: Path, *more: str, ranks: int = 1) -> str:
+    """Forked ranks that have to end well: all they said."""
+    ended = launch(data, out, *more, ranks=ranks).end()
+    assert ended.codes == [0] * ranks, ended.said
+    return ended.said
+
+
+def failed(codes: list[int]) -> bool:
+    """Whether an error of ours ended them all: each by itself, or when it was told to for the sake of another."""
+    return 1 in codes and set(codes) <= {1, -signal.SIGTERM}
+
+
+# ---- torchrun
+
+def torchrun(data: Path, out: Path, *more: str, script: tuple = ("train.py",)) -> subprocess.Popen:
+    """2 ranks."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen([*launcher, *map(str, script), *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
@@ -75,6 +99,11 @@ def processes(out: Path) -> list[int]:
         except OSError:                                         # it ended meanwhile
             pass
     return found
+
+
+def worker(out: Path, rank: int) -> int:
+    """The process of a rank."""
+    return next(process for process in processes(out) if f"RANK={rank}".encode() in (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0"))
 
 
 def kill(out: Path) -> None:
@@ -94,9 +123,7 @@ def end(child: subprocess.Popen, out: Path, seconds: int = 120) -> tuple[int, st
         child.wait()
 
 
-def run(data: Path, out: Path, *more: str, ranks: int = 1, killed: tuple[str, int] | None = None) -> tuple[int, str]:
-    return end(launch(data, out, *more, ranks=ranks, killed=killed), out)
-
+# ---- what a run leaves
 
 def steps(out: Path) -> list[tuple]:
     """What the log says of each step, to the bit."""
@@ -130,8 +157,7 @@ def whole(data, tmp_path_factory) -> Callable[..., Path]:
             if ranks == 1:
                 assert here(data, out, *more, "--keep", "9") is None
             else:
-                code, said = run(data, out, *more, "--keep", "9", ranks=ranks)
-                assert code == 0, said
+                run(data, out, *more, "--keep", "9", ranks=ranks)
             done[more, ranks] = out
         return done[more, ranks]
 
@@ -162,19 +188,35 @@ KILLS = {                       # place, step: the checkpoints that are complete
 }
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("killed", KILLS, ids=lambda place: f"{place[0]}-{place[1]}")
-def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, killed, ranks):
-    out, (there, draft) = tmp_path / "run", KILLS[killed]
-    code, said = run(data, out, *SHORT, ranks=ranks, killed=killed)
-    assert code == -signal.SIGKILL if ranks == 1 else code == 1 and "Signal 9 (SIGKILL)" in said, said
-    assert saved(out) in ([there, there[:-1]] if killed[0] in ("forward", "optimizer") else [there])       # the thread may not have finished 4
+def as_it_was_left(out: Path, place: tuple[str, int]) -> None:
+    there, draft = KILLS[place]
+    assert saved(out) in ([there, there[:-1]] if place[0] in ("forward", "optimizer") else [there])        # the thread may not have finished 4
     assert draft is None or draft in os.listdir(out / "steps")
     assert not (out / "model.safetensors").exists()
-    code, said = run(data, out, *SHORT, "--resume", ranks=ranks)
-    assert code == 0, said
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("place", KILLS, ids=lambda place: f"{place[0]}-{place[1]}")
+def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, place, ranks):
+    out = tmp_path / "run"
+    ended = launch(data, out, *SHORT, ranks=ranks, place=place).end()
+    victim = ranks - 1 if place[0] in ("forward", "optimizer", "shard", "export") else 0
+    assert ended.codes[victim] == -signal.SIGKILL and 0 not in ended.codes, (ended.codes, ended.said)
+    as_it_was_left(out, place)
+    run(data, out, *SHORT, "--resume", ranks=ranks)
     assert saved(out)[-1] == 8 and hidden(out) == []
     assert outcome(out) == outcome(whole(*SHORT, ranks=ranks))
+
+
+def test_torchrun_ends_with_a_worker_that_was_killed_and_goes_on(whole, data, tmp_path):
+    out, place = tmp_path / "run", ("forward", 6)
+    code, said = end(torchrun(data, out, *SHORT, script=("tests/killed.py", *place)), out)
+    assert code == 1 and "Signal 9 (SIGKILL)" in said, said
+    as_it_was_left(out, place)
+    code, said = end(torchrun(data, out, *SHORT, "--resume"), out)
+    assert code == 0, said
+    assert saved(out)[-1] == 8 and hidden(out) == []
+    assert outcome(out) == outcome(whole(*SHORT, ranks=2))
 
 
 # ---- every kind of state
@@ -223,8 +265,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_gone_on_with(w
 def test_one_checkpoint_of_2_ranks_is_gone_on_with_by_1_2_and_4(whole, data, tmp_path, ranks):
     before = whole(*SHORT, ranks=2)
     out = cut(before, 4, tmp_path / "run")
-    code, said = run(data, out, *SHORT, "--resume", ranks=ranks)
-    assert code == 0 and "on from step 4" in said, said
+    assert "on from step 4" in run(data, out, *SHORT, "--resume", ranks=ranks)
     assert state.read_manifest(out / "steps" / "00000008")["ranks"] == ranks
     if ranks == 2:
         assert outcome(out) == outcome(before)
@@ -237,11 +278,11 @@ def test_one_checkpoint_of_2_ranks_is_gone_on_with_by_1_2_and_4(whole, data, tmp
 
 # ---- asked
 
-def wait(out: Path, until: Callable[[], bool]) -> None:
+def wait(until: Callable[[], bool], alive: Callable[[], object]) -> None:
     """Until it is so, while someone is at work in the folder."""
     while not until():
         time.sleep(0.02)                        # first: a process that has just begun has no command line yet
-        assert processes(out), "the run has ended"
+        assert alive(), "the run has ended"
 
 
 def done(out: Path) -> int:
@@ -249,50 +290,64 @@ def done(out: Path) -> int:
     return len(steps(out)) if (out / "log.jsonl").exists() else 0
 
 
-def worker(out: Path, rank: int) -> int:
-    """The process of a rank."""
-    return next(process for process in processes(out) if f"RANK={rank}".encode() in (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0"))
+def ask(out: Path, alive: Callable[[], object], save: Callable[[], None], leave: Callable[[], None]) -> list[int]:
+    """SIGUSR1 after a few steps, and SIGTERM a few later; the checkpoints that were there between."""
+    wait(lambda: done(out) >= 3, alive)
+    save()
+    wait((out / "model.safetensors").exists, alive)
+    asked = saved(out)
+    wait(lambda: done(out) >= asked[0] + 3, alive)
+    leave()
+    return asked
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp_path, ranks):
+def goes_on_as_asked(whole: Callable[..., Path], data: Path, out: Path, asked: list[int], said: str, ranks: int) -> None:
+    left = saved(out)[-1]
+    assert 3 < asked[0] < 16 and asked[0] + 3 < left < 64                       # both between the checkpoints of every 16 steps
+    assert f"{out}: left at step {left} as asked; --resume goes on" in said and done(out) == left and hidden(out) == []
+    assert f"on from step {left}" in run(data, out, *LONG, "--resume", ranks=ranks)
+    assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
+
+
+def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp_path):
     out = tmp_path / "run"
-    child = launch(data, out, *LONG, ranks=ranks)
+    child = launch(data, out, *LONG)
     try:
-        wait(out, lambda: done(out) >= 3)
-        os.kill(child.pid if ranks == 1 else worker(out, 1), signal.SIGUSR1)    # any one rank will do
-        wait(out, (out / "model.safetensors").exists)
-        asked = saved(out)
-        wait(out, lambda: done(out) >= asked[0] + 3)
-        child.send_signal(signal.SIGTERM)                                       # torchrun hands it on
+        process, = child.pids
+        asked = ask(out, child.running, lambda: os.kill(process, signal.SIGUSR1), lambda: os.kill(process, signal.SIGTERM))
+    finally:
+        ended = child.end()
+    assert ended.codes == [0], ended.said
+    goes_on_as_asked(whole, data, out, asked, ended.said, ranks=1)
+
+
+def test_signals_reach_all_ranks_of_torchrun(whole, data, tmp_path):
+    out = tmp_path / "run"
+    child = torchrun(data, out, *LONG)
+    try:
+        asked = ask(out, lambda: processes(out), lambda: os.kill(worker(out, 1), signal.SIGUSR1), lambda: child.send_signal(signal.SIGTERM))  # any one rank; torchrun hands it on
     finally:
         code, said = end(child, out)
-    left = saved(out)[-1]
-    assert 3 < asked[0] < 20 and asked[0] + 3 < left < 80                       # both between the checkpoints of every 20 steps
-    assert f"{out}: left at step {left} as asked; --resume goes on" in said and done(out) == left and hidden(out) == []
-    assert code == 0 if ranks == 1 else "SignalException" in said, said         # the workers end with 0; torchrun never does after a signal
-    code, said = run(data, out, *LONG, "--resume", ranks=ranks)
-    assert code == 0 and f"on from step {left}" in said, said
-    assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
+    assert "SignalException" in said, said                                      # the workers end with 0; torchrun never does after a signal
+    goes_on_as_asked(whole, data, out, asked, said, ranks=2)
 
 
 def test_a_folder_in_use_is_refused_even_where_the_torchrun_of_its_workers_is_gone(whole, data, tmp_path):
     out = tmp_path / "run"
-    child = launch(data, out, *LONG, ranks=2)
+    child = torchrun(data, out, *LONG)
     try:
-        wait(out, lambda: len(saved(out)) > 0)
+        wait(lambda: len(saved(out)) > 0, lambda: processes(out))
         refused = f"error: {out}: another run is at work in it (process {worker(out, 0)}); wait for it, end it, or name another folder with --out"
         assert here(data, out, *LONG, "--resume") == here(data, out, *LONG, "--force") == refused
         child.kill()
         child.wait()
         before = done(out)
-        wait(out, lambda: done(out) > before + 1)                               # orphans, who train on
+        wait(lambda: done(out) > before + 1, lambda: processes(out))            # orphans, who train on
         assert here(data, out, *LONG, "--resume") == refused
     finally:
         kill(out)
         end(child, out)
-    code, said = run(data, out, *LONG, "--resume", ranks=2)
-    assert code == 0 and "on from step" in said, said
+    assert "on from step" in run(data, out, *LONG, "--resume", ranks=2)
     assert outcome(out) == outcome(whole(*LONG, ranks=2))
 
 
@@ -370,35 +425,39 @@ def bytes_of(folder: Path) -> int:
 def test_on_a_disk_with_room_for_one_checkpoint_the_first_one_is_gone_on_with(whole, data, disk, ranks):
     one = bytes_of(whole(*SHORT, ranks=ranks) / "steps" / "00000002")
     out = disk(one * 3 // 2) / "run"
-    code, said = run(data, out, *SHORT, ranks=ranks)
-    assert code == 1 and ours(said) == [], said
+    ended = launch(data, out, *SHORT, ranks=ranks).end()
+    said = ended.said
+    assert failed(ended.codes) and ours(said) == [], (ended.codes, said)
     assert said.count("warning: no checkpoint at step ") == 2 and said.count("error: the checkpoint of step 8 cannot be written: ") == 1, said
     assert saved(out) == [2] and hidden(out) == [] and done(out) == 8
     disk(one * 6)
-    code, said = run(data, out, *SHORT, "--resume", ranks=ranks)
-    assert code == 0 and "on from step 2" in said, said
+    assert "on from step 2" in run(data, out, *SHORT, "--resume", ranks=ranks)
     assert outcome(out) == outcome(whole(*SHORT, ranks=ranks))
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(whole, data, disk, ranks):
-    """The log is the first that must be written."""
+    """The log is the first that must be written. 2 ranks are under torchrun, which has much to say of workers that fail."""
     place = disk(bytes_of(whole(*LONG, ranks=ranks)))
     out = place / "run"
-    child = launch(data, out, *LONG, ranks=ranks)
+    child = launch(data, out, *LONG) if ranks == 1 else torchrun(data, out, *LONG)
     try:
-        wait(out, lambda: len(saved(out)) > 0)
+        wait(lambda: len(saved(out)) > 0, child.running if ranks == 1 else lambda: processes(out))
         filler = fill(place)
     finally:
-        code, said = end(child, out)
-    assert code == 1 and said.count(f"error: {out / 'log.jsonl'}: cannot write: No space left on device; ") == 1, said
+        if ranks == 1:
+            ended = child.end()
+            codes, said = ended.codes, ended.said
+        else:
+            code, said = end(child, out)
+            codes = [code]
+    assert codes == [1] and said.count(f"error: {out / 'log.jsonl'}: cannot write: No space left on device; ") == 1, said
     assert ours(said) == [], said
-    assert done(out) < 80 and saved(out)[0] == 20 and hidden(out) == []
-    code, said = run(data, out, *LONG, "--resume", ranks=ranks)                 # still full
-    assert code == 1 and said.count("error: ") == 1 and "No space left" in said and ours(said) == [], said
+    assert done(out) < 64 and saved(out)[0] == 16 and hidden(out) == []
+    ended = launch(data, out, *LONG, "--resume", ranks=ranks).end()             # still full
+    assert failed(ended.codes) and ended.said.count("error: ") == 1 and "No space left" in ended.said and ours(ended.said) == [], (ended.codes, ended.said)
     filler.unlink()
-    code, said = run(data, out, *LONG, "--resume", ranks=ranks)
-    assert code == 0 and "on from step" in said, said
+    assert "on from step" in run(data, out, *LONG, "--resume", ranks=ranks)
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
 
 

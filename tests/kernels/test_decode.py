@@ -96,7 +96,7 @@ def test_which_operation_runs(monkeypatch):
 
 def test_decode_is_flash_and_any_number_of_slices_is_one(monkeypatch):
     """40 slices of 700 keys are 22 that hold some, more than the merge takes in at a time, and 18 that are empty."""
-    q, k, v = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 700, 32), torch.randn(2, 2, 700, 32)
+    q, k, v = torch.randn(2, 2, 1, 32), torch.randn(2, 1, 700, 32), torch.randn(2, 1, 700, 32)
     seen = sight(torch.tensor([[0], [7]]), torch.tensor([[699], [100]]))
     k[:, :, -1] = 2 * q[:, ::2, 0]                              # the largest score comes last: what was merged before it must shrink
     flash, _ = attention_op(q, k, v, seen.first, seen.last, None, 0.2, None)
