@@ -19,6 +19,7 @@ quick: $(BIN)/ready
 bench: $(BIN)/ready
 	$(BIN)/python benchmarks/generate.py
 	$(BIN)/python benchmarks/train.py
+	$(BIN)/python -m benchmarks.convert
 	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python -m benchmarks.kernels
 
 # torch comes first and alone: so a build of it that the machine already offers is taken, and nothing replaces it after

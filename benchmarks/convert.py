@@ -1,6 +1,6 @@
 """What a conversion takes, beside a plain copy of the same bytes and beside transformers' load and save, in one run.
 
-    python -m benchmarks.convert [--gigabytes 3] [--rounds 3] [--folder /tmp]
+    python -m benchmarks.convert [--gigabytes 3] [--rounds 3] [--folder PLACE] [--write]
 
 A checkpoint of Llama's shape with random weights is made on the spot. Then, in turn, each in a process of its own:
 
@@ -18,9 +18,6 @@ compared within a round: the figures are medians, ratios of the round's own copy
 """
 
 import argparse
-import datetime
-import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -30,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.generate import machine
 from checkpoints import convert, export, stream
 from checkpoints.source import open_source
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
@@ -111,7 +109,9 @@ def main() -> None:
     parser.add_argument("--gigabytes", type=float, default=3.0, metavar="N", help="of the checkpoint (default 3)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is run (default 3)")
     parser.add_argument("--folder", type=Path, help="where there is room for four times as much (default: the system's folder for such things)")
+    parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/convert.md")
     args = parser.parse_args()
+
     def converting(to: str = "hf", dtype: str = "None", verify: bool = False) -> str:
         return CONVERT.format(to=to, dtype=dtype, verify=verify)
 
@@ -134,14 +134,18 @@ def main() -> None:
             for name, (source, code) in runs.items():
                 found[name].append(measure(code, folder / source, folder / "out"))
                 print(f"{name:16} {size / found[name][-1][0] / 1e6:7,.0f} MB/s {found[name][-1][1] / 1e6:7,.0f} MB", file=sys.stderr)
-    print(f"A checkpoint of {size / 1e9:.2f} GB in bfloat16, {len(stored)} tensors, the largest of {largest / 1e6:.0f} MB; {args.rounds} rounds, medians.")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {datetime.date.today()}\n")
-    print("| | MB/s of the source | of the copy's speed | peak memory | of the largest tensor |\n|---|--:|--:|--:|--:|")
+    lines = [f"A checkpoint of {size / 1e9:.2f} GB in bfloat16, {len(stored)} tensors, the largest of {largest / 1e6:.0f} MB; {args.rounds} rounds, medians.",
+             f"{machine()}.", "",
+             "| | MB/s of the source | of the copy's speed | peak memory | of the largest tensor |", "|---|--:|--:|--:|--:|"]
     for name, rounds in found.items():
         seconds = statistics.median(seconds for seconds, _ in rounds)
         ratio = statistics.median(copy / mine for (mine, _), (copy, _) in zip(rounds, found["copy"]))
         memory = statistics.median(memory for _, memory in rounds)
-        print(f"| {name} | {size / seconds / 1e6:,.0f} | {ratio:.0%} | {memory / 1e6:,.0f} MB | {memory / largest:.2f} × |")
+        lines.append(f"| {name} | {size / seconds / 1e6:,.0f} | {ratio:.0%} | {memory / 1e6:,.0f} MB | {memory / largest:.2f} × |")
+    print(*lines, sep="\n")
+    if args.write:
+        head = "# Conversion\n\nWritten by `python -m benchmarks.convert --write`; what each row is says its docstring.\n\n"
+        Path(__file__).with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":
