@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole, for the sake of what they share."""
+    """What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
     files = {"test_resume": 1, "test_distributed": 2}
     items.sort(key=lambda item: 0 if item.name == "test_the_demo_beats_gzip_far" else files.get(item.path.stem, 3))
 

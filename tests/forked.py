@@ -12,7 +12,6 @@ ends badly the others are sent SIGTERM, and 30 seconds later SIGKILL. A single p
 What torchrun says, how it hands signals on, and what it leaves behind when it is killed are tested with torchrun.
 """
 
-import contextlib
 import multiprocessing
 import os
 import shutil
@@ -25,6 +24,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing import connection, forkserver
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -103,15 +103,8 @@ def start(ranks: int, function: Callable[[], None], *arguments: object, stdin: s
 
 def serve() -> None:
     """Start the server, if there is none: it has to find what it shall import, and reads this environment once."""
-    with contextlib.ExitStack() as after:
-        for name, value in (("PYTHONPATH", str(ROOT)), ("OMP_NUM_THREADS", "1"), ("OMP_WAIT_POLICY", "passive")):
-            after.callback(put, name, os.environ.get(name))
-            put(name, value)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive"):
         forkserver.ensure_running()
-
-
-def put(name: str, value: str | None) -> None:
-    os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
 
 
 def become(function: Callable[[], None], arguments: list[str], environment: dict[str, str], folder: Path) -> None:

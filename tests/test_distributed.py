@@ -53,7 +53,8 @@ def steps(folder: Path) -> list[dict]:
 
 
 def options(out: Path, *more: object) -> tuple:
-    return ("--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype", "float32", "--sample-every", 0, "--eval-every", 8, *more)
+    return ("--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype", "float32",
+            "--sample-every", 0, "--eval-every", 8, *more)
 
 
 def run(size: int, out: Path, *more: object) -> list[dict]:

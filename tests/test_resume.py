@@ -37,7 +37,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4"]
-LONG = ["--steps", "64", "--save-every", "16", "--eval-every", "32", "--optimizer", "adamw"]      # long enough to be met on its way; SHORT has both optimizers
+LONG = ["--steps", "64", "--save-every", "16", "--eval-every", "32", "--optimizer", "adamw"]     # to be met on its way; its steps are cheap
 
 
 @pytest.fixture(scope="module")
@@ -85,8 +85,8 @@ def failed(codes: list[int]) -> bool:
 def torchrun(data: Path, out: Path, *more: str, script: tuple = ("train.py",)) -> subprocess.Popen:
     """2 ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen([*launcher, *map(str, script), *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen([*launcher, *map(str, script), *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 def processes(out: Path) -> list[int]:
@@ -325,7 +325,9 @@ def test_signals_reach_all_ranks_of_torchrun(whole, data, tmp_path):
     out = tmp_path / "run"
     child = torchrun(data, out, *LONG)
     try:
-        asked = ask(out, lambda: processes(out), lambda: os.kill(worker(out, 1), signal.SIGUSR1), lambda: child.send_signal(signal.SIGTERM))  # any one rank; torchrun hands it on
+        asked = ask(out, lambda: processes(out),
+                    save=lambda: os.kill(worker(out, 1), signal.SIGUSR1),       # any one rank will do
+                    leave=lambda: child.send_signal(signal.SIGTERM))            # torchrun hands it on
     finally:
         code, said = end(child, out)
     assert "SignalException" in said, said                                      # the workers end with 0; torchrun never does after a signal
@@ -455,7 +457,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_ther
     assert ours(said) == [], said
     assert done(out) < 64 and saved(out)[0] == 16 and hidden(out) == []
     ended = launch(data, out, *LONG, "--resume", ranks=ranks).end()             # still full
-    assert failed(ended.codes) and ended.said.count("error: ") == 1 and "No space left" in ended.said and ours(ended.said) == [], (ended.codes, ended.said)
+    assert failed(ended.codes) and ended.said.count("error: ") == 1 and "No space left" in ended.said and ours(ended.said) == [], ended
     filler.unlink()
     assert "on from step" in run(data, out, *LONG, "--resume", ranks=ranks)
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
