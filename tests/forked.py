@@ -12,6 +12,7 @@ ends badly the others are sent SIGTERM, and 30 seconds later SIGKILL. A single p
 What torchrun says, how it hands signals on, and what it leaves behind when it is killed are tested with torchrun.
 """
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -109,6 +110,7 @@ def serve() -> None:
 
 def become(function: Callable[[], None], arguments: list[str], environment: dict[str, str], folder: Path) -> None:
     """In the new process: the place, the words and the files that a script started from a shell would have."""
+    gc.freeze()                                                 # the collector need not look at, and so copy, what was imported
     multiprocessing.set_start_method(None, force=True)          # what it starts itself it starts as any process would
     os.environ.update(environment)
     os.chdir(ROOT)
