@@ -18,6 +18,7 @@ compared within a round: the figures are medians, ratios of the round's own copy
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import subprocess
