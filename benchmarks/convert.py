@@ -1,6 +1,6 @@
 """What a conversion takes, beside a plain copy of the same bytes and beside transformers' load and save, in one run.
 
-    python -m benchmarks.convert [--gigabytes 3] [--rounds 3] [--folder PLACE] [--write]
+    python -m benchmarks.convert [--gigabytes 3] [--rounds 4] [--folder PLACE] [--write]
 
 A checkpoint of Llama's shape with random weights is made on the spot. Then, in turn, each in a process of its own:
 
@@ -13,8 +13,8 @@ A checkpoint of Llama's shape with random weights is made on the spot. Then, in 
     transformers     from_pretrained(folder, dtype="auto").save_pretrained(out)
 
 Peak memory is the most that was resident (VmHWM) less what the process held before it began, its imports done. All of them read from the page
-cache, and write to the same disk; all are timed until the disk has it. A round runs them one after another, and what is compared is
-compared within a round: the figures are medians, ratios of the round's own copy.
+cache, and write to the same disk; all are timed until the disk has it. A round runs them one after another, every other round backwards, and
+what is compared is compared within a round: the figures are medians, ratios of the round's own copy.
 """
 
 import argparse
@@ -108,7 +108,7 @@ def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0, metavar="N", help="of the checkpoint (default 3)")
-    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="how often each is run (default 3)")
+    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="how often each is run (default 4)")
     parser.add_argument("--folder", type=Path, help="where there is room for four times as much (default: the system's folder for such things)")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/convert.md")
     args = parser.parse_args()
@@ -131,8 +131,8 @@ def main() -> None:
         stored = open_source(folder / "hf").stored
         largest = max(one.size for one in stored.values())
         found: dict[str, list[tuple[float, int]]] = {name: [] for name in runs}
-        for _ in range(args.rounds):
-            for name, (source, code) in runs.items():
+        for round in range(args.rounds):
+            for name, (source, code) in list(runs.items())[:: -1 if round % 2 else 1]:
                 found[name].append(measure(code, folder / source, folder / "out"))
                 print(f"{name:16} {size / found[name][-1][0] / 1e6:7,.0f} MB/s {found[name][-1][1] / 1e6:7,.0f} MB", file=sys.stderr)
     lines = [f"A checkpoint of {size / 1e9:.2f} GB in bfloat16, {len(stored)} tensors, the largest of {largest / 1e6:.0f} MB; {args.rounds} rounds, medians.",

@@ -70,6 +70,7 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
     written = plan_export(model.config, parameters, {name: parameter.dtype for name, parameter in parameters.items()}, origin)
     with writing.new_folder(Path(folder)) as draft:
         stored = written.lay_out(draft, shard_bytes)
-        for step in written.steps:
-            stream.save_step(step, parameters, stored)
+        with stream.Writer() as out:
+            for step in written.steps:
+                stream.save_step(step, parameters, stored, out)
         copy_companions(origin, draft, Path(folder))

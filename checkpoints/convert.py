@@ -11,6 +11,7 @@ DST appears whole, with the tokenizer files of SRC, or not at all. Every value i
 """
 
 import argparse
+import contextlib
 import re
 import shutil
 import time
@@ -49,6 +50,10 @@ class Move:
         """(name in SRC, name in DST) of a straight move."""
         for write in self.writes:
             yield from zip(self.reads[0].theirs, write.theirs)
+
+    def size(self, places: Mapping[str, Stored]) -> int:
+        """Bytes in DST."""
+        return sum(places[name].size for write in self.writes for name in write.theirs)
 
 
 @dataclass(frozen=True)
@@ -96,15 +101,29 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
     Raises CheckpointError on a damaged source, a full disk, or a comparison that fails; `folder` is not there then."""
     written = conversion.written
     need_room(folder, written.nbytes)
-    with writing.new_folder(folder) as draft:
-        places = written.lay_out(draft, shard_bytes)
-        for work in (_move, _compare) if verify else (_move,):
-            if work is _compare:                 # the folder as anyone would find it
-                places = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
+    with writing.new_folder(folder) as draft, one_thread():
+        places, ring = written.lay_out(draft, shard_bytes), stream.Ring()
+        with stream.Writer() as out:
             for move in conversion.moves:
-                work(move, conversion, places)
-                done(sum(places[name].size for step in move.writes for name in step.theirs))
+                _move(move, conversion, places, ring, out)
+                done(move.size(places))
+        if verify:                               # the folder as anyone would find it
+            places = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
+            for move in conversion.moves:
+                _compare(move, conversion, places, ring)
+                done(move.size(places))
         export.copy_companions(conversion.origin, draft, folder)
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """The disk sets the pace. Threads of torch's that wait for the next small check spin, and take the core that writes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def need_room(folder: Path, size: int) -> None:
@@ -115,22 +134,22 @@ def need_room(folder: Path, size: int) -> None:
         raise CheckpointError(f"{folder}: {size:,} bytes to write, and {free:,} free on that disk; nothing was written")
 
 
-def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> None:
+def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring, out: stream.Put) -> None:
     stored = conversion.source.stored
     if move.straight:
         for here, there in move.pairs():
-            stream.copy(stored[here], places[there], here)
+            stream.copy(stored[here], places[there], here, ring, out)
         return
     parameters = _in_memory(move, conversion)
     for step in move.writes:
-        stream.save_step(step, parameters, places)
+        stream.save_step(step, parameters, places, out)
 
 
-def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored]) -> None:
+def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring) -> None:
     """The source through its table against the file through its own: what was written is what would be loaded from the source."""
     stored = conversion.source.stored
     if move.straight:
-        equal = [(there, stream.same(stored[here], places[there])) for here, there in move.pairs()]
+        equal = [(there, stream.same(stored[here], places[there], ring)) for here, there in move.pairs()]
     else:
         parameters = _in_memory(move, conversion)
         equal = [found for step in move.writes for found in stream.same_step(step, parameters, places)]

@@ -8,9 +8,12 @@ Each run is checked as it passes: a NaN or an infinity is an error with the tens
 attention turns a NaN in q or k into finite numbers on a CPU.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,9 @@ from checkpoints.table import Step, short
 from nanollm.errors import CheckpointError
 from nanollm.model import Decoder
 
-RUN = 1 << 20                                    # elements of a run: it is read, checked and written while it is in the cache
+RUN = 1 << 19                                    # elements of a run: it is read, checked and written while it is in the cache
+
+WAITING = 4                                      # runs that are read before they are written
 
 
 def runs(piece: Piece, most: int = RUN) -> Iterator[Piece]:
@@ -56,56 +61,81 @@ def read(stored: Stored, first: int, piece: Piece, name: str) -> int:
     return first
 
 
-def write(stored: Stored, first: int, piece: Piece, name: str) -> int:
-    """Put a piece where a stored tensor lies, from its first-th element on; return which comes next."""
+Put = Callable[[Stored, int, Tensor], None]       # (where a tensor lies, from which of its elements on, a run of them)
+
+
+def put(stored: Stored, first: int, run: Tensor) -> None:
+    """Write a run, contiguous, on the CPU and of the tensor's dtype, to where it belongs."""
+    left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
     file = os.open(stored.file, os.O_WRONLY)
     try:
-        for part in runs(piece):
-            run = (part.dense() if isinstance(part, Beside) else part).to("cpu", stored.dtype).contiguous()
-            need_finite(name, run)
-            _write_at(file, stored, first, run)
-            first += part.numel()
+        while left:                              # a call may write less than it was given
+            done = os.pwrite(file, left, place)
+            left, place = left[done:], place + done
+        if hasattr(os, "posix_fadvise"):         # Linux: the disk may begin with it now, not when all is there
+            os.posix_fadvise(file, place - run.nbytes, run.nbytes, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(file)
+
+
+class Writer:
+    """`put` on a thread of its own: a run is written while the next one is read and checked. Use it as a Put, inside `with`; at its end all
+    is written. A run must not be changed after it was handed over. Raises OSError, for this run or one before it."""
+
+    def __enter__(self) -> "Writer":
+        self.thread, self.waiting = ThreadPoolExecutor(1), deque()
+        return self
+
+    def __call__(self, stored: Stored, first: int, run: Tensor) -> None:
+        self.waiting.append(self.thread.submit(put, stored, first, run))
+        if len(self.waiting) > WAITING:
+            self.waiting.popleft().result()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown(cancel_futures=kind is not None)
+        for done in self.waiting if kind is None else ():
+            done.result()
+
+
+def write(stored: Stored, first: int, piece: Piece, name: str, out: Put = put) -> int:
+    """Put a piece where a stored tensor lies, from its first-th element on; return which comes next."""
+    for part in runs(piece):
+        run = (part.dense() if isinstance(part, Beside) else part).to("cpu", stored.dtype).contiguous()
+        need_finite(name, run)
+        out(stored, first, run)
+        first += part.numel()
     return first
 
 
-def copy(source: Stored, target: Stored, name: str) -> None:
+class Ring:
+    """Memory for runs, used again and again: new pages would cost as much as the copying. A run that it gives is good for WAITING more rounds."""
+
+    def __init__(self) -> None:
+        self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(2 * WAITING + 4)])     # taken when touched
+
+    def run(self, count: int, dtype: torch.dtype) -> Tensor:
+        return next(self.memory)[: count * dtype.itemsize].view(dtype)
+
+    def runs_of(self, stored: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+        """(first element, run) of a stored tensor from end to end, as dtype."""
+        count = math.prod(stored.shape)
+        for first in range(0, count, RUN):
+            run = self.run(min(RUN, count - first), stored.run_dtype(dtype))
+            stored.read_run(first, run)
+            yield first, run if run.dtype == dtype else self.run(len(run), dtype).copy_(run)
+
+
+def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Put = put) -> None:
     """A stored tensor into the place of another of its shape, cast if need be."""
-    file = os.open(target.file, os.O_WRONLY)
-    try:
-        for first, run in cast_runs(source, target.dtype):
-            need_finite(name, run, f"{source.file}: ")
-            _write_at(file, target, first, run)
-    finally:
-        os.close(file)
+    for first, run in ring.runs_of(source, target.dtype):
+        need_finite(name, run, f"{source.file}: ")
+        out(target, first, run)
 
 
-def same(source: Stored, target: Stored) -> bool:
+def same(source: Stored, target: Stored, ring: Ring) -> bool:
     """Whether `copy` would change nothing."""
-    theirs = torch.empty(min(RUN, math.prod(target.shape)), dtype=target.dtype)
-    for first, run in cast_runs(source, target.dtype):
-        target.read_run(first, theirs[: len(run)])
-        if as_bytes(run) != as_bytes(theirs[: len(run)]):
-            return False
-    return True
-
-
-def cast_runs(stored: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first element, run) of a stored tensor from end to end, as dtype. A run is good until the next."""
-    count = math.prod(stored.shape)
-    buffer = torch.empty(min(RUN, count), dtype=stored.run_dtype(dtype))
-    for first in range(0, count, RUN):
-        run = buffer[: count - first]
-        stored.read_run(first, run)
-        yield first, run.to(dtype)
-
-
-def _write_at(file: int, stored: Stored, first: int, run: Tensor) -> None:
-    left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
-    while left:                                  # a call may write less than it was given
-        done = os.pwrite(file, left, place)
-        left, place = left[done:], place + done
+    pairs = zip(ring.runs_of(source, target.dtype), ring.runs_of(target, target.dtype))
+    return all(as_bytes(ours) == as_bytes(theirs) for (_, ours), (_, theirs) in pairs)
 
 
 def fill(source: Source, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Decoder:
@@ -129,11 +159,11 @@ def load_step(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str,
         places[name] = read(stored[name], places[name], piece, name)
 
 
-def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored]) -> None:
+def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored], out: Put = put) -> None:
     """Write the parameters of one step where their stored tensors go."""
     places = dict.fromkeys(step.theirs, 0)
     for name, piece in step.pieces(parameters):
-        places[name] = write(stored[name], places[name], piece, name)
+        places[name] = write(stored[name], places[name], piece, name, out)
 
 
 def need_finite(name: str, run: Tensor, where: str = "") -> None:
