@@ -180,7 +180,7 @@ def test_train_and_generate_with_kernels_and_without(tmp_path):
     """The same curve from train.py, and from generate.py the same text."""
     (tmp_path / "text").mkdir()
     for i in range(8):
-        (tmp_path / f"text/{i}.py").write_text(f"def name{i}(x):\n    return x + {i}\n\n" * 40)
+        (tmp_path / f"text/{i}.py").write_text(f"def name{i}(x):\n    return x + {i}\n\n" * 10)
     options = ["--data", str(tmp_path / "text"), "--steps", "3", "--sample-every", "0", "--context", "32", "--batch-size", "2", "--vocab", "300",
                "--lr", "0.003", "--device", DEVICE, *(["--dtype", "float32"] if INTERPRETED else [])]
     curves = {mode: losses(tmp_path / mode, mode, *options) for mode in ("torch", "triton")}
