@@ -15,10 +15,22 @@ if not torch.cuda.is_available():                       # read when triton is im
 torch.set_num_threads(1)
 
 
+LONG = {"test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would"}      # of test_parity.py
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
+    """In the quick half the longest tests of parity run on the fixtures of QUICK alone.
+
+    What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
     files = {"test_resume": 1, "test_distributed": 2}
     items.sort(key=lambda item: 0 if item.name == "test_the_demo_beats_gzip_far" else files.get(item.path.stem, 3))
+    long = [item for item in items if getattr(item, "originalname", "") in LONG]
+    if long:
+        from tests.fixtures import QUICK
+        for item in long:
+            if item.callspec.params["pair"] not in QUICK:
+                item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(autouse=True)
