@@ -134,7 +134,7 @@ def need_room(folder: Path, size: int) -> None:
         raise CheckpointError(f"{folder}: {size:,} bytes to write, and {free:,} free on that disk; nothing was written")
 
 
-def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring, out: stream.Put) -> None:
+def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring, out: stream.Writer) -> None:
     stored = conversion.source.stored
     if move.straight:
         for here, there in move.pairs():
@@ -143,6 +143,7 @@ def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring
     parameters = _in_memory(move, conversion)
     for step in move.writes:
         stream.save_step(step, parameters, places, out)
+    out.drain()                                  # before there is memory for the next
 
 
 def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring) -> None:

@@ -27,7 +27,7 @@ from nanollm.model import Decoder
 
 RUN = 1 << 19                                    # elements of a run: it is read, checked and written while it is in the cache
 
-WAITING = 4                                      # runs that are read before they are written
+WAITING = 1                                      # runs that are read before they are written
 
 
 def runs(piece: Piece, most: int = RUN) -> Iterator[Piece]:
@@ -93,8 +93,13 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.thread.shutdown(cancel_futures=kind is not None)
-        for done in self.waiting if kind is None else ():
-            done.result()
+        if kind is None:
+            self.drain()
+
+    def drain(self) -> None:
+        """Wait until all is written, and no run is held any more."""
+        while self.waiting:
+            self.waiting.popleft().result()
 
 
 def write(stored: Stored, first: int, piece: Piece, name: str, out: Put = put) -> int:
@@ -111,7 +116,7 @@ class Ring:
     """Memory for runs, used again and again: new pages would cost as much as the copying. A run that it gives is good for WAITING more rounds."""
 
     def __init__(self) -> None:
-        self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(2 * WAITING + 4)])     # taken when touched
+        self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(2 * (WAITING + 2))])     # taken when touched
 
     def run(self, count: int, dtype: torch.dtype) -> Tensor:
         return next(self.memory)[: count * dtype.itemsize].view(dtype)

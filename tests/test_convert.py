@@ -427,13 +427,13 @@ def test_killed_at_20_random_moments(tmp_path):
 @pytest.mark.slow
 def test_peak_memory_is_one_rule(tmp_path):
     """Resident memory of a fresh process, above what it was before: less than 1.5 times the largest rule, whatever the arrangement."""
-    dim, hidden = 1024, 8192
+    dim, hidden = 1024, 12288
     layer = Layer(Attention(8, 8, 128, Rope()), MLP(hidden))
     write_large = Decoder(ModelConfig(128, dim, (layer,) * 2, context=64))
-    checkpoints.save(write_large, tmp_path / "llama")                          # largest: gate, up or down, 32 MB
+    checkpoints.save(write_large, tmp_path / "llama")                          # largest: gate, up or down, 48 MB
     config = transformers.Phi3Config(vocab_size=128, hidden_size=dim, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=8, num_key_value_heads=8,
                                      pad_token_id=None, max_position_embeddings=64, original_max_position_embeddings=64)
-    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi3")    # largest: gate and up in one, 64 MB
+    transformers.Phi3ForCausalLM(config).save_pretrained(tmp_path / "phi3")    # largest: gate and up in one, 96 MB
     converted(tmp_path / "phi3", tmp_path / "own", "nanollm")
     converted(tmp_path / "llama", tmp_path / "meta", "meta")
     code = """if True:
@@ -448,9 +448,9 @@ def test_peak_memory_is_one_rule(tmp_path):
         convert(plan(open_source(Path(sys.argv[1]), allow_pickle=True), sys.argv[3], getattr(torch, sys.argv[4])), Path(sys.argv[2]), verify=True)
         print(high() - before)"""
     megabytes = {}
-    for name, to, dtype, rule in (("llama", "hf", "float32", 32), ("llama", "meta", "bfloat16", 32), ("meta", "hf", "float32", 32), ("phi3", "nanollm", "float32", 64), ("own", "hf", "float32", 64)):
+    for name, to, dtype, rule in (("llama", "hf", "float32", 48), ("llama", "meta", "bfloat16", 48), ("meta", "hf", "float32", 48), ("phi3", "nanollm", "float32", 96), ("own", "hf", "float32", 96)):
         ran = subprocess.run([sys.executable, "-c", code, tmp_path / name, tmp_path / f"{name}-{to}-{dtype}", to, dtype], cwd=ROOT, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
         megabytes[name, to] = int(ran.stdout) / 2**20
         assert megabytes[name, to] < 1.5 * rule, megabytes
-    assert megabytes["phi3", "nanollm"] > 60                 # what is fused is held once, so the measure measures
+    assert megabytes["phi3", "nanollm"] > 90                 # what is fused is held once, so the measure measures
