@@ -194,6 +194,7 @@ class Cursor:
         return shortest(value) if kind == FLOAT32 else value
 
     def array(self, key: str, kind: int, count: int) -> list[Any] | None:
+        """The numbers of an array; None for texts, and for more than LONGEST_LIST. Raises CheckpointError for arrays of arrays, and too many texts."""
         if kind == TEXT:
             self.texts += count
             if self.texts > MOST_TEXTS:

@@ -15,12 +15,15 @@ if not torch.cuda.is_available():                       # read when triton is im
 torch.set_num_threads(1)
 
 
-LONG = {"test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would"}      # of test_parity.py
+LONG = {                                                # of test_parity.py and test_roundtrip.py
+    "test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would", "test_bfloat16", "test_the_oracle_agrees_with_itself",
+    "test_every_fixture_comes_back_byte_for_byte",
+}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """In the quick half the longest tests of parity run on the fixtures of QUICK alone.
+    """In the quick half the longest tests that all fixtures have run on those of QUICK alone.
 
     What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
     files = {"test_resume": 1, "test_distributed": 2}
@@ -29,7 +32,7 @@ def pytest_collection_modifyitems(items):
     if long:
         from tests.fixtures import QUICK
         for item in long:
-            if item.callspec.params["pair"] not in QUICK:
+            if item.callspec.params.get("pair", item.callspec.params.get("name")) not in QUICK:
                 item.add_marker(pytest.mark.slow)
 
 

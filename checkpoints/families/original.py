@@ -173,6 +173,7 @@ class Sliced(Stored):
     columns: bool                                # cut by columns, else by rows
 
     def read_run(self, first: int, run: Tensor) -> None:
+        """As Stored.read_run. By columns, the rows that the run touches are put together from all parts; by rows, each part has its stretch."""
         rows, width = self.parts[0].shape
         if self.columns:
             whole = width * len(self.parts)
