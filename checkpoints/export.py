@@ -10,6 +10,7 @@ A model that came from a Hugging Face folder keeps its config.json, but for what
 the first family that can say all of it.
 """
 
+import contextlib
 import dataclasses
 import shutil
 import warnings
@@ -29,7 +30,7 @@ from checkpoints.families.original import NAMES, SINGLE, for_heads_in, read_para
 from checkpoints.files import Stored
 from checkpoints.reader import Reader
 from checkpoints.source import Source
-from nanollm.config import ModelConfig
+from nanollm.config import Attention, ModelConfig, Rope
 from nanollm.errors import ConfigError
 
 FORMATS = ("hf", "nanollm", "meta", "mistral")
@@ -97,6 +98,11 @@ def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: M
 
 def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
     if origin is None or origin.family is NANOLLM:
+        ropes = {layer.mixer.rope for layer in config.layers if isinstance(layer.mixer, Attention)}
+        with contextlib.suppress(ConfigError):   # a model of Meta's, kept under our names: heads that turn whole have halves in a Llama
+            if all(isinstance(rope, Rope) and (rope.layout, rope.fraction) == ("interleaved", 1.0) for rope in ropes) and ropes:
+                family, values = write_config(with_rope_layout(config, "half"), FAMILIES["llama"])
+                return values, for_heads_in(family.tables[0], "interleaved", "half")
         family, values = write_config(config)
         return values, family.tables[0]
     if origin.layout != "hf":

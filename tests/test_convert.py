@@ -158,6 +158,8 @@ def test_a_meta_folder_is_the_published_model(tmp_path):
     w = original_tensors(model)
     assert torch.equal(ours.layers[1].mixer.q.weight, w["layers.1.attention.wq.weight"]) and ours.config == source.config
     assert difference(ours(x), published_logits(w, x, 8, 4, 1e-2, 5e5, factor=8.0)) < 1e-5
+    converted(tmp_path / "own", tmp_path / "out")
+    assert same_tensors(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out")) and json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
     converted(tmp_path / "own", tmp_path / "again", "meta")
     assert same_tensors(torch.load(tmp_path / "again/consolidated.00.pth", weights_only=True), w)
 
