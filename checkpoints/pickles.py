@@ -37,8 +37,8 @@ from nanollm.errors import CheckpointError
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-LARGEST_PROGRAM = 2_000_000                      # bytes, room for 15,000 tensors with long names
-LONGEST_PROGRAM = 400_000                        # instructions; a tensor takes 30
+LARGEST_PROGRAM = 2_000_000                      # bytes, room for 6,000 tensors with long names
+LONGEST_PROGRAM = 200_000                        # instructions; a tensor takes 30
 LARGEST_STACK = 100_000                          # values; pickle leaves at most a thousand names and tensors waiting
 RANK = re.compile(r"consolidated\.(\d\d)\.pth", re.ASCII)
 HOW = "they can run code when they are read. If you trust where they come from, convert them once: python -m checkpoints.convert SRC DST --allow-pickle"

@@ -15,24 +15,25 @@ if not torch.cuda.is_available():                       # read when triton is im
 torch.set_num_threads(1)
 
 
-LONG = {                                                # of test_parity.py and test_roundtrip.py
-    "test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would", "test_bfloat16", "test_the_oracle_agrees_with_itself",
-    "test_every_fixture_comes_back_byte_for_byte",
+# in the quick half these run on one fixture a lineage, or on that of every other lineage
+LONG = {
+    "test_bfloat16", "test_the_oracle_agrees_with_itself", "test_every_fixture_comes_back_byte_for_byte", "test_bf16_in_shards",
+    "test_without_its_origin_a_model_is_exported_all_the_same", "test_every_family_goes_to_our_layout_and_comes_back_byte_for_byte",
 }
+LONGEST = {"test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would", "test_mutants_die_or_are_explained"}
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """In the quick half the longest tests that all fixtures have run on those of QUICK alone.
-
-    What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
+    """What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
     files = {"test_resume": 1, "test_distributed": 2}
     items.sort(key=lambda item: 0 if item.name == "test_the_demo_beats_gzip_far" else files.get(item.path.stem, 3))
-    long = [item for item in items if getattr(item, "originalname", "") in LONG]
+    long = [item for item in items if hasattr(item, "callspec") and item.originalname in LONG | LONGEST]
     if long:
         from tests.fixtures import QUICK
         for item in long:
-            if item.callspec.params.get("pair", item.callspec.params.get("name")) not in QUICK:
+            name = item.callspec.params.get("pair", item.callspec.params.get("name"))
+            if name not in (QUICK if item.originalname in LONG else QUICK[::2]):
                 item.add_marker(pytest.mark.slow)
 
 

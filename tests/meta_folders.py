@@ -47,7 +47,7 @@ def original_tensors(model):
             elif name.endswith("gate.weight"):
                 found[f"{layer}.feed_forward.gate.weight"] = tensor
             elif name.endswith("experts.gate_up_proj"):
-                for e, (gate, up) in enumerate(tensor.chunk(2, 1) and zip(*tensor.chunk(2, 1))):
+                for e, (gate, up) in enumerate(zip(*tensor.chunk(2, 1))):
                     found[f"{layer}.feed_forward.experts.{e}.w1.weight"], found[f"{layer}.feed_forward.experts.{e}.w3.weight"] = gate.clone(), up.clone()
             elif name.endswith("experts.down_proj"):
                 for e, down in enumerate(tensor):

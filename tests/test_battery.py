@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from checkpoints import files
+import checkpoints
+from checkpoints import files, stream
 from nanollm import chat
 from nanollm.errors import CheckpointError, NanollmError
 from tests import battery
@@ -20,8 +21,13 @@ from tests.hostile.files import FILES, INDICES
 
 AGAIN = "python -m tests.battery writes it anew"
 OF_QUICK = {f"tensors {name}" for name in QUICK[::4]}        # the other lineages are tried in the slow half
-CASES = [pytest.param(key, name, id=f"{key}: {name[:60]}", marks=[pytest.mark.slow] * (key.startswith("tensors ") and key not in OF_QUICK))
-         for key, group in GROUPS.items() for name in group.cases]
+
+
+def marks(key: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * (key.startswith("tensors ") and key not in OF_QUICK)
+
+
+CASES = [pytest.param(key, name, id=f"{key}: {name[:60]}", marks=marks(key)) for key, group in GROUPS.items() for name in group.cases]
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +77,13 @@ def test_as_many_of_the_seeded_are_refused_as_were(key, tmp_path):
 
 # ---- nothing is taken before the plan holds
 
-@pytest.mark.parametrize("key", [key for key, group in GROUPS.items() if group.use is battery.checkpoints.load and key != "mistral"])
+@pytest.mark.parametrize("key", [pytest.param(key, marks=marks(key)) for key, group in GROUPS.items() if group.use is checkpoints.load and key != "mistral"])
 def test_no_memory_is_taken_for_what_does_not_fit(key, goods, tmp_path, monkeypatch):
-    """From here on, whoever takes memory for a parameter or reads a tensor fails the test: but for values that are not finite. (Mistral's
-    own layout does not say whether the head is the embedding: they are compared.)"""
+    """Here whoever begins to fill a model, or reads a tensor, fails the test: but for values that are not finite. (Mistral's own layout does
+    not say whether the head is the embedding: they are compared.)"""
     def refuse(*args, **more):
         pytest.fail("memory was taken before the plan held")
-    monkeypatch.setattr(torch, "empty_like", refuse)
+    monkeypatch.setattr(stream, "fill", refuse)
     monkeypatch.setattr(files.Stored, "read_run", refuse)
     for number, (name, (harm, cause)) in enumerate(GROUPS[key].cases.items()):
         if cause is not None and "NaN or an infinity" not in cause:

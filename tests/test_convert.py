@@ -25,7 +25,7 @@ from nanollm import cli
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
 from nanollm.errors import CheckpointError, ConfigError, InputError
 from nanollm.model import Decoder
-from tests.fixtures import FIXTURES, QUICK
+from tests.fixtures import FIXTURES
 from tests.meta_folders import original_tensors, published_logits, write_meta, write_mistral
 from tests.oracles import Fixture, difference, reference_logits, rope, tokens, write
 from tests.test_roundtrip import all_tensors, reload, same_tensors
@@ -55,7 +55,7 @@ def command(monkeypatch, capfd):
 
 # ---- our own names, and back
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FIXTURES])
+@pytest.mark.parametrize("name", FIXTURES)
 def test_every_family_goes_to_our_layout_and_comes_back_byte_for_byte(name, tmp_path):
     write(FIXTURES[name], tmp_path / "in")
     converted(tmp_path / "in", tmp_path / "own", "nanollm")

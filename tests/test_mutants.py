@@ -22,7 +22,7 @@ import checkpoints
 from nanollm import config as c
 from nanollm.errors import NanollmError
 from nanollm.model import Decoder
-from tests.fixtures import FIXTURES, QUICK
+from tests.fixtures import FIXTURES
 from tests.oracles import difference, reference_logits, tokens, write
 
 REPORT = Path(__file__).with_name("mutants.txt")
@@ -138,7 +138,7 @@ def report(name: str) -> list[str]:
 HEAD = "What changes of the config the comparison with transformers notices (tests/test_mutants.py).\n\n"
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in FIXTURES])
+@pytest.mark.parametrize("name", FIXTURES)
 def test_mutants_die_or_are_explained(name):
     lines = report(name)
     assert not [line for line in lines if line.endswith("UNEXPLAINED")], "\n".join(lines)

@@ -129,6 +129,7 @@ def test_activations_are_those_that_a_real_run_holds(name, context, recompute):
     assert plan.activations(model.config, 2, context, BF16, recompute)[0] == kept + tokens.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_activations_of_every_kind_of_layer(name):
     model, tokens = Decoder(ModelConfig(97, 32, KINDS[name])).to(BF16), torch.randint(97, (2, 8))
@@ -229,6 +230,7 @@ def test_replicas_make_slices_larger():
     assert plan.share(config, 8, 8, BF16, "adamw").weights == 4 * sum(p.numel() for p in Decoder(config).parameters())
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_sharded_run_as_torch_tracks_it():
     config, ranks = transformer(2000, 256, 8, 4, 2, 1024), 4
     mine, (kept, more) = plan.share(config, ranks, 1, BF16, "adamw"), plan.activations(config, 2, 512, BF16, "none")

@@ -60,6 +60,7 @@ def test_half_a_character_in_json_becomes_a_mark_of_its_absence(tmp_path):
     assert text.read(tmp_path / "a.jsonl") == [("a.jsonl:1", "a\ufffd b😀")]
 
 
+@pytest.mark.slow
 def test_standard_library_is_python_without_its_tests():
     found = text.read(None)
     names = [document.name for document in found]

@@ -130,6 +130,7 @@ def test_the_same_seed_gives_the_same_numbers_and_the_same_weights(runs, text, t
     assert timeless(quick(text, tmp_path / "other", "--preset", "llama", "--seed", "1")) != timeless(log)
 
 
+@pytest.mark.slow
 def test_adamw_and_bfloat16_learn_too(text, tmp_path):
     log = quick(text, tmp_path / "run", "--optimizer", "adamw", "--lr", "0.003", "--dtype", "bfloat16")
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -312,6 +313,7 @@ def test_weights_and_biases_gets_the_numbers_and_the_facts(text, tmp_path, monke
 
 # ---- the run folder
 
+@pytest.mark.slow
 def test_a_run_is_gone_on_with_or_replaced_only_when_that_is_said(text, tmp_path):
     folder, log = tmp_path / "run", quick(text, tmp_path / "run")
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "lock")

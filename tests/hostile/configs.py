@@ -13,7 +13,7 @@ import torch
 import checkpoints
 from checkpoints import files, reader, source, table
 from checkpoints.families import original, read_config
-from tests.fixtures import FIXTURES, QUICK
+from tests.fixtures import FIXTURES, MAIN
 from tests.hostile import good
 from tests.hostile.files import POINTER
 from tests.hostile.good import Case, Group, edited, gone, keys, put
@@ -318,7 +318,7 @@ def fits(values: dict[str, Any], stored: dict[str, files.Stored]) -> None:
 
 def sweep(root: Path, count: int, own: bool = False) -> Iterator[tuple[str, Callable[[], None]]]:
     """`count` values at random places of the config.json of each lineage, or of the same model's in our own layout."""
-    for name in QUICK:
+    for name in MAIN:
         folder = root / name
         if not folder.exists():
             write(FIXTURES[name], folder)

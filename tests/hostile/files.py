@@ -143,15 +143,15 @@ FILES: dict[str, Case] = {
 LETTERS = b'0123456789-[]{}",:'
 
 
-def mutated(seed: int, content: bytes) -> bytes:
-    """One to three places changed: a bit turned, a byte more, some bytes fewer, a character of JSON."""
+def mutated(seed: int, content: bytes, most: int = 20) -> bytes:
+    """One to three places changed: a bit turned, a byte more, up to `most` bytes fewer, a character of JSON."""
     rng, bad = random.Random(seed), bytearray(content)
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(bad))
         match rng.randrange(4):
             case 0: bad[place] ^= 1 << rng.randrange(8)
             case 1: bad.insert(place, rng.randrange(256))
-            case 2: del bad[place : place + rng.randint(1, 20)]
+            case 2: del bad[place : place + rng.randint(1, most)]
             case 3: bad[place] = rng.choice(LETTERS)
     return bytes(bad)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import checkpoints
-from tests.fixtures import FIXTURES, QUICK
+from tests.fixtures import FIXTURES, MAIN
 from tests.hostile.good import Case, Group, Harm, weights
 from tests.oracles import write
 
@@ -65,4 +65,4 @@ def lineage(name: str) -> Group:
     return Group(f"tensors of {name}", functools.partial(write, FIXTURES[name]), checkpoints.load, CASES, folder=True)
 
 
-GROUPS = {f"tensors {name}": lineage(name) for name in QUICK}
+GROUPS = {f"tensors {name}": lineage(name) for name in MAIN}

@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import random
 import struct
 import zipfile
 from collections import OrderedDict
@@ -15,7 +14,7 @@ import torch
 
 import checkpoints
 from tests.hostile import good
-from tests.hostile.files import LETTERS, POINTER
+from tests.hostile.files import POINTER, mutated
 from tests.hostile.good import Case, Group, Harm, put
 
 BIN, INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -161,11 +160,11 @@ ALLOWED: dict[str, Case] = {
     "2⁶⁰ leaves as a name": (running(program(doubled(60), b"}h\x3cK\x01s")), BY_NAME),
     "2⁶⁰ leaves as a storage": (running(program(doubled(60), b"(" + text("storage") + b"h\x3ch\x3ch\x3ch\x3ctQ")), DAMAGED),
     "2⁶⁰ leaves as a shape": (running(program(doubled(60), named(tensor(sizes=b"h\x3c"))[2:])), "a shape and strides of whole numbers"),
-    "a tuple as deep as it goes, as a name": (running(program(b"}" + b")" + b"\x85" * 200_000 + b"K\x01s")), BY_NAME),
-    "marks without end": (running(program(b"(" * 300_000)), "values wait on the stack"),
-    "dicts without end": (running(program(b"}" * 300_000)), "values wait on the stack"),
-    "instructions that do nothing": (running(program(b"}" + b"Nb" * 190_000)), "tensors by name expected, found dict"),
-    "two million instructions": (running(program(b"}" + b"Nb" * 990_000)), "more than 400000 instructions"),
+    "a tuple as deep as it goes, as a name": (running(program(b"}" + b")" + b"\x85" * 150_000 + b"K\x01s")), BY_NAME),
+    "marks without end": (running(program(b"(" * 150_000)), "values wait on the stack"),
+    "dicts without end": (running(program(b"}" * 150_000)), "values wait on the stack"),
+    "instructions that do nothing": (running(program(b"}" + b"Nb" * 95_000)), "tensors by name expected, found dict"),
+    "two million instructions": (running(program(b"}" + b"Nb" * 990_000)), "more than 200000 instructions"),
     "a program of three megabytes": (running(program(b"N" * 3_000_000)), "data.pkl in the archive is too large"),
     "compressed": (rebuilt(lambda entries: None, zipfile.ZIP_DEFLATED), "is compressed"),
     "a compressed gigabyte": (rebuilt(lambda entries: entries.update({"data/0": bytes(10**7)}), zipfile.ZIP_DEFLATED), "is compressed"),
@@ -265,19 +264,10 @@ def mutated_programs(root: Path, count: int) -> Iterator[tuple[str, Path]]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         code = next(archive.read(name) for name in archive.namelist() if name.endswith("data.pkl"))
     for seed in range(count):
-        rng, bad = random.Random(seed), bytearray(code if seed % 4 else content)
-        for _ in range(rng.randint(1, 3)):
-            place = rng.randrange(len(bad))
-            match rng.randrange(4):
-                case 0: bad[place] ^= 1 << rng.randrange(8)
-                case 1: bad.insert(place, rng.randrange(256))
-                case 2: del bad[place : place + rng.randint(1, 6)]
-                case 3: bad[place] = rng.choice(LETTERS)
-        (folder / BIN).write_bytes(content)
+        bad = mutated(seed, code if seed % 4 else content, most=6)
+        (folder / BIN).write_bytes(content if seed % 4 else bad)
         if seed % 4:
-            running(bytes(bad))(folder)
-        else:
-            (folder / BIN).write_bytes(bad)
+            running(bad)(folder)
         yield f"seed {seed}", folder
 
 
