@@ -5,6 +5,7 @@
 A checkpoint of Llama's shape with random weights is made on the spot. Then, in turn, each in a process of its own:
 
     copy             the folder's bytes to new files, by the kernel (shutil.copyfile), and forced to disk
+    copy, uncached   the same, and after every 16 MB the system's cache gives up what was written, as with us: the floor
     hf → hf          python -m checkpoints.convert: through the table, every value checked
     hf → nanollm     the same with other names
     meta → hf        from params.json and consolidated.00.pth: q and k are turned on the way
@@ -13,7 +14,8 @@ A checkpoint of Llama's shape with random weights is made on the spot. Then, in 
     transformers     from_pretrained(folder, dtype="auto").save_pretrained(out)
 
 Peak memory is the most that was resident (VmHWM) less what the process held before it began, its imports done. All of them read from the page
-cache, and write to the same disk; all are timed until the disk has it. A round runs them one after another, every other round backwards, and
+cache, and write to the same disk; all import torch before they begin, as a virtual machine gives freed memory back in that time, and asks for
+it again more slowly; all are timed until the disk has it. A round runs them one after another, every other round backwards, and
 what is compared is compared within a round: the figures are medians, ratios of the round's own copy.
 """
 
@@ -40,12 +42,25 @@ BYTES_A_LAYER = 2 * (2560 * (2560 + 512 + 512 + 2560) + 3 * 2560 * 6912)
 COPY = """
     import os, shutil, sys
     from pathlib import Path
+    import torch
     def work(source, out):
         Path(out).mkdir()
         for path in Path(source).iterdir():
             shutil.copyfile(path, Path(out) / path.name)
             handle = os.open(Path(out) / path.name, os.O_RDONLY)
             os.fsync(handle)
+"""
+UNCACHED = """
+    import os
+    from pathlib import Path
+    import torch
+    def work(source, out):
+        Path(out).mkdir()
+        for path in Path(source).iterdir():
+            with open(path, "rb") as old, open(Path(out) / path.name, "wb") as new:
+                while os.sendfile(new.fileno(), old.fileno(), None, 1 << 24):
+                    os.posix_fadvise(new.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                os.fsync(new.fileno())
 """
 CONVERT = """
     from pathlib import Path
@@ -85,8 +100,9 @@ def make(folder: Path, gigabytes: float) -> int:
     written = export.plan_export(model.config, parameters, dict.fromkeys(parameters, torch.bfloat16), None)
     (folder / "hf").mkdir()
     places = written.lay_out(folder / "hf", 1_000_000_000)
-    for name, stored in places.items():
-        stream.write(stored, 0, torch.randn(stored.shape).bfloat16(), name)
+    with stream.Writer() as out:
+        for name, stored in places.items():
+            stream.write(stored, 0, torch.randn(stored.shape).bfloat16(), name, out)
     convert.convert(convert.plan(open_source(folder / "hf"), "meta"), folder / "meta")
     return written.nbytes
 
@@ -108,7 +124,7 @@ def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0, metavar="N", help="of the checkpoint (default 3)")
-    parser.add_argument("--rounds", type=int, default=4, metavar="N", help="how often each is run (default 4)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is run (default 5)")
     parser.add_argument("--folder", type=Path, help="where there is room for four times as much (default: the system's folder for such things)")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/convert.md")
     args = parser.parse_args()
@@ -118,6 +134,7 @@ def main() -> None:
 
     runs = {
         "copy": ("hf", COPY),
+        "copy, uncached": ("hf", UNCACHED),
         "hf → hf": ("hf", converting()),
         "hf → nanollm": ("hf", converting("nanollm")),
         "meta → hf": ("meta", converting()),

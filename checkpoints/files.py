@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -215,7 +216,7 @@ def _why_no_weights(folder: Path) -> str:
     return f"neither {SINGLE} nor {INDEX}" + (f"; {', '.join(others)} follow another layout" if others else "")
 
 
-def equal_bytes(a: Stored, b: Stored, most: int = 1 << 22) -> bool:
+def equal_bytes(a: Stored, b: Stored, most: int = 1 << 20) -> bool:
     """Whether two stored tensors are the same, bit for bit, without reading either whole: `most` elements at a time."""
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
@@ -224,7 +225,7 @@ def equal_bytes(a: Stored, b: Stored, most: int = 1 << 22) -> bool:
         runs = [torch.empty(min(most, count - first), dtype=a.dtype) for _ in (a, b)]
         for one, run in zip((a, b), runs):
             one.read_run(first, run)
-        if as_bytes(runs[0]) != as_bytes(runs[1]):
+        if not same_bits(*runs):
             return False
     return True
 
@@ -232,3 +233,8 @@ def equal_bytes(a: Stored, b: Stored, most: int = 1 << 22) -> bool:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors of a few megabytes on the CPU have the same bits. Of the ways to ask, numpy's is the fastest by far."""
+    return np.array_equal(as_bytes(a), as_bytes(b))

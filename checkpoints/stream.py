@@ -12,22 +12,22 @@ import itertools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.files import Stored, as_bytes
+from checkpoints.files import Stored, as_bytes, same_bits
 from checkpoints.ops import Beside, Piece
 from checkpoints.source import Source
 from checkpoints.table import Step, short
 from nanollm.errors import CheckpointError
 from nanollm.model import Decoder
 
-RUN = 1 << 19                                    # elements of a run: it is read, checked and written while it is in the cache
-
+RUN = 1 << 19                                    # elements of a run: it is read, checked and written while the processor's cache has it
 WAITING = 1                                      # runs that are read before they are written
+CACHED = 1 << 24                                 # bytes that are written before the system's cache gives them up
 
 
 def runs(piece: Piece, most: int = RUN) -> Iterator[Piece]:
@@ -61,38 +61,27 @@ def read(stored: Stored, first: int, piece: Piece, name: str) -> int:
     return first
 
 
-Put = Callable[[Stored, int, Tensor], None]       # (where a tensor lies, from which of its elements on, a run of them)
-
-
-def put(stored: Stored, first: int, run: Tensor) -> None:
-    """Write a run, contiguous, on the CPU and of the tensor's dtype, to where it belongs."""
-    left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
-    file = os.open(stored.file, os.O_WRONLY)
-    try:
-        while left:                              # a call may write less than it was given
-            done = os.pwrite(file, left, place)
-            left, place = left[done:], place + done
-        if hasattr(os, "posix_fadvise"):         # Linux: the disk may begin with it now, not when all is there
-            os.posix_fadvise(file, place - run.nbytes, run.nbytes, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(file)
-
-
 class Writer:
-    """`put` on a thread of its own: a run is written while the next one is read and checked. Use it as a Put, inside `with`; at its end all
-    is written. A run must not be changed after it was handed over. Raises OSError, for this run or one before it."""
+    """Writes runs on a thread of its own: each while the next one is read and checked. Use it inside `with`; at its end all is written, though
+    not yet forced to disk. A run must not be changed after it was handed over. Raises OSError, for this run or one before it.
+
+    What was written does not stay in the system's cache: so the disk begins at once, and a conversion pushes nothing else out of memory. It is
+    also faster, as the same pages serve again and again: on a virtual machine new ones are dear (benchmarks/convert.md)."""
 
     def __enter__(self) -> "Writer":
         self.thread, self.waiting = ThreadPoolExecutor(1), deque()
+        self.path, self.file, self.cached = None, -1, 0
         return self
 
     def __call__(self, stored: Stored, first: int, run: Tensor) -> None:
-        self.waiting.append(self.thread.submit(put, stored, first, run))
+        """Put a run, contiguous, on the CPU and of the tensor's dtype, where the tensor lies, from its first-th element on."""
+        self.waiting.append(self.thread.submit(self._put, stored, first, run))
         if len(self.waiting) > WAITING:
             self.waiting.popleft().result()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.thread.shutdown(cancel_futures=kind is not None)
+        self._close()
         if kind is None:
             self.drain()
 
@@ -101,8 +90,26 @@ class Writer:
         while self.waiting:
             self.waiting.popleft().result()
 
+    def _put(self, stored: Stored, first: int, run: Tensor) -> None:
+        if stored.file != self.path:
+            self._close()
+            self.path, self.file = stored.file, os.open(stored.file, os.O_WRONLY)
+        left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
+        while left:                              # a call may write less than it was given
+            done = os.pwrite(self.file, left, place)
+            left, place = left[done:], place + done
+        self.cached += run.nbytes
+        if self.cached >= CACHED and hasattr(os, "posix_fadvise"):       # Linux: pages that are on the disk leave the cache, the others go there
+            os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.cached = 0
 
-def write(stored: Stored, first: int, piece: Piece, name: str, out: Put = put) -> int:
+    def _close(self) -> None:
+        if self.path is not None:
+            os.close(self.file)
+            self.path = None
+
+
+def write(stored: Stored, first: int, piece: Piece, name: str, out: Writer) -> int:
     """Put a piece where a stored tensor lies, from its first-th element on; return which comes next."""
     for part in runs(piece):
         run = (part.dense() if isinstance(part, Beside) else part).to("cpu", stored.dtype).contiguous()
@@ -130,7 +137,7 @@ class Ring:
             yield first, run if run.dtype == dtype else self.run(len(run), dtype).copy_(run)
 
 
-def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Put = put) -> None:
+def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Writer) -> None:
     """A stored tensor into the place of another of its shape, cast if need be."""
     for first, run in ring.runs_of(source, target.dtype):
         need_finite(name, run, f"{source.file}: ")
@@ -140,7 +147,7 @@ def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Put = put) 
 def same(source: Stored, target: Stored, ring: Ring) -> bool:
     """Whether `copy` would change nothing."""
     pairs = zip(ring.runs_of(source, target.dtype), ring.runs_of(target, target.dtype))
-    return all(as_bytes(ours) == as_bytes(theirs) for (_, ours), (_, theirs) in pairs)
+    return all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
 
 def fill(source: Source, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Decoder:
@@ -164,7 +171,7 @@ def load_step(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str,
         places[name] = read(stored[name], places[name], piece, name)
 
 
-def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored], out: Put = put) -> None:
+def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored], out: Writer) -> None:
     """Write the parameters of one step where their stored tensors go."""
     places = dict.fromkeys(step.theirs, 0)
     for name, piece in step.pieces(parameters):
@@ -186,4 +193,4 @@ def same_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str,
             theirs = torch.empty(part.numel(), dtype=stored[name].dtype)
             stored[name].read_run(places[name], theirs)
             places[name] += part.numel()
-            yield name, as_bytes(ours) == as_bytes(theirs)
+            yield name, same_bits(ours, theirs)

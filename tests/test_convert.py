@@ -77,8 +77,9 @@ def test_a_model_that_no_family_can_express_is_kept_under_our_names(tmp_path):
     planned = export.plan_export(model.config, parameters, dict.fromkeys(parameters, torch.float32), None, "nanollm")
     (tmp_path / "own").mkdir()
     places = planned.lay_out(tmp_path / "own", 10**9)
-    for step in planned.steps:
-        stream.save_step(step, {name: p.data for name, p in parameters.items()}, places)
+    with stream.Writer() as out:
+        for step in planned.steps:
+            stream.save_step(step, {name: p.data for name, p in parameters.items()}, places, out)
     again = checkpoints.load(tmp_path / "own")
     assert again.config == model.config and all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
 

@@ -17,8 +17,9 @@ TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.
 
 def write_folder(folder, tensors, shard_bytes) -> None:
     stored = writing.lay_out(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, shard_bytes)
-    for name, tensor in tensors.items():
-        stream.write(stored[name], 0, tensor, name)
+    with stream.Writer() as out:
+        for name, tensor in tensors.items():
+            stream.write(stored[name], 0, tensor, name, out)
 
 
 def test_reads_what_the_library_writes(tmp_path):
