@@ -17,10 +17,13 @@ torch.set_num_threads(1)
 
 # in the quick half these run on one fixture a lineage, or on that of every other lineage
 LONG = {
-    "test_bfloat16", "test_the_oracle_agrees_with_itself", "test_every_fixture_comes_back_byte_for_byte", "test_bf16_in_shards",
-    "test_without_its_origin_a_model_is_exported_all_the_same", "test_every_family_goes_to_our_layout_and_comes_back_byte_for_byte",
+    "test_bfloat16", "test_the_oracle_agrees_with_itself", "test_every_fixture_comes_back_byte_for_byte",
+    "test_every_family_goes_to_our_layout_and_comes_back_byte_for_byte",
 }
-LONGEST = {"test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would", "test_mutants_die_or_are_explained"}
+LONGEST = {
+    "test_greedy_tokens_with_the_cache", "test_a_batch_generates_what_each_prompt_would", "test_mutants_die_or_are_explained",
+    "test_bf16_in_shards", "test_without_its_origin_a_model_is_exported_all_the_same",
+}
 
 
 @pytest.hookimpl(tryfirst=True)

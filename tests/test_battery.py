@@ -20,7 +20,7 @@ from tests.hostile.configs import CONFIGS, META
 from tests.hostile.files import FILES, INDICES
 
 AGAIN = "python -m tests.battery writes it anew"
-OF_QUICK = {f"tensors {name}" for name in QUICK[::4]}        # the other lineages are tried in the slow half
+OF_QUICK = {f"tensors {name}" for name in QUICK[::8]}        # the other lineages are tried in the slow half
 
 
 def marks(key: str) -> list[pytest.MarkDecorator]:

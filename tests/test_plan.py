@@ -119,7 +119,9 @@ def wrapped(model: Decoder, recompute: str) -> Decoder:
 
 
 @pytest.mark.parametrize("recompute", distributed.RECOMPUTE)
-@pytest.mark.parametrize("name, context", [("llama", 128), ("qwen3", 100), ("mixtral", 128), ("mistral", 64), ("mamba", 176)])
+@pytest.mark.parametrize("name, context", [
+    ("llama", 128), pytest.param("qwen3", 100, marks=pytest.mark.slow), ("mixtral", 128), pytest.param("mistral", 64, marks=pytest.mark.slow),
+    pytest.param("mamba", 176, marks=pytest.mark.slow)])
 def test_activations_are_those_that_a_real_run_holds(name, context, recompute):
     model = wrapped(small(name, context).to(BF16), recompute)
     tokens = torch.randint(300, (2, context))

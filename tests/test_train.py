@@ -19,6 +19,7 @@ from tests import forked
 from tests.toys import grammar
 
 TOYS = ["llama", "qwen3", "mistral", "mixtral", "mamba"]
+TRAINED = [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("llama", "qwen3"))) for name in TOYS]
 ROOT = Path(train.__file__).parent
 
 
@@ -93,7 +94,7 @@ def test_real_sizes_have_the_shapes_that_transformers_gives_the_exported_config(
 
 # ---- training
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_each_toy_learns(runs, name):
     folder, log = runs(name)
     losses = [entry["loss"] for entry in log if "loss" in entry]
@@ -106,7 +107,7 @@ def test_each_toy_learns(runs, name):
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_transformers_loads_the_run_folder_with_equal_logits(runs, name):
     transformers = pytest.importorskip("transformers")
     folder, _ = runs(name)

@@ -128,7 +128,7 @@ def mistral(folder: Path) -> None:
 def read_whole(folder: Path, allow_pickle: bool = True) -> Source:
     """As convert.py reads a folder: understood, planned, and then every value."""
     source = open_source(folder, allow_pickle=allow_pickle)
-    parameters = {name: torch.empty_like(parameter, device="cpu") for name, parameter in source.parameters().items()}
+    parameters = {name: torch.empty(parameter.shape) for name, parameter in source.parameters().items()}
     for step in source.steps:
         stream.load_step(step, source.stored, parameters)
     return source
