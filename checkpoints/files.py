@@ -39,6 +39,8 @@ DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }
 
+ENTRY = {"dtype", "shape", "data_offsets"}       # of a tensor in a header
+
 
 @dataclass(frozen=True)
 class Stored:
@@ -154,21 +156,26 @@ def _why_no_header(length: int, size: int) -> str:
 
 
 def _read_entry(path: Path, name: str, entry: Any, data: int) -> Stored:
-    def need(condition: bool, what: str) -> None:
-        if not condition:
-            raise CheckpointError(f"{path}: {name}: {what}, found {reprlib.repr(entry)}")
+    def wrong(expected: str) -> CheckpointError:
+        return CheckpointError(f"{path}: {name}: {expected} expected, found {reprlib.repr(entry)}")
 
-    def whole(value: Any) -> bool:
-        return type(value) is int and value >= 0         # a bool is an int to isinstance
+    if not isinstance(entry, dict) or entry.keys() != ENTRY:
+        raise wrong("dtype, shape and data_offsets")
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    if dtype is None:
+        raise wrong(f"a dtype among {', '.join(DTYPES)}")
+    if not isinstance(shape, list) or len(shape) > 8 or not all(map(_whole, shape)):
+        raise wrong("a shape of whole numbers")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_whole, offsets)):
+        raise wrong("two offsets")
+    size = math.prod(shape) * dtype.itemsize
+    if offsets[1] - offsets[0] != size:
+        raise wrong(f"offsets {size} bytes apart")
+    return Stored(path, dtype, tuple(shape), data + offsets[0], size)
 
-    need(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, "dtype, shape and data_offsets expected")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    need(isinstance(dtype, str) and dtype in DTYPES, f"a dtype among {', '.join(DTYPES)} expected")
-    need(isinstance(shape, list) and len(shape) <= 8 and all(map(whole, shape)), "a shape of whole numbers expected")
-    need(isinstance(offsets, list) and len(offsets) == 2 and all(map(whole, offsets)), "two offsets expected")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    need(offsets[1] - offsets[0] == size, f"offsets {size} bytes apart expected")
-    return Stored(path, DTYPES[dtype], tuple(shape), data + offsets[0], size)
+
+def _whole(value: Any) -> bool:
+    return type(value) is int and value >= 0             # a bool is an int to isinstance
 
 
 def read_folder(folder: Path) -> dict[str, Stored]:

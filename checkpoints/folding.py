@@ -7,24 +7,22 @@
 A number is a part of a name that stands alone between dots. Tensors, parameters, and fields of a config are all folded here.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
+NUMBER = re.compile(r"(?<![^.])[0-9]{1,9}(?![^.])")      # alone between dots; a file may hold any name, so not of any length
 SHOWN = 6                                        # runs of numbers that a name spells out
 
 
 def pattern(name: str) -> str:
     """What names that are folded together have in common: layers.3.norm → layers.{}.norm"""
-    return ".".join("{}" if _is_number(part) else part for part in name.split("."))
+    return NUMBER.sub("{}", name)
 
 
 def folded(names: Sequence[str]) -> str:
     """Names of one pattern as one. A part that is the same number in all of them stays as it is."""
     columns = zip(*(name.split(".") for name in names))
-    return ".".join(_folded(column) if _is_number(column[0]) else column[0] for column in columns)
-
-
-def _is_number(part: str) -> bool:
-    return part.isascii() and part.isdigit() and len(part) < 10      # a file may hold any name
+    return ".".join(_folded(column) if NUMBER.fullmatch(column[0]) else column[0] for column in columns)
 
 
 def _folded(column: Sequence[str]) -> str:
