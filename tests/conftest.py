@@ -26,11 +26,17 @@ LONGEST = {
 }
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: tests of many ranks wait a fifth of their time."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
-    files = {"test_resume": 1, "test_distributed": 2}
-    items.sort(key=lambda item: 0 if item.name == "test_the_demo_beats_gzip_far" else files.get(item.path.stem, 3))
+    files = {"test_resume": 1, "test_distributed": 2, "test_decoder": 3}
+    items.sort(key=lambda item: 0 if item.name == "test_the_demo_beats_gzip_far" else files.get(item.path.stem, 4))
     long = [item for item in items if hasattr(item, "callspec") and item.originalname in LONG | LONGEST]
     if long:
         from tests.fixtures import QUICK
