@@ -26,12 +26,6 @@ LONGEST = {
 }
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """One more than there are cores: tests of many ranks wait a fifth of their time."""
-    return (os.cpu_count() or 1) + 1
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """What takes longest comes first, so that all workers end together: the demo alone is a minute. Files stay whole: tests of one share runs."""
