@@ -228,8 +228,9 @@ def equal_bytes(a: Stored, b: Stored, most: int = 1 << 20) -> bool:
     if (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     count = math.prod(a.shape)
+    memory = [torch.empty(min(most, count), dtype=a.dtype) for _ in (a, b)]
     for first in range(0, count, most):
-        runs = [torch.empty(min(most, count - first), dtype=a.dtype) for _ in (a, b)]
+        runs = [whole[: count - first] for whole in memory]
         for one, run in zip((a, b), runs):
             one.read_run(first, run)
         if not same_bits(*runs):

@@ -70,7 +70,7 @@ class Writer:
 
     def __enter__(self) -> "Writer":
         self.thread, self.waiting = ThreadPoolExecutor(1), deque()
-        self.path, self.file, self.cached = None, -1, 0
+        self.path = None                         # of the file that is open, self.file, and self.cached the bytes of it that are not given up
         return self
 
     def __call__(self, stored: Stored, first: int, run: Tensor) -> None:
@@ -93,7 +93,7 @@ class Writer:
     def _put(self, stored: Stored, first: int, run: Tensor) -> None:
         if stored.file != self.path:
             self._close()
-            self.path, self.file = stored.file, os.open(stored.file, os.O_WRONLY)
+            self.path, self.file, self.cached = stored.file, os.open(stored.file, os.O_WRONLY), 0
         left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
         while left:                              # a call may write less than it was given
             done = os.pwrite(self.file, left, place)

@@ -29,6 +29,7 @@ def operation(refuses: Callable[..., str | None]) -> Callable[[Callable], Callab
     Called directly, the operation raises it as a ValueError. `nanollm.ops` asks by itself, and then calls `unchecked` or the definition.
     """
     def wrap(run: Callable) -> Callable:
+        """`run`, which now asks first. It carries `refuses`, and itself as `unchecked`."""
         @functools.wraps(run)
         def checked(*args, **kwargs):
             reason = refuses(*args, **kwargs)

@@ -213,6 +213,7 @@ class Tokenizers:
             self.prefix, self.suffix = whole[:start], whole[start + len(bare):]
 
     def encode(self, text: str, special: bool, continues: bool) -> list[int]:
+        """Ids as Tokenizer.encode has them, of the text alone. Raises TokenizerError if the library cannot cut it."""
         if special and (OPEN in text or CLOSE in text):   # text, marked, text, …
             pieces = [piece.replace(OPEN, "").replace(CLOSE, "") for piece in self.marked.split(text)]
             return [id for i, piece in enumerate(pieces) for id in self.encode(piece, i % 2 == 0, continues)]

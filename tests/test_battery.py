@@ -79,16 +79,25 @@ def test_as_many_of_the_seeded_are_refused_as_were(key, tmp_path):
 
 @pytest.mark.parametrize("key", [pytest.param(key, marks=marks(key)) for key, group in GROUPS.items() if group.use is checkpoints.load and key != "mistral"])
 def test_no_memory_is_taken_for_what_does_not_fit(key, goods, tmp_path, monkeypatch):
-    """Here whoever begins to fill a model, or reads a tensor, fails the test: but for values that are not finite. (Mistral's own layout does
-    not say whether the head is the embedding: they are compared.)"""
+    """Here whoever takes memory for a parameter, begins to fill a model, or reads a tensor fails the test: but for values that are not finite.
+    (Mistral's own layout does not say whether the head is the embedding: they are compared.)"""
     def refuse(*args, **more):
         pytest.fail("memory was taken before the plan held")
-    monkeypatch.setattr(stream, "fill", refuse)
-    monkeypatch.setattr(files.Stored, "read_run", refuse)
+
+    with torch.device("meta"):                               # torch notes here, once, which functions a device applies to: before one is replaced
+        torch.empty(1)
+
+    def empty(*args, plain=torch.empty, **more):
+        found = plain(*args, **more)
+        return found if found.is_meta else refuse()
+
     for number, (name, (harm, cause)) in enumerate(GROUPS[key].cases.items()):
         if cause is not None and "NaN or an infinity" not in cause:
             folder = prepared(harm, tmp_path / str(number), goods(key))
-            with pytest.raises(NanollmError):
+            with monkeypatch.context() as watched, pytest.raises(NanollmError):
+                watched.setattr(torch, "empty", empty)
+                watched.setattr(stream, "fill", refuse)
+                watched.setattr(files.Stored, "read_run", refuse)
                 GROUPS[key].use(folder)
 
 

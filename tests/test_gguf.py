@@ -534,10 +534,10 @@ DAMAGED = {
 def test_damaged(case, tmp_path):
     data, words = DAMAGED[case]
     (tmp_path / "x.gguf").write_bytes(data)
-    start = time.process_time()
+    start = time.perf_counter()
     with pytest.raises((CheckpointError, ConfigError), match=words) as caught:
         checkpoints.load(tmp_path / "x.gguf")
-    assert str(tmp_path / "x.gguf") in str(caught.value) and time.process_time() - start < 1
+    assert str(tmp_path / "x.gguf") in str(caught.value) and time.perf_counter() - start < 1
 
 
 def test_a_tensor_twice_or_out_of_place(tmp_path):
@@ -551,7 +551,7 @@ def test_a_tensor_twice_or_out_of_place(tmp_path):
 def test_cut_short_or_flipped_anywhere(made, tmp_path):
     """Whatever a byte of the header says, or wherever the file ends: an error of ours, or a model that was planned; and soon."""
     whole, path, draw = made("llama")[0].read_bytes(), tmp_path / "x.gguf", np.random.default_rng(0)
-    end, start = min(one.start for one in ours.read(made("llama")[0], None)[1].values()), time.process_time()
+    end, start = min(one.start for one in ours.read(made("llama")[0], None)[1].values()), time.perf_counter()
     for at in (*draw.integers(0, end, 40), *draw.integers(end, len(whole), 10), len(whole) - 32):
         path.write_bytes(whole[:at])
         with pytest.raises(NanollmError):
@@ -562,7 +562,7 @@ def test_cut_short_or_flipped_anywhere(made, tmp_path):
             open_source(path)
         except NanollmError:
             pass
-    assert time.process_time() - start < 10
+    assert time.perf_counter() - start < 10
 
 
 def test_truncated_after_it_was_planned(made, tmp_path):
@@ -579,6 +579,6 @@ def test_a_large_vocabulary_is_passed_over(tmp_path):
     texts = [text(f"tokenizer.ggml.{name}".encode()) + struct.pack("<IIQ", 9, 8, count) + text(b"abcdefgh") * count for name, count in (("tokens", 262_144), ("merges", 524_288))]
     types = text(b"tokenizer.ggml.token_type") + struct.pack("<IIQ262144i", 9, 5, 262_144, *[1] * 262_144)
     (tmp_path / "x.gguf").write_bytes(header(*texts, types))
-    start = time.process_time()
+    start = time.perf_counter()
     assert ours.read_header(tmp_path / "x.gguf")[0]["tokenizer.ggml.token_type"] is None
-    assert time.process_time() - start < 1
+    assert time.perf_counter() - start < 1

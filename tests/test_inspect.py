@@ -112,7 +112,7 @@ def test_no_weight_is_read_of_a_model_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(files.Stored, "read_run", lambda *args: pytest.fail("a weight was read"))
     start = time.process_time()
     report = look(tmp_path)
-    assert time.process_time() - start < 1.0 and report.reason is None and report.parameters == PUBLISHED["Llama-3.1-8B"][1]
+    assert time.process_time() - start < 0.5 and report.reason is None and report.parameters == PUBLISHED["Llama-3.1-8B"][1]
     assert "model.layers.{0..31}.self_attn.q_proj.weight          bfloat16  4096×4096    32 tensors  1.07 GB\n" in describe(report)
 
 
