@@ -37,8 +37,8 @@ from nanollm.errors import CheckpointError
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
-LARGEST_PROGRAM = 2_000_000                      # bytes, room for 6,000 tensors with long names
-LONGEST_PROGRAM = 200_000                        # instructions; a tensor takes 30
+LARGEST_PROGRAM = 2_000_000                      # bytes, twice what so many tensors with long names take
+LONGEST_PROGRAM = 120_000                        # instructions; a tensor takes 33, and the largest of published files has 1,200
 LARGEST_STACK = 100_000                          # values; pickle leaves at most a thousand names and tensors waiting
 RANK = re.compile(r"consolidated\.(\d\d)\.pth", re.ASCII)
 HOW = "they can run code when they are read. If you trust where they come from, convert them once: python -m checkpoints.convert SRC DST --allow-pickle"
@@ -91,13 +91,14 @@ def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """Names, shapes and places of the tensors in one file. Raises CheckpointError on what is no such file, or would run code."""
-    program, places = _open_archive(path)
-    harmful = sorted(one.replace(" ", ".") for one in _functions(path, program) - STAND_INS.keys())
+    archived, places = _open_archive(path)
+    program = _instructions(path, archived)
+    harmful = _foreign(program)
     if harmful:
         raise CheckpointError(f"{path}: the pickle calls {', '.join(harmful[:5])}, which is not how tensors are stored; not read")
     try:
         found = _run(program)
-    except Exception as error:                   # a damaged program ends in whatever its bytes lead to
+    except Exception as error:                   # as below
         raise CheckpointError(f"{path}: data.pkl is damaged: {type(error).__name__}: {error!s:.200}") from None
     if isinstance(found, dict) and len(found) == 1 and isinstance(inner := next(iter(found.values())), dict):
         found = inner                            # one level around it, as trainers have
@@ -108,7 +109,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def functions(path: Path) -> list[str]:
     """What the pickle of a file calls beside what tensors need: nothing, or names. Nothing is run. Raises CheckpointError."""
-    return sorted(one.replace(" ", ".") for one in _functions(path, _open_archive(path)[0]) - STAND_INS.keys())
+    return _foreign(_instructions(path, _open_archive(path)[0]))
 
 
 def _open_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
@@ -138,22 +139,27 @@ def _open_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
         raise CheckpointError(f"{path}: not tensors as torch.save writes them since 1.6: {kind or error}") from None
 
 
-def _functions(path: Path, program: bytes) -> set[str]:
-    """What the program names, as "module name". Raises CheckpointError for an instruction that tensors do not need."""
-    named = set()
+def _instructions(path: Path, archived: bytes) -> list[tuple[str, Any]]:
+    """The program, as names and arguments. Raises CheckpointError for an instruction that tensors do not need."""
+    program = []
     try:
-        for count, (instruction, argument, _) in enumerate(pickletools.genops(program)):
-            if count > LONGEST_PROGRAM:
+        for instruction, argument, _ in pickletools.genops(archived):
+            if len(program) == LONGEST_PROGRAM:
                 raise CheckpointError(f"{path}: data.pkl has more than {LONGEST_PROGRAM} instructions; not as torch.save writes it")
             if instruction.name not in INSTRUCTIONS:
                 raise CheckpointError(f"{path}: data.pkl has the instruction {instruction.name}, which is not how tensors are stored; not read")
-            if instruction.name == "GLOBAL":
-                named.add(argument)
+            program.append((instruction.name, argument))
     except CheckpointError:
         raise
-    except Exception as error:                   # as above
+    except Exception as error:                   # a damaged program ends in whatever its bytes lead to
         raise CheckpointError(f"{path}: data.pkl is damaged: {error}") from None
-    return named
+    return program
+
+
+def _foreign(program: list[tuple[str, Any]]) -> list[str]:
+    """What the program names beside what tensors need."""
+    named = {argument for name, argument in program if name == "GLOBAL"}
+    return sorted(one.replace(" ", ".") for one in named - STAND_INS.keys())
 
 
 # ---- the machine
@@ -186,7 +192,7 @@ STAND_INS: dict[str, Callable[..., Any] | torch.dtype] = {
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 
-def _run(program: bytes) -> Any:
+def _run(program: list[tuple[str, Any]]) -> Any:
     """What the program leaves. Raises whatever a damaged one leads to."""
     stack: list[Any] = []
     marks: list[int] = []
@@ -198,20 +204,21 @@ def _run(program: bytes) -> Any:
         del stack[start:]
         return items
 
-    for instruction, argument, _ in pickletools.genops(program):
-        match instruction.name:
+    for name, argument in program:
+        match name:
             case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINFLOAT" | "BINUNICODE" | "SHORT_BINUNICODE":
                 stack.append(argument)
             case "BINPUT" | "LONG_BINPUT":
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case "NONE" | "NEWTRUE" | "NEWFALSE" as name:
+            case "NONE" | "NEWTRUE" | "NEWFALSE":
                 stack.append(CONSTANTS[name])
             case "EMPTY_TUPLE":
                 stack.append(())
-            case "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                stack[-int(name[-1]):] = [tuple(stack[-int(name[-1]):])]
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                width = int(name[-1])
+                stack[-width:] = [tuple(stack[-width:])]
             case "MARK":
                 marks.append(len(stack))
             case "TUPLE":

@@ -29,6 +29,7 @@ import torch
 import checkpoints
 from nanollm import chat
 from nanollm.errors import NanollmError
+from tests.clock import ROUNDS
 from tests.hostile import GROUPS, configs, files, pickled
 from tests.hostile.good import Group
 
@@ -76,6 +77,15 @@ def measured(use: Callable[[], Any], process: bool = True) -> Outcome:
         seconds, opened, _opened = clock() - start, _opened, None
     after = resident()
     return Outcome(error, seconds, None if before is None else (after[1] - before[0]) / 1e3, opened)
+
+
+def quickest(use: Callable[[], Any], seconds: float = 1.0, process: bool = True) -> Outcome:
+    """`measured`, and twice more while it takes longer than that: whatever else the machine does only adds to the time. Memory is the first's."""
+    outcome = measured(use, process)
+    for _ in range(ROUNDS - 1):
+        if outcome.seconds >= seconds:
+            outcome.seconds = min(outcome.seconds, measured(use, process).seconds)
+    return outcome
 
 
 def resident(fresh: bool = False) -> tuple[float, float] | None:
@@ -153,7 +163,7 @@ def tried(seeded: Seeded, root: Path) -> tuple[list[Outcome], list[str]]:
     outcomes, refused = [], []
     for name, use in seeded.attempts(root):
         try:
-            outcome = measured(use)
+            outcome = quickest(use)
             need_little(outcome)
             assert outcome.megabytes is None or outcome.megabytes < LARGEST, f"{outcome.megabytes:.0f} MB"
             if outcome.error is not None:
@@ -206,7 +216,7 @@ def run_section(title: str, root: Path) -> tuple[list[Outcome], list[Path]]:
         group.use(good)
         for number, (name, (harm, cause)) in enumerate(group.cases.items()):
             folder = prepared(harm, root / key.replace("*", "any") / str(number), good)
-            outcome = measured(lambda folder=folder: group.use(folder), group.process)
+            outcome = quickest(lambda folder=folder: group.use(folder), group.seconds, group.process)
             outcomes.append(outcome)
             try:
                 if cause is None:

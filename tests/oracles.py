@@ -136,16 +136,22 @@ def tokens(fixture: Fixture, batch: int = 2, length: int = TOKENS, seed: int = 1
 
 @torch.inference_mode()
 def reference_logits(fixture: Fixture, model: transformers.PreTrainedModel, x: Tensor, attention: str | None = None) -> Tensor:
-    """transformers' logits for the full pass, by the first of the implementations that are right. A deep copy: dynamic NTK keeps state
-    between calls."""
-    model = copy.deepcopy(model)
-    if fixture.attention:
-        implementation = attention or fixture.attention[0]
-        model.set_attn_implementation(implementation)
-        model.config._attn_implementation = implementation      # what all layers read; Falcon passes over the call before in silence
-    if fixture.logits is not None:
-        return fixture.logits(model, x)
-    return model(x, use_cache=False).logits
+    """transformers' logits for the full pass, by the first of the implementations that are right. The model stays as it was."""
+    if fixture.length_dependent or fixture.logits is not None:
+        model = copy.deepcopy(model)                            # dynamic NTK keeps state between calls, and what a fixture does may change weights
+    before = model.config._attn_implementation
+    try:
+        if fixture.attention:
+            choose(model, attention or fixture.attention[0])
+        return model(x, use_cache=False).logits if fixture.logits is None else fixture.logits(model, x)
+    finally:
+        if fixture.attention:
+            choose(model, before)
+
+
+def choose(model: transformers.PreTrainedModel, attention: str) -> None:
+    model.set_attn_implementation(attention)
+    model.config._attn_implementation = attention               # what all layers read; Falcon passes over the call before in silence
 
 
 def difference(ours: Tensor, reference: Tensor) -> float:

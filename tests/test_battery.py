@@ -13,7 +13,7 @@ from checkpoints import files, stream
 from nanollm import chat
 from nanollm.errors import CheckpointError, NanollmError
 from tests import battery
-from tests.battery import LARGEST, LINEAGES, REPORT, SECTIONS, SEEDED, committed, document, good_folder, measured, need_little, need_refusal, prepared, resident, tried
+from tests.battery import LARGEST, LINEAGES, REPORT, SECTIONS, SEEDED, committed, document, good_folder, measured, need_little, need_refusal, prepared, quickest, resident, tried
 from tests.fixtures import QUICK
 from tests.hostile import GROUPS, good
 from tests.hostile.configs import CONFIGS, META
@@ -46,7 +46,7 @@ def goods(tmp_path_factory):
 def test_the_good_folder_loads(key, goods):
     group, folder = GROUPS[key], goods(key)
     assert group.use(folder) is not None
-    outcome = measured(lambda: group.use(folder), group.process)
+    outcome = quickest(lambda: group.use(folder), group.seconds, group.process)
     assert outcome.error is None
     need_little(outcome, group.seconds, folder)
 
@@ -58,7 +58,7 @@ def test_case(key, name, goods, tmp_path, monkeypatch):
     if key == "templates" and name != "nested ranges":       # one with the real limit, the others with a short one
         monkeypatch.setattr(chat, "TIME_LIMIT", 0.5)
     folder = prepared(harm, tmp_path / "case", goods(key))
-    outcome = measured(lambda: group.use(folder), group.process)
+    outcome = quickest(lambda: group.use(folder), group.seconds, group.process)
     if cause is not None:
         need_refusal(outcome, cause, group.seconds, folder)
     else:

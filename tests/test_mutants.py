@@ -91,8 +91,21 @@ def mutations(owner: Any, path: str = "") -> Iterator[tuple[str, Any]]:
                     yield name, None
 
 
-def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, reference: torch.Tensor, rounded: torch.Tensor, bound: float) -> str:
-    """"refused", "shape", "logits", "bfloat16", or "survived". rounded: the logits of the model itself in bfloat16."""
+def weights(model: Decoder, mutant: c.ModelConfig) -> dict[str, torch.nn.Parameter]:
+    """Those of the model, by the mutant's names."""
+    return dict(model.state_dict(keep_vars=True)) | ({} if mutant.tied else {"head.weight": model.head.weight})
+
+
+def logits(decoder: Decoder, x: torch.Tensor, found: dict[str, torch.nn.Parameter]) -> torch.Tensor:
+    """With these weights, of which there may be more."""
+    decoder.load_state_dict({name: found[name] for name in decoder.state_dict()}, assign=True)
+    decoder.tie()
+    with torch.inference_mode():
+        return decoder(x)
+
+
+def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, reference: torch.Tensor, narrow: Decoder, rounded: torch.Tensor, bound: float) -> str:
+    """"refused", "shape", "logits", "bfloat16", or "survived". narrow and rounded: the model itself in bfloat16, and its logits."""
     if mutant is None:
         return "refused"
     try:
@@ -100,18 +113,12 @@ def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, referenc
             decoder = Decoder(mutant)
     except NanollmError:                                # a layer that does not fit the stream
         return "refused"
-    weights = dict(model.state_dict(keep_vars=True))
-    if not mutant.tied:
-        weights["head.weight"] = model.head.weight
-    ours = {name: p.shape for name, p in decoder.named_parameters()}
-    if any(name not in weights or weights[name].shape != shape for name, shape in ours.items()) or set(dict(model.named_parameters())) - set(ours):
+    found, ours = weights(model, mutant), {name: p.shape for name, p in decoder.named_parameters()}
+    if any(name not in found or found[name].shape != shape for name, shape in ours.items()) or set(dict(model.named_parameters())) - set(ours):
         return "shape"
-    decoder.load_state_dict({name: weights[name] for name in ours}, assign=True, strict=False)
-    decoder.tie()
-    with torch.inference_mode():
-        if not difference(decoder(x), reference) < bound:
-            return "logits"
-        return "survived" if torch.equal(copy.deepcopy(decoder).bfloat16()(x), rounded) else "bfloat16"
+    if not difference(logits(decoder, x, found), reference) < bound:
+        return "logits"
+    return "survived" if torch.equal(logits(decoder, x, weights(narrow, mutant)), rounded) else "bfloat16"
 
 
 def report(name: str) -> list[str]:
@@ -122,9 +129,10 @@ def report(name: str) -> list[str]:
         model = checkpoints.load(folder)
     x = tokens(fixture, length=LENGTH)
     reference = reference_logits(fixture, theirs, x)
+    narrow = copy.deepcopy(model).bfloat16()
     with torch.inference_mode():
-        rounded = copy.deepcopy(model).bfloat16()(x)                            # test_parity: bit-equal to transformers there
-    fates = [(path, fate(model, mutant, x, reference, rounded, fixture.bound)) for path, mutant in mutations(model.config)]
+        rounded = narrow(x)                                                     # test_parity: bit-equal to transformers there
+    fates = [(path, fate(model, mutant, x, reference, narrow, rounded, fixture.bound)) for path, mutant in mutations(model.config)]
     count = lambda kind: sum(f == kind for _, f in fates)
     survivors = [path for path, f in fates if f == "survived"]
     lines = [f"{name:18} {len(fates):4} mutants: {count('logits'):3} killed by logits, {count('bfloat16')} in bfloat16, {count('shape'):3} by shapes, {count('refused'):3} by the config, {len(survivors)} survived"]

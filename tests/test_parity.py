@@ -87,4 +87,4 @@ def test_a_batch_generates_what_each_prompt_would(pair):
     alone = [list(generate(ours, prompt, 24)) for prompt in prompts]
     assert generate_batch(ours, prompts, 24) == alone
     stop = alone[1][5]
-    assert generate_batch(ours, prompts, 24, stop_ids=[stop])[1] == alone[1][: alone[1].index(stop) + 1]
+    assert generate_batch(ours, prompts, 8, stop_ids=[stop])[1] == alone[1][: alone[1].index(stop) + 1]

@@ -234,15 +234,15 @@ def test_replicas_make_slices_larger():
 
 @pytest.mark.slow
 def test_memory_is_that_of_a_sharded_run_as_torch_tracks_it():
-    config, ranks = transformer(2000, 256, 8, 4, 2, 1024), 4
-    mine, (kept, more) = plan.share(config, ranks, 1, BF16, "adamw"), plan.activations(config, 2, 512, BF16, "none")
+    config, ranks = transformer(2000, 128, 6, 4, 2, 512), 4
+    mine, (kept, more) = plan.share(config, ranks, 1, BF16, "adamw"), plan.activations(config, 2, 256, BF16, "none")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)        # sends nothing, but all memory is real
     try:
         with torch.device("meta"):
             model = Decoder(config)
         distributed.shard(model, distributed.build_mesh("cpu", ranks, 1), BF16)
         model.to_empty(device="cpu")
-        tokens, optimizers = torch.randint(2000, (2, 512)), optim.build(model, "adamw", 0.0, BF16)
+        tokens, optimizers = torch.randint(2000, (2, 256)), optim.build(model, "adamw", 0.0, BF16)
         model.forward = lambda tokens: token_loss(model.head, Decoder.hidden(model, tokens), tokens)[0]
         with FSDPMemTracker(model, optimizers[0]) as tracker:
             for _ in range(2):

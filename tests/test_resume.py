@@ -36,7 +36,8 @@ from tests.toys import grammar
 pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
-SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4"]
+SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4", "--optimizer", "adamw"]
+MUON = [*SHORT, "--optimizer", "muon"]                                                           # with AdamW beside it; four times the work
 LONG = ["--steps", "64", "--save-every", "16", "--eval-every", "32", "--optimizer", "adamw"]     # to be met on its way; its steps are cheap
 
 
@@ -199,14 +200,14 @@ def as_it_was_left(out: Path, place: tuple[str, int]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("place", KILLS, ids=lambda place: f"{place[0]}-{place[1]}")
 def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, place, ranks):
-    out = tmp_path / "run"
-    ended = launch(data, out, *SHORT, ranks=ranks, place=place).end()
+    out, options = tmp_path / "run", MUON if place[0] == "optimizer" else SHORT                      # there the first of two has taken its step
+    ended = launch(data, out, *options, ranks=ranks, place=place).end()
     victim = ranks - 1 if place[0] in ("forward", "optimizer", "shard", "export") else 0
     assert ended.codes[victim] == -signal.SIGKILL and 0 not in ended.codes, (ended.codes, ended.said)
     as_it_was_left(out, place)
-    run(data, out, *SHORT, "--resume", ranks=ranks)
+    run(data, out, *options, "--resume", ranks=ranks)
     assert saved(out)[-1] == 8 and hidden(out) == []
-    assert outcome(out) == outcome(whole(*SHORT, ranks=ranks))
+    assert outcome(out) == outcome(whole(*options, ranks=ranks))
 
 
 def test_torchrun_ends_with_a_worker_that_was_killed_and_goes_on(whole, data, tmp_path):
@@ -223,9 +224,9 @@ def test_torchrun_ends_with_a_worker_that_was_killed_and_goes_on(whole, data, tm
 # ---- every kind of state
 
 @pytest.mark.parametrize("more", [
-    ("--preset", "mixtral", "--optimizer", "adamw"),            # the prices of experts, AdamW's moments and its count
-    ("--preset", "mamba", "--micro-batch", "1"),
-    ("--dtype", "bfloat16", "--schedule", "wsd", "--z-loss", "0.0001"),
+    ("--preset", "mixtral"),                                    # the prices of experts, AdamW's moments and its count
+    ("--preset", "mamba", "--optimizer", "muon", "--micro-batch", "1"),
+    ("--dtype", "bfloat16", "--optimizer", "muon", "--schedule", "wsd", "--z-loss", "0.0001"),
 ], ids=lambda more: more[1])
 def test_what_goes_on_from_a_checkpoint_ends_as_what_went_on(whole, data, tmp_path, more):
     out = cut(whole(*SHORT, *more), 4, tmp_path / "run")
@@ -264,9 +265,9 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_gone_on_with(w
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_one_checkpoint_of_2_ranks_is_gone_on_with_by_1_2_and_4(whole, data, tmp_path, ranks):
-    before = whole(*SHORT, ranks=2)
+    before = whole(*MUON, ranks=2)
     out = cut(before, 4, tmp_path / "run")
-    assert "on from step 4" in run(data, out, *SHORT, "--resume", ranks=ranks)
+    assert "on from step 4" in run(data, out, *MUON, "--resume", ranks=ranks)
     assert state.read_manifest(out / "steps" / "00000008")["ranks"] == ranks
     if ranks == 2:
         assert outcome(out) == outcome(before)

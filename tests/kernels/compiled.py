@@ -1,14 +1,17 @@
 """The table of what each kernel compiles to: kernels/compiled.csv, one line a kernel, configuration and device.
 
-    python -m tests.kernels.compiled norm               print the lines of one file, for sm_80, sm_90 and sm_100
+    python -m tests.kernels.compiled norm               print the lines of one file, for sm_80, sm_90 and sm_100; --new: compile what is not known
     python -m tests.kernels.compiled --write            measure all of them with the triton that is installed, and keep them
 
-What is compiled are the launches that `real_launches` of each tests/kernels/test_*.py makes, at the sizes of real decoders.
+What is compiled are the launches that `real_launches` of each tests/kernels/test_*.py makes, at the sizes of real decoders. All of them
+take seven minutes of a core. So each line has a digest of what it was compiled from, and the tests compile what differs from it, and one
+launch of each kernel to see that the table says what this machine would.
 """
 
 import csv
-import dataclasses
+import hashlib
 import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -21,31 +24,41 @@ TABLE = HERE.parent.parent / "kernels/compiled.csv"
 LONGEST = ("attention", "duality", "moe")       # to compile; they go first
 MODULES = sorted((path.stem[5:] for path in HERE.glob("test_*.py") if "def real_launches" in path.read_text()), key=lambda module: (module not in LONGEST, module))
 TARGETS = ("sm_80", "sm_90", "sm_100")
+SAMPLED = "sm_90"                                # for which one launch of each kernel is always compiled
 KEYS = ["triton", "file", "target", "kernel", "constants", "dtypes", "warps", "stages"]
+DIGEST = ["sources"]                             # of the kernel's files, and of real_launches
+NAMED = KEYS[3:] + DIGEST
 COUNTS = ["registers", "spills", "shared", "tensor", "wide", "narrow", "exp2", "atomic", "float64"]
 
 
-def measure(module: str) -> None:
-    """Print a JSON line for each kernel that a file compiles to, and last the entries of the tuning table that were used."""
+def measure(module: str, known: list[dict[str, str]]) -> None:
+    """Print a JSON line for each launch of a file: with what the kernel is made of, unless a line of the table is known to say it.
+    Last come the entries of the tuning table that were used."""
     import triton
 
     from tests.kernels.compiling import compile_only
 
     launches = importlib.import_module(f"tests.kernels.test_{module}").real_launches
-    used = []
+    script, used = hashlib.sha256(inspect.getsource(launches).encode()).hexdigest()[:6], []
     for target in TARGETS:
-        with compile_only(target) as (found, entries):
+        place = {"triton": triton.__version__, "file": module, "target": target}
+        lines = [line for line in known if all(line[key] == value for key, value in place.items())]
+        if target == SAMPLED:
+            seen = {line["kernel"]: line for line in reversed(lines)}
+            lines = [line for line in lines if line is not seen[line["kernel"]]]
+        same = {tuple(line[key] for key in NAMED) for line in lines}
+        with compile_only(target, lambda launch: (*map(str, launch[:-1]), f"{launch.sources}-{script}") in same) as (found, entries):
             launches()
-        for kernel in found:
-            print(json.dumps({"triton": triton.__version__, "file": module, "target": target} | dataclasses.asdict(kernel)))
+        for launch, compiled in found.items():
+            print(json.dumps(place | launch._asdict() | {"sources": f"{launch.sources}-{script}"} | (compiled._asdict() if compiled else {})))
         used += sorted(entries)
     print(json.dumps(used))
 
 
-def measured(module: str) -> tuple[list[dict[str, str]], list[list[str]]]:
+def measured(module: str, *options: str) -> tuple[list[dict[str, str]], list[list[str]]]:
     """`measure` in a process of its own, where kernels are compiled and not interpreted: the lines of the table, and the entries used."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.compiled", module], env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.kernels.compiled", module, *options], env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     *lines, used = map(json.loads, done.stdout.splitlines())
     return [{key: str(value) for key, value in line.items()} for line in lines], used
@@ -62,10 +75,10 @@ def write() -> None:
         new = [line for lines, _ in pool.map(measured, MODULES) for line in lines]
     lines = [line for line in committed() if line["triton"] != new[0]["triton"]] + new
     with TABLE.open("w", newline="") as file:
-        table = csv.DictWriter(file, KEYS + COUNTS, lineterminator="\n")
+        table = csv.DictWriter(file, KEYS + DIGEST + COUNTS, lineterminator="\n")
         table.writeheader()
         table.writerows(sorted(lines, key=lambda line: [line[key] for key in KEYS]))
 
 
 if __name__ == "__main__":
-    write() if sys.argv[1:] == ["--write"] else measure(sys.argv[1])
+    write() if sys.argv[1:] == ["--write"] else measure(sys.argv[1], committed() if "--new" in sys.argv else [])

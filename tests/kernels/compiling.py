@@ -2,20 +2,24 @@
 
     with compile_only("sm_90") as (found, used):        # inside, kernel[grid](…) is compiled just as a launch would compile it, and is not run
         rms_norm(torch.empty(64, 4096), …)              # the library's own wrappers on CPU tensors: nothing is written twice
-    found                                               # [Compiled(kernel="forward_kernel", registers=64, spills=0, …), …]
+    found                                               # {Launch(kernel="forward_kernel", …): Compiled(registers=64, spills=0, …), …}
     used                                                # {("norm", "any", "4096")}: entries of the tuning table
 
 This needs a process without TRITON_INTERPRET: the decorator @triton.jit chooses between compiler and interpreter once. Registers and spills
 stand in the header of the machine code; instructions are counted in the PTX that it was made of. The tools come inside triton's wheel.
 """
 
+import ast
 import contextlib
-import dataclasses
+import functools
+import hashlib
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "to compile, start a process without TRITON_INTERPRET"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")          # multiply and add in one instruction, whatever triton's default
@@ -28,6 +32,7 @@ from triton.runtime.jit import KernelInterface
 
 import kernels.common
 
+HERE = Path(kernels.common.__file__).parent
 INSTRUCTIONS = {
     "tensor": r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b",                                   # on the tensor cores
     "wide": r"\b(?:ld|st)\.global\S*\.v(?:[48]\.b32|[24]\.b64)|\bcp\.async\.c[ag]\S*[^;]*\b0x10\b|\bcp\.async\.bulk",     # 16 bytes a thread or more
@@ -38,14 +43,18 @@ INSTRUCTIONS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-    """One kernel with one set of constants. spills and shared in bytes, the rest in instructions."""
+class Launch(NamedTuple):
+    """One kernel with one set of constants."""
     kernel: str
     constants: str              # of the tuning table and of the case: ADD=0 BLOCK=4096 …
     dtypes: str
     warps: int
     stages: int
+    sources: str                # digest of the kernel's file and all that it imports from kernels/, and of which sizes are multiples of 16
+
+
+class Compiled(NamedTuple):
+    """What it is made of. spills and shared in bytes, the rest in instructions."""
     registers: int
     spills: int
     shared: int
@@ -89,26 +98,45 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def read(kernel: object, name: str, arguments: dict[str, object]) -> Compiled:
-    """What one compiled kernel is made of."""
+def read(kernel: Any) -> Compiled:
     registers, spills = resources(kernel.asm["cubin"])
     counts = {what: len(re.findall(pattern, kernel.asm["ptx"])) for what, pattern in INSTRUCTIONS.items()}
+    return Compiled(registers, spills, kernel.metadata.shared, **counts)
+
+
+def named(kernel: Any, arguments: dict[str, Any]) -> Launch:
     constants = " ".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in arguments.items() if key.isupper() and len(key) > 1)
     dtypes = " ".join(dict.fromkeys(str(value.dtype)[6:] for value in arguments.values() if isinstance(value, torch.Tensor) and value.is_floating_point()))
-    meta = kernel.metadata
-    return Compiled(name, constants, dtypes, meta.num_warps, meta.num_stages, registers, spills, meta.shared, **counts)
+    sizes = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments.values()]
+    even = [size % 16 == 0 if isinstance(size, int) else None for size in sizes]
+    files = [(HERE / f"{name}.py").read_text() for name in sorted(imported(kernel.fn.__module__.removeprefix("kernels.")))]
+    digest = hashlib.sha256("".join([*files, str(even)]).encode()).hexdigest()[:12]
+    return Launch(kernel.fn.__name__, constants, dtypes, arguments.get("num_warps", 4), arguments.get("num_stages", 3), digest)
+
+
+@functools.cache
+def imported(module: str) -> frozenset[str]:
+    """A module of kernels/ and all that it imports from there."""
+    found = set()
+    for node in ast.walk(ast.parse((HERE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "kernels":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kernels."):
+            found.add(node.module.removeprefix("kernels."))
+    return frozenset({module}.union(*map(imported, found)))
 
 
 @contextlib.contextmanager
-def compile_only(target: str) -> Iterator[tuple[list[Compiled], set[tuple[str, str, str]]]]:
-    """target: "sm_90" and such. Yields two collections that are filled at the end: each distinct kernel, each tuning entry used."""
+def compile_only(target: str, known: Callable[[Launch], bool] = lambda launch: False) -> Iterator[tuple[dict[Launch, Compiled | None], set[tuple[str, str, str]]]]:
+    """target: "sm_90" and such. known: whether a launch need not be compiled.
+    Yields what is filled inside: each distinct launch, with None where it was known, and each tuning entry used."""
     launch, active, entry = KernelInterface.__getitem__, driver._active, kernels.common._entry
-    found, used, distinct = [], set(), {}
+    found, used = {}, set()
 
     def instead(kernel, grid):
         def compile_it(*args, **options):
-            compiled = kernel.warmup(*args, grid=grid, **options)
-            distinct[read(compiled, kernel.fn.__name__, dict(zip(kernel.arg_names, args)) | options)] = None
+            this = named(kernel, dict(zip(kernel.arg_names, args)) | options)
+            found[this] = None if known(this) else read(kernel.warmup(*args, grid=grid, **options))
         return compile_it
 
     def noted(name, size, row):
@@ -122,4 +150,3 @@ def compile_only(target: str) -> Iterator[tuple[list[Compiled], set[tuple[str, s
         yield found, used
     finally:
         KernelInterface.__getitem__, kernels.common._entry, kernels.common.TARGET, driver._active = launch, entry, None, active
-        found += distinct

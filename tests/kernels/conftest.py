@@ -7,9 +7,10 @@ import pytest
 from tests.kernels.checks import INTERPRETED
 
 if INTERPRETED:
-    from tests.kernels.interpreter import repair
+    from tests.kernels.interpreter import hasten, repair
 
     repair()
+    hasten()
 
 HERE = Path(__file__).parent
 QUICK = ("test_ops", "test_norm", "test_gating", "test_rope")

@@ -3,10 +3,13 @@
 Three repairs, for triton 3.6 to 3.9. Casts from float32 round to nearest even (the interpreter cuts the low half off), products of
 matrices are taken of the values, and so is elementwise arithmetic, in float32 and rounded. What stays wrong is a reduction (tl.sum,
 tl.max) of bfloat16: kernels reduce in float32 only.
+
+And one that saves a third of its time: the functions of triton.language are replaced once a launch, not for each call of a helper.
 """
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from kernels import common
@@ -32,6 +35,24 @@ def narrow(handle: TensorHandle) -> bool:
 
 def widened(handle: TensorHandle) -> TensorHandle:
     return TensorHandle(values(handle), tl.float32) if narrow(handle) else handle
+
+
+def hasten() -> None:
+    """For this process: within a launch, replacements are made once for each module whose functions are called."""
+    replace, launch, done = interpreter._patch_lang, interpreter._LangPatchScope(), set()
+
+    def once(function):
+        nonlocal launch
+        module = id(function.__globals__)
+        if not launch._changes:                 # nothing yet, or all restored, at the end of the launch
+            done.clear()
+            launch = replace(function)
+        elif module not in done:
+            replace(function)
+        done.add(module)
+        return launch
+
+    interpreter._patch_lang = once
 
 
 def repair() -> None:

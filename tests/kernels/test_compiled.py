@@ -1,5 +1,8 @@
-"""Every kernel, with every entry of the tuning table, compiled for GPUs that are not there; none may spill, none may have got worse."""
+"""Every kernel, with every entry of the tuning table, compiled for GPUs that are not there; none may spill, none may have got worse.
 
+Launches whose sources, constants and dtypes are those of a line in kernels/compiled.csv have been compiled, and checked here, when that was
+written: of these only one a kernel is compiled again. Whatever has changed since is compiled anew.
+"""
 import json
 from pathlib import Path
 
@@ -15,11 +18,11 @@ ANY = 99                                                                # the le
 
 @pytest.mark.parametrize("module", MODULES)
 def test_compiled(module):
-    lines, used = measured(module)
+    lines, used = measured(module, "--new")
     before = {tuple(line[key] for key in KEYS): line for line in committed() if line["file"] == module}
     known = {line["triton"] for line in committed()}
     problems = []
-    for line in lines:
+    for line in (line for line in lines if "registers" in line):            # the others are known to be as they were
         key = tuple(line[key] for key in KEYS)
         number = {name: int(line[name]) for name in ("registers", "spills", "shared", "tensor", "wide", "narrow", "atomic", "float64")}
         problems += [f"{key}: {what} {number[what]}, expected none" for what in ("spills", "atomic", "float64") if number[what]]
