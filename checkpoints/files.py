@@ -14,12 +14,14 @@ files in the folder are never guessed at, because repositories keep the same wei
 Format: https://github.com/huggingface/safetensors/blob/v0.5.3/README.md#format
 """
 
+import contextlib
+import gc
 import json
 import math
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,6 +64,18 @@ class Stored:
             found = file.readinto(as_bytes(run))
         if found != run.nbytes:
             raise CheckpointError(f"{self.file}: truncated while it was read: expected {run.nbytes} bytes, found {found}")
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Meanwhile Python does not look for garbage: where much is made and little of it is garbage, looking takes most of the time."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def read_json(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:

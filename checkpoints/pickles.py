@@ -89,12 +89,11 @@ def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
 
 # ---- one file
 
+@files.uncollected()
 def read_header(path: Path) -> dict[str, Stored]:
     """Names, shapes and places of the tensors in one file. Raises CheckpointError on what is no such file, or would run code."""
-    archived, places = _open_archive(path)
-    program = _instructions(path, archived)
-    harmful = _foreign(program)
-    if harmful:
+    program, places = _open_archive(path)
+    if harmful := _foreign(program):
         raise CheckpointError(f"{path}: the pickle calls {', '.join(harmful[:5])}, which is not how tensors are stored; not read")
     try:
         found = _run(program)
@@ -109,10 +108,10 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 def functions(path: Path) -> list[str]:
     """What the pickle of a file calls beside what tensors need: nothing, or names. Nothing is run. Raises CheckpointError."""
-    return _foreign(_instructions(path, _open_archive(path)[0]))
+    return _foreign(_open_archive(path)[0])
 
 
-def _open_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
+def _open_archive(path: Path) -> tuple[list[tuple[str, Any]], dict[str, tuple[int, int]]]:
     """The program, and where in the file the bytes of each storage are: first byte and size."""
     try:
         with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
@@ -132,34 +131,33 @@ def _open_archive(path: Path) -> tuple[bytes, dict[str, tuple[int, int]]]:
                     file.seek(entry.header_offset)           # a header in front of each entry: 30 bytes, its name, and padding
                     head = file.read(30)
                     places[name[5:]] = (entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30])), entry.file_size)
-            return archive.read(entries["data.pkl"]), places
+            return _instructions(path, archive.read(entries["data.pkl"])), places
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
         with open(path, "rb") as file:
             kind = files.what_it_is(file.read(256))
         raise CheckpointError(f"{path}: not tensors as torch.save writes them since 1.6: {kind or error}") from None
 
 
-def _instructions(path: Path, archived: bytes) -> list[tuple[str, Any]]:
-    """The program, as names and arguments. Raises CheckpointError for an instruction that tensors do not need."""
-    program = []
-    try:
-        for instruction, argument, _ in pickletools.genops(archived):
-            if len(program) == LONGEST_PROGRAM:
-                raise CheckpointError(f"{path}: data.pkl has more than {LONGEST_PROGRAM} instructions; not as torch.save writes it")
-            if instruction.name not in INSTRUCTIONS:
-                raise CheckpointError(f"{path}: data.pkl has the instruction {instruction.name}, which is not how tensors are stored; not read")
-            program.append((instruction.name, argument))
-    except CheckpointError:
-        raise
-    except Exception as error:                   # a damaged program ends in whatever its bytes lead to
-        raise CheckpointError(f"{path}: data.pkl is damaged: {error}") from None
-    return program
+def _instructions(path: Path, pickle: bytes) -> list[tuple[str, Any]]:
+    """The program, as names and arguments of instructions. Raises CheckpointError for an instruction that tensors do not need."""
+    program, steps = [], pickletools.genops(pickle)
+    while True:
+        try:
+            instruction, argument, _ = next(steps)
+        except StopIteration:
+            return program
+        except Exception as error:               # a damaged program ends in whatever its bytes lead to
+            raise CheckpointError(f"{path}: data.pkl is damaged: {error}") from None
+        if len(program) == LONGEST_PROGRAM:
+            raise CheckpointError(f"{path}: data.pkl has more than {LONGEST_PROGRAM} instructions; not as torch.save writes it")
+        if instruction.name not in INSTRUCTIONS:
+            raise CheckpointError(f"{path}: data.pkl has the instruction {instruction.name}, which is not how tensors are stored; not read")
+        program.append((instruction.name, argument))
 
 
 def _foreign(program: list[tuple[str, Any]]) -> list[str]:
     """What the program names beside what tensors need."""
-    named = {argument for name, argument in program if name == "GLOBAL"}
-    return sorted(one.replace(" ", ".") for one in named - STAND_INS.keys())
+    return sorted({argument.replace(" ", ".") for name, argument in program if name == "GLOBAL" and argument not in STAND_INS})
 
 
 # ---- the machine
@@ -189,7 +187,7 @@ STAND_INS: dict[str, Callable[..., Any] | torch.dtype] = {
     "collections OrderedDict": lambda: {},
     **{f"torch {name}Storage": dtype for name, dtype in DTYPES.items()},
 }
-CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 
 
 def _run(program: list[tuple[str, Any]]) -> Any:
@@ -212,10 +210,8 @@ def _run(program: list[tuple[str, Any]]) -> Any:
                 memo[argument] = stack[-1]
             case "BINGET" | "LONG_BINGET":
                 stack.append(memo[argument])
-            case "NONE" | "NEWTRUE" | "NEWFALSE":
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "EMPTY_TUPLE":
                 stack.append(CONSTANTS[name])
-            case "EMPTY_TUPLE":
-                stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 width = int(name[-1])
                 stack[-width:] = [tuple(stack[-width:])]
