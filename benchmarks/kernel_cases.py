@@ -40,7 +40,7 @@ class Sizes:
     dtype: torch.dtype = torch.bfloat16
 
     def __call__(self, *real: int) -> tuple[int, ...]:
-        return tuple(min(n, 16 if n > 512 else 8 if n > 64 else n) for n in real) if self.small else real
+        return tuple(min(n, 16 if n > 512 else 8 if n > 8 else 2) for n in real) if self.small else real
 
     def draw(self, *shape: int, scale: float = 1.0) -> Tensor:
         return (torch.randn(shape, device=self.device) * scale).to(self.dtype).requires_grad_()

@@ -44,6 +44,11 @@ def test_msign_is_the_orthogonal_factor_of_an_svd_up_to_the_polynomials_slack():
     assert (turned - torch.diag(turned.diag())).abs().max() < 1e-6              # the same singular vectors
 
 
+def test_in_bfloat16_a_cpu_rounds_once():
+    matrix = torch.randn(20, 50)
+    assert torch.equal(optim.msign(matrix, torch.bfloat16), optim.msign(matrix, torch.float32).bfloat16())
+
+
 def test_a_stack_of_experts_is_each_of_its_matrices():
     stack = torch.randn(3, 10, 16)
     found = optim.msign(stack, torch.float32)

@@ -50,7 +50,7 @@ class Launch(NamedTuple):
     dtypes: str
     warps: int
     stages: int
-    sources: str                # digest of the kernel's file and all that it imports from kernels/, and of which sizes are multiples of 16
+    sources: str                # digest of the kernel's file and all that it imports from kernels/, and of which sizes are 1 or multiples of 16
 
 
 class Compiled(NamedTuple):
@@ -108,9 +108,9 @@ def named(kernel: Any, arguments: dict[str, Any]) -> Launch:
     constants = " ".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in arguments.items() if key.isupper() and len(key) > 1)
     dtypes = " ".join(dict.fromkeys(str(value.dtype)[6:] for value in arguments.values() if isinstance(value, torch.Tensor) and value.is_floating_point()))
     sizes = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments.values()]
-    even = [size % 16 == 0 if isinstance(size, int) else None for size in sizes]
+    special = [(size == 1, size % 16 == 0) for size in sizes if isinstance(size, int)]       # which triton compiles for by themselves
     files = [(HERE / f"{name}.py").read_text() for name in sorted(imported(kernel.fn.__module__.removeprefix("kernels.")))]
-    digest = hashlib.sha256("".join([*files, str(even)]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256("".join([*files, str(special)]).encode()).hexdigest()[:12]
     return Launch(kernel.fn.__name__, constants, dtypes, arguments.get("num_warps", 4), arguments.get("num_stages", 3), digest)
 
 

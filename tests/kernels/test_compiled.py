@@ -9,16 +9,20 @@ from pathlib import Path
 import pytest
 import triton
 
-from tests.kernels.compiled import KEYS, MODULES, committed, measured
+from tests.kernels.compiled import KEYS, MODULES, SHARES, committed, measured
 
 ROOT = Path(__file__).parent.parent.parent
 SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227}                   # KiB a block may have (CUDA C++ Programming Guide, compute capabilities)
 ANY = 99                                                                # the least of all GPUs since 2020 (sm_86, 89, 120): for a file without rows for a device
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_compiled(module):
-    lines, used = measured(module, "--new")
+@pytest.mark.parametrize("modules", SHARES, ids=" ".join)
+def test_compiled(modules):
+    for found in measured(modules, "--new"):
+        check(*found)
+
+
+def check(module: str, lines: list[dict[str, str]], used: list[list[str]]) -> None:
     before = {tuple(line[key] for key in KEYS): line for line in committed() if line["file"] == module}
     known = {line["triton"] for line in committed()}
     problems = []
