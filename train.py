@@ -1,6 +1,6 @@
 """Train a decoder: from nothing, or on from a checkpoint; on text, or on chats; on a laptop, or on many GPUs.
 
-    python train.py                                     a small Llama on the source of Python's standard library, 2 to 3 minutes
+    python train.py                                     a small Llama on the source of Python's standard library, a few minutes
     python train.py --preset mixtral                    another family: llama, qwen3, mistral, mixtral, mamba
     python train.py --data notes/ --steps 2000          your text: a file, a .jsonl with a "text" a line, or a folder of them
     python train.py --init FOLDER --chat chats.jsonl    fine-tune any Hugging Face folder on chats, loss on the answers only

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import kernels
 from nanollm import ops
 from nanollm.cache import Cache
@@ -17,18 +18,20 @@ from nanollm.config import MLP, Alibi, Attention, Layer, Mamba, ModelConfig, MoE
 from nanollm.generation import generate, generate_batch
 from nanollm.losses import token_loss
 from nanollm.model import Decoder
+from nanollm.presets import transformer
 from tests.kernels.checks import DEVICE, INTERPRETED
+from tests.tok_folders import byte_bpe, write
 
 ROOT = Path(__file__).parent.parent.parent
 GEMMA, SHIFT = Norm(offset=1.0, cast_after_gain=True), Norm("layer", bias=True)
 
 
-def config(mixer, ffn, norm=Norm(), **layer) -> ModelConfig:
-    return ModelConfig(61, 32, (Layer(mixer, ffn, norm, **({"pre_ffn": norm} | layer)),) * 2, norm)
+def config(mixer, ffn, norm=Norm(), layers=1, **layer) -> ModelConfig:
+    return ModelConfig(61, 32, (Layer(mixer, ffn, norm, **({"pre_ffn": norm} | layer)),) * layers, norm)
 
 
 MODELS = {      # name → (config, the operations that must have run as kernels)
-    "llama": (config(Attention(4, 2, 16, Rope()), MLP(48)), {"rms_norm", "add_rms_norm", "rotate", "attend", "gated"}),
+    "llama": (config(Attention(4, 2, 16, Rope()), MLP(48), layers=2), {"rms_norm", "add_rms_norm", "rotate", "attend", "gated"}),
     "window, head norms, biases": (config(Attention(4, 4, 24, Rope(theta=1e6), 7, qk_norm=Norm(), qkv_bias=True), MLP(48)), {"rms_norm", "rotate", "attend", "gated"}),
     "interleaved, partial, geglu, gemma's norms, soft cap": (
         config(Attention(4, 1, 16, Rope(layout="interleaved", fraction=0.5), softcap=5.0, scale=0.3), MLP(40, "gelu_tanh"), GEMMA, post_mixer=GEMMA, post_ffn=GEMMA), {"rms_norm", "add_rms_norm", "rotate", "attend", "gated"}),
@@ -185,14 +188,18 @@ def losses(folder: Path, mode: str, *options: str) -> list[float]:
 
 @pytest.mark.slow
 def test_train_and_generate_with_kernels_and_without(tmp_path):
-    """The same curve from train.py, and from generate.py the same text."""
+    """The same curve from train.py, and from generate.py the same text; of a model as small as can be, for the interpreter's sake."""
+    tokenizer, folder = byte_bpe(("</s>",)), tmp_path / "tiny"
+    checkpoints.save(Decoder(transformer(tokenizer.get_vocab_size(), 32, 2, 4, 2, 48, context=64)), folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write(folder, tokenizer_config={"eos_token": "</s>"})
     (tmp_path / "text").mkdir()
     for i in range(8):
         (tmp_path / f"text/{i}.py").write_text(f"def name{i}(x):\n    return x + {i}\n\n" * 4)
-    options = ["--data", str(tmp_path / "text"), "--steps", "2", "--sample-every", "0", "--context", "32", "--batch-size", "2", "--vocab", "300",
+    options = ["--data", str(tmp_path / "text"), "--init", str(folder), "--steps", "3", "--sample-every", "0", "--context", "32", "--batch-size", "2",
                "--lr", "0.003", "--device", DEVICE, *(["--dtype", "float32"] if INTERPRETED else [])]
     curves = {mode: losses(tmp_path / mode, mode, *options) for mode in ("torch", "triton")}
-    assert len(curves["torch"]) == 2
+    assert len(curves["torch"]) == 3
     assert curves["triton"] == pytest.approx(curves["torch"], abs=1e-5 if INTERPRETED else 1e-3)
     options = ["--model", str(tmp_path / "torch"), "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0", "--device", DEVICE]
     texts = {mode: script(mode, "generate.py", *options) for mode in ("torch", "triton")}
