@@ -30,7 +30,7 @@ from nanollm.config import Linear, Llama3
 from nanollm.errors import CheckpointError, ConfigError, NanollmError
 from tests.clock import within
 from tests.fixtures import FIXTURES
-from tests.oracles import BASE, Fixture, difference, reference_logits, rope, tokens, write
+from tests.oracles import Fixture, difference, reference_logits, rope, tokens, write
 
 
 def like(name: str, **keys) -> Fixture:

@@ -43,6 +43,10 @@ def measure(module: str, known: list[dict[str, str]]) -> tuple[list[dict[str, ob
 
     launches = importlib.import_module(f"tests.kernels.test_{module}").real_launches
     script, found, used = hashlib.sha256(inspect.getsource(launches).encode()).hexdigest()[:6], [], []
+
+    def name(launch):                            # the words of NAMED
+        return *map(str, launch[:-1]), f"{launch.sources}-{script}"
+
     for target in TARGETS:
         place = {"triton": triton.__version__, "file": module, "target": target}
         lines = [line for line in known if all(line[key] == value for key, value in place.items())]
@@ -50,9 +54,9 @@ def measure(module: str, known: list[dict[str, str]]) -> tuple[list[dict[str, ob
             seen = {line["kernel"]: line for line in reversed(lines)}
             lines = [line for line in lines if line is not seen[line["kernel"]]]
         same = {tuple(line[key] for key in NAMED) for line in lines}
-        with compile_only(target, lambda launch: (*map(str, launch[:-1]), f"{launch.sources}-{script}") in same) as (kernels, entries):
+        with compile_only(target, lambda launch: name(launch) in same) as (kernels, entries):
             launches()
-        found += [place | launch._asdict() | {"sources": f"{launch.sources}-{script}"} | (compiled._asdict() if compiled else {}) for launch, compiled in kernels.items()]
+        found += [place | dict(zip(NAMED, name(launch))) | (compiled._asdict() if compiled else {}) for launch, compiled in kernels.items()]
         used += sorted(entries)
     return found, used
 
@@ -74,7 +78,8 @@ def committed() -> list[dict[str, str]]:
 def write() -> None:
     """Replace the lines of this version of triton."""
     with ThreadPoolExecutor(2) as pool:
-        new = [line for found in pool.map(list, map(measured, SHARES)) for _, lines, _ in found for line in lines]
+        shares = pool.map(lambda modules: list(measured(modules)), SHARES)
+        new = [line for share in shares for _, lines, _ in share for line in lines]
     lines = [line for line in committed() if line["triton"] != new[0]["triton"]] + new
     with TABLE.open("w", newline="") as file:
         table = csv.DictWriter(file, KEYS + DIGEST + COUNTS, lineterminator="\n")

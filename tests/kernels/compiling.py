@@ -109,12 +109,15 @@ def named(kernel: Any, arguments: dict[str, Any]) -> Launch:
     dtypes = " ".join(dict.fromkeys(str(value.dtype)[6:] for value in arguments.values() if isinstance(value, torch.Tensor) and value.is_floating_point()))
     sizes = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments.values()]
     special = [(size == 1, size % 16 == 0) for size in sizes if isinstance(size, int)]       # which triton compiles for by themselves
-    files = [(HERE / f"{name}.py").read_text() for name in sorted(imported(kernel.fn.__module__.removeprefix("kernels.")))]
-    digest = hashlib.sha256("".join([*files, str(special)]).encode()).hexdigest()[:12]
+    digest = hashlib.sha256((sources(kernel.fn.__module__.removeprefix("kernels.")) + str(special)).encode()).hexdigest()[:12]
     return Launch(kernel.fn.__name__, constants, dtypes, arguments.get("num_warps", 4), arguments.get("num_stages", 3), digest)
 
 
 @functools.cache
+def sources(module: str) -> str:
+    return "".join((HERE / f"{name}.py").read_text() for name in sorted(imported(module)))
+
+
 def imported(module: str) -> frozenset[str]:
     """A module of kernels/ and all that it imports from there."""
     found = set()
