@@ -19,15 +19,15 @@ from collections.abc import Iterator
 import torch
 
 import checkpoints
-from checkpoints.hub import local_folder, local_path
-from nanollm import templates
-from nanollm import tokenizer as tokenizers
-from nanollm.chat import Conversation
+from checkpoints.layouts.hub import local_folder, local_path
 from nanollm.cli import Parser, main
-from nanollm.generation import Session, generate_batch, stream_text
+from nanollm.inference.generation import Session, generate_batch, stream_text
+from nanollm.inference.quantize import quantize
 from nanollm.model import Decoder
-from nanollm.quantize import quantize
-from nanollm.tokenizer import Tokenizer
+from nanollm.text import templates
+from nanollm.text import tokenizer as tokenizers
+from nanollm.text.chat import Conversation
+from nanollm.text.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZE = {"int8": 8, "int4": 4}

@@ -32,21 +32,21 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from nanollm import distributed, optim, runs, state
 from nanollm.cli import main
-from nanollm.corpus import Corpus, open_corpus
-from nanollm.data import Batch, stack
-from nanollm.distributed import DTYPES, World
+from nanollm.data.stream import Batch, stack
 from nanollm.errors import RunError
-from nanollm.generation import generate
+from nanollm.inference.generation import generate
 from nanollm.init import initial_values
-from nanollm.log import Log, report, shown
-from nanollm.losses import RECENT, Balance, spike, token_loss
+from nanollm.layers.moe import routing
 from nanollm.model import Decoder
-from nanollm.moe import routing
-from nanollm.options import parse, rows_at_once
 from nanollm.presets import preset
-from nanollm.speed import Speed
+from nanollm.training import distributed, optim, runs, state
+from nanollm.training.corpus import Corpus, open_corpus
+from nanollm.training.distributed import DTYPES, World
+from nanollm.training.flops import Speed
+from nanollm.training.log import Log, report, shown
+from nanollm.training.losses import RECENT, Balance, spike, token_loss
+from nanollm.training.options import parse, rows_at_once
 
 
 @dataclass
@@ -266,7 +266,7 @@ def export(run: Run) -> None:
 def run() -> None:
     options = parse(__doc__)
     if options.plan:
-        from nanollm import plan
+        from nanollm.training import plan
         return print(plan.report(options, checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)

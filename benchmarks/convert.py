@@ -31,8 +31,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.generate import machine
-from checkpoints import convert, export, stream
+from checkpoints import convert, export
 from checkpoints.source import open_source
+from checkpoints.storage import stream
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
 from nanollm.model import Decoder
 

@@ -25,7 +25,7 @@ import transformers
 from tqdm import tqdm
 
 import checkpoints
-from nanollm.generation import Session, matrix_vector
+from nanollm.inference.generation import Session, matrix_vector
 
 COMMON = dict(rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=4096)
 SHAPES = {

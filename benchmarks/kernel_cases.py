@@ -16,7 +16,9 @@ from torch.nn import functional as F
 
 from kernels import roofline
 from kernels.roofline import Work
-from nanollm import attention, losses, mamba, mlp, moe, norm, quantize, rope, scan, ssd
+from nanollm.inference import quantize
+from nanollm.layers import attention, mamba, mlp, moe, norm, rope, scan, ssd
+from nanollm.training import losses
 
 
 @dataclass
@@ -85,7 +87,7 @@ def elementwise(s: Sizes) -> Iterator[Case]:
 
 
 def seen(T: int, window: int | None, documents: int, device: str) -> SimpleNamespace:
-    """What `attend` asks of a Sight: causal, within a window, in equal documents."""
+    """What `attend` asks of a AttentionMask: causal, within a window, in equal documents."""
     i, length = torch.arange(T, device=device), -(-T // documents)
     first = i // length * length if window is None else torch.maximum(i // length * length, i - window + 1)
     plain = window is None and documents == 1
@@ -106,18 +108,18 @@ def attentions(s: Sizes) -> Iterator[Case]:
         if documents == 1:
             others |= rival("flash-attn", "flash_attn:flash_attn_func", lambda f, W=W: lambda q, k, v: f(*(x.transpose(1, 2) for x in (q, k, v)), causal=True, window_size=(W - 1 if W else -1, 0)).transpose(1, 2))
         shape = f"{B} x {T} x {H}/{K} x {d}" + (f", window {W}" if W else "") + (f", {documents} documents" if documents > 1 else "")
-        sight = seen(T, W, documents, s.device)
-        yield from both("attend", shape, partial(attending, sight), partial(qkv, s, B, T, T, H, K, d), partial(roofline.attend, B, H, K, T, d, window=W, documents=documents), goals, others)
+        mask = seen(T, W, documents, s.device)
+        yield from both("attend", shape, partial(attending, mask), partial(qkv, s, B, T, T, H, K, d), partial(roofline.attend, B, H, K, T, d, window=W, documents=documents), goals, others)
     for rows, keys, goal in ((32, 8192, "85 %"), (1, 32768, "60 %")):
         B, S, H, K, d = s(rows, keys, 32, 8, 128)
         ends = torch.zeros(B, 1, dtype=torch.int32, device=s.device)
-        sight = SimpleNamespace(first=ends, last=ends + S - 1, slopes=None, mask=None)
+        mask = SimpleNamespace(first=ends, last=ends + S - 1, slopes=None, mask=None)
         flash = rival("flash-attn", "flash_attn:flash_attn_with_kvcache", lambda f: lambda q, k, v: f(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2))
-        yield Case("decode", f"{B} x {S} keys x {H}/{K} x {d}", partial(attending, sight), lambda B=B, S=S: tuple(x.detach() for x in qkv(s, B, 1, S, H, K, d)), roofline.decode(B, H, K, S, d), goal, False, flash)
+        yield Case("decode", f"{B} x {S} keys x {H}/{K} x {d}", partial(attending, mask), lambda B=B, S=S: tuple(x.detach() for x in qkv(s, B, 1, S, H, K, d)), roofline.decode(B, H, K, S, d), goal, False, flash)
 
 
-def attending(sight: SimpleNamespace, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return attention.attend(q, k, v, sight, q.shape[-1] ** -0.5)
+def attending(mask: SimpleNamespace, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return attention.attend(q, k, v, mask, q.shape[-1] ** -0.5)
 
 
 def qkv(s: Sizes, B: int, T: int, S: int, H: int, K: int, d: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
-from generate import machine                     # the script beside this one
-from nanollm.scan import selective_scan, selective_scan_chunked
+from generate import machine  # the script beside this one
+from nanollm.layers.scan import selective_scan, selective_scan_chunked
 
 SHAPES = ((1, 64, 4), (1, 256, 16), (16, 256, 4), (1, 1536, 16))     # batch, channels, states; the last is Mamba-130M
 

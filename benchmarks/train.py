@@ -26,18 +26,17 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import train                                            # first: it sets what torch reads when it comes
-
 import torch
 
-from nanollm import distributed, optim
+import train  # first: it sets what torch reads when it comes
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
-from nanollm.data import Batch
-from nanollm.losses import Balance
+from nanollm.data.stream import Batch
 from nanollm.init import initial_values
 from nanollm.model import Decoder
 from nanollm.presets import preset, transformer
-from nanollm.speed import flops_per_token, peak_flops
+from nanollm.training import distributed, optim
+from nanollm.training.flops import flops_per_token, peak_flops
+from nanollm.training.losses import Balance
 
 
 def gpt(vocab: int, dim: int, layers: int, heads: int) -> ModelConfig:
@@ -93,6 +92,7 @@ def loop(model: torch.nn.Module, loss_of, dtype: str, device: str):
 
 def theirs(config: ModelConfig, dtype: str, device: str, compile: bool):
     import transformers
+
     from checkpoints.families import write_config
     values = write_config(config)[1]
     model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**{key: value for key, value in values.items() if value is not None}))

@@ -21,11 +21,12 @@ from pathlib import Path
 
 import torch
 
-from checkpoints import files, hub, quantized, stream, table, writing
 from checkpoints.export import Origin, copy_companions, origin_of, plan_export
 from checkpoints.families import read_config
-from checkpoints.layouts import LARGEST_CONFIG
+from checkpoints.layouts import LARGEST_CONFIG, hub
+from checkpoints.names import table
 from checkpoints.source import open_source
+from checkpoints.storage import files, quantized, stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.model import Decoder
@@ -45,7 +46,7 @@ def load(
     if dtype not in (None, *table.READABLE):
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
     found = open_source(hub.local_path(source), ignore)
-    model = stream.fill(found, dtype, device)    # from here on there is memory
+    model = found.fill(dtype, device)    # from here on there is memory
     model.origin = origin_of(found)
     return model
 

@@ -21,15 +21,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints import folding, stream
+from checkpoints import folding
 from checkpoints.convert import moves
-from checkpoints.families.original import with_rope_layout
-from checkpoints.ops import Halving, Interleaving, Op, Same
+from checkpoints.layouts.original import with_rope_layout
+from checkpoints.names.ops import Halving, Interleaving, Op, Same
+from checkpoints.names.table import Step, short
+from checkpoints.show.drawing import brief
 from checkpoints.source import Source
-from checkpoints.table import Step, short
+from checkpoints.storage import stream
 from checkpoints.tracing import Gap, Part, as_ours, gap
 from nanollm.config import Attention, Layer, ModelConfig, Rope
-from nanollm.show_drawing import brief
 
 NO_LOGIT = frozenset({"context"})                # fields that say what a model was trained for, and change none of its logits
 

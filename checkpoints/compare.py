@@ -39,13 +39,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints import between, folding, hub, stream, tracing
+from checkpoints import between, folding, tracing
 from checkpoints.between import Weight
 from checkpoints.convert import DTYPES
+from checkpoints.layouts import hub
 from checkpoints.source import Source, open_source
 from checkpoints.tracing import Part, Side
-from nanollm import cli, plot
+from nanollm import cli
 from nanollm.errors import CheckpointError, ConfigError, InputError
+from nanollm.training import plot
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
 INSTALL = "comparing with transformers needs it: pip install \"nanollm[test]\""
@@ -61,7 +63,7 @@ def transformers_side(folder: Path, dtype: torch.dtype) -> tuple[Side, str, list
     """transformers' model of a folder, its version, and what it warns of. Raises InputError without transformers, CheckpointError if it
     does not read the folder."""
     try:
-        import transformers                      # only here: it takes seconds, and nothing else needs it
+        import transformers  # only here: it takes seconds, and nothing else needs it
     except ImportError:
         raise InputError(INSTALL) from None
     transformers.logging.set_verbosity_error()
@@ -177,7 +179,7 @@ def against_transformers(source: Source, args: argparse.Namespace, dtype: torch.
     tokens = random_tokens(source.config.vocab, args.batch, args.tokens, args.seed)
     outline = tracing.outline(source.steps, len(source.config.layers))
     parts = {block.ours[0]: tracing.parts_of(source.steps, block) for block in outline if block.ours[0].startswith("layers.")}
-    found = run_both(tracing.side(stream.fill(source, dtype)), theirs, outline, parts, tokens, bound, args.plot)
+    found = run_both(tracing.side(source.fill(dtype)), theirs, outline, parts, tokens, bound, args.plot)
     head = f"{said(source)} and transformers {version}, {args.batch} × {args.tokens} tokens, {args.dtype}"
     return Report([head, *notes, "", *found.lines], found.same)
 
@@ -190,7 +192,7 @@ def in_our_decoder(a: Source, b: Source, args: argparse.Namespace, dtype: torch.
             raise ConfigError(f"{b.folder}: {field} is {other}, and {one} in {a.folder}: they cannot run side by side")
     tokens = random_tokens(a.config.vocab, args.batch, args.tokens, args.seed)
     outline, parts = between.same_names(a, b)
-    sides = [tracing.side(stream.fill(source, dtype)) for source in (a, b)]
+    sides = [tracing.side(source.fill(dtype)) for source in (a, b)]
     found = run_both(*sides, outline, parts, tokens, bound, args.plot)
     return Report([f"both in our decoder, {args.batch} × {args.tokens} tokens, {args.dtype}", "", *found.lines], found.same)
 

@@ -23,10 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import export, hub, stream, table, writing
-from checkpoints.files import Stored
+from checkpoints import export
+from checkpoints.layouts import hub
+from checkpoints.names import table
+from checkpoints.names.table import Step
 from checkpoints.source import Source, open_source
-from checkpoints.table import Step
+from checkpoints.storage import stream, writing
+from checkpoints.storage.files import Stored
 from nanollm import cli
 from nanollm.errors import CheckpointError, InputError
 

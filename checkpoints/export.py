@@ -23,13 +23,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints import hub, pickles, table, writing
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.families.original import NAMES, SINGLE, for_heads_in, read_params, rope_layout, steps_of, with_rope_layout, write_params
-from checkpoints.files import Stored
-from checkpoints.reader import Reader
+from checkpoints.layouts import hub
+from checkpoints.layouts.original import (
+    NAMES,
+    SINGLE,
+    for_heads_in,
+    read_params,
+    rope_layout,
+    steps_of,
+    with_rope_layout,
+    write_params,
+)
+from checkpoints.names import table
+from checkpoints.names.reader import Reader
 from checkpoints.source import Source
+from checkpoints.storage import pickles, writing
+from checkpoints.storage.files import Stored
 from nanollm.config import Attention, ModelConfig, Rope
 from nanollm.errors import ConfigError
 

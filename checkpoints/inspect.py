@@ -37,13 +37,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints import files, folding, hub, layouts, pickles, table
-from checkpoints.families import original
-from checkpoints.files import Stored
+from checkpoints import folding, layouts
+from checkpoints.layouts import hub, original
+from checkpoints.names import table
+from checkpoints.show import amount, billions
 from checkpoints.source import understand
+from checkpoints.storage import files, pickles
+from checkpoints.storage.files import Stored
 from nanollm import cli
 from nanollm.errors import NanollmError
-from nanollm.show import amount, billions
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 LISTED = 8                                       # files that are listed one by one

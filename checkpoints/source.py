@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from checkpoints import files, layouts, quantized, table
+from checkpoints import layouts
 from checkpoints.families import Family, read_config
-from checkpoints.families.original import with_rope_layout
+from checkpoints.layouts.original import with_rope_layout
+from checkpoints.names import table
+from checkpoints.storage import files, quantized, stream
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError
 from nanollm.model import Decoder
@@ -54,6 +57,18 @@ class Source:
         owner, _, leaf = name.rpartition(".")
         wide = leaf in getattr(self.model.get_submodule(owner), "FLOAT32", ())
         return torch.promote_types(wanted, torch.float32) if wide else wanted
+
+    def fill(self, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Decoder:
+        """The model, which has been on the meta device, in memory and in eval mode. dtype None: as stored."""
+        for name, parameter in self.parameters().items():
+            owner, _, leaf = name.rpartition(".")
+            kept = torch.empty(parameter.shape, dtype=self.dtype(name, dtype), device=device)
+            setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept))
+        self.model.tie()
+        parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        for step in self.steps:
+            stream.load_step(step, self.stored, parameters)
+        return self.model.eval()
 
 
 def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None, allow_pickle: bool = False) -> Source:

@@ -30,9 +30,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from checkpoints import stream
-from checkpoints.ops import Op, Same
-from checkpoints.table import INSIDE, Step
+from checkpoints.names.ops import Op, Same
+from checkpoints.names.table import INSIDE, Step
+from checkpoints.storage import stream
 from nanollm.config import Layer
 from nanollm.model import Decoder
 

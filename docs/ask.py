@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import checkpoints
-from nanollm import sft, tokenizer
-from nanollm.chat import Conversation
-from nanollm.generation import generate
+from nanollm.data import sft
+from nanollm.inference.generation import generate
+from nanollm.text import tokenizer
+from nanollm.text.chat import Conversation
 
 model, words = checkpoints.load(sys.argv[1]), tokenizer.load(sys.argv[1])
 for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(sys.argv[2])))):

@@ -6,7 +6,7 @@
 import ast
 import json
 
-from nanollm.documents import standard_library
+from nanollm.data.documents import standard_library
 
 for document in standard_library():
     name = document.name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")

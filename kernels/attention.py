@@ -111,8 +111,8 @@ def _backward(ctx, do, _):
 attention_op.register_autograd(_backward, setup_context=_save)
 
 
-def _refuses(q: Tensor, k: Tensor, v: Tensor, sight: Any, scale: float, softcap: float | None = None) -> str | None:
-    first, last, slopes = sight.first, sight.last, sight.slopes
+def _refuses(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, softcap: float | None = None) -> str | None:
+    first, last, slopes = mask.first, mask.last, mask.slopes
     if first is None or last is None:
         return "what a query sees is not one run of keys"
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or len(k) != len(q) or k.shape[3] != q.shape[3] or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
@@ -131,25 +131,25 @@ def _refuses(q: Tensor, k: Tensor, v: Tensor, sight: Any, scale: float, softcap:
             return f"a head's numbers must lie side by side, those of {name} are {x.stride(3)} apart"
     for name, x in (("first", first), ("last", last)):
         if x.dtype != torch.int32 or tuple(x.shape) not in ((B, T), (1, T)):
-            return f"sight.{name} is {str(x.dtype)[6:]} {tuple(x.shape)}, expected int32 {(B, T)} or {(1, T)}"
+            return f"mask.{name} is {str(x.dtype)[6:]} {tuple(x.shape)}, expected int32 {(B, T)} or {(1, T)}"
     if first.shape != last.shape:
-        return f"sight.first has shape {tuple(first.shape)}, sight.last {tuple(last.shape)}"
+        return f"mask.first has shape {tuple(first.shape)}, mask.last {tuple(last.shape)}"
     if slopes is not None and (slopes.dtype != torch.float32 or tuple(slopes.shape) != (H,) or not slopes.is_contiguous()):
-        return f"sight.slopes is {str(slopes.dtype)[6:]} {tuple(slopes.shape)}, expected float32 {(H,)}, one after another"
+        return f"mask.slopes is {str(slopes.dtype)[6:]} {tuple(slopes.shape)}, expected float32 {(H,)}, one after another"
     if scale <= 0 or (softcap is not None and softcap <= 0):
         return f"scale {scale} and softcap {softcap} must be positive"
     return unlike(q, k=k, v=v, first=first, last=last, slopes=slopes)
 
 
 @operation(_refuses)
-def attend(q: Tensor, k: Tensor, v: Tensor, sight: Any, scale: float, softcap: float | None = None) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, scale: float, softcap: float | None = None) -> Tensor:
     """q (B, H, T, d), k and v (B, K, S, d), any strides → (B, H, T, d) in memory as (B, T, H, d), so transpose(1, 2).flatten(-2) is free.
 
-    sight: first and last (B or 1, T) int32, the keys that each query sees, and slopes (H,) float32 or None. Their values are not looked at.
+    mask: first and last (B or 1, T) int32, the keys that each query sees, and slopes (H,) float32 or None. Their values are not looked at.
     """
-    first, last = sight.first.contiguous(), sight.last.contiguous()
+    first, last = mask.first.contiguous(), mask.last.contiguous()
     learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     few = q.shape[2] == 1 or q.shape[2] * q.shape[1] // k.shape[1] <= ROWS
     if few and not learns:
-        return decode_op(q, k, v, first, last, sight.slopes, scale, softcap).transpose(1, 2)
-    return attention_op(q, k, v, first, last, sight.slopes, scale, softcap)[0].transpose(1, 2)
+        return decode_op(q, k, v, first, last, mask.slopes, scale, softcap).transpose(1, 2)
+    return attention_op(q, k, v, first, last, mask.slopes, scale, softcap)[0].transpose(1, 2)

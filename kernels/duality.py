@@ -2,7 +2,7 @@
 
     h_t = exp(Δ_t A) h_{t−1} + Δ_t x_t ⊗ B_t        y_t = h_t C_t + D x_t                Dao & Gu 2024 (arXiv 2405.21060), §6, Algorithm 1
 
-Shapes: as in nanollm/ssd.py: B batch, T tokens, H heads, P channels of a head, G groups, N state; Q tokens a chunk.
+Shapes: as in nanollm/layers/ssd.py: B batch, T tokens, H heads, P channels of a head, G groups, N state; Q tokens a chunk.
     x, y (B, T, H, P)   Δ (B, T, H)   A, D (H,)   B, C (B, T, G, N)   h (B, H, P, N) float32
 
 Inside a chunk, with a_t = Δ_t A and c_t = a_1 + … + a_t, c_Q the last:
@@ -16,7 +16,7 @@ Inside a chunk, with a_t = Δ_t A and c_t = a_1 + … + a_t, c_Q the last:
     output    chunk 0       chunk 1       chunk 2       a program a chunk: no chunk waits for another; N is taken in blocks
 
 Where a document starts between s and t, L_ts is 0, and so are e and r across a start. A difference of running sums is as exact as a sum
-of its own terms (nanollm/ssd.py) only while the running sums are short: they begin anew with each chunk, and a step that forgets all,
+of its own terms (nanollm/layers/ssd.py) only while the running sums are short: they begin anew with each chunk, and a step that forgets all,
 a < −104, counts as −104: exp of it is 0 in float32 already. The exponent is masked, not the exponential: s > t would overflow.
 
 Roofline. Forward 2 B T H (Q N + Q P + 2 N P) FLOPs; bytes in bf16 B T (4 H P + 4 G N + 4 H), and twice 4 B H P N T/Q for the states: with

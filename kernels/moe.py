@@ -1,6 +1,6 @@
 """Mixture of experts: every token through the k experts that its router chose, as a few products of matrices over all experts at once.
 
-    y[n] = Σ_j w[n, j] · down_e (act(g) ⊙ u),     g = gate_e x[n],  u = up_e x[n],  e = chosen[n, j]          nanollm/moe.py
+    y[n] = Σ_j w[n, j] · down_e (act(g) ⊙ u),     g = gate_e x[n],  u = up_e x[n],  e = chosen[n, j]          nanollm/layers/moe.py
 
 Shapes: N tokens, k experts a token, R = N·k rows (one a choice), E experts, D model width, F width of an expert.
     x, y (N, D);   gate, up (E, F, D);   down (E, D, F);   w (N, k) float32;   chosen (N, k);   g, u, h (R, F).

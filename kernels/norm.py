@@ -23,7 +23,7 @@ taken out too,   dx = r·(h − x̂·mean(h·x̂) − mean(h)).   dg = Σ_rows d
 walk down the rows, each keeps its own sum in registers and writes it once; the few sums are added afterwards. No atomics: the
 same numbers every time.
 
-x̂ is rounded to the working dtype before the gain (Llama) or not (Gemma), see nanollm/norm.py.
+x̂ is rounded to the working dtype before the gain (Llama) or not (Gemma), see nanollm/layers/norm.py.
 """
 
 import torch

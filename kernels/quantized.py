@@ -1,6 +1,6 @@
 """A few rows times a weight in 8 or 4 bits: what one step of generation spends its time on.
 
-    y = x Wᵀ + b        W = s (q − z)        the format is that of nanollm/quantize.py
+    y = x Wᵀ + b        W = s (q − z)        the format is that of nanollm/inference/quantize.py
 
 Shapes: M rows of x (all dimensions but the last, at most 16), K inputs, N outputs, G groups along K.
     x (M, K)    packed (N, K/8) int32: 4 bits, s and z (N, G)    packed (N, K) int8: 8 bits, s (N, 1), z is 0    y (M, N)

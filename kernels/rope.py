@@ -4,7 +4,7 @@
                                   y_b = x_b·cos_b + x_a·sin_b         y = x·cos + swap(x)·sin,  Su et al. 2021 (arXiv 2104.09864) eq. 34
 
     half          a = j, b = j + r/2          the tables carry the sign: sin_a = −sin θ, sin_b = sin θ
-    interleaved   a = 2j, b = 2j + 1          (nanollm/rope.py says who uses which)
+    interleaved   a = 2j, b = 2j + 1          (nanollm/layers/rope.py says who uses which)
 
 Shapes: B batch, T tokens, H heads, d head width, r rotated channels (the first r of d; the others pass).
         x, y (B, H, T, d), as a rule a view of (B, T, H, d) in memory;   cos, sin (B or 1, 1, T, r).

@@ -17,25 +17,10 @@ Shapes: B batch, T tokens, D model width.
 from torch import Tensor, nn
 
 from nanollm import config as c
-from nanollm.attention import Attention
-from nanollm.cache import KV, Scan
-from nanollm.filtered_attention import FilteredAttention
-from nanollm.frame import Frame
-from nanollm.hyena import Hyena
-from nanollm.latent_attention import LatentAttention
-from nanollm.mamba import Mamba
-from nanollm.mamba2 import Mamba2
-from nanollm.mlp import MLP
-from nanollm.moe import MoE
-from nanollm.norm import build_norm
-from nanollm.recurrent import RGLRU
-from nanollm.rwkv import RWKV
-
-MODULES = {                                                                     # a fork adds its mixer here
-    c.Attention: Attention, c.LatentAttention: LatentAttention, c.FilteredAttention: FilteredAttention,
-    c.Mamba: Mamba, c.Mamba2: Mamba2, c.RGLRU: RGLRU, c.RWKV: RWKV, c.Hyena: Hyena,
-    c.MLP: MLP, c.MoE: MoE,
-}
+from nanollm.layers import MODULES
+from nanollm.layers.forward_context import ForwardContext
+from nanollm.layers.norm import build_norm
+from nanollm.layers.state import KVCache, ScanState
 
 
 class Block(nn.Module):
@@ -51,10 +36,10 @@ class Block(nn.Module):
         self.ffn = None if config.ffn is None else MODULES[type(config.ffn)](config.ffn, dim)
         self.post_ffn = build_norm(config.post_ffn, dim)
 
-    def forward(self, x: Tensor, frame: Frame, state: KV | Scan | None = None) -> Tensor:       # (B, T, D) → (B, T, D)
-        # .to(frame.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
-        h = (x if self.pre_mixer is None else self.pre_mixer(x)).to(frame.dtype)
-        mixed = self.mixer(h, frame, state)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | ScanState | None = None) -> Tensor:       # (B, T, D) → (B, T, D)
+        # .to(ctx.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
+        h = (x if self.pre_mixer is None else self.pre_mixer(x)).to(ctx.dtype)
+        mixed = self.mixer(h, ctx, state)
         if self.post_mixer is not None:
             mixed = self.post_mixer(mixed)
         if self.ffn is None:
@@ -65,7 +50,7 @@ class Block(nn.Module):
             x = h = x + mixed
         else:
             x, h = self.pre_ffn.add(x, mixed)
-        h = h.to(frame.dtype)
+        h = h.to(ctx.dtype)
         out = self.ffn(h)
         if self.post_ffn is not None:
             out = self.post_ffn(out)

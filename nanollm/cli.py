@@ -5,7 +5,6 @@ import difflib
 import os
 import sys
 from collections.abc import Callable
-
 from typing import Any
 
 from nanollm.errors import NanollmError

@@ -19,14 +19,15 @@ from nanollm.block import Block
 from nanollm.cache import Cache
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
-from nanollm.frame import Frame
-from nanollm.init import init_weights
-from nanollm.linear import Linear
-from nanollm.norm import build_norm
+from nanollm.init import init_weights, normal, zero
+from nanollm.layers.forward_context import ForwardContext
+from nanollm.layers.linear import Linear
+from nanollm.layers.norm import build_norm
 
 
 class Embedding(nn.Module):
     """Row v of the table is token v."""
+    INIT = {"weight": normal(0.02)}
 
     def __init__(self, vocab: int, dim: int) -> None:
         super().__init__()
@@ -38,6 +39,7 @@ class Embedding(nn.Module):
 
 class Head(Linear):
     """Reads the vocabulary off: the equation at the head of the file. With `unit_head` every row of W is brought to length 1."""
+    INIT = {"weight": normal(0.02), "bias": zero}
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.dim, config.vocab, config.head_bias)
@@ -106,12 +108,12 @@ class Decoder(nn.Module):
         else:
             check_positions(positions)
         x = self.embedded(tokens, positions)
-        frame = Frame(positions, regular, x.dtype, cache)
+        ctx = ForwardContext(positions, regular, x.dtype, cache)
         if self.config.float32_residual:
             x = x.float()
         for layer, state in zip(self.layers, cache.states if cache is not None else [None] * len(self.layers)):
-            x = layer(x, frame, state)
-        return self.norm(x[:, -new:]).to(frame.dtype)   # more than new only where a cache had to begin again, see cache.py
+            x = layer(x, ctx, state)
+        return self.norm(x[:, -new:]).to(ctx.dtype)   # more than new only where a cache had to begin again, see cache.py
 
 
     def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from checkpoints.ops import Beside
+from checkpoints.names.ops import Beside
 
 
 def stored_tensors(op, ours, layer=None) -> list[torch.Tensor]:

@@ -27,8 +27,8 @@ from typing import Any, NamedTuple
 import torch
 
 import checkpoints
-from nanollm import chat
 from nanollm.errors import NanollmError
+from nanollm.text import render as rendering
 from tests.clock import ROUNDS
 from tests.hostile import GROUPS, configs, files, pickled
 from tests.hostile.good import Group
@@ -347,7 +347,7 @@ def listed(group: Group) -> str:
 def document(rows: dict[str, Row], machine: str) -> str:
     """docs/refusals.md."""
     version = re.search(r"transformers (\S+?)[,.]? ", machine + " ")[1]
-    text = HEAD.format(machine=machine, largest=LARGEST, time=chat.TIME_LIMIT, transformers=version) + "".join(f"| {' | '.join(rows[title])} |\n" for title in SECTIONS)
+    text = HEAD.format(machine=machine, largest=LARGEST, time=rendering.TIME_LIMIT, transformers=version) + "".join(f"| {' | '.join(rows[title])} |\n" for title in SECTIONS)
     total = [sum(int(getattr(each, field)) for each in rows.values()) for field in ("tried", "refused", "loaded")]
     text += f"\n{total[0]:,} attempts: {total[1]:,} refused with a named cause, {total[2]:,} load. None ended in another way.\n\n## The cases\n"
     for title, keys in SECTIONS.items():

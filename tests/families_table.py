@@ -25,9 +25,9 @@ import transformers
 import checkpoints
 from checkpoints.families import FAMILIES
 from nanollm import config
-from nanollm.block import MODULES
-from nanollm.generation import generate
-from nanollm.templates import PROOFS
+from nanollm.layers import MODULES
+from nanollm.inference.generation import generate
+from nanollm.text.templates import PROOFS
 from tests.fixtures import FIXTURES
 from tests.oracles import TOKENS, Fixture, difference, reference_logits, tokens, write
 
@@ -62,7 +62,7 @@ COSTS = """
 ## What a family costs
 
 Lines of code, without docstrings, comments and blank lines: the family's file in `checkpoints/families/`, and the files of mixers and
-feed-forwards that it needs beside attention and MLP. Chat templates: those that are in `nanollm/templates.py`, as the folders ship none.
+feed-forwards that it needs beside attention and MLP. Chat templates: those that are in `nanollm/text/templates.py`, as the folders ship none.
 
 | file | model_type | lines | parts of its own | tokenizer | chat templates |
 |---|---|--:|---|---|---|
@@ -76,7 +76,7 @@ No published tokenizer is here but Mistral's. What is compared is each *kind*, o
 {tokenizers}
 
 A template that a folder ships runs in Jinja as it is: templates in the forms that ChatML, Llama 2 and 3, Zephyr and Gemma have render as in
-transformers (`tests/test_chat.py`). Where folders ship none, `nanollm/templates.py` has them (`tests/test_templates.py`):
+transformers (`tests/test_chat.py`). Where folders ship none, `nanollm/text/templates.py` has them (`tests/test_templates.py`):
 
 | template | how it was compared, with what |
 |---|---|
@@ -93,7 +93,7 @@ TOKENIZERS = {
     "Mistral's sentencepiece": ("ids equal mistral-common's, on the published files v1 to v3", "test_mistral_sentencepiece_equals_mistral_common"),
     "tekken": ("ids and text equal mistral-common's, on the published file", "test_tekken_equals_mistral_common"),
 }
-# file in checkpoints/families/ → kinds of tokenizer that its models come with; those of its templates that are in nanollm/templates.py
+# file in checkpoints/families/ → kinds of tokenizer that its models come with; those of its templates that are in nanollm/text/templates.py
 TOKENS_OF = {
     "llama": ("sentencepiece, metaspace BPE, byte BPE, tiktoken ranks, GPT-2 in code",
               "alpaca, aquila, aquila-chat, aquila-legacy, aquila-v1, aquila-v2, chatml, deepseek-coder, llama-2, orca-2, vicuna, xgen, xverse"),

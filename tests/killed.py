@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import train
-from nanollm import block, cli, optim, state
+from nanollm import block, cli
+from nanollm.training import optim, state
 
 PLACE, STEP, LAST = "", 0, False    # what `run` was asked; whether this is the last rank
 now = 0                             # the step that is being taken, counted from 1

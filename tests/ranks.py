@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from nanollm import cli, distributed, optim
-from nanollm.distributed import DTYPES, World
-from nanollm.losses import token_loss
+from nanollm import cli
 from nanollm.init import initial_values
 from nanollm.model import Decoder
 from nanollm.presets import preset
+from nanollm.training import distributed, optim
+from nanollm.training.distributed import DTYPES, World
+from nanollm.training.losses import token_loss
 
 torch.set_num_threads(1)
 

@@ -9,11 +9,27 @@ import pytest
 import torch
 
 import checkpoints
-from checkpoints import files, stream
-from nanollm import chat
+from checkpoints.storage import files, stream
 from nanollm.errors import CheckpointError, NanollmError
+from nanollm.text import render as rendering
 from tests import battery
-from tests.battery import LARGEST, LINEAGES, REPORT, SECTIONS, SEEDED, committed, document, good_folder, measured, need_little, need_refusal, prepared, quickest, resident, tried
+from tests.battery import (
+    LARGEST,
+    LINEAGES,
+    REPORT,
+    SECTIONS,
+    SEEDED,
+    committed,
+    document,
+    good_folder,
+    measured,
+    need_little,
+    need_refusal,
+    prepared,
+    quickest,
+    resident,
+    tried,
+)
 from tests.fixtures import QUICK
 from tests.hostile import GROUPS, good
 from tests.hostile.configs import CONFIGS, META
@@ -56,7 +72,7 @@ def test_case(key, name, goods, tmp_path, monkeypatch):
     group = GROUPS[key]
     harm, cause = group.cases[name]
     if key == "templates" and name != "nested ranges":       # one with the real limit, the others with a short one
-        monkeypatch.setattr(chat, "TIME_LIMIT", 0.5)
+        monkeypatch.setattr(rendering, "TIME_LIMIT", 0.5)
     folder = prepared(harm, tmp_path / "case", goods(key))
     outcome = quickest(lambda: group.use(folder), group.seconds, group.process)
     if cause is not None:

@@ -23,10 +23,11 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, UserMess
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from nanollm import chat
-from nanollm.chat import Conversation, render
 from nanollm.errors import TokenizerError
-from nanollm.tokenizer import load
+from nanollm.text import render as rendering
+from nanollm.text.chat import Conversation
+from nanollm.text.render import render
+from nanollm.text.tokenizer import load
 from tests.clock import within
 from tests.hostile.tokens import ATTACKS
 from tests.tok_folders import MISTRAL, begin_with, byte_bpe, write
@@ -230,8 +231,8 @@ def test_a_conversation(with_template, folder: Path) -> None:
 @pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="the system shows limits elsewhere")
 def test_the_child_lives_under_its_limits() -> None:
     render("", [])
-    limits = Path(f"/proc/{chat._renderer.child.pid}/limits").read_text()
-    assert [line.split()[3] for line in limits.splitlines() if line.startswith("Max address space")] == [str(chat.MEMORY_LIMIT)]
+    limits = Path(f"/proc/{rendering._renderer.child.pid}/limits").read_text()
+    assert [line.split()[3] for line in limits.splitlines() if line.startswith("Max address space")] == [str(rendering.MEMORY_LIMIT)]
 
 
 def test_long_messages_are_no_attack() -> None:
@@ -252,7 +253,7 @@ def test_what_is_no_json_is_named() -> None:
 
 def test_an_interrupt_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     render("", [])
-    child = chat._renderer.child
+    child = rendering._renderer.child
 
     class Interrupted:
         def readline(self) -> bytes:
@@ -265,18 +266,18 @@ def test_an_interrupt_leaves_no_answer_behind(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(KeyboardInterrupt):
         render("first", [])
     real.close()
-    assert render("second", []) == "second" and chat._renderer.child is not child
+    assert render("second", []) == "second" and rendering._renderer.child is not child
 
 
 def test_a_killed_child_is_replaced() -> None:
     render("", [])
-    chat._renderer.child.kill()
-    chat._renderer.child.wait()
+    rendering._renderer.child.kill()
+    rendering._renderer.child.wait()
     assert render("again", []) == "again"
 
 
 def test_a_child_that_does_not_start_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    chat._renderer.close()
+    rendering._renderer.close()
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
     with pytest.raises(TokenizerError, match="did not start"):
         render("", [])
@@ -297,7 +298,7 @@ def test_threads_get_their_own_answers() -> None:
 
 
 def _in_a_fork(queue: "multiprocessing.Queue[tuple[str, int]]") -> None:
-    queue.put((render("forked", []), chat._renderer.child.pid))
+    queue.put((render("forked", []), rendering._renderer.child.pid))
 
 
 def test_a_forked_process_starts_its_own_child() -> None:
@@ -307,7 +308,7 @@ def test_a_forked_process_starts_its_own_child() -> None:
     process = context.Process(target=_in_a_fork, args=(queue,))
     process.start()
     text, child = queue.get(timeout=30)
-    assert text == "forked" and child != chat._renderer.child.pid, "two users of one pipe would read each other's answers"
+    assert text == "forked" and child != rendering._renderer.child.pid, "two users of one pipe would read each other's answers"
     assert render("parent", []) == "parent"
     process.join()
 
@@ -315,9 +316,9 @@ def test_a_forked_process_starts_its_own_child() -> None:
 @pytest.mark.slow
 def test_an_orphan_ends_by_itself() -> None:
     """The parent is killed while a template runs: nobody is left to kill the child but the kernel."""
-    program = ("import threading, time; from nanollm import chat; chat.TIME_LIMIT = 1.0; chat.render('', []);"
-               "print(chat._renderer.child.pid, flush=True); chat.WALL_LIMIT = 60;"
-               f"chat.render({ATTACKS['nested ranges'][0]!r}, [])")
+    program = ("import threading, time; from nanollm.text import render as rendering; rendering.TIME_LIMIT = 1.0; rendering.render('', []);"
+               "print(rendering._renderer.child.pid, flush=True); rendering.WALL_LIMIT = 60;"
+               f"rendering.render({ATTACKS['nested ranges'][0]!r}, [])")
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
     child = int(parent.stdout.readline())
     time.sleep(0.3)

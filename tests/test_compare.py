@@ -15,11 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import compare, stream, tracing
+from checkpoints import compare, tracing
 from checkpoints.between import fields, weights
 from checkpoints.compare import Report, compare_folders, random_tokens, run_both, transformers_side
 from checkpoints.convert import convert, plan
 from checkpoints.source import open_source
+from checkpoints.storage import stream
 from checkpoints.tracing import Gap, gap, look_inside, outline, parts_of, side
 from nanollm.errors import CheckpointError, ConfigError, InputError, NanollmError
 from tests.fixtures import FIXTURES
@@ -60,7 +61,7 @@ def against_transformers(ours: Path, theirs: Path, bound: float = 1e-5, dtype: t
     blocks = outline(source.steps, len(source.config.layers))
     parts = {block.ours[0]: parts_of(source.steps, block) for block in blocks if block.ours[0].startswith("layers.")}
     x = random_tokens(source.config.vocab, 2, 48, 0)
-    return run_both(side(stream.fill(source, dtype)), transformers_side(theirs, dtype)[0], blocks, parts, x, bound)
+    return run_both(side(source.fill(dtype)), transformers_side(theirs, dtype)[0], blocks, parts, x, bound)
 
 
 def ran(monkeypatch, capsys, *args: object) -> tuple[int, str]:
@@ -84,7 +85,7 @@ def test_every_block_and_every_part_of_equal_models_is_equal(name, tmp_path):
     fixture = NATIVE[name]
     write(fixture, tmp_path)
     source, theirs = open_source(tmp_path), transformers_side(tmp_path, torch.float32)[0]
-    ours, x, blocks = side(stream.fill(source, torch.float32)), tokens(fixture), outline(source.steps, len(source.config.layers))
+    ours, x, blocks = side(source.fill(torch.float32)), tokens(fixture), outline(source.steps, len(source.config.layers))
     depths = dict(tracing.by_depth(ours, theirs, blocks, x))
     layers = [f"layers.{i}" for i in range(len(source.config.layers))]
     assert [*depths] == ["embedding", *layers, *(["norm"] if ours.model.norm.state_dict() else []), "logits"]
@@ -103,7 +104,7 @@ def test_the_parts_that_are_compared(written, tmp_path):
                                  ("mixtral-8x7b", [], ["ffn.router: no model.layers.1.block_sparse_moe.gate there", "ffn: no model.layers.1.block_sparse_moe there"])):
         source = open_source(written / name)
         block = outline(source.steps, 3)[1]
-        sides = side(stream.fill(source, torch.float32)), transformers_side(written / name, torch.float32)[0]
+        sides = side(source.fill(torch.float32)), transformers_side(written / name, torch.float32)[0]
         inside = look_inside(*sides, parts_of(source.steps, block), random_tokens(131, 2, 48, 0))
         names = [line.name.removeprefix("layers.1.") for line in inside.lines]
         ffn = [] if skipped else ["ffn.gate", "ffn.up", "ffn.down", "ffn"]
@@ -221,7 +222,7 @@ def test_the_same_weights_in_other_layouts_are_equal(written, tmp_path, monkeypa
 def look_in_layer(a: Path, b: Path) -> tracing.Inside:
     sources = [open_source(one, allow_pickle=True) for one in (a, b)]
     parts = compare.between.same_names(*sources)[1]["layers.1"]
-    return look_inside(*(side(stream.fill(source, torch.float32)) for source in sources), parts, random_tokens(131, 2, 48, 0))
+    return look_inside(*(side(source.fill(torch.float32)) for source in sources), parts, random_tokens(131, 2, 48, 0))
 
 
 def test_differences_of_configs_are_listed_by_field(written, tmp_path):

@@ -8,11 +8,33 @@ import functools
 import pytest
 import torch
 
-from nanollm.cache import KV, Cache
-from nanollm.config import MLP, RGLRU, RWKV, Alibi, Attention, ClippedGLU, DynamicNTK, ExpertGroups, FilteredAttention, Hyena, LatentAttention, Layer, LongRope, Mamba, Mamba2, MoE, ModelConfig, Norm, Rope, SteppedNTK
+from nanollm.cache import Cache
+from nanollm.layers.state import KVCache
+from nanollm.config import (
+    MLP,
+    RGLRU,
+    RWKV,
+    Alibi,
+    Attention,
+    ClippedGLU,
+    DynamicNTK,
+    ExpertGroups,
+    FilteredAttention,
+    Hyena,
+    LatentAttention,
+    Layer,
+    LongRope,
+    Mamba,
+    Mamba2,
+    ModelConfig,
+    MoE,
+    Norm,
+    Rope,
+    SteppedNTK,
+)
 from nanollm.errors import InputError
+from nanollm.layers.scan import selective_scan, selective_scan_chunked
 from nanollm.model import Decoder
-from nanollm.scan import selective_scan, selective_scan_chunked
 from tests.oracles import difference, make_loud
 
 T = 40
@@ -163,7 +185,7 @@ def test_a_ring_holds_one_window_and_wraps_many_times():
     for n in range(1, 101):
         logits = decoder(x[:, n - 1 : n], cache=cache)
     assert difference(logits[:, -1], decoder(x)[:, -1]) < BOUND
-    assert all(isinstance(state, KV) and state.k.shape[2] == 8 for state in cache.states)
+    assert all(isinstance(state, KVCache) and state.k.shape[2] == 8 for state in cache.states)
 
 
 # ---- what a cache refuses

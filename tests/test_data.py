@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanollm import data, shards
-from nanollm.data import Stream, Tokens, open_folder, shuffle, stack
+from nanollm.data import shards
+from nanollm.data import stream as data
+from nanollm.data.shards import Shard, write_shard
+from nanollm.data.stream import Stream, Tokens, open_folder, shuffle, stack
 from nanollm.errors import DataError
-from nanollm.shards import Shard, write_shard
 
 DIGEST = "0123456789abcdef" * 4
 

@@ -42,7 +42,7 @@ def case(name: str, size: int, folder: Path, replicas: int = 1) -> dict:
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    from nanollm import text
+    from nanollm.data import prepare as text
     folder = grammar(tmp_path_factory.mktemp("text"))
     text.prepare(text.read(folder), folder / "shards", vocab=300, tokenizer=None, context=32)
     return folder / "shards"

@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 
 from checkpoints.families import FAMILIES
+from checkpoints.show import describe
 from nanollm.presets import preset
-from nanollm.show import describe
-from nanollm.templates import TEMPLATES
+from nanollm.text.templates import TEMPLATES
 from tests import families_table
-from tests.families_table import REPORT, ROOT, TOKENIZERS, TOKENS_OF, Row, code_lines, committed, document, file_of, own_parts
+from tests.families_table import (
+    REPORT,
+    ROOT,
+    TOKENIZERS,
+    TOKENS_OF,
+    Row,
+    code_lines,
+    committed,
+    document,
+    file_of,
+    own_parts,
+)
 from tests.fixtures import FIXTURES
 from tests.oracles import TOKENS
 

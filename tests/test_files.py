@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints import files, hub, pickles, stream, writing
+from checkpoints.layouts import hub
+from checkpoints.storage import files, pickles, stream, writing
 from nanollm.errors import CheckpointError
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(0, 3), "d": torch.tensor(7.0)}

@@ -16,14 +16,12 @@ import checkpoints
 import generate as script
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, Rope
 from nanollm.errors import InputError
-from nanollm.generation import PREFILL, Session, feed, generate, generate_batch, new_cache, stream_text
+from nanollm.inference.generation import PREFILL, Session, feed, generate, generate_batch, new_cache, stream_text
+from nanollm.inference.quantize import quantize
+from nanollm.inference.sample import keep_likely, sample
 from nanollm.model import Decoder
-from nanollm.quantize import quantize
-from nanollm.sample import keep_likely, sample
 from tests import forked
 from tests.oracles import Fixture, difference, make_loud, write
-
-
 
 # ---- sample.py
 
@@ -79,7 +77,7 @@ def test_a_session_goes_on_where_it_stopped(model):
 
 
 def test_a_long_prompt_is_read_in_pieces(model, monkeypatch):
-    monkeypatch.setattr("nanollm.generation.PREFILL", 7)
+    monkeypatch.setattr("nanollm.inference.generation.PREFILL", 7)
     tokens, cache = torch.randint(0, 60, (1, 30)), new_cache(model, 1, 40)
     assert PREFILL > 7 and difference(feed(model, tokens, None, cache), model(tokens)[:, -1]) < 1e-5
     prompts = [torch.randint(0, 60, (n,)).tolist() for n in (3, 22, 8)]

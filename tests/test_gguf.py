@@ -19,13 +19,14 @@ from gguf import GGMLQuantizationType as Kind
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import checkpoints
-from checkpoints import convert, files, layouts, stream
-from checkpoints import gguf as ours
+from checkpoints import convert, layouts
 from checkpoints.families import read_config
-from checkpoints.families.gguf_names import read_metadata
-from checkpoints.families.original import with_rope_layout
-from checkpoints.files import Stored
+from checkpoints.layouts.gguf_names import read_metadata
+from checkpoints.layouts.original import with_rope_layout
 from checkpoints.source import open_source
+from checkpoints.storage import files
+from checkpoints.storage import gguf as ours
+from checkpoints.storage.files import Stored
 from nanollm.config import Linear, Llama3
 from nanollm.errors import CheckpointError, ConfigError, NanollmError
 from tests.clock import within
@@ -215,7 +216,7 @@ def made(tmp_path_factory):
 
 def load(path, family=None):
     """checkpoints.load, for a family that the file does not say."""
-    return stream.fill(open_source(path, family=family), None)
+    return open_source(path, family=family).fill(None)
 
 
 # ---- what it means

@@ -5,7 +5,23 @@ import math
 import pytest
 import torch
 
-from nanollm.config import MLP, RGLRU, RWKV, Attention, ClippedGLU, FilteredAttention, Hyena, LatentAttention, Layer, Mamba, Mamba2, MoE, ModelConfig, Norm, Rope
+from nanollm.config import (
+    MLP,
+    RGLRU,
+    RWKV,
+    Attention,
+    ClippedGLU,
+    FilteredAttention,
+    Hyena,
+    LatentAttention,
+    Layer,
+    Mamba,
+    Mamba2,
+    ModelConfig,
+    MoE,
+    Norm,
+    Rope,
+)
 from nanollm.model import Decoder
 
 DIM, LAYERS = 128, 4

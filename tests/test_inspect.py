@@ -18,12 +18,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints import files, folding, table
+from checkpoints import folding
 from checkpoints import inspect as command
 from checkpoints.convert import convert, plan
 from checkpoints.families import read_config
 from checkpoints.inspect import describe, facts, look
+from checkpoints.names import table
 from checkpoints.source import open_source
+from checkpoints.storage import files
 from nanollm.errors import NanollmError
 from nanollm.model import Decoder
 from tests.clock import within

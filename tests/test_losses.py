@@ -7,11 +7,11 @@ import torch
 from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from nanollm import losses
 from nanollm.config import MLP, Attention, ClippedGLU, ExpertGroups, Layer, ModelConfig, MoE, Norm, Rope
-from nanollm.losses import Balance, spike, token_loss
+from nanollm.layers.moe import routing
 from nanollm.model import Decoder, Head
-from nanollm.moe import routing
+from nanollm.training import losses
+from nanollm.training.losses import Balance, spike, token_loss
 
 
 def head(**fields) -> Head:

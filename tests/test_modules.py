@@ -11,30 +11,32 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_glm
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb as rotate_half
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_half
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 
-from nanollm.alibi import alibi_bias, alibi_slopes
-from nanollm.attention import attend_fused, attend_plainly
 from nanollm.block import Block
 from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Rope
-from nanollm.frame import CAUSAL, Frame
-from nanollm.mask import allowed
-from nanollm.mlp import activate
-from nanollm.moe import MoE as MoEModule
-from nanollm.moe import routing
-from nanollm.norm import build_norm, rms_norm
-from nanollm.rope import rotate, rotation_tables
+from nanollm.layers.alibi import alibi_bias, alibi_slopes
+from nanollm.layers.attention import attend_fused, attend_plainly
+from nanollm.layers.forward_context import ForwardContext
+from nanollm.layers.mask import CAUSAL
+from nanollm.layers.mask import allowed
+from nanollm.layers.mlp import activate
+from nanollm.layers.moe import MoE as MoEModule
+from nanollm.layers.moe import routing
+from nanollm.layers.norm import build_norm, rms_norm
+from nanollm.layers.rope import rotate, rotation_tables
 from tests.oracles import difference, make_loud
 
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-def frame(B: int, T: int, dtype: torch.dtype = torch.float32) -> Frame:
-    return Frame(torch.arange(T).expand(B, T), regular=True, dtype=dtype)
+def ctx(B: int, T: int, dtype: torch.dtype = torch.float32) -> ForwardContext:
+    return ForwardContext(torch.arange(T).expand(B, T), regular=True, dtype=dtype)
 
 
 # ---- norms: bit for bit, in the reference's order of casts
@@ -221,7 +223,7 @@ def test_sandwich_norms_scale_cap_and_window_equal_a_gemma2_layer():
           ours.pre_mixer: theirs.input_layernorm, ours.post_mixer: theirs.post_attention_layernorm, ours.pre_ffn: theirs.pre_feedforward_layernorm, ours.post_ffn: theirs.post_feedforward_layernorm})
     x = torch.randn(2, 13, 32)
     reference = theirs(x, position_embeddings=angles(12, 13), attention_mask=causal(13, 5))
-    assert difference(ours(x, frame(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
+    assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
 
 
 def test_parallel_with_two_norms_equals_a_neox_layer():
@@ -236,7 +238,7 @@ def test_parallel_with_two_norms_equals_a_neox_layer():
         part.bias.data = a.query_key_value.bias.data.view(4, 3, 8)[:, i].reshape(32)
     x = torch.randn(2, 13, 32)
     reference = theirs(x, attention_mask=causal(13), position_embeddings=angles(4, 13))
-    assert difference(ours(x, frame(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
+    assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
 
 
 def test_parallel_with_one_norm_equals_a_phi_layer():
@@ -248,4 +250,4 @@ def test_parallel_with_one_norm_equals_a_phi_layer():
     copy({ours.mixer.q: a.q_proj, ours.mixer.k: a.k_proj, ours.mixer.v: a.v_proj, ours.mixer.o: a.dense, ours.ffn.up: m.fc1, ours.ffn.down: m.fc2, ours.pre_mixer: theirs.input_layernorm})
     x = torch.randn(2, 13, 32)
     reference = theirs(x, attention_mask=causal(13), position_embeddings=angles(4, 13))
-    assert difference(ours(x, frame(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
+    assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6

@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from nanollm import optim
 from nanollm.config import Attention, ClippedGLU, Layer, ModelConfig, MoE, Norm
 from nanollm.model import Decoder
 from nanollm.presets import PRESETS, preset
+from nanollm.training import optim
 
 TOYS = [name for name in PRESETS if name.endswith("-toy")]
 AROUND = dict(positions=32, embed_norm=Norm("layer", bias=True), head_bias=True)        # what may stand around the layers

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import checkpoints
-from nanollm.generation import generate, generate_batch
-from nanollm.show import describe
+from checkpoints.show import describe
+from nanollm.inference.generation import generate, generate_batch
 from tests.families_table import error, greedy_agrees, held
 from tests.fixtures import FIXTURES
 from tests.oracles import TOKENS, difference, reference_logits, tokens, write
@@ -37,7 +37,7 @@ def test_logits(pair, length):
 
 
 def test_what_was_loaded_can_be_shown(pair):
-    """nanollm.show counts the parameters that are there, and stays within its width."""
+    """checkpoints.show counts the parameters that are there, and stays within its width."""
     shown = describe(pair[2].config)
     assert f"{sum(p.numel() for p in pair[2].parameters()):,} (" in shown and max(map(len, shown.splitlines())) <= 100
 

@@ -13,14 +13,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollm import distributed, optim, plan, speed
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
-from nanollm.config_mixers import FEED_FORWARDS, MIXERS, PARTS, SCANS
+from nanollm.config import MLP, SCANS, ClippedGLU, ExpertGroups, Layer, ModelConfig, Norm
 from nanollm.errors import InputError
-from nanollm.losses import token_loss
+from nanollm.layers import MODULES
 from nanollm.model import Decoder
-from nanollm.options import parse
 from nanollm.presets import preset, transformer
+from nanollm.training import distributed, optim, plan
+from nanollm.training import flops as speed
+from nanollm.training.losses import token_loss
+from nanollm.training.options import parse
 from tests.test_consistency import KINDS, attention
 
 BF16 = torch.bfloat16
@@ -92,7 +93,7 @@ def test_every_mixer_there_is_has_a_kind():
     def parts(value):
         return [value, *(part for field in dataclasses.fields(value) for part in parts(getattr(value, field.name)))] if dataclasses.is_dataclass(value) else []
     used = {type(part) for layers in KINDS.values() for layer in layers for part in parts(layer)}
-    assert used >= {Attention, MLP, *MIXERS, *FEED_FORWARDS, *PARTS}
+    assert used >= {*MODULES, ClippedGLU, ExpertGroups}
 
 
 def test_flops_of_the_published_shape_by_hand_and_the_published_mfu():
@@ -314,8 +315,9 @@ def test_a_group_sends_over_all_adapters_that_it_has_in_a_machine():
 
 BUDGET = """
 import resource, time
-from nanollm import plan, presets
-from nanollm.options import parse
+from nanollm.training import plan
+from nanollm import presets
+from nanollm.training.options import parse
 for name, ranks in (("llama-8b", 8), ("llama-8b", 64), ("llama-8b", 1024), ("mixtral-8x7b", 1024)):
     text = plan.report(parse("", ["--plan", "--device", "h100", "--world-size", str(ranks), "--batch-size", "1024", "--micro-batch", "1", "--context", "8192"]), presets.preset(name))
     assert f"on {ranks:,} × h100" in text

@@ -7,10 +7,18 @@ import torch
 
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Rope
 from nanollm.errors import InputError
-from nanollm.generation import generate
-from nanollm.linear import Linear
+from nanollm.inference.generation import generate
+from nanollm.inference.quantize import (
+    QuantizedLinear,
+    dequantize,
+    pack,
+    quantize,
+    quantize_weight,
+    quantized_linear,
+    unpack,
+)
+from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
-from nanollm.quantize import QuantizedLinear, dequantize, pack, quantize, quantize_weight, quantized_linear, unpack
 from tests.oracles import difference, make_loud
 
 FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]

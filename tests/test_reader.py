@@ -7,8 +7,22 @@ import re
 import pytest
 
 from checkpoints.families import FAMILIES, read_config, write_config
-from checkpoints.reader import Reader
-from nanollm.config import MLP, Attention, DynamicNTK, Layer, Linear, Llama3, LongRope, Mamba, ModelConfig, MoE, Norm, Rope, Yarn
+from checkpoints.names.reader import Reader
+from nanollm.config import (
+    MLP,
+    Attention,
+    DynamicNTK,
+    Layer,
+    Linear,
+    Llama3,
+    LongRope,
+    Mamba,
+    ModelConfig,
+    MoE,
+    Norm,
+    Rope,
+    Yarn,
+)
 from nanollm.errors import ConfigError
 
 SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints import files
+from checkpoints.storage import files
 from nanollm.errors import CheckpointError, ConfigError, InputError, NanollmError
 from tests.clock import within
 from tests.fixtures import FIXTURES

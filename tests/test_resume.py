@@ -27,9 +27,10 @@ from pathlib import Path
 import pytest
 
 import train
-from nanollm import cli, losses, state
-from nanollm import log as logs
-from nanollm import text as texts
+from nanollm import cli
+from nanollm.data import prepare as texts
+from nanollm.training import log as logs
+from nanollm.training import losses, state
 from tests import forked, killed
 from tests.toys import grammar
 
@@ -58,7 +59,7 @@ def here(data: Path, out: Path, *more: str) -> str | int | None:
     """A run in this process: much quicker, where nothing has to die. Returns what the process would have ended with: None, or "error: …"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments(data, out, more)])
-        patch.setattr("nanollm.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
+        patch.setattr("nanollm.training.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
         try:
             cli.main(train.run)
         except SystemExit as end:

@@ -10,8 +10,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Yarn
-from nanollm.rope import frequencies, rotate, rotation_tables
-from nanollm.scaling import attention_factor, regime
+from nanollm.layers.rope import frequencies, rotate, rotation_tables
+from nanollm.layers.scaling import attention_factor, length_key
 
 D = 32                                                   # rotated channels
 SHORT, LONG = tuple(1 + 0.1 * j for j in range(D // 2)), tuple(2.0 + j for j in range(D // 2))
@@ -122,4 +122,4 @@ def test_lengths_count_for_each_token_its_own_sequence():
     rope, n = Rope(scaling=DynamicNTK(2.0, 64)), torch.tensor([[40, 40, 200]])
     f = frequencies(rope, D, n)[0]
     assert torch.equal(f[0], f[1]) and torch.equal(f[2], frequencies(rope, D, lengths(200)).flatten())
-    assert regime(rope, n).tolist() == [[64, 64, 200]] and regime(Rope(), n) is None and regime(None, n) is None
+    assert length_key(rope, n).tolist() == [[64, 64, 200]] and length_key(Rope(), n) is None and length_key(None, n) is None

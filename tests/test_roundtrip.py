@@ -13,16 +13,15 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints import hub
 from checkpoints.families import read_config
-from checkpoints.files import INDEX, read_folder
-from nanollm import tokenizer_files
+from checkpoints.layouts import hub
+from checkpoints.storage.files import INDEX, read_folder
 from nanollm.config import MLP, Attention, Layer, Linear, Mamba, ModelConfig, MoE, Norm, Rope
 from nanollm.errors import ConfigError
 from nanollm.model import Decoder
+from nanollm.text import tokenizer_files
 from tests.fixtures import FIXTURES, ONE_OF_EACH
 from tests.oracles import difference, old_dialect, reference_logits, tokens, write
-
 
 
 def all_tensors(folder):

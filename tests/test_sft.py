@@ -12,11 +12,11 @@ import pytest
 import transformers
 from tokenizers import Regex, pre_tokenizers
 
-from nanollm import sft
-from nanollm.chat import Conversation
+from nanollm.data import sft
+from nanollm.data.sft import Chat, Chats, Example
 from nanollm.errors import DataError, TokenizerError
-from nanollm.sft import Chat, Chats, Example
-from nanollm.tokenizer import Tokenizer, load
+from nanollm.text.chat import Conversation
+from nanollm.text.tokenizer import Tokenizer, load
 from tests.test_chat import SYSTEM, TEMPLATES, TOOLS
 from tests.tok_folders import begin_with, byte_bpe, metaspace_bpe, write
 

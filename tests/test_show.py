@@ -1,4 +1,4 @@
-"""python -m nanollm.show: totals as published, costs as torch counts them, drawings and words as a person would have them."""
+"""python -m checkpoints.show: totals as published, costs as torch counts them, drawings and words as a person would have them."""
 
 import dataclasses
 import json
@@ -13,20 +13,21 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoints
+from checkpoints import show
 from checkpoints.convert import convert, plan
 from checkpoints.families import read_config
-from checkpoints.families.original import with_rope_layout
+from checkpoints.layouts.original import with_rope_layout
+from checkpoints.show import amount, billions, costs, describe, facts, find
+from checkpoints.show.drawing import WIDTH, brief, kinds_of, names, pattern, wiring
+from checkpoints.show.words import SIZES, different, words_of
 from checkpoints.source import open_source
 from nanollm import config as c
-from nanollm import show, speed
 from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
 from nanollm.errors import CheckpointError, ConfigError, InputError
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.show import amount, billions, costs, describe, facts, find
-from nanollm.show_drawing import WIDTH, brief, kinds_of, names, pattern, wiring
-from nanollm.show_words import SIZES, WORDS, different
+from nanollm.training import flops as speed
 from tests.test_consistency import KINDS
 
 LLAMA = Layer(Attention(4, 2, 12, Rope()), MLP(96))
@@ -315,13 +316,15 @@ def test_words():
 
 def test_every_field_that_is_no_size_has_its_words():
     """A new field with a default is a difference from Llama: say it in WORDS."""
-    silent = [f"{name}.{field.name}" for name, owner in c.CLASSES.items() if owner not in c.SCALINGS
-              for field in dataclasses.fields(owner) if field.default is not dataclasses.MISSING]
     special = {"Layer.pre_mixer", "Layer.post_mixer", "Layer.pre_ffn", "Layer.post_ffn", "ModelConfig.final_norm", "ModelConfig.embed_norm",
                "Attention.qk_norm", "Attention.rope"}     # said by of_norm and of_mixer
-    assert not [name for name in silent if name not in WORDS | dict.fromkeys(special) and name not in SIZES and name.split(".")[1] not in SIZES]
-    fields = {f"{name}.{field.name}" for name, owner in c.CLASSES.items() for field in dataclasses.fields(owner)}
-    assert not set(WORDS) - fields
+    kinds = [kind for kind in c.Part.BY_NAME.values() if kind.__module__.startswith("nanollm.") and kind not in get_args(c.Scaling)]
+    for kind in filter(dataclasses.is_dataclass, kinds):
+        known, fields = words_of(kind), {f"{kind.__name__}.{field.name}": field for field in dataclasses.fields(kind)}
+        for name, field in fields.items():
+            size = SIZES & {name, field.name}
+            assert name in known or name in special or size or field.default is dataclasses.MISSING, f"no words for {name}"
+        assert not {name for name in known if name.startswith(f"{kind.__name__}.")} - fields.keys()
 
 
 # ---- the command
@@ -411,5 +414,5 @@ def test_what_cannot_be_shown_is_said(tmp_path):
 
 
 def test_an_error_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "nanollm.show", str(tmp_path)], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "checkpoints.show", str(tmp_path)], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == f"error: {tmp_path / 'config.json'}: no such file\n" and not done.stdout

@@ -6,8 +6,8 @@ import torch
 from torch.nn import functional as F
 from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan, mamba2_selective_state_update
 
-from nanollm import ssd as module
-from nanollm.ssd import CHUNKED_FROM, segment_sums, ssd, ssd_chunked, ssd_sequential
+from nanollm.layers import ssd as module
+from nanollm.layers.ssd import CHUNKED_FROM, segment_sums, ssd, ssd_chunked, ssd_sequential
 from tests.oracles import difference
 
 FORMS = [ssd_sequential, ssd_chunked, lambda *given: ssd_chunked(*given, chunk=8)]

@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from nanollm import distributed, runs, state
-from nanollm import log as logs
-from nanollm.distributed import World
 from nanollm.errors import RunError
+from nanollm.training import distributed, runs, state
+from nanollm.training import log as logs
+from nanollm.training.distributed import World
 
 FACTS = {"balance": [[0.1, 0.9]], "recent": [[5.704117838541667, 1e-300]]}
 

@@ -7,13 +7,12 @@ import pytest
 import torch
 
 from checkpoints.families import FAMILIES
-from checkpoints.files import Stored
-from checkpoints.ops import Blocks, Groups, Halving, Interleaving, Same, Stack, Transposed
-from checkpoints.table import check, expand, override, rule
+from checkpoints.names.ops import Blocks, Groups, Halving, Interleaving, Same, Stack, Transposed
+from checkpoints.names.table import check, expand, override, rule
+from checkpoints.storage.files import Stored
 from nanollm.config import MLP, Attention, Layer, ModelConfig
 from nanollm.errors import CheckpointError
 from tests.arranged import fill, stored_tensors
-
 
 LAYER = Layer(Attention(heads=6, kv_heads=3, head_dim=2), MLP(4))
 

@@ -16,15 +16,17 @@ import sentencepiece
 
 import checkpoints
 import generate
-from nanollm import sft, templates
-from nanollm.chat import Conversation, render
-from nanollm.corpus import open_chats
+from nanollm.data import sft
 from nanollm.errors import TokenizerError
 from nanollm.model import Decoder
-from nanollm.options import build_parser
 from nanollm.presets import preset
-from nanollm.templates import INFILL, PROOFS, RAN, READ, TEMPLATES, choose, infill, suggested
-from nanollm.tokenizer import Tokenizer, load
+from nanollm.text import templates
+from nanollm.text.chat import Conversation
+from nanollm.text.render import render
+from nanollm.text.templates import INFILL, PROOFS, RAN, READ, TEMPLATES, choose, infill, suggested
+from nanollm.text.tokenizer import Tokenizer, load
+from nanollm.training.corpus import open_chats
+from nanollm.training.options import build_parser
 from tests.tok_folders import begin_with, byte_bpe, sentencepiece_model, write
 
 SYSTEM = {"role": "system", "content": "Be brief."}

@@ -11,11 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import nanollm.tokenizer
-from nanollm import chat, data, documents, shards, text
-from nanollm.data import open_folder
-from nanollm.documents import Document
+import nanollm.text.tokenizer
+from nanollm.data import documents, shards
+from nanollm.data import prepare as text
+from nanollm.data import stream as data
+from nanollm.data.documents import Document
+from nanollm.data.stream import open_folder
 from nanollm.errors import DataError
+from nanollm.text import render as rendering
+from nanollm.text.chat import Conversation
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +133,7 @@ def test_pieces_are_the_same_stream_in_equal_parts():
 
 def test_streams_hold_every_byte_and_a_mark_before_each_document_whatever_the_shards(made, docs):
     """Texts that spell the mark are among them, and are text."""
-    tokenizer = nanollm.tokenizer.load(made)
+    tokenizer = nanollm.text.tokenizer.load(made)
     assert len(list(made.glob("train-*.bin"))) > 2 and any(text.END in d.text for d in docs)
     for split, part in zip(("train", "held_out"), text.split(docs)):
         sizes = [shards.Shard(path).count for path in sorted(made.glob(f"{split}-*.bin"))]
@@ -144,7 +148,7 @@ def test_shards_carry_the_mark_and_the_digest_of_the_tokenizer(made):
     train, held_out = open_folder(made, 16)
     expected = hashlib.sha256((made / "tokenizer.json").read_bytes()).hexdigest()
     assert train.digest == held_out.digest == expected == json.loads((made / "meta.json").read_text())["tokenizer_sha256"]
-    assert train.end == nanollm.tokenizer.load(made).eos_id
+    assert train.end == nanollm.text.tokenizer.load(made).eos_id
     train.verify(300)
     held_out.verify(300)
 
@@ -285,7 +289,7 @@ def test_impossible_requests_are_refused_before_any_work(docs, tmp_path, options
 def test_tokenizer_files_load_in_both_libraries(made):
     transformers = pytest.importorskip("transformers")
     assert json.loads((made / "generation_config.json").read_text())["eos_token_id"] == 0
-    ours, theirs = nanollm.tokenizer.load(made), transformers.AutoTokenizer.from_pretrained(made)
+    ours, theirs = nanollm.text.tokenizer.load(made), transformers.AutoTokenizer.from_pretrained(made)
     words = "def f(x):\n\treturn  é x\n"
     assert ours.encode(words) == theirs(words)["input_ids"] and ours.decode(ours.encode(words)) == words
     assert ours.eos_id == ours.bos_id == 0 and ours.stop_ids == (0,) and ours.doctor() == []
@@ -296,23 +300,23 @@ CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": 
 
 
 def test_a_chat_is_plain_words_and_transformers_writes_the_same(made):
-    ours = chat.render(text.CHAT, CHAT, add_generation_prompt=False, bos_token="<", eos_token=">")
+    ours = rendering.render(text.CHAT, CHAT, add_generation_prompt=False, bos_token="<", eos_token=">")
     assert ours == "<Be brief.\nUser: What is  x?\nAssistant: x = 1\n>User: And é?\n\nAssistant:  the same: (é)>"
     transformers = pytest.importorskip("transformers")
-    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(made), nanollm.tokenizer.load(made)
+    theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(made), nanollm.text.tokenizer.load(made)
     for messages, prompt in ((CHAT, False), (CHAT[:2], True), (CHAT[:4], True)):
-        rendered = chat.render(tokenizer.chat_template, messages, add_generation_prompt=prompt, **tokenizer.named_tokens)
+        rendered = rendering.render(tokenizer.chat_template, messages, add_generation_prompt=prompt, **tokenizer.named_tokens)
         assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert rendered.endswith("Assistant: " if prompt else text.END)
     with pytest.raises(Exception, match="found the role tool"):
-        chat.render(text.CHAT, [{"role": "tool", "content": "x"}])
+        rendering.render(text.CHAT, [{"role": "tool", "content": "x"}])
 
 
 @pytest.mark.parametrize("answer", ["x = 1", "", " def", "\n\ndef f(x):\n", ": ::", "é", "\t \t", "Assistant: x"])
 def test_the_ids_of_a_prompt_and_of_its_answer_are_the_ids_of_both(made, answer):
-    tokenizer = nanollm.tokenizer.load(made)
-    prompt = chat.Conversation(tokenizer, CHAT[:2]).prompt_ids()
-    whole = chat.render(tokenizer.chat_template, [*CHAT[:2], {"role": "assistant", "content": answer}], add_generation_prompt=False, **tokenizer.named_tokens)
+    tokenizer = nanollm.text.tokenizer.load(made)
+    prompt = Conversation(tokenizer, CHAT[:2]).prompt_ids()
+    whole = rendering.render(tokenizer.chat_template, [*CHAT[:2], {"role": "assistant", "content": answer}], add_generation_prompt=False, **tokenizer.named_tokens)
     assert tokenizer.encode(whole, special=True) == prompt + tokenizer.encode(answer) + [tokenizer.eos_id]
 
 
@@ -365,6 +369,6 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
 def test_the_help_of_the_module_teaches(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["data.py", "--help"])
     with pytest.raises(SystemExit) as error:
-        runpy.run_path(data.__file__, run_name="__main__")
+        runpy.run_module("nanollm.data", run_name="__main__")
     said = " ".join(capsys.readouterr().out.split())
     assert error.value.code == 0 and all(word in said for word in ("python -m nanollm.data", "--tokenizer", "--vocab", "default 1024"))

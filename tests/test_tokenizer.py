@@ -21,10 +21,21 @@ from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenize
 from mistral_common.tokens.tokenizers.tekken import SpecialTokenPolicy, Tekkenizer
 
 from nanollm.errors import TokenizerError
-from nanollm.tokenizer import Tokenizer, load
-from nanollm.tokenizer_files import GPT2, LLAMA3, QWEN
-from tests.tok_folders import (CORPUS, MISTRAL, NASTY, begin_with, byte_bpe, metaspace_bpe, noise, ranks_of, sentencepiece_model,
-                               write, write_ranks)
+from nanollm.text.tokenizer import Tokenizer, load
+from nanollm.text.tokenizer_files import GPT2, LLAMA3, QWEN
+from tests.tok_folders import (
+    CORPUS,
+    MISTRAL,
+    NASTY,
+    begin_with,
+    byte_bpe,
+    metaspace_bpe,
+    noise,
+    ranks_of,
+    sentencepiece_model,
+    write,
+    write_ranks,
+)
 
 TEXTS = NASTY + noise(1, 200)
 FAST = {"tokenizer_class": "PreTrainedTokenizerFast"}        # tokenizer.json as it stands: other classes rebuild it
@@ -569,7 +580,7 @@ def test_mutated_files_load_or_are_named(tmp_path: Path, folders: dict[str, Path
 
 
 def test_imports_stay_small() -> None:
-    program = "import sys, nanollm.tokenizer, nanollm.chat; print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
+    program = "import sys, nanollm.text.tokenizer, nanollm.text.chat; print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
     root = str(Path(__file__).resolve().parent.parent)
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
     assert out.stdout.strip() == "[]", "the child of chat.py imports this, once a session"

@@ -12,9 +12,11 @@ import torch
 
 import checkpoints
 import train
-from nanollm import cli, options, presets, tokenizer
+from nanollm import cli, presets
 from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
+from nanollm.text import tokenizer
+from nanollm.training import options
 from tests import forked
 from tests.toys import grammar
 
@@ -33,7 +35,7 @@ def run(*args: str | Path) -> None:
     """One run in this process; SystemExit if the command line would have ended otherwise than with 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        patch.setattr("nanollm.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
+        patch.setattr("nanollm.training.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
         cli.main(train.run)
 
 
@@ -84,6 +86,7 @@ def test_every_preset_is_a_toy_that_is_trained_here_or_a_size_that_is_counted_he
 def test_real_sizes_have_the_shapes_that_transformers_gives_the_exported_config(name):
     """Through our own writer, so a mistake there would show in test_real_sizes_have_the_published_number… first."""
     import transformers
+
     from checkpoints.families import write_config
     values = write_config(presets.preset(name))[1]
     config = transformers.AutoConfig.for_model(**{key: value for key, value in values.items() if value is not None})
@@ -166,7 +169,7 @@ def test_skipped_steps_change_no_weight_and_the_rows_after_them_are_the_same(tex
 
 def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text, tmp_path, monkeypatch):
     """A NaN among the weights, as a bad step would leave it; the message names step and rows, and what to do."""
-    from nanollm import optim
+    from nanollm.training import optim
     steps = []
 
     def spoil(optimizers, lr):
@@ -191,8 +194,8 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text,
 @pytest.mark.slow
 def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsys):
     """Questions of a toy, learnt by heart; and the folder keeps the family, dtype and tokenizer of the one it came from."""
-    from nanollm.chat import Conversation
-    from nanollm.generation import generate
+    from nanollm.inference.generation import generate
+    from nanollm.text.chat import Conversation
     base, chats = runs("llama")[0], {"alpha?": "beta", "beta?": "gamma", "gamma?": "delta + 1", "delta?": "return alpha"}
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats.items()))
     run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "tuned", "--steps", "60", "--context", "32", "--batch-size", "4", "--warmup", "5", "--lr", "0.005",
@@ -227,7 +230,7 @@ def test_init_keeps_what_the_folder_is(runs, text, tmp_path):
     (["--tokenizer", "other", "--context", "32"], "has a vocabulary of 300, the tokenizer of the data one of 3"),
 ])
 def test_a_folder_of_another_shape_is_refused(runs, text, tmp_path, more, words):
-    from nanollm import text as texts
+    from nanollm.data import prepare as texts
     if "other" in more:
         texts.prepare(texts.read(text), tmp_path / "other", vocab=400, tokenizer=None, context=16)
         more = ["--tokenizer", str(tmp_path / "other"), "--context", "32"]
@@ -237,7 +240,7 @@ def test_a_folder_of_another_shape_is_refused(runs, text, tmp_path, more, words)
 
 
 def test_shards_of_another_tokenizer_are_refused_and_mixtures_are_trained_on(runs, text, tmp_path):
-    from nanollm import text as texts
+    from nanollm.data import prepare as texts
     for name, vocab in (("a", 300), ("b", 400)):
         texts.prepare(texts.read(text), tmp_path / name, vocab=vocab, tokenizer=None, context=32)
     with pytest.raises(SystemExit) as error:
@@ -249,8 +252,8 @@ def test_shards_of_another_tokenizer_are_refused_and_mixtures_are_trained_on(run
 
 
 def test_shards_that_change_under_a_run_end_it_and_no_checkpoint_has_seen_them(text, tmp_path, monkeypatch):
-    from nanollm import optim
-    from nanollm import text as texts
+    from nanollm.data import prepare as texts
+    from nanollm.training import optim
     texts.prepare(texts.read(text), tmp_path / "shards", vocab=300, tokenizer=None, context=32)
     shard, steps, step = tmp_path / "shards" / "train-00000.bin", [], optim.step
 

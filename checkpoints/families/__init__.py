@@ -35,8 +35,8 @@ from checkpoints.families.phi import PHI
 from checkpoints.families.phi3 import PHI3
 from checkpoints.families.phimoe import PHIMOE
 from checkpoints.families.qwen import QWEN2, QWEN3
-from checkpoints.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from checkpoints.families.qwen1 import QWEN1
+from checkpoints.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
 from checkpoints.families.qwen_vl import QWEN2_VL
 from checkpoints.families.recurrent_gemma import RECURRENT_GEMMA
 from checkpoints.families.rwkv import RWKV4
@@ -44,7 +44,7 @@ from checkpoints.families.stablelm import STABLELM
 from checkpoints.families.starcoder import STARCODER2
 from checkpoints.families.stripedhyena import STRIPEDHYENA
 from checkpoints.families.yuan import YUAN
-from checkpoints.reader import Reader, brief
+from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
 

@@ -21,9 +21,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_mlp, write_decoder
-from checkpoints.ops import Blocks
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Blocks
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm, Rope
 
 WIDTH_OF_ROPE, WIDTH_OF_ALIBI = 4096, 5120

@@ -15,9 +15,9 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import one_name, read_heads
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Groups
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule, stripped
+from checkpoints.names.ops import Groups
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule, stripped
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm
 
 NAMES = override(

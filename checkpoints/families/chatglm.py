@@ -24,9 +24,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Blocks
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Blocks
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

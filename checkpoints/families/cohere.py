@@ -17,7 +17,7 @@ from checkpoints.families.family import Family
 from checkpoints.families.gemma import read_sliding, write_sliding
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_mlp, write_llama_shape
 from checkpoints.families.qwen import QWEN3_NAMES
-from checkpoints.reader import Reader
+from checkpoints.names.reader import Reader
 from nanollm.config import Attention, Layer, ModelConfig, Norm
 
 CONTEXT = 8192                                           # what a missing max_position_embeddings means

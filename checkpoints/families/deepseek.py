@@ -8,7 +8,7 @@
                                                a learned correction ("noaux_tc")     × routed_scaling_factor
 
 The first `first_k_dense_replace` layers have an MLP of `intermediate_size`, the others many small experts and `n_shared_experts` that every
-token visits, stored as one MLP of that many times the width. Latent attention: nanollm/latent_attention.py; its two inner norms have
+token visits, stored as one MLP of that many times the width. Latent attention: nanollm/layers/latent_attention.py; its two inner norms have
 ε 1e-6 whatever `rms_norm_eps` is. The rotated part is interleaved (V3: unless `rope_interleave` is false), in V2 in float32. YaRN has two temperatures:
 cos and sin times t(mscale) / t(mscale_all_dim), as in rope.py, and the scores times t(mscale_all_dim)².
 
@@ -19,7 +19,7 @@ Where the published code and transformers part:
   which differs only where a kept expert's corrected score is below 0. This takes −∞.
 
 V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, and the load says so. Its weights are
-8-bit with a scale for each block of 128 × 128: checkpoints/quantized.py. Moonlight and Kimi-K2 are V3 in other numbers.
+8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight and Kimi-K2 are V3 in other numbers.
 """
 
 import dataclasses
@@ -27,11 +27,19 @@ import math
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_decoder, write_llama_shape
+from checkpoints.families.llama import (
+    INV_FREQ,
+    LLAMA_NAMES,
+    read_attention,
+    read_decoder,
+    read_mlp,
+    write_decoder,
+    write_llama_shape,
+)
 from checkpoints.families.qwen_moe import all_routed, dense_width, first_routed, with_experts
-from checkpoints.reader import ACTIVATIONS, Reader
-from checkpoints.rope import read_rope, temperature, write_rope
-from checkpoints.table import Rule, override, rule
+from checkpoints.names.reader import ACTIVATIONS, Reader
+from checkpoints.names.rope import read_rope, temperature, write_rope
+from checkpoints.names.table import Rule, override, rule
 from nanollm.config import MLP, Attention, ExpertGroups, LatentAttention, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import ConfigError
 

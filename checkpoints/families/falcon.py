@@ -21,10 +21,10 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import one_name, read_heads
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Groups
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope, write_rope
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Groups
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope, write_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

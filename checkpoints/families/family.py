@@ -8,8 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from checkpoints.reader import Reader
-from checkpoints.table import Table
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import Table
 from nanollm.config import ModelConfig
 
 

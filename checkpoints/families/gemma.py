@@ -24,9 +24,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, write_llama_shape
-from checkpoints.reader import IRRELEVANT, NEEDED, Reader
-from checkpoints.rope import read_rope, write_rope
-from checkpoints.table import moved, override, rule
+from checkpoints.names.reader import IRRELEVANT, NEEDED, Reader
+from checkpoints.names.rope import read_rope, write_rope
+from checkpoints.names.table import moved, override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

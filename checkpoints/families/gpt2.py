@@ -21,9 +21,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Blocks, Groups, Op, Same, Transposed
-from checkpoints.reader import Reader
-from checkpoints.table import Table, override, rule, stripped
+from checkpoints.names.ops import Blocks, Groups, Op, Same, Transposed
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import Table, override, rule, stripped
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 
 

@@ -2,25 +2,25 @@
 
 Llama's block with biases on q, k, v and o, and three things of its own:
 
-    sinks      a learned score a head, in every softmax, that adds nothing: a head can look at nothing (nanollm/attention.py)
+    sinks      a learned score a head, in every softmax, that adds nothing: a head can look at nothing (nanollm/layers/attention.py)
     windows    every other layer sees 128 tokens, the first one included; the others see all. YaRN, whose ramp has open ends
-    experts    32 or 128, 4 a token, with biases and a clipped gate (ClippedExperts in nanollm/moe.py); the router has a bias too, and its
+    experts    32 or 128, 4 a token, with biases and a clipped gate (ClippedExperts in nanollm/layers/moe.py); the router has a bias too, and its
                softmax is over the chosen ones, which is that over all, renormalised
 
 Norms round to the working dtype after the gain, and the chosen weights are rounded to it. `hidden_act` is not read by the published code:
 the gate is always x·σ(1.702 x). On disk the experts of a layer are one tensor, transposed, columns gate up gate up …, and in the
-published folders those two matrices are 4-bit (MXFP4): checkpoints/quantized.py makes bfloat16 of them as they are read.
+published folders those two matrices are 4-bit (MXFP4): checkpoints/storage/quantized.py makes bfloat16 of them as they are read.
 """
 
 import dataclasses
 from typing import Any
 
-from checkpoints.expert_ops import Interleaved, Turned
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, write_llama_shape
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope
-from checkpoints.table import override, rule
+from checkpoints.names.expert_ops import Interleaved, Turned
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, ClippedGLU, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import ConfigError
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
-from checkpoints.ops import Groups
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Groups
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import Attention, DynamicNTK, Layer, ModelConfig, Norm, Rope
 
 CONTEXT, CONTEXT3 = 2048, 32768                          # what a missing max_position_embeddings means; of InternLM3

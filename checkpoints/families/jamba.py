@@ -13,9 +13,9 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.llama import LLAMA_NAMES, read_mlp
 from checkpoints.families.mamba import read_rank, whole_multiple
-from checkpoints.ops import Stack
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Stack
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Norm
 from nanollm.errors import ConfigError
 

@@ -21,9 +21,9 @@ The readers and the table of Llama are what the other Llama-shaped lineages (mis
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope, write_rope
-from checkpoints.table import override, rule
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope, write_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
 

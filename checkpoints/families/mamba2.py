@@ -17,8 +17,8 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.mamba import IRRELEVANT, MAMBA_NAMES, read_rank, read_stack, whole_multiple, write_stack
-from checkpoints.reader import Reader, is_number
-from checkpoints.table import override, rule
+from checkpoints.names.reader import Reader, is_number
+from checkpoints.names.table import override, rule
 from nanollm.config import Layer, Mamba, Mamba2, ModelConfig, Norm
 from nanollm.errors import ConfigError
 

@@ -7,9 +7,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
-from checkpoints.ops import Stack
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Stack
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import Layer, ModelConfig, MoE, Norm
 
 CONTEXT = 131072                                         # what a missing max_position_embeddings means

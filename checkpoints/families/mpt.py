@@ -15,9 +15,9 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import read_heads
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Blocks
-from checkpoints.reader import IRRELEVANT, Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Blocks
+from checkpoints.names.reader import IRRELEVANT, Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm
 
 NAMES = override(

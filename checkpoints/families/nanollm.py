@@ -11,8 +11,8 @@ of, and which keys were passed over.
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.reader import Reader
-from checkpoints.table import Rule, Table, rule
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import Rule, Table, rule
 from nanollm.config import ModelConfig
 
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
-from checkpoints.ops import Stack
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Stack
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm
 
 EPS = 1e-5                                               # of OLMo-1's norms, always

@@ -10,10 +10,10 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, write_llama_shape
-from checkpoints.ops import Groups
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Groups
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 
 CONTEXT = 16384                                          # what a missing max_position_embeddings means

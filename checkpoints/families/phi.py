@@ -13,9 +13,9 @@ from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import read_heads
 from checkpoints.families.gpt_neox import write_partial_rope
 from checkpoints.families.llama import write_decoder
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope
-from checkpoints.table import override, rule
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 
 NAMES = override(

@@ -2,7 +2,7 @@
 
     norms      LayerNorm with bias; `rms_norm_eps` is their ε all the same
     biases     on q, k, v and o (`attention_bias`), and on the head (`lm_head_bias`)
-    router     SparseMixer, `sparse_route` in nanollm/moe.py, with ε = `router_jitter_noise`: at inference there is no noise, but ε decides
+    router     SparseMixer, `sparse_route` in nanollm/layers/moe.py, with ε = `router_jitter_noise`: at inference there is no noise, but ε decides
                which experts come near the best. The rounded weights of the two need not add up to 1
     RoPE       LongRoPE with its temperature given, once for short sequences and once for long ones, and the same in the published config
 
@@ -16,8 +16,8 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, read_decoder, read_mlp, write_llama_shape
 from checkpoints.families.mixtral import MIXTRAL_NAMES
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope, write_rope
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Attention, Layer, LongRope, ModelConfig, MoE, Norm, Rope
 
 CONTEXT = 131_072                                        # what a missing max_position_embeddings means

@@ -9,16 +9,16 @@ There are two layouts of config.json: that of August 2023 (n_embd, n_layer, n_he
 month later (hidden_size, …, as transformers has them). They differ in what missing keys mean, too.
 
 α follows from the length of the sequence. The published code takes that of the prompt, and keeps α while it generates, so what it
-says depends on where a prompt ended; here it is always the length of the sequence that is read (nanollm/scaling.py).
+says depends on where a prompt ended; here it is always the length of the sequence that is read (nanollm/layers/scaling.py).
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Blocks
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Blocks
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope, SteppedNTK
 from nanollm.errors import ConfigError
 

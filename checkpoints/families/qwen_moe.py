@@ -16,13 +16,13 @@ Qwen3's `num_experts` as `num_local_experts`.
 import dataclasses
 from typing import Any
 
-from checkpoints.expert_ops import GateUp
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, write_llama_shape
 from checkpoints.families.qwen import QWEN3_NAMES
-from checkpoints.ops import Stack
-from checkpoints.reader import Reader
-from checkpoints.table import Rule, Table, override, rule
+from checkpoints.names.expert_ops import GateUp
+from checkpoints.names.ops import Stack
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import Rule, Table, override, rule
 from nanollm.config import MLP, Layer, ModelConfig, MoE, Norm
 from nanollm.errors import ConfigError
 

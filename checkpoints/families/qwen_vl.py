@@ -15,8 +15,8 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.families.qwen import read_qwen2, write_qwen2
-from checkpoints.reader import IRRELEVANT, Reader
-from checkpoints.table import moved
+from checkpoints.names.reader import IRRELEVANT, Reader
+from checkpoints.names.table import moved
 from nanollm.config import ModelConfig
 
 DEFAULTS = dict(rms_norm_eps=1e-5, rope_theta=1e6, num_key_value_heads=8, max_window_layers=80)      # where they are not Qwen2's

@@ -14,9 +14,9 @@ import torch
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import LLAMA_NAMES
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope, write_rope
-from checkpoints.table import override, rule
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope, write_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, RGLRU, Attention, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
 

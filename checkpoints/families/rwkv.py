@@ -11,8 +11,8 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import write_decoder
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import RWKV, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
 

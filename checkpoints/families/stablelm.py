@@ -13,10 +13,10 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, read_mlp, write_llama_shape
-from checkpoints.ops import Stack
-from checkpoints.reader import Reader
-from checkpoints.rope import read_rope
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Stack
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope
+from checkpoints.names.table import override, rule
 from nanollm.config import Attention, Layer, ModelConfig, Norm
 
 CONTEXT = 4096                                           # what a missing max_position_embeddings means

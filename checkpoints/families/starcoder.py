@@ -10,8 +10,8 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, write_llama_shape
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Layer, ModelConfig, Norm
 
 CONTEXT = 4096                                           # what a missing max_position_embeddings means

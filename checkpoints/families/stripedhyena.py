@@ -1,4 +1,4 @@
-"""StripedHyena: Hyena layers (nanollm/hyena.py) with attention of Llama's shape between them. 7B Hessian and Nous; Evo-1, which reads DNA.
+"""StripedHyena: Hyena layers (nanollm/layers/hyena.py) with attention of Llama's shape between them. 7B Hessian and Nous; Evo-1, which reads DNA.
 
     StripedHyena-7B    every other layer attends; key/value heads = heads / proj_groups (4); no biases in attention; RoPE theta 500000
     Evo-1              layers 8, 16 and 24 attend; biases; gelu; head and embedding tied; `-131k`: RoPE angles divided by 16
@@ -15,9 +15,9 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import write_decoder
-from checkpoints.ops import Blocks
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule, stripped
+from checkpoints.names.ops import Blocks
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule, stripped
 from nanollm.config import MLP, Attention, Hyena, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

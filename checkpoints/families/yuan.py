@@ -1,4 +1,4 @@
-"""Yuan 2.0: Llama whose queries and keys are made from a filtered input (nanollm/filtered_attention.py). 2B, 51B, 102B.
+"""Yuan 2.0: Llama whose queries and keys are made from a filtered input (nanollm/layers/filtered_attention.py). 2B, 51B, 102B.
 
 Three things about its weights are not as their names say:
 
@@ -26,9 +26,9 @@ from torch import Tensor
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_mlp, write_decoder
-from checkpoints.ops import Pieces, Shape
-from checkpoints.reader import Reader
-from checkpoints.table import override, rule
+from checkpoints.names.ops import Pieces, Shape
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, FilteredAttention, Layer, ModelConfig, Norm, Rope
 
 

@@ -11,17 +11,17 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 import checkpoints
-from checkpoints import quantized, stream
 from checkpoints.families import read_config, write_config
-from checkpoints.files import read_folder
+from checkpoints.storage import quantized, stream
+from checkpoints.storage.files import read_folder
 from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, ExpertGroups, LatentAttention, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import CheckpointError, ConfigError
-from nanollm.latent_attention import LatentAttention as LatentModule
+from nanollm.inference.quantize import quantize
+from nanollm.layers.latent_attention import LatentAttention as LatentModule
+from nanollm.layers.moe import route
 from nanollm.model import Decoder
-from nanollm.moe import route
-from nanollm.plan import Live
-from nanollm.quantize import quantize
+from nanollm.training.plan import Live
 from tests.fixtures import FIXTURES
 from tests.oracles import difference, hf_config, tokens, write
 

@@ -11,7 +11,7 @@ from checkpoints.families import read_config, write_config
 from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError, InputError
-from nanollm.generation import Session, generate, generate_batch
+from nanollm.inference.generation import Session, generate, generate_batch
 from nanollm.model import Decoder
 from tests.fixtures import FIXTURES
 from tests.oracles import difference, tokens, write

@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import checkpoints
-from checkpoints.expert_ops import GateUp, Interleaved, Turned
 from checkpoints.families import read_config, write_config
+from checkpoints.names.expert_ops import GateUp, Interleaved, Turned
 from nanollm.config import Attention, ClippedGLU, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import CheckpointError, ConfigError
 from nanollm.model import Decoder

@@ -6,7 +6,7 @@ import torch
 from checkpoints.families import read_config, write_config
 from nanollm.config import Layer, Mamba, ModelConfig, Norm
 from nanollm.errors import ConfigError
-from nanollm.mamba import aligned, window
+from nanollm.layers.mamba import aligned, window
 
 FALCON_7B = dict(
     model_type="falcon_mamba", architectures=["FalconMambaForCausalLM"], bos_token_id=0, conv_kernel=4, eos_token_id=11, expand=16, hidden_act="silu", hidden_size=4096,

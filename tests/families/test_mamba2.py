@@ -8,7 +8,7 @@ import torch
 from checkpoints.families import read_config, write_config
 from nanollm.config import Layer, Mamba2, ModelConfig, Norm
 from nanollm.errors import ConfigError
-from nanollm.mamba2 import GatedNorm
+from nanollm.layers.mamba2 import GatedNorm
 
 CODESTRAL = dict(
     model_type="mamba2", architectures=["Mamba2ForCausalLM"], bos_token_id=0, chunk_size=256, conv_kernel=4, eos_token_id=0, expand=2, head_dim=64, hidden_act="silu",

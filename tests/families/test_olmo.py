@@ -8,7 +8,7 @@ from transformers.models.olmoe.modeling_olmoe import OlmoeRMSNorm
 from checkpoints.families import read_config
 from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm, Rope
 from nanollm.errors import ConfigError
-from nanollm.norm import build_norm
+from nanollm.layers.norm import build_norm
 
 SIZES = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
 

@@ -7,8 +7,8 @@ from transformers.models.phimoe.modeling_phimoe import sparsemixer
 from checkpoints.families import read_config, write_config
 from nanollm.config import MLP, Attention, Layer, LongRope, ModelConfig, MoE, Norm, Rope
 from nanollm.errors import ConfigError
+from nanollm.layers.moe import sparse_route
 from nanollm.model import Decoder
-from nanollm.moe import sparse_route
 
 SCALING = dict(long_factor=[2.0] * 64, long_mscale=1.243163121016122, original_max_position_embeddings=4096, short_factor=[1.0] * 64, short_mscale=1.243163121016122, type="longrope")
 PHI = dict(model_type="phimoe", attention_bias=True, hidden_act="silu", hidden_dropout=0.0, hidden_size=4096, input_jitter_noise=0.01, intermediate_size=6400, lm_head_bias=True,

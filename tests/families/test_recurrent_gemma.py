@@ -6,7 +6,7 @@ import torch
 from checkpoints.families import read_config, write_config
 from nanollm.config import MLP, RGLRU, Attention, Layer, Norm, Rope
 from nanollm.errors import ConfigError
-from nanollm.recurrent import linear_scan, linear_scan_chunked
+from nanollm.layers.recurrent import linear_scan, linear_scan_chunked
 
 HUB_2B = dict(
     model_type="recurrent_gemma", _block_types=["recurrent", "recurrent", "attention"], architectures=["RecurrentGemmaForCausalLM"], attention_bias=False,

@@ -6,8 +6,8 @@ import torch
 from checkpoints.families import read_config, write_config
 from nanollm.config import RWKV, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
+from nanollm.layers.rwkv import wkv_chunked, wkv_sequential
 from nanollm.model import Decoder
-from nanollm.rwkv import wkv_chunked, wkv_sequential
 
 PILE_169M = dict(model_type="rwkv", architectures=["RwkvForCausalLM"], attention_hidden_size=768, bos_token_id=0, context_length=1024, eos_token_id=0, hidden_size=768,
                  intermediate_size=3072, layer_norm_epsilon=1e-5, num_hidden_layers=12, rescale_every=6, tie_word_embeddings=False, transformers_version="4.29.0",

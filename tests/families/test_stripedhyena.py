@@ -8,8 +8,8 @@ import checkpoints
 from checkpoints.families import STRIPEDHYENA, read_config, write_config
 from nanollm.config import MLP, Attention, Hyena, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
-from nanollm.hyena import long_filter
-from nanollm.recurrent import CHUNKED_FROM
+from nanollm.layers.hyena import long_filter
+from nanollm.layers.recurrent import CHUNKED_FROM
 from tests.fixtures.stripedhyena import FIXTURES
 from tests.oracles import write
 
@@ -116,7 +116,7 @@ def test_documents_forget_and_padding_waits(length):
 def test_both_forms_have_the_same_gradients(monkeypatch):
     gradients = []
     for limit in (10**9, 1):                                                                # steps; chunks
-        monkeypatch.setattr("nanollm.hyena.CHUNKED_FROM", limit)
+        monkeypatch.setattr("nanollm.layers.hyena.CHUNKED_FROM", limit)
         inputs = [z.requires_grad_() for z in random_filter(37)]
         y, last = long_filter(*inputs)
         gradients.append(torch.autograd.grad((y * y).sum() + (last * last.conj()).real.sum(), inputs))

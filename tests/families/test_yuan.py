@@ -15,7 +15,7 @@ from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, FilteredAttention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 from nanollm.model import Decoder
-from nanollm.speed import flops_per_token
+from nanollm.training.flops import flops_per_token
 from tests.arranged import fill, stored_tensors
 from tests.fixtures.yuan import FIXTURES
 from tests.oracles import difference, make_loud, write

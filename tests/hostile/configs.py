@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 import checkpoints
-from checkpoints import files, reader, source, table
-from checkpoints.families import original, read_config
+from checkpoints import source
+from checkpoints.families import read_config
+from checkpoints.layouts import original
+from checkpoints.names import reader, table
+from checkpoints.storage import files
 from tests.fixtures import FIXTURES, MAIN
 from tests.hostile import good
 from tests.hostile.files import POINTER

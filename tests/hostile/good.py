@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints import stream
 from checkpoints.families import read_config
 from checkpoints.source import Source, open_source
+from checkpoints.storage import stream
 from nanollm.model import Decoder
 from tests.meta_folders import COLUMNS, ORIGINAL, neighbours
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanollm import tokenizer
-from nanollm.chat import render
+from nanollm.text import tokenizer
+from nanollm.text.render import render
 from tests.hostile.files import POINTER
 from tests.hostile.good import Case, Group, Harm, edited, gone, put
 from tests.tok_folders import byte_bpe, ranks_of, sentencepiece_model, write, write_ranks

@@ -20,20 +20,20 @@ def real_launches():
     for dtype, d, softcap, slopes in ((torch.bfloat16, 64, None, torch.empty(32)), (torch.bfloat16, 128, None, None), (torch.bfloat16, 256, 50.0, None),
                                       (torch.float32, 256, None, None)):
         q, k, v = (torch.empty(1, 64, heads, d, dtype=dtype, requires_grad=True) for heads in (32, 8, 8))
-        seen = sight(torch.zeros(1, 64), torch.arange(64)[None], slopes)
+        seen = mask_of(torch.zeros(1, 64), torch.arange(64)[None], slopes)
         kernels.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, d**-0.5, softcap).sum().backward()
 
 
 @dataclass
-class Sight:
-    """What nanollm.frame.Sight is to a kernel."""
+class AttentionMask:
+    """What nanollm.layers.forward_context.AttentionMask is to a kernel."""
     first: Tensor | None
     last: Tensor | None
     slopes: Tensor | None = None
 
 
-def sight(first, last, slopes=None):
-    return Sight(first.int().to(DEVICE), last.int().to(DEVICE), None if slopes is None else slopes.to(DEVICE))
+def mask_of(first, last, slopes=None):
+    return AttentionMask(first.int().to(DEVICE), last.int().to(DEVICE), None if slopes is None else slopes.to(DEVICE))
 
 
 def definition(q, k, v, seen, scale, softcap=None):
@@ -103,7 +103,7 @@ def far_apart(T):
     return torch.zeros(1, T), last
 
 
-SIGHTS = {"causal": causal(67), "window 1": causal(67, window=1), "window 20": causal(67, window=20), "window T": causal(67, window=67),
+MASKS = {"causal": causal(67), "window 1": causal(67, window=1), "window 20": causal(67, window=20), "window T": causal(67, window=67),
           "documents": documents(67), "ragged": (torch.zeros(2, 67), torch.arange(67) - torch.tensor([[0], [30]])),
           "scrambled": scrambled(67), "far apart": far_apart(67), "all": (torch.zeros(1, 67), torch.full((1, 67), 66)),
           "nothing": (torch.zeros(1, 67), torch.full((1, 67), -1))}
@@ -112,38 +112,38 @@ SIGHTS = {"causal": causal(67), "window 1": causal(67, window=1), "window 20": c
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("T", [1, 31, 32, 33, 67])
 def test_lengths(small, T, dtype):
-    check(1, 2, 1, T, T, 32, dtype, sight(*causal(T)), backward=T > 1)
+    check(1, 2, 1, T, T, 32, dtype, mask_of(*causal(T)), backward=T > 1)
 
 
 @pytest.mark.parametrize("dtype, softcap", [(torch.bfloat16, None), (torch.float32, 3.0)])
-@pytest.mark.parametrize("name", SIGHTS)
+@pytest.mark.parametrize("name", MASKS)
 def test_sights(small, name, dtype, softcap):
-    check(2, 2, 1, 67, 67, 16, dtype, sight(*SIGHTS[name], torch.tensor([0.5, 0.03]) if softcap is None else None), softcap, name != "window 1")
+    check(2, 2, 1, 67, 67, 16, dtype, mask_of(*MASKS[name], torch.tensor([0.5, 0.03]) if softcap is None else None), softcap, name != "window 1")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap, slopes", [(None, True), (2.0, False), (2.0, True)])
 def test_soft_cap_and_alibi(small, softcap, slopes, dtype):
-    check(1, 2, 1, 40, 40, 32, dtype, sight(*causal(40), torch.rand(2) if slopes else None), softcap)
+    check(1, 2, 1, 40, 40, 32, dtype, mask_of(*causal(40), torch.rand(2) if slopes else None), softcap)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, K, d", [(2, 2, 64), (2, 2, 80), (4, 2, 32), (8, 1, 128), (1, 1, 256), (1, 1, 8)])
 def test_head_widths_and_groups(small, H, K, d, dtype):
-    check(1, H, K, 33, 33, d, dtype, sight(*causal(33, window=20)))
+    check(1, H, K, 33, 33, d, dtype, mask_of(*causal(33, window=20)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 25])
 def test_a_chunk_after_what_is_cached(small, window, dtype):
-    check(1, 2, 1, 35, 70, 32, dtype, sight(*causal(35, 70, window)))
+    check(1, 2, 1, 35, 70, 32, dtype, mask_of(*causal(35, 70, window)))
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.float32))
 @pytest.mark.parametrize("d", [64, 128, 256])
 def test_tiles_as_tuned(d, dtype):
     T = 131 if dtype == torch.float16 and d < 256 else 35
-    check(1, 2, 1, T, T, d, dtype, sight(*causal(T, window=T - 20)))
+    check(1, 2, 1, T, T, d, dtype, mask_of(*causal(T, window=T - 20)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -151,7 +151,7 @@ def test_tiles_as_tuned(d, dtype):
 def test_one_key_is_taken_as_it_is(small, T, dtype):
     """Then the scores do not matter: q and k have no gradient, which no relative error can show."""
     q, k, v = (torch.randn(1, 2, T, 32, dtype=dtype).requires_grad_() for _ in range(3))
-    o = kernels.attend(q, k, v, sight(*causal(T, window=1)), 0.2)
+    o = kernels.attend(q, k, v, mask_of(*causal(T, window=1)), 0.2)
     dq, dk, dv = torch.autograd.grad(o, (q, k, v), do := torch.randn_like(o))
     assert torch.equal(o, v)
     torch.testing.assert_close(dv, do)
@@ -160,17 +160,17 @@ def test_one_key_is_taken_as_it_is(small, T, dtype):
 
 def test_the_future_changes_nothing(small):
     q, k, v = qkv(1, 2, 1, 67, 67, 32, torch.float32)
-    k, v, seen = k[:, :, :67], v[:, :, :67], sight(*causal(67))
+    k, v, seen = k[:, :, :67], v[:, :, :67], mask_of(*causal(67))
     before = kernels.attend(q, k, v, seen, 0.2)
     k[:, :, 40:], v[:, :, 40:] = torch.nan, torch.nan
-    after = kernels.attend(q[:, :, :40], k, v, sight(*causal(40)), 0.2)
+    after = kernels.attend(q[:, :, :40], k, v, mask_of(*causal(40)), 0.2)
     assert torch.equal(before[:, :, :40], after)
     k[:, :, 40:], v[:, :, 40:] = 1e4, -1e4
     assert torch.equal(before[:, :, :40], kernels.attend(q, k, v, seen, 0.2)[:, :, :40])
 
 
 def test_the_same_to_the_bit(small):
-    """A window that holds everything; a group of heads and as many copies of its keys; rows of a sight and one for all; two runs."""
+    """A window that holds everything; a group of heads and as many copies of its keys; rows of a mask_of and one for all; two runs."""
     q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 1, 50, 50, 32, torch.float32))
     k, v = k[:, :, :50].detach().requires_grad_(), v[:, :, :50].detach().requires_grad_()
 
@@ -178,30 +178,30 @@ def test_the_same_to_the_bit(small):
         o = kernels.attend(q, k.expand(-1, copies, -1, -1), v.expand(-1, copies, -1, -1), seen, 0.2)
         return o, *torch.autograd.grad(o.sum(), (q, k, v))
 
-    right = results(sight(*causal(50)))
-    for other in (results(sight(*causal(50, window=50))), results(sight(*causal(50))), results(sight(*(x.expand(2, -1) for x in causal(50))))):
+    right = results(mask_of(*causal(50)))
+    for other in (results(mask_of(*causal(50, window=50))), results(mask_of(*causal(50))), results(mask_of(*(x.expand(2, -1) for x in causal(50))))):
         assert all(torch.equal(a, b) for a, b in zip(right, other))
-    copied = results(sight(*causal(50)), 2)
+    copied = results(mask_of(*causal(50)), 2)
     assert torch.equal(copied[0], right[0]) and torch.equal(copied[1], right[1])
 
 
 def test_the_scale_of_scores(small):
     """Scores in the thousands, in both signs: the softmax is one-hot and stays finite."""
-    check(1, 1, 1, 40, 40, 16, torch.float32, sight(*causal(40)))
+    check(1, 1, 1, 40, 40, 16, torch.float32, mask_of(*causal(40)))
     q, k, v = (1000 * torch.ones(1, 1, 40, 16) * sign for sign in (1, -1, 1))
-    assert torch.equal(kernels.attend(q, k, v, sight(*causal(40)), 1.0), v)
+    assert torch.equal(kernels.attend(q, k, v, mask_of(*causal(40)), 1.0), v)
     q, k, v = (torch.randn(1, 1, 40, 16) * size for size in (100, 100, 1))
-    torch.testing.assert_close(kernels.attend(q, k, v, sight(*causal(40)), 1.0), definition(q, k, v, sight(*causal(40)), 1.0))
+    torch.testing.assert_close(kernels.attend(q, k, v, mask_of(*causal(40)), 1.0), definition(q, k, v, mask_of(*causal(40)), 1.0))
 
 
 def test_the_output_lies_as_the_projection_wants_it():
     q, k, v = (x[:, :, :20] for x in qkv(2, 4, 2, 20, 20, 16, torch.float32))
-    o = kernels.attend(q, k, v, sight(*causal(20)), 0.25)
+    o = kernels.attend(q, k, v, mask_of(*causal(20)), 0.25)
     assert o.shape == (2, 4, 20, 16) and o.transpose(1, 2).flatten(-2).data_ptr() == o.data_ptr()
 
 
 def test_only_gradients_that_are_wanted(small):
-    given, seen = [x[:, :, :20] for x in qkv(1, 2, 1, 20, 20, 16, torch.float32)], sight(*causal(20))
+    given, seen = [x[:, :, :20] for x in qkv(1, 2, 1, 20, 20, 16, torch.float32)], mask_of(*causal(20))
     for wanted in ((0,), (2,), (0, 1)):
         q, k, v = (x.detach().requires_grad_(i in wanted) for i, x in enumerate(given))
         mine, right = (torch.autograd.grad(f(q, k, v, seen, 0.25).square().sum(), [(q, k, v)[i] for i in wanted]) for f in (kernels.attend, definition))
@@ -210,14 +210,14 @@ def test_only_gradients_that_are_wanted(small):
 
 def test_as_torch_sees_them(small):
     q, k, v = (x[:, :, :20].requires_grad_() for x in qkv(2, 2, 1, 20, 20, 16, torch.float32))
-    seen = sight(*causal(20), torch.rand(2))
+    seen = mask_of(*causal(20), torch.rand(2))
     torch.library.opcheck(attention_op, (q, k, v, seen.first, seen.last, None, 0.25, None))
     torch.library.opcheck(attention_op, (q, k, v, seen.first, seen.last, seen.slopes, 0.25, 2.0))
     o, lse = attention_op(q, k, v, seen.first, seen.last, None, 0.25, None)
     assert not lse.requires_grad
     for needed in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(attention_backward_op, (*(x.detach() for x in (o, q, k, v, o, lse)), seen.first, seen.last, None, 0.25, None, *needed))
-    compiles(lambda q, k, v, first, last: kernels.attend(q, k, v, Sight(first, last), 0.25), q, k, v, seen.first, seen.last)
+    compiles(lambda q, k, v, first, last: kernels.attend(q, k, v, AttentionMask(first, last), 0.25), q, k, v, seen.first, seen.last)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs one program out of many, which only the interpreter can")
@@ -240,15 +240,15 @@ def test_beyond_two_to_the_31_elements():
     with programs_from(T // 32):
         keys_kernel[(1, 1, 1)](q, k, v, do, lse, delta, first, last, None, spans, dk, dv, *strides, 0, 1, T, T, *numbers, scale, **options)
     near = [x[:, :, -few:].float().requires_grad_() for x in (q, k, v)]
-    right = definition(*near, sight(*causal(few)), scale)
+    right = definition(*near, mask_of(*causal(few)), scale)
     for mine, wanted in zip((o, dq, dk, dv), (right, *torch.autograd.grad(right, near, do[:, :, -few:].float()))):
         torch.testing.assert_close(mine[:, :, -few:].float(), wanted.detach(), rtol=4e-3, atol=4e-3)
 
 
-@pytest.mark.parametrize("name", SIGHTS)
+@pytest.mark.parametrize("name", MASKS)
 def test_spans(name):
     """from, to, a, b of each tile of keys, against their definition."""
-    first, last = (x.int().contiguous() for x in SIGHTS[name])
+    first, last = (x.int().contiguous() for x in MASKS[name])
     S, KEYS = 67, 16
     spans = torch.full((len(first), 5, 4), -7, dtype=torch.int32)
     spans_kernel[(5, len(first))](first, last, spans, 67, S, KEYS, AT_ONCE=32)
@@ -263,13 +263,13 @@ def test_spans(name):
 
 
 def refused(q=(1, 2, 4, 16), k=(1, 1, 4, 16), v=None, dtype=torch.float32, scale=1.0, softcap=None, seen=None):
-    seen = seen or sight(torch.zeros(q[0], q[2]), torch.zeros(q[0], q[2]))
+    seen = seen or mask_of(torch.zeros(q[0], q[2]), torch.zeros(q[0], q[2]))
     return kernels.attend.refuses(torch.zeros(q, dtype=dtype), torch.zeros(k, dtype=dtype), torch.zeros(v or k, dtype=dtype), seen, scale, softcap)
 
 
 @pytest.mark.parametrize("arguments, reason", [
     (dict(), None),
-    (dict(seen=Sight(None, None)), "what a query sees is not one run of keys"),
+    (dict(seen=AttentionMask(None, None)), "what a query sees is not one run of keys"),
     (dict(k=(1, 1, 4, 8)), "K a divisor of H"),
     (dict(q=(1, 3, 4, 16), k=(1, 2, 4, 16)), "K a divisor of H"),
     (dict(v=(1, 1, 5, 16)), "K a divisor of H"),
@@ -278,9 +278,9 @@ def refused(q=(1, 2, 4, 16), k=(1, 1, 4, 16), v=None, dtype=torch.float32, scale
     (dict(dtype=torch.float64), "float64, supported are"),
     (dict(scale=-1.0), "must be positive"),
     (dict(softcap=0.0), "must be positive"),
-    (dict(seen=Sight(torch.zeros(1, 4).long(), torch.zeros(1, 4).int())), "sight.first is int64"),
-    (dict(seen=sight(torch.zeros(1, 4), torch.zeros(1, 5))), "sight.last is int32 (1, 5), expected int32 (1, 4)"),
-    (dict(seen=sight(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(3))), "sight.slopes is float32 (3,), expected float32 (2,), one"),
+    (dict(seen=AttentionMask(torch.zeros(1, 4).long(), torch.zeros(1, 4).int())), "mask.first is int64"),
+    (dict(seen=mask_of(torch.zeros(1, 4), torch.zeros(1, 5))), "mask.last is int32 (1, 5), expected int32 (1, 4)"),
+    (dict(seen=mask_of(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(3))), "mask.slopes is float32 (3,), expected float32 (2,), one"),
 ])
 def test_refusals(arguments, reason):
     said = refused(**arguments)
@@ -288,10 +288,10 @@ def test_refusals(arguments, reason):
 
 
 def test_more_refusals():
-    q, k, seen = torch.zeros(2, 2, 4, 16), torch.zeros(2, 1, 4, 16), sight(torch.zeros(1, 4), torch.zeros(2, 4))
-    assert "sight.first has shape (1, 4), sight.last (2, 4)" in kernels.attend.refuses(q, k, k, seen, 1.0)
+    q, k, seen = torch.zeros(2, 2, 4, 16), torch.zeros(2, 1, 4, 16), mask_of(torch.zeros(1, 4), torch.zeros(2, 4))
+    assert "mask.first has shape (1, 4), mask_of.last (2, 4)" in kernels.attend.refuses(q, k, k, seen, 1.0)
     assert "those of k are 2 apart" in kernels.attend.refuses(q, torch.zeros(2, 1, 4, 32)[..., ::2], k, seen, 1.0)
     assert "one dtype" in kernels.attend.refuses(q, k, k.half(), seen, 1.0)
     assert "65535 rows" in kernels.attend.refuses(q[:1].expand(70000, -1, -1, -1), k[:1].expand(70000, -1, -1, -1), k[:1].expand(70000, -1, -1, -1), seen, 1.0)
     with pytest.raises(ValueError, match="kernels.attend: k is on meta"):
-        kernels.attend(q, k.to("meta"), k, sight(torch.zeros(1, 4), torch.zeros(1, 4)), 1.0)
+        kernels.attend(q, k.to("meta"), k, mask_of(torch.zeros(1, 4), torch.zeros(1, 4)), 1.0)

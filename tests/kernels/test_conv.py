@@ -1,11 +1,11 @@
-"""The short causal convolution against nanollm/mamba.py."""
+"""The short causal convolution against nanollm/layers/mamba.py."""
 
 import pytest
 import torch
 
 import kernels
 from kernels.conv import backward_kernel, conv_backward_op, conv_op, forward_kernel
-from nanollm import mamba
+from nanollm.layers import mamba
 from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, programs_from
 
 

@@ -1,4 +1,4 @@
-"""The head and its loss against nanollm/losses.py."""
+"""The head and its loss against nanollm/training/losses.py."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kernels
 from kernels import cross_entropy
 from kernels.cross_entropy import linear_cross_entropy_backward_op, linear_cross_entropy_op, row_kernel
-from nanollm import losses
+from nanollm.training import losses
 from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, poisoned, programs_from
 
 

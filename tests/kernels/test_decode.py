@@ -12,7 +12,7 @@ from kernels import common, decode
 from kernels.attention import attention_op
 from kernels.decode import decode_kernel, decode_op, merge_kernel
 from tests.kernels.checks import DTYPES, INTERPRETED, agree, far, programs_from
-from tests.kernels.test_attention import Sight, causal, definition, sight
+from tests.kernels.test_attention import AttentionMask, causal, definition, mask_of
 
 
 def real_launches():
@@ -20,9 +20,9 @@ def real_launches():
     for dtype, d, softcap, slopes in ((torch.bfloat16, 64, None, torch.empty(32)), (torch.bfloat16, 128, None, None), (torch.bfloat16, 256, 50.0, None),
                                       (torch.float32, 256, None, None)):
         q, k = torch.empty(1, 32, 1, d, dtype=dtype), torch.empty(1, 8, 4096, d, dtype=dtype)
-        kernels.attend(q, k, k, sight(torch.zeros(1, 1), torch.zeros(1, 1), slopes), d**-0.5, softcap)
+        kernels.attend(q, k, k, mask_of(torch.zeros(1, 1), torch.zeros(1, 1), slopes), d**-0.5, softcap)
     q, k = torch.empty(128, 32, 1, 128, dtype=torch.bfloat16), torch.empty(128, 8, 16, 128, dtype=torch.bfloat16)
-    kernels.attend(q, k, k, sight(torch.zeros(128, 1), torch.zeros(128, 1)), 0.1)
+    kernels.attend(q, k, k, mask_of(torch.zeros(128, 1), torch.zeros(128, 1)), 0.1)
 
 
 @pytest.fixture(autouse=True)
@@ -46,32 +46,32 @@ def check(B, H, K, T, S, d, dtype, seen, softcap=None):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("S", [1, 31, 32, 33, 67, 150])
 def test_lengths(S, dtype):
-    check(2, 4, 2, 1, S, 32, dtype, sight(*causal(1, S)))
+    check(2, 4, 2, 1, S, 32, dtype, mask_of(*causal(1, S)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("H, K, d", [(1, 1, 64), (4, 1, 80), (8, 1, 128), (2, 2, 256), (20, 1, 16)])
 def test_head_widths_and_groups(H, K, d, dtype):
     """20 heads to a key head are two tiles of rows."""
-    check(1, H, K, 1, 40, d, dtype, sight(*causal(1, 40)))
+    check(1, H, K, 1, 40, d, dtype, mask_of(*causal(1, 40)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap, slopes", [(None, True), (2.0, False), (2.0, True)])
 def test_soft_cap_and_alibi(softcap, slopes, dtype):
-    check(2, 4, 2, 1, 67, 32, dtype, sight(*causal(1, 67), torch.rand(4) if slopes else None), softcap)
+    check(2, 4, 2, 1, 67, 32, dtype, mask_of(*causal(1, 67), torch.rand(4) if slopes else None), softcap)
 
 
 @pytest.mark.parametrize("first, last", [([0, 0, 0], [99, 0, 32]), ([80, 99, 5], [99, 99, 40]), ([0, 0, 50], [-1, 40, 49])], ids=["ragged", "window", "nothing"])
 def test_rows_of_their_own(first, last):
     """Rows of which some have slices without a key, or no key at all."""
-    check(3, 4, 2, 1, 100, 32, torch.float32, sight(torch.tensor(first)[:, None], torch.tensor(last)[:, None]))
+    check(3, 4, 2, 1, 100, 32, torch.float32, mask_of(torch.tensor(first)[:, None], torch.tensor(last)[:, None]))
 
 
 @pytest.mark.parametrize("T, window", [(3, None), (3, 2), (8, None)])
 def test_a_few_queries(T, window):
     """T · G ≤ 16 are rows of one tile too."""
-    check(2, 4, 2, T, 70, 32, torch.float32, sight(*causal(T, 70, window), torch.rand(4)))
+    check(2, 4, 2, T, 70, 32, torch.float32, mask_of(*causal(T, 70, window), torch.rand(4)))
 
 
 def launched(monkeypatch):
@@ -84,10 +84,10 @@ def launched(monkeypatch):
 
 
 def test_which_operation_runs(monkeypatch):
-    names, seen = launched(monkeypatch), sight(*causal(1, 20))
+    names, seen = launched(monkeypatch), mask_of(*causal(1, 20))
     q, k = torch.randn(1, 40, 1, 16), torch.randn(1, 1, 20, 16)
     kernels.attend(q, k, k, seen, 0.25)
-    kernels.attend(q[:, :2].expand(-1, -1, 9, -1), k, k, sight(*causal(9, 20)), 0.25)
+    kernels.attend(q[:, :2].expand(-1, -1, 9, -1), k, k, mask_of(*causal(9, 20)), 0.25)
     kernels.attend(q.requires_grad_(), k, k, seen, 0.25)
     with torch.no_grad():
         kernels.attend(q, k, k, seen, 0.25)
@@ -97,7 +97,7 @@ def test_which_operation_runs(monkeypatch):
 def test_decode_is_flash_and_any_number_of_slices_is_one(monkeypatch):
     """40 slices of 700 keys are 22 that hold some, more than the merge takes in at a time, and 18 that are empty."""
     q, k, v = torch.randn(2, 2, 1, 32), torch.randn(2, 1, 700, 32), torch.randn(2, 1, 700, 32)
-    seen = sight(torch.tensor([[0], [7]]), torch.tensor([[699], [100]]))
+    seen = mask_of(torch.tensor([[0], [7]]), torch.tensor([[699], [100]]))
     k[:, :, -1] = 2 * q[:, ::2, 0]                              # the largest score comes last: what was merged before it must shrink
     flash, _ = attention_op(q, k, v, seen.first, seen.last, None, 0.2, None)
     for count in (1, 2, 3, 10, 40):
@@ -107,7 +107,7 @@ def test_decode_is_flash_and_any_number_of_slices_is_one(monkeypatch):
 
 def test_what_lies_outside_is_never_read():
     q, k, v = torch.randn(1, 2, 1, 32), torch.randn(1, 1, 130, 32), torch.randn(1, 1, 130, 32)
-    seen = sight(torch.tensor([[40]]), torch.tensor([[90]]))
+    seen = mask_of(torch.tensor([[40]]), torch.tensor([[90]]))
     before = kernels.attend(q, k, v, seen, 0.2)
     for x in (k, v):
         x[:, :, :40], x[:, :, 91:] = torch.nan, torch.nan
@@ -116,7 +116,7 @@ def test_what_lies_outside_is_never_read():
 
 def test_scores_of_any_size():
     q, k, v = torch.full((1, 1, 1, 16), 1000.0), torch.randn(1, 1, 100, 16) * 1000, torch.randn(1, 1, 100, 16)
-    seen = sight(*causal(1, 100))
+    seen = mask_of(*causal(1, 100))
     torch.testing.assert_close(kernels.attend(q, k, v, seen, 1.0), definition(q, k, v, seen, 1.0))
 
 
@@ -128,13 +128,13 @@ def test_how_many_slices(monkeypatch):
 
 
 def test_as_torch_sees_it():
-    q, k, v, seen = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16), sight(*causal(1, 40), torch.rand(4))
+    q, k, v, seen = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16), mask_of(*causal(1, 40), torch.rand(4))
     torch.library.opcheck(decode_op, (q, k, v, seen.first, seen.last, None, 0.25, None))
     torch.library.opcheck(decode_op, (q, k, v, seen.first, seen.last, seen.slopes, 0.25, 2.0))
-    compiled = torch.compile(lambda q, k, v, first, last: kernels.attend(q, k, v, Sight(first, last), 0.25), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda q, k, v, first, last: kernels.attend(q, k, v, AttentionMask(first, last), 0.25), fullgraph=True, backend="aot_eager")
     ours = kernels.attend(q, k, v, seen, 0.25)
     assert not ours.requires_grad
-    assert torch.equal(compiled(q, k, v, seen.first, seen.last), kernels.attend(q, k, v, Sight(seen.first, seen.last), 0.25))
+    assert torch.equal(compiled(q, k, v, seen.first, seen.last), kernels.attend(q, k, v, AttentionMask(seen.first, seen.last), 0.25))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs one program out of many, which only the interpreter can")
@@ -144,9 +144,9 @@ def test_beyond_two_to_the_31_elements():
     k, v, q = far((1, 1, S, d)), far((1, 1, S, d)), torch.randn(1, 1, 1, d).half()
     k[:, :, -few:], v[:, :, -few:] = torch.randn(2, few, d).half().unbind()
     o = torch.full((1, 1, 1, d), torch.nan)
-    seen = sight(torch.tensor([[S - few]]), torch.tensor([[S - 1]]))
+    seen = mask_of(torch.tensor([[S - few]]), torch.tensor([[S - 1]]))
     decode_kernel[(1, 1, 1)](q, k, v, o, None, seen.first, seen.last, None, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 1, 1, 1, 0.3 * 1.4426950408889634, 0.0, SOFTCAP=False, ALIBI=False, ROWS=16, KEYS=32, **options)
-    right = definition(q.float(), k[:, :, -few:].float(), v[:, :, -few:].float(), sight(*causal(1, few)), 0.3)
+    right = definition(q.float(), k[:, :, -few:].float(), v[:, :, -few:].float(), mask_of(*causal(1, few)), 0.3)
     torch.testing.assert_close(o, right, rtol=2e-3, atol=2e-3)
     rows = 2**27 + 1
     parts, lse, out = far((1, rows, d), torch.float32), far((1, rows), torch.float32), far((rows, d))
@@ -162,11 +162,11 @@ def test_a_growing_cache_compiles_once():
 import torch, kernels
 from kernels.decode import decode_kernel, merge_kernel
 from tests.kernels.compiling import compile_only
-from tests.kernels.test_attention import sight
+from tests.kernels.test_attention import mask_of
 with compile_only("sm_90"):
     cache = torch.empty(2, 8, 5001, 128, dtype=torch.bfloat16)
     for S in (1, 16, 17, 32, 129, 4096, 5000):
-        kernels.attend(torch.empty(2, 32, 1, 128, dtype=torch.bfloat16), cache[:, :, :S], cache[:, :, :S], sight(torch.zeros(2, 1), torch.zeros(2, 1)), 0.1)
+        kernels.attend(torch.empty(2, 32, 1, 128, dtype=torch.bfloat16), cache[:, :, :S], cache[:, :, :S], mask_of(torch.zeros(2, 1), torch.zeros(2, 1)), 0.1)
 print(*(len(kernel.device_caches[90][0]) for kernel in (decode_kernel, merge_kernel)))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

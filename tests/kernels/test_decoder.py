@@ -15,10 +15,10 @@ import kernels
 from nanollm import ops
 from nanollm.cache import Cache
 from nanollm.config import MLP, Alibi, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
-from nanollm.generation import generate, generate_batch
-from nanollm.losses import token_loss
+from nanollm.inference.generation import generate, generate_batch
 from nanollm.model import Decoder
 from nanollm.presets import transformer
+from nanollm.training.losses import token_loss
 from tests.kernels.checks import DEVICE, INTERPRETED
 from tests.tok_folders import byte_bpe, write
 
@@ -146,7 +146,7 @@ def test_a_layer_compiles_whole_with_its_kernels(name, monkeypatch):
 
 def test_recomputed_layers_keep_what_attention_gave(ran, monkeypatch):
     import kernels.attention
-    from nanollm.distributed import recomputed
+    from nanollm.training.distributed import recomputed
 
     launched = []
 

@@ -1,4 +1,4 @@
-"""The kernels of state-space duality against nanollm/ssd.py."""
+"""The kernels of state-space duality against nanollm/layers/ssd.py."""
 
 import contextlib
 import itertools
@@ -9,10 +9,9 @@ import triton.language as tl
 from torch.nn import functional as F
 
 from kernels.common import tuned
-from kernels.duality import gradient_kernel, output_kernel
+from kernels.duality import gradient_kernel, output_kernel, ssd_backward_op, ssd_op, walk_kernel
 from kernels.duality import ssd as kernel
-from kernels.duality import ssd_backward_op, ssd_op, walk_kernel
-from nanollm.ssd import ssd, ssd_sequential
+from nanollm.layers.ssd import ssd, ssd_sequential
 from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, in_float64, programs_from, run
 
 

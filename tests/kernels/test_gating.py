@@ -1,4 +1,4 @@
-"""The gate of SwiGLU and GeGLU against nanollm/mlp.py, and the activation functions by themselves."""
+"""The gate of SwiGLU and GeGLU against nanollm/layers/mlp.py, and the activation functions by themselves."""
 
 import pytest
 import torch
@@ -6,11 +6,9 @@ import triton
 import triton.language as tl
 
 import kernels
-
-
 from kernels.activation import ACTIVATIONS, activated, slope
 from kernels.gating import backward_kernel, forward_kernel, gated_backward_op, gated_op
-from nanollm import mlp
+from nanollm.layers import mlp
 from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, programs_from
 
 

@@ -1,4 +1,4 @@
-"""Mixture-of-experts kernels against nanollm/moe.py."""
+"""Mixture-of-experts kernels against nanollm/layers/moe.py."""
 
 import re
 
@@ -9,8 +9,8 @@ from torch.nn import functional
 import kernels
 from kernels.grouped import back_kernel, combine_kernel, gates_backward_kernel, outer_kernel, up_kernel
 from kernels.moe import by_expert, expert_mlp_backward_op, expert_mlp_op, tile_table
-from nanollm import moe
 from nanollm.config import MLP, MoE
+from nanollm.layers import moe
 from nanollm.ops import using
 from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, programs_from
 
@@ -148,7 +148,7 @@ def test_as_torch_sees_them():
 def test_beyond_two_to_the_31_elements():
     """The last rows of the last expert: in each of the tensors they lie beyond 2³¹. One tile, and a list of tiles that says so."""
     N, E, R, D, F = 2**19 + 3, 2**15 + 1, 2**27 + 8, 4096, 16
-    rows, last = range(R - 2, R), E - 1
+    last = E - 1
     order, bounds = torch.empty(R, dtype=torch.int64), torch.empty(E + 1, dtype=torch.int32)
     order[-2:], bounds[-2], bounds[-1] = torch.tensor([N - 1, N - 2]), R - 2, R
     table, token = torch.tensor([[last], [R - 2]], dtype=torch.int32), [N - 1, N - 2]

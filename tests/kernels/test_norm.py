@@ -1,11 +1,11 @@
-"""RMSNorm and LayerNorm kernels against nanollm/norm.py."""
+"""RMSNorm and LayerNorm kernels against nanollm/layers/norm.py."""
 
 import pytest
 import torch
 
 import kernels
 from kernels.norm import backward_kernel, forward_kernel, norm_backward_op, norm_op
-from nanollm import norm
+from nanollm.layers import norm
 from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, programs_from
 
 

@@ -13,7 +13,7 @@ import kernels
 from kernels import common
 from nanollm import ops
 from nanollm.errors import InputError
-from nanollm.norm import rms_norm
+from nanollm.layers.norm import rms_norm
 
 ROOT = Path(__file__).parent.parent.parent
 X, GAIN = torch.randn(2, 8), torch.ones(8)
@@ -96,7 +96,7 @@ def test_using_refuses_other_words():
 
 def test_a_foreign_package_named_kernels_is_reported(tmp_path):
     (tmp_path / "kernels.py").write_text("")
-    code = "import torch\nfrom nanollm import ops\nfrom nanollm.norm import rms_norm\nwith ops.using('triton'): rms_norm(torch.ones(1, 8), torch.ones(8), 1e-5)"
+    code = "import torch\nfrom nanollm import ops\nfrom nanollm.layers.norm import rms_norm\nwith ops.using('triton'): rms_norm(torch.ones(1, 8), torch.ones(8), 1e-5)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""}, capture_output=True, text=True)
     assert "is another package named kernels, which hides nanollm's" in done.stderr
 

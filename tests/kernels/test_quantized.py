@@ -1,11 +1,11 @@
-"""The quantised product against nanollm/quantize.py."""
+"""The quantised product against nanollm/inference/quantize.py."""
 
 import pytest
 import torch
 
 import kernels
 from kernels.quantized import quantized_linear_op, row_kernel, rows_kernel, sum_kernel
-from nanollm.quantize import pack, quantize_weight, quantized_linear
+from nanollm.inference.quantize import pack, quantize_weight, quantized_linear
 from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, between_nans, far, poisoned, programs_from
 
 

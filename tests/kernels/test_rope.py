@@ -1,12 +1,12 @@
-"""The rotation kernel against nanollm/rope.py, and against what a rotation is."""
+"""The rotation kernel against nanollm/layers/rope.py, and against what a rotation is."""
 
 import pytest
 import torch
 
 import kernels
 from kernels.rope import rotate_kernel, rotate_op
-from nanollm import rope
 from nanollm.config import Rope
+from nanollm.layers import rope
 from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, programs_from
 
 LAYOUTS = ("half", "interleaved")
@@ -155,7 +155,7 @@ def test_as_torch_sees_it():
 @pytest.mark.parametrize("axis", ["token", "head", "batch", "table"])
 def test_beyond_two_to_the_31_elements(axis, layout):
     """x has one index that is large: the last program is run, on a row at an offset of more than 2³¹."""
-    d, last, near = 64, 2**26 + 4, 0
+    d, last = 64, 2**26 + 4
     shape = {"token": (1, 1, last, d), "head": (1, last, 1, d), "batch": (last, 1, 1, d), "table": (1, 1, last, d)}[axis]
     x, y, table = far(shape), far(shape), far((last, d))
     strides = [0, 0, 0] if axis == "table" else x.stride()[:3]

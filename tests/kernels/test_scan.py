@@ -1,4 +1,4 @@
-"""The selective scan against nanollm/scan.py."""
+"""The selective scan against nanollm/layers/scan.py."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 import kernels
 from kernels.scan import forward_kernel, scan_backward_op, scan_op
 from kernels.scan_backward import backward_kernel
-from nanollm import scan
+from nanollm.layers import scan
 from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, programs_from
 
 WHOLE_BLOCK = 64                            # channels of a program at N ≤ 16

@@ -1,0 +1,309 @@
+"""What a GGUF says of a model: its keys as a config.json would have them, and the names of its tensors. The file itself: ../gguf.py
+
+    architecture    model_type         RoPE turns    besides Llama's tensors
+    llama           llama, mistral     neighbours    rope_freqs: the divisors of "llama3", instead of its formula
+    qwen2           qwen2              halves        –
+    qwen3           qwen3              halves        norms of heads
+    gemma           gemma              halves        –                              every norm's gain is stored with 1 added
+    gemma2          gemma2             halves        norms after both parts         likewise
+    gemma3          gemma3_text        halves        both                           likewise
+    phi2            phi                halves        –
+    phi3            phi3               halves        fused matrices; rope_factors_long and _short: LongRoPE's lists
+
+Rows of q and k of a `llama` are stored in the order in which Meta has them (layouts/original.py), whoever trained it; they are read as they
+lie. Numbers are float32 there: 1e-05 is what it was before it was rounded.
+
+What is not in the file is taken as llama.cpp takes it:
+- the scale of Gemma's scores is 1/√d, but 1/√(D/H) for the 27B models, which are known by their layers (46 and 62). No other is written;
+- a missing rope.freq_base is 10000, and so is that of Gemma 3's sliding layers;
+- converters do not write a window for Mistral 7B v0.1 or for a Qwen2 or 3 that slides: such a model is read as one that looks back without end;
+- nor do they write that the ends of YaRN's ramp are not rounded.
+
+Keys of the architecture that are not read here are refused. Those in other namespaces (general, tokenizer, quantize, split, and what tools add)
+say nothing about the logits.
+
+Source: llama.cpp as llama-cpp-python 0.3.36 carries it: conversion/ of each model, src/llama-model.cpp, gguf-py/gguf/tensor_mapping.py.
+Shapes: V vocabulary, D model width, H query heads, d head width, r of its channels that turn.
+"""
+
+import math
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.families.gemma import FULL, SLIDING
+from checkpoints.layouts.original import SCALED
+from checkpoints.names.ops import Blocks
+from checkpoints.names.reader import Reader
+from checkpoints.names.table import Table, override, rule
+from checkpoints.storage import gguf
+from checkpoints.storage.files import Stored
+from checkpoints.storage.gguf import shortest
+from nanollm.config import Llama3, Rope
+from nanollm.errors import CheckpointError, ConfigError
+from nanollm.layers.rope import frequencies
+
+NAMES = override(
+    {},
+    rule("token_embd", "embed"),
+    rule("blk.{i}.attn_norm", "layers.{i}.pre_mixer"),
+    *(rule(f"blk.{{i}}.attn_{part}", f"layers.{{i}}.mixer.{part}") for part in "qkv"),
+    rule("blk.{i}.attn_output", "layers.{i}.mixer.o"),
+    rule("blk.{i}.ffn_norm", "layers.{i}.pre_ffn"),
+    *(rule(f"blk.{{i}}.ffn_{part}", f"layers.{{i}}.ffn.{part}") for part in ("gate", "up", "down")),
+    rule("output_norm", "norm"),
+    rule("output", "head"),
+)
+HEAD_NORMS = tuple(rule(f"blk.{{i}}.attn_{part}_norm", f"layers.{{i}}.mixer.{part}_norm") for part in "qk")
+GEMMA2_NAMES = override(
+    NAMES,
+    rule("blk.{i}.post_attention_norm", "layers.{i}.post_mixer"),
+    rule("blk.{i}.post_ffw_norm", "layers.{i}.post_ffn"),
+)
+PHI3_NAMES = override(
+    NAMES,
+    rule("blk.{i}.attn_qkv", ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
+    rule("blk.{i}.ffn_up", ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"], Blocks),
+)
+RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
+FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
+# of training, of how text is embedded, and of a layout that has been the only one since 2023
+SAY_NOTHING = frozenset({"rope.scaling.finetuned", "pooling_type", "tensor_data_layout"})
+Values = dict[str, Any]
+Tensors = Mapping[str, Stored]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How a GGUF of this general.architecture is read."""
+    families: tuple[str, ...]                    # model_types that share it; the first unless another is asked for
+    names: Table
+    more: Callable[[Reader, Values, int, Tensors], Values]       # the keys of config.json beside those that all have
+    vectors: frozenset[str] = frozenset()        # stored beside the weights, and read with the keys
+    pairs: bool = False                          # RoPE turns neighbours
+    norms_plus: float = 0.0                      # added to the gains of norms
+
+
+def read(path: Path, family: str | None, ignore: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Stored], Table, bool, frozenset[str]]:
+    """What a config.json would say, the tensors, their names, whether RoPE turns neighbours, and which tensors are no weights.
+
+    `family` is the model_type, where an architecture has several; `ignore` are keys to pass over. Raises ConfigError or CheckpointError; no weight was read then."""
+    gguf.package(path)
+    metadata, entries, data = gguf.read_header(path)
+    kind = metadata.get("general.architecture")
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
+        raise ConfigError(f"{path}: general.architecture is {reprlib.repr(kind)}; supported are {', '.join(ARCHITECTURES)}")
+    if metadata.get("general.type", "model") != "model":
+        raise ConfigError(f"{path}: general.type is {reprlib.repr(metadata['general.type'])}; expected a model")
+    if metadata.get("split.count", 0) not in (0, 1):
+        raise CheckpointError(f"{path}: one of {reprlib.repr(metadata['split.count'])} files of a model; put them together first: "
+                              f"llama-gguf-split --merge {path.name} whole.gguf")
+    architecture = ARCHITECTURES[kind]
+    stored = gguf.places(path, entries, data, metadata.get("general.alignment", 32), architecture.norms_plus)
+    values = read_metadata(metadata, kind, family, stored, str(path), ignore)
+    return values, stored, architecture.names, architecture.pairs, architecture.vectors
+
+
+def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tensors, where: str, ignore: Collection[str] = ()) -> Values:
+    """What a config.json of Hugging Face's would say. Raises ConfigError or CheckpointError."""
+    architecture = ARCHITECTURES[kind]
+    if family not in (None, *architecture.families):
+        raise ConfigError(f"{where}: --family {family}: architecture {kind} is read as {' or '.join(architecture.families)}")
+    own = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
+    r = Reader(own, where, ignore, min(len(stored), 10_000), f"{kind}.")
+    if "token_embd.weight" not in stored:
+        raise CheckpointError(f"{where}: no tensor token_embd.weight")
+    dim, heads = r.size("embedding_length"), r.size("attention.head_count")
+    head_dim = r.size("attention.key_length", None)
+    if head_dim is None and dim % heads:
+        raise r.error("attention.head_count", f"a divisor of embedding_length ({dim}) where there is no attention.key_length")
+    d = head_dim or dim // heads
+    values = {
+        "model_type": family or architecture.families[0],
+        "vocab_size": r.must("vocab_size", stored["token_embd.weight"].shape[0]),
+        "hidden_size": dim,
+        "intermediate_size": r.size("feed_forward_length"),
+        "num_hidden_layers": r.count("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": r.size("attention.head_count_kv", heads),
+        "max_position_embeddings": r.size("context_length"),
+        "tie_word_embeddings": "output.weight" not in stored,
+    }
+    r.must("attention.value_length", d)
+    r.must("attention.causal", True)
+    values |= architecture.more(r, values, d, stored)
+    r.close(SAY_NOTHING)
+    return values
+
+
+# ---- parts
+
+def part_that_turns(r: Reader, d: int) -> float:
+    """partial_rotary_factor, of which int(d · factor) is the number of channels."""
+    turned = r.size("rope.dimension_count", d, most=d)
+    factor = turned / d
+    return factor if int(d * factor) == turned else math.nextafter(factor, 1)            # 44 · (30 / 44) is 29.999…
+
+
+def whole_heads(r: Reader, d: int) -> Values:
+    """head_dim, where all channels of a head turn."""
+    r.must("rope.dimension_count", d)
+    return {"head_dim": d}
+
+
+def window(r: Reader) -> int | None:
+    """0 is how the format says that there is none."""
+    return None if r.get("attention.sliding_window", 0) == 0 else r.size("attention.sliding_window")
+
+
+def no_window(r: Reader, instead: str = "") -> None:
+    if window(r) is not None:
+        raise r.error("attention.sliding_window", f"0, or no such key{instead}")
+
+
+def theta(r: Reader) -> float:
+    return r.number("rope.freq_base", 10_000.0, above=1)
+
+
+def scaling(r: Reader, values: Values, *kinds: str) -> Values | None:
+    """rope_scaling. A factor alone means linear, and none, 0 or 1 no scaling."""
+    kind = r.must("rope.scaling.type", "linear", "none", *kinds)
+    original = r.size("rope.scaling.original_context_length", values["max_position_embeddings"])
+    if r.get("rope.scaling.factor", 0) in (0, 1) or kind == "none":
+        return None
+    stretched = {"rope_type": kind, "factor": r.number("rope.scaling.factor")}
+    if kind == "yarn":
+        r.must("rope.scaling.yarn_ext_factor", 1.0)
+        told = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
+        stretched |= {key: r.number(f"rope.scaling.{name}") for key, name in told.items() if f"rope.scaling.{name}" in r.values}
+        stretched["original_max_position_embeddings"] = original
+    return stretched
+
+
+def numbers(r: Reader, name: str, stored: Tensors, count: int) -> list[float]:
+    """A stored vector of so many divisors."""
+    if stored[name].shape != (count,):
+        raise CheckpointError(f"{r.where}: {name} is {stored[name].shape}; expected {(count,)}, a divisor for each pair of channels")
+    found = torch.empty(count)
+    stored[name].read_run(0, found)
+    if not (found.isfinite() & (found > 0)).all():
+        raise CheckpointError(f"{r.where}: {name} has a divisor that is no finite number above 0")
+    return list(map(shortest, found.tolist()))
+
+
+def llama3(r: Reader, d: int, stored: Tensors) -> Values:
+    """The formula whose divisors are stored: that of Llama 3.1, with a factor that is the largest of them. With another one no config says it."""
+    divisors = torch.tensor(numbers(r, FREQS, stored, -(-d // 2)))
+    formula = {"rope_type": "llama3", "factor": divisors.max().item(), **SCALED}
+    stretch = Llama3(formula["factor"], SCALED["original_max_position_embeddings"], SCALED["low_freq_factor"], SCALED["high_freq_factor"])
+    plain, stretched = (frequencies(Rope(theta(r), scaling=one), d, torch.zeros(1, 1)) for one in (None, stretch))
+    if not torch.allclose(plain / stretched, divisors, rtol=1e-5, atol=0):
+        raise CheckpointError(f"{r.where}: {FREQS} has divisors other than Llama 3.1's formula gives with a factor of {formula['factor']:g}; "
+                              f"expected those (original context 8192, factors 1 and 4)")
+    return formula
+
+
+def biases(stored: Tensors) -> bool:
+    return "blk.0.attn_q.bias" in stored
+
+
+def sliding(r: Reader, values: Values, period: int, default: int) -> Values:
+    """Which layers slide: of Gemma 2 and 3 all but every `period`-th, unless the file says otherwise."""
+    size, count = window(r) if "attention.sliding_window" in r.values else default, values["num_hidden_layers"]
+    pattern = r.get("attention.sliding_window_pattern", period)
+    if type(pattern) is int and 0 < pattern <= count + period:
+        pattern = [(i + 1) % pattern > 0 for i in range(count)]
+    if not isinstance(pattern, list) or len(pattern) != count or not all(type(one) is bool for one in pattern):
+        raise r.error("attention.sliding_window_pattern", f"a period, or {count} times true or false")
+    return {"sliding_window": size or 4096, "layer_types": [SLIDING if size and slides else FULL for slides in pattern]}
+
+
+def scalar(values: Values, d: int, layers_of_27b: int) -> int:
+    """query_pre_attn_scalar."""
+    return values["hidden_size"] // values["num_attention_heads"] if values["num_hidden_layers"] == layers_of_27b else d
+
+
+# ---- architectures
+
+def llama(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """Also what is Llama under another name, and Mistral."""
+    r.must("expert_count", 0)
+    r.must("expert_used_count", 0)
+    rope = scaling(r, values, "yarn")
+    if FREQS in stored:
+        if rope is not None:
+            raise r.error("rope.scaling.factor", f"no other scaling beside {FREQS}")
+        rope = llama3(r, d, stored)
+    more = whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": rope}
+    if values["model_type"] == "mistral":
+        return more | {"sliding_window": window(r)}
+    no_window(r, ", or --family mistral")
+    return more | {"attention_bias": biases(stored), "mlp_bias": "blk.0.ffn_gate.bias" in stored}
+
+
+def qwen2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """Biases on q, k and v are the family's, and no key says so."""
+    no_window(r)
+    return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": scaling(r, values, "yarn")}
+
+
+def qwen3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    return qwen2(r, values, d, stored) | {"attention_bias": biases(stored)}
+
+
+def gemma(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": scaling(r, values),
+                                "attention_bias": biases(stored)}
+
+
+def gemma2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """Caps that are missing are 50 and 30."""
+    caps = {key: r.number(key) for key in ("attn_logit_softcapping", "final_logit_softcapping") if key in r.values}
+    return gemma(r, values, d, stored) | sliding(r, values, 2, 4096) | caps | {"query_pre_attn_scalar": scalar(values, d, 46)}
+
+
+def gemma3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """rope_scaling is that of the full layers."""
+    return gemma(r, values, d, stored) | sliding(r, values, 6, 0) | {
+        "rope_local_base_freq": r.number("rope.freq_base_swa", 10_000.0, above=1),
+        "final_logit_softcapping": r.number("final_logit_softcapping", None),
+        "query_pre_attn_scalar": scalar(values, d, 62),
+    }
+
+
+def phi2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """LayerNorms, and a part of each head that turns."""
+    if d * values["num_attention_heads"] != values["hidden_size"]:
+        raise r.error("attention.key_length", f"embedding_length / attention.head_count ({values['hidden_size']} / {values['num_attention_heads']})")
+    return {"layer_norm_eps": r.number(LAYER), "rope_theta": theta(r), "rope_scaling": scaling(r, values),
+            "partial_rotary_factor": part_that_turns(r, d)}
+
+
+def phi3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """LongRoPE where its lists are stored; how far the context was stretched is a factor on cos and sin, which then has to be there."""
+    part, rope = part_that_turns(r, d), None
+    r.must("rope.scaling.type", "longrope", "none")
+    if LONG in stored or SHORT in stored:
+        if missing := {LONG, SHORT} - set(stored):
+            raise CheckpointError(f"{r.where}: no tensor {missing.pop()} beside the other list of LongRoPE's")
+        long, short = (numbers(r, name, stored, int(d * part) // 2) for name in (LONG, SHORT))
+        rope = {"rope_type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": r.number("rope.scaling.attn_factor")}
+    return {"head_dim": d, "rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": rope, "partial_rotary_factor": part,
+            "original_max_position_embeddings": r.size("rope.scaling.original_context_length", values["max_position_embeddings"]),
+            "sliding_window": window(r)}
+
+
+ARCHITECTURES = {
+    "llama": Architecture(("llama", "mistral"), NAMES, llama, frozenset({FREQS}), pairs=True),
+    "qwen2": Architecture(("qwen2",), NAMES, qwen2),
+    "qwen3": Architecture(("qwen3",), override(NAMES, *HEAD_NORMS), qwen3),
+    "gemma": Architecture(("gemma",), NAMES, gemma, norms_plus=1.0),
+    "gemma2": Architecture(("gemma2",), GEMMA2_NAMES, gemma2, norms_plus=1.0),
+    "gemma3": Architecture(("gemma3_text",), override(GEMMA2_NAMES, *HEAD_NORMS), gemma3, norms_plus=1.0),
+    "phi2": Architecture(("phi",), NAMES, phi2),
+    "phi3": Architecture(("phi3",), PHI3_NAMES, phi3, frozenset({LONG, SHORT})),
+}

@@ -1,0 +1,1 @@
+"""What is called what, both ways: tables of tensor names, arrangements of weights, keys of config.json."""

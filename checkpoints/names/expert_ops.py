@@ -1,0 +1,55 @@
+"""Arrangements of stacked experts: where a file holds the matrices of all experts of a layer in one tensor. One class each, as in ops.py.
+
+    GateUp         gate rows above up rows, in each expert          (E, 2F, D)      transformers in memory
+    Interleaved    a gate row, an up row, and so on, transposed     (E, D, 2F)      gpt-oss; its biases (E, 2F)
+    Turned         each expert's matrix transposed                  (E, F, D)       gpt-oss, down
+
+Shapes: E experts, F feed-forward width, D model width. Ours: gate and up (E, F, D), down (E, D, F).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from checkpoints.names.ops import Beside, Pieces, Shape
+from nanollm.config import Layer
+
+
+class GateUp:
+    """One stored tensor has gate above up."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        gate, up = ours
+        return [(len(gate), gate.shape[1] + up.shape[1], *gate.shape[2:])]
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield from ((0, part) for expert in zip(*ours) for part in expert)
+
+
+class Interleaved:
+    """One stored tensor has columns gate up gate up …; of biases the numbers."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        gate = ours[0]
+        return [(len(gate), *gate.shape[2:], 2 * gate.shape[1])]
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        for gate, up in zip(*ours):              # (F, D), of a bias (F,)
+            yield 0, Beside([part.T.unsqueeze(-1) if part.ndim == 2 else part.unsqueeze(-1) for part in (gate, up)])
+
+
+class Turned:
+    """One stored tensor, each expert's matrix transposed."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        experts, rows, columns = ours[0].shape
+        return [(experts, columns, rows)]
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield 0, ours[0].transpose(1, 2)

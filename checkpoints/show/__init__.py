@@ -1,0 +1,171 @@
+"""What a checkpoint is, as a person would draw it: its layers by kind, how each is wired, its matrices, and what it all takes.
+
+    python -m checkpoints.show FOLDER           a model folder of any layout, a config.json, params.json or *.gguf, owner/name on the hub, or the
+                                            name of a preset
+
+No weight is read, and nothing is worked out twice: shapes are those of the model on the meta device (one layer of each kind), bytes on
+disk those in the headers of the files, bytes of the cache those of `new_state` without memory, FLOPs those of flops.py. How the
+picture is drawn: show_drawing.py. In what the model differs from Llama: show_words.py.
+
+    parameters      active: all but the experts that a token is not sent to
+    cache           grows: what the next token adds, at this context. The rest does not grow: windows that are full, the states of scans,
+                    and one slot a layer where padding goes
+    FLOPs           2 a multiply-add, forward only. decode: of the last token of the context; prefill: of a prompt as long, divided by its tokens
+"""
+
+import json
+import textwrap
+from collections import Counter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from checkpoints.show.drawing import Kind, draw, kinds_of
+from checkpoints.show.words import different
+from nanollm import presets
+from nanollm.config import ModelConfig
+from nanollm.errors import ConfigError, InputError
+from nanollm.layers import MODULES
+from nanollm.training import flops as speed
+
+CONTEXT = 4096                                              # tokens that the costs are for, where nothing else is said
+UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, ""))
+
+
+class Costs(NamedTuple):
+    """What is said at the head of the file, in numbers; bytes are those of a single sequence."""
+    parameters: int
+    active: int
+    grows: int                                              # bytes that one more token adds to the cache
+    cache: int                                              # bytes of the whole cache
+    decode: float                                           # FLOPs
+    prefill: float
+
+
+def costs(config: ModelConfig, kinds: list[Kind], context: int, dtype: torch.dtype) -> Costs:
+    """dtype is that of the activations, which is what keys and values are kept in."""
+    around = sum(p.numel() for p in kinds[0].around.values())
+    parameters = around + sum(kind.count * sum(p.numel() for p in kind.parameters.values()) for kind in kinds)
+    idle = sum(kind.count * _idle(kind) for kind in kinds)
+    cache, longer = (sum(kind.count * _bytes(_state(kind, length, dtype)) for kind in kinds)
+                     for length in (context, context + 1))
+    return Costs(parameters, parameters - idle, longer - cache, cache, speed.decode_flops(config, context), speed.prefill_flops(config, context))
+
+
+def _idle(kind: Kind) -> int:
+    """Parameters of the experts that a token is not sent to."""
+    experts = sum(p.numel() for name, p in kind.parameters.items() if name.startswith("ffn.experts."))
+    return experts * (kind.layer.ffn.experts - kind.layer.ffn.top_k) // kind.layer.ffn.experts if experts else 0
+
+
+def _state(kind: Kind, length: int, dtype: torch.dtype) -> Any:
+    """What one layer remembers of a single sequence, without memory."""
+    mixer = kind.layer.mixer
+    return MODULES[type(mixer)].new_state(mixer, 1, length, dtype, torch.device("meta"))
+
+
+def _bytes(state: Any) -> int:
+    """Of all tensors in a state, and in the states in it."""
+    if isinstance(state, Tensor):
+        return state.nbytes
+    return sum(map(_bytes, state if isinstance(state, (list, tuple)) else getattr(state, "__dict__", {}).values()))
+
+
+def usual_context(config: ModelConfig) -> int:
+    return min(CONTEXT, config.positions or config.context or CONTEXT)
+
+
+def describe(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16, weights: str | None = None) -> str:
+    """The picture, at most 100 columns wide. `weights` says what is stored, where something is; else they are counted as dtype.
+
+    Raises InputError for more context than the model has positions, ConfigError for sizes beyond any memory."""
+    kinds, context, cost = _measured(config, context, dtype)
+    name = str(dtype).removeprefix("torch.")
+    active = f", of which {cost.active:,} ({billions(cost.active)}) are active for a token" if cost.active < cost.parameters else ""
+    fixed = cost.cache - context * cost.grows
+    rows = {
+        "parameters": f"{cost.parameters:,} ({billions(cost.parameters)}){active}",
+        "weights": weights or f"{amount(cost.parameters * dtype.itemsize)}B in {name}",
+        "cache": f"{cost.grows:,} bytes a token and {fixed:,} that do not grow: {amount(cost.cache)}B for {context:,} tokens in {name}",
+        "FLOPs": f"decode {amount(cost.decode)} for the last of {context:,} tokens; prefill {amount(cost.prefill)} a token of all of them",
+    }
+    lines = draw(config, kinds) + [""] + [f"{what:12}{said}" for what, said in rows.items()]
+    return "\n".join([*lines, "", "Different from Llama", textwrap.indent("\n".join(different(config, kinds)), "  ")])
+
+
+def _measured(config: ModelConfig, context: int | None, dtype: torch.dtype) -> tuple[list[Kind], int, Costs]:
+    context = usual_context(config) if context is None else context
+    if context < 1 or context > (config.positions or context):
+        raise InputError(f"--context {context}: expected 1 to {config.positions or 'any number of'} tokens")
+    try:
+        kinds = kinds_of(config)
+    except RuntimeError as error:                           # torch's word for sizes whose product no 64-bit number holds
+        raise ConfigError(f"a tensor beyond any memory: {error}") from None
+    return kinds, context, costs(config, kinds, context, dtype)
+
+
+def facts(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16, weights: str | None = None) -> str:
+    """The same for machines, as JSON."""
+    kinds, context, cost = _measured(config, context, dtype)
+    return json.dumps({**cost._asdict(), "context": context, "dtype": str(dtype).removeprefix("torch."), "stored": weights,
+                       "different": [" ".join(line.split()) for line in different(config, kinds)], "config": config.to_dict()}, indent=2, ensure_ascii=False)
+
+
+def amount(number: float) -> str:
+    """Three digits and a unit: 8030261248 → 8.03 G."""
+    size, unit = next((size, unit) for size, unit in UNITS if number >= 0.9995 * size or size == 1)
+    return f"{number / size:.3g} {unit}"
+
+
+def billions(number: int) -> str:
+    """Parameters are counted in billions: 8030261248 → 8.03 B."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else amount(number).rstrip()
+
+
+# ---- where it comes from
+
+class Found(NamedTuple):
+    config: ModelConfig
+    dtype: torch.dtype                                      # of the activations
+    weights: str | None                                     # what is stored
+
+
+def find(source: str) -> Found:
+    """A preset, or what a folder, a config.json or the hub has. Raises ConfigError or CheckpointError."""
+    path = Path(source)
+    if not path.exists() and "/" not in source:
+        try:
+            return Found(presets.preset(source), torch.bfloat16, None)
+        except ConfigError as error:
+            raise ConfigError(f"{source}: no such file or folder, and {error}") from None
+    from checkpoints import layouts
+    from checkpoints.families import read_config
+    from checkpoints.layouts import hub, original
+    from checkpoints.names import table  # nanollm never needs checkpoints; this command reads one, so it does
+    from checkpoints.storage import files, quantized
+    path = path if path.exists() else hub.local_folder(source, ("config.json",))
+    weights = (files.SINGLE, files.INDEX, original.SINGLE)
+    if path.is_dir():
+        described = None if any((path / name).exists() for name in weights) else path / "config.json"
+    else:
+        described = path if path.suffix == ".json" and path.name != "params.json" else None
+    if described is not None and described.exists():        # a config alone, or one whose weights are pickles, which stay closed
+        found = layouts.Found(described.parent, "hf", files.read_json(described, layouts.LARGEST_CONFIG), str(described), {})
+    else:
+        found = layouts.find(path)
+    values, stored = quantized.plain_config(found.values, found.where)[0], found.stored
+    config = read_config(values, found.where, most=min(len(stored) or 10_000, 10_000))[1]
+    config = original.with_rope_layout(config, "interleaved") if found.pairs else config
+    held: Counter[torch.dtype] = Counter()                  # bytes
+    for tensor in stored.values():
+        held[tensor.dtype] += tensor.size
+    names = {table.short(dtype): dtype for dtype in table.READABLE}
+    said = next((each[key] for each in (values, values.get("text_config")) if isinstance(each, dict) for key in ("dtype", "torch_dtype")
+                 if isinstance(each.get(key), str)), None)
+    usual = next((dtype for dtype, _ in held.most_common() if dtype in table.READABLE), torch.bfloat16)
+    parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
+    used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
+    where = f" in {len(stored):,} tensors and {len(used)} file(s)"
+    return Found(config, names.get(said, usual), parts + where if stored else None)

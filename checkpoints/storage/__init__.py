@@ -1,0 +1,1 @@
+"""Bytes: safetensors, pickles, GGUF and quantised tensors, read and written a few megabytes at a time."""

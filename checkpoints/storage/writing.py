@@ -1,0 +1,125 @@
+"""Writing a model folder, so that half of one never exists.
+
+Everything goes into a hidden sibling of the destination, is forced to disk, and takes its name in one rename at the
+end. A full disk or an interrupt leaves what was there before; a process that is killed leaves the sibling as well, which the next
+one with the same destination takes away. What is being written is locked, so that no one else takes it away.
+
+A file is laid out first: its header, and as much room as its tensors need. Where each tensor goes is then a Stored, like one that is
+read, and they are filled in any order. The order inside a file is that of the safetensors library, so one file holding the same
+tensors is the same file, byte for byte.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.storage.files import DTYPES, INDEX, SINGLE, Stored
+from nanollm.errors import CheckpointError
+
+try:
+    import fcntl
+except ImportError:                              # Windows: drafts that a killed process left stay there
+    fcntl = None
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@contextlib.contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """A folder to write in, which becomes `destination` at the end of the block, or vanishes if the block fails."""
+    destination = destination.absolute()
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CheckpointError(f"{destination}: exists and is not an empty folder; nothing is overwritten")
+    for left in destination.parent.glob(f".{destination.name}.*.tmp"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    draft = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        draft.mkdir(parents=True)
+        with _locked(draft):
+            yield draft
+            for path in [*draft.iterdir(), draft]:
+                _to_disk(path)
+            os.replace(draft, destination)
+        _to_disk(destination.parent)
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot write: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder is ours for the block. Raises OSError if another process has it."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def lay_out(folder: Path, tensors: Tensors, shard_bytes: int, single: str = SINGLE) -> dict[str, Stored]:
+    """Make room for the weights, in shards of at most `shard_bytes` (a larger tensor has one to itself), with their index.
+
+    `tensors` gives dtypes and shapes. The answer is where each goes; nothing is written there yet."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, (dtype, shape) in tensors.items():
+        size = nbytes(dtype, shape)
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    if len(shards) == 1:
+        return _lay_out_file(folder / single, shards[0], tensors)
+    places: dict[str, Stored] = {}
+    for number, names in enumerate(shards, 1):
+        places |= _lay_out_file(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors", names, tensors)
+    total = sum(one.size for one in places.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": {name: places[name].file.name for name in sorted(places)}})
+    return places
+
+
+def _lay_out_file(path: Path, names: list[str], tensors: Tensors) -> dict[str, Stored]:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}    # transformers reads no file without this
+    end = 0
+    order = sorted(names, key=lambda name: (-tensors[name][0].itemsize, name))    # wide dtypes first keeps all aligned
+    for name in order:
+        dtype, shape = tensors[name]
+        start, end = end, end + nbytes(dtype, shape)
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        file.truncate(8 + len(text) + end)
+    return {name: Stored(path, *tensors[name], 8 + len(text) + header[name]["data_offsets"][0], nbytes(*tensors[name])) for name in order}

@@ -1,0 +1,124 @@
+"""What a decoder is, as data: a tuple of layers, each saying which mixer, which feed-forward and which norms it has.
+
+    ModelConfig ── vocab, dim, embed_…, final_norm, head…
+        └── layers: (Layer, Layer, …)
+                      ├── mixer: Attention(rope=Rope(scaling=…), qk_norm=Norm) | Mamba | …
+                      ├── ffn:   MLP | MoE | None
+                      └── pre_mixer, post_mixer, pre_ffn, post_ffn: Norm | None
+
+Families differ in *which object stands at index i*: a window on every other layer, experts on the last ten, a scan
+in between. Nothing below knows a family's name. To read a `config.json`, see `checkpoints/families/`.
+
+The parts are in config/parts.py (Norm, Rope, Attention, MLP), config/mixers.py (the rarer ones) and config/scaling.py (long
+contexts); all of them can be imported from here. Every dataclass is frozen, so equal layers can share one object and a
+config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
+"""
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, need_types
+from nanollm.config.mixers import (
+    RGLRU,
+    RWKV,
+    SCANS,
+    ClippedGLU,
+    ExpertGroups,
+    FilteredAttention,
+    Hyena,
+    LatentAttention,
+    Mamba,
+    Mamba2,
+    MoE,
+)
+from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
+from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
+from nanollm.errors import ConfigError
+
+__all__ = [
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward", "FilteredAttention", "Hyena",
+    "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU",
+    "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+]
+
+
+def need_whole_vectors(owner: Any, *fields: str) -> None:
+    """Norms of the residual stream know nothing of heads."""
+    for field in fields:
+        norm = getattr(owner, field)
+        need(norm is None or norm.scope == "head", owner, field, "a norm whose scope is 'head', which is for q and k")
+
+
+@dataclass(frozen=True)
+class Layer(Part):
+    """One residual block; block.py draws how the parts are wired. An absent norm is None, and absent in the module."""
+    mixer: Mixer                            # what moves information between tokens: Attention, Mamba, …
+    ffn: FeedForward | None                 # what each token does alone: MLP, MoE; None: the mixer is all (Mamba)
+    pre_mixer: Norm | None = Norm()         # before the mixer; OLMo-2 None
+    post_mixer: Norm | None = None          # on what the mixer adds, before it is added; Gemma-2
+    pre_ffn: Norm | None = Norm()           # before the feed-forward; None where it reads what the mixer reads (Phi)
+    post_ffn: Norm | None = None            # as post_mixer
+    parallel: bool = False                  # the feed-forward reads the same input as the mixer; GPT-NeoX
+
+    def __post_init__(self) -> None:
+        need(isinstance(self.mixer, Mixer), self, "mixer", "Attention or another mixer")
+        need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
+        need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
+        alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
+        need(self.ffn is not None or alone, self, "ffn", "a feed-forward, or pre_ffn None, post_ffn None and parallel False")
+
+
+@dataclass(frozen=True)
+class ModelConfig(Part):
+    """A decoder: what stands before, in and after its layers. model.py."""
+    vocab: int                              # V, rows of the embedding; 128256
+    dim: int                                # D, width of the residual stream; 4096
+    layers: tuple[Layer, ...]               # from the embedding to the head; (Layer(…),) * 32
+    final_norm: Norm = Norm()               # before the head
+    tied: bool = False                      # the head is the embedding
+    float32_residual: bool = False          # what the layers add up is kept in float32, whatever the weights are; Mamba True
+    context: int | None = None              # positions it was trained for; a caller may warn past it, nothing depends on it
+    embed_scale: float = 1.0                # the embedding is multiplied by it, rounded to the working dtype; Gemma √dim
+    embed_norm: Norm | None = None          # right after the embedding; BLOOM
+    positions: int | None = None            # rows of a learned table of positions, added to the embedding; GPT-2 1024
+    head_bias: bool = False                 # Phi-2 True
+    head_scale: float = 1.0                 # of the logits; Command-R 0.0625
+    head_softcap: float | None = None       # logits become c·tanh(logit / c); Gemma-2 30.0
+    unit_head: bool = False                 # every row of the head is brought to length 1 first; Baichuan2
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "vocab", "dim", *(field for field in ("context", "positions") if getattr(self, field) is not None))
+        need_positive(self, "embed_scale", "head_scale", *(["head_softcap"] if self.head_softcap is not None else []))
+        need_whole_vectors(self, "final_norm", "embed_norm")
+        need(len(self.layers) > 0, self, "layers", "at least one")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values: each dataclass with its class name under "is", the layers as runs [count, layer]."""
+        runs = [[len(list(same)), _encode(layer)] for layer, same in itertools.groupby(self.layers)]
+        return {**_encode(dataclasses.replace(self, layers=self.layers[:1])), "layers": runs}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`. Raises ConfigError on anything that `to_dict` does not write."""
+        try:
+            layers = tuple(layer for count, entry in data["layers"] for layer in [_decode(entry)] * count)
+            return _decode({**data, "layers": layers})
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ConfigError(f"not a ModelConfig as to_dict writes it: {type(error).__name__}: {error}") from None
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {"is": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return [_encode(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _decode(value: Any) -> Any:
+    if isinstance(value, dict):
+        fields = {name: _decode(item) for name, item in value.items() if name != "is"}
+        kind = Part.BY_NAME[value["is"]]
+        need_types(kind, fields)
+        return kind(**fields)
+    return tuple(_decode(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,191 @@
+"""What may stand in the place of attention or of the MLP, as data: latent attention, scans, mixtures of experts.
+
+Each class is explained in the module of its name: `Mamba` in mamba.py, `MoE` in moe.py.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes
+from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Attention, Norm, Rope, need_rotation
+
+
+@dataclass(frozen=True)
+class LatentAttention(Mixer):
+    """Attention whose keys and values are made from one short vector a token, latent_attention.py."""
+    heads: int                              # H; 128 (DeepSeek-V3)
+    nope: int                               # part of a query or key that is not rotated, a head; 128
+    rope_dim: int                           # part that is; the key's is one for all heads; 64
+    value: int                              # width of a head's value; 128
+    kv_rank: int                            # numbers that keys and values are made from; 512
+    q_rank: int | None                      # the same for queries; None: made from x itself (V2-Lite); 1536
+    rope: Rope                              # of the rotated part
+    scale: float | None = None              # of the scores; None is 1/√(nope + rope_dim)
+    norm: Norm = Norm()                     # of both short vectors
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "heads", "nope", "rope_dim", "value", "kv_rank", *(["q_rank"] if self.q_rank is not None else []))
+        need_positive(self, *(["scale"] if self.scale is not None else []))
+        need(self.rope is not None, self, "rope", "a Rope")
+        need_rotation(self, self.rope_dim)
+        need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
+
+
+@dataclass(frozen=True)
+class Mamba(Mixer):
+    """Selective state space, first generation, mamba.py."""
+    inner: int                              # I, channels of the scan; 2 × dim
+    state: int                              # N, numbers kept per channel; 16
+    conv: int                               # width of the causal convolution before the scan; 4
+    dt_rank: int                            # R, rank of the step-size projection; dim / 16
+    conv_bias: bool = True                  # on that convolution
+    bias: bool = False                      # on the projections in and out
+    inner_norm: Norm | None = None          # on the low-rank Δ, on B and on C, each for itself; Jamba, Falcon-Mamba without gain
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "inner", "state", "conv", "dt_rank")
+        need(self.inner_norm is None or self.inner_norm.scope == "head", self, "inner_norm", "a norm whose scope is 'head'")
+
+
+@dataclass(frozen=True)
+class Mamba2(Mixer):
+    """Selective state space, second generation: heads, and one decay a head, mamba2.py."""
+    heads: int                              # H; 128
+    head_dim: int                           # P, channels of a head; 64
+    groups: int                             # G, sets of B and C, a divisor of heads; Mamba-2 1, Codestral 8
+    state: int                              # N, numbers kept per channel; 128
+    conv: int                               # width of the causal convolution on x, B and C; 4
+    eps: float = 1e-5                       # of the norm after the gate, which is over the channels of a group
+    conv_bias: bool = True                  # on that convolution
+    bias: bool = False                      # on the projections in and out
+    least_step: float = 0.0                 # Δ is cut off below this
+    largest_step: float | None = None       # and above this
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "heads", "head_dim", "groups", "state", "conv")
+        need(self.heads % self.groups == 0, self, "groups", f"a divisor of heads ({self.heads})")
+        need_positive(self, "eps", *(["largest_step"] if self.largest_step is not None else []))
+        need(0 <= self.least_step < (self.largest_step or float("inf")), self, "least_step", "0 or more, and less than largest_step")
+
+
+@dataclass(frozen=True)
+class RGLRU(Mixer):
+    """The recurrent block of Griffin and RecurrentGemma around a real-gated linear recurrent unit, recurrent.py."""
+    width: int                              # I, channels of the recurrence; 2560
+    heads: int                              # H, blocks of the gates' block-diagonal matrices, a divisor of width; 10
+    conv: int                               # width of the causal convolution before the recurrence; 4
+    activation: Activation = "gelu_tanh"    # of the branch that multiplies what the recurrence says
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "width", "heads", "conv")
+        need(self.width % self.heads == 0, self, "heads", f"a divisor of width ({self.width})")
+        need(self.activation in ACTIVATIONS, self, "activation", f"one of {', '.join(ACTIVATIONS)}")
+
+
+@dataclass(frozen=True)
+class RWKV(Mixer):
+    """Both halves of an RWKV-4 block, time mixing and channel mixing, rwkv.py; so a layer has it and nothing else."""
+    width: int                              # D, that of the residual stream; 4096
+    hidden: int                             # F, width of the channel mixing; 16384
+    norm: Norm                              # before each half; LayerNorm with bias
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "width", "hidden")
+        need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
+
+
+@dataclass(frozen=True)
+class Hyena(Mixer):
+    """A convolution of any length between two gates, hyena.py."""
+    inner: int                              # I, its channels; 4096
+    heads: int                              # H: the projection's rows lie head by head, a divisor of inner; 32
+    state: int                              # N, poles of a channel's filter; 2
+    conv: int                               # k, width of the causal convolution after the projection; 3
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "inner", "heads", "state", "conv")
+        need(self.inner % self.heads == 0, self, "heads", f"a divisor of inner ({self.inner})")
+
+
+@dataclass(frozen=True)
+class FilteredAttention(Mixer):
+    """Attention whose queries and keys read each token mixed with the two before it, filtered_attention.py."""
+    attention: Attention                    # what is done with them
+    hidden: int                             # C, width between the two filters; 1024
+    norm: Norm = Norm()                     # after the filters
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "hidden")
+        inner = self.attention
+        need(inner.qk_norm is None and inner.clip is None and inner.window is None, self, "attention", "no qk_norm, clip or window")
+        need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
+
+    @property
+    def rope(self) -> Rope | None:
+        """As Attention.rope: what decides whether a cache must begin again as a sequence grows."""
+        return self.attention.rope
+
+
+# ---- feed-forward
+
+@dataclass(frozen=True)
+class ClippedGLU(Part):
+    """An expert with biases, whose gate and up projections are cut off; ClippedExperts in moe.py."""
+    hidden: int                             # F, its width; 2880 (gpt-oss)
+    slope: float = 1.702                    # α of the gate x·σ(αx): near to GELU
+    limit: float = 7.0                      # the gate is cut off above it, the up projection at ± this
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "hidden")
+        need_positive(self, "slope", "limit")
+
+
+@dataclass(frozen=True)
+class ExpertGroups(Part):
+    """Experts that live on one machine, of which a token visits few."""
+    count: int                              # groups that the experts are cut into, side by side; 8
+    kept: int                               # of them, a token's experts may be in these best ones; 4
+    best: int                               # a group is as good as the sum of so many of its best experts; V2 1, V3 2
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "count", "kept", "best")
+        need(self.kept <= self.count, self, "kept", f"at most count ({self.count})")
+
+
+@dataclass(frozen=True)
+class MoE(FeedForward):
+    """A router that sends each token to a few of many gated MLPs, moe.py."""
+    experts: int                            # E; 8
+    top_k: int                              # experts a token visits; 2
+    expert: MLP | ClippedGLU                # what one expert is; MLP(14336)
+    renormalize: bool                       # divide the chosen weights by their sum; Mixtral True, Qwen1.5-MoE False
+    shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
+    shared_gate: bool = False               # its output times sigmoid(w · x)
+    score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"
+    correction: bool = False                # a bias a score, which counts for the choice and not for the weight; DeepSeek-V3
+    groups: ExpertGroups | None = None      # None: any expert may be chosen; DeepSeek-V2 and V3 choose groups first
+    scale: float = 1.0                      # of all weights, at last; DeepSeek-V3 2.5
+    sparse: float | None = None             # each choice is weighed against those within 2 of these only; Phi-3.5-MoE 0.01
+    router_bias: bool = False               # gpt-oss True
+    router_float32: bool = False            # the router's product in float32, whatever the weights are; DeepSeek
+    round_weights: bool = False             # chosen weights rounded to the working dtype; Qwen, gpt-oss (Mixtral: not)
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "experts", "top_k")
+        need(self.top_k <= self.experts, self, "top_k", f"at most experts ({self.experts})")
+        plain = isinstance(self.expert, ClippedGLU) or (isinstance(self.expert, MLP) and self.expert.gated and not self.expert.bias)
+        need(plain, self, "expert", "a gated MLP without bias, or a ClippedGLU")
+        need(self.shared is not None or not self.shared_gate, self, "shared_gate", "False where nothing is shared")
+        need(self.score in ("softmax", "sigmoid"), self, "score", "'softmax' or 'sigmoid'")
+        need_positive(self, "scale", *(["sparse"] if self.sparse is not None else []))
+        if self.groups is not None:
+            size = self.experts // self.groups.count
+            even = self.experts % self.groups.count == 0 and self.groups.best <= size
+            need(even, self, "groups", f"equal parts of the {self.experts} experts, with at least `best` in each")
+            need(self.top_k <= self.groups.kept * size, self, "groups", f"at least top_k ({self.top_k}) experts in the groups kept")
+        need(not self.round_weights or not self.router_float32, self, "round_weights", "False where the router works in float32")
+        others = self.renormalize or self.correction or self.groups or self.scale != 1 or self.score != "softmax"
+        need(self.sparse is None or not others, self, "sparse", "None where any other field says how experts are weighed")
+
+
+SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena)      # what a token costs them does not depend on how many came before

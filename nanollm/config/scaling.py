@@ -1,0 +1,80 @@
+"""How the angles of RoPE are stretched to reach longer contexts, as data: one class a formula. The formulas: scaling.py."""
+
+from dataclasses import dataclass
+
+from nanollm.config.checks import Part, need, need_positive, need_sizes
+
+
+@dataclass(frozen=True)
+class Linear(Part):
+    """Position interpolation: every angle divided by one factor."""
+    factor: float                           # context grows by this much; DeepSeek-Coder 4.0
+
+    def __post_init__(self) -> None:
+        need_positive(self, "factor")
+
+
+@dataclass(frozen=True)
+class DynamicNTK(Part):
+    """The base grows with the length of the sequence, once that is longer than the original context."""
+    factor: float                           # how fast the base grows; InternLM2 2.0
+    original: int                           # context the model was trained on; 32768
+
+    def __post_init__(self) -> None:
+        need_positive(self, "factor")
+        need_sizes(self, "original")
+
+
+@dataclass(frozen=True)
+class SteppedNTK(Part):
+    """As DynamicNTK, in steps: the base grows each time the sequence passes another power of two of the original context."""
+    original: int                           # 2048 (Qwen-7B), 8192
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "original")
+
+
+@dataclass(frozen=True)
+class Llama3(Part):
+    """Slow angles divided by the factor, fast ones kept, a linear blend between."""
+    factor: float                           # slow angles are divided by it; 8.0 (Llama-3.1), 32.0 (3.2)
+    original: int                           # context before the stretch; 8192
+    low: float = 1.0                        # fewer turns than this over `original`: slow
+    high: float = 4.0                       # more turns than this: fast
+
+    def __post_init__(self) -> None:
+        need_positive(self, "factor", "low", "high")
+        need_sizes(self, "original")
+        need(self.high > self.low, self, "high", f"more than low ({self.low})")
+
+
+@dataclass(frozen=True)
+class Yarn(Part):
+    """As Llama3, with a ramp over the index of the angle, and a temperature on the logits."""
+    factor: float                           # how much the context grows; 4.0 (Qwen2.5 at 128k)
+    original: int                           # context before the stretch; 32768
+    fast: float = 32.0                      # turns over `original` above which an angle is kept (β in the paper)
+    slow: float = 1.0                       # turns below which it is divided by the factor (α)
+    truncate: bool = True                   # round the ends of the ramp outwards to whole indices
+    attention_factor: float | None = None   # multiplies cos and sin; None is 0.1 ln(factor) + 1
+
+    def __post_init__(self) -> None:
+        need_positive(self, "factor", "fast", "slow")
+        need_sizes(self, "original")
+
+
+@dataclass(frozen=True)
+class LongRope(Part):
+    """A searched divisor for each angle: one list up to the original context, another beyond it."""
+    short: tuple[float, ...]                # rotated width / 2 numbers, used while the sequence fits `original`
+    long: tuple[float, ...]                 # as many, used for the whole sequence once it is longer
+    original: int                           # 4096 (Phi-3)
+    attention_factor: float = 1.0           # multiplies cos and sin; √(1 + ln(factor) / ln(original))
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "original")
+        need(len(self.short) == len(self.long), self, "long", f"as many numbers as short ({len(self.short)})")
+        need(all(x > 0 for x in self.short + self.long), self, "long", "numbers above 0, and so in short")
+
+
+Scaling = Linear | DynamicNTK | SteppedNTK | Llama3 | Yarn | LongRope

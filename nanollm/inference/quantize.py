@@ -1,0 +1,126 @@
+"""Weights in 8 or 4 bits. One token reads every weight once and multiplies twice with it: fewer bytes are a faster answer.
+
+    8 bits    q = round(w / s)                s = max |w| / 127 of an output row                              w ≈ s q
+    4 bits    q = round(w / s) + z in 0 … 15  s = (max − min) / 15 of a group of 32, 64 or 128 inputs,        w ≈ s (q − z)
+                                              z = round(−min / s), min ≤ 0 ≤ max: a weight of 0 stays 0
+
+No weight moves by more than s/2. Scales stay float32: those of a float16 model would overflow or vanish in float16. Eight 4-bit
+numbers share an int32, the first in the lowest bits, so 16 bytes are 32 neighbours along the input and never leave their group:
+
+    bits     31 … 28   …   11 … 8   7 … 4   3 … 0         bytes a weight: 8 bits 1, 4 bits ½ + 5/group (s and z)
+    input      7       …      2       1       0
+
+Shapes: N outputs, K inputs, G groups of K/G inputs.   packed (N, K) int8 or (N, K/8) int32;   s (N, 1) or (N, G) float32;
+z (N, G) int8, or None for 8 bits.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanollm.errors import InputError
+from nanollm.layers.linear import Linear
+from nanollm.model import Decoder
+from nanollm.ops import accelerated
+
+GROUPS = (32, 64, 128)
+LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights that decide much; dt_proj's owner reads its weight itself
+
+
+def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weight (N, K) → packed, s, z. The group matters for 4 bits only. Raises InputError for what cannot be quantised."""
+    check(weight, bits, group, "the weight")
+    w, tiny = weight.detach().float(), torch.finfo(torch.float32).tiny
+    if bits == 8:
+        scale = (w.abs().amax(1, keepdim=True) / 127).clamp(min=tiny)           # a row of zeros has a scale too
+        return (w / scale).round().clamp(-127, 127).to(torch.int8), scale, None
+    w = w.unflatten(1, (-1, group))                                             # (N, G, K/G)
+    low, high = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
+    scale = (high / 15 - low / 15).clamp(min=tiny)                              # divided first: the difference may overflow
+    zero = (-low / scale).round()
+    codes = ((w / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
+    return pack(codes.flatten(1).to(torch.int32)), scale, zero.to(torch.int8)
+
+
+def pack(codes: Tensor) -> Tensor:
+    """Numbers 0 … 15, (N, K) int32 → (N, K/8) int32."""
+    return (codes.unflatten(1, (-1, 8)) << 4 * torch.arange(8, dtype=torch.int32, device=codes.device)).sum(2, dtype=torch.int32)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The inverse of `pack`. >> brings the sign along, the mask takes it off."""
+    return (packed[..., None] >> 4 * torch.arange(8, dtype=torch.int32, device=packed.device) & 15).flatten(1)
+
+
+def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """packed, s, z → the weight (N, K), float32."""
+    if zero is None:
+        return packed.float() * scale
+    codes = unpack(packed).unflatten(1, (scale.shape[1], -1))                   # (N, G, K/G)
+    return ((codes - zero[..., None]).float() * scale[..., None]).flatten(1)
+
+
+@accelerated
+def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x (…, K) → x Wᵀ + b (…, N), W rounded to the dtype of x. For many rows that is the best there is: a dense product."""
+    return F.linear(x, dequantize(packed, scale, zero).to(x.dtype), bias)
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear whose weight is quantised. Nothing in it is trained."""
+
+    def __init__(self, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None = None) -> None:
+        super().__init__()
+        for name, value in (("packed", packed), ("scale", scale), ("zero", zero), ("bias", bias)):
+            self.register_buffer(name, value)
+
+    def forward(self, x: Tensor) -> Tensor:                     # (…, K) → (…, N)
+        return quantized_linear(x, self.packed, self.scale, self.zero, self.bias)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
+        """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
+        scale = self.scale
+        super()._apply(fn, recurse)
+        if self.scale.dtype != torch.float32:
+            self.scale = scale.to(self.scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        (N, words), groups = self.packed.shape, self.scale.shape[1]
+        if self.zero is None:
+            return f"in_features={words}, out_features={N}, bits=8, bias={self.bias is not None}"
+        return f"in_features={8 * words}, out_features={N}, bits=4, group={8 * words // groups}, bias={self.bias is not None}"
+
+
+def quantize(model: Decoder, bits: int = 8, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Decoder:
+    """Replace the Linears of a model in place, and return it. Norms, embedding and stacked experts are no Linears and stay.
+
+    group: of inputs that share a scale in 4 bits; None is the largest that divides them all. skip: parts of names, "head" or "layers.0": a Linear whose name has one of them between its dots stays as it is. Besides the
+    model there is never more than one weight in memory. Raises InputError, before anything is changed, for bits other than 8 and 4,
+    and for a weight that is not finite or that the groups do not divide, by its name.
+    """
+    chosen = [name for name, module in model.named_modules() if type(module) is Linear and not any(f".{part}." in f".{name}." for part in skip)]
+    if group is None:
+        group = next((g for g in reversed(GROUPS) if all(model.get_submodule(name).in_features % g == 0 for name in chosen)), GROUPS[0])
+    for name in chosen:
+        check(model.get_submodule(name).weight, bits, group, name)
+    for name in chosen:
+        old = model.get_submodule(name)
+        bias = None if old.bias is None else old.bias.detach()
+        new = QuantizedLinear(*quantize_weight(old.weight, bits, group), bias)
+        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new.train(old.training))
+    return model
+
+
+def check(weight: Tensor, bits: int, group: int, name: str) -> None:
+    """Raise InputError, which begins with `name`, for a weight (N, K) that cannot be quantised so."""
+    if bits not in (8, 4):
+        raise InputError(f"{name}: {bits} bits, expected 8 or 4")
+    if bits == 4 and group not in GROUPS:
+        raise InputError(f"{name}: groups of {group}, expected {', '.join(map(str, GROUPS))}")
+    if bits == 4 and weight.shape[1] % group:
+        raise InputError(f"{name}: {weight.shape[1]} inputs, expected a multiple of the group of {group}")
+    if not torch.isfinite(weight).all():
+        raise InputError(f"{name}: {int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights are not finite")

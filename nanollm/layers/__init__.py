@@ -1,0 +1,39 @@
+"""The parts of a layer, one equation a file; here, which module a config describes. A fork adds its mixer or feed-forward to MODULES.
+
+A mixer's module says all that the rest of the house needs to know of it, and no other file names it:
+
+    forward(x, ctx, state)                          (B, T, D) → (B, T, D)
+    new_state(config, batch, length, dtype, device) what it remembers between calls, state.py
+    multiply_adds(config, dim, context)             of one new token, the last of `context`
+    INIT                                            first values of the parameters that `init.py` has no rule for
+    WORDS                                           what `python -m checkpoints.show` says of each field of its config
+
+A feed-forward has the same, without a state: forward(x), multiply_adds(config, dim).
+"""
+
+from typing import Any
+
+from nanollm import config as c
+from nanollm.layers.attention import Attention
+from nanollm.layers.filtered_attention import FilteredAttention
+from nanollm.layers.hyena import Hyena
+from nanollm.layers.latent_attention import LatentAttention
+from nanollm.layers.mamba import Mamba
+from nanollm.layers.mamba2 import Mamba2
+from nanollm.layers.mlp import MLP
+from nanollm.layers.moe import MoE
+from nanollm.layers.recurrent import RGLRU
+from nanollm.layers.rwkv import RWKV
+
+MODULES: dict[type, Any] = {
+    c.Attention: Attention,
+    c.LatentAttention: LatentAttention,
+    c.FilteredAttention: FilteredAttention,
+    c.Mamba: Mamba,
+    c.Mamba2: Mamba2,
+    c.RGLRU: RGLRU,
+    c.RWKV: RWKV,
+    c.Hyena: Hyena,
+    c.MLP: MLP,
+    c.MoE: MoE,
+}

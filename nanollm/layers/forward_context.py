@@ -1,0 +1,65 @@
+"""What all layers of one forward pass share, worked out once: positions, rotation tables, masks, cache plans.
+
+A layer asks for what its own config says (`ctx.rotation(rope, d)`, `AttentionMask(ctx, …).dense`); layers that ask for the same
+get the same tensor. Where every row is simply the next T tokens, no mask is built at all: attention is then causal
+over the new keys, or over everything for a single new token.
+
+Shapes: B batch, T new tokens, S keys, r rotated channels.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanollm.config import Rope
+from nanollm.layers.rope import rotation_tables
+from nanollm.layers.state import KVCache, RowLengths, SlotMapping
+
+
+class ForwardContext:
+    """positions (B, T) int64; regular: all rows are the same run of T tokens that starts at `filled`, none is padding."""
+
+    def __init__(self, positions: Tensor, regular: bool, dtype: torch.dtype, cache: RowLengths | None = None) -> None:
+        self.positions, self.regular, self.dtype, self.cache = positions, regular, dtype, cache
+        self.real = None if regular else positions >= 0                         # (B, T), False: padding
+        self.begins = None if regular else positions == 0                       # (B, T), True: first of a document
+        self.documents = None if regular or cache is not None else self.begins.cumsum(1)
+        self.memo: dict[tuple, object] = {}
+
+    def rotation(self, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
+        """cos and sin (B or 1, 1, T, r), rounded and in the dtype that the rope asks for, see rope.py."""
+        rounded = torch.float32 if rope.rounds == "result" else self.dtype
+        kept = self.dtype if rope.rounds == "each" else torch.float32
+        return self.once(("rotation", rope, head_dim), lambda: tuple(
+            table.to(rounded).to(kept) for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
+
+    def log_growth(self, original: int) -> Tensor:
+        """max(1, log_L n) for the n-th token of its document, (B or 1, 1, T, 1): how much longer than L a query's sequence is."""
+        return self.once(("log_growth", original), lambda: (
+            torch.log((self.rows(self.positions) + 1).clamp(min=original).float()) / math.log(original)).to(self.dtype)[:, None, :, None])
+
+    def lengths(self) -> Tensor:
+        """(B, T): the length of the sequence that each token belongs to, itself and what is cached included."""
+        if self.cache is not None:
+            return self.cache.lengths[:, None]
+        if self.documents is None:
+            return self.positions[:, -1:] + 1
+        longest = torch.zeros(len(self.positions), self.positions.shape[1] + 1, dtype=torch.long, device=self.positions.device)
+        return longest.scatter_reduce(1, self.documents, self.positions + 1, "amax").gather(1, self.documents)
+
+    def slots(self, state: KVCache) -> SlotMapping:
+        """Where this call writes in caches of this size, and what it reads."""
+        return self.once(("slots", state.size), lambda: self.cache.slots(state, self.positions))
+
+    def rows(self, table: Tensor) -> Tensor:
+        """One row of a table (B, …) where all are equal."""
+        return table[:1] if self.regular else table
+
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` returns, made at the first asking."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]

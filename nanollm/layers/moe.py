@@ -1,0 +1,228 @@
+"""Mixture of experts: a router picks k of E small MLPs for each token and mixes what they say.
+
+    z = W_r x [+ b]             router logits
+    s = softmax(z)  over all E experts [or σ(z), each by itself], in float32
+    T = the k largest of s [+ c], [among the experts of the best groups]; ties: torch.topk's; no token is dropped
+    g_e = λ s_e,  or  λ s_e / Σ_T s  where the config renormalises            what is in brackets, and λ ≠ 1, only where the config has it
+    expert_e(x) = down_e( act(gate_e x) ⊙ up_e x )
+    y = Σ_{e ∈ T} g_e · expert_e(x)   [ + σ(w·x) · shared(x)  or  shared(x) ]
+
+    Mixtral       s softmax, renormalised                                                              arXiv 2401.04088 §2.1
+    DeepSeek-V2   groups: each is as good as its best expert; experts of the others are out            arXiv 2405.04434 §2.2.2
+    DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient, it counts  arXiv 2412.19437 §2.1.2, eq. 12-16
+                  for the choice and not for g; a group is as good as its two best experts together
+    Phi-3.5-MoE   another rule, `sparse_route`
+
+Groups, E = 8 in 4 groups of which 2 are kept, each as good as its two best (V3), k = 3:
+
+    s + c           .9 .1 │ .6 .5 │ .2 .7 │ .3 .3        groups 1.0  1.1  0.9  0.6: the first two are kept
+    chosen          *     │ *  *  │       │              .7 would have been second of all
+
+Shapes: N tokens in all, D model width, E experts, k experts a token, F width of an expert.
+The experts are stacked, gate and up (E, F, D), down (E, D, F), so that one grouped product can run them all.
+
+A router left alone sends everything to few experts; `losses.Balance` spreads the load.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from nanollm.config import MLP as MLPConfig
+from nanollm.config import ClippedGLU, ExpertGroups
+from nanollm.config import MoE as MoEConfig
+from nanollm.init import matrix, residual, zero
+from nanollm.layers.linear import Linear
+from nanollm.layers.mlp import MLP, activate
+from nanollm.ops import accelerated
+
+# ---- the router
+
+class Routed(NamedTuple):
+    """What a router says: logits z (N, E), weights g (N, k) float32, experts chosen T (N, k) int64."""
+    logits: Tensor
+    weights: Tensor
+    chosen: Tensor
+
+
+class Router(Linear):
+    """W_r, b and c. Where the config says so the product is taken in float32: two logits may differ by less than bfloat16 can say."""
+    INIT = {**Linear.INIT, "correction": zero}
+    FLOAT32 = frozenset({"correction"})         # stays so in a model that is loaded in fewer bits: its values differ by as little
+
+    def __init__(self, config: MoEConfig, dim: int) -> None:
+        super().__init__(dim, config.experts, config.router_bias)
+        self.config = config
+        self.correction = nn.Parameter(torch.empty(config.experts)) if config.correction else None
+
+    def forward(self, x: Tensor) -> Routed:                     # (N, D)
+        if self.config.router_float32:
+            logits = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
+        else:
+            logits = super().forward(x)
+        return Routed(logits, *route(logits, self.config, self.correction))
+
+
+def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Logits z (N, E), c (E,) → weights (N, k) float32, experts (N, k)."""
+    if config.sparse is not None:
+        weights, chosen = sparse_route(logits, config.top_k, config.sparse)
+    else:
+        scores = logits.float().sigmoid() if config.score == "sigmoid" else logits.softmax(-1, dtype=torch.float32)
+        ranking = scores if correction is None else scores + correction
+        if config.groups is not None:
+            ranking = ranking.masked_fill(~in_best_groups(ranking, config.groups), -torch.inf)
+        chosen = ranking.topk(config.top_k, -1).indices
+        weights = scores.gather(-1, chosen)
+        if config.renormalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)         # sigmoids, unlike a softmax, may all be 0
+        if config.scale != 1:
+            weights = weights * config.scale
+    return weights.to(logits.dtype).float() if config.round_weights else weights, chosen
+
+
+def in_best_groups(ranking: Tensor, groups: ExpertGroups) -> Tensor:
+    """(N, E) → bool (N, E): whether an expert belongs to one of the groups that are kept."""
+    grouped = ranking.unflatten(-1, (groups.count, -1))                            # (N, groups, E/groups)
+    best = grouped.topk(groups.best, -1).values.sum(-1).topk(groups.kept, -1).indices
+    kept = torch.zeros(grouped.shape[:-1], dtype=torch.bool, device=ranking.device).scatter(-1, best, True)
+    return kept[..., None].expand_as(grouped).flatten(-2)
+
+
+def sparse_route(logits: Tensor, top_k: int, eps: float) -> tuple[Tensor, Tensor]:
+    """SparseMixer-v2 as it infers (Liu et al. 2024, arXiv 2409.12136 §2): the experts are chosen one after the other, and each is
+    weighed only against those that come near it, so the weights of the k do not add up to one.
+
+        m = max_{e ∈ rest} z_e,   near = { e ∈ rest : (m − z_e) / max(|z_e|, m) ≤ 2ε },   g = softmax over near, of the best, which then leaves rest
+
+    In its training the paper draws an expert from `near` and corrects the gradient; here training takes the best, and the plain gradient of g.
+    """
+    rest, weights, chosen = logits, [], []
+    for _ in range(top_k):
+        most, best = rest.max(-1, keepdim=True)                                 # (N, 1)
+        far = (most - logits) / logits.abs().clamp(min=most) > 2 * eps
+        weights.append(rest.masked_fill(far, -torch.inf).softmax(-1, dtype=torch.float32).gather(-1, best))
+        chosen.append(best)
+        rest = rest.scatter(-1, best, -torch.inf)
+    return torch.cat(weights, -1), torch.cat(chosen, -1)
+
+
+def probabilities(logits: Tensor, config: MoEConfig) -> Tensor:
+    """Router logits → what share of a token each expert would get, (N, E) float32, rows that add up to one. For `losses.Balance`."""
+    if config.score == "sigmoid":
+        return F.normalize(logits.float().sigmoid(), p=1, dim=-1)               # arXiv 2412.19437, eq. 19
+    return logits.softmax(-1, dtype=torch.float32)
+
+
+@contextmanager
+def routing(model: nn.Module) -> Iterator[list[Routed]]:
+    """Collect what the router of every MoE layer says that runs inside the block, in order."""
+    routed: list[Routed] = []
+    hooks = [m.register_forward_hook(lambda _, __, out: routed.append(out)) for m in model.modules() if isinstance(m, Router)]
+    try:
+        yield routed
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+# ---- the experts
+
+def visits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """chosen (N, k) → expert, tokens that chose it, and as which of their k. Experts that no token chose cost nothing."""
+    for e in chosen.unique().tolist():
+        yield e, *torch.where(chosen == e)
+
+
+@accelerated
+def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor, activation: str) -> Tensor:
+    """Σ_{e ∈ T} g_e · expert_e(x): x (N, D), gate and up (E, F, D), down (E, D, F), weights g (N, k) float32, chosen T (N, k) int64 → (N, D)."""
+    y = torch.zeros_like(x)
+    for e, token, rank in visits(chosen):
+        own = x[token]
+        out = F.linear(activate(activation, F.linear(own, gate[e])) * F.linear(own, up[e]), down[e])
+        y = y.index_add(0, token, (out * weights[token, rank, None]).to(x.dtype))
+    return y
+
+
+class Experts(nn.Module):
+    """The weights of E gated MLPs side by side."""
+    INIT = {"gate": matrix, "up": matrix, "down": residual}
+
+    def __init__(self, experts: int, config: MLPConfig | ClippedGLU, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Parameter(torch.empty(experts, config.hidden, dim))
+        self.up = nn.Parameter(torch.empty(experts, config.hidden, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, config.hidden))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
+        return expert_mlp(x, self.gate, self.up, self.down, weights, chosen, self.config.activation)
+
+
+class ClippedExperts(Experts):
+    """The same with biases, and with an activation that cannot grow without bound (gpt-oss):
+
+        expert_e(x) = down_e( g σ(α g) ⊙ (u + 1) ) + b        g = min(gate_e x + b, limit),   u = clip(up_e x + b, ± limit)
+    """
+    INIT = {**Experts.INIT, "gate_bias": zero, "up_bias": zero, "down_bias": zero}
+
+    def __init__(self, experts: int, config: ClippedGLU, dim: int) -> None:
+        super().__init__(experts, config, dim)
+        self.gate_bias = nn.Parameter(torch.empty(experts, config.hidden))
+        self.up_bias = nn.Parameter(torch.empty(experts, config.hidden))
+        self.down_bias = nn.Parameter(torch.empty(experts, dim))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
+        limit, y = self.config.limit, torch.zeros_like(x)
+        for e, token, rank in visits(chosen):
+            gate = F.linear(x[token], self.gate[e], self.gate_bias[e]).clamp(max=limit)
+            up = F.linear(x[token], self.up[e], self.up_bias[e]).clamp(-limit, limit)
+            out = F.linear(gate * torch.sigmoid(self.config.slope * gate) * (up + 1), self.down[e], self.down_bias[e])
+            y = y.index_add(0, token, (out * weights[token, rank, None]).to(x.dtype))
+        return y
+
+
+class MoE(nn.Module):
+    """Route, run the chosen experts on the tokens that chose them, add up."""
+    WORDS = {
+        "renormalize": "their weights divided by their sum",
+        "shared": "every token goes to {} too",
+        "shared_gate": "which has a gate of its own",
+        "score": {"sigmoid": "scores are sigmoids"},
+        "correction": "a bias for the choice and not for the weight",
+        "groups": "of the best groups only: {}",
+        "scale": "the weights times {}",
+        "sparse": "each choice weighed against those within {} of it",
+        "router_bias": "a bias on the router",
+        "router_float32": "the router in float32",
+        "round_weights": "the weights rounded to the working dtype",
+    }
+
+    def __init__(self, config: MoEConfig, dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.router = Router(config, dim)
+        kind = ClippedExperts if isinstance(config.expert, ClippedGLU) else Experts
+        self.experts = kind(config.experts, config.expert, dim)
+        self.shared = None if config.shared is None else MLP(config.shared, dim)
+        self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
+
+    def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
+        flat = x.flatten(0, -2)                                 # (N, D)
+        routed = self.router(flat)
+        y = self.experts(flat, routed.weights, routed.chosen)
+        if self.shared is not None:
+            shared = self.shared(flat)
+            y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)
+        return y.view_as(x)
+
+    @staticmethod
+    def multiply_adds(config: MoEConfig, dim: int) -> int:
+        """Experts count where they are chosen."""
+        shared = MLP.multiply_adds(config.shared, dim) if config.shared else 0
+        return config.top_k * 3 * dim * config.expert.hidden + dim * config.experts + shared + dim * config.shared_gate

@@ -1,0 +1,207 @@
+"""The tokenizer files of a model folder, read into what `tokenizer.py` runs: one of tokenizers', or sentencepiece's.
+
+    file in the folder, first match wins              run by
+    tokenizer.json                                    tokenizers
+    tokenizer.model   Llama-1/2, Mistral, Gemma       sentencepiece
+    tokenizer.model   Llama-3, GLM-4: base64 ranks    tokenizers' BPE
+    *.tiktoken        Qwen-1: base64 ranks            tokenizers' BPE
+    vocab.json and merges.txt   GPT-2, Qwen2          tokenizers' BPE
+    vocab.json        XGen: GPT-2's, read as ranks    tokenizers' BPE
+    tekken.json       Mistral-Nemo: base64 ranks      tokenizers' BPE
+
+The byte alphabet (GPT-2, `encoder.py`) gives each of the 256 bytes a visible character, so that byte strings can be stored
+as text: " é" is the bytes 20 C3 A9, written "ĠÃ©".
+
+Ranks come without merges, because they imply them (tiktoken, `_educational.py`): of all neighbours, those join first whose
+union has the lowest rank. So each way of splitting a token into two tokens is a merge, at the rank of the union. With ranks
+a 0, b 1, ab 2, aba 3 the merges are a+b, then ab+a; a+ba is none, because ba has no rank. Splits of one token tie, and
+tokenizers must put one first; in 270 000 random trials no text was cut otherwise than by tiktoken.
+"""
+
+import base64
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+
+from nanollm.errors import TokenizerError
+from nanollm.text.tokenizer_declared import Declared, need, read_json, token_id, what_is
+
+FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json", "added_tokens.json",
+         "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+# Where text is cut before merging; no merge crosses a cut.
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN = LLAMA3.replace("{1,3}", "")                        # digits one at a time
+VOCAB_CLASSES = {"": GPT2, "GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "GPTNeoXTokenizer": GPT2, "Qwen2Tokenizer": QWEN}
+XGEN = "XgenTokenizer"                                    # GPT-2's vocabulary, and what its Python code adds
+
+# Special tokens that a format keeps in Python code rather than in a file. Those of ranks follow the last rank.
+LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+                   "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+                   "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
+QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+XGEN_RUNS = (*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9, 1, -1)))     # each a rank, after GPT-2's
+XGEN_SPECIALS = ("<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
+                 "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> "
+                 "<commit_after> <reponame>").split()
+TEKKEN_SPECIALS = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
+                   "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
+                   "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
+
+_VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_CHAR = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
+BYTE = {char: byte for byte, char in _CHAR.items()}
+
+
+# ---- the readers
+
+Model = tokenizers.Tokenizer | tuple[SentencePieceProcessor, SentencePieceProcessor]
+
+
+def _from_json(path: Path, declared: Declared) -> Model:
+    return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _from_model(path: Path, declared: Declared) -> Model:
+    """sentencepiece twice: as it is, and without the space that it puts before a text."""
+    data = path.read_bytes()
+    declared.begins = True                                # Llama-1/2/3 and Mistral, unless add_bos_token says otherwise
+    if re.match(rb"[A-Za-z0-9+/=]+ \d+\s", data):
+        return _from_ranks(path, declared)
+    need(data, path, "an empty file", "a sentencepiece model, or ranks in base64")     # sentencepiece accepts it
+    # Protobuf merges a message that is given twice, and the last value wins: normalizer_spec { add_dummy_prefix: false }
+    no_space = b"\x1a\x02\x18\x00"
+    model = SentencePieceProcessor(model_proto=data)
+    follow = {model.get_piece_size() + i: AddedToken(text, special=True) for i, text in enumerate(declared.in_code.follow)}
+    declared.added = follow | declared.added              # what the folder lists wins
+    return model, SentencePieceProcessor(model_proto=data + no_space)
+
+
+def _from_ranks(path: Path, declared: Declared) -> Model:
+    data, ranks = path.read_bytes(), {}
+    need(data, path, "an empty file", "ranks in base64")
+    for number, line in enumerate(data.splitlines(), 1):
+        token, _, rank = line.partition(b" ")
+        need(rank.isdigit(), path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
+        ranks[base64.b64decode(token, validate=True)] = int(rank)
+        need(len(ranks) == number, path, f"line {number}: {line!r}", "a token that no line above has")
+    need(declared.added or not declared.in_code.begin, declared.where, "no added_tokens_decoder", f"one, for the special tokens of {declared.kind}")
+    qwen = path.suffix == ".tiktoken"
+    names, first = QWEN_SPECIALS if qwen else LLAMA3_SPECIALS, 1 + max(ranks.values())
+    special = {token.content: id for id, token in declared.added.items()} or {t: first + i for i, t in enumerate(names)}
+    if not declared.added:
+        declared.special |= special.keys()
+        own = {"eos_token": names[0]} if qwen else {"bos_token": names[0], "eos_token": names[1]}
+        declared.named = own | declared.named
+    return _byte_level(_rank_model(ranks, special, path), QWEN if qwen else LLAMA3)
+
+
+def _from_vocab(path: Path, declared: Declared) -> Model:
+    need(declared.kind in (*VOCAB_CLASSES, XGEN), declared.where, f"tokenizer_class {declared.kind!r}", f"one of {[*VOCAB_CLASSES, XGEN]}")
+    if declared.kind == XGEN:
+        return _from_xgen(path, declared)
+    need(path.with_name("merges.txt").exists(), path, "no merges.txt beside it", "both")
+    model = models.BPE.from_file(str(path), str(path.with_name("merges.txt")))
+    if model.token_to_id("<|endoftext|>") is not None:    # GPT-2's only special token, named in no file
+        declared.named.setdefault("eos_token", "<|endoftext|>")
+        declared.special.add("<|endoftext|>")
+    return _byte_level(model, VOCAB_CLASSES[declared.kind], bool(declared.flag("add_prefix_space")))
+
+
+def _from_xgen(path: Path, declared: Declared) -> Model:
+    """GPT-2's ids are ranks already. Runs of spaces and tabs get new ones, also those that GPT-2 knows: their old ids fall out of use."""
+    end = "<|endoftext|>"
+    known = {text: token_id(id, path) for text, id in read_json(path).items()}
+    ranks = {bytes(BYTE[char] for char in text): id for text, id in known.items() if text != end}
+    first = 1 + max(known.values())
+    ranks |= {run.encode(): first + i for i, run in enumerate(XGEN_RUNS)}
+    special = {end: known[end]} | {text: first + len(XGEN_RUNS) + i for i, text in enumerate(XGEN_SPECIALS)}
+    declared.special |= special.keys()
+    declared.named.setdefault("eos_token", end)
+    return _byte_level(_rank_model(ranks, special, path), GPT2)
+
+
+def _from_tekken(path: Path, declared: Declared) -> Model:
+    data = read_json(path)
+    config = data["config"]
+    shift = token_id(config["default_num_special_tokens"], path)         # special tokens come first, ranks follow
+    need(shift < 100_000, path, f"default_num_special_tokens = {shift}", "a thousand, or some")
+    special = {token["token_str"]: token["rank"] for token in data.get("special_tokens") or
+               [{"token_str": text, "rank": rank} for rank, text in enumerate(TEKKEN_SPECIALS)]}
+    special |= {f"<SPECIAL_{id}>": id for id in range(len(special), shift)}
+    used = data["vocab"][:config["default_vocab_size"] - shift]         # the file lists more tokens than the models have
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + shift for token in used}
+    declared.begins = True
+    declared.special |= special.keys()
+    declared.named = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>") | declared.named
+    return _byte_level(_rank_model(ranks, special, path), config["pattern"])
+
+
+def _rank_model(ranks: dict[bytes, int], special: dict[str, int], path: Path) -> models.BPE:
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    need(not missing, path, f"no rank for the bytes {missing}", "a rank for each of the 256 bytes")
+    spelled = {token: "".join(map(_CHAR.__getitem__, token)) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
+        merges += [(spelled[left], spelled[right]) for left, right in splits if left in ranks and right in ranks]
+    vocab = {spelled[token]: rank for token, rank in ranks.items()} | special
+    need(len({*vocab.values()}) == len(ranks) + len(special), path, "an id given twice", "each of them once")
+    return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)      # tiktoken, too, looks up whole words first
+
+
+def _byte_level(model: models.BPE, pattern: str, prefix_space: bool = False) -> tokenizers.Tokenizer:
+    """Cut by `pattern`, spelled in the byte alphabet, merged by `model`."""
+    backend = tokenizers.Tokenizer(model)
+    backend.decoder = decoders.ByteLevel()
+    if pattern == QWEN:
+        backend.normalizer = normalizers.NFC()
+    if pattern == GPT2:                                   # ByteLevel has this pattern built in, and can put a space first
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
+    else:
+        split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+        spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, spell])
+    return backend
+
+
+READERS: dict[str, tuple[Callable[[Path, Declared], Model], str]] = {
+    "tokenizer.json": (_from_json, "a file of the tokenizers library"),
+    "tokenizer.model": (_from_model, "a sentencepiece model, or ranks in base64"),
+    "*.tiktoken": (_from_ranks, "ranks in base64"),
+    "vocab.json": (_from_vocab, "a BPE vocabulary, with merges.txt beside it"),
+    "tekken.json": (_from_tekken, "tekken's config and vocab"),
+}
+
+
+@contextlib.contextmanager
+def one_error(path: Path, expected: str) -> Iterator[None]:
+    """What fails inside the block, in three libraries that have their own kinds of errors, as a TokenizerError. A panic in Rust, which is
+    how a pattern ends that takes too long, is no Exception to Python."""
+    try:
+        yield
+    except TokenizerError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = f"{type(error).__name__}: {error}"[:120]
+        raise TokenizerError(f"{path}: found {what_is(path.read_bytes())}, expected {expected} ({reason})") from error
+
+
+def read_model(folder: Path, declared: Declared, run: Callable[[Model, Path], Any]) -> Any:
+    """`run(model, path)` for the first tokenizer file in the folder, every failure turned into one TokenizerError."""
+    for pattern, (reader, expected) in READERS.items():
+        for path in sorted(folder.glob(pattern)):
+            with one_error(path, expected):
+                return run(reader(path, declared), path)
+    advice = f". {XGEN} has no file of its own: put the vocab.json of GPT-2 into the folder, on which its code builds" if declared.kind == XGEN else ""
+    raise TokenizerError(f"{folder}: found no tokenizer, expected one of {', '.join(READERS)}{advice}")

@@ -1,0 +1,252 @@
+"""The state of a run on disk: sharded, checksummed, without pickle, and never half there.
+
+    runs/demo/steps/00000200/         a checkpoint, complete or absent: it gets this name in one rename, last of all
+        rank-0.safetensors            the slices that rank 0 holds, of parameters and of what the optimizers remember
+        rank-1.safetensors
+        manifest.json                 which part of which tensor lies where, a CRC-32 for each file, and the plain facts of the run
+        manifest.crc32                of manifest.json
+    runs/demo/steps/.00000300.tmp/    one being written, or left by a process that was killed: never read, cleared by the next
+
+    write     copy slices to CPU memory │ a thread: file, fsync, CRC   ‖ training goes on │ all done: manifest, fsync, rename, prune
+    read      manifest, CRC │ for each slice that is wanted: the files that overlap it, CRC first, then that part
+
+A kill at any point leaves the checkpoints that were complete. A failure to write (a full disk) on any rank gives up that checkpoint
+on all of them and is reported; the run decides. A file is read by any number of ranks, so world sizes may differ.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import threading
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from nanollm.errors import RunError
+from nanollm.training.distributed import World
+
+FORMAT = 1
+Box = list[list[int]]           # [start, end) in each dimension; of a single number: []
+
+
+def box(tensor: Tensor) -> Box:
+    """Which part of the whole tensor this rank holds. What is not sliced is held by every rank."""
+    part = [[0, size] for size in tensor.shape]
+    if isinstance(tensor, DTensor):
+        placement, mesh = tensor.placements[-1], tensor.device_mesh
+        assert isinstance(placement, Shard), tensor.placements
+        total, each = tensor.shape[placement.dim], -(-tensor.shape[placement.dim] // mesh.size(-1))     # as torch.chunk cuts: the last
+        rank = mesh.get_local_rank(mesh.ndim - 1)                                                       # ranks may have less, or nothing
+        part[placement.dim] = [min(total, rank * each), min(total, (rank + 1) * each)]
+    return part
+
+
+def overlap(a: Box, b: Box) -> Box:
+    return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b)]
+
+
+def volume(part: Box) -> int:
+    return math.prod(max(0, end - start) for start, end in part)
+
+
+def within(part: Box, whole: Box) -> tuple[slice, ...]:
+    """Where `part` lies in a tensor that holds `whole`."""
+    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole))
+
+
+def keeper(tensor: Tensor, world: World) -> bool:
+    """Whether this rank writes its part: of equal copies, the first group's."""
+    if not isinstance(tensor, DTensor):
+        return world.rank == 0
+    return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
+
+
+def crc(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints of one run, one at a time, beside the training."""
+    folder: Path                                # runs/demo/steps
+    world: World
+    keep: int                                   # how many complete ones stay
+    thread: threading.Thread | None = None
+    result: dict[str, Any] = field(default_factory=dict)        # what this rank's thread has to say
+    step: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+        """Copy this rank's slices and start to write them. All ranks call it; the one before must have been finished."""
+        assert self.thread is None
+        self.step, self.facts, self.result = step, facts, {"pieces": {}, "shapes": {}}
+        mine: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            self.result["shapes"][name] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
+            if keeper(tensor, self.world) and volume(box(tensor)):
+                mine[name] = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True).contiguous()
+                self.result["pieces"][name] = box(tensor)
+        draft = self.draft(step)
+        if self.world.rank == 0:
+            for old in self.folder.glob(".*.tmp"):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                draft.mkdir(parents=True)
+            except OSError as error:
+                self.result["error"] = f"{draft}: {error.strerror}"
+        self.world.tell(None)                                   # nobody writes before the folder is there
+        self.thread = threading.Thread(target=self._write, args=(draft / f"rank-{self.world.rank}.safetensors", mine))
+        self.thread.start()
+
+    def draft(self, step: int) -> Path:
+        return self.folder / f".{step:08}.tmp"
+
+    def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
+        try:
+            write_slices(path, tensors)
+            self.result |= {"file": path.name, "crc32": crc(path), "bytes": path.stat().st_size}
+        except Exception as error:                              # whatever it is, the main thread must hear of it
+            self.result.setdefault("error", f"{path}: {error}")
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank's thread is still at work."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def finish(self) -> str | None:
+        """Wait for the files of all ranks and make them a checkpoint. None if there was nothing to finish or all went well,
+        else what went wrong, the same on every rank; nothing is left of it then, and older checkpoints are as they were."""
+        if self.thread is None:
+            return None
+        self.thread.join()
+        self.thread = None
+        said = self.world.tell(self.result)
+        problem = next((one["error"] for one in said if "error" in one), None)
+        if self.world.rank == 0:
+            try:
+                if problem is None:
+                    self._complete(said)
+            except OSError as error:
+                problem = f"{self.draft(self.step)}: {error}"
+            if problem is not None:
+                shutil.rmtree(self.draft(self.step), ignore_errors=True)
+        return self.world.tell(problem)[0]
+
+    def _complete(self, said: list[dict[str, Any]]) -> None:
+        draft, whole = self.draft(self.step), self.folder / f"{self.step:08}"
+        files = [{key: one[key] for key in ("file", "bytes", "crc32", "pieces")} for one in said]
+        write_manifest(draft, {"format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts, "tensors": said[0]["shapes"], "files": files})
+        if whole.exists():                                      # a run that went back to an earlier step comes by again
+            retire(whole)
+        publish(draft, whole)
+        for old in complete(self.folder)[: -self.keep]:
+            with contextlib.suppress(OSError):                  # the new one is whole all the same; the next one tries again
+                retire(old)
+
+
+def write_slices(path: Path, tensors: dict[str, Tensor]) -> None:
+    save_file(tensors, path)
+    sync(path)
+
+
+def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values).encode()
+    for name, content in (("manifest.json", text), ("manifest.crc32", f"{zlib.crc32(text):08x}\n".encode())):
+        (folder / name).write_bytes(content)
+        sync(folder / name)
+    sync(folder)
+
+
+def publish(draft: Path, whole: Path) -> None:
+    os.rename(draft, whole)
+    sync(whole.parent)
+
+
+def retire(folder: Path) -> None:
+    """Delete a checkpoint. It loses its name first, so that a half-deleted one is never taken for a whole one."""
+    aside = folder.parent / f".{folder.name}.old.tmp"
+    os.rename(folder, aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# ---- reading
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints in runs/NAME/steps, the newest last."""
+    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()), key=lambda path: int(path.name))
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises RunError where the manifest is missing or is not, byte for byte, what was written."""
+    try:
+        text, stated = (folder / "manifest.json").read_bytes(), (folder / "manifest.crc32").read_bytes()
+    except OSError as error:
+        raise damaged(folder, f"{Path(error.filename).name}: {error.strerror}") from None
+    if stated != f"{zlib.crc32(text):08x}\n".encode():
+        raise damaged(folder, f"manifest.json has CRC-32 {zlib.crc32(text):08x}, manifest.crc32 says {stated[:20]!r}")
+    manifest = json.loads(text)
+    if manifest.get("format") != FORMAT:
+        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; go on with the version that wrote it")
+    return manifest
+
+
+def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fill this rank's slices of `tensors` in place, and return the facts. Raises RunError, before anything is filled, where the
+    checkpoint is damaged or holds other tensors than these."""
+    manifest = read_manifest(folder)
+    ours = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
+    for name in sorted({*ours, *manifest["tensors"]}):
+        if ours.get(name) != manifest["tensors"].get(name):
+            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, this run has {ours.get(name, 'none')}; go on with the options that it was written with")
+    wanted = {name: box(tensor) for name, tensor in tensors.items()}
+    parts: dict[str, list[tuple[Box, Tensor]]] = {name: [] for name in tensors}
+    for file in manifest["files"]:
+        shared = {name: overlap(piece, wanted[name]) for name, piece in file["pieces"].items()}
+        shared = {name: part for name, part in shared.items() if volume(part)}
+        if not shared:
+            continue
+        path = folder / file["file"]
+        try:
+            found = crc(path)
+        except OSError as error:
+            raise damaged(folder, f"{path.name}: {error.strerror}") from None
+        if found != file["crc32"]:
+            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, expected {file['crc32']:08x} and {file['bytes']}")
+        with safetensors.safe_open(path, framework="pt") as stored:
+            for name, part in shared.items():
+                place = within(part, file["pieces"][name])
+                parts[name].append((part, stored.get_slice(name)[place] if place else stored.get_tensor(name)))
+    for name in tensors:
+        have = sum(volume(part) for part, _ in parts[name])
+        if have != volume(wanted[name]):
+            raise damaged(folder, f"{name}: {volume(wanted[name])} numbers are wanted, {have} of them are there")
+    for name, tensor in tensors.items():
+        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        for part, values in parts[name]:
+            local[within(part, wanted[name])].copy_(values)
+    return manifest["facts"] | {"step": manifest["step"]}
+
+
+def damaged(folder: Path, what: str) -> RunError:
+    return RunError(f"{folder}: damaged: {what}; move this folder away to go on from the checkpoint before it")
