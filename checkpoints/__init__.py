@@ -16,12 +16,13 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
     commands           python -m checkpoints.convert   .inspect   .compare
 """
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from checkpoints.export import Origin, copy_companions, origin_of, plan_export
+from checkpoints.export import Origin, copy_companions, layout_for, origin_of, plan_export
 from checkpoints.families import read_config
 from checkpoints.layouts import LARGEST_CONFIG, hub
 from checkpoints.names import table
@@ -63,12 +64,17 @@ def config(source: str | Path) -> ModelConfig:
 def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
     """Write a Hugging Face folder: config.json, weights, and the tokenizer files of the folder the model came from.
 
-    A loaded model keeps its config.json, but for what changed. Another is written as the first family that can express it.
-    `folder` must not exist, or be empty; it appears whole, or not at all. Raises ConfigError or CheckpointError."""
+    A loaded model keeps its config.json, but for what changed. Another is written as the first of a few families that can express it
+    (families.TRAINED_HERE). What no family can say is written in nanollm's own layout, which `load` reads, and a warning says so.
+    `folder` must not exist, or be empty; it appears whole, or not at all. Raises CheckpointError."""
     origin: Origin | None = getattr(model, "origin", None)
     # a compiled part carries a prefix of torch's
     parameters = {name.replace("_orig_mod.", ""): parameter.data for name, parameter in model.named_parameters()}
-    written = plan_export(model.config, parameters, {name: parameter.dtype for name, parameter in parameters.items()}, origin)
+    layout, reason = layout_for(model.config, origin)
+    if reason:
+        warnings.warn(f"{folder}: written in nanollm's own layout, which transformers does not read: {reason}", stacklevel=2)
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    written = plan_export(model.config, parameters, dtypes, origin, layout)
     with writing.new_folder(Path(folder)) as draft:
         stored = written.lay_out(draft, shard_bytes)
         with stream.Writer() as out:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
+from checkpoints.families.family import TOKENS
 from checkpoints.families.nanollm import NANOLLM
 from checkpoints.layouts import hub
 from checkpoints.layouts.original import (
@@ -67,10 +68,11 @@ def origin_of(source: Source) -> Origin:
     values, table_number, ignore = r.get("config"), r.get("names"), r.get("ignore")
     if not isinstance(values, dict) or not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
         raise r.error("config", "a config.json, and ignore a list of names")
-    family = read_config(values, r.where, ignore)[0]
-    if type(table_number) is not int or not 0 <= table_number < len(family.tables):
-        raise r.error("names", f"a number below {len(family.tables)}, of one of the tables of {family.name}")
-    return Origin(source.folder, "hf", values, family, family.tables[table_number], tuple(ignore))
+    family, config = read_config(values, r.where, ignore)
+    tables = family.tables(config)
+    if type(table_number) is not int or not 0 <= table_number < len(tables):
+        raise r.error("names", f"a number below {len(tables)}, of one of the tables of {family.name}")
+    return Origin(source.folder, "hf", values, family, tables[table_number], tuple(ignore))
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,15 @@ class Export:
         return writing.lay_out(draft, self.tensors, shard_bytes)
 
 
+def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, str]:
+    """The layout that `save` writes, "hf" or "nanollm", and why it is our own, in words, where it is."""
+    try:
+        _hf(config, origin)
+    except ConfigError as error:
+        return "nanollm", " ".join(str(error).split())
+    return "hf", ""
+
+
 def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], origin: Origin | None, to: str = "hf") -> Export:
     """The plan. `parameters` may be on the meta device; `dtypes` are what they are written as. Raises ConfigError where `to` has no words."""
     values, names = {"hf": _hf, "nanollm": _nanollm}.get(to, lambda *given: _original(*given, to))(config, origin)
@@ -112,17 +123,19 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
         ropes = {layer.mixer.rope for layer in config.layers if isinstance(layer.mixer, Attention)}
         with contextlib.suppress(ConfigError):   # a model of Meta's, kept under our names: heads that turn whole have halves in a Llama
             if all(isinstance(rope, Rope) and (rope.layout, rope.fraction) == ("interleaved", 1.0) for rope in ropes) and ropes:
-                family, values = write_config(with_rope_layout(config, "half"), FAMILIES["llama"])
-                return values, for_heads_in(family.tables[0], "interleaved", "half")
+                half = with_rope_layout(config, "half")
+                family, values = write_config(half, FAMILIES["llama"])
+                return values, for_heads_in(family.tables(half)[0], "interleaved", "half")
         family, values = write_config(config)
-        return values, family.tables[0]
+        return values, family.tables(config)[0]
     if origin.layout != "hf":
-        family, values = write_config(with_rope_layout(config, "half"), origin.family)
-        return values, for_heads_in(family.tables[0], rope_layout(config), "half")
+        half = with_rope_layout(config, "half")
+        family, values = write_config(half, origin.family)
+        return values, for_heads_in(family.tables(half)[0], rope_layout(config), "half")
     if origin.family.left_out:                   # a text model now, and a config.json that claims no tower
         family, values = write_config(config, FAMILIES[origin.family.name])
         said = (origin.values.get("text_config") or {}) | origin.values
-        return values | {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in said}, family.tables[0]
+        return values | {key: said[key] for key in TOKENS if key in said}, family.tables(config)[0]
     values = dict(origin.values)
     before = read_config(values, ignore=origin.ignore)[1]
     if before != config:
@@ -136,9 +149,10 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
 def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
     was = {}
     if origin and origin.layout == "hf" and origin.family is not NANOLLM:
-        number = next(number for number, names in enumerate(origin.family.tables) if names is origin.names)
+        tables = origin.family.tables(read_config(origin.values, ignore=origin.ignore)[1])
+        number = next(number for number, names in enumerate(tables) if names is origin.names)
         was = {"was": {"config": origin.values, "names": number, "ignore": list(origin.ignore)}}
-    return NANOLLM.write(config) | was, NANOLLM.tables[0]
+    return NANOLLM.write(config) | was, NANOLLM.tables(config)[0]
 
 
 def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict[str, Any], table.Table]:

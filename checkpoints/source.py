@@ -109,7 +109,7 @@ def _plan(
     """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
     model = _on_meta(config, found.where)
     parameters = dict(model.named_parameters())
-    names = min(found.tables or family.tables, key=lambda one: len(table.missing(table.expand(one, parameters, config), stored)))
+    names = min(found.tables or family.tables(config), key=lambda one: len(table.missing(table.expand(one, parameters, config), stored)))
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
     if config.tied and head in stored:           # stored although tied: a copy is passed over, another head is kept
         if embed in stored and files.equal_bytes(stored[head], stored[embed]):

@@ -13,9 +13,9 @@ The rotation is computed in float32, from tables that were rounded, and rounded 
 import dataclasses
 from typing import Any
 
-from checkpoints.families.family import Family
 from checkpoints.families.gemma import read_sliding, write_sliding
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_attention, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.families.qwen import QWEN3_NAMES
 from checkpoints.names.reader import Reader
 from nanollm.config import Attention, Layer, ModelConfig, Norm
@@ -88,8 +88,9 @@ def write_cohere2(config: ModelConfig) -> dict[str, Any]:
     return values | {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "sliding_window_pattern": period}
 
 
-COHERE = Family("cohere", read_cohere, write_cohere, (QWEN3_NAMES,), INV_FREQ, frozenset({"model_max_length"}))
-COHERE2 = Family(
+COHERE = functions("cohere", read_cohere, write_cohere, (QWEN3_NAMES,), INV_FREQ, frozenset({"model_max_length"}))
+COHERE2 = functions(
     "cohere2", read_cohere2, write_cohere2, (LLAMA_NAMES,), INV_FREQ,
     irrelevant=frozenset({"_sliding_window_pattern", "cache_implementation", "model_max_length", "use_parallel_embedding"}),
 )
+FAMILIES = {"cohere": COHERE, "cohere2": COHERE2}

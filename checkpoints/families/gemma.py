@@ -22,8 +22,8 @@ out what is the class default; its tensors stand under language_model, and the t
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, write_llama_shape
+from checkpoints.families.legacy import functions, read_attention, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.reader import IRRELEVANT, NEEDED, Reader
 from checkpoints.names.rope import read_rope, write_rope
 from checkpoints.names.table import moved, override, rule
@@ -201,13 +201,14 @@ def write_gemma3(config: ModelConfig) -> dict[str, Any]:
 
 
 UNREAD = frozenset({"cache_implementation", "_sliding_window_pattern"})
-GEMMA = Family("gemma", read_gemma, write_gemma, (LLAMA_NAMES,), INV_FREQ)
-GEMMA2 = Family("gemma2", read_gemma2, write_gemma2, (GEMMA2_NAMES,), INV_FREQ, UNREAD)
-GEMMA3 = Family("gemma3_text", read_gemma3, write_gemma3, (GEMMA3_NAMES,), INV_FREQ, UNREAD)
-GEMMA3_WITH_VISION = Family(
+GEMMA = functions("gemma", read_gemma, write_gemma, (LLAMA_NAMES,), INV_FREQ)
+GEMMA2 = functions("gemma2", read_gemma2, write_gemma2, (GEMMA2_NAMES,), INV_FREQ, UNREAD)
+GEMMA3 = functions("gemma3_text", read_gemma3, write_gemma3, (GEMMA3_NAMES,), INV_FREQ, UNREAD)
+GEMMA3_WITH_VISION = functions(
     "gemma3_text", read_gemma3_with_vision, write_gemma3,
     tables=(moved(GEMMA3_NAMES, "", "language_model."), moved(GEMMA3_NAMES, "model.", "model.language_model.")),
     irrelevant=frozenset("vision_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index image_token_id boi_token_id "
                          "eoi_token_id".split()),
     left_out=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
 )
+FAMILIES = {"gemma": GEMMA, "gemma2": GEMMA2, "gemma3_text": GEMMA3, "gemma3": GEMMA3_WITH_VISION}

@@ -13,8 +13,8 @@ The same weights as first uploaded, model_type chatglm, are in chatglm.py.
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
@@ -74,5 +74,6 @@ def write_glm4(config: ModelConfig) -> dict[str, Any]:
     return write_shape(config, "glm4", "Glm4ForCausalLM")
 
 
-GLM = Family("glm", read_glm, write_glm, (GLM_NAMES,), INV_FREQ)
-GLM4 = Family("glm4", read_glm4, write_glm4, (GLM4_NAMES,), INV_FREQ)
+GLM = functions("glm", read_glm, write_glm, (GLM_NAMES,), INV_FREQ)
+GLM4 = functions("glm4", read_glm4, write_glm4, (GLM4_NAMES,), INV_FREQ)
+FAMILIES = {"glm": GLM, "glm4": GLM4}

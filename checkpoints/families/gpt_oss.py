@@ -15,8 +15,8 @@ published folders those two matrices are 4-bit (MXFP4): checkpoints/storage/quan
 import dataclasses
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, write_llama_shape
+from checkpoints.families.legacy import functions, read_decoder, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.expert_ops import Interleaved, Turned
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
@@ -94,4 +94,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-GPT_OSS = Family("gpt_oss", read, write, (GPT_OSS_NAMES,), INV_FREQ, frozenset({"initial_context_length"}))
+GPT_OSS = functions("gpt_oss", read, write, (GPT_OSS_NAMES,), INV_FREQ, frozenset({"initial_context_length"}))
+FAMILIES = {"gpt_oss": GPT_OSS}

@@ -12,8 +12,8 @@ All three stretch RoPE by dynamic NTK past the context they were trained for (20
 import dataclasses
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -86,6 +86,7 @@ def write_internlm3(config: ModelConfig) -> dict[str, Any]:
 
 
 IRRELEVANT = frozenset({"attn_implementation"})          # which kernel; the same logits
-INTERNLM = Family("internlm", read_internlm, write_internlm, (LLAMA_NAMES, INTERNLM2_NAMES), INV_FREQ, IRRELEVANT)
-INTERNLM2 = Family("internlm2", read_internlm, write_internlm2, (INTERNLM2_NAMES,), irrelevant=IRRELEVANT)
-INTERNLM3 = Family("internlm3", read_internlm3, write_internlm3, (LLAMA_NAMES,), INV_FREQ, IRRELEVANT)
+INTERNLM = functions("internlm", read_internlm, write_internlm, (LLAMA_NAMES, INTERNLM2_NAMES), INV_FREQ, IRRELEVANT)
+INTERNLM2 = functions("internlm2", read_internlm, write_internlm2, (INTERNLM2_NAMES,), irrelevant=IRRELEVANT)
+INTERNLM3 = functions("internlm3", read_internlm3, write_internlm3, (LLAMA_NAMES,), INV_FREQ, IRRELEVANT)
+FAMILIES = {"internlm": INTERNLM, "internlm2": INTERNLM2, "internlm3": INTERNLM3}

@@ -10,8 +10,8 @@ Jamba-v0.1, 1.5 Mini and Large, Jamba Reasoning 3B, which has no experts.
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import LLAMA_NAMES, read_mlp
+from checkpoints.families.legacy import functions, read_mlp
+from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.families.mamba import read_rank, whole_multiple
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
@@ -124,7 +124,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-JAMBA = Family(
+JAMBA = functions(
     "jamba", read, write, (JAMBA_NAMES,),
     irrelevant=frozenset("calc_logits_for_entire_prompt n_ctx num_logits_to_keep use_associative_scan use_mamba_kernels use_mambapy".split()),
 )
+FAMILIES = {"jamba": JAMBA}

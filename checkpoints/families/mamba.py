@@ -14,8 +14,7 @@ Falcon-Mamba's norm of Δ is before dt_proj. (The fused kernel that transformers
 import math
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import Layer, Mamba, Mamba2, ModelConfig, Norm
@@ -130,5 +129,6 @@ IRRELEVANT = frozenset(                                  # initialisation, which
     "rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min "
     "time_step_scale use_associative_scan use_mambapy use_falcon_mambapy d_model fused_add_norm n_layer pad_vocab_size_multiple".split())
 
-MAMBA = Family("mamba", read, write_mamba, (MAMBA_NAMES, OLD_NAMES), irrelevant=IRRELEVANT)
-FALCON_MAMBA = Family("falcon_mamba", read_falcon_mamba, write_falcon_mamba, (MAMBA_NAMES,), irrelevant=IRRELEVANT)
+MAMBA = functions("mamba", read, write_mamba, (MAMBA_NAMES, OLD_NAMES), irrelevant=IRRELEVANT)
+FALCON_MAMBA = functions("falcon_mamba", read_falcon_mamba, write_falcon_mamba, (MAMBA_NAMES,), irrelevant=IRRELEVANT)
+FAMILIES = {"mamba": MAMBA, "falcon_mamba": FALCON_MAMBA}

@@ -15,7 +15,7 @@ with a null or a spelled-out infinity for no limit. (transformers 5.23 forgets t
 import math
 from typing import Any
 
-from checkpoints.families.family import Family
+from checkpoints.families.legacy import functions
 from checkpoints.families.mamba import IRRELEVANT, MAMBA_NAMES, read_rank, read_stack, whole_multiple, write_stack
 from checkpoints.names.reader import Reader, is_number
 from checkpoints.names.table import override, rule
@@ -142,6 +142,7 @@ def write_original(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-MAMBA2 = Family("mamba2", read, write, (MAMBA2_NAMES, ORIGINAL_NAMES),
+MAMBA2 = functions("mamba2", read, write, (MAMBA2_NAMES, ORIGINAL_NAMES),
                 irrelevant=IRRELEVANT | {"chunk_size", "norm_before_gate", "time_step_rank"})
-ORIGINAL = Family("state-spaces", read_original, write_original, (ORIGINAL_NAMES,), irrelevant=frozenset({"fused_add_norm"}))
+ORIGINAL = functions("state-spaces", read_original, write_original, (ORIGINAL_NAMES,), irrelevant=frozenset({"fused_add_norm"}))
+FAMILIES = {"mamba2": MAMBA2, "state-spaces": ORIGINAL}

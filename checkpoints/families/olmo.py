@@ -14,8 +14,8 @@ uploads whose names do not end in -hf (fused `att_proj`, `ff_proj`, model_type "
 import dataclasses
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -116,6 +116,7 @@ def write_olmoe(config: ModelConfig) -> dict[str, Any]:
 
 
 # some fine-tuned OLMo-1 carry Llama's key for ε, which their norms do not read
-OLMO = Family("olmo", read_olmo, write_olmo, (LLAMA_NAMES,), INV_FREQ, irrelevant=frozenset({"rms_norm_eps"}))
-OLMO2 = Family("olmo2", read_olmo2, write_olmo2, (OLMO2_NAMES,), INV_FREQ)
-OLMOE = Family("olmoe", read_olmoe, write_olmoe, (OLMOE_NAMES,), INV_FREQ)
+OLMO = functions("olmo", read_olmo, write_olmo, (LLAMA_NAMES,), INV_FREQ, irrelevant=frozenset({"rms_norm_eps"}))
+OLMO2 = functions("olmo2", read_olmo2, write_olmo2, (OLMO2_NAMES,), INV_FREQ)
+OLMOE = functions("olmoe", read_olmoe, write_olmoe, (OLMOE_NAMES,), INV_FREQ)
+FAMILIES = {"olmo": OLMO, "olmo2": OLMO2, "olmoe": OLMOE}

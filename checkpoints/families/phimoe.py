@@ -13,8 +13,8 @@ one for sequences beyond the original context. In training the published code dr
 import dataclasses
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ
 from checkpoints.families.mixtral import MIXTRAL_NAMES
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
@@ -84,4 +84,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-PHIMOE = Family("phimoe", read, write, (MIXTRAL_NAMES,), INV_FREQ, frozenset({"input_jitter_noise"}))
+PHIMOE = functions("phimoe", read, write, (MIXTRAL_NAMES,), INV_FREQ, frozenset({"input_jitter_noise"}))
+FAMILIES = {"phimoe": PHIMOE}

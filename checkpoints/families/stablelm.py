@@ -11,8 +11,8 @@ Bellagente et al. 2024, arXiv 2402.17834. The first uploads, of model_type stabl
 import dataclasses
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
@@ -61,4 +61,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-STABLELM = Family("stablelm", read, write, (STABLELM_NAMES,), INV_FREQ)
+STABLELM = functions("stablelm", read, write, (STABLELM_NAMES,), INV_FREQ)
+FAMILIES = {"stablelm": STABLELM}

@@ -8,8 +8,8 @@ StarCoder the first is a GPT-2 with one key/value head and another lineage.
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, write_llama_shape
+from checkpoints.families.legacy import functions, read_attention, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Layer, ModelConfig, Norm
@@ -47,8 +47,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
     return values | {"norm_epsilon": values.pop("rms_norm_eps"), "use_bias": layer.ffn.bias, "sliding_window": layer.mixer.window}
 
 
-STARCODER2 = Family(
+STARCODER2 = functions(
     "starcoder2", read, write, (STARCODER2_NAMES,), INV_FREQ,
     irrelevant=frozenset("activation_function embedding_dropout residual_dropout attention_softmax_in_fp32 "
                          "scale_attention_softmax_in_fp32".split()),
 )
+FAMILIES = {"starcoder2": STARCODER2}

@@ -2,7 +2,8 @@
 
 import pytest
 
-from checkpoints.families import INTERNLM, INTERNLM2, INTERNLM3, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.internlm import INTERNLM, INTERNLM2, INTERNLM3
 from nanollm.config import MLP, Attention, DynamicNTK, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 
