@@ -34,6 +34,12 @@ IRRELEVANT = frozenset("""
     return_dict_in_generate task_specific_params tf_legacy_loss tokenizer_class use_bfloat16 chunk_size_feed_forward
 """.split())
 
+# Of all transformers' configs: at these values they say what every decoder is, at others they would change the model.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), (False,)),
+    "cross_attention_hidden_size": (None,), "pruned_heads": ({},),
+}
+
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2",
@@ -115,7 +121,7 @@ class Reader:
         passed = self.seen | set(irrelevant)
         unread = [key for key in self.values if key not in passed and f"{self.prefix}{key}" not in self.ignore]
         if not self.prefix:
-            unread = [key for key in unread if key not in IRRELEVANT]
+            unread = [key for key in unread if key not in IRRELEVANT and self.values[key] not in NEUTRAL.get(key, ())]
         if unread:
             listed = ", ".join(f"{self.prefix}{key} = {brief(self.values[key])}" for key in unread)
             names = ", ".join(f'"{self.prefix}{key}"' for key in unread)
