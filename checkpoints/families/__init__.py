@@ -19,6 +19,8 @@ from nanollm.errors import ConfigError
 FAMILIES: dict[str, Family] = {}
 FILES: dict[str, str] = {}  # model_type → the module that has it
 for _file in pkgutil.iter_modules(__path__):
+    if _file.name == "__main__":
+        continue
     for _kind, _family in getattr(importlib.import_module(f"{__name__}.{_file.name}"), "FAMILIES", {}).items():
         assert _kind not in FAMILIES, f"two families of model_type {_kind}"
         FAMILIES[_kind], FILES[_kind] = _family, _file.name
@@ -36,7 +38,7 @@ def read_config(
     if not isinstance(kind, str) or kind not in FAMILIES:
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
-                          + f"the {len(FAMILIES)} that are read are listed in docs/families.md")
+                          + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
     family = FAMILIES[kind]
     reader = Reader(values, where, ignore, most)
     try:
