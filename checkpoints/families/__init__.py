@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from checkpoints.families.family import Family
+from checkpoints.families.nanollm import NANOLLM
 from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
@@ -35,11 +36,12 @@ def read_config(
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    known = {**FAMILIES, NANOLLM.name: NANOLLM}
+    if not isinstance(kind, str) or kind not in known:
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
                           + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
-    family = FAMILIES[kind]
+    family = known[kind]
     reader = Reader(values, where, ignore, most)
     try:
         config = family.read(reader)
