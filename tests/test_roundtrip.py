@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -263,3 +264,14 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
     for dtype, wanted in (("float32", size), ("bfloat16", size // 2)):
         peak = int(subprocess.run([sys.executable, "-c", code, str(tmp_path / "in"), dtype], capture_output=True, text=True, check=True).stdout)
         assert peak < wanted + 16e6, (dtype, peak, wanted)
+
+
+def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
+    """With where it came from, so that a copy is saved as the original would be."""
+    write(FIXTURES["qwen3-0.6b"], tmp_path / "in")
+    model = checkpoints.load(tmp_path / "in")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.origin.family is model.origin.family
+        checkpoints.save(other, tmp_path / "out")
+        assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")

@@ -29,6 +29,11 @@ for _file in pkgutil.iter_modules(__path__):
 TRAINED_HERE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "mamba", "mamba2", "gpt2")
 
 
+def family_called(kind: str) -> Family:
+    """Of this model_type, or of our own layout."""
+    return {**FAMILIES, NANOLLM.name: NANOLLM}[kind]
+
+
 def read_config(
     values: dict[str, Any], where: str = "config.json", ignore: Collection[str] = (), most: int = 10_000
 ) -> tuple[Family, ModelConfig]:
@@ -36,12 +41,11 @@ def read_config(
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
-    known = {**FAMILIES, NANOLLM.name: NANOLLM}
-    if not isinstance(kind, str) or kind not in known:
+    if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
                           + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
-    family = known[kind]
+    family = family_called(kind)
     reader = Reader(values, where, ignore, most)
     try:
         config = family.read(reader)

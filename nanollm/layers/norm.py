@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.config import Norm
-from nanollm.init import constant, one, zero
+from nanollm.init import Draw, constant, one, zero
 from nanollm.ops import accelerated
 
 
@@ -59,7 +59,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.config = config
         self.gain = nn.Parameter(torch.empty(dim)) if config.gain else None     # g, or g − 1 where offset is 1 (Gemma)
-        self.INIT = {"gain": constant(1 - config.offset)}
+
+    @property
+    def INIT(self) -> dict[str, Draw]:
+        """A gain of 1, as it is stored."""
+        return {"gain": constant(1 - self.config.offset)}
 
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
         if self.gain is None:
