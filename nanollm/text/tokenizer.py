@@ -193,6 +193,12 @@ def _decoder_steps(backend: tokenizers.Tokenizer, where: Path) -> list[dict[str,
     return steps
 
 
+def _special(token: AddedToken) -> AddedToken:
+    """The same token, special. Added again as plain text it would lose its other flags."""
+    return AddedToken(token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
+                      normalized=token.normalized, special=True)
+
+
 class Tokenizers:
     """A `tokenizers.Tokenizer`, for every file but sentencepiece's."""
 
@@ -200,14 +206,18 @@ class Tokenizers:
         self.backend, self.lock, self.where = backend, threading.Lock(), where
         backend.no_truncation()
         backend.no_padding()
-        for id, token in sorted(declared.added.items()):
-            backend.add_tokens([token])
+        held = backend.get_added_tokens_decoder()         # what the tokenizer's own file says of a token stands
+        backend.add_tokens([token for id, token in sorted(declared.added.items())
+                            if id not in held or held[id].content != token.content])
+        for id, token in declared.added.items():
             got = backend.token_to_id(token.content)
             need(got == id, where, f"id {got} for {token.content!r}", f"{id}, as the folder's added tokens declare it")
         added = backend.get_added_tokens_decoder()
         stops = {added[id].content for ids in declared.stops.values() for id in ids if id in added}
         declared.speak(backend.id_to_token, where)
-        backend.add_special_tokens([t for t in sorted(declared.special | stops) if backend.token_to_id(t) is not None])
+        flags = {token.content: token for token in added.values()}
+        known = [text for text in sorted(declared.special | stops) if backend.token_to_id(text) is not None]
+        backend.add_special_tokens([_special(flags[text]) if text in flags else text for text in known])
         added = backend.get_added_tokens_decoder()
         self.added = {id: token.content for id, token in added.items()}
         self.special = {token.content: id for id, token in added.items() if token.special}

@@ -1,7 +1,7 @@
 """What a model folder says about its tokens beside the vocabulary: in small JSON files, each of which may be absent.
 
     tokenizer_config.json, special_tokens_map.json   special tokens by name, added tokens, switches, the class
-    added_tokens.json                                added tokens, text → id
+    added_tokens.json                                added tokens, text → id; not read beside a tokenizer.json
     config.json, generation_config.json              ids that end a generation; ids of the speakers' tokens, if any
     chat_template.jinja, or tokenizer_config.json    how a chat is written
 
@@ -86,7 +86,9 @@ class Declared:
         self.special = {*self.named.values(), *map(self._text, extra)}
 
         self.added: dict[int, AddedToken] = {}
-        for text, id in read_json(folder / "added_tokens.json").items():
+        # beside a tokenizer.json it is a leftover, as for transformers: that file has its own list
+        older = {} if (folder / "tokenizer.json").exists() else read_json(folder / "added_tokens.json")
+        for text, id in older.items():
             self.added[token_id(id, folder / "added_tokens.json")] = AddedToken(text, special=text in self.special)
         listed = self.config.get("added_tokens_decoder") or {}
         need(isinstance(listed, dict), self.where, repr(listed), "added_tokens_decoder to map ids to tokens")
