@@ -1,6 +1,6 @@
 """What may stand in the place of attention or of the MLP, as data: latent attention, scans, mixtures of experts.
 
-Each class is explained in the module of its name: `Mamba` in layers/mamba.py, `MoE` in layers/moe.py.
+Each class names the file of nanollm/layers that explains it: mamba.py, moe.py.
 """
 
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Attention, Norm, 
 
 @dataclass(frozen=True)
 class LatentAttention(Mixer):
-    """Attention whose keys and values are made from one short vector a token, layers/latent_attention.py."""
+    """Attention whose keys and values are made from one short vector a token, latent_attention.py."""
     heads: int                              # H; 128 (DeepSeek-V3)
     nope: int                               # part of a query or key that is not rotated, a head; 128
     rope_dim: int                           # part that is; the key's is one for all heads; 64
@@ -33,7 +33,7 @@ class LatentAttention(Mixer):
 
 @dataclass(frozen=True)
 class Mamba(Mixer):
-    """Selective state space, first generation, layers/mamba.py."""
+    """Selective state space, first generation, mamba.py."""
     inner: int                              # I, channels of the scan; 2 × dim
     state: int                              # N, numbers kept per channel; 16
     conv: int                               # width of the causal convolution before the scan; 4
@@ -50,7 +50,7 @@ class Mamba(Mixer):
 
 @dataclass(frozen=True)
 class Mamba2(Mixer):
-    """Selective state space, second generation: heads, and one decay a head, layers/mamba2.py."""
+    """Selective state space, second generation: heads, and one decay a head, mamba2.py."""
     heads: int                              # H; 128
     head_dim: int                           # P, channels of a head; 64
     groups: int                             # G, sets of B and C, a divisor of heads; Mamba-2 1, Codestral 8
@@ -72,7 +72,7 @@ class Mamba2(Mixer):
 
 @dataclass(frozen=True)
 class RGLRU(Mixer):
-    """The block of Griffin and RecurrentGemma around a real-gated linear recurrent unit, layers/recurrent.py."""
+    """The recurrent block of Griffin and RecurrentGemma around a real-gated linear recurrent unit, recurrent.py."""
     width: int                              # I, channels of the recurrence; 2560
     heads: int                              # H, blocks of the gates' block-diagonal matrices, a divisor of width; 10
     conv: int                               # width of the causal convolution before the recurrence; 4
@@ -86,7 +86,7 @@ class RGLRU(Mixer):
 
 @dataclass(frozen=True)
 class RWKV(Mixer):
-    """Both halves of an RWKV-4 block, time mixing and channel mixing, layers/rwkv.py; so such a layer has no ffn."""
+    """Both halves of an RWKV-4 block, time mixing and channel mixing, rwkv.py; so a layer of it has no ffn."""
     width: int                              # D, that of the residual stream; 4096
     hidden: int                             # F, width of the channel mixing; 16384
     norm: Norm                              # before each half; LayerNorm with bias
@@ -98,7 +98,7 @@ class RWKV(Mixer):
 
 @dataclass(frozen=True)
 class Hyena(Mixer):
-    """A convolution of any length between two gates, layers/hyena.py."""
+    """A convolution of any length between two gates, hyena.py."""
     inner: int                              # I, its channels; 4096
     heads: int                              # H: the projection's rows lie head by head, a divisor of inner; 32
     state: int                              # N, poles of a channel's filter; 2
@@ -111,7 +111,7 @@ class Hyena(Mixer):
 
 @dataclass(frozen=True)
 class FilteredAttention(Mixer):
-    """Attention whose queries and keys read each token mixed with the two before it, layers/filtered_attention.py."""
+    """Attention whose queries and keys read each token mixed with the two before it, filtered_attention.py."""
     attention: Attention                    # what is done with them
     hidden: int                             # C, width between the two filters; 1024
     norm: Norm = Norm()                     # after the filters
@@ -133,7 +133,7 @@ class FilteredAttention(Mixer):
 
 @dataclass(frozen=True)
 class ClippedGLU(Part):
-    """An expert with biases, whose gate and up projections are cut off; ClippedExperts in layers/moe.py."""
+    """An expert with biases, whose gate and up projections are cut off; ClippedExperts in moe.py."""
     hidden: int                             # F, its width; 2880 (gpt-oss)
     slope: float = 1.702                    # α of the gate x·σ(αx): near to GELU
     limit: float = 7.0                      # the gate is cut off above it, the up projection at ± this
@@ -157,7 +157,7 @@ class ExpertGroups(Part):
 
 @dataclass(frozen=True)
 class MoE(FeedForward):
-    """A router that sends each token to a few of many gated MLPs, layers/moe.py."""
+    """A router that sends each token to a few of many gated MLPs, moe.py."""
     experts: int                            # E; 8
     top_k: int                              # experts a token visits; 2
     expert: MLP | ClippedGLU                # what one expert is; MLP(14336)

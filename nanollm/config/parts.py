@@ -1,6 +1,7 @@
 """The parts of a Llama-shaped layer, as data: norm, position, attention, feed-forward. The layer: config/__init__.py.
 
-The rarer mixers and the mixture of experts are in config/mixers.py, the formulas of long contexts in config/scaling.py.
+Each class names the file of nanollm/layers that explains it. The rarer mixers and the mixture of experts are in
+config/mixers.py, the formulas of long contexts in config/scaling.py.
 """
 
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from nanollm.config.scaling import LongRope, Scaling
 
 @dataclass(frozen=True)
 class Norm(Part):
-    """The equations, and what the cast order means, are in layers/norm.py."""
+    """The equations, and what the cast order means, are in norm.py."""
     kind: Literal["rms", "layer", "rms_outer"] = "rms"  # mean left in; taken out (GPT-NeoX); ε outside the root
                                             # (StripedHyena)
     eps: float = 1e-6                       # added to the mean square before the root; Llama-2 1e-5
@@ -38,7 +39,7 @@ class Norm(Part):
 
 @dataclass(frozen=True)
 class Rope(Part):
-    """Rotary position embedding, layers/rope.py."""
+    """Rotary position embedding, rope.py."""
     theta: float = 10_000.0                 # base of the angles; Llama-3 500000.0
     layout: Literal["half", "interleaved"] = "half"   # which two channels turn together: (j, j + d/2) or (2j, 2j + 1)
     fraction: float = 1.0                   # leading part of each head that turns, the rest passes; GPT-NeoX 0.25
@@ -56,13 +57,13 @@ class Rope(Part):
 
 @dataclass(frozen=True)
 class Alibi(Part):
-    """A penalty linear in distance in place of rotation, layers/alibi.py."""
+    """A penalty linear in distance in place of rotation, alibi.py."""
     coarse: bool = False                    # slopes, key positions and products in bfloat16, then times scale; Falcon
 
 
 @dataclass(frozen=True)
 class Attention(Mixer):
-    """Multi-head, grouped-query (kv_heads < heads) and multi-query (kv_heads = 1) attention, layers/attention.py."""
+    """Multi-head, grouped-query (kv_heads < heads) and multi-query (kv_heads = 1) attention, attention.py."""
     heads: int                              # H, query heads; 32
     kv_heads: int                           # K, key/value heads, a divisor of heads; 8
     head_dim: int                           # d, width of a head; need not be dim / heads; 128
@@ -105,7 +106,7 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
 
 @dataclass(frozen=True)
 class MLP(FeedForward):
-    """SwiGLU, GeGLU and the plain two-matrix form, layers/mlp.py."""
+    """SwiGLU, GeGLU and the plain two-matrix form, mlp.py."""
     hidden: int                             # F, its width; 14336
     activation: Activation = "silu"         # Gemma "gelu_tanh", Falcon "gelu"
     gated: bool = True                      # down(act(gate x) · up x), else down(act(up x))

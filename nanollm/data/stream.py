@@ -48,7 +48,7 @@ Row = tuple[np.ndarray, np.ndarray, np.ndarray]                         # tokens
 
 
 class Batch(NamedTuple):
-    """What a training step reads, B rows of T tokens."""
+    """B rows, as the model reads them and as the loss asks for them."""
     tokens: Tensor              # (B, T) int64
     targets: Tensor             # (B, T) int64, −100 where there is nothing to predict
     positions: Tensor | None    # (B, T) int64, None where no document begins inside a row: attention is then causal
