@@ -110,6 +110,8 @@ class RopeKeys(Row):
     theta         the family's base
     fraction      its part of a head that turns; None: it knows no such key, and all of it turns
     original      the path or function of the context before a stretch, where that is said outside the object
+
+    A family whose keys say it in other words has a subclass with a `rope` of its own.
     """
 
     def __init__(
@@ -119,9 +121,12 @@ class RopeKeys(Row):
         self.theta, self.fraction, self.original, self.path = theta, fraction, original, path
         self.theta_key, self.fraction_key = theta_key, fraction_key
 
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        rope = read_rope(r, self.theta, draft["context"], self.fraction, given(self.original, draft),
+    def rope(self, r: Reader, draft: Draft) -> Rope:
+        return read_rope(r, self.theta, draft["context"], self.fraction, given(self.original, draft),
                          theta_key=self.theta_key, fraction_key=self.fraction_key)
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        rope = self.rope(r, draft)
         for name in ("theta", "fraction", "scaling"):
             draft[f"{self.path}.{name}"] = getattr(rope, name)
 
@@ -223,3 +228,21 @@ class OneWindow(Row):
 
     def says(self) -> str:
         return "mixer.window"
+
+
+class must_be(Row):
+    """A flag that must have one value, which may be a function of the draft. A missing key means false."""
+
+    def __init__(self, value: Any, also: tuple[str, ...] = ()) -> None:
+        self.value, self.also = value, also
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        key, value = one_name(r, key, *self.also), given(self.value, draft)
+        if r.flag(key, False) != value:
+            raise r.error(key, f"{value}, which is what is implemented")
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: given(self.value, draft)}
+
+    def says(self) -> str:
+        return "must be " + ("the same" if callable(self.value) else repr(self.value))

@@ -149,8 +149,8 @@ class Row:
         raise NotImplementedError
 
     def says(self) -> str:
-        """The fields, in the documentation."""
-        return type(self).__name__
+        """In the documentation: the fields, or the first line of the row's docstring."""
+        return (type(self).__doc__ or "").partition("\n")[0]
 
 
 def given(value: Any, draft: Draft) -> Any:
@@ -240,9 +240,9 @@ def choice(words: dict[Any, Any], *paths: str, **more: Any) -> Key:
                of=lambda ours: back[ours] if ours in back else unlisted(ours), **more)
 
 
-def activation(*paths: str, **more: Any) -> Key:
-    """An activation by its name in transformers."""
-    return choice(ACTIVATIONS | {}, *paths, **more)
+def activation(*paths: str, missing: str = "silu") -> Key:
+    """An activation by its name in transformers. Of several for one the one that a missing key means is written."""
+    return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing)
 
 
 def optional(path: str, there: Part, missing: bool = False, **more: Any) -> Key:
