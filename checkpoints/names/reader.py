@@ -35,8 +35,8 @@ IRRELEVANT = frozenset("""
 """.split())
 
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu2": "relu2",
 }
 LARGEST = 2**31                                  # of one size; products of sizes are compared with the files
 NEEDED: Any = object()                           # in place of a default
