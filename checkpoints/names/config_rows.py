@@ -147,6 +147,7 @@ class Windows(Row):
 
     A subclass says which layers slide where there is no layer_types, `pattern`, and which keys say that, `pattern_keys`.
     """
+    shapes = True
 
     def __init__(self, default: int = 4096, switch: bool = False, full: dict[str, Any] | None = None) -> None:
         self.default, self.switch, self.full = default, switch, full or {}
