@@ -40,11 +40,14 @@ class Family:
 
     def but(
         self, name: str, architecture: str = "", *, keys: Keys | None = None, without: tuple[str, ...] = (),
-        layer: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None, **more: Any,
+        layer: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None, norm: Part | None = None, **more: Any,
     ) -> "Family":
-        """Another family that differs from this one in these keys, and in these fields that no key says (path → value)."""
+        """Another family that differs from this one in these keys, and in these fields that no key says (path → value).
+
+        norm: what all norms are, the final one and those before the mixer and the feed-forward; `layer` may say otherwise."""
         changed = {"layer": self.layer.copy(), "model": self.model.copy()}
-        for owner, paths in (("layer", layer), ("model", model)):
+        norms = [("layer", {"pre_mixer": norm, "pre_ffn": norm}), ("model", {"final_norm": norm})] if norm else []
+        for owner, paths in (*norms, ("layer", layer), ("model", model)):
             for path, value in (paths or {}).items():
                 changed[owner].set(path, value)
         table = {key: row for key, row in self.keys.items() if key not in without} | (keys or {})

@@ -21,7 +21,7 @@ The tables of Llama are what the other Llama-shaped lineages start from.
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.names.config_rows import HeadDim, LayerCount, RopeKeys
+from checkpoints.names.config_rows import DividingHeads, HeadDim, Heads, LayerCount, RopeKeys
 from checkpoints.names.config_table import Key, activation, field, flag, number, only, part, size
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
@@ -49,7 +49,12 @@ YI_NAMES = override(
     rule("model.layers.{i}.ln2", "layers.{i}.pre_ffn"),
 )
 INV_FREQ = frozenset({"model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"})
-
+LAYER_NORM = part(Norm, kind="layer", bias=True)
+ATTENTION_BIAS = flag("mixer.qkv_bias", "mixer.out_bias", missing=False)  # one switch for q, k, v and o
+HEADS_SHARE_DIM = {  # where a head can only be dim / heads wide
+    "num_attention_heads": Heads(alone=False),
+    "head_dim": only(None, field("mixer.head_dim")),
+}
 
 
 def kv_heads(missing: Any) -> Key:
@@ -80,8 +85,8 @@ LLAMA_SHAPE = Family(  # what all the Llama-shaped families share
 LLAMA = LLAMA_SHAPE.but(
     "llama", names=(LLAMA_NAMES, YI_NAMES),
     keys={
-        "head_dim": HeadDim(divides=True),
-        "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=False),
+        "num_attention_heads": DividingHeads(),
+        "attention_bias": ATTENTION_BIAS,
         "mlp_bias": flag("ffn.bias", missing=False),
         "rope_interleaved": only(False),  # SmolLM
         "quantization_bit": only(0),  # XVERSE: all its configs have it

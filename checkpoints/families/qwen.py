@@ -10,9 +10,9 @@ or 131072 that means nothing. The small ones are tied. Vocabularies are padded (
 
 from typing import Any
 
-from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE, kv_heads
+from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
 from checkpoints.names.config_rows import HeadDim, Windows
-from checkpoints.names.config_table import flag, only, part, size
+from checkpoints.names.config_table import only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import Norm
@@ -59,7 +59,7 @@ QWEN3 = QWEN2.but(
     "qwen3", "Qwen3ForCausalLM", names=(QWEN3_NAMES,), layer={"mixer.qkv_bias": False, "mixer.qk_norm": part(Norm)},
     keys={
         "head_dim": HeadDim(missing=128),
-        "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=False),
+        "attention_bias": ATTENTION_BIAS,
     },
     without=("use_mrope",),
 )

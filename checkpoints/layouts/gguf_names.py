@@ -40,8 +40,8 @@ from typing import Any
 
 import torch
 
-from checkpoints.families.gemma import FULL, SLIDING
 from checkpoints.layouts.original import HIGH, LOW, ORIGINAL, SCALED
+from checkpoints.names.config_rows import FULL, SLIDING
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table, override, rule

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.names.config_table import ABSENT, Draft, Part, Row, given, one_name
+from checkpoints.names.config_table import ABSENT, Draft, Key, Part, Row, given, one_name
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
@@ -80,12 +80,10 @@ class Heads(Row):
 
 
 class HeadDim(Row):
-    """How wide a head is; null, and a missing key without a default, mean dim / heads.
+    """How wide a head is; null, and a missing key without a default, mean dim / heads."""
 
-    `divides`: transformers' class wants dim to be a multiple of heads even where the key stands."""
-
-    def __init__(self, missing: int | None = None, divides: bool = False) -> None:
-        self.missing, self.divides = missing, divides
+    def __init__(self, missing: int | None = None) -> None:
+        self.missing = missing
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         dim, heads = draft["dim"], draft["mixer.heads"]
@@ -95,9 +93,6 @@ class HeadDim(Row):
         draft["mixer.head_dim"] = width or dim // heads
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        dim, heads = draft["dim"], draft["mixer.heads"]
-        if self.divides and dim % heads:
-            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
         return {key: draft["mixer.head_dim"]}
 
     def says(self) -> str:
@@ -109,20 +104,24 @@ class RopeKeys(Row):
 
     theta         the family's base
     fraction      its part of a head that turns; None: it knows no such key, and all of it turns
-    original      the path or function of the context before a stretch, where that is said outside the object
 
-    A family whose keys say it in other words has a subclass with a `rope` of its own.
+    A family whose keys say it in other words has a subclass with a `rope` or an `original` of its own.
     """
 
     def __init__(
-        self, theta: float = 10_000.0, fraction: float | None = None, original: Any = None, path: str = "mixer.rope",
+        self, theta: float = 10_000.0, fraction: float | None = None, path: str = "mixer.rope",
         theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor",
     ) -> None:
-        self.theta, self.fraction, self.original, self.path = theta, fraction, original, path
+        self.theta, self.fraction, self.path = theta, fraction, path
         self.theta_key, self.fraction_key = theta_key, fraction_key
 
+    def original(self, r: Reader, draft: Draft) -> int | None:
+        """The context before a stretch, in families that say it outside the object."""
+        return None
+
     def rope(self, r: Reader, draft: Draft) -> Rope:
-        return read_rope(r, self.theta, draft["context"], self.fraction, given(self.original, draft),
+        """What config.json says; the layout and the rounding are the family's own."""
+        return read_rope(r, self.theta, draft["context"], self.fraction, self.original(r, draft),
                          theta_key=self.theta_key, fraction_key=self.fraction_key)
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
@@ -154,6 +153,7 @@ class Windows(Row):
 
     A subclass says which layers slide where there is no layer_types, `pattern`, and which keys say that, `pattern_keys`.
     """
+    shapes = True
 
     def __init__(self, default: int = 4096, switch: bool = False, full: dict[str, Any] | None = None) -> None:
         self.default, self.switch, self.full = default, switch, full or {}
@@ -246,3 +246,16 @@ class must_be(Row):
 
     def says(self) -> str:
         return "must be " + ("the same" if callable(self.value) else repr(self.value))
+
+
+class DividingHeads(Key):
+    """The number of query heads, where another key says how wide they are. transformers wants dim to be a multiple of it all the same."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(Reader.size, "mixer.heads", **more)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        dim, heads = draft["dim"], draft["mixer.heads"]
+        if heads is not ABSENT and dim % heads:
+            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
+        return super().write(draft, key)

@@ -240,15 +240,19 @@ def choice(words: dict[Any, Any], *paths: str, **more: Any) -> Key:
                of=lambda ours: back[ours] if ours in back else unlisted(ours), **more)
 
 
-def activation(*paths: str, missing: str = "silu") -> Key:
-    """An activation by its name in transformers. Of several for one the one that a missing key means is written."""
+def activation(*paths: str, missing: str) -> Key:
+    """An activation by its name in transformers; of several names for one thing the family's own is written."""
     return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing)
 
 
-def optional(path: str, there: Part, missing: bool = False, **more: Any) -> Key:
+class optional(Key):
     """true or false: whether a part is there."""
-    return Key(Reader.flag, path, missing=missing, shapes=True,
-               to=lambda yes: there if yes else None, of=lambda found: found is not None, **more)
+
+    def __init__(self, path: str, there: Part, missing: bool = False) -> None:
+        super().__init__(Reader.flag, path, missing=missing, to=lambda yes: there if yes else None, shapes=True)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft[self.paths[0]] is not None} if self.paths[0] in draft else {}
 
 
 class only(Row):
