@@ -18,11 +18,11 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints import convert, export
+from checkpoints import convert
 from checkpoints.families import read_config
 from checkpoints.layouts import original
 from checkpoints.source import open_source
-from checkpoints.storage import files, stream
+from checkpoints.storage import files
 from nanollm import cli
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
 from nanollm.errors import CheckpointError, ConfigError, InputError
