@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.names.config_table import ABSENT, Draft, Part, Row, given, one_name
+from checkpoints.names.config_table import ABSENT, Draft, Key, Part, Row, given, one_name
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
@@ -246,3 +246,27 @@ class must_be(Row):
 
     def says(self) -> str:
         return "must be " + ("the same" if callable(self.value) else repr(self.value))
+
+
+class unread(Row):
+    """A key that says nothing here; it is written because the published code asks for it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.get(key, None)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: self.value}
+
+
+def halved(*paths: str, **more: Any) -> Key:
+    """An even number, of which a half is ours."""
+    def check(r: Reader, key: str) -> int:
+        value = r.size(key)
+        if value % 2:
+            raise r.error(key, "an even number, of which a half is the width")
+        return value
+
+    return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)

@@ -240,9 +240,9 @@ def choice(words: dict[Any, Any], *paths: str, **more: Any) -> Key:
                of=lambda ours: back[ours] if ours in back else unlisted(ours), **more)
 
 
-def activation(*paths: str, missing: str = "silu") -> Key:
-    """An activation by its name in transformers. Of several for one the one that a missing key means is written."""
-    return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing)
+def activation(*paths: str, missing: str, **more: Any) -> Key:
+    """An activation by its name in transformers; of several names for one thing the family's own is written."""
+    return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing, **more)
 
 
 def optional(path: str, there: Part, missing: bool = False, **more: Any) -> Key:
