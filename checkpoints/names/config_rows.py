@@ -282,3 +282,27 @@ class Inside(Row):
 
     def says(self) -> str:
         return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
+
+
+class unread(Row):
+    """A key that says nothing here; it is written because the published code asks for it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.get(key, None)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: self.value}
+
+
+def halved(*paths: str, **more: Any) -> Key:
+    """An even number, of which a half is ours."""
+    def check(r: Reader, key: str) -> int:
+        value = r.size(key)
+        if value % 2:
+            raise r.error(key, "an even number, of which a half is the width")
+        return value
+
+    return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)
