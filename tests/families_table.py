@@ -24,7 +24,7 @@ import torch
 import transformers
 
 import checkpoints
-from checkpoints.families import FAMILIES
+from checkpoints.families import FAMILIES, FILES
 from nanollm import config
 from nanollm.inference.generation import generate
 from nanollm.layers import MODULES
@@ -203,7 +203,7 @@ def code_lines(path: Path) -> int:
 
 def file_of(model_type: str) -> Path:
     """The family's own file."""
-    return Path(inspect.getfile(FAMILIES[model_type].read))
+    return Path(checkpoints.__file__).parent / "families" / f"{FILES[model_type]}.py"
 
 
 def own_parts(path: Path) -> list[Path]:

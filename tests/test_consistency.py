@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nanollm.cache import Cache
-from nanollm.layers.state import KVCache
 from nanollm.config import (
     MLP,
     RGLRU,
@@ -34,6 +33,7 @@ from nanollm.config import (
 )
 from nanollm.errors import InputError
 from nanollm.layers.scan import selective_scan, selective_scan_chunked
+from nanollm.layers.state import KVCache
 from nanollm.model import Decoder
 from tests.oracles import difference, make_loud
 

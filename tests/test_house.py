@@ -32,7 +32,7 @@ ARROWS = {
     "nanollm.training": "cli config data layers model ops presets text",
     "checkpoints.names": "nanollm.config",
     "checkpoints.storage": "names",
-    "checkpoints.families": "names nanollm.config",
+    "checkpoints.families": "names nanollm.cli nanollm.config",
     "checkpoints.layouts": "families names storage nanollm.config nanollm.layers",
     "checkpoints.source": "families layouts names storage nanollm.config nanollm.model",
     "checkpoints.export": "families layouts names source storage nanollm.config",

@@ -23,8 +23,7 @@ from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm,
 from nanollm.layers.alibi import alibi_bias, alibi_slopes
 from nanollm.layers.attention import attend_fused, attend_plainly
 from nanollm.layers.forward_context import ForwardContext
-from nanollm.layers.mask import CAUSAL
-from nanollm.layers.mask import allowed
+from nanollm.layers.mask import CAUSAL, allowed
 from nanollm.layers.mlp import activate
 from nanollm.layers.moe import MoE as MoEModule
 from nanollm.layers.moe import routing

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import pickle
 import shutil
 import sys
 
@@ -12,7 +13,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints.families import read_config
+from checkpoints.export import layout_for, plan_export
+from checkpoints.families import read_config, write_config
 from checkpoints.layouts import hub
 from checkpoints.storage.files import INDEX, read_folder
 from nanollm.config import MLP, Attention, Layer, Linear, Mamba, ModelConfig, MoE, Norm, Rope
@@ -80,11 +82,13 @@ def test_shards_that_transformers_wrote(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_without_its_origin_a_model_is_exported_all_the_same(name, tmp_path):
-    """A model trained here has no config.json to keep: it is written anew, in both dialects, and transformers' logits agree."""
+def test_a_config_written_anew_is_read_by_transformers(name, tmp_path):
+    """Its config.json is written anew by the family's table, in both dialects, and transformers' logits agree."""
     theirs = write(FIXTURES[name], tmp_path / "in")
     model = checkpoints.load(tmp_path / "in")
-    del model.origin
+    family = model.origin.family
+    values = write_config(model.config, family)[1]
+    model.origin = dataclasses.replace(model.origin, values=values, names=family.tables(model.config)[0])
     checkpoints.save(model, tmp_path / "out")
     assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
     values = json.loads((tmp_path / "out/config.json").read_text())
@@ -140,13 +144,33 @@ def test_changed_sizes_are_written_into_the_old_config(tmp_path):
     assert reload(tmp_path / "out").model.embed_tokens.weight.shape == (134, 64)
 
 
-def test_what_the_old_family_cannot_say_is_refused(tmp_path):
+def test_what_no_family_can_say_is_written_in_our_own_layout(tmp_path):
+    """A finished run never ends without its folder: save says why it is no Hugging Face folder, and load reads it back."""
     write(FIXTURES["llama-3"], tmp_path / "in")
     model = checkpoints.load(tmp_path / "in")
-    layers = tuple(dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=5)) for layer in model.config.layers)
-    model.config = dataclasses.replace(model.config, layers=layers)
-    with pytest.raises(ConfigError, match="llama: .*window is 5, and would be read as None"):
-        checkpoints.save(model, tmp_path / "out")
+    layers = tuple(
+        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=5 if i % 2 else None))
+        for i, layer in enumerate(model.config.layers))
+    changed = Decoder(dataclasses.replace(model.config, layers=layers))
+    changed.load_state_dict(model.state_dict())
+    changed.origin = model.origin
+    cause = r"llama: .*window is 5, and would be read as None"
+    assert layout_for(model.config, model.origin) == ("hf", "") and layout_for(changed.config, model.origin)[0] == "nanollm"
+    with pytest.warns(UserWarning, match=f"written in nanollm's own layout.*{cause}"):
+        checkpoints.save(changed, tmp_path / "out")
+    again = checkpoints.load(tmp_path / "out")
+    assert again.config == changed.config and torch.equal(again(torch.arange(9)[None]), changed(torch.arange(9)[None]))
+    parameters = {name: p.data for name, p in changed.named_parameters()}
+    with pytest.raises(ConfigError, match=cause):  # who asks for a Hugging Face folder is told why there is none
+        plan_export(changed.config, parameters, {name: p.dtype for name, p in parameters.items()}, changed.origin, "hf")
+
+
+def test_the_example_of_the_decoder_is_saved(tmp_path):
+    """The config at the head of model.py, which says no context."""
+    config = ModelConfig(vocab=320, dim=64, layers=(Layer(Attention(8, 2, 8, Rope()), MLP(96)),) * 2)
+    with pytest.warns(UserWarning, match="max_position_embeddings is None"):
+        checkpoints.save(Decoder(config), tmp_path / "out")
+    assert checkpoints.load(tmp_path / "out").config == config
 
 
 def test_dtype(tmp_path):
@@ -248,3 +272,14 @@ def test_peak_memory_is_the_model_and_one_tensor(tmp_path):
         ended = forked.start(1, load_and_measure, tmp_path / "in", dtype).end()
         assert ended.codes == [0], ended.said
         assert wanted / 2 < int(ended.out) < wanted + 16e6, (dtype, ended.out, wanted)
+
+
+def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
+    """With where it came from, so that a copy is saved as the original would be."""
+    write(FIXTURES["qwen3-0.6b"], tmp_path / "in")
+    model = checkpoints.load(tmp_path / "in")
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert other.origin.family is model.origin.family
+        checkpoints.save(other, tmp_path / "out")
+        assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
+        shutil.rmtree(tmp_path / "out")

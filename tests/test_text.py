@@ -14,7 +14,6 @@ import pytest
 import nanollm.text.tokenizer
 from nanollm.data import documents, shards
 from nanollm.data import prepare as text
-from nanollm.data import stream as data
 from nanollm.data.documents import Document
 from nanollm.data.stream import open_folder
 from nanollm.errors import DataError

@@ -19,8 +19,8 @@ theta is 10000 and no key says so; neither do other keys of Llama's (a head_dim,
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_mlp, write_decoder
+from checkpoints.families.legacy import functions, read_mlp, write_decoder
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -85,7 +85,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
     } | ({} if layer.mixer.alibi else {"max_position_embeddings": config.context}) | ({"z_loss_weight": 0} if config.unit_head else {})
 
 
-BAICHUAN = Family(
+BAICHUAN = functions(
     "baichuan", read, write, (BAICHUAN_NAMES,), INV_FREQ,
     irrelevant=frozenset({"_from_model_config", "gradient_checkpointing", "model_max_length", "z_loss_weight"}),
 )
+FAMILIES = {"baichuan": BAICHUAN}

@@ -12,9 +12,8 @@ there is one, is what it was trained at. `slow_but_exact` sums as the training d
 
 from typing import Any
 
-from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import one_name, read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule, stripped
@@ -65,4 +64,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-BLOOM = Family("bloom", read, write, (NAMES, stripped(NAMES, "transformer.")), irrelevant=IRRELEVANT)
+BLOOM = functions("bloom", read, write, (NAMES, stripped(NAMES, "transformer.")), irrelevant=IRRELEVANT)
+FAMILIES = {"bloom": BLOOM}

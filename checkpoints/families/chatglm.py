@@ -22,8 +22,7 @@ The first ChatGLM-6B (positions in two dimensions, a prefix that sees itself bot
 import re
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -121,9 +120,10 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-CHATGLM = Family(
+CHATGLM = functions(
     "chatglm", read, write, (NAMES,), frozenset({"transformer.rotary_pos_emb.inv_freq"}),
     # how scores are kept from overflowing in 16 bits, which kernels run, dropout, and what only a tuned prefix reads
     irrelevant=frozenset({"apply_query_key_layer_scaling", "attention_softmax_in_fp32", "original_rope", "bias_dropout_fusion",
                           "classifier_dropout", "prefix_projection", "attn_implementation"}),
 )
+FAMILIES = {"chatglm": CHATGLM}

@@ -26,17 +26,19 @@ import dataclasses
 import math
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import (
-    INV_FREQ,
-    LLAMA_NAMES,
+from checkpoints.families.legacy import (
+    all_routed,
+    dense_width,
+    first_routed,
+    functions,
     read_attention,
     read_decoder,
     read_mlp,
     write_decoder,
     write_llama_shape,
 )
-from checkpoints.families.qwen_moe import all_routed, dense_width, first_routed, with_experts
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
+from checkpoints.families.qwen_moe import with_experts
 from checkpoints.names.reader import ACTIVATIONS, Reader
 from checkpoints.names.rope import read_rope, temperature, write_rope
 from checkpoints.names.table import Rule, override, rule
@@ -222,7 +224,8 @@ def write_v3(config: ModelConfig) -> dict[str, Any]:
     return values | {"rope_interleave": layout.rope.layout == "interleaved", "scoring_func": "sigmoid", "topk_method": "noaux_tc"}
 
 
-DEEPSEEK = Family("deepseek", read_v1, write_v1, with_experts(LLAMA_NAMES, *SHARED), INV_FREQ, TRAINING)
-DEEPSEEK_V2 = Family("deepseek_v2", read_v2, write_v2, with_experts(LATENT_NAMES, *SHARED), INV_FREQ, TRAINING)
-DEEPSEEK_V3 = Family("deepseek_v3", read_v3, write_v3, with_experts(LATENT_NAMES, CORRECTION, *SHARED), INV_FREQ,
+DEEPSEEK = functions("deepseek", read_v1, write_v1, with_experts(LLAMA_NAMES, *SHARED), INV_FREQ, TRAINING)
+DEEPSEEK_V2 = functions("deepseek_v2", read_v2, write_v2, with_experts(LATENT_NAMES, *SHARED), INV_FREQ, TRAINING)
+DEEPSEEK_V3 = functions("deepseek_v3", read_v3, write_v3, with_experts(LATENT_NAMES, CORRECTION, *SHARED), INV_FREQ,
                      TRAINING | {"num_nextn_predict_layers"}, ahead="model.layers.{i}.eh_proj.weight")
+FAMILIES = {"deepseek": DEEPSEEK, "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3}

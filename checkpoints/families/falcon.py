@@ -18,9 +18,8 @@ A table of names holds for one wiring, so what is written anew has two families 
 
 from typing import Any
 
-from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import one_name, read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
@@ -108,5 +107,6 @@ def write_two_norms(config: ModelConfig) -> dict[str, Any]:
 
 
 IRRELEVANT = frozenset({"ff_factor", "gradient_checkpointing", "rotary"})            # ffn_hidden_size says the first, alibi the last
-FALCON = Family("falcon", read, write, (ONE_NORM_NAMES, TWO_NORMS_NAMES), BUFFERS, IRRELEVANT)
-TWO_NORMS = Family("falcon", read, write_two_norms, (TWO_NORMS_NAMES, ONE_NORM_NAMES), BUFFERS, IRRELEVANT)
+FALCON = functions("falcon", read, write, (ONE_NORM_NAMES, TWO_NORMS_NAMES), BUFFERS, IRRELEVANT)
+TWO_NORMS = functions("falcon", read, write_two_norms, (TWO_NORMS_NAMES, ONE_NORM_NAMES), BUFFERS, IRRELEVANT)
+FAMILIES = {"RefinedWeb": TWO_NORMS, "falcon": FALCON, "RefinedWebModel": FALCON}

@@ -19,8 +19,7 @@ the meaning, and fused attention keeps its scores in float32 as it is. `attentio
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Blocks, Groups, Op, Same, Transposed
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table, override, rule, stripped
@@ -130,5 +129,6 @@ def write_bigcode(config: ModelConfig) -> dict[str, Any]:
     return values | {"multi_query": config.layers[0].mixer.kv_heads == 1}
 
 
-GPT2 = Family("gpt2", read, write, (GPT2_NAMES, stripped(GPT2_NAMES, "transformer.")), MASKS, IRRELEVANT)
-GPT_BIGCODE = Family("gpt_bigcode", read_bigcode, write_bigcode, (names(Same, Groups),), MASKS, IRRELEVANT)
+GPT2 = functions("gpt2", read, write, (GPT2_NAMES, stripped(GPT2_NAMES, "transformer.")), MASKS, IRRELEVANT)
+GPT_BIGCODE = functions("gpt_bigcode", read_bigcode, write_bigcode, (names(Same, Groups),), MASKS, IRRELEVANT)
+FAMILIES = {"gpt2": GPT2, "gpt_bigcode": GPT_BIGCODE}

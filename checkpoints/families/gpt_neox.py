@@ -11,9 +11,8 @@ as heads). Old folders hold the causal mask, and what stood in for −∞, as te
 
 from typing import Any
 
-from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
@@ -78,4 +77,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     } | write_partial_rope(layer.mixer.rope, "rotary_emb_base", "rotary_pct")
 
 
-GPT_NEOX = Family("gpt_neox", read, write, (NAMES,), BUFFERS, IRRELEVANT)
+GPT_NEOX = functions("gpt_neox", read, write, (NAMES,), BUFFERS, IRRELEVANT)
+FAMILIES = {"gpt_neox": GPT_NEOX}

@@ -12,9 +12,8 @@ means nothing: ALiBi turns the table off.
 
 from typing import Any
 
-from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.table import override, rule
@@ -80,5 +79,6 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-MPT = Family("mpt", read, write, (NAMES,), irrelevant=frozenset({
+MPT = functions("mpt", read, write, (NAMES,), irrelevant=frozenset({
     "embedding_fraction", "emb_pdrop", "gradient_checkpointing", "init_config", "init_device", "learned_pos_emb", "tokenizer_name", "verbose"}))
+FAMILIES = {"mpt": MPT}

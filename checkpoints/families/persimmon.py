@@ -8,8 +8,8 @@ largest vocabulary of its time (262144), and the dropout of 0.6 that its config.
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, write_llama_shape
+from checkpoints.families.legacy import functions, read_decoder, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
@@ -56,4 +56,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-PERSIMMON = Family("persimmon", read, write, (PERSIMMON_NAMES,), INV_FREQ, frozenset({"rms_norm_eps"}))      # left over from the conversion
+PERSIMMON = functions("persimmon", read, write, (PERSIMMON_NAMES,), INV_FREQ, frozenset({"rms_norm_eps"}))      # left over from the conversion
+FAMILIES = {"persimmon": PERSIMMON}

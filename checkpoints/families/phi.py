@@ -9,10 +9,9 @@ and its model_type another. The first uploads (model_type "phi-msft", "mixformer
 
 from typing import Any
 
-from checkpoints.families.family import Family
 from checkpoints.families.gpt2 import read_heads
 from checkpoints.families.gpt_neox import write_partial_rope
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
 from checkpoints.names.table import override, rule
@@ -63,4 +62,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     } | write_partial_rope(layer.mixer.rope)
 
 
-PHI = Family("phi", read, write, (NAMES,), frozenset({"model.layers.{i}.self_attn.rotary_emb.inv_freq"}))
+PHI = functions("phi", read, write, (NAMES,), frozenset({"model.layers.{i}.self_attn.rotary_emb.inv_freq"}))
+FAMILIES = {"phi": PHI}

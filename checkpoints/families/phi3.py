@@ -13,8 +13,8 @@ A window of 262144 with a context of 131072 says nothing, and is kept as it is. 
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.legacy import functions, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
@@ -74,4 +74,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-PHI3 = Family("phi3", read, write, (PHI3_NAMES,), INV_FREQ)
+PHI3 = functions("phi3", read, write, (PHI3_NAMES,), INV_FREQ)
+FAMILIES = {"phi3": PHI3}

@@ -14,8 +14,7 @@ says depends on where a prompt ended; here it is always the length of the sequen
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -94,8 +93,9 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-QWEN1 = Family(
+QWEN1 = functions(
     "qwen", read, write, (QWEN1_NAMES,), frozenset({"transformer.h.{i}.attn.rotary_emb.inv_freq", "transformer.rotary_emb.inv_freq"}),
     irrelevant=frozenset("attn_pdrop bf16 bias_dropout_fusion emb_dropout_prob fp16 fp32 onnx_safe params_dtype softmax_in_fp32 tokenizer_type "
                          "use_cache_kernel use_flash_attn".split()),
 )
+FAMILIES = {"qwen": QWEN1}

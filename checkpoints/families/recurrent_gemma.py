@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.families.family import Family
+from checkpoints.families.legacy import functions
 from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
@@ -119,5 +119,6 @@ def write(config: ModelConfig) -> dict[str, Any]:
     } | write_rope(attention.rope)
 
 
-RECURRENT_GEMMA = Family("recurrent_gemma", read, write, (RECURRENT_GEMMA_NAMES,),
+RECURRENT_GEMMA = functions("recurrent_gemma", read, write, (RECURRENT_GEMMA_NAMES,),
                          irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}))
+FAMILIES = {"recurrent_gemma": RECURRENT_GEMMA}

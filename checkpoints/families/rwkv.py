@@ -9,8 +9,7 @@ to it, so that float16 does not overflow; the logits are meant to be the same, s
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import RWKV, Layer, ModelConfig, Norm
@@ -65,4 +64,5 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-RWKV4 = Family("rwkv", read, write, (RWKV_NAMES,), irrelevant=frozenset({"rescale_every"}))
+RWKV4 = functions("rwkv", read, write, (RWKV_NAMES,), irrelevant=frozenset({"rescale_every"}))
+FAMILIES = {"rwkv": RWKV4}

@@ -13,8 +13,7 @@ Tensor names begin with `backbone.` on the hub; those of the first repository do
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.legacy import functions, write_decoder
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule, stripped
@@ -121,7 +120,7 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-STRIPEDHYENA = Family(
+STRIPEDHYENA = functions(
     "stripedhyena", read, write, (NAMES, stripped(NAMES, "backbone.")),
     frozenset({"backbone.blocks.{i}.inner_mha_cls.rotary_emb.inv_freq", "blocks.{i}.inner_mha_cls.rotary_emb.inv_freq"}),
     irrelevant=frozenset(                                # which code runs it, in what precision, on how many processes; and tie_embeddings counts
@@ -129,3 +128,4 @@ STRIPEDHYENA = Family(
         "max_batch_size mlp_dtype mlp_init_method mlp_output_init_method model_name model_parallel_size pipe_parallel_size prefill_style split_k0 "
         "tie_word_embeddings tokenizer_type use_flash_attention_2 use_flash_attn use_flash_depthwise use_flashfft use_laughing_hyena vocab_file".split()),
 )
+FAMILIES = {"stripedhyena": STRIPEDHYENA}

@@ -24,8 +24,8 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_mlp, write_decoder
+from checkpoints.families.legacy import functions, read_mlp, write_decoder
+from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
 from checkpoints.names.ops import Pieces, Shape
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -98,7 +98,8 @@ def write(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-YUAN = Family(
+YUAN = functions(
     "yuan", read, write, (YUAN_NAMES,), INV_FREQ,
     irrelevant=frozenset("_from_model_config attn_dropout dropout eod_token eod_token_id mask_token_id sep_token use_flash_attention use_loss_mask".split()),
 )
+FAMILIES = {"yuan": YUAN}

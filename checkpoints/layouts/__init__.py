@@ -1,14 +1,15 @@
 """Which files of a folder are the model, and what they say it is.
 
-    layout     what describes it     where the tensors are                                                  read by
-    hf         config.json           model.safetensors, or the shards that its index names                  files.py
-                                     pytorch_model.bin, likewise: pickles, only where they are allowed      pickles.py
-    meta       params.json           consolidated.00.pth …: pickles, one for each model-parallel rank       layouts/original.py
-    mistral    params.json           consolidated.safetensors                                               layouts/original.py
-    gguf       itself                *.gguf                                                                 gguf.py
+    layout     what describes it     where the tensors are                                           read by
+    hf         config.json           model.safetensors, or the shards that its index names           storage/files.py
+                                     pytorch_model.bin, likewise: pickles, only where allowed        storage/pickles.py
+    meta       params.json           consolidated.00.pth …: pickles, one a model-parallel rank       layouts/original.py
+    mistral    params.json           consolidated.safetensors                                        layouts/original.py
+    gguf       itself                *.gguf                                                          storage/gguf.py
 
-A folder may hold the same weights twice, or under a name of its own (model.pt). The layout further up is read, unless a file of another
-one is given in place of the folder. A folder that train.py or convert.py wrote with our own names is an hf folder whose model_type is nanollm.
+A folder may hold the same weights twice, or under a name of its own (model.pt). The layout further up is read, unless a
+file of another one is given in place of the folder. A folder that train.py or convert.py wrote with our own names is an
+hf folder whose model_type is nanollm.
 """
 
 from collections.abc import Collection
@@ -50,7 +51,8 @@ def find(path: Path, family: str | None = None, allow_pickle: bool = False, igno
         if len(quantised) == 1:
             return _gguf(quantised[0], family, ignore)
         if quantised:
-            raise CheckpointError(f"{path}: {len(quantised)} GGUF files; give one of them: {', '.join(one.name for one in quantised[:8])}")
+            names = ", ".join(one.name for one in quantised[:8])
+            raise CheckpointError(f"{path}: {len(quantised)} GGUF files; give one of them: {names}")
     return _hf(path, family, allow_pickle)
 
 
@@ -65,7 +67,8 @@ def _of_file(path: Path, family: str | None, allow_pickle: bool, ignore: Collect
         return _hf(path.parent, family, allow_pickle, files.read_header(path))
     if path.suffix in (".bin", ".pt", ".pth"):
         return _hf(path.parent, family, allow_pickle, pickles.read_file(path, allow_pickle))
-    raise CheckpointError(f"{path}: a model folder expected, or one of its files: config.json, params.json, *.gguf, *.safetensors, *.bin, *.pt")
+    raise CheckpointError(f"{path}: a model folder expected, or one of its files: config.json, params.json, *.gguf, "
+                          "*.safetensors, *.bin, *.pt")
 
 
 def _hf(folder: Path, family: str | None, allow_pickle: bool, stored: dict[str, Stored] | None = None) -> Found:
@@ -90,13 +93,15 @@ def _original(folder: Path, family: str | None, allow_pickle: bool, ignore: Coll
         stored, layout = original.merged(pickles.read_ranks(folder, allow_pickle), params, str(folder)), "meta"
     dialect = family or original.dialect(params, layout)
     if dialect not in original.DIALECTS:
-        raise ConfigError(f"{where}: --family {dialect}: the original layout is read for {', '.join(original.DIALECTS)}")
+        expected = ", ".join(original.DIALECTS)
+        raise ConfigError(f"{where}: --family {dialect}: the original layout is read for {expected}")
     embed, head = (stored.get(f"{name}.weight") for name in ("tok_embeddings", "output"))
     if embed is None or len(embed.shape) != 2:
         raise CheckpointError(f"{folder}: no matrix tok_embeddings.weight")
     tied = head is None or files.equal_bytes(head, embed)
     values = original.read_params(params, str(where), dialect, embed.shape[0], tied, min(len(stored), 10_000), ignore)
-    return Found(folder, layout, values, str(where), stored, (original.NAMES,), pairs=True, ignorable=original.IGNORABLE)
+    return Found(folder, layout, values, str(where), stored, (original.NAMES,), pairs=True,
+                 ignorable=original.IGNORABLE)
 
 
 def _gguf(path: Path, family: str | None, ignore: Collection[str]) -> Found:

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from checkpoints.families import BAICHUAN, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.baichuan import BAICHUAN
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints.families import CHATGLM, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.chatglm import CHATGLM
 from nanollm.config import Linear, ModelConfig, Rope
 from nanollm.errors import ConfigError
 from tests.fixtures.chatglm import FIXTURES

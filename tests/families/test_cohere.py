@@ -2,7 +2,7 @@
 
 import pytest
 
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
 from nanollm.errors import ConfigError
 
@@ -43,9 +43,12 @@ def test_command_r7b():
 
 
 def test_what_is_written_reads_back():
-    for config in (read(), read(use_qk_norm=True, attention_bias=True, tie_word_embeddings=False), read_config(R7B)[1],
-                   read(model_type="cohere2", layer_types=["sliding_attention"] * 4)):
-        assert read_config(write_config(config)[1])[1] == config
+    for kind, config in (
+        ("cohere", read()), ("cohere", read(use_qk_norm=True, attention_bias=True, tie_word_embeddings=False)), ("cohere2", read_config(R7B)[1]),
+        ("cohere2", read(model_type="cohere2", layer_types=["sliding_attention"] * 4)),
+        ("cohere2", read(model_type="cohere2", layer_types=["full_attention", "sliding_attention"] * 2)),
+    ):
+        assert read_config(write_config(config, FAMILIES[kind])[1])[1] == config
 
 
 REFUSED = {

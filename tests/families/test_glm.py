@@ -2,7 +2,8 @@
 
 import pytest
 
-from checkpoints.families import GLM, GLM4, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.glm import GLM, GLM4
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

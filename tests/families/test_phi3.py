@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from checkpoints.families import PHI3, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.phi3 import PHI3
 from nanollm.config import MLP, Attention, Layer, LongRope, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 

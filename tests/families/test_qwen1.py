@@ -2,7 +2,8 @@
 
 import pytest
 
-from checkpoints.families import QWEN1, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.qwen1 import QWEN1
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope, SteppedNTK
 from nanollm.errors import ConfigError
 

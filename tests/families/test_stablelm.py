@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoints
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
 from nanollm.errors import ConfigError
 from tests.fixtures import FIXTURES
@@ -33,7 +33,7 @@ def test_stablelm():
     bare = read_config({key: HUB[key] for key in SIZES.split()})[1]
     assert bare == read(use_qkv_bias=False)
     for each in (small, large, read(partial_rotary_factor=1.0)):
-        assert read_config(write_config(each)[1])[1].layers == each.layers
+        assert read_config(write_config(each, FAMILIES["stablelm"])[1])[1].layers == each.layers
 
 
 def test_row_h_of_a_gain_is_the_norm_of_head_h(tmp_path):

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file
 
 import checkpoints
-from checkpoints.families import STRIPEDHYENA, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.stripedhyena import STRIPEDHYENA
 from nanollm.config import MLP, Attention, Hyena, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 from nanollm.layers.hyena import long_filter

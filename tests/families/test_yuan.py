@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import checkpoints
-from checkpoints.families import YUAN, read_config, write_config
-from checkpoints.families.yuan import Pairs
+from checkpoints.families import read_config, write_config
+from checkpoints.families.yuan import YUAN, Pairs
 from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, FilteredAttention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError

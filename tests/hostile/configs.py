@@ -315,7 +315,7 @@ def fits(values: dict[str, Any], stored: dict[str, files.Stored]) -> None:
     """What source.py does with a config and headers, up to the plan. Raises what it raises."""
     family, config = read_config(values, most=len(stored))
     parameters = dict(source._on_meta(config, "config.json").named_parameters())
-    tables = [table.expand(names, parameters, config) for names in family.tables]
+    tables = [table.expand(names, parameters, config) for names in family.tables(config)]
     table.check(min(tables, key=lambda steps: len(table.missing(steps, stored))), parameters, stored, family.ignorable)
 
 

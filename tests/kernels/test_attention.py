@@ -290,7 +290,7 @@ def test_refusals(arguments, reason):
 
 def test_more_refusals():
     q, k, seen = torch.zeros(2, 2, 4, 16), torch.zeros(2, 1, 4, 16), mask_of(torch.zeros(1, 4), torch.zeros(2, 4))
-    assert "mask.first has shape (1, 4), mask_of.last (2, 4)" in kernels.attend.refuses(q, k, k, seen, 1.0)
+    assert "mask.first has shape (1, 4), mask.last (2, 4)" in kernels.attend.refuses(q, k, k, seen, 1.0)
     assert "those of k are 2 apart" in kernels.attend.refuses(q, torch.zeros(2, 1, 4, 32)[..., ::2], k, seen, 1.0)
     assert "one dtype" in kernels.attend.refuses(q, k, k.half(), seen, 1.0)
     assert "65535 rows" in kernels.attend.refuses(q[:1].expand(70000, -1, -1, -1), k[:1].expand(70000, -1, -1, -1), k[:1].expand(70000, -1, -1, -1), seen, 1.0)
