@@ -73,8 +73,9 @@ def test_every_family_goes_to_our_layout_and_comes_back_byte_for_byte(name, tmp_
 def test_a_model_that_no_family_can_express_is_kept_under_our_names(tmp_path):
     layers = (Layer(Attention(4, 2, 8, Rope()), MLP(24)), Layer(Attention(4, 4, 12, Rope(layout="interleaved"), window=3), MLP(20, gated=False)))
     model = Decoder(ModelConfig(31, 16, layers))
-    with pytest.raises(ConfigError, match="no family can express this model"):
+    with pytest.warns(UserWarning, match="own layout.*no family can express this model"):
         checkpoints.save(model, tmp_path / "hf")
+    assert checkpoints.load(tmp_path / "hf").config == model.config
     parameters = dict(model.named_parameters())
     planned = export.plan_export(model.config, parameters, dict.fromkeys(parameters, torch.float32), None, "nanollm")
     (tmp_path / "own").mkdir()
