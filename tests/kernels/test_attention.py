@@ -208,6 +208,7 @@ def test_only_gradients_that_are_wanted(small):
         torch.testing.assert_close(mine, right)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_them(small):
     q, k, v = (x[:, :, :20].requires_grad_() for x in qkv(2, 2, 1, 20, 20, 16, torch.float32))
     seen = mask_of(*causal(20), torch.rand(2))

@@ -23,6 +23,7 @@ SMALL = list(cases(Sizes(small=True, device=DEVICE)))
 H200 = DEVICES["h200"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=[f"{case.name} {case.shape}" for case in SMALL])
 def test_a_case_runs_and_agrees(case):
     assert error(case) <= TOLERANCE
@@ -87,6 +88,7 @@ def test_the_tuner_walks_downhill_and_writes_what_it_found(tmp_path, monkeypatch
     assert {"ROWS": 32, "num_warps": 2} in seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], cwd=ROOT, capture_output=True, text=True)

@@ -17,6 +17,7 @@ SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227}                   # KiB a b
 ANY = 99                                                                # the least of all GPUs since 2020 (sm_86, 89, 120): for a file without rows for a device
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modules", SHARES, ids=" ".join)
 def test_compiled(modules):
     for found in measured(modules, "--new"):

@@ -72,6 +72,7 @@ def test_nothing_of_x_is_copied_and_the_way_back_is_free():
     assert kernels.causal_conv(x, *rest).transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     x, weight, bias, before, positions = inputs(2, 20, 9, 4, positions=True)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias, before)]

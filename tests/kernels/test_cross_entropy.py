@@ -60,6 +60,7 @@ def test_chunks_change_nothing(rows, block, dtype, monkeypatch):
     agree(kernels.linear_cross_entropy, losses.linear_cross_entropy, x, w, y, 0.05)
 
 
+@pytest.mark.slow
 def test_a_sum_over_many_chunks_is_kept_in_float32(monkeypatch):
     """Each of 600 rows adds a little to one row of dW, less than half a unit in its last place in bfloat16."""
     chunks(monkeypatch, 1, 64)
@@ -212,6 +213,7 @@ def test_there_is_no_second_derivative():
         dx.sum().backward()
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     x, w, y = case(6, 24, 300)
     for needs in ((True, True), (True, False), (False, False)):

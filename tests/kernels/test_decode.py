@@ -127,6 +127,7 @@ def test_how_many_slices(monkeypatch):
     assert [decode.splits(programs, S, 64, None) for programs, S in ((8, 10**6), (8, 100), (528, 10**6), (529, 10**6), (10**4, 10**6))] == [66, 2, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     q, k, v, seen = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16), mask_of(*causal(1, 40), torch.rand(4))
     torch.library.opcheck(decode_op, (q, k, v, seen.first, seen.last, None, 0.25, None))
@@ -156,6 +157,7 @@ def test_beyond_two_to_the_31_elements():
     assert torch.equal(out[-1], torch.arange(16.0).half())
 
 
+@pytest.mark.slow
 def test_a_growing_cache_compiles_once():
     """For a batch and its model there is one kernel, and one merge, whatever the length."""
     script = """

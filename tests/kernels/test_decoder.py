@@ -1,8 +1,7 @@
 """The decoder with its kernels and without: the same logits, gradients, tokens and losses, and really through the kernels."""
 
+import importlib
 import json
-import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,10 +18,11 @@ from nanollm.inference.generation import generate, generate_batch
 from nanollm.model import Decoder
 from nanollm.presets import transformer
 from nanollm.training.losses import token_loss
+from tests import forked
+from tests.fixtures import slow_but
 from tests.kernels.checks import DEVICE, INTERPRETED
 from tests.tok_folders import byte_bpe, write
 
-ROOT = Path(__file__).parent.parent.parent
 GEMMA, SHIFT = Norm(offset=1.0, cast_after_gain=True), Norm("layer", bias=True)
 
 
@@ -75,7 +75,7 @@ def near(a: torch.Tensor, b: torch.Tensor, bound: float = 1e-5, least: float = 1
     assert float((a - b).detach().norm() / b.detach().norm().clamp(min=least)) < bound
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(("experts",), MODELS))
 def test_logits_and_gradients(name, ran):
     config, expected = MODELS[name]
     model, tokens = loud(config), torch.randint(0, 61, (2, 21), device=DEVICE)
@@ -96,7 +96,7 @@ def test_logits_and_gradients(name, ran):
     assert expected | {"linear_cross_entropy"} <= set(ran), f"{sorted(ran)} ran"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", slow_but(("experts", "mamba"), MODELS))
 @torch.inference_mode()
 def test_caches(name, ran):
     """A prompt in chunks, ragged rows, then token by token, past the end of a window's ring."""
@@ -119,6 +119,7 @@ def test_caches(name, ran):
             near(b, a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "experts", "mamba"])
 def test_greedy_tokens(name, ran):
     config, _ = MODELS[name]
@@ -130,6 +131,7 @@ def test_greedy_tokens(name, ran):
     assert found[0] == found[1] and ran
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "experts", "mamba"])
 def test_a_layer_compiles_whole_with_its_kernels(name, monkeypatch):
     """torch.compile of a block, as train.py --compile does it, meets no break."""
@@ -172,17 +174,27 @@ def test_recomputed_layers_keep_what_attention_gave(ran, monkeypatch):
 
 # ---- the two scripts, in processes of their own
 
-QUICKER = "import runpy, sys; from tests.kernels.interpreter import hasten; hasten(); del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+def run_in_mode() -> None:
+    """The main function of a forked process: the mode, the script and its arguments are on the command line."""
+    _, mode, name = sys.argv[:3]
+    sys.argv = [f"{name}.py", *sys.argv[3:]]
+    if INTERPRETED and mode == "triton":
+        from tests.kernels.interpreter import hasten
+
+        hasten()
+    with ops.using(mode):
+        importlib.import_module(name).run()
 
 
-def script(mode: str, *words: str) -> str:
+def script(mode: str, name: str, *words: str) -> str:
     """What it says, with kernels or without."""
-    command = [sys.executable, *(["-c", QUICKER] if INTERPRETED and mode == "triton" else []), *words]
-    return subprocess.run(command, cwd=ROOT, env=os.environ | {"NANOLLM_KERNELS": mode}, check=True, capture_output=True, text=True).stdout
+    ended = forked.start(1, run_in_mode, mode, name, *words).end(600)
+    assert ended.codes == [0], ended.said
+    return ended.out
 
 
 def losses(folder: Path, mode: str, *options: str) -> list[float]:
-    script(mode, "train.py", "--out", str(folder), *options)
+    script(mode, "train", "--out", str(folder), *options)
     return [entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
 
 
@@ -196,11 +208,11 @@ def test_train_and_generate_with_kernels_and_without(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(8):
         (tmp_path / f"text/{i}.py").write_text(f"def name{i}(x):\n    return x + {i}\n\n" * 4)
-    options = ["--data", str(tmp_path / "text"), "--init", str(folder), "--steps", "3", "--sample-every", "0", "--context", "32", "--batch-size", "2",
+    options = ["--data", str(tmp_path / "text"), "--init", str(folder), "--steps", "3", "--sample-every", "0", "--context", "16", "--batch-size", "1",
                "--lr", "0.003", "--device", DEVICE, *(["--dtype", "float32"] if INTERPRETED else [])]
     curves = {mode: losses(tmp_path / mode, mode, *options) for mode in ("torch", "triton")}
     assert len(curves["torch"]) == 3
     assert curves["triton"] == pytest.approx(curves["torch"], abs=1e-5 if INTERPRETED else 1e-3)
-    options = ["--model", str(tmp_path / "torch"), "--prompt", "def ", "--max-new-tokens", "12", "--temperature", "0", "--device", DEVICE]
-    texts = {mode: script(mode, "generate.py", *options) for mode in ("torch", "triton")}
+    options = ["--model", str(tmp_path / "torch"), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "0", "--device", DEVICE]
+    texts = {mode: script(mode, "generate", *options) for mode in ("torch", "triton")}
     assert texts["torch"] == texts["triton"] and texts["torch"].startswith("def ")

@@ -120,6 +120,7 @@ def test_the_future_changes_nothing_and_twice_is_the_same():
     assert torch.equal(before, again) and torch.equal(before[:, :50], after[:, :50]) and not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_them():
     given = [t.to(DEVICE) for t in inputs(35, torch.float32)]
     begins = begin(35, 3, 20).to(DEVICE)

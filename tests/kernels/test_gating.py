@@ -74,6 +74,7 @@ def test_one_of_the_two_is_frozen():
     assert gate.grad is None
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     gate, up, dy = torch.randn(3, 4, 96)
     torch.library.opcheck(gated_op, (gate.clone().requires_grad_(), up.clone().requires_grad_(), "gelu_tanh"))

@@ -134,6 +134,7 @@ def test_gradients_nobody_wants_are_not_computed_and_change_nothing():
         assert torch.equal(some[alone].grad, every[alone].grad)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_them():
     x, gate, up, down, weights, chosen = (t.to(DEVICE) for t in inputs(5, 2, 2, 32, 48))
     for save in (True, False):

@@ -93,6 +93,7 @@ def test_the_order_of_sums_is_always_the_same_and_nothing_is_read_beyond():
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     for bits, group in FORMATS[2:]:
         x, *rest = (None if t is None else t.to(DEVICE) for t in inputs(24, 256, bits, group, torch.float32, 2, 3))

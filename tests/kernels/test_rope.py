@@ -142,6 +142,7 @@ def test_a_gradient_of_any_layout_and_the_second_derivative():
     torch.testing.assert_close(second, torch.full_like(x, 2.0))             # ‖R x‖² = ‖x‖²
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     x = torch.randn(2, 5, 3, 64, device=DEVICE).transpose(1, 2)
     for layout in LAYOUTS:

@@ -115,6 +115,7 @@ def test_rows_need_not_lie_side_by_side():
     assert all(torch.equal(a, b) for a, b in zip(kernels.mamba_scan(*turned[:2], bias, A.T.contiguous().T, *turned[2:4], D, *turned[4:]), wanted))
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     arguments = [tensor.requires_grad_() for tensor in inputs(2, 17, 5, 4)]
     torch.library.opcheck(scan_op, (*arguments, None, None, True))
