@@ -191,13 +191,3 @@ def test_what_was_measured_is_within_the_bounds():
         seconds = max(GROUPS[key].seconds if key in GROUPS else 1.0 for key in SECTIONS[title])
         assert float(row.slowest) < 1e3 * seconds and float(row.largest) < LARGEST, title
         assert title == LINEAGES or int(row.tried) == int(row.refused) + int(row.loaded)
-
-
-def test_the_readme_quotes_it():
-    rows = committed().values()
-    tried_, refused, loaded = (sum(int(getattr(row, field)) for row in rows) for field in ("tried", "refused", "loaded"))
-    theirs = [row.theirs.split(" of ") for row in rows if " of " in row.theirs]
-    readme = " ".join((REPORT.parent.parent / "README.md").read_text().split())
-    for said in (f"{tried_:,} damaged or hostile", f"{refused:,} are refused", f"{loaded:,} are sound",
-                 f"{sum(int(one) for one, _ in theirs):,} of the {sum(int(all_) for _, all_ in theirs):,} refused ones"):
-        assert said in readme, said

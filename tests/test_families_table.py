@@ -7,13 +7,10 @@ from pathlib import Path
 import pytest
 
 from checkpoints.families import FAMILIES
-from checkpoints.show import describe
-from nanollm.presets import preset
 from nanollm.text.templates import TEMPLATES
 from tests import families_table
 from tests.families_table import (
     REPORT,
-    ROOT,
     TOKENIZERS,
     TOKENS_OF,
     Row,
@@ -24,7 +21,6 @@ from tests.families_table import (
     own_parts,
 )
 from tests.fixtures import FIXTURES
-from tests.oracles import TOKENS
 
 AGAIN = "python -m tests.families_table writes it anew"
 
@@ -90,30 +86,3 @@ def test_what_is_larger_than_committed_is_noticed(monkeypatch):
     for place, found in ((0, 1.8e-6), (1, 1.1e-7)):
         with pytest.raises(AssertionError, match=re.escape(f"{name}: float32 is {found:.1e}")):
             families_table.held(FIXTURES[name], "float32", place, found)
-
-
-# ---- what README.md says of all this
-
-README = (ROOT / "README.md").read_text()
-
-
-def test_the_numbers_in_the_readme_are_those_of_the_table():
-    rows = committed().values()
-    equal, worst = sum(row.bfloat16 == "bit-equal" for row in rows), max(max(row.numbers("float32")) for row in rows)
-    assert f"a row for each of {len(rows)} published shapes" in README
-    assert f"bfloat16: {equal} of the {len(rows)} shapes are **bit-equal**" in README
-    assert f"over the spread of the logits, is {worst:.0e} at {TOKENS} tokens" in README
-
-
-def test_the_diff_in_the_readme_stands_in_the_files():
-    lines = README.split("```diff\n")[1].split("```")[0].splitlines()
-    text = ""
-    for line in lines:
-        if line.startswith("+++ "):
-            text = (ROOT / line[4:]).read_text()
-        else:
-            assert line.startswith("+") and f"{line[1:]}\n" in text, line
-
-
-def test_the_picture_in_the_readme_is_what_show_draws():
-    assert f"```\n{describe(preset('mixtral-8x7b'))}\n```" in README
