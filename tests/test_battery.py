@@ -86,7 +86,9 @@ def test_case(key, name, goods, tmp_path, monkeypatch):
         assert group.use(goods(key)) == "Hi", "the next chat is served"
 
 
-@pytest.mark.parametrize("key", [pytest.param(key, marks=[pytest.mark.slow] * key.startswith("sweep")) for key in SEEDED])
+@pytest.mark.parametrize(
+    "key", [pytest.param(key, marks=[pytest.mark.slow] * key.startswith("sweep")) for key in SEEDED]
+)
 def test_as_many_of_the_seeded_are_refused_as_were(key, tmp_path):
     outcomes, refused = tried(SEEDED[key], tmp_path)
     row = committed()[SEEDED[key].title]
@@ -100,19 +102,20 @@ LOADED = [key for key, group in GROUPS.items() if group.use is checkpoints.load 
 
 @pytest.mark.parametrize("key", [pytest.param(key, marks=marks(key)) for key in LOADED])
 def test_no_memory_is_taken_for_what_does_not_fit(key, goods, tmp_path, monkeypatch):
-    """Here whoever takes memory for a parameter, begins to fill a model, or reads a tensor fails the test: but for values
-    that are not finite. (Mistral's own layout does not say whether the head is the embedding: they are compared.)"""
+    """Here whoever takes memory for a parameter, begins to fill a model, or reads a tensor fails the test: but
+    for values that are not finite. (Mistral's own layout does not say whether the head is the embedding: they are
+    compared.)"""
     def refuse(*args, **more):
         pytest.fail("memory was taken before the plan held")
 
-    with torch.device("meta"):                               # torch notes here, once, which functions a device applies to: before one is replaced
+    with torch.device("meta"):  # torch notes here, once, which functions a device applies to: before one is replaced
         torch.empty(1)
 
     def empty(*args, plain=torch.empty, **more):
         found = plain(*args, **more)
         return found if found.is_meta else refuse()
 
-    for number, (name, (harm, cause)) in enumerate(GROUPS[key].cases.items()):
+    for number, (harm, cause) in enumerate(GROUPS[key].cases.values()):
         if cause is not None and "NaN or an infinity" not in cause:
             folder = prepared(harm, tmp_path / str(number), goods(key))
             with monkeypatch.context() as watched, pytest.raises(NanollmError):
@@ -171,7 +174,10 @@ def test_time_memory_and_files_are_measured(tmp_path):
 
 
 def test_there_are_as_many_cases_as_were_promised():
-    assert sum(cause is not None for _, cause in FILES.values()) >= 44 and int(committed()[SEEDED["mutated safetensors"].title].tried) == 500
+    assert (
+        sum(cause is not None for _, cause in FILES.values()) >= 44
+        and int(committed()[SEEDED["mutated safetensors"].title].tried) == 500
+    )
     assert len(INDICES) >= 12 and len(CONFIGS) >= 30 and len(META) >= 12
 
 

@@ -36,7 +36,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def converted(source, folder, to="hf", dtype=None, verify=True, allow_pickle=False, **more):
-    convert.convert(convert.plan(open_source(Path(source), allow_pickle=allow_pickle), to, dtype), Path(folder), verify=verify, **more)
+    convert.convert(
+        convert.plan(open_source(Path(source), allow_pickle=allow_pickle), to, dtype), Path(folder), verify=verify,
+        **more,
+    )
     return folder
 
 
@@ -64,10 +67,14 @@ def test_every_family_goes_to_our_layout_and_comes_back_byte_for_byte(name, tmp_
     converted(tmp_path / "own", tmp_path / "out")
     for file in ("model.safetensors", "generation_config.json"):
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "in" / file).read_bytes()
-    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((tmp_path / "in/config.json").read_text())
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (tmp_path / "in/config.json").read_text()
+    )
     own = load_file(tmp_path / "own/model.safetensors")
     model = checkpoints.load(tmp_path / "own")
-    assert own.keys() == dict(model.named_parameters()).keys() and all(torch.equal(own[key], value) for key, value in model.named_parameters())
+    assert own.keys() == dict(model.named_parameters()).keys() and all(
+        torch.equal(own[key], value) for key, value in model.named_parameters()
+    )
 
 
 def test_a_model_that_no_family_can_express_is_kept_under_our_names(tmp_path):
@@ -93,13 +100,37 @@ def test_a_model_in_our_layout_is_saved_as_it_was(tmp_path):
 # ---- Meta's and Mistral's layouts, written by an independent script
 
 GQA = {"vocab_size": 132, "num_key_value_heads": 4, "intermediate_size": 176}
-META = {                                                 # fixture, params.json, whether the embedding is cut by rows
-    "llama-1": (Fixture("llama", {**GQA, "num_key_value_heads": 8}), dict(norm_eps=1e-2, vocab_size=-1, multiple_of=16), False),
-    "llama-2-70b": (Fixture("llama", {**GQA, "intermediate_size": 224}),
-                    dict(norm_eps=1e-2, vocab_size=-1, n_kv_heads=4, multiple_of=32, ffn_dim_multiplier=1.3, max_seq_len=4096, max_batch_size=1), False),
-    "llama-3": (Fixture("llama", {**GQA, **rope("default", 500_000.0)}), dict(norm_eps=1e-2, vocab_size=132, n_kv_heads=4, multiple_of=16, rope_theta=500_000.0), True),
-    "llama-3.1": (Fixture("llama", {**GQA, **rope("llama3", 500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)}),
-                  dict(norm_eps=1e-2, vocab_size=132, n_kv_heads=4, multiple_of=16, rope_theta=500_000.0, use_scaled_rope=True), True),
+META = {  # fixture, params.json, whether the embedding is cut by rows
+    "llama-1": (
+        Fixture("llama", {**GQA, "num_key_value_heads": 8}), dict(norm_eps=1e-2, vocab_size=-1, multiple_of=16),
+        False,
+    ),
+    "llama-2-70b": (
+        Fixture("llama", {**GQA, "intermediate_size": 224}),
+        dict(
+            norm_eps=1e-2, vocab_size=-1, n_kv_heads=4, multiple_of=32, ffn_dim_multiplier=1.3, max_seq_len=4096,
+            max_batch_size=1,
+        ),
+        False,
+    ),
+    "llama-3": (
+        Fixture("llama", {**GQA, **rope("default", 500_000.0)}),
+        dict(norm_eps=1e-2, vocab_size=132, n_kv_heads=4, multiple_of=16, rope_theta=500_000.0), True,
+    ),
+    "llama-3.1": (
+        Fixture(
+            "llama",
+            {
+                **GQA,
+                **rope(
+                    "llama3", 500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                    original_max_position_embeddings=8192,
+                ),
+            },
+        ),
+        dict(norm_eps=1e-2, vocab_size=132, n_kv_heads=4, multiple_of=16, rope_theta=500_000.0, use_scaled_rope=True),
+        True,
+    ),
 }
 SHAPE = dict(dim=64, n_layers=3, n_heads=8)
 
@@ -115,32 +146,51 @@ def meta_folder(name, folder, ranks=1):
 @pytest.mark.parametrize("name", META)
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_meta_to_hugging_face(name, ranks, tmp_path):
-    """Weights bit for bit, config, logits: the model that transformers wrote, from what a script made of it after Meta's code."""
+    """Weights bit for bit, config, logits: the model that transformers wrote, from what a script made of it after
+    Meta's code."""
     fixture, model, _ = meta_folder(name, tmp_path, ranks)
     converted(tmp_path / "meta", tmp_path / "out", allow_pickle=True)
     assert same_tensors(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out"))
-    known, found = (read_config(json.loads((tmp_path / folder / "config.json").read_text()))[1] for folder in ("hf", "out"))
+    known, found = (
+        read_config(json.loads((tmp_path / folder / "config.json").read_text()))[1] for folder in ("hf", "out")
+    )
     assert dataclasses.replace(found, context=known.context) == known
     x = tokens(fixture)
-    assert difference(reference_logits(fixture, reload(tmp_path / "out"), x), reference_logits(fixture, model, x)) < 1e-6
+    assert (
+        difference(reference_logits(fixture, reload(tmp_path / "out"), x), reference_logits(fixture, model, x)) < 1e-6
+    )
 
 
 @pytest.mark.parametrize("name", META)
 def test_hugging_face_to_meta(name, tmp_path):
-    """The tensors are those of the independent script, params.json gives the published code the same model, and torch.load takes the file."""
+    """The tensors are those of the independent script, params.json gives the published code the same model, and
+    torch.load takes the file."""
     fixture, model, params = meta_folder(name, tmp_path)
     converted(tmp_path / "hf", tmp_path / "out", "meta")
-    w, said = torch.load(tmp_path / "out/consolidated.00.pth", weights_only=True), json.loads((tmp_path / "out/params.json").read_text())
+    w, said = (
+        torch.load(tmp_path / "out/consolidated.00.pth", weights_only=True),
+        json.loads((tmp_path / "out/params.json").read_text()),
+    )
     assert same_tensors(w, original_tensors(model))
-    assert original.hidden_width(64, said["multiple_of"], said.get("ffn_dim_multiplier")) == original.hidden_width(64, params["multiple_of"], params.get("ffn_dim_multiplier"))
+    assert original.hidden_width(64, said["multiple_of"], said.get("ffn_dim_multiplier")) == original.hidden_width(
+        64, params["multiple_of"], params.get("ffn_dim_multiplier")
+    )
     x = tokens(fixture)
     factor = said.get("rope_scaling_factor") if said.get("use_scaled_rope") else None
-    theirs = published_logits(w, x, said["n_heads"], said["n_kv_heads"], said["norm_eps"], said["rope_theta"], factor=factor)
+    theirs = published_logits(
+        w, x, said["n_heads"], said["n_kv_heads"], said["norm_eps"], said["rope_theta"], factor=factor
+    )
     assert difference(theirs, reference_logits(fixture, model, x)) < 1e-5
 
 
-@pytest.mark.parametrize("dim, hidden, multiple, factor", [(4096, 11008, 256, None), (5120, 13824, 256, None), (6656, 17920, 256, None), (8192, 22016, 256, None),
-                                                           (8192, 28672, 4096, 1.3), (4096, 14336, 1024, 1.3), (2048, 8192, 256, 1.5), (3072, 8192, 256, 1.0), (16384, 53248, 4096, 1.2)])
+@pytest.mark.parametrize(
+    "dim, hidden, multiple, factor",
+    [
+        (4096, 11008, 256, None), (5120, 13824, 256, None), (6656, 17920, 256, None), (8192, 22016, 256, None),
+        (8192, 28672, 4096, 1.3), (4096, 14336, 1024, 1.3), (2048, 8192, 256, 1.5), (3072, 8192, 256, 1.0),
+        (16384, 53248, 4096, 1.2),
+    ],
+)
 def test_widths_of_published_models(dim, hidden, multiple, factor):
     """params.json of Llama 1 to 3.2 and the intermediate_size of their config.json; what we write gives the same."""
     assert original.hidden_width(dim, multiple, factor) == hidden
@@ -149,41 +199,75 @@ def test_widths_of_published_models(dim, hidden, multiple, factor):
 
 
 def test_a_meta_folder_is_the_published_model(tmp_path):
-    """Read as it is, with neighbours in RoPE: our logits are those of the published forward pass, and saving turns it into Hugging Face's."""
+    """Read as it is, with neighbours in RoPE: our logits are those of the published forward pass, and saving
+    turns it into Hugging Face's."""
     fixture, model, params = meta_folder("llama-3.1", tmp_path)
     source = open_source(tmp_path / "meta", allow_pickle=True)
     assert source.config.layers[0].mixer.rope.layout == "interleaved" and source.config.context == 131_072
     converted(tmp_path / "meta", tmp_path / "own", "nanollm", allow_pickle=True)
     ours, x = checkpoints.load(tmp_path / "own"), tokens(fixture)
     w = original_tensors(model)
-    assert torch.equal(ours.layers[1].mixer.q.weight, w["layers.1.attention.wq.weight"]) and ours.config == source.config
+    assert (
+        torch.equal(ours.layers[1].mixer.q.weight, w["layers.1.attention.wq.weight"]) and ours.config == source.config
+    )
     assert difference(ours(x), published_logits(w, x, 8, 4, 1e-2, 5e5, factor=8.0)) < 1e-5
     converted(tmp_path / "own", tmp_path / "out")
-    assert same_tensors(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out")) and json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+    assert (
+        same_tensors(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out"))
+        and json.loads((tmp_path / "out/config.json").read_text())["model_type"] == "llama"
+    )
     converted(tmp_path / "own", tmp_path / "again", "meta")
     assert same_tensors(torch.load(tmp_path / "again/consolidated.00.pth", weights_only=True), w)
 
 
 def test_a_tied_head_and_the_sizes_of_llama_3_2(tmp_path):
-    """Meta stores the head although it is the embedding; and 3.2's stretch follows from its sizes, as params.json has nothing to tell it by."""
-    assert original.read_params(dict(dim=2048, n_layers=16, n_heads=32, use_scaled_rope=True), "x", "llama", 9, True)["rope_scaling"]["factor"] == 32.0
-    assert original.read_params(dict(dim=4096, n_layers=32, n_heads=32, use_scaled_rope=True), "x", "llama", 9, True)["rope_scaling"]["factor"] == 8.0
+    """Meta stores the head although it is the embedding; and 3.2's stretch follows from its sizes, as params.json
+    has nothing to tell it by."""
+    assert (
+        original.read_params(dict(dim=2048, n_layers=16, n_heads=32, use_scaled_rope=True), "x", "llama", 9, True)[
+            "rope_scaling"
+        ]["factor"]
+        == 32.0
+    )
+    assert (
+        original.read_params(dict(dim=4096, n_layers=32, n_heads=32, use_scaled_rope=True), "x", "llama", 9, True)[
+            "rope_scaling"
+        ]["factor"]
+        == 8.0
+    )
     fixture = Fixture("llama", {**GQA, "tie_word_embeddings": True})
     model = write(fixture, tmp_path / "hf")
     write_meta(model, tmp_path / "meta", SHAPE | META["llama-1"][1] | {"n_kv_heads": 4})
     converted(tmp_path / "meta", tmp_path / "out", allow_pickle=True)
-    assert same_tensors(all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out")) and "lm_head.weight" not in all_tensors(tmp_path / "out")
+    assert same_tensors(
+        all_tensors(tmp_path / "hf"), all_tensors(tmp_path / "out")
+    ) and "lm_head.weight" not in all_tensors(tmp_path / "out")
     converted(tmp_path / "hf", tmp_path / "back", "meta")
     back = torch.load(tmp_path / "back/consolidated.00.pth", weights_only=True)
-    assert same_tensors(back, original_tensors(model)) and torch.equal(back["output.weight"], back["tok_embeddings.weight"])
+    assert same_tensors(back, original_tensors(model)) and torch.equal(
+        back["output.weight"], back["tok_embeddings.weight"]
+    )
 
 
 MISTRAL = {
-    "v0.1": (Fixture("mistral", {"sliding_window": 9, "head_dim": 8}), dict(sliding_window=9), dict(window=9, theta=1e4)),
-    "v0.3": (Fixture("mistral", {"sliding_window": None, **rope("default", 1e6), "head_dim": 8}), dict(rope_theta=1e6), dict(theta=1e6)),
+    "v0.1": (
+        Fixture("mistral", {"sliding_window": 9, "head_dim": 8}), dict(sliding_window=9), dict(window=9, theta=1e4),
+    ),
+    "v0.3": (
+        Fixture("mistral", {"sliding_window": None, **rope("default", 1e6), "head_dim": 8}), dict(rope_theta=1e6),
+        dict(theta=1e6),
+    ),
     "nemo": (Fixture("mistral", {"sliding_window": None, **rope("default", 1e6), "head_dim": 12}), {}, dict(theta=1e6)),
-    "mixtral": (Fixture("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, **rope("default", 1e6), "sliding_window": None, "head_dim": 8}),
-                dict(rope_theta=1e6, moe={"num_experts": 4, "num_experts_per_tok": 2}), dict(theta=1e6, top_k=2)),
+    "mixtral": (
+        Fixture(
+            "mixtral",
+            {
+                "num_local_experts": 4, "num_experts_per_tok": 2, **rope("default", 1e6), "sliding_window": None,
+                "head_dim": 8,
+            },
+        ),
+        dict(rope_theta=1e6, moe={"num_experts": 4, "num_experts_per_tok": 2}), dict(theta=1e6, top_k=2),
+    ),
 }
 
 
@@ -206,12 +290,19 @@ def test_mistral_both_ways(name, tmp_path):
     converted(tmp_path / "hf", tmp_path / "back", "mistral")
     assert same_tensors(load_file(tmp_path / "back/consolidated.safetensors"), w)
     said = json.loads((tmp_path / "back/params.json").read_text())
-    assert {key: said.get(key) for key in params if key != "rope_theta"} == {key: params[key] for key in params if key != "rope_theta"} and said["rope_theta"] == more["theta"]
+    assert {key: said.get(key) for key in params if key != "rope_theta"} == {
+        key: params[key] for key in params if key != "rope_theta"
+    } and said["rope_theta"] == more["theta"]
 
 
 def test_what_an_original_layout_cannot_say_is_refused(tmp_path):
-    for name, to, cause in (("vicuna-16k", "meta", r"params.json cannot say what the model is: config.layers\[0\].mixer.rope.scaling"), ("qwen3-8b", "meta", "a qwen3 model has no meta layout; it is one of llama"),
-                            ("llama-3", "mistral", "a llama model has no mistral layout"), ("llama-biases", "meta", r"params.json cannot say what the model is: .*\.head_dim is 10"), ("mamba-130m", "meta", "a mamba model has no meta layout")):
+    for name, to, cause in (
+        ("vicuna-16k", "meta", r"params.json cannot say what the model is: config.layers\[0\].mixer.rope.scaling"),
+        ("qwen3-8b", "meta", "a qwen3 model has no meta layout; it is one of llama"),
+        ("llama-3", "mistral", "a llama model has no mistral layout"),
+        ("llama-biases", "meta", r"params.json cannot say what the model is: .*\.head_dim is 10"),
+        ("mamba-130m", "meta", "a mamba model has no meta layout"),
+    ):
         write(FIXTURES[name], tmp_path / name)
         with pytest.raises(ConfigError, match=cause):
             converted(tmp_path / name, tmp_path / "out", to)
@@ -236,7 +327,9 @@ def as_pickle(folder, *parts, names=None):
     return tensors
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bloom-7b1", "mamba-original", "mamba2-130m", "stripedhyena-first", "chatglm2-6b"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "bloom-7b1", "mamba-original", "mamba2-130m", "stripedhyena-first", "chatglm2-6b"]
+)
 @pytest.mark.parametrize("parts", [(), (3,)])
 def test_pickles_where_they_are_allowed(name, parts, tmp_path):
     write(FIXTURES[name], tmp_path / "in")
@@ -253,7 +346,9 @@ def test_a_file_in_place_of_its_folder(tmp_path):
     tensors = load_file(tmp_path / "in/model.safetensors")
     torch.save({"model": tensors}, tmp_path / "in/model.pt")
     (tmp_path / "in/model.safetensors").rename(tmp_path / "in/weights.safetensors")
-    with pytest.raises(CheckpointError, match="neither model.safetensors nor .*model.pt, weights.safetensors follow another layout"):
+    with pytest.raises(
+        CheckpointError, match="neither model.safetensors nor .*model.pt, weights.safetensors follow another layout"
+    ):
         open_source(tmp_path / "in")
     with pytest.raises(CheckpointError, match=r"only pickled weights \(model.pt\)"):
         open_source(tmp_path / "in/model.pt")
@@ -269,7 +364,10 @@ def test_tensors_that_share_a_storage_are_read_each_for_itself(tmp_path):
     tensors = as_pickle(tmp_path / "in")
     packed = torch.cat([tensor.reshape(-1) for tensor in tensors.values()])
     parts = packed.split([tensor.numel() for tensor in tensors.values()])
-    torch.save({name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts)}, tmp_path / "in/pytorch_model.bin")
+    torch.save(
+        {name: part.view(tensor.shape) for (name, tensor), part in zip(tensors.items(), parts, strict=True)},
+        tmp_path / "in/pytorch_model.bin",
+    )
     converted(tmp_path / "in", tmp_path / "out", allow_pickle=True)
     assert same_tensors(tensors, all_tensors(tmp_path / "out"))
 
@@ -295,7 +393,9 @@ def test_shards(tmp_path):
 
 
 def test_sizes():
-    assert [convert.size(text) for text in ("5GB", "500 MB", "2GiB", "1.5kB", "7", "7B")] == [5 * 10**9, 5 * 10**8, 2**31, 1500, 7, 7]
+    assert [convert.size(text) for text in ("5GB", "500 MB", "2GiB", "1.5kB", "7", "7B")] == [
+        5 * 10**9, 5 * 10**8, 2**31, 1500, 7, 7,
+    ]
     for text in ("", "GB", "5 TB", "-1GB", "0", "1e9"):
         with pytest.raises(InputError, match="--shard-size .*expected a size"):
             convert.size(text)
@@ -307,11 +407,23 @@ def test_the_command(tmp_path, command):
     config = json.loads((tmp_path / "in/config.json").read_text())
     (tmp_path / "in/tokenizer.json").write_text("{}")
     code, out, _ = command(tmp_path / "in", tmp_path / "out", "--dry-run", "--to", "nanollm", "--dtype", "bfloat16")
-    assert code == 0 and not (tmp_path / "out").exists() and len(out.splitlines()) == 1 + len(load_file(tmp_path / "in/model.safetensors"))
-    assert re.search(r"^layers\.1\.mixer\.q\.weight +bfloat16 +\d+×64  ← float32 model\.layers\.1\.self_attn\.q_proj\.weight  model\.safetensors$", out, re.MULTILINE)
+    assert (
+        code == 0
+        and not (tmp_path / "out").exists()
+        and len(out.splitlines()) == 1 + len(load_file(tmp_path / "in/model.safetensors"))
+    )
+    source = r"float32 model\.layers\.1\.self_attn\.q_proj\.weight  model\.safetensors"
+    assert re.search(rf"^layers\.1\.mixer\.q\.weight +bfloat16 +\d+×64  ← {source}$", out, re.MULTILINE)
     code, out, _ = command(tmp_path / "in", tmp_path / "out", "--verify", "--shard-size", "50KB")
-    assert code == 0 and "read back equal" in out and (tmp_path / "out/tokenizer.json").exists() and (tmp_path / "out" / files.INDEX).exists()
-    assert command(tmp_path / "in", tmp_path / "out")[2].endswith("exists and is not an empty folder; nothing is overwritten\n")
+    assert (
+        code == 0
+        and "read back equal" in out
+        and (tmp_path / "out/tokenizer.json").exists()
+        and (tmp_path / "out" / files.INDEX).exists()
+    )
+    assert command(tmp_path / "in", tmp_path / "out")[2].endswith(
+        "exists and is not an empty folder; nothing is overwritten\n"
+    )
     del config["model_type"]
     (tmp_path / "in/config.json").write_text(json.dumps(config))
     code, _, said = command(tmp_path / "in", tmp_path / "new")
@@ -323,14 +435,18 @@ def test_the_command(tmp_path, command):
 @pytest.mark.slow
 def test_python_m_and_a_closed_pipe(tmp_path):
     write(FIXTURES["llama-3"], tmp_path / "in")
-    ran = subprocess.run(f"{sys.executable} -m checkpoints.convert {tmp_path}/in {tmp_path}/out --dry-run | head -1", shell=True, cwd=ROOT, capture_output=True, text=True)
+    ran = subprocess.run(
+        f"{sys.executable} -m checkpoints.convert {tmp_path}/in {tmp_path}/out --dry-run | head -1", shell=True,
+        cwd=ROOT, capture_output=True, text=True,
+    )
     assert "(llama, hf) → " in ran.stdout and ran.stderr == "" and ran.returncode == 0
 
 
 def test_fused_arrangements_are_said_in_the_plan(tmp_path):
     write(FIXTURES["phi-3-mini-4k"], tmp_path / "in")
     lines = list(convert.describe(convert.plan(open_source(tmp_path / "in"), "nanollm")))
-    assert any(re.match(r"layers\.0\.mixer\.k\.weight .* ← model\.layers\.0\.self_attn\.qkv_proj\.weight  model\.safetensors   as Blocks → Same", line) for line in lines)
+    source = r"model\.layers\.0\.self_attn\.qkv_proj\.weight  model\.safetensors"
+    assert any(re.match(rf"layers\.0\.mixer\.k\.weight .* ← {source}   as Blocks → Same", line) for line in lines)
 
 
 # ---- what can go wrong

@@ -1,7 +1,8 @@
 """What a missing key means, family by family: what transformers' config class fills in.
 
-Each key of a config.json is dropped in turn. transformers' class fills it; what we read of the filled one must be what we read where the key
-is missing. A size that every published config states may be refused instead, by name: a model of a wrong size would not load anyway.
+Each key of a config.json is dropped in turn. transformers' class fills it; what we read of the filled one must be
+what we read where the key is missing. A size that every published config states may be refused instead, by name: a
+model of a wrong size would not load anyway.
 """
 
 import json
@@ -29,7 +30,9 @@ SIZES = {  # without these nothing is known of a model, and every published conf
 
 
 EXPLAINED = {  # where our reading differs on purpose
-    ("deepseek_v3", "num_key_value_heads"): "the class fills 128, whatever the heads; latent attention has a key for each head",
+    (
+        "deepseek_v3", "num_key_value_heads",
+    ): "the class fills 128, whatever the heads; latent attention has a key for each head",
 }
 
 
@@ -62,5 +65,7 @@ def test_a_missing_key_means_what_transformers_fills_in(kind):
             continue
         if ours != theirs and (kind, key) not in EXPLAINED:
             both = isinstance(ours, ModelConfig) and isinstance(theirs, ModelConfig)
-            wrong.append(f"{key} missing, filled: {difference(ours, theirs, 'config') if both else f'{ours}, {theirs}'}")
+            wrong.append(
+                f"{key} missing, filled: {difference(ours, theirs, 'config') if both else f'{ours}, {theirs}'}"
+            )
     assert compared > 20 and not wrong, "\n".join(wrong)

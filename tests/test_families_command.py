@@ -22,5 +22,7 @@ def test_a_family_in_words():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    found = subprocess.run([sys.executable, "-m", "checkpoints.families", "qwen4"], cwd=ROOT, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-m", "checkpoints.families", "qwen4"], cwd=ROOT, capture_output=True, text=True
+    )
     assert found.returncode == 1 and found.stderr.startswith("error: no model_type 'qwen4'; near it are qwen")

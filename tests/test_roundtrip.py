@@ -1,4 +1,5 @@
-"""What is loaded is what is saved: names, shapes, dtypes and bytes, for every fixture; and transformers takes it back."""
+"""What is loaded is what is saved: names, shapes, dtypes and bytes, for every fixture; and transformers takes it
+back."""
 
 import copy
 import dataclasses
@@ -38,7 +39,9 @@ def same_tensors(a, b) -> bool:
 
 def reload(folder, **more):
     """As transformers loads it; nothing may be missing or left over."""
-    model, report = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, attn_implementation="eager", **more)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, output_loading_info=True, attn_implementation="eager", **more
+    )
     assert not any(report.values()), report
     return model.eval()
 
@@ -48,12 +51,18 @@ def test_every_fixture_comes_back_byte_for_byte(name, tmp_path):
     write(FIXTURES[name], tmp_path / "in")
     checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
-    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((tmp_path / "in/config.json").read_text())
-    assert (tmp_path / "out/generation_config.json").read_bytes() == (tmp_path / "in/generation_config.json").read_bytes()
+    assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads(
+        (tmp_path / "in/config.json").read_text()
+    )
+    assert (tmp_path / "out/generation_config.json").read_bytes() == (
+        tmp_path / "in/generation_config.json"
+    ).read_bytes()
 
 
 # those whose tensors are packed, stacked, turned or renamed each in another way
-ARRANGED = {"llama-3.1", "yi-early", "phi-4-mini", "gpt-neox-20b", "gpt2-stanford", "mixtral-8x22b", "gpt-oss-full-first"}
+ARRANGED = {
+    "llama-3.1", "yi-early", "phi-4-mini", "gpt-neox-20b", "gpt2-stanford", "mixtral-8x22b", "gpt-oss-full-first",
+}
 
 
 @pytest.mark.parametrize("name", slow_but(ARRANGED, [*ONE_OF_EACH, "yi-early"]))
@@ -75,7 +84,9 @@ def test_bf16_in_shards(name, tmp_path):
 def test_shards_that_transformers_wrote(name, tmp_path):
     write(FIXTURES[name], tmp_path / "in", max_shard_size="40KB")
     assert (tmp_path / "in" / INDEX).exists()
-    save_file({"layers.0.attention.wq.weight": torch.ones(3)}, tmp_path / "in/consolidated.safetensors")     # Mistral's other copy
+    save_file(
+        {"layers.0.attention.wq.weight": torch.ones(3)}, tmp_path / "in/consolidated.safetensors"
+    )  # Mistral's other copy
     checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
     (tmp_path / "in/consolidated.safetensors").unlink()
     assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
@@ -95,18 +106,32 @@ def test_a_config_written_anew_is_read_by_transformers(name, tmp_path):
     assert values["model_type"] == FIXTURES[name].kind and values["dtype"] == values["torch_dtype"] == "float32"
     assert checkpoints.load(tmp_path / "out").config == model.config
     x = tokens(FIXTURES[name])
-    assert difference(reference_logits(FIXTURES[name], reload(tmp_path / "out"), x), reference_logits(FIXTURES[name], theirs, x)) < 1e-6
+    assert (
+        difference(
+            reference_logits(FIXTURES[name], reload(tmp_path / "out"), x), reference_logits(FIXTURES[name], theirs, x)
+        )
+        < 1e-6
+    )
     if "rope_parameters" in values:
         del values["rope_parameters"]
         (tmp_path / "out/config.json").write_text(json.dumps(values))
-        assert difference(reference_logits(FIXTURES[name], reload(tmp_path / "out"), x), reference_logits(FIXTURES[name], theirs, x)) < 1e-6
+        assert (
+            difference(
+                reference_logits(FIXTURES[name], reload(tmp_path / "out"), x),
+                reference_logits(FIXTURES[name], theirs, x),
+            )
+            < 1e-6
+        )
 
 
 FRESH = {
     "llama": (Layer(Attention(6, 2, 12, Rope(5e5, scaling=Linear(2.0))), MLP(80)),) * 2,
     "mistral": (Layer(Attention(4, 1, 16, Rope(), window=9), MLP(80)),) * 2,
     "mixtral": (Layer(Attention(6, 3, 8, Rope()), MoE(4, 2, MLP(56), renormalize=True)),) * 2,
-    "qwen2": (Layer(Attention(6, 3, 8, Rope(), qkv_bias=True), MLP(80)), Layer(Attention(6, 3, 8, Rope(), window=9, qkv_bias=True), MLP(80))),
+    "qwen2": (
+        Layer(Attention(6, 3, 8, Rope(), qkv_bias=True), MLP(80)),
+        Layer(Attention(6, 3, 8, Rope(), window=9, qkv_bias=True), MLP(80)),
+    ),
     "qwen3": (Layer(Attention(6, 3, 10, Rope(), qk_norm=Norm()), MLP(80)),) * 2,
     "mamba": (Layer(Mamba(96, 8, 4, 3), None, pre_ffn=None),) * 2,
 }
@@ -127,7 +152,9 @@ def test_a_model_trained_here_runs_in_transformers(name, tied, tmp_path):
     with torch.inference_mode():
         assert difference(model(x), theirs(x, use_cache=False).logits) < 1e-5
     again = checkpoints.load(tmp_path / "out")
-    assert again.config == config and all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters()))
+    assert again.config == config and all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
+    )
     assert len(list(again.parameters())) == len(list(model.parameters()))
 
 
@@ -136,7 +163,9 @@ def test_changed_sizes_are_written_into_the_old_config(tmp_path):
     write(FIXTURES["llama-3.2"], tmp_path / "in")
     model = checkpoints.load(tmp_path / "in")
     larger = Decoder(dataclasses.replace(model.config, vocab=134))
-    larger.load_state_dict({**model.state_dict(), **{name: torch.zeros(134, 64) for name in ("embed.weight", "head.weight")}})
+    larger.load_state_dict(
+        {**model.state_dict(), **{name: torch.zeros(134, 64) for name in ("embed.weight", "head.weight")}}
+    )
     larger.origin = model.origin
     checkpoints.save(larger, tmp_path / "out")
     before, after = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("in", "out"))
@@ -145,7 +174,8 @@ def test_changed_sizes_are_written_into_the_old_config(tmp_path):
 
 
 def test_what_no_family_can_say_is_written_in_our_own_layout(tmp_path):
-    """A finished run never ends without its folder: save says why it is no Hugging Face folder, and load reads it back."""
+    """A finished run never ends without its folder: save says why it is no Hugging Face folder, and load reads it
+    back."""
     write(FIXTURES["llama-3"], tmp_path / "in")
     model = checkpoints.load(tmp_path / "in")
     layers = tuple(
@@ -155,7 +185,10 @@ def test_what_no_family_can_say_is_written_in_our_own_layout(tmp_path):
     changed.load_state_dict(model.state_dict())
     changed.origin = model.origin
     cause = r"llama: .*window is 5, and would be read as None"
-    assert layout_for(model.config, model.origin) == ("hf", "") and layout_for(changed.config, model.origin)[0] == "nanollm"
+    assert (
+        layout_for(model.config, model.origin) == ("hf", "")
+        and layout_for(changed.config, model.origin)[0] == "nanollm"
+    )
     with pytest.warns(UserWarning, match=f"written in nanollm's own layout.*{cause}"):
         checkpoints.save(changed, tmp_path / "out")
     again = checkpoints.load(tmp_path / "out")
@@ -198,11 +231,19 @@ def test_buffers_of_old_repositories_are_passed_over(tmp_path):
     assert same_tensors(tensors, all_tensors(tmp_path / "out"))
 
 
-@pytest.mark.parametrize("name, ours, theirs", [
-    ("yi-early", "layers.1.pre_mixer.gain", "model.layers.1.ln1.weight"), ("mamba-130m", "embed.weight", "backbone.embedding.weight")])
+@pytest.mark.parametrize(
+    "name, ours, theirs",
+    [
+        ("yi-early", "layers.1.pre_mixer.gain", "model.layers.1.ln1.weight"),
+        ("mamba-130m", "embed.weight", "backbone.embedding.weight"),
+    ],
+)
 def test_names_of_the_first_uploads(name, ours, theirs, tmp_path):
     write(FIXTURES[name], tmp_path / "in")
-    tensors = {key.replace("embeddings", "embedding"): tensor for key, tensor in load_file(tmp_path / "in/model.safetensors").items()}
+    tensors = {
+        key.replace("embeddings", "embedding"): tensor
+        for key, tensor in load_file(tmp_path / "in/model.safetensors").items()
+    }
     save_file(tensors, tmp_path / "in/model.safetensors", {"format": "pt"})
     model = checkpoints.load(tmp_path / "in")
     assert torch.equal(model.get_parameter(ours), tensors[theirs])
@@ -211,7 +252,9 @@ def test_names_of_the_first_uploads(name, ours, theirs, tmp_path):
 
 
 # without rotation, or with other names for it, which the tests in tests/families/ turn back
-OTHER_KEYS = {"mamba", "falcon_mamba", "mamba2", "jamba", "rwkv", "gpt2", "gpt_bigcode", "gpt_neox", "bloom", "mpt", "phi"}
+OTHER_KEYS = {
+    "mamba", "falcon_mamba", "mamba2", "jamba", "rwkv", "gpt2", "gpt_bigcode", "gpt_neox", "bloom", "mpt", "phi",
+}
 NEW_DIALECT = [name for name, fixture in FIXTURES.items()
                if fixture.edit is None and "head_dim" not in fixture.keys and fixture.kind not in OTHER_KEYS]
 
@@ -238,7 +281,10 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
     model = checkpoints.load(tmp_path / "in")
     checkpoints.save(model, tmp_path / "out")
     copied = {path.name for path in (tmp_path / "out").iterdir()}
-    assert copied == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "qwen.tiktoken", "chat_template.jinja"}
+    assert copied == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "qwen.tiktoken",
+        "chat_template.jinja",
+    }
     shutil.rmtree(tmp_path / "in")
     with pytest.warns(UserWarning, match="gone, so .* is written without tokenizer"):
         checkpoints.save(model, tmp_path / "later")

@@ -1,6 +1,8 @@
-"""Every family is asked to write every other family's models, and models with a field changed: it refuses, or what it wrote reads back.
+"""Every family is asked to write every other family's models, and models with a field changed: it refuses, or what it
+wrote reads back.
 
-A writer is asked about models made of parts that it may not know. Whatever it meets, the answer is a ConfigError or an equal reading.
+A writer is asked about models made of parts that it may not know. Whatever it meets, the answer is a ConfigError or
+an equal reading.
 """
 
 import functools

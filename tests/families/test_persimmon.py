@@ -8,9 +8,11 @@ from nanollm.errors import ConfigError
 
 NORM = Norm("layer", eps=1e-5, bias=True)
 SIZES = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-HUB = dict(model_type="persimmon", vocab_size=262144, hidden_size=4096, intermediate_size=16384, num_hidden_layers=36, num_attention_heads=64,
-           num_key_value_heads=64, hidden_act="relu2", layer_norm_eps=1e-5, rms_norm_eps=1e-6, rope_theta=25000.0, rope_scaling=None,
-           max_position_embeddings=16384, hidden_dropout=0.6, attention_dropout=0.0)
+HUB = dict(
+    model_type="persimmon", vocab_size=262144, hidden_size=4096, intermediate_size=16384, num_hidden_layers=36,
+    num_attention_heads=64, num_key_value_heads=64, hidden_act="relu2", layer_norm_eps=1e-5, rms_norm_eps=1e-6,
+    rope_theta=25000.0, rope_scaling=None, max_position_embeddings=16384, hidden_dropout=0.6, attention_dropout=0.0,
+)
 
 
 def read(**keys):
@@ -28,7 +30,10 @@ def test_persimmon():
     assert read(qk_layernorm=False).layers[0].mixer.qk_norm is None
 
 
-@pytest.mark.parametrize("key, value", [("num_key_value_heads", 8), ("head_dim", 128), ("num_attention_heads", 60), ("hidden_act", "sigmoid")])
+@pytest.mark.parametrize(
+    "key, value",
+    [("num_key_value_heads", 8), ("head_dim", 128), ("num_attention_heads", 60), ("hidden_act", "sigmoid")],
+)
 def test_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key} is "):
         read(**{key: value})

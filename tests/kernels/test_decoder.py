@@ -213,7 +213,9 @@ def script(mode: str, name: str, *words: str) -> str:
 
 def losses(folder: Path, mode: str, *options: str) -> list[float]:
     script(mode, "train", "--out", str(folder), *options)
-    return [entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry]
+    return [
+        entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry
+    ]
 
 
 @pytest.mark.slow
@@ -226,11 +228,17 @@ def test_train_and_generate_with_kernels_and_without(tmp_path):
     (tmp_path / "text").mkdir()
     for i in range(8):
         (tmp_path / f"text/{i}.py").write_text(f"def name{i}(x):\n    return x + {i}\n\n" * 4)
-    options = ["--data", str(tmp_path / "text"), "--init", str(folder), "--steps", "3", "--sample-every", "0", "--context", "16", "--batch-size", "1",
-               "--lr", "0.003", "--device", DEVICE, *(["--dtype", "float32"] if INTERPRETED else [])]
+    options = [
+        "--data", str(tmp_path / "text"), "--init", str(folder), "--steps", "3", "--sample-every", "0", "--context",
+        "16", "--batch-size", "1", "--lr", "0.003", "--device", DEVICE,
+        *(["--dtype", "float32"] if INTERPRETED else []),
+    ]
     curves = {mode: losses(tmp_path / mode, mode, *options) for mode in ("torch", "triton")}
     assert len(curves["torch"]) == 3
     assert curves["triton"] == pytest.approx(curves["torch"], abs=1e-5 if INTERPRETED else 1e-3)
-    options = ["--model", str(tmp_path / "torch"), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "0", "--device", DEVICE]
+    options = [
+        "--model", str(tmp_path / "torch"), "--prompt", "def ", "--max-new-tokens", "6", "--temperature", "0",
+        "--device", DEVICE,
+    ]
     texts = {mode: script(mode, "generate", *options) for mode in ("torch", "triton")}
     assert texts["torch"] == texts["triton"] and texts["torch"].startswith("def ")
