@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 
+from checkpoints import layouts
 from checkpoints.export import Origin, copy_companions, layout_for, origin_of, plan_export
-from checkpoints.families import read_config
-from checkpoints.layouts import LARGEST_CONFIG, hub
+from checkpoints.layouts import hub
 from checkpoints.names import table
-from checkpoints.source import open_source
-from checkpoints.storage import files, quantized, stream, writing
+from checkpoints.source import config_of, open_source
+from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.model import Decoder
@@ -58,12 +58,8 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
 
 def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
-    folder = hub.local_folder(source, ("config.json",))
-    path = folder / "config.json"
-    if not path.exists() and folder.is_dir():
-        return open_source(hub.local_path(source)).config        # another layout
-    values = quantized.plain_config(files.read_json(path, largest=LARGEST_CONFIG), str(path))[0]
-    return read_config(values, str(path))[1]
+    found = layouts.describe(hub.local_path(source, ("config.json",)))
+    return config_of(found)[1]
 
 
 def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:

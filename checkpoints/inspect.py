@@ -39,6 +39,7 @@ from typing import Any
 
 from checkpoints import folding, layouts
 from checkpoints.layouts import hub, original
+from checkpoints.layouts.found import LARGEST_CONFIG
 from checkpoints.names import table
 from checkpoints.show import amount, billions
 from checkpoints.source import understand
@@ -81,7 +82,7 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
     folder = path.parent if path.is_file() else path
     report = Report(folder, which_layout(path), family)
     try:
-        found = layouts.find(path, family, allow_pickle, ignore)
+        found = layouts.find(path, layouts.Asked(family, allow_pickle, tuple(ignore)))
         report.stored, report.layout, report.family = found.stored, found.layout, found.values.get("model_type")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -111,7 +112,7 @@ def which_layout(path: Path) -> str:
 def _list_anyway(report: Report) -> None:
     """A folder that is no whole model: what each of its files says by itself."""
     try:
-        said = files.read_json(report.folder / "config.json", layouts.LARGEST_CONFIG).get("model_type")
+        said = files.read_json(report.folder / "config.json", LARGEST_CONFIG).get("model_type")
         report.family = report.family or (said if isinstance(said, str) else None)
     except NanollmError:
         pass                                     # that it is missing, or damaged, is among the reasons already

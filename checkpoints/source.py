@@ -79,7 +79,7 @@ def open_source(path: Path, ignore: Collection[str] = (), family: str | None = N
     `family` is a model_type in place of the one that is said, for folders that say none. Raises ConfigError or
     CheckpointError; nothing was read or allocated then."""
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return understand(layouts.find(path, family, allow_pickle, ignore), ignore)
+    return understand(layouts.find(path, layouts.Asked(family, allow_pickle, ignore)), ignore)
 
 
 def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
@@ -88,12 +88,17 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     stored = quantized.plain_tensors(found.stored, block, str(found.folder))
     if not stored:
         raise CheckpointError(f"{found.folder}: no tensors in any file")
-    kind, config = read_config(values, found.where, ignore, most=min(len(stored), 10_000))
-    if found.pairs:
-        config = with_rope_layout(config, "interleaved")
+    kind, config = config_of(found, ignore)
     stored = _language_model(stored, kind, config, found.folder)
     model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore)
+
+
+def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Family, ModelConfig]:
+    """The family and the config of what was found, without a look at its tensors. Raises ConfigError."""
+    values = quantized.plain_config(found.values, found.where)[0]
+    kind, config = read_config(values, found.where, ignore, most=min(len(found.stored) or 10_000, 10_000))
+    return kind, with_rope_layout(config, "interleaved") if found.pairs else config
 
 
 def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig,

@@ -4,8 +4,6 @@ import ast
 import re
 from pathlib import Path
 
-import pytest
-
 from checkpoints.families import FAMILIES
 from nanollm.text.templates import TEMPLATES
 from tests import families_table

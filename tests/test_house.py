@@ -36,7 +36,7 @@ ARROWS = {
     "checkpoints.layouts": "families names storage nanollm.config nanollm.layers",
     "checkpoints.source": "families layouts names storage nanollm.config nanollm.model",
     "checkpoints.export": "families layouts names source storage nanollm.config",
-    "checkpoints.show": "families layouts names storage nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
+    "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
     "checkpoints.convert": "export layouts names source storage nanollm.cli",
     "checkpoints.inspect": "folding layouts names show source storage nanollm.cli",
     "checkpoints.tracing": "names storage nanollm.config nanollm.model",

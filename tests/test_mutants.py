@@ -160,6 +160,7 @@ HEAD = "What changes of a config the comparison with transformers cannot notice,
 def listed() -> dict[str, dict[str, str]]:
     """Fixture → path of the field → reason, as tests/mutants.txt has them."""
     found: dict[str, dict[str, str]] = {}
+    name = ""
     for line in REPORT.read_text().splitlines()[2:]:
         if line.startswith("    "):
             path, _, reason = line.strip().partition(": ")

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import save_file
 
 import checkpoints
-from checkpoints import show
-from checkpoints.show import __main__ as show_command
 from checkpoints.convert import convert, plan
 from checkpoints.families import read_config
 from checkpoints.layouts.original import with_rope_layout
+from checkpoints.show import __main__ as show_command
 from checkpoints.show import amount, billions, costs, describe, facts, find
 from checkpoints.show.drawing import WIDTH, brief, kinds_of, names, pattern, wiring
 from checkpoints.show.words import SIZES, different, words_of

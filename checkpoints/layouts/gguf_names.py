@@ -40,6 +40,7 @@ from typing import Any
 
 import torch
 
+from checkpoints.layouts.found import Asked, Found
 from checkpoints.layouts.original import HIGH, LOW, ORIGINAL, SCALED
 from checkpoints.names.config_rows import FULL, SLIDING
 from checkpoints.names.ops import Blocks
@@ -93,13 +94,16 @@ class Architecture:
     norms_plus: float = 0.0                      # added to the gains of norms
 
 
-def read(
-    path: Path, family: str | None, ignore: Collection[str] = ()
-) -> tuple[dict[str, Any], dict[str, Stored], Table, bool, frozenset[str]]:
-    """What a config.json would say, the tensors, their names, whether RoPE turns neighbours, tensors to pass over.
-
-    `family` is the model_type, where an architecture has several; `ignore` are keys to pass over. Raises ConfigError or
-    CheckpointError; no weight was read then."""
+def find(path: Path, asked: Asked) -> Found | None:
+    """The model of a *.gguf file, or of a folder that has one. Raises ConfigError or CheckpointError."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) > 1:
+            names = ", ".join(one.name for one in inside[:8])
+            raise CheckpointError(f"{path}: {len(inside)} GGUF files; give one of them: {names}")
+        return find(inside[0], asked) if inside else None
+    if path.suffix != ".gguf":
+        return None
     gguf.package(path)
     metadata, entries, data = gguf.read_header(path)
     kind = metadata.get("general.architecture")
@@ -113,8 +117,9 @@ def read(
                               f"put them together first: llama-gguf-split --merge {path.name} whole.gguf")
     architecture = ARCHITECTURES[kind]
     stored = gguf.places(path, entries, data, metadata.get("general.alignment", 32), architecture.norms_plus)
-    values = read_metadata(metadata, kind, family, stored, str(path), ignore)
-    return values, stored, architecture.names, architecture.pairs, architecture.vectors
+    values = read_metadata(metadata, kind, asked.family, stored, str(path), asked.ignore)
+    return Found(path.parent, "gguf", values, str(path), stored, (architecture.names,), architecture.pairs,
+                 architecture.vectors)
 
 
 def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tensors, where: str,

@@ -33,14 +33,17 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from checkpoints.layouts.found import LARGEST_CONFIG, Asked, Found
 from checkpoints.names.ops import Halving, Interleaving, Op, Same, Stack
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Step, Table, expand, override, rule
+from checkpoints.storage import files, pickles
 from checkpoints.storage.files import Stored, equal_bytes
 from nanollm.config import MLP, Attention, Llama3, ModelConfig, MoE, Rope
 from nanollm.errors import CheckpointError, ConfigError
@@ -71,6 +74,32 @@ ORIGINAL, LOW, HIGH = 8192, 1.0, 4.0             # of Llama 3.1's stretch, in th
 SCALED = dict(low_freq_factor=LOW, high_freq_factor=HIGH, original_max_position_embeddings=ORIGINAL)
 FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0}   # (dim, layers) of Llama 3.2 1B and 3B
 RopeLayout = Literal["half", "interleaved"]
+
+
+def find(path: Path, asked: Asked) -> Found | None:
+    """The model of a folder with a params.json, or that one of its files belongs to. Raises CheckpointError or ConfigError."""
+    if path.is_file():
+        named = path.name == "params.json" or path.name.startswith("consolidated")
+        return find(path.parent, asked) if named else None
+    where = path / "params.json"
+    if not where.exists() and not any(path.glob("consolidated*")):
+        return None
+    params = files.read_json(where, largest=LARGEST_CONFIG)
+    if (path / SINGLE).exists():
+        stored, layout = files.read_header(files.inside(path, SINGLE, "params.json")), "mistral"
+    else:
+        stored, layout = merged(pickles.read_ranks(path, asked.allow_pickle), params, str(path)), "meta"
+    family = asked.family or dialect(params, layout)
+    if family not in DIALECTS:
+        expected = ", ".join(DIALECTS)
+        raise ConfigError(f"{where}: --family {family}: the original layout is read for {expected}")
+    embed, head = (stored.get(f"{name}.weight") for name in ("tok_embeddings", "output"))
+    if embed is None or len(embed.shape) != 2:
+        raise CheckpointError(f"{path}: no matrix tok_embeddings.weight")
+    tied = head is None or files.equal_bytes(head, embed)
+    most = min(len(stored), 10_000)
+    values = read_params(params, str(where), family, embed.shape[0], tied, most, asked.ignore)
+    return Found(path, layout, values, str(where), stored, (NAMES,), pairs=True, ignorable=IGNORABLE)
 
 
 def with_rope_layout(config: ModelConfig, layout: RopeLayout) -> ModelConfig:

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.names.config_table import ABSENT, Draft, Key, Part, Row, given, one_name
-from checkpoints.names.reader import Reader
+from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, given, one_name
+from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
 from nanollm.errors import ConfigError
@@ -135,9 +135,10 @@ class RopeKeys(Row):
             return {}
         rope: Rope = found.build()
         values = write_rope(rope)
-        if self.fraction is not None:  # a missing key would not mean a whole head
-            values["rope_parameters"][self.fraction_key] = values[self.fraction_key] = rope.fraction
         values[self.theta_key] = values.pop("rope_theta")
+        if self.fraction is not None:  # said though it be 1, which is not what a missing key means; inside the object there is one word
+            values.pop("partial_rotary_factor", None)
+            values[self.fraction_key] = values["rope_parameters"]["partial_rotary_factor"] = rope.fraction
         return values
 
     def says(self) -> str:
@@ -259,3 +260,49 @@ class DividingHeads(Key):
         if heads is not ABSENT and dim % heads:
             raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
         return super().write(draft, key)
+
+
+class Inside(Row):
+    """An object with keys of its own; where it is missing, null or empty, all of them are missing."""
+
+    def __init__(self, keys: Keys, irrelevant: frozenset[str] = frozenset()) -> None:
+        self.keys, self.irrelevant = keys, irrelevant
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        inner = r.inside(key) or Reader({}, r.where, prefix=f"{r.prefix}{key}.")
+        for name, row in self.keys.items():
+            row.read(inner, draft, name)
+        inner.close(IRRELEVANT | self.irrelevant)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, row in self.keys.items():
+            values |= row.write(draft, name)
+        return {key: values}
+
+    def says(self) -> str:
+        return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
+
+
+class unread(Row):
+    """A key that says nothing here; it is written because the published code asks for it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.get(key, None)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: self.value}
+
+
+def halved(*paths: str, **more: Any) -> Key:
+    """An even number, of which a half is ours."""
+    def check(r: Reader, key: str) -> int:
+        value = r.size(key)
+        if value % 2:
+            raise r.error(key, "an even number, of which a half is the width")
+        return value
+
+    return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)

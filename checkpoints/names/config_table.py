@@ -240,9 +240,9 @@ def choice(words: dict[Any, Any], *paths: str, **more: Any) -> Key:
                of=lambda ours: back[ours] if ours in back else unlisted(ours), **more)
 
 
-def activation(*paths: str, missing: str) -> Key:
+def activation(*paths: str, missing: str, **more: Any) -> Key:
     """An activation by its name in transformers; of several names for one thing the family's own is written."""
-    return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing)
+    return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing, **more)
 
 
 class optional(Key):

@@ -24,8 +24,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints import layouts
+from checkpoints.layouts import hub
+from checkpoints.names import table
 from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
+from checkpoints.source import config_of
 from nanollm import presets
 from nanollm.config import ModelConfig, MoE
 from nanollm.errors import ConfigError, InputError
@@ -155,26 +159,8 @@ def find(source: str) -> Found:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    from checkpoints import layouts
-    from checkpoints.families import read_config
-    from checkpoints.layouts import hub, original
-    from checkpoints.names import table  # nanollm never needs checkpoints; this command reads one, so it does
-    from checkpoints.storage import files, quantized
-    path = path if path.exists() else hub.local_folder(source, ("config.json",))
-    weights = (files.SINGLE, files.INDEX, original.SINGLE)
-    if path.is_dir():
-        described = None if any((path / name).exists() for name in weights) else path / "config.json"
-    else:
-        described = path if path.suffix == ".json" and path.name != "params.json" else None
-    # a config alone, or one whose weights are pickles, which stay closed
-    if described is not None and described.exists():
-        found = layouts.Found(described.parent, "hf", files.read_json(described, layouts.LARGEST_CONFIG),
-                              str(described), {})
-    else:
-        found = layouts.find(path)
-    values, stored = quantized.plain_config(found.values, found.where)[0], found.stored
-    config = read_config(values, found.where, most=min(len(stored) or 10_000, 10_000))[1]
-    config = original.with_rope_layout(config, "interleaved") if found.pairs else config
+    found = layouts.describe(path if path.exists() else hub.local_path(source, ("config.json",)))
+    config, values, stored = config_of(found)[1], found.values, found.stored
     held: Counter[torch.dtype] = Counter()                  # bytes
     for tensor in stored.values():
         held[tensor.dtype] += tensor.size

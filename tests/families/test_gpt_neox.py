@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, Attention, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 from nanollm.model import Decoder
@@ -45,8 +45,7 @@ def test_both_dialects_read_alike():
 
 def test_what_is_written_reads_back():
     for config in (read(), read(rotary_pct=1.0), read(NEOX_20B, use_parallel_residual=False, attention_bias=False, tie_word_embeddings=True)):
-        family, values = write_config(config)
-        assert family.name == "gpt_neox" and read_config(values)[1] == config
+        assert read_config(write_config(config, FAMILIES["gpt_neox"])[1])[1] == config
 
 
 @pytest.mark.parametrize("keys, complaint", [
