@@ -51,8 +51,9 @@ IRRELEVANT = frozenset({"ff_factor", "gradient_checkpointing", "rotary"})  # ffn
 
 
 class Wiring(Row):
-    """The four rows of the table above, and what lies between them where transformers can run it. It is written as the new architecture
-    where it is parallel, but for 7B's single key/value head, which the old one has too."""
+    """The four rows of the table above, and what lies between them where transformers can run it.
+
+    What is parallel is written as the new architecture, but for 7B with its single key/value head, which the old one has too."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         heads, stated = draft["mixer.heads"], r.size(one_name(r, "num_kv_heads", "n_head_kv"), None)
