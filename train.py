@@ -75,16 +75,17 @@ def backward(run: Run, batches: list[Batch], wish: int) -> tuple[dict[str, float
     targets, tokens = world.total(here, tokens)
     sums = torch.zeros(2, device=world.device)
     for number, batch in enumerate(batches, 1):
-        run.model.set_requires_gradient_sync(number == len(batches))           # gradients are reduced over ranks once a step
+        distributed.reduce_gradients(run.model, now=number == len(batches))
         batch = batch.to(world.device)
-        with routing(run.model) as routed:
-            hidden = run.model.hidden(batch.tokens, batch.positions)
-        loss, *found = token_loss(run.model.head, hidden, batch.targets, options.z_loss)
-        loss = loss / targets
-        if routed:
-            real = None if batch.positions is None else batch.positions.flatten() >= 0
-            loss = loss + options.balance * run.balance.loss(routed, real) / tokens
-        loss.backward()
+        with distributed.cast(run.model, DTYPES[options.dtype]):
+            with routing(run.model) as routed:
+                hidden = run.model.hidden(batch.tokens, batch.positions)
+            loss, *found = token_loss(run.model.head, hidden, batch.targets, options.z_loss)
+            loss = loss / targets
+            if routed:
+                real = None if batch.positions is None else batch.positions.flatten() >= 0
+                loss = loss + options.balance * run.balance.loss(routed, real) / tokens
+            loss.backward()
         sums += torch.stack(found)
     norm = distributed.clip(run.model, options.clip)
     nats, squares = sums.tolist()
@@ -139,7 +140,8 @@ def held_out_loss(run: Run, most: int | None = None) -> float:
         mine = rows[at + world.rank * each :][:each]
         batch = stack([source.row(i) for i in mine or rows[:1]]).to(world.device)        # all ranks take part in each forward pass
         targets = batch.targets if mine else torch.full_like(batch.targets, -100)
-        _, nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
+        with distributed.cast(run.model, DTYPES[run.options.dtype]):
+            _, nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
         total += torch.tensor([nats.item(), (targets >= 0).sum().item()])
     for module in distributed.slices(run.model):
         module.reshard()                        # a backward pass would have; without one what was gathered stays
@@ -149,7 +151,7 @@ def held_out_loss(run: Run, most: int | None = None) -> float:
 
 def sample(run: Run, length: int = 100) -> str | None:
     """What the model makes of the prompt, at temperature 0.8. All ranks lend their slices, the first one writes."""
-    whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, distributed.DTYPES[run.options.dtype])
+    whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[run.options.dtype])
     if whole is None:
         return None
     tokenizer, ids = run.corpus.tokenizer, run.corpus.prompt(run.options.prompt)

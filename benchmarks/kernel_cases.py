@@ -87,12 +87,12 @@ def elementwise(s: Sizes) -> Iterator[Case]:
 
 
 def seen(T: int, window: int | None, documents: int, device: str) -> SimpleNamespace:
-    """What `attend` asks of a AttentionMask: causal, within a window, in equal documents."""
+    """What `attend` asks of an AttentionMask: causal, within a window, in equal documents."""
     i, length = torch.arange(T, device=device), -(-T // documents)
     first = i // length * length if window is None else torch.maximum(i // length * length, i - window + 1)
     plain = window is None and documents == 1
     mask = attention.CAUSAL if plain else ((i[None] >= first[:, None]) & (i[None] <= i[:, None]))[None, None]
-    return SimpleNamespace(first=first[None].int(), last=i[None].int(), slopes=None, mask=mask)
+    return SimpleNamespace(first=first[None].int(), last=i[None].int(), slopes=None, dense=mask)
 
 
 def attentions(s: Sizes) -> Iterator[Case]:
@@ -113,7 +113,7 @@ def attentions(s: Sizes) -> Iterator[Case]:
     for rows, keys, goal in ((32, 8192, "85 %"), (1, 32768, "60 %")):
         B, S, H, K, d = s(rows, keys, 32, 8, 128)
         ends = torch.zeros(B, 1, dtype=torch.int32, device=s.device)
-        mask = SimpleNamespace(first=ends, last=ends + S - 1, slopes=None, mask=None)
+        mask = SimpleNamespace(first=ends, last=ends + S - 1, slopes=None, dense=None)
         flash = rival("flash-attn", "flash_attn:flash_attn_with_kvcache", lambda f: lambda q, k, v: f(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2))
         yield Case("decode", f"{B} x {S} keys x {H}/{K} x {d}", partial(attending, mask), lambda B=B, S=S: tuple(x.detach() for x in qkv(s, B, 1, S, H, K, d)), roofline.decode(B, H, K, S, d), goal, False, flash)
 

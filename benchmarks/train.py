@@ -63,7 +63,7 @@ def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: dis
     distributed.shard(model, world.mesh, distributed.DTYPES[dtype], compile=compile)
     model.to_empty(device=world.device)
     distributed.fill(model, initial_values(model, 0))
-    options = argparse.Namespace(lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2, skip_steps=[], skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0)
+    options = argparse.Namespace(lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2, skip_steps=[], skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0, dtype=dtype)
     run = train.Run(options, world, None, model, None, torch.float32, optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype]), Balance(model))
 
     def step(tokens: torch.Tensor) -> float:

@@ -46,8 +46,7 @@ class Fixture:
     bound: float = 1e-5                                  # largest difference; another only with the reason beside it
     bit_equal: bool = True                               # in bfloat16 too, every logit of the sdpa pass; False only with the reason beside it
     attention: tuple[str, ...] = ("eager", "sdpa")       # transformers' implementations that are right; () where there is no attention
-    length_dependent: bool = False                       # frequencies follow the length: transformers' cache then differs from its full pass
-    cache: bool = True                                   # transformers' cached tokens are those of its full pass; False only with the reason
+    length_dependent: bool = False                       # frequencies follow the length: each length is a pass of its own
     oracle: str = "native"                               # where it is another class: which, and how it is made to compute the same
 
 

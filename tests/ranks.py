@@ -39,8 +39,9 @@ def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **ho
     for _ in range(steps):
         tokens = torch.randint(0, 300, (4, 33), generator=stream)
         mine = tokens.chunk(world.size)[world.rank]
-        nats, *_ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
-        (nats / 128).backward()
+        with distributed.cast(model, DTYPES[dtype]):
+            nats, *_ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
+            (nats / 128).backward()
         norm = distributed.clip(model, 1.0)
         found += [world.total(nats.item())[0] / 128, norm]
         optimizer.step()
@@ -68,6 +69,24 @@ def variants(world: World) -> dict:
             "mamba": losses(world, "mamba"), "mixtral": losses(world, "mixtral")}
 
 
+def casts(world: World) -> dict:
+    """Products in bfloat16 on one rank: gradients of copies in bfloat16 reach the float32 weights, which are in place again."""
+    found = {}
+    for name in ("llama", "mamba"):                                             # mamba's head is tied
+        model, by_hand = build(world, name), Decoder(preset(name, 300, 32), seed=3).bfloat16()
+        before, tokens = list(model.parameters()), torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+        for _ in range(2):                                                      # micro-batches: gradients add up
+            with distributed.cast(model, torch.bfloat16):
+                inside = {p.dtype for p in (model.embed.weight, model.head.weight)}
+                token_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:])[0].backward()
+        token_loss(by_hand.head, by_hand.hidden(tokens[:, :-1]), tokens[:, 1:])[0].backward()
+        after = list(model.parameters())
+        same = [torch.equal(p.grad, 2 * q.grad.float()) for p, q in zip(after, by_hand.parameters())]
+        found[name] = {"inside": [str(dtype) for dtype in inside], "same": all(same), "in place": all(a is b for a, b in zip(before, after)),
+                       "kinds": sorted({type(p).__name__ for p in after}), "gradients": sorted({str(p.grad.dtype) for p in after})}
+    return found
+
+
 def experts(world: World) -> dict:
     """Three experts: two ranks cut each of them in two. Muon, which has to put them together again."""
     config = preset("mixtral", 300, 32)
@@ -87,13 +106,14 @@ def experts(world: World) -> dict:
         model.zero_grad()
     gate = dict(model.named_parameters())["layers.0.ffn.experts.gate"]
     whole = distributed.gather(model, True, torch.device("cpu"))
-    return {"loss": world.total(nats.item())[0] / 128, "slice": list(gate.to_local().shape), "sum": sum(p.double().abs().sum().item() for p in whole.parameters())}
+    return {"loss": world.total(nats.item())[0] / 128, "slice": list(distributed.local(gate).shape), "sum": sum(p.double().abs().sum().item() for p in whole.parameters())}
 
 
 def memory(world: World) -> dict:
     """What a rank holds of weights and optimizer: numbers, over those of the whole model."""
     model = build(world, "llama")
-    held = [tensor.to_local().numel() if hasattr(tensor, "to_local") else 0 for tensor in optim.tensors(model, optim.build(model, "adamw", 0.0, torch.float32)).values()]
+    tensors = optim.tensors(model, optim.build(model, "adamw", 0.0, torch.float32))
+    held = [distributed.local(tensor).numel() for tensor in tensors.values() if tensor.ndim]            # a count of steps has none
     return {"share": sum(held) / (3 * sum(p.numel() for p in Decoder(preset("llama", 300, 32)).parameters()))}
 
 

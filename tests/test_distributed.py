@@ -150,6 +150,11 @@ def test_every_variant_computes_the_same(tmp_path):
     assert 1e-6 < rounding.max() < 5e-2 and np.abs(np.array(two["bfloat16"]) - one["bfloat16"])[::2].max() < 5e-3
 
 
+def test_one_rank_is_not_sharded_and_casts_its_weights_by_itself(tmp_path):
+    for found in case("casts", 1, tmp_path).values():
+        assert found == {"inside": ["torch.bfloat16"], "same": True, "in place": True, "kinds": ["Parameter"], "gradients": ["torch.float32"]}
+
+
 def test_experts_that_ranks_do_not_divide_are_cut_inside(tmp_path):
     one, two = case("experts", 1, tmp_path), case("experts", 2, tmp_path)
     assert one["slice"] == [3, 256, 192] and two["slice"] == [3, 128, 192]

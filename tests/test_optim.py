@@ -55,6 +55,33 @@ def test_a_stack_of_experts_is_each_of_its_matrices():
     assert all(torch.allclose(found[i], optim.msign(stack[i], torch.float32), atol=1e-5) for i in range(3))
 
 
+@pytest.mark.parametrize("batch, products", [(1, 8), (2 * 24 * 40, 5), (2**24, 3)])
+def test_matrices_of_one_shape_share_a_product_and_step_as_each_would_alone(monkeypatch, batch, products):
+    """Wide ones and tall ones together; a product holds `batch` numbers at most, but for a single matrix."""
+    shapes = [(24, 40), (16, 16), (24, 40), (40, 24), (3, 10, 16), (40, 24), (24, 40), (3, 16, 10)]
+    start = [(torch.randn(shape), torch.randn(shape)) for shape in shapes]
+    calls, msign = [], optim.msign
+    monkeypatch.setattr(optim, "msign", lambda matrix, dtype: calls.append(matrix.shape) or msign(matrix, dtype))
+    monkeypatch.setattr(optim, "BATCH", batch)
+
+    def step(parameters: list[torch.nn.Parameter]) -> None:
+        muon = optim.Muon(parameters, 0.1, torch.float32)
+        optim.prepare([muon])
+        optim.step([muon], 0.02)
+
+    found = []
+    for together in (True, False):
+        parameters = [torch.nn.Parameter(weight.clone()) for weight, _ in start]
+        for parameter, (_, gradient) in zip(parameters, start):
+            parameter.grad = gradient.clone()
+        for part in [parameters] if together else [[p] for p in parameters]:
+            step(part)
+        if together:
+            assert len(calls) == products and sum(shape[0] for shape in calls) == len(shapes)
+        found.append(parameters)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+
+
 @pytest.mark.parametrize("around", [{}, AROUND], ids=["", "around"])
 @pytest.mark.parametrize("name", TOYS)
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])

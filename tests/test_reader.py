@@ -222,7 +222,7 @@ def test_counts_are_bounded_by_the_tensors_on_disk():
 
 
 def test_unknown_families():
-    for kind, near in (("qwen5", "near it are qwen"), (None, "listed in docs/families.md"), (3, "listed"), (["llama"], "listed")):
+    for kind, near in (("qwen5", "near it are qwen"), (None, "checkpoints.families lists"), (3, "lists"), (["llama"], "lists")):
         with pytest.raises(ConfigError, match=f"model_type is .*; .*{near}"):
             read(kind)
 

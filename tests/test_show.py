@@ -7,16 +7,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import checkpoints
-from checkpoints import show
 from checkpoints.convert import convert, plan
 from checkpoints.families import read_config
 from checkpoints.layouts.original import with_rope_layout
+from checkpoints.show import __main__ as show_command
 from checkpoints.show import amount, billions, costs, describe, facts, find
 from checkpoints.show.drawing import WIDTH, brief, kinds_of, names, pattern, wiring
 from checkpoints.show.words import SIZES, different, words_of
@@ -334,7 +335,7 @@ VALUES = dict(model_type="llama", vocab_size=97, hidden_size=48, intermediate_si
 
 def shown(monkeypatch, capsys, *args: str) -> str:
     monkeypatch.setattr(sys, "argv", ["show", *args])
-    show.run()
+    show_command.run()
     return capsys.readouterr().out
 
 

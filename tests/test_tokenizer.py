@@ -19,6 +19,7 @@ import tiktoken
 import transformers
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import SpecialTokenPolicy, Tekkenizer
+from tokenizers import AddedToken
 
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer import Tokenizer, load
@@ -381,9 +382,10 @@ def test_added_tokens_around_a_sentencepiece_model(tmp_path: Path, folders: dict
 
 def test_declared_id_must_be_the_real_one(tmp_path: Path) -> None:
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, added_tokens={"<x>": 777})
+    write(tmp_path, tokenizer_config=FAST | {"added_tokens_decoder": {"777": {"content": "<x>"}}})
     with pytest.raises(TokenizerError, match="found id 450 for '<x>', expected 777"):
         load(tmp_path)
+    write(tmp_path, tokenizer_config={}, added_tokens={"<x>": 777})
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     assert load(tmp_path).vocab_size == 778
@@ -402,6 +404,44 @@ def test_added_tokens_outside_tokenizer_json(tmp_path: Path) -> None:
     assert {**ours.special_tokens} == {"<a>": 450, "<b>": 451} and ours.eos_id == 450
     ids = ours.encode("süüß")
     assert ours.decode(ids) == "süüß" != theirs.decode(ids), "tokenizers takes ü in an added token for the byte FC"
+
+
+PHI = ["<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("beside", ["nothing", "named", "stop ids", "added_tokens.json", "a stale added_tokens.json"])
+def test_what_tokenizer_json_says_of_a_token_stands(tmp_path: Path, beside: str) -> None:
+    """Its flags, whatever names it or lists it again: Phi-3's <|end|> takes the newline behind it, with stop ids too."""
+    backend = byte_bpe()
+    backend.add_special_tokens([AddedToken(text, rstrip=text != "<|endoftext|>", special=True) for text in PHI])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    end, user, assistant, eos = (backend.token_to_id(text) for text in PHI)
+    files: dict[str, dict[str, object]] = {
+        "nothing": {},
+        "named": {"tokenizer_config": FAST | {"eos_token": "<|end|>", "additional_special_tokens": PHI[:3]}},
+        "stop ids": {"generation_config": {"eos_token_id": [eos, assistant, end]}},
+        "added_tokens.json": {"added_tokens": dict(zip(PHI, (end, user, assistant, eos), strict=True))},
+        "a stale added_tokens.json": {"added_tokens": {"<|user|>": 7, "<|gone|>": 9_999}},
+    }
+    write(tmp_path, **files[beside])
+    ours, text = load(tmp_path), "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    ids = backend.encode(text, add_special_tokens=False).ids
+    assert ids == [user, *backend.encode("Hi").ids, end, assistant], "no newline is left"
+    assert ours.encode(text, special=True, bos=False) == ids
+    assert ours.special_tokens == dict(zip(PHI, (end, user, assistant, eos), strict=True))
+
+
+def test_tokens_added_to_a_vocabulary_keep_their_id_and_flags(tmp_path: Path) -> None:
+    """ChatML's two on a vocabulary of another model: listed in tokenizer.json, said again in added_tokens.json."""
+    backend = byte_bpe()
+    backend.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    first = backend.token_to_id("<|im_start|>")
+    write(tmp_path, tokenizer_config=FAST | {"eos_token": "<|im_end|>"},
+          added_tokens={"<|im_start|>": first, "<|im_end|>": first + 1})
+    ours, theirs, text = load(tmp_path), hf(tmp_path), "<|im_start|>user\nHi<|im_end|>\n"
+    assert ours.encode(text, special=True) == theirs.encode(text) and ours.encode(text, special=True)[0] == first
+    assert ours.eos_id == first + 1 and first + 1 not in ours.encode(text), "typed by a user it is text"
 
 
 # ---- streaming

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from typing import Any
 
 from checkpoints.families.family import Family
+from checkpoints.families.nanollm import NANOLLM
 from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
@@ -19,11 +20,18 @@ from nanollm.errors import ConfigError
 FAMILIES: dict[str, Family] = {}
 FILES: dict[str, str] = {}  # model_type → the module that has it
 for _file in pkgutil.iter_modules(__path__):
+    if _file.name == "__main__":
+        continue
     for _kind, _family in getattr(importlib.import_module(f"{__name__}.{_file.name}"), "FAMILIES", {}).items():
         assert _kind not in FAMILIES, f"two families of model_type {_kind}"
         FAMILIES[_kind], FILES[_kind] = _family, _file.name
 
 TRAINED_HERE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "mamba", "mamba2", "gpt2")
+
+
+def family_called(kind: str) -> Family:
+    """Of this model_type, or of our own layout."""
+    return {**FAMILIES, NANOLLM.name: NANOLLM}[kind]
 
 
 def read_config(
@@ -33,11 +41,11 @@ def read_config(
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
-                          + f"the {len(FAMILIES)} that are read are listed in docs/families.md")
-    family = FAMILIES[kind]
+                          + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
+    family = family_called(kind)
     reader = Reader(values, where, ignore, most)
     try:
         config = family.read(reader)

@@ -75,3 +75,9 @@ class Family:
                     raise ConfigError(f"layers[{i}].{slot} is {found.__name__}, not {' or '.join(k.__name__ for k in kinds)}")
         values = {"architectures": [self.architecture], "model_type": self.name}
         return values | write_keys(self.keys, config) | dict.fromkeys((*TOKENS, *DTYPES))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or pickled with a model, a family stays the one it is."""
+        import checkpoints.families as known
+        name = next((kind for kind, family in known.FAMILIES.items() if family is self), self.name)
+        return known.family_called, (name,)

@@ -1,6 +1,5 @@
 """What the families that are not yet tables share. Gone when the last of them is."""
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from checkpoints.names.config_table import part
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
 from checkpoints.names.table import Table
-from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm
+from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
 
 
@@ -64,17 +63,6 @@ def read_decoder(r: Reader, layers: list[Layer], norm: Norm, context: int = 2048
     )
 
 
-def read_llama(r: Reader) -> ModelConfig:
-    """Llama, and its other names with the keys that they add."""
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-6))
-    bias = r.flag("attention_bias", False)
-    r.must("rope_interleaved", False)                    # SmolLM
-    r.must("quantization_bit", 0)                        # XVERSE: all its configs have it
-    attention = read_attention(r, qkv_bias=bias, out_bias=bias)
-    layer = Layer(attention, read_mlp(r, bias=r.flag("mlp_bias", False)), pre_mixer=norm, pre_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm)
-
-
 # ---- writing
 
 def write_decoder(config: ModelConfig, model_type: str, architecture: str, mixer: type, ffn: type) -> dict[str, Any]:
@@ -116,65 +104,3 @@ def write_llama_shape(config: ModelConfig, model_type: str, architecture: str, f
         "rms_norm_eps": config.final_norm.eps,
         "max_position_embeddings": config.context,
     } | write_rope(attention.rope)
-
-
-def write_llama(config: ModelConfig) -> dict[str, Any]:
-    """One bias for all four projections and one for the MLP: a Qwen2, with biases on three, does not read back."""
-    values = write_llama_shape(config, "llama", "LlamaForCausalLM")
-    if config.dim % values["num_attention_heads"]:
-        raise ConfigError(f"transformers' Llama wants dim ({config.dim}) to be a multiple of heads ({values['num_attention_heads']})")
-    layer = config.layers[0]
-    return values | {"attention_bias": layer.mixer.out_bias, "mlp_bias": layer.ffn.bias}
-
-
-
-def read_windows(r: Reader) -> list[int | None]:
-    """The window of each layer."""
-    window = r.size("sliding_window", 4096, or_null=True)
-    window = window if r.flag("use_sliding_window", False) else None
-    first = r.get("max_window_layers", 28)
-    if type(first) is not int or first < 0:
-        raise r.error("max_window_layers", "a whole number")
-    count = r.count("num_hidden_layers")
-    types = r.get("layer_types", None)
-    if types is None:
-        types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
-    known = ("full_attention", "sliding_attention") if window else ("full_attention",)
-    if not isinstance(types, list) or len(types) != count or not all(one in known for one in types):
-        raise r.error("layer_types", f"{count} times {' or '.join(known)}")
-    return [window if one == "sliding_attention" else None for one in types]
-
-
-def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """Both ways of saying it. `max_window_layers` alone is right only where the full layers all come first."""
-    windows = [layer.mixer.window for layer in config.layers]
-    sliding = [i for i, window in enumerate(windows) if window is not None]
-    return {
-        "use_sliding_window": bool(sliding),
-        "sliding_window": windows[sliding[0]] if sliding else None,
-        "max_window_layers": sliding[0] if sliding else len(windows),
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-    }
-
-
-
-# ---- writing
-
-def first_routed(config: ModelConfig) -> Layer:
-    """The first layer that has experts. Raises ConfigError if there is none."""
-    found = next((layer for layer in config.layers if isinstance(layer.ffn, MoE)), None)
-    if found is None or not isinstance(found.ffn.expert, MLP):
-        raise ConfigError("no layer has experts" if found is None else f"experts are {type(found.ffn.expert).__name__}, not MLP")
-    return found
-
-
-def dense_width(config: ModelConfig) -> int:
-    """The width of the layers without experts; where there are none it says nothing."""
-    return next((layer.ffn.hidden for layer in config.layers if isinstance(layer.ffn, MLP)), first_routed(config).ffn.expert.hidden)
-
-
-def all_routed(config: ModelConfig) -> ModelConfig:
-    """As if all layers were the first one that has experts, to be written; reading it back tells where they are not."""
-    return dataclasses.replace(config, layers=(first_routed(config),) * len(config.layers))
-
-

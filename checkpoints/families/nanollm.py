@@ -46,4 +46,3 @@ class OwnLayout(Family):
 
 
 NANOLLM = OwnLayout("nanollm", "", keys={}, layer=part(Layer), names=(OwnNames(),))
-FAMILIES = {"nanollm": NANOLLM}

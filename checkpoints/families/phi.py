@@ -7,7 +7,7 @@ channels), two fifths in Phi-2 (32 of 80). `qk_layernorm` puts a LayerNorm on ea
 and its model_type another. The first uploads (model_type "phi-msft", "mixformer-sequential") have other names, and are refused.
 """
 
-from checkpoints.families.llama import EPS, INV_FREQ, LAYER_NORM, LLAMA_SHAPE
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, RopeKeys
 from checkpoints.names.config_table import activation, number, optional, part
 from checkpoints.names.table import override, rule

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, one_name
+from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, given, one_name
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
@@ -104,6 +104,8 @@ class RopeKeys(Row):
 
     theta         the family's base
     fraction      its part of a head that turns; None: it knows no such key, and all of it turns
+
+    A family whose keys say it in other words has a subclass with a `rope` or an `original` of its own.
     """
 
     def __init__(
@@ -117,9 +119,13 @@ class RopeKeys(Row):
         """The context before a stretch, in families that say it outside the object."""
         return None
 
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        rope = read_rope(r, self.theta, draft["context"], self.fraction, self.original(r, draft),
+    def rope(self, r: Reader, draft: Draft) -> Rope:
+        """What config.json says; the layout and the rounding are the family's own."""
+        return read_rope(r, self.theta, draft["context"], self.fraction, self.original(r, draft),
                          theta_key=self.theta_key, fraction_key=self.fraction_key)
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        rope = self.rope(r, draft)
         for name in ("theta", "fraction", "scaling"):
             draft[f"{self.path}.{name}"] = getattr(rope, name)
 
@@ -225,6 +231,24 @@ class OneWindow(Row):
         return "mixer.window"
 
 
+class must_be(Row):
+    """A flag that must have one value, which may be a function of the draft. A missing key means false."""
+
+    def __init__(self, value: Any, also: tuple[str, ...] = ()) -> None:
+        self.value, self.also = value, also
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        key, value = one_name(r, key, *self.also), given(self.value, draft)
+        if r.flag(key, False) != value:
+            raise r.error(key, f"{value}, which is what is implemented")
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: given(self.value, draft)}
+
+    def says(self) -> str:
+        return "must be " + ("the same" if callable(self.value) else repr(self.value))
+
+
 class DividingHeads(Key):
     """The number of query heads, where another key says how wide they are. transformers wants dim to be a multiple of it all the same."""
 
@@ -258,3 +282,27 @@ class Inside(Row):
 
     def says(self) -> str:
         return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
+
+
+class unread(Row):
+    """A key that says nothing here; it is written because the published code asks for it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.get(key, None)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: self.value}
+
+
+def halved(*paths: str, **more: Any) -> Key:
+    """An even number, of which a half is ours."""
+    def check(r: Reader, key: str) -> int:
+        value = r.size(key)
+        if value % 2:
+            raise r.error(key, "an even number, of which a half is the width")
+        return value
+
+    return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)

@@ -149,8 +149,8 @@ class Row:
         raise NotImplementedError
 
     def says(self) -> str:
-        """The fields, in the documentation."""
-        return type(self).__name__
+        """In the documentation: the fields, or the first line of the row's docstring."""
+        return (type(self).__doc__ or "").partition("\n")[0]
 
 
 def given(value: Any, draft: Draft) -> Any:

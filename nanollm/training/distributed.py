@@ -9,8 +9,9 @@
 Zhao et al. 2023 (arXiv 2304.11277); Rajbhandari et al. 2019 (arXiv 1910.02054), stage 3. With `replicas` R the slices are R times
 larger and R groups hold the same ones (HSDP): gathers stay inside a group, one all-reduce between groups is added.
 
-One process is the case of one rank: the same code, whose gathers are the cast from float32 and no more. Gradients are summed over
-ranks, never averaged: the loss is divided by the tokens of the whole step (losses.py), so what a rank adds is its share already.
+On one rank there is nothing to shard: the model stays an ordinary module, and `cast` makes the copies in the dtype of the products
+(only --offload uses FSDP2 there too, for its copies between CPU and GPU). Gradients are summed over ranks, never averaged: the loss
+is divided by the tokens of the whole step (losses.py), so each rank already computes its part of the sum.
 
 The order of wrapping matters: recomputation inside compilation inside sharding.
 """
@@ -133,23 +134,58 @@ def kept(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Che
     return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def shard(model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *, recompute: str = "none", compile: bool = False, offload: bool = False) -> None:
-    """Wrap each layer and then the whole, in place. Parameters become slices; `fill` gives them values where they have none.
+def shard(
+    model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *,
+    recompute: str = "none", compile: bool = False, offload: bool = False,
+) -> None:
+    """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them values where they have none.
+    On one rank, without offload, nothing is wrapped, and parameters stay as they are.
 
     dtype is that of the products: parameters are cast to it as they are gathered; gradients are reduced in float32.
-    offload: slices and optimizer live in the memory of the CPU."""
-    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    wrap = partial(fully_shard, mesh=mesh, mp_policy=precision, shard_placement_fn=partial(cut, mesh.size(-1)), offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy())
+    offload: shards and optimizer state live in the memory of the CPU."""
     for layer in model.layers:
         layer.forward = recomputed(layer.forward, recompute)
         if compile:
             layer.compile()
-        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)         # what is not sliced need not be gathered twice
+    if mesh.size() == 1 and not offload:
+        return
+    wrap = partial(
+        fully_shard, mesh=mesh, shard_placement_fn=partial(cut, mesh.size(-1)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
+    )
+    for layer in model.layers:
+        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)         # what is not sharded need not be gathered twice
     wrap(model)                                                 # embedding, last norm and head, tied or not, stay whole through a step
     register_fsdp_forward_method(model, "hidden")
     for module in slices(model) if mesh.size() > 1 else []:     # sums, not means: see the head of the file
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)          # without it gloo is asked for an operation that it lacks
+
+
+@contextlib.contextmanager
+def cast(model: Decoder, dtype: torch.dtype) -> Iterator[None]:
+    """Inside the block a model that is not sharded computes with copies of its weights in dtype; their gradients reach the float32
+    weights. Forward and backward both belong inside. A sharded model makes such copies when it gathers, so nothing is done to it."""
+    if dtype == torch.float32 or slices(model):
+        yield
+        return
+    copies = {p: p.to(dtype) for p in model.parameters()}       # by parameter: tied weights share one copy
+    places = [(module._parameters, name) for module in model.modules() for name, p in module._parameters.items() if p is not None]
+    weights = [parameters[name] for parameters, name in places]
+    for (parameters, name), weight in zip(places, weights):
+        parameters[name] = copies[weight]
+    try:
+        yield
+    finally:
+        for (parameters, name), weight in zip(places, weights):
+            parameters[name] = weight
+
+
+def reduce_gradients(model: Decoder, now: bool) -> None:
+    """Whether the next backward pass sums gradients over ranks. Gradient accumulation does so once a step, in the last micro-batch."""
+    for module in slices(model):
+        module.set_requires_gradient_sync(now, recurse=False)
 
 
 def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
@@ -171,30 +207,40 @@ def slices(model: nn.Module) -> list[FSDPModule]:
 
 @torch.no_grad()
 def clip(model: nn.Module, most: float) -> float:
-    """The length of the gradient over all ranks, which is made `most` where it is longer (0: any length will do)."""
-    slices = [p.grad.to_local() for p in model.parameters() if p.grad is not None]      # a router's correction has none
-    squares = torch.stack(torch._foreach_norm(slices)).double().square().sum()
-    dist.all_reduce(squares, group=model.embed.weight.device_mesh.get_group("shard"))
+    """The norm of the gradient over all ranks, which is brought down to `most` where it is larger (0: any norm will do)."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]      # a router's correction has none
+    squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
+    if isinstance(model.embed.weight, DTensor):
+        dist.all_reduce(squares, group=model.embed.weight.device_mesh.get_group("shard"))
     norm = squares.sqrt().item()
     if most and norm > most:
-        torch._foreach_mul_(slices, most / norm)
+        torch._foreach_mul_(gradients, most / norm)
     return norm
 
 
 # ---- parameters in and out
 
-def spread(full: Tensor, like: DTensor) -> Tensor:
-    """This rank's slice of a tensor that every rank has in full; nothing is sent."""
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor; of one that is not sharded, the tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_shard(full: Tensor, like: Tensor) -> Tensor:
+    """The part of `full` that this rank holds of `like`, where every rank has `full`: nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
     whole = DTensor.from_local(full, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
     return whole.redistribute(placements=like.placements).to_local()
 
 
 @torch.no_grad()
 def fill(model: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Give a sharded model its values, full tensors in the order of `named_parameters`, one in memory at a time."""
+    """Give a model its values, full tensors in the order of `named_parameters`, one in memory at a time. Tied weights, which the meta
+    device parts, are one parameter again."""
+    model.tie()
     parameters = dict(model.named_parameters())
     for name, value in values:
-        parameters[name].to_local().copy_(spread(value.to(parameters[name].device), parameters[name]))
+        local(parameters[name]).copy_(local_shard(value.to(parameters[name].device), parameters[name]))
 
 
 def from_first(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
@@ -213,7 +259,7 @@ def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype 
     """The whole model, on one device, where `keep`; None on other ranks. All ranks take part, and pass one parameter at a time."""
     found = {}
     for name, parameter in model.named_parameters():
-        full = parameter.full_tensor()
+        full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
             found[name] = nn.Parameter(full.to(device, dtype), requires_grad=False)
     if not keep:

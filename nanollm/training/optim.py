@@ -10,9 +10,9 @@ computed by an SVD but by a polynomial that drives all singular values towards 1
 
 0.2 √max(n, m) makes a step as long as AdamW's commonly are, so one learning rate does for both (Liu et al. 2025, arXiv 2502.16982 §2.2).
 
-torch.optim.Muon computes the same for one process; a test holds this one to it. This one also takes slices (each matrix is gathered
-once and orthogonalised by one rank, in turn) and stacked experts (E, n, m), and works in float32 where the run does, so that N
-ranks give what one gives.
+torch.optim.Muon computes the same for one process; a test holds this one to it. This one also takes shards (each matrix is gathered
+once and orthogonalised by one rank, in turn) and stacked experts (E, n, m), orthogonalises matrices of one shape as one batch, and
+works in float32 where the run does, so that N ranks give what one gives.
 """
 
 import math
@@ -25,9 +25,10 @@ from torch.distributed.tensor import DTensor
 
 from nanollm.layers.linear import Linear
 from nanollm.layers.moe import Experts
-from nanollm.training.distributed import spread
+from nanollm.training.distributed import local, local_shard
 
 SCHEDULES = ("cosine", "linear", "wsd")
+BATCH = 2**24       # numbers in one batched product of Muon: small matrices share it, larger ones go alone (64 MB in float32)
 
 
 # ---- the learning rate
@@ -113,23 +114,40 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> None:
-        """One step of every matrix. Of W at a time, each is gathered and orthogonalised by one of the W ranks, then sent to all."""
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        here = dist.get_rank() if ranks > 1 else 0
+        """One step of every matrix. Matrices of one shape (n, m) or (m, n) are orthogonalised together, as one batched product. Over
+        W ranks each matrix is gathered, orthogonalised by one rank, in turn, and broadcast to the others."""
+        ranks, here = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for at in range(0, len(params), ranks):
-                for owner, p in enumerate(params[at : at + ranks]):
-                    ahead = self._ahead(p, group["momentum"])
-                    if owner == here:
-                        mine = msign(ahead, self.dtype)
-                for owner, p in enumerate(params[at : at + ranks]):
-                    update = mine if owner == here else torch.empty(p.shape, dtype=self.dtype, device=ahead.device)
-                    if ranks > 1:
-                        dist.broadcast(update, owner)
-                    weight = local(p)
-                    weight.mul_(1 - group["lr"] * group["weight_decay"])
-                    weight.add_((spread(update, p) if isinstance(p, DTensor) else update).to(weight.device), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+            shapes: dict[tuple[int, ...], list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    shapes.setdefault((*p.shape[:-2], *sorted(p.shape[-2:])), []).append(p)
+            for shape, params in shapes.items():
+                turn = ranks * max(1, BATCH // math.prod(shape))                # matrices at a time, over all ranks
+                for at in range(0, len(params), turn):
+                    self._step(group, params[at : at + turn], ranks, here)
+
+    def _step(self, group: dict, params: list[Tensor], ranks: int, here: int) -> None:
+        """One step of `params`, which have one shape: rank r has the matrices r, r + W, r + 2W …"""
+        mine = []
+        for number, p in enumerate(params):
+            ahead = self._ahead(p, group["momentum"])                           # all ranks take part in each gather
+            if number % ranks == here:
+                mine.append(wide(ahead))
+        updates = msign(torch.stack(mine), self.dtype) if mine else None
+        for owner in range(min(ranks, len(params))):
+            owned = params[owner::ranks]
+            if owner == here:
+                theirs = updates
+            else:
+                theirs = torch.empty(len(owned), *wide(ahead).shape, dtype=self.dtype, device=ahead.device)
+            if ranks > 1:
+                dist.broadcast(theirs, owner)
+            for p, update in zip(owned, theirs):
+                weight, update = local(p), update.mT if is_tall(p) else update
+                weight.mul_(1 - group["lr"] * group["weight_decay"])
+                length = 0.2 * math.sqrt(max(p.shape[-2:]))
+                weight.add_(local_shard(update, p).to(weight.device), alpha=-group["lr"] * length)
 
     def _ahead(self, p: Tensor, momentum: float) -> Tensor:
         """Take the gradient into the momentum, and return the momentum a step on (Nesterov), in full."""
@@ -142,15 +160,20 @@ class Muon(torch.optim.Optimizer):
         return DTensor.from_local(ahead, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()).full_tensor()
 
 
-def local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[-2] > matrix.shape[-1]
+
+
+def wide(matrix: Tensor) -> Tensor:
+    """(…, n, m) with n ≤ m: the matrix itself, or its transpose."""
+    return matrix.mT if is_tall(matrix) else matrix
 
 
 def msign(matrix: Tensor, dtype: torch.dtype) -> Tensor:
     """The equation at the head of the file: (…, n, m) → the same shape, nearly orthogonal, in dtype. CPUs, slow in bfloat16, reckon in float32."""
     x = matrix.to(torch.promote_types(dtype, torch.float32) if matrix.device.type == "cpu" else dtype).reshape(-1, *matrix.shape[-2:])
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    tall = is_tall(x)
+    x = wide(x)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = x @ x.mT

@@ -151,13 +151,12 @@ def share(config: c.ModelConfig, ranks: int, replicas: int, dtype: torch.dtype, 
             model = Decoder(config)
         distributed.shard(model, distributed.build_mesh("cpu", ranks, replicas), dtype)
         optimizers = optim.build(model, optimizer, 0.0, dtype)
-        filled = {p: optim.local(p).numel() * (ranks // replicas) for p in model.parameters()}
-        groups, left = [], dict(filled)
-        for module in reversed(distributed.slices(model)):      # the whole model comes first there: it has what the layers leave
-            groups.append(sum(left.pop(p, 0) for p in module.parameters()))
-        state = sum(optim.local(value).nbytes for each in optimizers for memory in each.state.values() for value in memory.values())
+        filled = {p: distributed.local(p).numel() * (ranks // replicas) for p in model.parameters()}
+        groups = [sum(filled[p] for p in layer.parameters()) for layer in model.layers]
+        groups.append(sum(filled.values()) - sum(groups))
+        state = sum(distributed.local(value).nbytes for each in optimizers for memory in each.state.values() for value in memory.values())
         muon = [(p.shape, filled[p]) for each in optimizers if isinstance(each, optim.Muon) for group in each.param_groups for p in group["params"]]
-        return Share(sum(p.numel() for p in filled), sum(optim.local(p).nbytes for p in filled), state, groups, muon)
+        return Share(sum(p.numel() for p in filled), sum(distributed.local(p).nbytes for p in filled), state, groups, muon)
     finally:
         dist.destroy_process_group()
 
@@ -180,11 +179,15 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
 
     # FSDP2: two layers are whole at a time, the one at work and the next; of one the float32 gradient is on its way. Before the last
     # micro-batch nothing is reduced (FSDPParam.to_accumulated_grad_if_needed): each rank holds the gradient of the whole model.
+    # One rank without offload is not wrapped: it has copies of its weights only where they are cast (distributed.cast).
     *layers, root = mine.groups
     resting = {"parameters": mine.weights, "gradients": mine.weights, f"optimizer ({options.optimizer})": mine.state}
-    whole = "2 layers" if slices > 1 or options.offload else "all layers"       # one slice is gathered once a step
-    passing = {f"gathered in {name}: embedding, head, {whole}": (root + sum(sorted(layers)[-2 if whole == "2 layers" else 0 :])) * dtype.itemsize + 4 * max(layers),
-               f"whole float32 gradients, until {passes} micro-batches are done": 4 * mine.parameters * (passes > 1),
+    wrapped = ranks > 1 or options.offload
+    whole = "2 layers" if slices > 1 or options.offload else "all layers"       # one shard is gathered once a step
+    copied = root + sum(sorted(layers)[-2 if whole == "2 layers" else 0 :])
+    passing = {f"gathered in {name}: embedding, head, {whole}": (copied * dtype.itemsize + 4 * max(layers)) * wrapped,
+               f"copies in {name}": copied * dtype.itemsize * (not wrapped and dtype != torch.float32),
+               f"whole float32 gradients, until {passes} micro-batches are done": 4 * mine.parameters * (passes > 1 and wrapped),
                f"activations kept (recomputed: {options.recompute})": kept, "activations and gradients of the part at work": more}
     memory = passing if options.offload else resting | passing
     total = sum(memory.values())
@@ -195,8 +198,9 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
               "the same between replicas": (2 * mine.weights * (1 - 1 / options.replicas), device.between(options.replicas, slices))}
     after = {"Muon: gathers of momentum": (4 * sum(count for _, count in mine.matrices) * part, device.between(slices)),
              "Muon: updates, sent to all": (sum(shape.numel() for shape, _ in mine.matrices) * dtype.itemsize * (ranks > 1), device.between(ranks))}
-    # of as many matrices as there are ranks each rank takes one, and waits for the largest
-    turns = [max(msign_flops(shape) for shape, _ in mine.matrices[at : at + ranks]) for at in range(0, len(mine.matrices), ranks)]
+    # the ranks share the matrices of one shape, and wait for the one that has most of them
+    shapes = Counter((*shape[:-2], *sorted(shape[-2:])) for shape, _ in mine.matrices)
+    turns = [-(-count // ranks) * msign_flops(torch.Size(shape)) for shape, count in shapes.items()]
     busy = flops * tokens / ranks / (peak * options.mfu)
     talk, update = (sum(size / speed for size, speed in sent.values()) for sent in (beside, after))
     update += sum(turns) / (peak * options.mfu) + (0 if options.offload else (3 * mine.weights + 2 * mine.state) / device.bandwidth)

@@ -11,7 +11,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
 
 import checkpoints
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from checkpoints.storage import quantized, stream
 from checkpoints.storage.files import read_folder
 from nanollm.cache import Cache
@@ -69,8 +69,8 @@ def test_what_is_written_reads_back():
                        (V3, dict(rope_interleave=False, q_lora_rank=None, rope_scaling=None, n_group=1, topk_group=1, first_k_dense_replace=0)),
                        (V3, dict(rope_scaling=YARN | dict(mscale=0.3, mscale_all_dim=0.9)))):
         config = read(base, **keys)
-        family, values = write_config(config)
-        assert family.name == base["model_type"] and read_config(values)[1] == config
+        values = write_config(config, FAMILIES[base["model_type"]])[1]
+        assert values["model_type"] == base["model_type"] and read_config(values)[1] == config
 
 
 LATENT = LatentAttention(4, 8, 4, 6, 12, None, Rope(), scale=0.3)
@@ -80,11 +80,17 @@ V3_MOE = MoE(8, 2, MLP(8), True, score="sigmoid", correction=True, router_float3
 @pytest.mark.parametrize("mixer, ffn, words", [
     (LATENT, V3_MOE, "a scale of the scores is known here with YaRN only"),
     (dataclasses.replace(LATENT, rope=Rope(scaling=Yarn(3.0, 8))), V3_MOE, "no mscale is exactly a temperature of 1.019"),
-    (dataclasses.replace(LATENT, scale=None), MLP(8), "no layer has experts"),
-    (Attention(4, 2, 8, Rope()), V3_MOE, r"layers\[0\].mixer is Attention, not LatentAttention")], ids="scale temperature dense mixer".split())
+    (Attention(4, 2, 8, Rope()), V3_MOE, r"layers\[0\].mixer is Attention, not LatentAttention"),
+    (LATENT, None, r"layers\[0\].ffn is NoneType, not MLP or MoE")], ids="scale temperature mixer ffn".split())
 def test_what_cannot_be_written(mixer, ffn, words):
     with pytest.raises(ConfigError, match=f"no family can express this model(.|\n)*deepseek_v3: {words}"):
-        write_config(ModelConfig(97, 48, (Layer(mixer, ffn),), context=64))
+        layer = Layer(mixer, ffn, pre_ffn=Norm() if ffn else None)
+        write_config(ModelConfig(97, 48, (layer,), context=64), FAMILIES["deepseek_v3"])
+
+
+def test_a_model_without_experts_has_an_mlp_in_all_its_first_layers():
+    config = ModelConfig(97, 48, (Layer(dataclasses.replace(LATENT, scale=None), MLP(8)),) * 3, context=64)
+    assert write_config(config, FAMILIES["deepseek_v3"])[1]["first_k_dense_replace"] == 3
 
 
 def test_which_layers_have_experts():

@@ -47,8 +47,8 @@ def test_internlm3_in_both_dialects():
     ("internlm", dict(rotary={"base": 10000, "type": "dynamic", "beta": 2}), "nothing here knows what these mean: rotary.beta"),
     ("internlm", dict(rotary={"base": 10000, "type": "dynamic"}, rope_theta=5e5), "rope_theta is 500000.0; expected 10000.0"),
     ("internlm", dict(rotary={"base": 10000, "type": "dynamic"}, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling is .* None"),
-    ("internlm2", dict(head_dim=16), "head_dim is 16; expected hidden_size / num_attention_heads"),
-    ("internlm3", dict(qkv_bias=True, bias=False), "bias is False; expected True, as for q, k and v"),
+    ("internlm2", dict(head_dim=16), "head_dim is 16; expected 8 or None"),
+    ("internlm3", dict(qkv_bias=True, bias=False), "bias is False; expected True"),
     ("internlm3", dict(qkv_bias=True), "bias is missing; expected True"),
     ("internlm3", dict(attention_bias=False, mlp_bias=True), "mlp_bias is True; expected False"),
 ])

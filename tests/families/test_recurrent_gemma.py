@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, RGLRU, Attention, Layer, Norm, Rope
 from nanollm.errors import ConfigError
 from nanollm.layers.recurrent import linear_scan, linear_scan_chunked
@@ -24,8 +24,8 @@ def test_2b():
     assert config.layers[0] == config.layers[25] == Layer(RGLRU(2560, 10, 4), mlp, NORM, pre_ffn=NORM)
     assert [i for i, layer in enumerate(config.layers) if layer == Layer(attention, mlp, NORM, pre_ffn=NORM)] == [*range(2, 26, 3)]
     assert config.tied and config.final_norm == NORM and config.head_softcap == 30 and config.embed_scale == 50.5 and config.context is None
-    family, values = write_config(config)
-    assert family.name == "recurrent_gemma" and read_config(values)[1] == config
+    values = write_config(config, FAMILIES["recurrent_gemma"])[1]
+    assert values["model_type"] == "recurrent_gemma" and read_config(values)[1] == config
     least = read_config({key: HUB_2B[key] for key in ("model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")})[1]
     assert least.layers[0] == Layer(RGLRU(2560, 10, 4), MLP(3840, "gelu_tanh", bias=True), NORM, pre_ffn=NORM)
     assert least.layers[2].mixer == Attention(10, 10, 256, Rope(10_000.0, fraction=0.5), window=2048, out_bias=True)

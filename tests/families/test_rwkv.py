@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import RWKV, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
 from nanollm.layers.rwkv import wkv_chunked, wkv_sequential
@@ -18,8 +18,8 @@ NORM = Norm("layer", 1e-5, bias=True)
 def test_169m():
     config = read_config(PILE_169M)[1]
     assert config == ModelConfig(50277, 768, (Layer(RWKV(768, 3072, NORM), None, None, pre_ffn=None),) * 12, NORM, context=1024, embed_norm=NORM)
-    family, values = write_config(config)
-    assert family.name == "rwkv" and read_config(values)[1] == config
+    values = write_config(config, FAMILIES["rwkv"])[1]
+    assert values["model_type"] == "rwkv" and read_config(values)[1] == config
     assert read_config(dict(model_type="rwkv", vocab_size=50277, hidden_size=768, num_hidden_layers=12))[1] == config
     other = read_config(PILE_169M | dict(layer_norm_epsilon=0.25))[1]
     assert other.layers[0].mixer.norm.eps == other.embed_norm.eps == 0.25 and other.final_norm.eps == 1e-5
@@ -30,8 +30,9 @@ def test_refused():
         read_config(PILE_169M | dict(attention_hidden_size=1024))
     with pytest.raises(ConfigError, match="RWKV.width = 32: expected that of the residual stream .48."):
         Decoder(ModelConfig(50, 48, (Layer(RWKV(32, 64, NORM), None, None, pre_ffn=None),)))
-    with pytest.raises(ConfigError, match="rwkv: embed_norm is None"):
-        write_config(ModelConfig(50, 32, (Layer(RWKV(32, 64, NORM), None, None, pre_ffn=None),), NORM))
+    with pytest.raises(ConfigError, match="rwkv: config.embed_norm is None, and would be read as Norm"):
+        model = ModelConfig(50, 32, (Layer(RWKV(32, 64, NORM), None, None, pre_ffn=None),), NORM, context=1024)
+        write_config(model, FAMILIES["rwkv"])
 
 
 def inputs(length: int, size: float = 1.0) -> list[torch.Tensor]:
