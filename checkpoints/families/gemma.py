@@ -65,8 +65,10 @@ class EveryOther(Periodic):
 
 
 class TwoRopes(Row):
-    """That of the sliding layers and that of the full ones: an object for each in rope_parameters, or else rope_local_base_freq, and
-    rope_theta with rope_scaling, which is for the full layers alone. A RoPE that no layer has is written as the family's own."""
+    """One for the layers that slide, another for the full ones.
+
+    rope_parameters has an object for each. Where it has none, the bases are rope_local_base_freq and rope_theta, and
+    rope_scaling is for the full layers alone. A RoPE that no layer has is written as the family's own."""
     BASES = {SLIDING: ("rope_local_base_freq", 1e4), FULL: ("rope_theta", 1e6)}
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
