@@ -113,8 +113,8 @@ class Declared:
                          for name in SPEAKERS if f"{name}_id" in generation}
         self.about = " ".join(str(config.get(key) or "") for config, key in (
             (model, "model_type"), (model, "_name_or_path"), (self.config, "name_or_path"))).strip()
-        older = f"{self.kind} chatglm2" if "chatglm2" in self.about.lower() else self.kind
-        self.in_code = IN_CODE.get(older, IN_CODE.get(self.kind, InCode()))
+        kind = f"{self.kind} chatglm2" if "chatglm2" in self.about.lower() else self.kind
+        self.in_code = IN_CODE.get(kind, IN_CODE.get(self.kind, InCode()))
         self.special |= {*self.in_code.special, *self.in_code.follow}
 
     def _text(self, token: Any) -> str:                   # "<s>" or {"content": "<s>", "special": true, …}
