@@ -46,7 +46,7 @@ from nanollm.training.distributed import DTYPES, World
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, report, shown
 from nanollm.training.losses import RECENT, Balance, spike, token_loss
-from nanollm.training.options import parse, rows_at_once
+from nanollm.training.options import fit_context, fit_steps, parse, rows_at_once
 
 
 @dataclass
@@ -229,9 +229,11 @@ def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
     source = world.first(lambda: checkpoints.load(options.init)) if options.init else None
     config, dtype = world.tell(source and (source.config, source.embed.weight.dtype))[0] or (preset(options.preset, context=options.context), torch.float32)
+    fit_context(options, config)
     if options.init and config.context and options.context > config.context:
         raise RunError(f"{options.init}: made for {config.context} tokens, --context is {options.context}")
     corpus = open_corpus(options, world, options.vocab or config.vocab)
+    fit_steps(options, sum(source.rows for source in corpus.stream.sources))
     if options.init and corpus.vocab > config.vocab:
         raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of {corpus.vocab}")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
@@ -269,7 +271,9 @@ def run() -> None:
     options = parse(__doc__)
     if options.plan:
         from nanollm.training import plan
-        return print(plan.report(options, checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)))
+        config = checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)
+        fit_context(options, config)
+        return print(plan.report(options, config))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
         folder, chief, asked = options.out, world.rank == 0, dict(vars(options))
@@ -277,7 +281,7 @@ def run() -> None:
         world.first(lambda: held.enter_context(runs.locked(folder)))
         world.first(lambda: runs.check(folder, asked, options.resume, options.force))       # what it holds by now
         here = build(options, world)
-        facts = {"options": asked, "model": here.model.config.to_dict(), "data": {"fingerprint": here.corpus.stream.fingerprint}}
+        facts = {"options": dict(vars(options)), "model": here.model.config.to_dict(), "data": {"fingerprint": here.corpus.stream.fingerprint}}
         world.first(lambda: runs.start(folder, facts, options.resume, options.force))
         if options.resume:
             restore(here)

@@ -13,6 +13,7 @@ import torch
 import checkpoints
 import train
 from nanollm import cli, presets
+from nanollm.data.stream import open_folder
 from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
 from nanollm.text import tokenizer
@@ -199,7 +200,7 @@ def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsy
     base, chats = runs("llama")[0], {"alpha?": "beta", "beta?": "gamma", "gamma?": "delta + 1", "delta?": "return alpha"}
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats.items()))
     run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "tuned", "--steps", "60", "--context", "32", "--batch-size", "4", "--warmup", "5", "--lr", "0.005",
-        "--dtype", "float32", "--sample-every", "60", "--prompt", "gamma?")
+        "--optimizer", "muon", "--dtype", "float32", "--sample-every", "60", "--prompt", "gamma?")
     said = capsys.readouterr().out
     assert "⟦beta" in said and "4 chats in" in said                             # one of them is shown before the first step
     model, words = checkpoints.load(tmp_path / "tuned"), tokenizer.load(tmp_path / "tuned")
@@ -396,6 +397,67 @@ def test_a_toml_file_says_the_same_as_the_command_line_and_the_command_line_wins
     file.write_text('steps = "many"')
     with pytest.raises(SystemExit):
         options.parse("", ["--config", str(file)])
+
+
+# ---- defaults
+
+def settled(*args: object) -> dict:
+    """The options of a run on 1,000 rows, of a model made for 8,192 tokens where --init names one."""
+    found = options.parse("", [*map(str, args)])
+    options.fit_context(found, presets.preset("llama-8b", context=8192))
+    options.fit_steps(found, rows=1000)
+    return vars(found)
+
+
+@pytest.mark.parametrize("args, expected", [
+    ([], {"optimizer": "muon", "lr": 0.007, "context": 128, "batch_size": 16, "micro_batch": None, "warmup": 20}),
+    (["--preset", "mamba-toy"], {"lr": 0.007, "context": 128}),
+    (["--preset", "llama-8b"], {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.1, "context": 4096, "batch_size": 256, "micro_batch": 1, "steps": 4, "warmup": 1}),
+    (["--preset", "mamba-130m"], {"lr": 3e-4, "context": 4096}),
+    (["--init", "base"], {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "context": 2048, "batch_size": 16, "micro_batch": 1, "steps": 63, "warmup": 2}),
+    (["--init", "base", "--chat", "chats.jsonl"], {"lr": 2e-5, "steps": 188, "warmup": 6}),
+    (["--init", "base", "--lr", "0", "--context", "64", "--steps", "7", "--warmup", "0", "--optimizer", "muon"], {"lr": 0.0, "context": 64, "steps": 7, "warmup": 0, "optimizer": "muon"}),
+    (["--preset", "llama-8b", "--lr", "0.001", "--micro-batch", "4"], {"lr": 0.001, "micro_batch": 4, "context": 4096}),
+])
+def test_defaults_follow_the_preset_and_init_and_what_is_given_wins(args, expected):
+    found = settled(*args)
+    assert {name: found[name] for name in expected} == expected
+    assert all(found[name] is not None for name in options.DEFAULTS if name != "micro_batch")
+
+
+def test_a_context_is_no_longer_than_what_the_model_was_made_for():
+    found = options.parse("", ["--init", "base"])
+    options.fit_context(found, presets.preset("llama", context=96))
+    assert found.context == 96
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_began_with(tmp_path):
+    """As they were written by a version with another table, or on another machine."""
+    own = {"lr": 0.5, "steps": 9, "context": 64, "optimizer": "adamw", "dtype": "bfloat16", "micro_batch": 8}
+    (tmp_path / "run.json").write_text(json.dumps({"options": own}))
+    found = settled("--out", tmp_path, "--resume", "--lr", "0.25")
+    assert found["lr"] == 0.25 and found["micro_batch"] is None                 # given; and of other ranks, perhaps
+    assert all(found[name] == own[name] for name in ("steps", "context", "optimizer", "dtype"))
+    assert settled("--out", tmp_path)["lr"] == 0.007
+    (tmp_path / "run.json").write_text("not a record")                          # which runs.check says
+    assert settled("--out", tmp_path, "--resume")["lr"] == 0.007
+
+
+def test_fine_tuning_takes_the_steps_and_the_context_of_its_data_and_model(runs, text, tmp_path):
+    run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0")
+    record = json.loads((tmp_path / "more" / "run.json").read_text())["options"]
+    rows = sum(source.rows for source in open_folder(tmp_path / "more" / "data", 32)[:1])
+    assert record["context"] == 32 and record["lr"] == 2e-5 and record["steps"] == -(-rows // 16) == len(
+        [line for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line])
+    run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0", "--resume")
+
+
+def test_every_help_entry_begins_with_its_noun():
+    """And states the default of each kind of run. "how many steps", "go on …", "of the weights" are no nouns."""
+    entries = {action.option_strings[-1]: action.help for action in options.build_parser("")._actions if action.dest != "help"}
+    assert not [name for name, help in entries.items() if help.split()[0].rstrip(":") in ("of", "how", "go", "with", "what", "under", "on", "a", "the", "most", "so")]
+    assert "gradient accumulation" in entries["--micro-batch"] and "activation checkpointing" in entries["--recompute"]
+    assert "default 0.007; published presets: 0.0003; --init: 2e-05" in entries["--lr"]
 
 
 def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
