@@ -1,20 +1,26 @@
-# Two commands on a machine with nothing but Python >= 3.10:
+# On a machine with nothing but Python >= 3.10:
 #     make demo       train a small model on Python's standard library, then let it write
-#     make test       every test that needs no GPU
+#     make test       every claim once: 5 minutes on two cores
+#     make test-all   every test that needs no GPU: 15 minutes on two cores
+#     make lint       ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick bench clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(BIN)/ready
 	$(BIN)/python train.py --resume
 	$(BIN)/python generate.py --model runs/demo --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1
 
 test: $(BIN)/ready
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
 
-quick: $(BIN)/ready
-	$(BIN)/python -m pytest -n auto -m "not slow"
+test-all: $(BIN)/ready
+	$(BIN)/python -m pytest -n auto --dist worksteal
+
+lint: $(BIN)/ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 bench: $(BIN)/ready
 	$(BIN)/python benchmarks/generate.py

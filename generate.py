@@ -2,9 +2,9 @@
 
     python generate.py --model FOLDER --prompt "def fibonacci(n):"          one prompt
     python generate.py --model FOLDER --prompt "One" --prompt "Two"         several at once, as one batch
-    python generate.py --model FOLDER --chat                                a conversation, with the model's own template
-    python generate.py --model FOLDER --chat --template vicuna              … with a published one, where the folder has none
-    python generate.py --model FOLDER --prompt "def f(" --suffix "return x" --template codellama      what stands between
+    python generate.py --model FOLDER --chat                                a conversation, with the model's template
+    python generate.py --model FOLDER --chat --template vicuna              with a published one, if the folder has none
+    python generate.py --model FOLDER --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
 
 FOLDER is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
 files. train.py writes one. A name like Qwen/Qwen2.5-0.5B-Instruct, which is no folder here, is downloaded from the hub.
@@ -35,29 +35,46 @@ QUANTIZE = {"int8": 8, "int4": 4}
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID", help="a model folder, or owner/name on the Hugging Face hub")
-    parser.add_argument("--prompt", action="append", metavar="TEXT", help="text to continue; give it several times for a batch; - reads standard input")
-    parser.add_argument("--chat", action="store_true", help="talk in turns; an empty line or Ctrl-D ends")
-    parser.add_argument("--template", metavar="NAME_OR_FILE", help="with --chat: a chat template in place of the folder's, a file (Jinja) or one of "
+    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID",
+                        help="model folder, or owner/name on the Hugging Face hub")
+    parser.add_argument("--prompt", action="append", metavar="TEXT",
+                        help="text to continue; several times for a batch; - reads standard input")
+    parser.add_argument("--chat", action="store_true", help="conversation in turns; an empty line or Ctrl-D ends it")
+    parser.add_argument("--template", metavar="NAME_OR_FILE",
+                        help="chat template in place of the folder's, with --chat: a file (Jinja) or one of "
                         f"{', '.join(templates.TEMPLATES)}; with --suffix: one of {', '.join(templates.INFILL)}")
-    parser.add_argument("--suffix", metavar="TEXT", help="with one --prompt and --template: fill in what stands between the two texts")
-    parser.add_argument("--system", metavar="TEXT", help="with --chat: the system message")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="at most this many a prompt or turn (default 256)")
-    parser.add_argument("--context", type=int, default=4096, metavar="N", help="with --chat: the most tokens of a whole conversation (default 4096)")
+    parser.add_argument("--suffix", metavar="TEXT",
+                        help="text after the middle, to fill in the middle; with one --prompt and --template")
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
+                        help="most tokens of an answer, a prompt or turn (default 256)")
+    parser.add_argument("--context", type=int, default=4096, metavar="N",
+                        help="most tokens of a whole conversation, with --chat (default 4096)")
     choice = parser.add_argument_group("how the next token is chosen")
-    choice.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 takes the likeliest (default); 1 draws as the model says, below 1 is tamer")
-    choice.add_argument("--top-k", type=int, metavar="K", help="draw among the K likeliest")
-    choice.add_argument("--top-p", type=float, metavar="P", help="draw among the fewest that reach probability P")
-    choice.add_argument("--min-p", type=float, metavar="P", help="draw among those at least P times as likely as the likeliest")
-    choice.add_argument("--seed", type=int, metavar="N", help="makes a draw repeatable")
-    choice.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end where this text appears; may be given several times")
+    choice.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                        help="divisor of the logits: 0 takes the likeliest token (default); 1 draws as the model says")
+    choice.add_argument("--top-k", type=int, metavar="K", help="number of likeliest tokens to draw among")
+    choice.add_argument("--top-p", type=float, metavar="P",
+                        help="probability that the fewest tokens to draw among must reach together")
+    choice.add_argument("--min-p", type=float, metavar="P",
+                        help="probability of a token to draw among, at least, as a share of the likeliest one's")
+    choice.add_argument("--seed", type=int, metavar="N", help="seed of the draw, which makes it repeatable")
+    choice.add_argument("--stop", action="append", default=[], metavar="TEXT",
+                        help="text at which the answer ends; may be given several times")
     machine = parser.add_argument_group("where it runs")
-    machine.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps what is stored")
-    machine.add_argument("--quantize", choices=QUANTIZE, help="keep the layers' matrices in 8 or 4 bits a weight: half or a quarter of the memory, and faster on a GPU (slower on a CPU)")
-    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …")
-    machine.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this one config key or tensor that loading complains of")
+    machine.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as stored")
+    machine.add_argument("--quantize", choices=QUANTIZE,
+                         help="bits of a weight in the layers' matrices: half or a quarter of the memory, faster on a "
+                         "GPU, slower on a CPU")
+    machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+                         help="device: cpu, cuda, cuda:1 …")
+    machine.add_argument("--ignore", action="append", default=[], metavar="NAME",
+                         help="config key or tensor, of those that loading complains of, to pass over; may be repeated")
     args = parser.parse_args()
-    for name, low, high in (("max_new_tokens", 1, 1 << 31), ("context", 2, 1 << 31), ("temperature", 0, 100), ("top_k", 1, 1 << 31), ("top_p", 0, 1), ("min_p", 0, 1)):
+    large = 1 << 31
+    bounds = {"max_new_tokens": (1, large), "context": (2, large), "temperature": (0, 100), "top_k": (1, large),
+              "top_p": (0, 1), "min_p": (0, 1)}
+    for name, (low, high) in bounds.items():
         value = getattr(args, name)
         if value is not None and not low <= value <= high:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
@@ -97,7 +114,8 @@ def say(tokenizer: Tokenizer, tokens: Iterator[int], stop: list[str], continues:
         print(text, end="", flush=True)
     print(flush=True)
     if len(new) > 1:                                    # the first token pays for the prompt
-        note(f"[{len(new)} tokens; the first after {times[1] - times[0]:.2f} s, then {(len(new) - 1) / (times[-1] - times[1]):.1f} tokens/s]")
+        rate = (len(new) - 1) / (times[-1] - times[1])
+        note(f"[{len(new)} tokens; the first after {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s]")
     return new
 
 
@@ -107,20 +125,25 @@ def sampling(args: argparse.Namespace) -> dict:
 
 def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
-    prompts = [tokenizer.encode(text) for text in texts] if args.suffix is None else [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
+    if args.suffix is None:
+        prompts = [tokenizer.encode(text) for text in texts]
+    else:
+        prompts = [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
     warn(tokenizer, prompts[0])
     if len(prompts) == 1:
         print(args.prompt[0] if args.prompt[0] != "-" else "", end="")
         session = Session(model, len(prompts[0]) + args.max_new_tokens)
         stop = [*args.stop, *tokenizer.stop_texts]
-        say(tokenizer, session.generate(prompts[0], args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args)), stop, continues=True)
+        tokens = session.generate(prompts[0], args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
+        say(tokenizer, tokens, stop, continues=True)
         return
     start = time.perf_counter()
     answers = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
     seconds = time.perf_counter() - start
-    for prompt, answer in zip(args.prompt, answers):
+    for prompt, answer in zip(args.prompt, answers, strict=True):
         print(f"--- {prompt}\n{''.join(stream_text([tokenizer.decode(answer)], args.stop))}")
-    note(f"[{sum(map(len, answers))} tokens for {len(prompts)} prompts, {sum(map(len, answers)) / seconds:.1f} tokens/s in all]")
+    total = sum(map(len, answers))
+    note(f"[{total} tokens for {len(prompts)} prompts, {total / seconds:.1f} tokens/s in all]")
 
 
 def chat(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
@@ -136,7 +159,8 @@ def chat(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None
         ids = conversation.prompt_ids()
         if len(conversation.messages) <= 2:
             warn(tokenizer, ids)
-        answer = say(tokenizer, session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args)), stop, continues=False)
+        tokens = session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
+        answer = say(tokenizer, tokens, stop, continues=False)
         conversation.add("assistant", "".join(stream_text([tokenizer.decode(answer)], stop)).strip())
 
 

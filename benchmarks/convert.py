@@ -13,10 +13,11 @@ A checkpoint of Llama's shape with random weights is made on the spot. Then, in 
     hf → hf, verify  and read back
     transformers     from_pretrained(folder, dtype="auto").save_pretrained(out)
 
-Peak memory is the most that was resident (VmHWM) less what the process held before it began, its imports done. All of them read from the page
-cache, and write to the same disk; all import torch before they begin, as a virtual machine gives freed memory back in that time, and asks for
-it again more slowly; all are timed until the disk has it. A round runs them one after another, every other round backwards, and
-what is compared is compared within a round: the figures are medians, ratios of the round's own copy.
+Peak memory is the most that was resident (VmHWM) less what the process held before it began, its imports done. All of
+them read from the page cache, and write to the same disk; all import torch before they begin, as a virtual machine
+gives freed memory back in that time, and asks for it again more slowly; all are timed until the disk has it. A round
+runs them one after another, every other round backwards, and what is compared is compared within a round: the figures
+are medians, ratios of the round's own copy.
 """
 
 import argparse
@@ -116,7 +117,8 @@ def measure(code: str, source: Path, out: Path) -> tuple[float, int]:
                 pass
     os.sync()
     body = "\n".join(line[4:] for line in (code + MEASURE).splitlines())
-    ran = subprocess.run([sys.executable, "-c", body, str(source), str(out)], check=True, capture_output=True, text=True)
+    command = [sys.executable, "-c", body, str(source), str(out)]
+    ran = subprocess.run(command, check=True, capture_output=True, text=True)
     shutil.rmtree(out)
     seconds, memory = ran.stdout.split()
     return float(seconds), int(memory)
@@ -126,7 +128,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gigabytes", type=float, default=3.0, metavar="N", help="of the checkpoint (default 3)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="how often each is run (default 5)")
-    parser.add_argument("--folder", type=Path, help="where there is room for four times as much (default: the system's folder for such things)")
+    parser.add_argument("--folder", type=Path,
+                        help="where there is room for four times as much (default: the system's temporary folder)")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/convert.md")
     args = parser.parse_args()
 
@@ -152,18 +155,23 @@ def main() -> None:
         for round in range(args.rounds):
             for name, (source, code) in list(runs.items())[:: -1 if round % 2 else 1]:
                 found[name].append(measure(code, folder / source, folder / "out"))
-                print(f"{name:16} {size / found[name][-1][0] / 1e6:7,.0f} MB/s {found[name][-1][1] / 1e6:7,.0f} MB", file=sys.stderr)
-    lines = [f"A checkpoint of {size / 1e9:.2f} GB in bfloat16, {len(stored)} tensors, the largest of {largest / 1e6:.0f} MB; {args.rounds} rounds, medians.",
+                seconds, memory = found[name][-1]
+                print(f"{name:16} {size / seconds / 1e6:7,.0f} MB/s {memory / 1e6:7,.0f} MB", file=sys.stderr)
+    lines = [f"A checkpoint of {size / 1e9:.2f} GB in bfloat16, {len(stored)} tensors, the largest of "
+             f"{largest / 1e6:.0f} MB; {args.rounds} rounds, medians.",
              f"{machine()}.", "",
-             "| | MB/s of the source | of the copy's speed | peak memory | of the largest tensor |", "|---|--:|--:|--:|--:|"]
+             "| | MB/s of the source | of the copy's speed | peak memory | of the largest tensor |",
+             "|---|--:|--:|--:|--:|"]
     for name, rounds in found.items():
         seconds = statistics.median(seconds for seconds, _ in rounds)
-        ratio = statistics.median(copy / mine for (mine, _), (copy, _) in zip(rounds, found["copy"]))
+        ratio = statistics.median(copy / mine for (mine, _), (copy, _) in zip(rounds, found["copy"], strict=True))
         memory = statistics.median(memory for _, memory in rounds)
-        lines.append(f"| {name} | {size / seconds / 1e6:,.0f} | {ratio:.0%} | {memory / 1e6:,.0f} MB | {memory / largest:.2f} × |")
+        lines.append(f"| {name} | {size / seconds / 1e6:,.0f} | {ratio:.0%} | {memory / 1e6:,.0f} MB "
+                     f"| {memory / largest:.2f} × |")
     print(*lines, sep="\n")
     if args.write:
-        head = "# Conversion\n\nWritten by `python -m benchmarks.convert --write`; what each row is says its docstring.\n\n"
+        head = ("# Conversion\n\nWritten by `python -m benchmarks.convert --write`; "
+                "what each row is says its docstring.\n\n")
         Path(__file__).with_suffix(".md").write_text(head + "\n".join(lines) + "\n")
 
 

@@ -29,8 +29,10 @@ from nanollm.inference.generation import Session, matrix_vector
 
 COMMON = dict(rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=4096)
 SHAPES = {
-    "SmolLM-135M": ("llama", dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)),
-    "Qwen2.5-0.5B": ("qwen2", dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2)),
+    "SmolLM-135M": ("llama", dict(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                                  num_attention_heads=9, num_key_value_heads=3)),
+    "Qwen2.5-0.5B": ("qwen2", dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                                   num_attention_heads=14, num_key_value_heads=2)),
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -74,7 +76,8 @@ def bandwidth(gigabytes: float = 0.5) -> float:
 def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: int) -> dict:
     """One row of the table."""
     kind, keys = SHAPES[name]
-    config = transformers.AutoConfig.for_model(kind, **COMMON, **keys, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    no_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    config = transformers.AutoConfig.for_model(kind, **COMMON, **keys, **no_ids)
     with tempfile.TemporaryDirectory() as folder:
         transformers.set_seed(0)
         reference = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
@@ -82,41 +85,53 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         model = checkpoints.load(folder)
     prompt = torch.randint(0, keys["vocab_size"], (1, prompt_tokens))
-    cached = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in model.config.layers) * (prompt_tokens + new / 2)
-    read = sum(p.nbytes for p in model.parameters()) + cached * dtype.itemsize          # tied: the embedding is the head
+    widths = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in model.config.layers)
+    cached = widths * (prompt_tokens + new / 2)
+    read = sum(p.nbytes for p in model.parameters()) + cached * dtype.itemsize         # tied: the embedding is the head
     pairs, bandwidths = [], [bandwidth()]
     ours(model, prompt, 8), theirs(reference, prompt, 8)                                # warm up
     for _ in tqdm(range(rounds), desc=f"{name} {str(dtype)[6:]}", leave=False):
         mine, other = ours(model, prompt, new), theirs(reference, prompt, new)
         with matrix_vector(reference.lm_head.weight):
-            switched = theirs(reference, prompt[:, :8], new)                            # a short prompt: the switch is bad for long ones
+            switched = theirs(reference, prompt[:, :8], new)        # a short prompt: the switch is bad for long ones
         pairs.append((mine, other, switched))
         bandwidths.append(bandwidth())
     median, read_speed = statistics.median, statistics.median(bandwidths)
+    prefill, prefill_theirs = (prompt_tokens / median(pair[who][0] for pair in pairs) for who in (0, 1))
+    step, step_theirs = (median(pair[who][1] for pair in pairs) for who in (0, 1))
     return {
         "model": name, "dtype": str(dtype)[6:],
-        "prefill": prompt_tokens / median(a[0] for a, _, _ in pairs), "prefill transformers": prompt_tokens / median(b[0] for _, b, _ in pairs),
+        "prefill": prefill, "prefill transformers": prefill_theirs,
         "prefill ratio": median(b[0] / a[0] for a, b, _ in pairs),
-        "decode": 1 / median(a[1] for a, _, _ in pairs), "decode transformers": 1 / median(b[1] for _, b, _ in pairs), "decode ratio": median(b[1] / a[1] for a, b, _ in pairs),
+        "decode": 1 / step, "decode transformers": 1 / step_theirs,
+        "decode ratio": median(b[1] / a[1] for a, b, _ in pairs),
         "decode ratio, same switch": median(c[1] / a[1] for a, _, c in pairs),
-        "GB/s": read / median(a[1] for a, _, _ in pairs) / 1e9, "of bandwidth": read / median(a[1] for a, _, _ in pairs) / read_speed,
-        "of bandwidth transformers": read / median(b[1] for _, b, _ in pairs) / read_speed, "bandwidth GB/s": read_speed / 1e9,
+        "GB/s": read / step / 1e9, "of bandwidth": read / step / read_speed,
+        "of bandwidth transformers": read / step_theirs / read_speed, "bandwidth GB/s": read_speed / 1e9,
     }
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, prefill and decode in tokens a second."""
-    lines = ["| model | dtype | prefill | transformers | ratio | decode | transformers | ratio | same switch | GB/s | of bandwidth | transformers |", "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| model | dtype | prefill | transformers | ratio | decode | transformers | ratio | same switch | GB/s "
+             "| of bandwidth | transformers |",
+             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for r in rows:
-        lines.append(f"| {r['model']} | {r['dtype']} | {r['prefill']:.0f} | {r['prefill transformers']:.0f} | **{r['prefill ratio']:.2f}** | {r['decode']:.1f} | {r['decode transformers']:.1f} "
-                     f"| **{r['decode ratio']:.2f}** | {r['decode ratio, same switch']:.2f} | {r['GB/s']:.1f} | {r['of bandwidth']:.0%} | {r['of bandwidth transformers']:.0%} |")
+        lines.append(f"| {r['model']} | {r['dtype']} | {r['prefill']:.0f} | {r['prefill transformers']:.0f} "
+                     f"| **{r['prefill ratio']:.2f}** | {r['decode']:.1f} | {r['decode transformers']:.1f} "
+                     f"| **{r['decode ratio']:.2f}** | {r['decode ratio, same switch']:.2f} | {r['GB/s']:.1f} "
+                     f"| {r['of bandwidth']:.0%} | {r['of bandwidth transformers']:.0%} |")
     return "\n".join(lines)
 
 
 def machine() -> str:
     """One line that says where the figures come from."""
-    names = [line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if Path("/proc/cpuinfo").exists() else [platform.processor()]
-    return f"{names[0]}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}, {date.today()}"
+    cpuinfo, name = Path("/proc/cpuinfo"), platform.processor()
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return (f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, {date.today()}")
 
 
 def main() -> None:
@@ -130,12 +145,16 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    rows = [bench(name, DTYPES[dtype], args.prompt_tokens, args.new_tokens, args.rounds) for name in args.model or SHAPES for dtype in args.dtype or DTYPES]
-    text = (f"Prompt of {args.prompt_tokens} tokens, then {args.new_tokens} new ones, batch 1, random weights; tokens per second.\nMedians of {args.rounds} rounds in turn. {machine()}.\n"
-            f"Reads of a large array reach {statistics.median(r['bandwidth GB/s'] for r in rows):.1f} GB/s.\n\n{table(rows)}\n")
+    rows = [bench(name, DTYPES[dtype], args.prompt_tokens, args.new_tokens, args.rounds)
+            for name in args.model or SHAPES for dtype in args.dtype or DTYPES]
+    reads = statistics.median(r["bandwidth GB/s"] for r in rows)
+    text = (f"Prompt of {args.prompt_tokens} tokens, then {args.new_tokens} new ones, batch 1, random weights; "
+            f"tokens per second.\nMedians of {args.rounds} rounds in turn. {machine()}.\n"
+            f"Reads of a large array reach {reads:.1f} GB/s.\n\n{table(rows)}\n")
     print(text)
     if args.write:
-        Path(__file__).with_suffix(".md").write_text("# Generation beside transformers\n\nWritten by `python benchmarks/generate.py --write`.\n\n" + text)
+        head = "# Generation beside transformers\n\nWritten by `python benchmarks/generate.py --write`.\n\n"
+        Path(__file__).with_suffix(".md").write_text(head + text)
     print(json.dumps(rows))
 
 

@@ -1,14 +1,15 @@
-"""The kernels on an NVIDIA GPU: how long, what share of the roofline, and how many times PyTorch's and other libraries' speed.
+"""The kernels on an NVIDIA GPU: how long, what share of the roofline, how many times PyTorch's and others' speed.
 
     python -m benchmarks.kernels                     every operation; a table and one JSON line
     python -m benchmarks.kernels --only attend       the operations whose name begins so
     python -m benchmarks.kernels --write             … and keep the table as benchmarks/kernels.md
 
-Each case (kernel_cases.py) is first compared with its definition: a wrong kernel has no speed. Then all versions of it are timed in the
-same run on random numbers: the median of many calls, on inputs in rotation so that no call finds its own in the cache, replayed as a CUDA
-graph where a call takes less than 50 µs. The share is the floor of kernels/roofline.py over the time. "x eager" is the definition's time
-over ours, "x compiled" that of the definition through torch.compile: above 1 we are faster. Liger-Kernel, flash-attn, mamba-ssm and
-causal-conv1d take part where they are installed.
+Each case (kernel_cases.py) is first compared with its definition: a wrong kernel has no speed. Then all versions of it
+are timed in the same run on random numbers: the median of many calls, on inputs in rotation so that no call finds its
+own in the cache, replayed as a CUDA graph where a call takes less than 50 µs. The share is the floor of
+kernels/roofline.py over the time. "x eager" is the definition's time over ours, "x compiled" that of the definition
+through torch.compile: above 1 we are faster. Liger-Kernel, flash-attn, mamba-ssm and causal-conv1d take part where they
+are installed.
 """
 
 import argparse
@@ -49,12 +50,15 @@ def wanted(inputs: tuple) -> list[Tensor]:
 
 
 def error(case: Case) -> float:
-    """The largest relative distance between what kernel and definition give. Raises RunError where that is no rounding error."""
+    """The largest relative distance between what kernel and definition give.
+
+    Raises RunError where that is no rounding error."""
     inputs, answers = case.inputs(), []
     for mode in ("triton", "torch"):
         with ops.using(mode):
             answers.append([r.detach().double() for r in results(case, case.run, inputs)])
-    worst = max(float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30)) for mine, theirs in zip(*answers))
+    pairs = zip(*answers, strict=True)
+    worst = max(float((mine - theirs).norm() / theirs.norm().clamp(min=1e-30)) for mine, theirs in pairs)
     if not worst <= TOLERANCE:
         raise RunError(f"{case.name} {case.shape}: differs from its definition by {worst:.1e}")
     return worst
@@ -90,13 +94,17 @@ def measure(case: Case, device: Device) -> dict[str, Any]:
     with ops.using("triton"):
         ours = timed(case, case.run)
     work, limit = case.work, case.work.limit(device)
-    amount, unit = {"bytes": (work.bytes / 1e9, "GB/s"), "FLOPs": (work.flops / 1e12, "TFLOP/s"), "exp2": (work.exp2 / 1e12, "T exp2/s")}[limit]
-    row = {"operation": case.name, "shape": case.shape, "ms": ours, "rate": f"{amount / ours * 1e3:.4g} {unit}", "share": work.floor(device) * 1e3 / ours, "set by": limit, "goal": case.goal, "error": wrong, "x": {}}
-    for label, version in {"eager": case.run, "compiled": torch.compile(case.run, dynamic=False), **case.rivals}.items():
+    amounts = {"bytes": (work.bytes / 1e9, "GB/s"), "FLOPs": (work.flops / 1e12, "TFLOP/s"),
+               "exp2": (work.exp2 / 1e12, "T exp2/s")}
+    amount, unit = amounts[limit]
+    row = {"operation": case.name, "shape": case.shape, "ms": ours, "rate": f"{amount / ours * 1e3:.4g} {unit}",
+           "share": work.floor(device) * 1e3 / ours, "set by": limit, "goal": case.goal, "error": wrong, "x": {}}
+    compiled = torch.compile(case.run, dynamic=False)
+    for label, version in {"eager": case.run, "compiled": compiled, **case.rivals}.items():
         with ops.using("torch"):
             try:
                 row["x"][label] = timed(case, version) / ours
-            except Exception as problem:                                        # out of memory, or another library's refusal: said in the table
+            except Exception as problem:                            # out of memory, or another library's refusal
                 row["x"][label] = type(problem).__name__
     torch.compiler.reset()
     torch.cuda.empty_cache()
@@ -106,31 +114,39 @@ def measure(case: Case, device: Device) -> dict[str, Any]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown."""
     others = list(dict.fromkeys(label for row in rows for label in row["x"]))
-    lines = ["| operation | shape | ms | rate | of the roofline | goal |" + "".join(f" x {label} |" for label in others), "|---|---|--:|--:|--:|--:|" + "--:|" * len(others)]
+    ratios_of = "".join(f" x {label} |" for label in others)
+    lines = ["| operation | shape | ms | rate | of the roofline | goal |" + ratios_of,
+             "|---|---|--:|--:|--:|--:|" + "--:|" * len(others)]
     for row in rows:
         ratios = [row["x"].get(label, "") for label in others]
-        lines.append(f"| {row['operation']} | {row['shape']} | {row['ms']:.3f} | {row['rate']} | {row['share']:.0%} ({row['set by']}) | {row['goal']} |" + "".join(f" {r:.2f} |" if isinstance(r, float) else f" {r} |" for r in ratios))
+        cells = "".join(f" {r:.2f} |" if isinstance(r, float) else f" {r} |" for r in ratios)
+        lines.append(f"| {row['operation']} | {row['shape']} | {row['ms']:.3f} | {row['rate']} "
+                     f"| {row['share']:.0%} ({row['set by']}) | {row['goal']} |{cells}")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", metavar="NAME", help="operations whose name begins so")
-    parser.add_argument("--ceilings", default="h200", choices=DEVICES, help="the device whose roofline the share is of (%(default)s)")
+    parser.add_argument("--ceilings", default="h200", choices=DEVICES,
+                        help="the device whose roofline the share is of (%(default)s)")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/kernels.md")
     options = parser.parse_args()
     if not (torch.cuda.is_available() and torch.version.cuda):
-        sys.exit("benchmarks.kernels needs an NVIDIA GPU, and torch sees none here; python -m kernels.roofline tells the floors without one")
+        sys.exit("benchmarks.kernels needs an NVIDIA GPU, and torch sees none here; "
+                 "python -m kernels.roofline tells the floors without one")
     torch.manual_seed(0)
     device, rows = DEVICES[options.ceilings], []
-    machine = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, {date.today()}; ceilings: {device.name}"
+    machine = (f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, "
+               f"{date.today()}; ceilings: {device.name}")
     for case in cases(Sizes(small=False, device="cuda")):
         if case.name.startswith(options.only):
             rows.append(measure(case, device))
             print(table(rows[-1:]).splitlines()[-1], flush=True)
     print(f"\n{machine}\n\n{table(rows)}")
     if options.write:
-        Path(__file__).with_suffix(".md").write_text(f"# Kernels beside PyTorch\n\n`python -m benchmarks.kernels --write`, {machine}\n\n{table(rows)}\n")
+        head = f"# Kernels beside PyTorch\n\n`python -m benchmarks.kernels --write`, {machine}\n\n"
+        Path(__file__).with_suffix(".md").write_text(f"{head}{table(rows)}\n")
     print(json.dumps({"machine": machine, "rows": rows}))
 
 

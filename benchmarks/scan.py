@@ -32,7 +32,9 @@ def milliseconds(run: Callable[[], object]) -> float:
 def row(shape: tuple[int, int, int], length: int) -> dict:
     """Forward alone, and with the gradients of everything."""
     batch, I, N = shape
-    inputs = [torch.randn(batch, length, I), torch.rand(batch, length, I), -torch.rand(I, N), torch.randn(batch, length, N), torch.randn(batch, length, N), torch.randn(I)]
+    shapes = ((batch, length, I), (batch, length, I), (I, N), (batch, length, N), (batch, length, N), (I,))
+    inputs = [torch.randn(shape) for shape in shapes]
+    inputs[1], inputs[2] = torch.rand(shapes[1]), -torch.rand(shapes[2])        # Δ above 0, A below
     x, delta, A, B, C, D = [z.requires_grad_() for z in inputs]
     h = torch.zeros(batch, I, N)
     forms = {
@@ -45,7 +47,7 @@ def row(shape: tuple[int, int, int], length: int) -> dict:
         with torch.no_grad():
             assert (form() - forms["sequential"]()).abs().max() < 1e-3
             found[name] = milliseconds(form)
-        found[f"{name}, with gradients"] = milliseconds(lambda: form().sum().backward())
+        found[f"{name}, with gradients"] = milliseconds(lambda form=form: form().sum().backward())
     return found
 
 
@@ -53,9 +55,12 @@ if __name__ == "__main__":
     rows = [row(shape, length) for shape in SHAPES for length in (16, 64, 256)]
     head = list(rows[0])
     lines = ["| " + " | ".join(head) + " |", "|--:" * len(head) + "|"]
-    lines += ["| " + " | ".join(f"{value:.1f}" if isinstance(value, float) else str(value) for value in r.values()) + " |" for r in rows]
+    for r in rows:
+        cells = (f"{value:.1f}" if isinstance(value, float) else str(value) for value in r.values())
+        lines.append("| " + " | ".join(cells) + " |")
     text = f"Milliseconds for one layer, float32. {machine()}.\n\n" + "\n".join(lines) + "\n"
     print(text)
     if "--write" in sys.argv:
-        Path(__file__).with_suffix(".md").write_text("# The selective scan on a CPU\n\nWritten by `python benchmarks/scan.py --write`.\n\n" + text)
+        title = "# The selective scan on a CPU\n\nWritten by `python benchmarks/scan.py --write`.\n\n"
+        Path(__file__).with_suffix(".md").write_text(title + text)
     print(json.dumps(rows))

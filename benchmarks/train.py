@@ -1,15 +1,15 @@
-"""How fast the trainer trains, beside a plain loop around transformers' model, on the same shape, data, precision and optimizer.
+"""How fast the trainer trains, beside a plain loop around transformers' model: the same shape, data, dtype, optimizer.
 
-    python benchmarks/train.py                          the CPU's shapes, float32 and bfloat16; a table and one JSON line
+    python benchmarks/train.py                          the CPU's shapes, float32 and bfloat16: a table, a JSON line
     python benchmarks/train.py --nanogpt CHECKOUT       … and nanoGPT's own model and loop, from a clone of it
     python benchmarks/train.py --device cuda            the 1B shape on a GPU, compiled
     python benchmarks/train.py --write                  … and keep the table as benchmarks/train.md
 
-Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write: the model's
-own loss under autocast, clip_grad_norm_, fused AdamW. Each lives in a process of its own, for the sake of its peak memory; they take
-turns, round by round, and the ratio is the median of the rounds' ratios, so a drifting machine cancels out.
-"of peak" is model FLOPs (flops_per_token) a second over those of a large matrix product in the same dtype, measured between the
-rounds (on a GPU: over the vendor's dense peak, which is the MFU that others publish).
+Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write:
+the model's own loss under autocast, clip_grad_norm_, fused AdamW. Each runs in a process of its own, for the sake of
+its peak memory; they take turns, round by round, and the ratio is the median of the rounds' ratios, so a drifting
+machine cancels out. "of peak" is model FLOPs (flops_per_token) a second over those of a large matrix product in the
+same dtype, measured between the rounds (on a GPU: over the vendor's dense peak, which is the MFU that others publish).
 """
 
 import argparse
@@ -40,9 +40,10 @@ from nanollm.training.losses import Balance
 
 
 def gpt(vocab: int, dim: int, layers: int, heads: int) -> ModelConfig:
-    """nanoGPT's shape: LayerNorm, GELU, a tied head. Its learned positions have no config here; RoPE stands in for them."""
+    """nanoGPT's shape: LayerNorm, GELU, a tied head. RoPE takes the place of its learned positions."""
     norm = Norm("layer", bias=False)
-    layer = Layer(Attention(heads, heads, dim // heads, Rope()), MLP(4 * dim, "gelu", gated=False), pre_mixer=norm, pre_ffn=norm)
+    attention = Attention(heads, heads, dim // heads, Rope())
+    layer = Layer(attention, MLP(4 * dim, "gelu", gated=False), pre_mixer=norm, pre_ffn=norm)
     return ModelConfig(vocab, dim, (layer,) * layers, norm, tied=True, context=1024)
 
 
@@ -63,8 +64,10 @@ def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: dis
     distributed.shard(model, world.mesh, distributed.DTYPES[dtype], compile=compile)
     model.to_empty(device=world.device)
     distributed.fill(model, initial_values(model, 0))
-    options = argparse.Namespace(lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2, skip_steps=[], skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0, dtype=dtype)
-    run = train.Run(options, world, None, model, None, torch.float32, optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype]), Balance(model))
+    options = argparse.Namespace(lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2, skip_steps=[],
+                                 skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0)
+    optimizer = optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype])
+    run = train.Run(options, world, None, model, None, torch.float32, optimizer, Balance(model))
 
     def step(tokens: torch.Tensor) -> float:
         entry, _ = train.take_step(run, [Batch(tokens[:, :-1], tokens[:, 1:], None)], 0)
@@ -94,18 +97,24 @@ def theirs(config: ModelConfig, dtype: str, device: str, compile: bool):
     import transformers
 
     from checkpoints.families import write_config
-    values = write_config(config)[1]
-    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**{key: value for key, value in values.items() if value is not None}))
+    values = {key: value for key, value in write_config(config)[1].items() if value is not None}
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**values))
     if compile:
         model.compile()
-    return loop(model, lambda model, tokens: model(tokens[:, :-1], labels=tokens[:, 1:], shift_labels=tokens[:, 1:].contiguous(), use_cache=False).loss, dtype, device)
+
+    def loss(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+        targets = tokens[:, 1:].contiguous()
+        return model(tokens[:, :-1], labels=targets, shift_labels=targets, use_cache=False).loss
+
+    return loop(model, loss, dtype, device)
 
 
 def nanogpt(config: ModelConfig, dtype: str, device: str, compile: bool, checkout: str):
     sys.path.insert(0, checkout)
     from model import GPT, GPTConfig
     attention = config.layers[0].mixer
-    model = GPT(GPTConfig(block_size=config.context, vocab_size=config.vocab, n_layer=len(config.layers), n_head=attention.heads, n_embd=config.dim, dropout=0.0, bias=False))
+    model = GPT(GPTConfig(block_size=config.context, vocab_size=config.vocab, n_layer=len(config.layers),
+                          n_head=attention.heads, n_embd=config.dim, dropout=0.0, bias=False))
     if compile:
         model.compile()
     return loop(model, lambda model, tokens: model(tokens[:, :-1], tokens[:, 1:].contiguous())[1], dtype, device)
@@ -116,7 +125,9 @@ def contender(who: str, name: str, dtype: str, device: str, compile: bool, check
     config, rows, length, _ = SHAPES[name]
     with distributed.world(device) as world:
         with contextlib.redirect_stdout(sys.stderr):            # a line on standard output is an answer to the parent
-            step = {"ours": partial(ours, world=world), "transformers": theirs, "nanogpt": partial(nanogpt, checkout=checkout)}[who](config, dtype, device, compile)
+            make = {"ours": partial(ours, world=world), "transformers": theirs,
+                    "nanogpt": partial(nanogpt, checkout=checkout)}[who]
+            step = make(config, dtype, device, compile)
         serve(step, rows, length, config.vocab, device)
 
 
@@ -125,8 +136,11 @@ def serve(step, rows: int, length: int, vocab: int, device: str) -> None:
     for line in sys.stdin:
         start = time.perf_counter()
         losses = [step(tokens) for _ in range(int(line))]
-        memory = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        print(json.dumps({"seconds": (time.perf_counter() - start) / int(line), "memory": memory, "losses": losses}), flush=True)
+        seconds = (time.perf_counter() - start) / int(line)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if device == "cuda":
+            memory = torch.cuda.max_memory_allocated()
+        print(json.dumps({"seconds": seconds, "memory": memory, "losses": losses}), flush=True)
 
 
 # ---- the race
@@ -146,8 +160,11 @@ def peak(dtype: str, device: str) -> float:
 def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
     """One row of the table."""
     config, rows, length, peer = SHAPES[name]
-    shared = ["--name", name, "--dtype", dtype, "--device", options.device] + ["--compile"] * options.compile + (["--nanogpt", options.nanogpt] if options.nanogpt else [])
-    racers = {who: subprocess.Popen([sys.executable, __file__, "--contender", who, *shared], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for who in ("ours", peer)}
+    shared = ["--name", name, "--dtype", dtype, "--device", options.device, *["--compile"] * options.compile]
+    shared += ["--nanogpt", options.nanogpt] if options.nanogpt else []
+    racers = {who: subprocess.Popen([sys.executable, __file__, "--contender", who, *shared], stdin=subprocess.PIPE,
+                                    stdout=subprocess.PIPE, text=True)
+              for who in ("ours", peer)}
 
     def go(who: str, steps: int) -> dict:
         racers[who].stdin.write(f"{steps}\n")
@@ -155,7 +172,8 @@ def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
         return json.loads(racers[who].stdout.readline())
 
     first = {who: go(who, 3) for who in racers}                                 # warm, and compiled
-    assert abs(first["ours"]["losses"][0] - first[peer]["losses"][0]) < 0.5, first        # two models of this shape begin alike
+    apart = abs(first["ours"]["losses"][0] - first[peer]["losses"][0])
+    assert apart < 0.5, first                                                   # two models of this shape begin alike
     peaks, found = [], {who: [] for who in racers}
     for turn in range(options.rounds):
         for who in list(racers)[:: 1 if turn % 2 else -1]:
@@ -165,11 +183,14 @@ def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
         racer.stdin.close()
         racer.wait()
     speed = {who: rows * length / statistics.median(one["seconds"] for one in found[who]) for who in racers}
-    ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found[peer]))
-    flops = flops_per_token(config, length)
-    return {"model": name, "dtype": dtype, "rows": rows, "tokens": length, "tokens_per_second": round(speed["ours"]), "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratio, 2),
-            "of_peak": round(speed["ours"] * flops / statistics.median(peaks), 3), "theirs_of_peak": round(speed[peer] * flops / statistics.median(peaks), 3),
-            "gb": round(found["ours"][-1]["memory"] / 1e9, 2), "theirs_gb": round(found[peer][-1]["memory"] / 1e9, 2)}
+    pairs = zip(found["ours"], found[peer], strict=True)
+    ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
+    flops = flops_per_token(config, length) / statistics.median(peaks)
+    return {"model": name, "dtype": dtype, "rows": rows, "tokens": length, "tokens_per_second": round(speed["ours"]),
+            "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratio, 2),
+            "of_peak": round(speed["ours"] * flops, 3), "theirs_of_peak": round(speed[peer] * flops, 3),
+            "gb": round(found["ours"][-1]["memory"] / 1e9, 2),
+            "theirs_gb": round(found[peer][-1]["memory"] / 1e9, 2)}
 
 
 def main() -> None:
@@ -184,17 +205,28 @@ def main() -> None:
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.contender:
-        return contender(options.contender, options.name, options.dtype, options.device, options.compile, options.nanogpt)
-    names = [name for name, (config, _, _, peer) in SHAPES.items() if (config.vocab > 100_000) == (options.device == "cuda") and (peer != "nanogpt" or options.nanogpt)]
-    head = ["| model | rows × tokens | dtype | tokens/s | of peak | GB | peer | tokens/s | of peak | GB | ratio |", "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+        return contender(options.contender, options.name, options.dtype, options.device, options.compile,
+                         options.nanogpt)
+    names = [name for name, (config, _, _, peer) in SHAPES.items()
+             if (config.vocab > 100_000) == (options.device == "cuda") and (peer != "nanogpt" or options.nanogpt)]
+    head = ["| model | rows × tokens | dtype | tokens/s | of peak | GB | peer | tokens/s | of peak | GB | ratio |",
+            "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
     print("\n".join(head), flush=True)
     table, lines = [], []
-    for name, dtype in ((name, dtype) for name in names for dtype in (("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16"))):
+    dtypes = ("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16")
+    for name, dtype in ((name, dtype) for name in names for dtype in dtypes):
         table.append(r := bench(name, dtype, options))
-        lines.append(f"| {r['model']} | {r['rows']} × {r['tokens']} | {r['dtype']} | {r['tokens_per_second']:,} | {r['of_peak']:.0%} | {r['gb']} | {r['peer']} | {r['theirs']:,} | {r['theirs_of_peak']:.0%} | {r['theirs_gb']} | **{r['ratio']:.2f}** |")
+        lines.append(f"| {r['model']} | {r['rows']} × {r['tokens']} | {r['dtype']} | {r['tokens_per_second']:,} "
+                     f"| {r['of_peak']:.0%} | {r['gb']} | {r['peer']} | {r['theirs']:,} | {r['theirs_of_peak']:.0%} "
+                     f"| {r['theirs_gb']} | **{r['ratio']:.2f}** |")
         print(lines[-1], flush=True)
-    machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    text = "\n".join(head + lines) + f"\n\n`python benchmarks/train.py{' --compile' * options.compile}`: {machine}, torch {torch.__version__}, {date.today()}, median of {options.rounds} rounds of {options.steps} steps each.\n"
+    machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if options.device == "cuda":
+        machine = torch.cuda.get_device_name()
+    command = f"python benchmarks/train.py{' --compile' * options.compile}"
+    text = "\n".join(head + lines) + (
+        f"\n\n`{command}`: {machine}, torch {torch.__version__}, {date.today()}, "
+        f"median of {options.rounds} rounds of {options.steps} steps each.\n")
     print(json.dumps(table))
     if options.write:
         Path(__file__).with_suffix(".md").write_text(text)

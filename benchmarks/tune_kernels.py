@@ -3,10 +3,10 @@
     python -m benchmarks.tune_kernels                      every case of kernel_cases.py
     python -m benchmarks.tune_kernels --only attend        the operations whose name begins so
 
-For each case, the entries of kernels/tuning/*.json that it uses are walked downhill: one number of one entry at a time is halved or doubled,
-and kept where the case gets faster by more than 2 %. A change that does not compile, asks for more memory than there is, or gives another
-result, is passed over. What was found is the row of this device ("sm_90"); `python -m tests.kernels.compiled --write` and the tests come
-after, for what is fastest may spill on another triton.
+For each case, the entries of kernels/tuning/*.json that it uses are walked downhill: one number of one entry at a time
+is halved or doubled, and kept where the case gets faster by more than 2 %. A change that does not compile, asks for
+more memory than there is, or gives another result, is passed over. What was found is the row of this device ("sm_90");
+`python -m tests.kernels.compiled --write` and the tests come after, for what is fastest may spill on another triton.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def attempt(case: Case, entry: Entry, numbers: dict[str, int], clock: Callable[[
     try:
         error(case)
         return clock(case)
-    except Exception as problem:                                                # does not compile, does not fit, is wrong: all the same here
+    except Exception as problem:                                    # not compiled, too large or wrong: all alike
         print(f"      {numbers}: {type(problem).__name__}", flush=True)
         return float("inf")
 
@@ -71,7 +71,7 @@ def tune(case: Case, row: str, clock: Callable[[Case], float]) -> None:
     """Walk every entry of a case downhill, until no neighbour is faster."""
     for name, old, size in used(case):
         rows = common.TABLE[name]
-        if row not in rows:                                                     # a device's row is whole: what it lacks would not be looked up in "any"
+        if row not in rows:                                         # a device's row is whole: nothing of "any" is added
             rows[row] = {key: dict(numbers) for key, numbers in rows[old].items()}
         entry = (name, row, size)
         best = dict(rows[row][size])
@@ -95,7 +95,10 @@ def write(folder: Path = TUNING) -> None:
     for path in sorted(folder.glob("*.json")):
         lines = []
         for name in json.loads(path.read_text()):
-            rows = [f'  "{row}": {{\n' + ",\n".join(f'   "{size}": {json.dumps(common.TABLE[name][row][size])}' for size in common.TABLE[name][row]) + "}" for row in common.TABLE[name]]
+            rows = []
+            for row, entries in common.TABLE[name].items():
+                numbers = (f'   "{size}": {json.dumps(entries[size])}' for size in entries)
+                rows.append(f'  "{row}": {{\n' + ",\n".join(numbers) + "}")
             lines.append(f' "{name}": {{\n' + ",\n".join(rows) + "}")
         path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 

@@ -9,24 +9,28 @@
 Nothing is allocated before the plan holds: every parameter has its tensor and every tensor its parameter, in the right
 shape. Values are checked as they are read; a NaN or an infinity is an error with a name. All errors are NanollmErrors.
 
-    what is on disk    layouts.py which files   files.py safetensors   pickles.py   gguf.py   quantized.py 8 and 4 bits   hub.py
-    what it means      reader.py, rope.py config.json, every key accounted for   families/ one file a lineage   source.py all of it, planned
-    names              table.py both ways       ops.py, expert_ops.py arrangements
-    bytes              stream.py moves them     writing.py a folder or none at all   export.py what is written
-    commands           python -m checkpoints.convert   .inspect   .compare
+    storage/     bytes on disk: files.py safetensors, pickles.py, gguf.py, quantized.py 8 and 4 bits; stream.py moves
+                 them, writing.py makes a folder or none at all
+    layouts/     which files of a folder are the model, and what they say it is; hub.py fetches them
+    names/       table.py which tensor is which parameter, both ways; ops.py, expert_ops.py how it is arranged;
+                 reader.py, rope.py config.json, every key accounted for
+    families/    one file a lineage
+    source.py    a folder, understood and planned          export.py    what is written
+    commands     python -m checkpoints.convert   .inspect   .compare   .show
 """
 
+import warnings
 from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from checkpoints.export import Origin, copy_companions, origin_of, plan_export
-from checkpoints.families import read_config
-from checkpoints.layouts import LARGEST_CONFIG, hub
+from checkpoints import layouts
+from checkpoints.export import Origin, copy_companions, layout_for, origin_of, plan_export
+from checkpoints.layouts import hub
 from checkpoints.names import table
-from checkpoints.source import open_source
-from checkpoints.storage import files, quantized, stream, writing
+from checkpoints.source import config_of, open_source
+from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.model import Decoder
@@ -34,12 +38,13 @@ from nanollm.model import Decoder
 __all__ = ["load", "save", "Origin"]
 
 
-def load(
-    source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", ignore: Collection[str] = ()
-) -> Decoder:
-    """The model in a folder or on the hub, in eval mode. dtype None keeps each tensor as it is stored; what is stored in fewer than 16 bits
-    becomes bfloat16. Of a multimodal model it is the language model, and a warning says what was left out. Layouts other than Hugging
-    Face's are read too (layouts.py); pickles are not, see `python -m checkpoints.convert`.
+def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
+         ignore: Collection[str] = ()) -> Decoder:
+    """The model in a folder or on the hub, in eval mode.
+
+    dtype None keeps each tensor as it is stored; what is stored in fewer than 16 bits becomes bfloat16. Of a multimodal
+    model it is the language model, and a warning says what was left out. Layouts other than Hugging Face's are read too
+    (checkpoints/layouts); pickles are not, see `python -m checkpoints.convert`.
 
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
     nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats."""
@@ -47,28 +52,32 @@ def load(
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
     found = open_source(hub.local_path(source), ignore)
     model = found.fill(dtype, device)    # from here on there is memory
-    model.origin = origin_of(found)
+    model.origin = origin_of(found)  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     return model
 
 
 def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
-    folder = hub.local_folder(source, ("config.json",))
-    path = folder / "config.json"
-    if not path.exists() and folder.is_dir():
-        return open_source(hub.local_path(source)).config        # another layout
-    return read_config(quantized.plain_config(files.read_json(path, largest=LARGEST_CONFIG), str(path))[0], str(path))[1]
+    found = layouts.describe(hub.local_path(source, ("config.json",)))
+    return config_of(found)[1]
 
 
 def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:
     """Write a Hugging Face folder: config.json, weights, and the tokenizer files of the folder the model came from.
 
-    A loaded model keeps its config.json, but for what changed. Another is written as the first family that can express it.
-    `folder` must not exist, or be empty; it appears whole, or not at all. Raises ConfigError or CheckpointError."""
+    A loaded model keeps its config.json, but for what changed. Another is written as the first of a few families that
+    can express it (families.TRAINED_HERE). What no family can say is written in nanollm's own layout, which `load`
+    reads, and a warning says so. `folder` must not exist, or be empty; it appears whole, or not at all. Raises
+    CheckpointError."""
     origin: Origin | None = getattr(model, "origin", None)
     # a compiled part carries a prefix of torch's
     parameters = {name.replace("_orig_mod.", ""): parameter.data for name, parameter in model.named_parameters()}
-    written = plan_export(model.config, parameters, {name: parameter.dtype for name, parameter in parameters.items()}, origin)
+    layout, reason = layout_for(model.config, origin)
+    if reason:
+        own = f"{folder}: written in nanollm's own layout, which transformers does not read: {reason}"
+        warnings.warn(own, stacklevel=2)
+    dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
+    written = plan_export(model.config, parameters, dtypes, origin, layout)
     with writing.new_folder(Path(folder)) as draft:
         stored = written.lay_out(draft, shard_bytes)
         with stream.Writer() as out:

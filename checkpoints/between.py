@@ -1,15 +1,16 @@
 """What differs between two models on disk, in their configs and in their weights, whatever the layouts.
 
     config     field by field                 layers.{0..31}.mixer.rope.theta      10000.0      500000.0
-    weights    parameter by parameter, of ours: both folders are read through their tables, so names and arrangements do not matter
+    weights    parameter by parameter, of ours: both folders are read through their tables, so names do not matter
 
     a weight is       when
     equal             its bits are, and its dtype
-    equal as cast     the wider of the two, cast to the dtype of the other, has its bits         float32 and bfloat16 of one model
+    equal as cast     the wider of the two, cast to the dtype of the other, has its bits     bfloat16 of a float32 model
     different         else: max |a − b|, and that over the spread max b − min b
 
-Meta and Mistral store the rows of a head of q and k in the order in which RoPE turns neighbours, Hugging Face in that of halves. One
-order is made of the other before anything is compared (Interleaving and Halving in ops.py), so that it is no difference.
+Meta and Mistral store the rows of a head of q and k in the order in which RoPE turns neighbours, Hugging Face in that
+of halves. One order is made of the other before anything is compared (Interleaving and Halving in names/ops.py), so
+that it is no difference.
 
 A rule of either folder is in memory at a time, for an expert's layer that is all its experts; never a model.
 """
@@ -32,7 +33,7 @@ from checkpoints.storage import stream
 from checkpoints.tracing import Gap, Part, as_ours, gap
 from nanollm.config import Attention, Layer, ModelConfig, Rope
 
-NO_LOGIT = frozenset({"context"})                # fields that say what a model was trained for, and change none of its logits
+NO_LOGIT = frozenset({"context"})                # fields that say what a model was trained for, and change no logit
 
 
 class Field(NamedTuple):
@@ -47,7 +48,7 @@ class Field(NamedTuple):
 
 
 class Weight(NamedTuple):
-    """A parameter of ours, and how it differs: "equal", "equal as …", "different", or why there is nothing to compare."""
+    """A parameter of ours and how it differs: "equal", "equal as …", "different", or why nothing can be compared."""
     name: str
     how: str
     gap: Gap
@@ -60,8 +61,10 @@ class Weight(NamedTuple):
 # ---- configs
 
 def fields(a: ModelConfig, b: ModelConfig) -> list[Field]:
-    """Every field that differs, but for the order of the channels that RoPE turns, where weights are compared in one order."""
-    if all(_turned(x, y) is not None for x, y in zip(a.layers, b.layers)):
+    """Every field that differs.
+
+    The order of the channels that RoPE turns is none: weights are compared in one order, see the head of the file."""
+    if all(_turned(x, y) is not None for x, y in zip(a.layers, b.layers, strict=False)):
         a, b = (with_rope_layout(config, "half") for config in (a, b))
     groups: dict[tuple[str, str, str], list[str]] = {}
     for name, x, y in _leaves(a, b, ""):
@@ -79,14 +82,15 @@ def _leaves(a: Any, b: Any, name: str) -> Iterator[tuple[str, str, str]]:
     elif isinstance(a, tuple) and isinstance(b, tuple):
         if len(a) != len(b):
             yield name, f"{len(a)} of them", f"{len(b)} of them"
-        for i, pair in enumerate(zip(a, b)):
-            yield from _leaves(*pair, f"{inside}{i}")
+        for i, (x, y) in enumerate(zip(a, b, strict=False)):
+            yield from _leaves(x, y, f"{inside}{i}")
     else:
-        yield name, *(brief(one) if dataclasses.is_dataclass(one) else repr(one) for one in (a, b))
+        first, second = (brief(one) if dataclasses.is_dataclass(one) else repr(one) for one in (a, b))
+        yield name, first, second
 
 
-def _turned(a: Layer, b: Layer) -> type[Op] | None:
-    """How the rows of a head of q and k in `a` are arranged in `b`; None: they are of different kinds, or only partly turned."""
+def _turned(a: Layer, b: Layer) -> Op | None:
+    """How the rows of a head of q and k in `a` are arranged in `b`; None: of different kinds, or only partly turned."""
     x, y = (layer.mixer.rope if isinstance(layer.mixer, Attention) else None for layer in (a, b))
     if not isinstance(x, Rope) or not isinstance(y, Rope) or x.layout == y.layout:
         return Same if type(a.mixer) is type(b.mixer) else None
@@ -98,45 +102,59 @@ def _turned(a: Layer, b: Layer) -> type[Op] | None:
 def arranged(a: ModelConfig, b: ModelConfig, name: str) -> Part:
     """A module or parameter of ours in `a`, and how it is arranged in `b`, under the same name."""
     places = name.split(".")
-    if places[0] != "layers" or len(places) < 4 or places[2] != "mixer" or places[3] not in ("q", "k", "q_norm", "k_norm"):
+    if places[0] != "layers" or len(places) < 4 or places[2] != "mixer":
+        return Part((name,), name)
+    if places[3] not in ("q", "k", "q_norm", "k_norm"):
         return Part((name,), name)
     layer = a.layers[int(places[1])]
     return Part((name,), name, _turned(layer, b.layers[int(places[1])]) or Same, layer)
 
 
 def same_names(a: Source, b: Source) -> tuple[list[Part], dict[str, list[Part]]]:
-    """What to compare of two models that run in our decoder: by depth, and inside each block that both have. Names are those of `a`."""
+    """What to compare of two models that run in our decoder: by depth, and inside each block that both have.
+
+    Names are those of `a`."""
     layers = [f"layers.{i}" for i in range(min(len(a.config.layers), len(b.config.layers)))]
-    names = [name for name, module in a.model.named_modules() if next(module.parameters(recurse=False), None) is not None or name.endswith((".mixer", ".ffn"))]
-    outline = [Part((name,), name) for name in (*(["embed_norm"] if "embed_norm" in names else []), *layers, "norm")]
-    return outline, {layer: [arranged(a.config, b.config, name) for name in names if name.startswith(f"{layer}.")] for layer in layers}
+    names = [name for name, module in a.model.named_modules()
+             if next(module.parameters(recurse=False), None) is not None or name.endswith((".mixer", ".ffn"))]
+    before = ["embed_norm"] if "embed_norm" in names else []
+    outline = [Part((name,), name) for name in (*before, *layers, "norm")]
+    inside = {layer: [name for name in names if name.startswith(f"{layer}.")] for layer in layers}
+    return outline, {layer: [arranged(a.config, b.config, name) for name in inside[layer]] for layer in layers}
 
 
 # ---- weights
 
 def weights(a: Source, b: Source) -> Iterator[Weight]:
-    """Every parameter of either, in the order of `a`, then those that only `b` has. Raises CheckpointError on a NaN or an infinity."""
+    """Every parameter of either, in the order of `a`, then those that only `b` has.
+
+    Raises CheckpointError on a NaN or an infinity."""
     ours, theirs = a.parameters(), b.parameters()
     shapes = {name: (tuple(ours[name].shape), tuple(theirs[name].shape)) for name in ours if name in theirs}
     both = {name for name, (x, y) in shapes.items() if x == y}
+    nothing = Gap(torch.inf, torch.inf)
     for name in ours:
         if name not in shapes:
-            yield Weight(name, "only in the first", Gap(torch.inf, torch.inf))
+            yield Weight(name, "only in the first", nothing)
         elif name not in both:
-            yield Weight(name, f"{'×'.join(map(str, shapes[name][0]))} and {'×'.join(map(str, shapes[name][1]))}", Gap(torch.inf, torch.inf))
-    yield from (Weight(name, "only in the second", Gap(torch.inf, torch.inf)) for name in theirs if name not in ours)
-    steps = [[step for step in source.steps if both.intersection(step.ours)] for source in (a, b)]
-    for move in moves(*steps):
+            first, second = ("×".join(map(str, shape)) for shape in shapes[name])
+            yield Weight(name, f"{first} and {second}", nothing)
+    yield from (Weight(name, "only in the second", nothing) for name in theirs if name not in ours)
+    reads, writes = ([step for step in source.steps if both.intersection(step.ours)] for source in (a, b))
+    for move in moves(reads, writes):
         mine, other = _values(move.reads, a), _values(move.writes, b)
         for name in (name for name in mine if name in both):
             part, found = arranged(a.config, b.config, name), other[name]
-            yield _weighed(name, mine[name], found if part.op is Same else as_ours(part.op, part.layer, found, [len(found)])[0])
+            if part.op is not Same:
+                found = as_ours(part.op, part.layer, found, [len(found)])[0]
+            yield _weighed(name, mine[name], found)
 
 
 def _values(steps: list[Step], source: Source) -> dict[str, Tensor]:
     """The parameters of a few steps, as they are stored."""
     shapes = source.parameters()
-    found = {name: torch.empty(shapes[name].shape, dtype=source.dtype(name, None)) for step in steps for name in step.ours}
+    found = {name: torch.empty(shapes[name].shape, dtype=source.dtype(name, None))
+             for step in steps for name in step.ours}
     for step in steps:
         stream.load_step(step, source.stored, found)
     return found

@@ -1,10 +1,10 @@
 """Where does a model differ: from transformers' of the same folder, or from the model in another folder?
 
     python -m checkpoints.compare FOLDER               our model and transformers', on the same random tokens
-    python -m checkpoints.compare FOLDER OTHER         two folders, in any layouts: configs and weights, no model in memory
+    python -m checkpoints.compare FOLDER OTHER         two folders, in any layouts: configs and weights, no model is run
     python -m checkpoints.compare FOLDER OTHER --run   … and both in our decoder, on the same random tokens
 
-    tiny (llama, hf) and transformers 5.23.0, 2 × 48 tokens, float32            here the rows of q in layer 1 are in reverse order
+    tiny (llama, hf) and transformers 5.23.0, 2 × 48 tokens, float32          here the rows of q in layer 1 are reversed
 
                largest difference  relative
     embedding                   0         0
@@ -20,14 +20,16 @@
     mixer.k                 0         0
     …
 
-    different from layers.1 on, at mixer.q: it reads the same and gives something else: its weights, or the order of their rows
+    different from layers.1 on, at mixer.q: it reads the same and gives something else: its weights, or the order of
+    their rows
 
-How parts are found and compared: tracing.py. Of two folders: between.py. Differences are relative to the spread of the other's values.
-The exit code is 0 if all of them are within the bound and 1 if not. Default bounds: 1e-5 in float32, 0.05 in 16 bits, 1e-5 for stored
-weights. In float32 that is rounding; a wrong model is far above it, except where random tokens do not reach what is wrong.
+How parts are found and compared: tracing.py. Of two folders: between.py. Differences are relative to the spread of the
+other's values. The exit code is 0 if all of them are within the bound and 1 if not. Default bounds: 1e-5 in float32,
+0.05 in 16 bits, 1e-5 for stored weights. In float32 that is rounding; a wrong model is far above it, except where
+random tokens do not reach what is wrong.
 
-Both models are in memory when they run, each in --dtype. transformers reads only folders of its own layout, and none of its code from
-the hub is run.
+Both models are in memory when they run, each in --dtype. transformers reads only folders of its own layout, and none of
+its code from the hub is run.
 """
 
 import argparse
@@ -60,8 +62,9 @@ class Report(NamedTuple):
 
 
 def transformers_side(folder: Path, dtype: torch.dtype) -> tuple[Side, str, list[str]]:
-    """transformers' model of a folder, its version, and what it warns of. Raises InputError without transformers, CheckpointError if it
-    does not read the folder."""
+    """transformers' model of a folder, its version, and what it warns of.
+
+    Raises InputError without transformers, CheckpointError if it does not read the folder."""
     try:
         import transformers  # only here: it takes seconds, and nothing else needs it
     except ImportError:
@@ -70,25 +73,30 @@ def transformers_side(folder: Path, dtype: torch.dtype) -> tuple[Side, str, list
     transformers.logging.disable_progress_bar()
     try:
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
-    except Exception as error:                   # an unknown family, a key it wants, a file it lacks: there is no common base
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True)
+    except Exception as error:                   # an unknown family, a missing key or file: they have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers does not read it: {reason}. Give a second folder to compare with") from None
+        raise CheckpointError(f"{folder}: transformers does not read it: {reason}. "
+                              "Give a second folder to compare with") from None
     if hasattr(model.config, "rescale_every"):
-        model.config.rescale_every = 0           # RWKV: halves the stream every so many layers, for float16; no logit differs
+        model.config.rescale_every = 0           # RWKV halves the stream every so many layers, for float16 only
     lost = sorted(info["missing_keys"])
     notes = [f"transformers found no {lost[0]} ({len(lost)} such), and has drawn it at random"] if lost else []
-    return Side(model.eval(), lambda tokens: model(tokens, use_cache=False).logits, model.base_model_prefix), transformers.__version__, notes
+    side = Side(model.eval(), lambda tokens: model(tokens, use_cache=False).logits, model.base_model_prefix)
+    return side, transformers.__version__, notes
 
 
 # ---- two models that run
 
-def run_both(
-    ours: Side, theirs: Side, outline: Sequence[Part], parts: Mapping[str, Sequence[Part]], tokens: Tensor, bound: float, picture: Path | None = None
-) -> Report:
-    """outline: the parts to compare by depth; parts: those inside each block. Raises InputError if a picture is wanted and there is no matplotlib."""
+def run_both(ours: Side, theirs: Side, outline: Sequence[Part], parts: Mapping[str, Sequence[Part]], tokens: Tensor,
+             bound: float, picture: Path | None = None) -> Report:
+    """outline: the parts to compare by depth; parts: those inside each block.
+
+    Raises InputError if a picture is wanted and there is no matplotlib."""
     depths = dict(tracing.by_depth(ours, theirs, outline, tokens))
-    if picture is not None and not plot.error_by_depth(picture, [(name, gap.relative) for name, gap in depths.items()], bound):
+    relative = [(name, gap.relative) for name, gap in depths.items()]
+    if picture is not None and not plot.error_by_depth(picture, relative, bound):
         raise InputError("--plot needs matplotlib: pip install \"nanollm[test]\"")
     beyond = next((name for name, gap in depths.items() if not gap.within(bound)), None)
     width = max(map(len, depths))
@@ -100,14 +108,17 @@ def run_both(
               if part.ours[0] not in depths and part.ours[0] != "embed_norm"]
     if beyond is None:
         name, worst = max(depths.items(), key=lambda one: one[1].relative)
-        most = f"the largest relative difference is {number(worst.relative)}, at {name}" if worst.relative else "there is no difference"
+        most = "there is no difference"
+        if worst.relative:
+            most = f"the largest relative difference is {number(worst.relative)}, at {name}"
         return Report([*lines, "", f"equal within {bound:g}: {most}"], True)
     if beyond not in parts:
         place = "before the first" if beyond == "embedding" else "after the last"
         return Report([*lines, "", f"different from {beyond} on, which is {place} layer"], False)
     inside = tracing.look_inside(ours, theirs, parts[beyond], tokens)
     part, meaning = inside.verdict(bound)
-    return Report([*lines, "", *_inside(inside, beyond, part), "", f"different from {beyond} on{', at ' * bool(part)}{part}: {meaning}"], False)
+    verdict = f"different from {beyond} on{', at ' * bool(part)}{part}: {meaning}"
+    return Report([*lines, "", *_inside(inside, beyond, part), "", verdict], False)
 
 
 def _inside(inside: tracing.Inside, block: str, first: str) -> Iterator[str]:
@@ -132,7 +143,8 @@ def compare_folders(a: Source, b: Source, bound: float) -> Report:
     fields = between.fields(a.config, b.config)
     lines = [f"configs: {len(fields) or 'no'} difference{'s' * (len(fields) != 1)}"]
     width = max((len(one.name) for one in fields), default=0)
-    lines += [f"  {one.name:{width}}  {one.a}  ≠  {one.b}" + ("" if one.counts else "   (no logit depends on it)") for one in fields]
+    lines += [f"  {one.name:{width}}  {one.a}  ≠  {one.b}" + ("" if one.counts else "   (no logit depends on it)")
+              for one in fields]
     groups: dict[str, list[Weight]] = {}
     for weight in between.weights(a, b):
         groups.setdefault(folding.pattern(weight.name), []).append(weight)
@@ -141,10 +153,12 @@ def compare_folders(a: Source, b: Source, bound: float) -> Report:
     rows = [_row(group) for group in sorted(groups.values(), key=lambda group: -max(map(_badness, group)))]
     width, middle = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines.append(f"  {'':{width}}  {'':{middle}}  largest difference  relative")
-    lines += [f"  {name:{width}}  {how:{middle}}  {largest:>18}  {relative:>8}{where}" for name, how, largest, relative, where in rows]
+    lines += [f"  {name:{width}}  {how:{middle}}  {largest:>18}  {relative:>8}{where}"
+              for name, how, largest, relative, where in rows]
     counted = sum(one.counts for one in fields)
     apart = sum(not (weight.same or weight.gap.within(bound)) for weight in weights)
-    ending = f"different: {counted} field{'s' * (counted != 1)} of the config, {apart:,} of {len(weights):,} parameters by more than {bound:g}"
+    ending = (f"different: {counted} field{'s' * (counted != 1)} of the config, "
+              f"{apart:,} of {len(weights):,} parameters by more than {bound:g}")
     same = not counted and not apart
     return Report([*lines, "", f"equal within {bound:g}" if same else ending], same)
 
@@ -178,7 +192,8 @@ def against_transformers(source: Source, args: argparse.Namespace, dtype: torch.
     theirs, version, notes = transformers_side(source.folder, dtype)
     tokens = random_tokens(source.config.vocab, args.batch, args.tokens, args.seed)
     outline = tracing.outline(source.steps, len(source.config.layers))
-    parts = {block.ours[0]: tracing.parts_of(source.steps, block) for block in outline if block.ours[0].startswith("layers.")}
+    blocks = [part for part in outline if part.ours[0].startswith("layers.")]
+    parts = {block.ours[0]: tracing.parts_of(source.steps, block) for block in blocks}
     found = run_both(tracing.side(source.fill(dtype)), theirs, outline, parts, tokens, bound, args.plot)
     head = f"{said(source)} and transformers {version}, {args.batch} × {args.tokens} tokens, {args.dtype}"
     return Report([head, *notes, "", *found.lines], found.same)
@@ -192,41 +207,58 @@ def in_our_decoder(a: Source, b: Source, args: argparse.Namespace, dtype: torch.
             raise ConfigError(f"{b.folder}: {field} is {other}, and {one} in {a.folder}: they cannot run side by side")
     tokens = random_tokens(a.config.vocab, args.batch, args.tokens, args.seed)
     outline, parts = between.same_names(a, b)
-    sides = [tracing.side(source.fill(dtype)) for source in (a, b)]
-    found = run_both(*sides, outline, parts, tokens, bound, args.plot)
-    return Report([f"both in our decoder, {args.batch} × {args.tokens} tokens, {args.dtype}", "", *found.lines], found.same)
+    one, other = (tracing.side(source.fill(dtype)) for source in (a, b))
+    found = run_both(one, other, outline, parts, tokens, bound, args.plot)
+    head = f"both in our decoder, {args.batch} × {args.tokens} tokens, {args.dtype}"
+    return Report([head, "", *found.lines], found.same)
 
 
 def said(source: Source) -> str:
+    """What is compared, in a line."""
     return f"{source.folder} ({source.family.name}, {source.layout})"
+
+
+def opened(source: str, args: argparse.Namespace) -> Source:
+    path = hub.local_path(source, hub.wanted(args.allow_pickle))
+    return open_source(path, args.ignore, allow_pickle=args.allow_pickle)
 
 
 def run() -> None:
     """The command."""
-    parser = cli.Parser(prog="python -m checkpoints.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="FOLDER", help="a model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
-    parser.add_argument("other", metavar="OTHER", nargs="?", help="another, to compare with in place of transformers")
-    parser.add_argument("--run", action="store_true", help="of two folders, run both models too")
-    parser.add_argument("--tokens", type=int, default=48, metavar="N", help="random tokens in a row (default 48); to check a window, more than it")
-    parser.add_argument("--batch", type=int, default=2, metavar="N", help="rows (default 2)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="that the tokens are drawn from (default 0)")
-    parser.add_argument("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32", help="of both models (default float32)")
-    parser.add_argument("--bound", type=float, metavar="X", help="the largest relative difference that is called equal (default: see above)")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the relative difference by depth")
-    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this config key or tensor that reading complains of")
-    parser.add_argument("--allow-pickle", action="store_true", help="of two folders, read .bin and .pth files too; only from people you trust")
+    parser = cli.Parser(prog="python -m checkpoints.compare", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="FOLDER", help="model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
+    add("other", metavar="OTHER", nargs="?", help="another one, to compare with in place of transformers")
+    add("--run", action="store_true", help="run of both models, of two folders, beside the comparison of their weights")
+    add("--tokens", type=int, default=48, metavar="N",
+        help="number of random tokens in a row (default 48); to check a window, more than it")
+    add("--batch", type=int, default=2, metavar="N", help="number of rows (default 2)")
+    add("--seed", type=int, default=0, metavar="N", help="seed that the tokens are drawn from (default 0)")
+    add("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32",
+        help="dtype of both models (default float32)")
+    add("--bound", type=float, metavar="X", help="largest relative difference that is called equal (default as above)")
+    add("--plot", type=Path, metavar="FILE.png", help="picture to draw, of the relative difference by depth")
+    add("--ignore", action="append", default=[], metavar="NAME",
+        help="config key or tensor, of those that reading complains of, to pass over; may be repeated")
+    add("--allow-pickle", action="store_true",
+        help="permission to read .bin and .pth files, of two folders; only from people you trust")
     args = parser.parse_args()
     if args.plot and args.other and not args.run:
         raise InputError("--plot draws models that run: add --run")
-    sources = [open_source(hub.local_path(one, hub.wanted(args.allow_pickle)), args.ignore, allow_pickle=args.allow_pickle) for one in (args.source, args.other) if one]
     dtype, reports = DTYPES[args.dtype], []
-    if args.other:
-        print(" and ".join(map(said, sources)))
-        reports.append(compare_folders(*sources, BOUNDS[torch.float32] if args.bound is None else args.bound))
+    assert dtype is not None, "auto is not among the choices"
+    bound = BOUNDS[dtype] if args.bound is None else args.bound
+    first, other = opened(args.source, args), opened(args.other, args) if args.other else None
+    if other is not None:
+        print(f"{said(first)} and {said(other)}")
+        reports.append(compare_folders(first, other, BOUNDS[torch.float32] if args.bound is None else args.bound))
         print("", *reports[-1].lines, sep="\n", end="\n\n" if args.run else "\n")
-    if args.run or not args.other:
-        run_them = in_our_decoder if args.other else against_transformers
-        reports.append(run_them(*sources, args, dtype, BOUNDS[dtype] if args.bound is None else args.bound))
+    if other is None:
+        reports.append(against_transformers(first, args, dtype, bound))
+        print(*reports[-1].lines, sep="\n")
+    elif args.run:
+        reports.append(in_our_decoder(first, other, args, dtype, bound))
         print(*reports[-1].lines, sep="\n")
     if not all(report.same for report in reports):
         sys.exit(1)

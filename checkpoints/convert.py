@@ -4,10 +4,11 @@
     python -m checkpoints.convert SRC DST --to meta                    … to params.json and consolidated.00.pth (Llama)
     python -m checkpoints.convert SRC DST --dtype bfloat16 --verify    cast, and compare what was written with SRC
     python -m checkpoints.convert SRC DST --dry-run                    what would become what; nothing is written
-    python -m checkpoints.convert SRC DST --allow-pickle               SRC has its weights as pickles (.bin, .pth), and you trust it
+    python -m checkpoints.convert SRC DST --allow-pickle               SRC has pickles (.bin, .pth), and you trust it
 
-SRC is a model folder, a name on the Hugging Face hub, or a file that describes a model: a config.json, a params.json, a *.gguf.
-DST appears whole, with the tokenizer files of SRC, or not at all. Every value is checked on its way: a NaN or an infinity ends it.
+SRC is a model folder, a name on the Hugging Face hub, or a file that describes a model: a config.json, a params.json,
+a *.gguf. DST appears whole, with the tokenizer files of SRC, or not at all. Every value is checked on its way: a NaN or
+an infinity ends it.
 """
 
 import argparse
@@ -39,9 +40,9 @@ UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MI
 
 @dataclass(frozen=True)
 class Move:
-    """Parameters that are stored together in SRC or in DST, and so are moved together: the steps that read them, and those that write them."""
-    reads: list[Step]
-    writes: list[Step]
+    """Parameters that are stored together in SRC or in DST, and so are moved together."""
+    reads: list[Step]                            # the steps that read them
+    writes: list[Step]                           # and those that write them
 
     @property
     def straight(self) -> bool:
@@ -52,7 +53,7 @@ class Move:
     def pairs(self) -> Iterator[tuple[str, str]]:
         """(name in SRC, name in DST) of a straight move."""
         for write in self.writes:
-            yield from zip(self.reads[0].theirs, write.theirs)
+            yield from zip(self.reads[0].theirs, write.theirs, strict=True)
 
     def size(self, places: Mapping[str, Stored]) -> int:
         """Bytes in DST."""
@@ -70,7 +71,7 @@ class Conversion:
 
 
 def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None) -> Conversion:
-    """Raises ConfigError if the layout cannot express the model."""
+    """What becomes what. Raises ConfigError if the layout cannot express the model."""
     parameters = source.parameters()
     dtypes = {name: source.dtype(name, dtype) for name in parameters}
     origin = export.origin_of(source)
@@ -98,8 +99,9 @@ def moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:
     yield from found.values()
 
 
-def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_000, verify: bool = False, done: Callable[[int], None] = lambda count: None) -> None:
-    """Write the folder. `done` is called with the bytes of each part that is written (and again of each that is compared).
+def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_000, verify: bool = False,
+            done: Callable[[int], None] = lambda count: None) -> None:
+    """Write the folder. `done` is called with the bytes of each part when it is written, and again when it is compared.
 
     Raises CheckpointError on a damaged source, a full disk, or a comparison that fails; `folder` is not there then."""
     written = conversion.written
@@ -120,7 +122,7 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """The disk sets the pace. Threads of torch's that wait for the next small check spin, and take the core that writes."""
+    """The disk sets the pace. Threads of torch that wait for the next small check spin, on the core that writes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -137,7 +139,8 @@ def need_room(folder: Path, size: int) -> None:
         raise CheckpointError(f"{folder}: {size:,} bytes to write, and {free:,} free on that disk; nothing was written")
 
 
-def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring, out: stream.Writer) -> None:
+def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring,
+          out: stream.Writer) -> None:
     stored = conversion.source.stored
     if move.straight:
         for here, there in move.pairs():
@@ -150,7 +153,7 @@ def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring
 
 
 def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring) -> None:
-    """The source through its table against the file through its own: what was written is what would be loaded from the source."""
+    """The source through its table against the file through its own: what was written is what would be loaded."""
     stored = conversion.source.stored
     if move.straight:
         equal = [(there, stream.same(stored[here], places[there], ring)) for here, there in move.pairs()]
@@ -159,30 +162,37 @@ def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], r
         equal = [found for step in move.writes for found in stream.same_step(step, parameters, places)]
     for name, same in equal:
         if not same:
-            raise CheckpointError(f"{name}: what was written is not what {conversion.source.folder} has; the disk or the memory is not to be trusted")
+            raise CheckpointError(f"{name}: what was written is not what {conversion.source.folder} has; "
+                                  "the disk or the memory is not to be trusted")
 
 
 def _in_memory(move: Move, conversion: Conversion) -> dict[str, Tensor]:
     shapes = conversion.source.parameters()
-    parameters = {name: torch.empty(shapes[name].shape, dtype=conversion.dtypes[name]) for step in move.reads for name in step.ours}
+    parameters = {name: torch.empty(shapes[name].shape, dtype=conversion.dtypes[name])
+                  for step in move.reads for name in step.ours}
     for step in move.reads:
         stream.load_step(step, conversion.source.stored, parameters)
     return parameters
 
 
 def describe(conversion: Conversion) -> Iterator[str]:
-    """The plan in lines: every tensor of DST, its dtype and shape, and what it is made of."""
+    """The conversion in lines: every tensor of DST, its dtype and shape, and what it is made of."""
     made_of = {name: move for move in conversion.moves for step in move.writes for name in step.theirs}
     width = max(map(len, conversion.written.tensors))
     for name, (dtype, shape) in conversion.written.tensors.items():
         move = made_of[name]
         step = next(step for step in move.writes if name in step.theirs)
-        from_ = [move.reads[0].theirs[step.theirs.index(name)]] if move.straight else [one for read in move.reads for one in read.theirs]
+        if move.straight:
+            from_, how = [move.reads[0].theirs[step.theirs.index(name)]], ""
+        else:
+            from_ = [one for read in move.reads for one in read.theirs]
+            how = f"   as {' + '.join(_name(read.op) for read in move.reads)} → {_name(step.op)}"
         first = conversion.source.stored[from_[0]]
-        how = "" if move.straight else f"   as {' + '.join(_name(read.op) for read in move.reads)} → {_name(step.op)}"
         cast = "" if first.dtype == dtype else f" {table.short(first.dtype)}"
         more = f" … {from_[-1]} ({len(from_)} tensors)" if len(from_) > 3 else ", ".join(["", *from_[1:]])
-        yield f"{name:{width}}  {table.short(dtype):8}  {'×'.join(map(str, shape)) or 'scalar':>14}  ←{cast} {from_[0]}{more}  {first.file.name}{how}"
+        sizes = "×".join(map(str, shape)) or "scalar"
+        yield (f"{name:{width}}  {table.short(dtype):8}  {sizes:>14}  ←{cast} {from_[0]}{more}  "
+               f"{first.file.name}{how}")
 
 
 def _name(op: object) -> str:
@@ -199,23 +209,32 @@ def size(text: str) -> int:
 
 def run() -> None:
     """The command."""
-    parser = cli.Parser(prog="python -m checkpoints.convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SRC", help="a model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
-    parser.add_argument("destination", metavar="DST", type=Path, help="a folder that does not exist yet, or is empty")
-    parser.add_argument("--to", choices=export.FORMATS, default="hf", help="the layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps what is stored, and makes bfloat16 of 8 and 4 bits")
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="the most that one file holds, where the layout knows shards (default 5GB)")
-    parser.add_argument("--family", metavar="MODEL_TYPE", help="what the model is, for a folder that does not say, or says something else")
-    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this one config key or tensor that reading complains of")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan, tensor by tensor, and write nothing")
-    parser.add_argument("--verify", action="store_true", help="read DST back and compare every value with SRC before it takes its name")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files; none of what they name is run, and yet: only from people you trust")
+    parser = cli.Parser(prog="python -m checkpoints.convert", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="SRC", help="model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
+    add("destination", metavar="DST", type=Path, help="folder to write, which does not exist yet, or is empty")
+    add("--to", choices=export.FORMATS, default="hf",
+        help="layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral)")
+    add("--dtype", choices=DTYPES, default="auto",
+        help="dtype of the weights; auto keeps what is stored, and makes bfloat16 of 8 and 4 bits")
+    add("--shard-size", default="5GB", metavar="SIZE",
+        help="size of a file, at most, where the layout knows shards (default 5GB)")
+    add("--family", metavar="MODEL_TYPE", help="model_type, for a folder that does not say, or says something else")
+    add("--ignore", action="append", default=[], metavar="NAME",
+        help="config key or tensor, of those that reading complains of, to pass over; may be repeated")
+    add("--dry-run", action="store_true", help="list what would be written, tensor by tensor, and write nothing")
+    add("--verify", action="store_true", help="comparison of every value in DST with SRC, before DST takes its name")
+    add("--allow-pickle", action="store_true",
+        help="permission to read .bin and .pth files, from people you trust, though none of what they name is run")
     args = parser.parse_args()
     shard_bytes = size(args.shard_size)
-    source = open_source(hub.local_path(args.source, hub.wanted(args.allow_pickle)), args.ignore, args.family, args.allow_pickle)
+    path = hub.local_path(args.source, hub.wanted(args.allow_pickle))
+    source = open_source(path, args.ignore, args.family, args.allow_pickle)
     conversion = plan(source, args.to, DTYPES[args.dtype])
     total = conversion.written.nbytes
-    print(f"{source.folder} ({source.family.name}, {source.layout}) → {args.destination} ({args.to}): {len(conversion.written.tensors):,} tensors, {total:,} bytes")
+    print(f"{source.folder} ({source.family.name}, {source.layout}) → {args.destination} ({args.to}): "
+          f"{len(conversion.written.tensors):,} tensors, {total:,} bytes")
     if args.dry_run:
         print("\n".join(describe(conversion)))
         return

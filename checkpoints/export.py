@@ -1,13 +1,13 @@
 """What is written for a model: the JSON that describes it, the names of its tensors, and the files that belong to it.
 
     to        config               tensors                                    what loads it
-    hf        config.json          model.safetensors, or shards and index     transformers, vLLM, llama.cpp's converter, nanollm
+    hf        config.json          model.safetensors, or shards and index     transformers, vLLM, llama.cpp's converter
     nanollm   config.json          the same files, with our own names         nanollm: any model that can be built here
     meta      params.json          consolidated.00.pth                        Meta's published code; Llama
-    mistral   params.json          consolidated.safetensors                   Mistral's published code; Mistral and Mixtral
+    mistral   params.json          consolidated.safetensors                   Mistral's published code; Mistral, Mixtral
 
-A model that came from a Hugging Face folder keeps its config.json, but for what changed. Any other is written by its family, or else by
-the first family that can say all of it.
+nanollm loads them all. A model that came from a Hugging Face folder keeps its config.json, but for what changed. Any
+other is written by its family, or else by the first family that can say all of it.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
+from checkpoints.families.family import TOKENS
 from checkpoints.families.nanollm import NANOLLM
 from checkpoints.layouts import hub
 from checkpoints.layouts.original import (
@@ -49,7 +50,7 @@ FORMATS = ("hf", "nanollm", "meta", "mistral")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model was loaded from, so that it is written back the same way. It stands at `model.origin`."""
+    """Where a model was loaded from, so that it is written back the same way: `model.origin`."""
     folder: Path
     layout: str
     values: dict[str, Any]                       # config.json as it was
@@ -59,7 +60,9 @@ class Origin:
 
 
 def origin_of(source: Source) -> Origin:
-    """Of a model in our own layout the folder that it was made from, if config.json says so. Raises ConfigError if that is no such thing."""
+    """Of a model in our own layout the folder that it was made from, if config.json says so.
+
+    Raises ConfigError if what it says is no such thing."""
     was = source.values.get("was") if source.family is NANOLLM else None
     if was is None:
         return Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
@@ -67,10 +70,11 @@ def origin_of(source: Source) -> Origin:
     values, table_number, ignore = r.get("config"), r.get("names"), r.get("ignore")
     if not isinstance(values, dict) or not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
         raise r.error("config", "a config.json, and ignore a list of names")
-    family = read_config(values, r.where, ignore)[0]
-    if type(table_number) is not int or not 0 <= table_number < len(family.tables):
-        raise r.error("names", f"a number below {len(family.tables)}, of one of the tables of {family.name}")
-    return Origin(source.folder, "hf", values, family, family.tables[table_number], tuple(ignore))
+    family, config = read_config(values, r.where, ignore)
+    tables = family.tables(config)
+    if type(table_number) is not int or not 0 <= table_number < len(tables):
+        raise r.error("names", f"a number below {len(tables)}, of one of the tables of {family.name}")
+    return Origin(source.folder, "hf", values, family, tables[table_number], tuple(ignore))
 
 
 @dataclass(frozen=True)
@@ -95,34 +99,57 @@ class Export:
         return writing.lay_out(draft, self.tensors, shard_bytes)
 
 
-def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype], origin: Origin | None, to: str = "hf") -> Export:
-    """The plan. `parameters` may be on the meta device; `dtypes` are what they are written as. Raises ConfigError where `to` has no words."""
-    values, names = {"hf": _hf, "nanollm": _nanollm}.get(to, lambda *given: _original(*given, to))(config, origin)
+def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, str]:
+    """The layout that `save` writes, "hf" or "nanollm", and why it is our own, in words, where it is."""
+    try:
+        _hf(config, origin)
+    except ConfigError as error:
+        return "nanollm", " ".join(str(error).split())
+    return "hf", ""
+
+
+def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype],
+                origin: Origin | None, to: str = "hf") -> Export:
+    """What will be written. `parameters` may be on the meta device; `dtypes` are what they are written as.
+
+    Raises ConfigError where the format `to` cannot express the model."""
+    if to == "hf":
+        values, names = _hf(config, origin)
+    elif to == "nanollm":
+        values, names = _nanollm(config, origin)
+    else:
+        values, names = _original(config, origin, to)
     kinds: Counter[str] = Counter()
     for name, parameter in parameters.items():
         kinds[table.short(dtypes[name])] += parameter.numel()
     values |= {key: kinds.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in values}
     steps = (steps_of if to in ("meta", "mistral") else table.expand)(names, parameters, config)
-    tensors = {theirs: (dtypes[step.ours[0]], shape) for step in steps for theirs, shape in step.shapes(parameters).items()}
+    tensors = {theirs: (dtypes[step.ours[0]], shape)
+               for step in steps for theirs, shape in step.shapes(parameters).items()}
     return Export(to, values, steps, tensors)
 
 
 def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
     if origin is None or origin.family is NANOLLM:
         ropes = {layer.mixer.rope for layer in config.layers if isinstance(layer.mixer, Attention)}
-        with contextlib.suppress(ConfigError):   # a model of Meta's, kept under our names: heads that turn whole have halves in a Llama
-            if all(isinstance(rope, Rope) and (rope.layout, rope.fraction) == ("interleaved", 1.0) for rope in ropes) and ropes:
-                family, values = write_config(with_rope_layout(config, "half"), FAMILIES["llama"])
-                return values, for_heads_in(family.tables[0], "interleaved", "half")
+        # a model of Meta's, kept under our names: heads of which all channels turn have halves in a Llama
+        with contextlib.suppress(ConfigError):
+            turned = {isinstance(rope, Rope) and (rope.layout, rope.fraction) == ("interleaved", 1.0) for rope in ropes}
+            if turned == {True}:
+                half = with_rope_layout(config, "half")
+                family, values = write_config(half, FAMILIES["llama"])
+                return values, for_heads_in(family.tables(half)[0], "interleaved", "half")
         family, values = write_config(config)
-        return values, family.tables[0]
+        return values, family.tables(config)[0]
     if origin.layout != "hf":
-        family, values = write_config(with_rope_layout(config, "half"), origin.family)
-        return values, for_heads_in(family.tables[0], rope_layout(config), "half")
+        half = with_rope_layout(config, "half")
+        family, values = write_config(half, origin.family)
+        return values, for_heads_in(family.tables(half)[0], rope_layout(config), "half")
     if origin.family.left_out:                   # a text model now, and a config.json that claims no tower
         family, values = write_config(config, FAMILIES[origin.family.name])
         said = (origin.values.get("text_config") or {}) | origin.values
-        return values | {key: said[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in said}, family.tables[0]
+        ids = {key: said[key] for key in TOKENS if key in said}
+        return values | ids, family.tables(config)[0]
     values = dict(origin.values)
     before = read_config(values, ignore=origin.ignore)[1]
     if before != config:
@@ -136,19 +163,24 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
 def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
     was = {}
     if origin and origin.layout == "hf" and origin.family is not NANOLLM:
-        number = next(number for number, names in enumerate(origin.family.tables) if names is origin.names)
+        tables = origin.family.tables(read_config(origin.values, ignore=origin.ignore)[1])
+        number = next(number for number, names in enumerate(tables) if names is origin.names)
         was = {"was": {"config": origin.values, "names": number, "ignore": list(origin.ignore)}}
-    return NANOLLM.write(config) | was, NANOLLM.tables[0]
+    return NANOLLM.write(config) | was, NANOLLM.tables(config)[0]
 
 
 def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict[str, Any], table.Table]:
-    family = origin.family if origin and origin.family is not NANOLLM else write_config(with_rope_layout(config, "half"))[0]
+    if origin and origin.family is not NANOLLM:
+        family = origin.family
+    else:
+        family = write_config(with_rope_layout(config, "half"))[0]
     expected = ("llama",) if to == "meta" else ("mistral", "mixtral")
     if family.name not in expected:
         raise ConfigError(f"a {family.name} model has no {to} layout; it is one of {' and '.join(expected)}")
     params = write_params(with_rope_layout(config, "interleaved"), family.name)
     again = read_config(read_params(params, f"as {to}", family.name, config.vocab, config.tied))[1]
-    kept = dataclasses.replace(with_rope_layout(config, "half"), context=again.context)     # which params.json does not say
+    # params.json does not say the context
+    kept = dataclasses.replace(with_rope_layout(config, "half"), context=again.context)
     if again != kept:
         raise ConfigError(f"params.json cannot say what the model is: {difference(kept, again, 'config')}")
     return params, for_heads_in(NAMES, rope_layout(config), "interleaved")
@@ -157,6 +189,6 @@ def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict
 def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
     """The tokenizer and what else belongs to the model, from where it came from."""
     if origin and not origin.folder.is_dir():
-        warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer")
+        warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer", stacklevel=2)
     for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)] if origin else []:
         shutil.copyfile(path, draft / path.name)

@@ -18,12 +18,12 @@
     model.layers.{0..31}.block_sparse_moe.experts.{0..7}.w1.weight  bfloat16  14336×4096  256 tensors  30.1 GB
     …
 
-The exit code is 0 if the folder would load, and 1 if not; then `loads` has what checkpoints.load() says, and what can be listed still is.
-FOLDER is whatever load() takes. Pickles (.bin, .pth) are read with --allow-pickle only. Without it, each is named, and which functions it
-calls beside what tensors need; nothing of it is run.
+The exit code is 0 if the folder would load, and 1 if not; then `loads` has what checkpoints.load() says, and what can
+be listed still is. FOLDER is whatever load() takes. Pickles (.bin, .pth) are read with --allow-pickle only. Without it,
+each is named, and which functions it calls beside what tensors need; nothing of it is run.
 
-Two things are read beside headers: a head that is stored although tied is compared with the embedding, and norms that every rank's file
-has with each other, as load() does to know what the model is.
+Two things are read beside headers: a head that is stored although tied is compared with the embedding, and norms that
+every rank's file has with each other, as load() does to know what the model is.
 """
 
 import argparse
@@ -39,6 +39,7 @@ from typing import Any
 
 from checkpoints import folding, layouts
 from checkpoints.layouts import hub, original
+from checkpoints.layouts.found import LARGEST_CONFIG
 from checkpoints.names import table
 from checkpoints.show import amount, billions
 from checkpoints.source import understand
@@ -53,7 +54,7 @@ LISTED = 8                                       # files that are listed one by 
 
 @dataclass
 class Report:
-    """What was found. `stored` is as it lies on disk: with the scales of fp8 weights, and the towers that load() leaves out."""
+    """What was found. `stored` is as on disk: with the scales of fp8 weights, and the towers that load() leaves out."""
     folder: Path
     layout: str
     family: str | None
@@ -61,7 +62,7 @@ class Report:
     parameters: int | None = None                # of the model, if it would load
     notes: list[str] = field(default_factory=list)
     stored: dict[str, Stored] = field(default_factory=dict)
-    pickles: dict[str, str | None] = field(default_factory=dict)         # file that was not read → what speaks against it; None: it is harmless
+    pickles: dict[str, str | None] = field(default_factory=dict)     # not read → what speaks against it; None: nothing
 
     @property
     def used(self) -> set[Path]:
@@ -70,15 +71,18 @@ class Report:
 
     def sizes(self) -> dict[Path, int]:
         """All files of the folder that could hold weights, and their bytes."""
-        return {path: path.stat().st_size for path in sorted(self.folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()}
+        paths = [path for path in sorted(self.folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
+        return {path: path.stat().st_size for path in paths}
 
 
 def look(path: Path, ignore: Collection[str] = (), family: str | None = None, allow_pickle: bool = False) -> Report:
-    """The report of a folder, or of the model that a file belongs to. What is wrong with it is in there; OSError if it cannot be listed."""
+    """The report of a folder, or of the model that a file belongs to; what is wrong with it is in there.
+
+    Raises OSError if the folder cannot be listed."""
     folder = path.parent if path.is_file() else path
     report = Report(folder, which_layout(path), family)
     try:
-        found = layouts.find(path, family, allow_pickle, ignore)
+        found = layouts.find(path, layouts.Asked(family, allow_pickle, tuple(ignore)))
         report.stored, report.layout, report.family = found.stored, found.layout, found.values.get("model_type")
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
@@ -108,7 +112,7 @@ def which_layout(path: Path) -> str:
 def _list_anyway(report: Report) -> None:
     """A folder that is no whole model: what each of its files says by itself."""
     try:
-        said = files.read_json(report.folder / "config.json", layouts.LARGEST_CONFIG).get("model_type")
+        said = files.read_json(report.folder / "config.json", LARGEST_CONFIG).get("model_type")
         report.family = report.family or (said if isinstance(said, str) else None)
     except NanollmError:
         pass                                     # that it is missing, or damaged, is among the reasons already
@@ -134,7 +138,11 @@ def describe(report: Report, tensors: bool = False) -> str:
     for one in report.stored.values():
         held[_dtype(one)] += one.size
     numbers = sum(math.prod(one.shape) for one in report.stored.values())
-    counted, by_tensors = (report.parameters, "") if report.reason is None else (numbers, ", as many numbers as the tensors hold")
+    counted, by_tensors = report.parameters, ""
+    if counted is None:
+        counted, by_tensors = numbers, ", as many numbers as the tensors hold"
+    judged = {name: f"NOT harmless, {against}" if against else "harmless, it calls what tensors need and no more"
+              for name, against in report.pickles.items()}
     rows = {
         "layout": [report.layout],
         "family": [report.family or "unknown"],
@@ -142,24 +150,27 @@ def describe(report: Report, tensors: bool = False) -> str:
         "dtypes": [", ".join(f"{amount(size)}B of {name}" for name, size in held.most_common()) or "unknown"],
         "tensors": [f"{len(report.stored):,}"],
         "parameters": [f"{counted:,} ({billions(counted)}){by_tensors}" if report.stored else "unknown"],
-        "pickles": [f"{name}: {f'NOT harmless, {against}' if against else 'harmless, it calls what tensors need and no more'}"
-                    for name, against in report.pickles.items()],
+        "pickles": [f"{name}: {judgement}" for name, judgement in judged.items()],
         "notes": report.notes,
         "loads": ["yes"] if report.reason is None else ["no", *report.reason.splitlines()],
     }
     lines = [f"{what if at == 0 else '':13}{line}" for what, said in rows.items() for at, line in enumerate(said)]
     listed = _each(report) if tensors else _groups(report)
-    return "\n".join(map(_printable, [str(report.folder), *lines, *([""] if report.stored else []), *_aligned([_row(one) for one in listed])]))
+    if report.stored:
+        lines.append("")
+    return "\n".join(map(_printable, [str(report.folder), *lines, *_aligned([_row(one) for one in listed])]))
 
 
 def facts(report: Report, tensors: bool = False) -> str:
     """The same for machines, as JSON."""
     used = report.used
     return json.dumps({
-        "folder": str(report.folder), "layout": report.layout, "family": report.family, "loads": report.reason is None, "reason": report.reason,
+        "folder": str(report.folder), "layout": report.layout, "family": report.family,
+        "loads": report.reason is None, "reason": report.reason,
         "notes": report.notes, "parameters": report.parameters, "tensors": len(report.stored),
         "files": [{"name": path.name, "bytes": size, "used": path in used} for path, size in report.sizes().items()],
-        "pickles": [{"name": name, "harmless": against is None, "against": against} for name, against in report.pickles.items()],
+        "pickles": [{"name": name, "harmless": against is None, "against": against}
+                    for name, against in report.pickles.items()],
         "stored": list(_each(report) if tensors else _groups(report)),
     }, indent=2, ensure_ascii=False)
 
@@ -167,17 +178,20 @@ def facts(report: Report, tensors: bool = False) -> str:
 def _files(report: Report) -> Iterator[str]:
     """Those that the model is read from, then those that belong to something else."""
     sizes, used = report.sizes(), report.used
-    for names, more in (([path for path in sizes if path in used], ""), ([path for path in sizes if path not in used], ", not read")):
+    read, others = [path for path in sizes if path in used], [path for path in sizes if path not in used]
+    for names, more in ((read, ""), (others, ", not read")):
         if len(names) <= LISTED:
             yield from (f"{path.name}   {amount(sizes[path])}B{more}" for path in names)
         else:
-            yield f"{len(names)}, {amount(sum(sizes[path] for path in names))}B{more}: {names[0].name} … {names[-1].name}"
+            size = amount(sum(sizes[path] for path in names))
+            yield f"{len(names)}, {size}B{more}: {names[0].name} … {names[-1].name}"
 
 
 def _each(report: Report) -> Iterator[dict[str, Any]]:
     for name, one in report.stored.items():
         parts = [part.file.name for part in getattr(one, "parts", (one,))]
-        yield {"name": name, "dtype": _dtype(one), "shape": list(one.shape), "bytes": one.size, "file": ", ".join(parts)}
+        yield {"name": name, "dtype": _dtype(one), "shape": list(one.shape), "bytes": one.size,
+               "file": ", ".join(parts)}
 
 
 def _groups(report: Report) -> Iterator[dict[str, Any]]:
@@ -202,8 +216,8 @@ def _row(one: Mapping[str, Any]) -> list[str]:
 
 
 def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _printable(line: str) -> str:
@@ -213,20 +227,24 @@ def _printable(line: str) -> str:
 
 def run() -> None:
     """The command."""
-    parser = cli.Parser(prog="python -m checkpoints.inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="FOLDER", help="a model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
-    parser.add_argument("--tensors", action="store_true", help="every tensor with its file; else those are one line that differ in numbers only")
-    parser.add_argument("--json", action="store_true", help="the same for machines")
-    parser.add_argument("--family", metavar="MODEL_TYPE", help="what the model is, for a folder that does not say, or says something else")
-    parser.add_argument("--ignore", action="append", default=[], metavar="NAME", help="pass over this config key or tensor that reading complains of")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin and .pth files too; only from people you trust")
+    parser = cli.Parser(prog="python -m checkpoints.inspect", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("source", metavar="FOLDER", help="model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
+    add("--tensors", action="store_true", help="one line a tensor, with its file; else one for many of one pattern")
+    add("--json", action="store_true", help="the same for machines")
+    add("--family", metavar="MODEL_TYPE", help="model_type, for a folder that does not say, or says something else")
+    add("--ignore", action="append", default=[], metavar="NAME",
+        help="config key or tensor, of those that reading complains of, to pass over; may be repeated")
+    add("--allow-pickle", action="store_true", help="permission to read .bin and .pth files, from people you trust")
     args = parser.parse_args()
-    report = look(hub.local_path(args.source, hub.wanted(args.allow_pickle)), args.ignore, args.family, args.allow_pickle)
+    path = hub.local_path(args.source, hub.wanted(args.allow_pickle))
+    report = look(path, args.ignore, args.family, args.allow_pickle)
     print((facts if args.json else describe)(report, args.tensors))
     if report.reason is not None:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    with files.uncollected():                    # of DeepSeek-V3's 45,395 tensors none is garbage, and looking for some takes a third of the time
+    with files.uncollected():                    # none of DeepSeek-V3's 45,395 tensors is garbage to look for
         cli.main(run)

@@ -1,11 +1,12 @@
 """A model where it lies: found in a folder, understood, and planned, without a byte of its weights read.
 
-    folder ──→ what describes it, and where its tensors are (layouts.py)
-           ──→ ModelConfig and family (reader.py, families/)         Decoder on the meta device ─┐
-           ──→ headers of its files ─────────────────────────────────────────────────────────────┴─ steps
+    folder ──→ what describes it, and where its tensors are (layouts/)
+           ──→ ModelConfig and family (names/reader.py, families/)       Decoder on the meta device ─┐
+           ──→ headers of its files ─────────────────────────────────────────────────────────────────┴─ steps
 
-What comes out fits: every parameter has its tensor and every tensor its parameter, in the right shape. If not, the error has the
-whole list. load() fills a model from it, convert.py writes another folder from it, inspect.py and compare.py look at it.
+What comes out fits: every parameter has its tensor and every tensor its parameter, in the right shape. If not, the
+error has the whole list. load() fills a model from it, convert.py writes another folder from it, inspect.py and
+compare.py look at it.
 """
 
 import dataclasses
@@ -50,7 +51,7 @@ class Source:
         return dict(self.model.named_parameters())
 
     def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
-        """What a parameter is kept as: as stored, or as wanted, but float32 at least where its module says that less would not do."""
+        """What a parameter is kept as: as stored, or as wanted, but float32 at least where its module needs that."""
         step = next(step for step in self.steps if name in step.ours)
         if wanted is None:
             return self.stored[step.theirs[0]].dtype
@@ -71,11 +72,14 @@ class Source:
         return self.model.eval()
 
 
-def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None, allow_pickle: bool = False) -> Source:
-    """The model in a folder, or the one that a file (params.json, *.gguf) belongs to. `family` is a model_type in place of the one that
-    is said, for folders that say none. Raises ConfigError or CheckpointError; nothing was read or allocated then."""
+def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None,
+                allow_pickle: bool = False) -> Source:
+    """The model in a folder, or the one that a file (params.json, *.gguf) belongs to.
+
+    `family` is a model_type in place of the one that is said, for folders that say none. Raises ConfigError or
+    CheckpointError; nothing was read or allocated then."""
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return understand(layouts.find(path, family, allow_pickle, ignore), ignore)
+    return understand(layouts.find(path, layouts.Asked(family, allow_pickle, ignore)), ignore)
 
 
 def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
@@ -84,38 +88,51 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     stored = quantized.plain_tensors(found.stored, block, str(found.folder))
     if not stored:
         raise CheckpointError(f"{found.folder}: no tensors in any file")
-    kind, config = read_config(values, found.where, ignore, most=min(len(stored), 10_000))
-    if found.pairs:
-        config = with_rope_layout(config, "interleaved")
+    kind, config = config_of(found, ignore)
     stored = _language_model(stored, kind, config, found.folder)
     model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore)
 
 
-def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig, folder: Path) -> dict[str, files.Stored]:
-    """The tensors without those of a multimodal model's other towers, and of a layer that predicts ahead, which are counted in a warning."""
+def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Family, ModelConfig]:
+    """The family and the config of what was found, without a look at its tensors. Raises ConfigError."""
+    values = quantized.plain_config(found.values, found.where)[0]
+    kind, config = read_config(values, found.where, ignore, most=min(len(found.stored) or 10_000, 10_000))
+    return kind, with_rope_layout(config, "interleaved") if found.pairs else config
+
+
+def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig,
+                    folder: Path) -> dict[str, files.Stored]:
+    """The tensors without those of a multimodal model's other towers, and of a layer that predicts ahead.
+
+    A warning counts what is left out."""
     mark = family.ahead.replace("{i}", str(len(config.layers)))
     spare = (*family.left_out, *([mark.rsplit(".", 2)[0] + "."] if mark in stored else []))
     towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
-    told = [f"{prefix}… ({len(tower)} tensors, {sum(one.size for one in tower):,} bytes)" for prefix, tower in towers.items() if tower]
+    told = [f"{prefix}… ({len(tower)} tensors, {sum(one.size for one in tower):,} bytes)"
+            for prefix, tower in towers.items() if tower]
     if told:
-        warnings.warn(f"{folder}: the language model is loaded; left out: {', '.join(told)}")
+        warnings.warn(f"{folder}: the language model is loaded; left out: {', '.join(told)}", stacklevel=2)
     return {name: one for name, one in stored.items() if not name.startswith(spare)}
 
 
-def _plan(
-    family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored], ignore: tuple[str, ...]
-) -> tuple[Decoder, table.Table, list[table.Step]]:
+def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored],
+          ignore: tuple[str, ...]) -> tuple[Decoder, table.Table, list[table.Step]]:
     """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
     model = _on_meta(config, found.where)
     parameters = dict(model.named_parameters())
-    names = min(found.tables or family.tables, key=lambda one: len(table.missing(table.expand(one, parameters, config), stored)))
+
+    def lacking(names: table.Table) -> int:
+        return len(table.missing(table.expand(names, parameters, config), stored))
+
+    names = min(found.tables or family.tables(config), key=lacking)
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
     if config.tied and head in stored:           # stored although tied: a copy is passed over, another head is kept
         if embed in stored and files.equal_bytes(stored[head], stored[embed]):
             ignore = (*ignore, head)
         else:
-            warnings.warn(f"{found.folder}: tied by config.json, but {head} is not the embedding; it is kept, and the model is untied")
+            warnings.warn(f"{found.folder}: tied by config.json, but {head} is not the embedding; "
+                          "it is kept, and the model is untied", stacklevel=2)
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)

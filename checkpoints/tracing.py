@@ -1,22 +1,22 @@
 """Where two models part: both run on the same tokens, and what their parts read and give is compared.
 
-    tokens ── embed ─▣─ layer 0 ─▣─ layer 1 ─▣─ … ─▣─ norm ─▣─ head ── logits ▣          compared at ▣, depth by depth
+    tokens ── embed ─▣─ layer 0 ─▣─ layer 1 ─▣─ … ─▣─ norm ─▣─ head ── logits ▣        compared at ▣, depth by depth
 
-    ours with transformers'           which part is which follows from the table of names: the rule that loads a weight names its module
+    ours with transformers'           the table of names tells which part is which: a rule names the modules of a weight
     ours with ours, in other weights  the parts have the same names
 
-The first block that differs is run again, and looked into in the order in which its parts run. Differences are relative; here the rows
-of q stand in reverse order:
+The first block that differs is run again, and looked into in the order in which its parts run. Differences are
+relative; here the rows of q are in reverse order:
 
     inside layers.1  it reads  it gives
     pre_mixer               0         0
-    mixer.q                 0   6.9e-01   ← it reads the same and gives something else: its weights, or the order of their rows
+    mixer.q                 0   6.9e-01   ← it reads the same and gives something else: its weights, or their order
     mixer.k                 0         0
     mixer.v                 0         0
-    mixer.o           7.9e-01   7.4e-01     were this the first to differ, the cause would lie between q, k, v and o: rotation, mask, scale
+    mixer.o           7.9e-01   7.4e-01     if this differed first, the cause would be rotation, mask or scale
 
-What is packed into one module there and is three of ours is taken apart by the op of its rule, since the outputs of a matrix lie in the
-order of its rows. So q, k and v are told apart in a Phi-3 too.
+What is packed into one module there and is three of ours is taken apart by the op of its rule, since the outputs of a
+matrix lie in the order of its rows. So q, k and v are told apart in a Phi-3 too.
 
     relative difference of a and b     max |a − b| / (max b − min b),  b the other model's
 """
@@ -54,8 +54,10 @@ class Gap(NamedTuple):
 def gap(a: Tensor, b: Tensor) -> Gap:
     """Of two tensors of one shape; the formula is at the head of the file."""
     wide = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    runs = [(x.to(wide), y.to(wide)) for x, y in zip(a.reshape(-1).split(stream.RUN), b.reshape(-1).split(stream.RUN))]
-    largest, high, low = (torch.stack(found).amax().item() for found in zip(*(((x - y).abs().amax(), y.amax(), (-y).amax()) for x, y in runs)))
+    chunks = zip(a.reshape(-1).split(stream.RUN), b.reshape(-1).split(stream.RUN), strict=True)
+    runs = [(x.to(wide), y.to(wide)) for x, y in chunks]
+    ends = [((x - y).abs().amax(), y.amax(), (-y).amax()) for x, y in runs]
+    largest, high, low = (torch.stack(found).amax().item() for found in zip(*ends, strict=True))
     spread = high + low
     return Gap(largest, largest / spread if spread > 0 else largest and torch.inf)
 
@@ -89,8 +91,9 @@ def side(model: Decoder) -> Side:
 # ---- which part is which
 
 def outline(steps: Sequence[Step], layers: int) -> list[Part]:
-    """The blocks, in their order, and before and after them a norm that has weights. `steps` are those that load the model."""
-    norms = {step.ours[0]: Part((_owner(step.ours[0]),), _owner(step.theirs[0])) for step in steps if step.ours[0] in ("embed_norm.gain", "norm.gain")}
+    """The blocks, in their order, and before and after them a norm that has weights. `steps` load the model."""
+    norms = {step.ours[0]: Part((_owner(step.ours[0]),), _owner(step.theirs[0]))
+             for step in steps if step.ours[0] in ("embed_norm.gain", "norm.gain")}
     blocks = [_around(steps, f"layers.{i}") for i in range(layers)]
     found = [norms.get("embed_norm.gain"), *blocks, norms.get("norm.gain")]
     return [part for part in found if part is not None]
@@ -99,17 +102,18 @@ def outline(steps: Sequence[Step], layers: int) -> list[Part]:
 def parts_of(steps: Sequence[Step], block: Part) -> list[Part]:
     """The modules inside a block, and its mixer and its ffn as a whole."""
     inside = [step for step in steps if step.ours[0].startswith(f"{block.ours[0]}.") and len(step.theirs) == 1]
-    found = {}
+    found: dict[tuple[str, ...], Part] = {}
     for step in inside:
         modules = tuple(map(_owner, step.ours))
-        if all(_last(name) in INSIDE for name in (*step.ours, *step.theirs)):          # else a parameter that is no module by itself
+        # other parameters are no module by themselves
+        if all(_last(name) in INSIDE for name in (*step.ours, *step.theirs)):
             found.setdefault(modules, Part(modules, _owner(step.theirs[0]), step.op, step.layer))
     whole = [_around(steps, f"{block.ours[0]}.{half}") for half in ("mixer", "ffn")]
     return [*found.values(), *(part for part in whole if part.theirs not in ("", block.theirs))]
 
 
 def _around(steps: Sequence[Step], ours: str) -> Part:
-    """The module there that everything is in that is in a module of ours: the longest prefix that the names have in common."""
+    """The module there that has all that a module of ours has: the longest prefix that the names have in common."""
     names = [_owner(name).split(".") for step in steps if step.ours[0].startswith(f"{ours}.") for name in step.theirs]
     return Part((ours,), ".".join(os.path.commonprefix(names)))
 
@@ -128,7 +132,7 @@ class Seen(NamedTuple):
     """What a module read and gave: the first tensor on either side, on the CPU."""
     read: Tensor
     gave: Tensor
-    alone: bool                                  # whether it read no second tensor of the shape that it gives, as a residual that it adds is
+    alone: bool                                  # it read no second tensor of the shape that it gives: no residual
 
 
 def watch(one: Side, names: Sequence[str], tokens: Tensor) -> tuple[dict[str, Seen], Tensor]:
@@ -146,7 +150,7 @@ def watch(one: Side, names: Sequence[str], tokens: Tensor) -> tuple[dict[str, Se
     hooks = [module.register_forward_hook(partial(note, name), with_kwargs=True) for name, module in modules.items()]
     added = [module for module in modules.values() if hasattr(module, "add")]
     for module in added:                         # a norm of ours that is called together with a sum, past its forward
-        module.add = partial(_add, module)
+        module.add = partial(_add, module)  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     try:
         with torch.inference_mode():
             return seen, one.run(tokens)
@@ -172,10 +176,11 @@ def _first(values: Sequence[Any]) -> Tensor | None:
 
 
 def as_ours(op: Op, layer: Layer | None, rows: Tensor, counts: Sequence[int]) -> list[Tensor]:
-    """Rows of one tensor there (R, …) → the rows of each of ours, (count, …) each, by the arrangement of their weights."""
+    """Rows of one tensor there (R, …) → the rows of each of ours, (count, …), by the arrangement of their weights."""
     ours = [rows.new_empty(count, *rows.shape[1:]) for count in counts]
     at = 0
     for _, piece in op.pieces(ours, layer):
+        assert isinstance(piece, Tensor), "of three dimensions, so no op transposes it"
         count = piece.numel() // rows[0].numel()
         piece.copy_(rows[at : at + count].reshape(piece.shape))
         at += count
@@ -212,7 +217,9 @@ class Inside:
     def _cause(part: str) -> str:
         if part in ("mixer", "ffn"):
             return "what in it was not compared, such as a scan or experts"
-        return "its gain, its bias or its ε" if "norm" in part or part.startswith(("pre_", "post_")) else "its weights, or the order of their rows"
+        if "norm" in part or part.startswith(("pre_", "post_")):
+            return "its gain, its bias or its ε"
+        return "its weights, or the order of their rows"
 
 
 def by_depth(ours: Side, theirs: Side, outline: Sequence[Part], tokens: Tensor) -> Iterator[tuple[str, Gap]]:
@@ -232,14 +239,16 @@ def look_inside(ours: Side, theirs: Side, parts: Sequence[Part], tokens: Tensor)
     """The parts of a block, in the order in which ours run."""
     mine, _ = watch(ours, [name for part in parts for name in part.ours], tokens)
     other, _ = watch(theirs, [part.theirs for part in parts], tokens)
-    found, lines = Inside(), {}
+    found = Inside()
+    lines: dict[str, Line] = {}
     for part in parts:
         if not all(name in mine for name in part.ours):
             found.skipped.append(f"{', '.join(part.ours)}: not run as a module here")
         elif part.theirs not in other:
             found.skipped.append(f"{', '.join(part.ours)}: no {part.theirs} there")
         elif not other[part.theirs].alone:
-            found.skipped.append(f"{', '.join(part.ours)}: {part.theirs} reads two tensors, such as the residual that it adds")
+            reason = f"{part.theirs} reads two tensors, such as the residual that it adds"
+            found.skipped.append(f"{', '.join(part.ours)}: {reason}")
         else:
             lines |= _compared(part, mine, other[part.theirs], found.skipped)
     found.lines = [lines[name] for name in mine if name in lines]
@@ -250,12 +259,15 @@ def _compared(part: Part, mine: Mapping[str, Seen], other: Seen, skipped: list[s
     """A line for each of our modules in a part, if the tensors have comparable shapes."""
     gaves, reads = [mine[name].gave for name in part.ours], mine[part.ours[0]].read
     width = sum(gave.shape[-1] for gave in gaves)
-    if not _alike(gaves[0], other.gave) or other.gave.shape[-1] != width or not _alike(reads, other.read) or reads.shape[-1] != other.read.shape[-1]:
-        skipped.append(f"{', '.join(part.ours)}: {tuple(gaves[0].shape)} here, {part.theirs} gives {tuple(other.gave.shape)}")
+    given = _alike(gaves[0], other.gave) and other.gave.shape[-1] == width
+    if not given or not _alike(reads, other.read) or reads.shape[-1] != other.read.shape[-1]:
+        here, there = tuple(gaves[0].shape), tuple(other.gave.shape)
+        skipped.append(f"{', '.join(part.ours)}: {here} here, {part.theirs} gives {there}")
         return {}
     rows = as_ours(part.op, part.layer, other.gave.movedim(-1, 0), [gave.shape[-1] for gave in gaves])
     read = gap(reads, other.read.reshape(reads.shape))
-    return {name: Line(name, read, gap(gave, row.movedim(0, -1).reshape(gave.shape))) for name, gave, row in zip(part.ours, gaves, rows)}
+    gaps = (gap(gave, row.movedim(0, -1).reshape(gave.shape)) for gave, row in zip(gaves, rows, strict=True))
+    return {name: Line(name, read, gave) for name, gave in zip(part.ours, gaps, strict=True)}
 
 
 def _alike(a: Tensor, b: Tensor) -> bool:

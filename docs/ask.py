@@ -13,7 +13,7 @@ from nanollm.text import tokenizer
 from nanollm.text.chat import Conversation
 
 model, words = checkpoints.load(sys.argv[1]), tokenizer.load(sys.argv[1])
-for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(sys.argv[2])))):
+for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(sys.argv[2]))), strict=True):
     right = 0
     for chat in chats:
         *before, answer = chat.messages

@@ -1,4 +1,4 @@
-"""Questions about Python's standard library, and the first line of each module's docstring as the answer: a chat a line, to fine-tune on.
+"""Chats to fine-tune on, one a line: what is this module of the standard library for? The first line of its docstring.
 
     python docs/make_chats.py > chats.jsonl
 """
@@ -12,4 +12,5 @@ for document in standard_library():
     name = document.name.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
     answer = (ast.get_docstring(ast.parse(document.text)) or "").partition("\n")[0].strip()
     if 10 <= len(answer) <= 80 and "_" not in name:
-        print(json.dumps({"messages": [{"role": "user", "content": f"What is {name} for?"}, {"role": "assistant", "content": answer}]}))
+        turns = [("user", f"What is {name} for?"), ("assistant", answer)]
+        print(json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]}))

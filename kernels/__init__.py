@@ -1,4 +1,4 @@
-"""Triton kernels, one file an operation; README.md is the map. Each has the signature of its PyTorch definition in `nanollm`.
+"""Triton kernels, one file an operation; README.md is the map. Each has the signature of its definition in `nanollm`.
 
     from kernels import rms_norm
     rms_norm(x, gain, eps)                  ValueError, naming the argument, for what it does not support

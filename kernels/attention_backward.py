@@ -2,15 +2,19 @@
 
 With P = exp(s − lse), which the forward kept no more of than lse, and do the gradient of o = P v:
 
-    dv = Pᵀ do        dP = do vᵀ        ds = P ∘ (dP − δ),   δ = Σ_j P_j dP_j = Σ_d o ∘ do        (softmax: its Jacobian is diag P − P Pᵀ)
+    dv = Pᵀ do        dP = do vᵀ        ds = P ∘ (dP − δ),   δ = Σ_j P_j dP_j = Σ_d o ∘ do       (softmax's Jacobian:
+                                                                                                  diag P − P Pᵀ)
     dq = scale · ds k        dk = scale · dsᵀ q        soft cap s = c·tanh(u/c):  ds gains a factor 1 − tanh²
 
-FlashAttention-2 (arXiv 2307.08691) algorithm 2, but in two kernels without atomics, so that the same numbers come out every time: one walks
-along the queries of a tile of keys, one along the keys of a tile of queries. P is computed in both.
+FlashAttention-2 (arXiv 2307.08691) algorithm 2, but in two kernels without atomics, so that the same numbers come out
+every time: one walks along the queries of a tile of keys, one along the keys of a tile of queries. P is computed in
+both.
 
-Roofline. Of the forward's 4·B·H·d·pairs FLOPs, 2.5 times as many (five products for two); the two kernels do 3.5 times as many.
+Roofline. Of the forward's 4·B·H·d·pairs FLOPs, 2.5 times as many (five products for two); the two kernels do 3.5 times
+as many.
 
-    dk, dv       one program = KEYS of one key/value head              dq      one program = QUERIES of one head: the forward's picture
+    dk, dv       one program = KEYS of one key/value head              dq      one program = QUERIES of one head,
+                                                                               as in the forward
 
                        ┌─ KEYS ─┐                                              ┌── first … last of the tile ──┐
         queries   from │ masked │  some see some of the keys            q do ─→│ masked │ interior │  masked  │─→ dq
@@ -20,8 +24,9 @@ Roofline. Of the forward's 4·B·H·d·pairs FLOPs, 2.5 times as many (five prod
                     to │ masked │      dk and dv are summed in registers
                        └────────┘
 
-Which queries see a tile of keys (from, to, a, b) stands in `spans`, which a small kernel finds by looking at all first and last (T·S/KEYS
-comparisons), so nothing is assumed of their order. Queries a … b − 1 see all of the keys; where those are not one run, every block is masked.
+`spans` has which queries see a tile of keys (from, to, a, b). A small kernel finds them by looking at all first and
+last (T·S/KEYS comparisons), so nothing is assumed of their order. Queries a … b − 1 see all of the keys; where those
+are not one run, every block is masked.
 """
 
 import torch
@@ -56,7 +61,8 @@ def spans_kernel(first_ptr, last_ptr, spans_ptr, T, S, size, AT_ONCE: tl.constex
         some = (first <= high_key) & (last >= low_key) & (first <= last)
         every = (first <= low_key) & (last >= high_key)
         least, most = tl.minimum(least, tl.where(some, t, T)), tl.maximum(most, tl.where(some, t + 1, 0))
-        full_least, full_most = tl.minimum(full_least, tl.where(every, t, T)), tl.maximum(full_most, tl.where(every, t + 1, 0))
+        full_least = tl.minimum(full_least, tl.where(every, t, T))
+        full_most = tl.maximum(full_most, tl.where(every, t + 1, 0))
         full_count += every.to(tl.int32)
     a, z = tl.min(full_least, 0), tl.max(full_most, 0)
     at = spans_ptr + (b * tl.num_programs(0) + tile) * 4
@@ -67,7 +73,8 @@ def spans_kernel(first_ptr, last_ptr, spans_ptr, T, S, size, AT_ONCE: tl.constex
 
 
 @triton.jit
-def weights(x, lse, keys, first, last, slope, scale, cap, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
+def weights(x, lse, keys, first, last, slope, scale, cap,
+            SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
     """P from the products x = q kᵀ, and the factor that the soft cap puts on ds. All but x are broadcast to it."""
     gain = 1.0
     if SOFTCAP:
@@ -77,15 +84,16 @@ def weights(x, lse, keys, first, last, slope, scale, cap, SOFTCAP: tl.constexpr,
     if ALIBI:
         s += slope * (keys - last).to(tl.float32)
     p = tl.exp2(s - lse)
-    if MASKED:                                  # after exp2: where a query sees nothing lse is −∞ and exp2 is not a number
+    if MASKED:                                  # after exp2: where a query sees nothing lse is −∞ and p is NaN
         p = tl.where((first <= keys) & (keys <= last), p, 0.0)
     return p, gain
 
 
 @triton.jit
-def absorb_queries(dk, dv, k, v, q_base, do_base, lse_base, delta_base, first_base, last_base, keys, start, end, slope, scale, cap, q_t, do_t,
-                   WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
-    """What the queries from `start` on of one head give to dk and dv. All matrices stand on their side: (KEYS, QUERIES)."""
+def absorb_queries(dk, dv, k, v, q_base, do_base, lse_base, delta_base, first_base, last_base, keys, start, end,
+                   slope, scale, cap, q_t, do_t, WIDTH: tl.constexpr, BLOCK: tl.constexpr, QUERIES: tl.constexpr,
+                   SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
+    """What the queries from `start` on of one head give to dk and dv. All matrices are transposed: (KEYS, QUERIES)."""
     rows = start + tl.arange(0, QUERIES)
     inside = rows < end
     first, last = tl.zeros((QUERIES,), tl.int32), tl.zeros((QUERIES,), tl.int32)
@@ -96,17 +104,19 @@ def absorb_queries(dk, dv, k, v, q_base, do_base, lse_base, delta_base, first_ba
     lse, delta = tl.load(lse_base + rows, inside, other=0.0), tl.load(delta_base + rows, inside, other=0.0)
     q = load_rows(q_base, rows, q_t, end, WIDTH, BLOCK, MASKED)
     x = tl.dot(k, tl.trans(q), input_precision="ieee")
-    p, gain = weights(x, lse[None, :], keys[:, None], first[None, :], last[None, :], slope, scale, cap, SOFTCAP, ALIBI, MASKED)
+    p, gain = weights(x, lse[None, :], keys[:, None], first[None, :], last[None, :], slope, scale, cap,
+                      SOFTCAP, ALIBI, MASKED)
     do = load_rows(do_base, rows, do_t, end, WIDTH, BLOCK, MASKED)
     dv = tl.dot(p.to(do.dtype), do, dv, input_precision="ieee")
     ds = p * (tl.dot(v, tl.trans(do), input_precision="ieee") - delta[None, :]) * gain
     return tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee"), dv
 
 
-@triton.jit(do_not_specialize=["T", "S", "sight_stride"])
-def keys_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, slopes_ptr, spans_ptr, dk_ptr, dv_ptr,
-                q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, sight_stride, G, T, S, scale, cap, factor, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+@triton.jit(do_not_specialize=["T", "S", "row_stride"])
+def keys_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, slopes_ptr, spans_ptr,
+                dk_ptr, dv_ptr, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, row_stride, G, T, S, scale, cap, factor,
+                WIDTH: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+                QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """dk and dv (B, S, K, d) of KEYS of a key/value head. factor: of ds, what is not in scale."""
     kv, b, K = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     H = K * G
@@ -115,54 +125,59 @@ def keys_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, last
     k = load_rows(k_ptr + b * k_b + kv * k_h, mine, k_s, S, WIDTH, BLOCK, False)
     v = load_rows(v_ptr + b * v_b + kv * v_h, mine, v_s, S, WIDTH, BLOCK, False)
     dk, dv = tl.zeros((KEYS, BLOCK), tl.float32), tl.zeros((KEYS, BLOCK), tl.float32)
-    at = spans_ptr + (tl.where(sight_stride == 0, 0, b) * tl.num_programs(0) + tl.program_id(0)) * 4
+    at = spans_ptr + (tl.where(row_stride == 0, 0, b) * tl.num_programs(0) + tl.program_id(0)) * 4
     low, high = tl.load(at), tl.load(at + 1)
     count, left, right = blocks(low, high, tl.load(at + 2), tl.load(at + 3), QUERIES)
-    first_base, last_base, slope = first_ptr + b * sight_stride, last_ptr + b * sight_stride, 0.0
+    first_base, last_base, slope = first_ptr + b * row_stride, last_ptr + b * row_stride, 0.0
     full, edges = right - left, count - (right - left)
     for i in range(G * full):
         h = kv * G + i // full
         if ALIBI:
             slope = tl.load(slopes_ptr + h) * LOG2E
-        dk, dv = absorb_queries(dk, dv, k, v, q_ptr + b * q_b + h * q_h, do_ptr + (b * T * H + h) * WIDTH, lse_ptr + (b * H + h) * T,
-                                delta_ptr + (b * H + h) * T, first_base, last_base, keys, low + (left + i % full) * QUERIES, high, slope, scale, cap,
-                                q_t, H * WIDTH, WIDTH, BLOCK, QUERIES, SOFTCAP, ALIBI, False)
+        dk, dv = absorb_queries(dk, dv, k, v, q_ptr + b * q_b + h * q_h, do_ptr + (b * T * H + h) * WIDTH,
+                                lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T, first_base, last_base, keys,
+                                low + (left + i % full) * QUERIES, high, slope, scale, cap, q_t, H * WIDTH,
+                                WIDTH, BLOCK, QUERIES, SOFTCAP, ALIBI, False)
     for i in range(G * edges):
         h = kv * G + i // edges
         block = i % edges + tl.where(i % edges < left, 0, full)
         if ALIBI:
             slope = tl.load(slopes_ptr + h) * LOG2E
-        dk, dv = absorb_queries(dk, dv, k, v, q_ptr + b * q_b + h * q_h, do_ptr + (b * T * H + h) * WIDTH, lse_ptr + (b * H + h) * T,
-                                delta_ptr + (b * H + h) * T, first_base, last_base, keys, low + block * QUERIES, high, slope, scale, cap,
-                                q_t, H * WIDTH, WIDTH, BLOCK, QUERIES, SOFTCAP, ALIBI, True)
+        dk, dv = absorb_queries(dk, dv, k, v, q_ptr + b * q_b + h * q_h, do_ptr + (b * T * H + h) * WIDTH,
+                                lse_ptr + (b * H + h) * T, delta_ptr + (b * H + h) * T, first_base, last_base, keys,
+                                low + block * QUERIES, high, slope, scale, cap, q_t, H * WIDTH,
+                                WIDTH, BLOCK, QUERIES, SOFTCAP, ALIBI, True)
     out = (b * S * K + kv) * WIDTH
     store_rows(dk_ptr + out, keys, K * WIDTH, keys < S, dk * factor, WIDTH, BLOCK)
     store_rows(dv_ptr + out, keys, K * WIDTH, keys < S, dv, WIDTH, BLOCK)
 
 
 @triton.jit
-def absorb_keys(dq, q, do, k_base, v_base, lse, delta, start, high, first, last, slope, scale, cap, k_stride, v_stride, WIDTH: tl.constexpr,
-                BLOCK: tl.constexpr, KEYS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
+def absorb_keys(dq, q, do, k_base, v_base, lse, delta, start, high, first, last, slope, scale, cap, k_stride, v_stride,
+                WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+                SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
     """What the keys from `start` on give to dq."""
     keys = start + tl.arange(0, KEYS)
     k = load_rows(k_base, keys, k_stride, high, WIDTH, BLOCK, MASKED)
     v = load_rows(v_base, keys, v_stride, high, WIDTH, BLOCK, MASKED)
     x = tl.dot(q, tl.trans(k), input_precision="ieee")
-    p, gain = weights(x, lse[:, None], keys[None, :], first[:, None], last[:, None], slope, scale, cap, SOFTCAP, ALIBI, MASKED)
+    p, gain = weights(x, lse[:, None], keys[None, :], first[:, None], last[:, None], slope, scale, cap,
+                      SOFTCAP, ALIBI, MASKED)
     ds = p * (tl.dot(do, tl.trans(v), input_precision="ieee") - delta[:, None]) * gain
     return tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["T", "sight_stride"])
+@triton.jit(do_not_specialize=["T", "row_stride"])
 def queries_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, last_ptr, slopes_ptr, dq_ptr,
-                   q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, sight_stride, G, T, scale, cap, factor, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-                   SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+                   q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, row_stride, G, T, scale, cap, factor,
+                   WIDTH: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+                   QUERIES: tl.constexpr, KEYS: tl.constexpr):
     """dq (B, T, H, d) of QUERIES of a head."""
     tile = tl.cdiv(T, QUERIES) - 1 - tl.program_id(0)
     h, b, H = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64), tl.num_programs(1)
     rows = tile * QUERIES + tl.arange(0, QUERIES)
     mine = tl.minimum(rows, T - 1)
-    first, last = tl.load(first_ptr + b * sight_stride + mine), tl.load(last_ptr + b * sight_stride + mine)
+    first, last = tl.load(first_ptr + b * row_stride + mine), tl.load(last_ptr + b * row_stride + mine)
     lse, delta = tl.load(lse_ptr + (b * H + h) * T + mine), tl.load(delta_ptr + (b * H + h) * T + mine)
     slope = 0.0
     if ALIBI:
@@ -174,26 +189,31 @@ def queries_kernel(q_ptr, k_ptr, v_ptr, do_ptr, lse_ptr, delta_ptr, first_ptr, l
     low, high = tl.min(first, 0), tl.max(last, 0) + 1
     count, left, right = blocks(low, high, tl.max(first, 0), tl.min(last, 0) + 1, KEYS)
     for i in range(left, right):
-        dq = absorb_keys(dq, q, do, k_base, v_base, lse, delta, low + i * KEYS, high, first, last, slope, scale, cap, k_s, v_s,
-                         WIDTH, BLOCK, KEYS, SOFTCAP, ALIBI, False)
+        dq = absorb_keys(dq, q, do, k_base, v_base, lse, delta, low + i * KEYS, high, first, last, slope, scale, cap,
+                         k_s, v_s, WIDTH, BLOCK, KEYS, SOFTCAP, ALIBI, False)
     for j in range(count - (right - left)):
         i = tl.where(j < left, j, j + right - left)
-        dq = absorb_keys(dq, q, do, k_base, v_base, lse, delta, low + i * KEYS, high, first, last, slope, scale, cap, k_s, v_s,
-                         WIDTH, BLOCK, KEYS, SOFTCAP, ALIBI, True)
+        dq = absorb_keys(dq, q, do, k_base, v_base, lse, delta, low + i * KEYS, high, first, last, slope, scale, cap,
+                         k_s, v_s, WIDTH, BLOCK, KEYS, SOFTCAP, ALIBI, True)
     store_rows(dq_ptr + (b * T * H + h) * WIDTH, rows, H * WIDTH, rows < T, dq * factor, WIDTH, BLOCK)
 
 
 # ---- the operation as torch sees it
 
 @torch.library.custom_op("nanollm::attention_backward", mutates_args=())
-def attention_backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, last: Tensor, slopes: Tensor | None,
-                          scale: float, softcap: float | None, need_q: bool, need_kv: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """dq (B, H, T, d), dk and dv (B, K, S, d), in memory as (B, T or S, heads, d); empty where not needed. do and o (B, T, H, d)."""
+def attention_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, first: Tensor, last: Tensor,
+    slopes: Tensor | None, scale: float, softcap: float | None, need_q: bool, need_kv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq (B, H, T, d), dk and dv (B, K, S, d), in memory as (B, T or S, heads, d); empty where not needed.
+
+    do and o (B, T, H, d)."""
     (B, H, T, d), K, S = q.shape, k.shape[1], k.shape[2]
     dq, dk, dv = attention_backward_fake(do, q, k, v, o, lse, first, last, slopes, scale, softcap, need_q, need_kv)
     delta = torch.empty_like(lse)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T if len(first) > 1 else 0, H // K)
-    numbers, options = (*constants(scale, softcap), scale), dict(WIDTH=d, BLOCK=padded(d), SOFTCAP=softcap is not None, ALIBI=slopes is not None)
+    numbers = (*constants(scale, softcap), scale)
+    options = dict(WIDTH=d, BLOCK=padded(d), SOFTCAP=softcap is not None, ALIBI=slopes is not None)
     with torch.cuda.device_of(q):
         delta_kernel[(triton.cdiv(T, 8), H, B)](o, do, delta, H, T, WIDTH=d, BLOCK=padded(d), ROWS=8, num_warps=4)
         if need_q:
@@ -205,7 +225,9 @@ def attention_backward_op(do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor
             tiles = triton.cdiv(S, meta["KEYS"])
             spans = first.new_empty(len(first), tiles, 4)
             spans_kernel[(tiles, len(first))](first, last, spans, T, S, meta["KEYS"], AT_ONCE=1024, num_warps=4)
-            keys_kernel[(tiles, K, B)](q, k, v, do, lse, delta, first, last, slopes, spans, dk, dv, *strides, T, S, *numbers, **options, **meta)
+            keys_kernel[(tiles, K, B)](
+                q, k, v, do, lse, delta, first, last, slopes, spans, dk, dv, *strides, T, S, *numbers,
+                **options, **meta)
     return dq, dk, dv
 
 

@@ -1,11 +1,12 @@
-"""What attention forward, backward and decode share: a tile of queries, a tile of keys, and the two numbers that are the mask.
+"""What attention forward, backward and decode share: a tile of queries, a tile of keys, and the mask as two numbers.
 
 A query sees one run of keys, first … last, both included. Nothing else is known of masks in these kernels:
 
     causal              0 … i                    window W           max(0, i − W + 1) … i
-    packed documents    own start … i            cached prefix      0 … filled + i          padding    last < first: nothing
+    packed documents    own start … i            cached prefix      0 … filled + i      padding    last < first: nothing
 
-A tile of queries walks from the least `first` to the largest `last` among them, in blocks. Two queries with W = 6, blocks of 3 keys:
+A tile of queries walks from the least `first` to the largest `last` among them, in blocks. Two queries with W = 6,
+blocks of 3 keys:
 
     k     0   1 2 3   4 5 6   7 8 9
     q 6     │ x x x │ x x x │ · · · │       x  seen      ·  computed, then masked
@@ -23,7 +24,7 @@ from torch import Tensor
 from kernels.common import tuned
 
 LOG2E = tl.constexpr(1.4426950408889634)        # exp2 is what the hardware has: scores carry this factor from the start
-LOWEST = tl.constexpr(-(2.0**127))              # where a running maximum starts: finite, so that no query ends in −inf − (−inf)
+LOWEST = tl.constexpr(-(2.0**127))              # where a running maximum starts: finite, or −inf − (−inf) would be NaN
 
 
 def padded(d: int) -> int:
@@ -32,7 +33,7 @@ def padded(d: int) -> int:
 
 
 def tile_of(name: str, q: Tensor) -> dict[str, int]:
-    """What the kernel was tuned to for this head width. float32 has tiles of its own: it is multiplied without tensor cores."""
+    """What the kernel is tuned to for this head width. float32, multiplied without tensor cores, has its own tiles."""
     return tuned(name if q.itemsize == 2 else name + "_float32", padded(q.shape[-1]), q.device)
 
 
@@ -43,7 +44,7 @@ def constants(scale: float, softcap: float | None) -> tuple[float, float]:
 
 @triton.jit
 def load_rows(base, rows, stride, end, WIDTH: tl.constexpr, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """(rows, BLOCK) of a matrix whose rows are WIDTH ≤ BLOCK wide; the rest is 0. MASKED: so are the rows from `end` on."""
+    """(rows, BLOCK) of a matrix whose rows are WIDTH ≤ BLOCK wide; the rest is 0. MASKED: rows from `end` on are 0."""
     columns = tl.arange(0, BLOCK)
     at = base + rows.to(tl.int64)[:, None] * stride + columns[None, :]
     if MASKED:
@@ -65,8 +66,9 @@ def store_rows(base, rows, stride, inside, tile, WIDTH: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def blocks(low, high, full_low, full_high, BLOCK: tl.constexpr):
-    """Cut low … high − 1 into blocks. Returns how many there are, and left, right: blocks left … right − 1 lie wholly inside
-    full_low … full_high − 1, where all is seen, and need no mask."""
+    """Cut low … high − 1 into blocks: how many, and left, right.
+
+    Blocks left … right − 1 lie wholly inside full_low … full_high − 1, where all is seen, and need no mask."""
     count = tl.cdiv(tl.maximum(high - low, 0), BLOCK)
     left = tl.minimum(tl.cdiv(tl.maximum(full_low - low, 0), BLOCK), count)
     return count, left, tl.minimum(tl.maximum((full_high - low) // BLOCK, left), count)
@@ -78,9 +80,12 @@ def tanh(x):
 
 
 @triton.jit
-def absorb(o, l, m, q, k_base, v_base, start, high, first, last, slope, scale, cap, k_stride, v_stride, WIDTH: tl.constexpr,
-           BLOCK: tl.constexpr, KEYS: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
-    """The online softmax takes in the keys from `start` on. o, l: Σ p·v and Σ p so far, relative to 2^m, m the largest score so far."""
+def absorb(o, l, m, q, k_base, v_base, start, high, first, last, slope, scale, cap, k_stride, v_stride,
+           WIDTH: tl.constexpr, BLOCK: tl.constexpr, KEYS: tl.constexpr,
+           SOFTCAP: tl.constexpr, ALIBI: tl.constexpr, MASKED: tl.constexpr):
+    """The online softmax takes in the keys from `start` on.
+
+    o, l: Σ p·v and Σ p so far, relative to 2^m, m the largest score so far."""
     keys = start + tl.arange(0, KEYS)
     k = load_rows(k_base, keys, k_stride, high, WIDTH, BLOCK, MASKED)
     s = tl.dot(q, tl.trans(k), input_precision="ieee")

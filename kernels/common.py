@@ -1,13 +1,14 @@
-"""What every kernel file shares: how an operation says no, which numbers it was tuned to, how many programs fill the device.
+"""What every kernel file shares: how an operation refuses, the numbers it is tuned to, how many programs fill a device.
 
 An operation `y = op(x, …)` is, in this order in its file,
 
     @triton.jit  forward and backward kernels           one program computes one tile
-    custom_op    nanollm::op, nanollm::op_backward      allocate, launch; a fake version for torch.compile; autograd between the two
-    @operation   op(x, …)                               the signature of the definition in `nanollm`; refuses what it cannot do right
+    custom_op    nanollm::op, nanollm::op_backward      allocate, launch; a fake version for torch.compile; autograd
+    @operation   op(x, …)                               the signature of the definition in `nanollm`; refuses what it
+                                                        cannot do right
 
-Numbers that a device is tuned to (tile sizes, warps, stages) stand in tuning/*.json and never in the code: nothing is measured at run
-time, so a result does not depend on what ran before, and no call takes minutes.
+Numbers that a device is tuned to (tile sizes, warps, stages) are in tuning/*.json and never in the code: nothing is
+measured at run time, so a result does not depend on what ran before, and no call takes minutes.
 """
 
 import functools
@@ -20,13 +21,14 @@ import triton
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-NEVER = 2**31                               # sizes that are an int32 inside a kernel stay below this; offsets are int64 everywhere
+NEVER = 2**31                               # sizes that are an int32 inside a kernel stay below; all offsets are int64
 
 
 def operation(refuses: Callable[..., str | None]) -> Callable[[Callable], Callable]:
     """Make a function an operation: refuses(same arguments) says in a sentence what is not supported, or None.
 
-    Called directly, the operation raises it as a ValueError. `nanollm.ops` asks by itself, and then calls `unchecked` or the definition.
+    Called directly, the operation raises it as a ValueError. `nanollm.ops` asks by itself, and then calls `unchecked`
+    or the definition.
     """
     def wrap(run: Callable) -> Callable:
         """`run`, which now asks first. It carries `refuses`, and itself as `unchecked`."""
@@ -55,8 +57,10 @@ def unlike(x: Tensor, **others: Tensor | None) -> str | None:
     """Refuse tensors on another device than x, and dtypes that no kernel computes with. Absent tensors pass."""
     if not x.is_cuda and TARGET is None:
         if not interpreting():
-            return f"tensors on {x.device}; kernels run on an NVIDIA GPU, or with TRITON_INTERPRET=1 in Triton's interpreter"
-        if not INTERPRETS_BFLOAT16 and torch.bfloat16 in {tensor.dtype for tensor in (x, *others.values()) if tensor is not None}:
+            return (f"tensors on {x.device}; kernels run on an NVIDIA GPU, "
+                    "or with TRITON_INTERPRET=1 in Triton's interpreter")
+        dtypes = {tensor.dtype for tensor in (x, *others.values()) if tensor is not None}
+        if not INTERPRETS_BFLOAT16 and torch.bfloat16 in dtypes:
             return "Triton's interpreter gives wrong numbers in bfloat16; float32 and float16 are right"
     for name, tensor in {"the first argument": x, **others}.items():
         if tensor is not None and tensor.device != x.device:
@@ -68,15 +72,19 @@ def unlike(x: Tensor, **others: Tensor | None) -> str | None:
 
 # ---- tuning
 
-TABLE = {name: rows for path in sorted(Path(__file__).parent.glob("tuning/*.json")) for name, rows in json.loads(path.read_text()).items()}
-TARGET: str | None = None                   # "sm_90": compile as for that device (set by the tests, which have no device)
+TABLE = {name: rows for path in sorted(Path(__file__).parent.glob("tuning/*.json"))
+         for name, rows in json.loads(path.read_text()).items()}
+TARGET: str | None = None                   # "sm_90": compile as for that device (set by tests, which have no device)
 
 
 def arch(device: torch.device) -> str:
     """The row of the tuning table: sm_80 (A100), sm_90 (H100, H200), sm_100 (B200); "any" on all else."""
     if TARGET is not None:
         return TARGET
-    return "sm_%d%d" % capability(device) if device.type == "cuda" else "any"
+    if device.type != "cuda":
+        return "any"
+    major, minor = capability(device)
+    return f"sm_{major}{minor}"
 
 
 @functools.cache
@@ -87,7 +95,7 @@ def capability(device: torch.device) -> tuple[int, int]:
 def tuned(name: str, size: int, device: torch.device) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of a kernel, to be passed on to its launch.
 
-    `size` is what the kernel is tuned by (its file says what: a width, a head width); the entry of the next larger size holds.
+    `size` is what the kernel is tuned by (its file says what: a width, a head width); the next larger entry holds.
     A device without a row of its own has "any", which fits in the shared memory of every GPU since 2020.
     """
     rows = TABLE[name]

@@ -1,29 +1,31 @@
 """The short causal convolution of Mamba, one filter a channel, with the inputs that precede and the SiLU that follows.
 
-    u_t = Σ_j w_j x_{t−j} + bias,   j = 0 … k−1        y_t = silu(u_t)                Gu & Dao 2023 (arXiv 2312.00752), Figure 3
+    u_t = Σ_j w_j x_{t−j} + bias,   j = 0 … k−1        y_t = silu(u_t)        Gu & Dao 2023 (arXiv 2312.00752), Figure 3
 
-where x_{−1}, x_{−2}, … are the inputs `before`. With positions (several documents in a row, padding) tap j counts only at tokens that
-have so many predecessors of their own: position ≥ j.
+where x_{−1}, x_{−2}, … are the inputs `before`. With positions (several documents in a row, padding) tap j counts only
+at tokens that have so many predecessors of their own: position ≥ j.
 
-Shapes: B batch, T tokens, I channels, k taps, at most 8.   x, y (B, I, T)   weight (I, 1, k), back to front: w_j = weight[:, 0, k−1−j]
+Shapes: B batch, T tokens, I channels, k taps, at most 8.
+        x, y (B, I, T)   weight (I, 1, k), back to front: w_j = weight[:, 0, k−1−j]
         bias (I,)   before (B, I, k−1)   positions (B, T), −1 padding.
-x is read by its strides, and is in practice a transposed view: channels lie side by side. y lies like that too, so transposing it back
-is free. Threads that lie side by side read channels: the two small inputs, weight and before, are turned round before the launch.
+x is read by its strides, and is in practice a transposed view: channels lie side by side. y lies like that too, so
+transposing it back is free. Neighbouring threads read neighbouring channels: the two small inputs, weight and before,
+are transposed before the launch.
 
 Roofline. Bytes are all, in bf16: forward read x, write y: 4·BTI; backward read x, dy, write dx: 6·BTI.
 
     one program = a tile of TOKENS × CHANNELS; every tap is the same tile, j rows higher, out of the cache
 
-               CHANNELS                          backward: rows s of x (and of before, the first k−1); tap j read row s at token s + j
-        before ┌ ─ ─ ─ ─ ┐ ┐ w_2    w_1   w_0
-               ├─────────┤ │ ┐                       d_j = dy_{s+j} · silu′(u_{s+j})     u worked out again
+               CHANNELS                          backward: rows s of x (of before, the first k−1); tap j reads row s at
+        before ┌ ─ ─ ─ ─ ┐ ┐ w_2    w_1   w_0    token s + j
+               ├─────────┤ │ ┐                       d_j = dy_{s+j} · silu′(u_{s+j})     u computed again
              t │ x x x x │ │ │ ┐                     dx_s = Σ_j w_j d_j
         TOKENS │ x x x x │ ┘ │ │                     dw_j = Σ_s x_s d_j                  the share of this tile
                │ x x x x │   ┘ │                     dbias = Σ_s d_0
                └─────────┘     ┘ → y
 
-dw and dbias are sums over tokens and rows: each program writes its share, the shares are added afterwards. No atomics: the same numbers
-every time. The backward works u out k times, which costs arithmetic and saves writing it.
+dw and dbias are sums over tokens and rows: each program writes its share, the shares are added afterwards. No atomics:
+the same numbers every time. The backward computes u k times, which costs arithmetic and saves writing it.
 """
 
 import torch
@@ -39,17 +41,21 @@ TAPS_UP_TO = 8
 
 @triton.jit
 def tokens(x_ptr, before_ptr, t, i, mine, T, I, x_t, x_i, start, WIDTH: tl.constexpr):
-    """x at tokens t (those before 0 from `before`) and channels i → float32, 0 where a token is not mine. start: whether t may reach below 0."""
-    x = tl.load(x_ptr + t[:, None] * x_t + i.to(tl.int64)[None, :] * x_i, (mine & (t >= 0) & (t < T))[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
+    """x at tokens t (those before 0 from `before`) and channels i → float32, 0 where a token is not mine.
+
+    start: whether t may reach below 0."""
+    inside = (mine & (t >= 0) & (t < T))[:, None] & (i < I)[None, :]
+    x = tl.load(x_ptr + t[:, None] * x_t + i.to(tl.int64)[None, :] * x_i, inside, other=0.0).to(tl.float32)
     if WIDTH > 1:
         if start:
-            earlier = mine & (t < 0) & (t > -WIDTH)
-            x += tl.load(before_ptr + (t + WIDTH - 1)[:, None] * I + i[None, :], earlier[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
+            earlier = (mine & (t < 0) & (t > -WIDTH))[:, None] & (i < I)[None, :]
+            x += tl.load(before_ptr + (t + WIDTH - 1)[:, None] * I + i[None, :], earlier, other=0.0).to(tl.float32)
     return x
 
 
 @triton.jit
-def convolved(x_ptr, weight_ptr, bias_ptr, before_ptr, t, i, position, T, I, x_t, x_i, start, BIAS: tl.constexpr, WIDTH: tl.constexpr):
+def convolved(x_ptr, weight_ptr, bias_ptr, before_ptr, t, i, position, T, I, x_t, x_i, start,
+              BIAS: tl.constexpr, WIDTH: tl.constexpr):
     """u at tokens t, of which `position` says how many predecessors they have."""
     u = tl.zeros((t.shape[0], i.shape[0]), tl.float32)
     if BIAS:
@@ -62,7 +68,8 @@ def convolved(x_ptr, weight_ptr, bias_ptr, before_ptr, t, i, position, T, I, x_t
 
 @triton.jit
 def forward_kernel(x_ptr, weight_ptr, bias_ptr, before_ptr, positions_ptr, y_ptr, T, I, x_b, x_i, x_t,
-                   POSITIONS: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+                   POSITIONS: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr,
+                   TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     """One tile of y. x_b, x_i, x_t: strides of x, and so on."""
     blocks, tiles = tl.cdiv(I, CHANNELS), tl.cdiv(T, TOKENS)
     tile, b = (tl.program_id(0) // blocks % tiles).to(tl.int64), (tl.program_id(0) // blocks // tiles).to(tl.int64)
@@ -71,17 +78,20 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, before_ptr, positions_ptr, y_ptr
     position = tl.full((TOKENS,), WIDTH, tl.int64)
     if POSITIONS:
         position = tl.load(positions_ptr + b * T + t, t < T, other=0)
-    u = convolved(x_ptr + b * x_b, weight_ptr, bias_ptr, before_ptr + b * (WIDTH - 1) * I, t, i, position, T, I, x_t, x_i, tile == 0, BIAS, WIDTH)
-    y = u * tl.sigmoid(u)
-    tl.store(y_ptr + (b * T + t)[:, None] * I + i[None, :], y.to(y_ptr.dtype.element_ty), (t < T)[:, None] & (i < I)[None, :])
+    before_ptr += b * (WIDTH - 1) * I
+    u = convolved(x_ptr + b * x_b, weight_ptr, bias_ptr, before_ptr, t, i, position, T, I, x_t, x_i, tile == 0,
+                  BIAS, WIDTH)
+    y, inside = u * tl.sigmoid(u), (t < T)[:, None] & (i < I)[None, :]
+    tl.store(y_ptr + (b * T + t)[:, None] * I + i[None, :], y.to(y_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
-def backward_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, before_ptr, positions_ptr, dx_ptr, dweight_ptr, dbias_ptr, dbefore_ptr,
-                    T, I, dy_b, dy_i, dy_t, x_b, x_i, x_t,
-                    POSITIONS: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
+def backward_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, before_ptr, positions_ptr,
+                    dx_ptr, dweight_ptr, dbias_ptr, dbefore_ptr, T, I, dy_b, dy_i, dy_t, x_b, x_i, x_t,
+                    POSITIONS: tl.constexpr, BIAS: tl.constexpr, WIDTH: tl.constexpr,
+                    TOKENS: tl.constexpr, CHANNELS: tl.constexpr):
     """One tile of dx, whose first k−1 rows are those of `before`, and its share of dw and dbias."""
-    tl.static_assert(TOKENS >= 2 * (WIDTH - 1))                 # only the first tile, by itself or through a tap, reaches `before`
+    tl.static_assert(TOKENS >= 2 * (WIDTH - 1))                 # no tile but the first reaches `before`, even by a tap
     blocks, tiles = tl.cdiv(I, CHANNELS), tl.cdiv(T + WIDTH - 1, TOKENS)
     tile, b = (tl.program_id(0) // blocks % tiles).to(tl.int64), (tl.program_id(0) // blocks // tiles).to(tl.int64)
     i = tl.program_id(0) % blocks * CHANNELS + tl.arange(0, CHANNELS)
@@ -98,7 +108,8 @@ def backward_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, before_ptr, positions_p
         if POSITIONS:
             position = tl.load(positions_ptr + b * T + t, live, other=0)
         u = convolved(x_ptr, weight_ptr, bias_ptr, before_ptr, t, i, position, T, I, x_t, x_i, tile == 0, BIAS, WIDTH)
-        dy = tl.load(dy_ptr + b * dy_b + t[:, None] * dy_t + i.to(tl.int64)[None, :] * dy_i, live[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
+        dy_at = dy_ptr + b * dy_b + t[:, None] * dy_t + i.to(tl.int64)[None, :] * dy_i
+        dy = tl.load(dy_at, live[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
         d = dy * slope(u, "silu")
         if BIAS and j == 0:
             tl.store(dbias_ptr + share * I + i, tl.sum(d, 0), i < I)
@@ -106,7 +117,8 @@ def backward_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, before_ptr, positions_p
         w = tl.load(weight_ptr + (WIDTH - 1 - j) * I + i, i < I, other=0.0).to(tl.float32)
         dx += w[None, :] * d
         tl.store(dweight_ptr + (share * WIDTH + WIDTH - 1 - j) * I + i, tl.sum(x * d, 0), i < I)
-    tl.store(dx_ptr + (b * T + s)[:, None] * I + i[None, :], dx.to(dx_ptr.dtype.element_ty), ((s >= 0) & (s < T))[:, None] & (i < I)[None, :])
+    inside = ((s >= 0) & (s < T))[:, None] & (i < I)[None, :]
+    tl.store(dx_ptr + (b * T + s)[:, None] * I + i[None, :], dx.to(dx_ptr.dtype.element_ty), inside)
     if tile == 0:
         rows = dbefore_ptr + (b * (WIDTH - 1) + s + WIDTH - 1)[:, None] * I
         tl.store(rows + i[None, :], dx.to(dbefore_ptr.dtype.element_ty), (s < 0)[:, None] & (i < I)[None, :])
@@ -140,19 +152,23 @@ def conv_backward_op(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     meta, width = tuned("conv_backward", weight.shape[-1], x.device), weight.shape[-1]
     tiles, blocks = triton.cdiv(T + width - 1, meta["TOKENS"]), triton.cdiv(I, meta["CHANNELS"])
     dx, *_, dbefore = conv_backward_fake(dy, x, weight, bias, before, positions)
-    dweight, dbias = (x.new_empty(n, I, dtype=torch.float32) for n in (batch * tiles * width, batch * tiles if bias is not None else 0))
+    dweight = x.new_empty(batch * tiles * width, I, dtype=torch.float32)
+    dbias = x.new_empty(batch * tiles if bias is not None else 0, I, dtype=torch.float32)
     with torch.cuda.device_of(x):
         backward_kernel[(batch * tiles * blocks,)](
-            dy, x, weight[:, 0].T.contiguous(), bias, before.transpose(1, 2).contiguous(), positions, dx, dweight, dbias, dbefore, T, I,
-            *dy.stride(), *x.stride(), POSITIONS=positions is not None, BIAS=bias is not None, WIDTH=width, **meta)
-    dweight = dweight.view(-1, width, I).sum(0).T[:, None].to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
+            dy, x, weight[:, 0].T.contiguous(), bias, before.transpose(1, 2).contiguous(), positions,
+            dx, dweight, dbias, dbefore, T, I, *dy.stride(), *x.stride(),
+            POSITIONS=positions is not None, BIAS=bias is not None, WIDTH=width, **meta)
+    summed = dweight.view(-1, width, I).sum(0).T[:, None]
+    dweight = summed.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
     return dx, dweight, weight.new_empty(0) if bias is None else dbias.sum(0).to(bias.dtype), dbefore
 
 
 @conv_backward_op.register_fake
 def conv_backward_fake(dy, x, weight, bias, before, positions):
     dx, dbefore = (like.new_empty(like.shape[0], like.shape[2], like.shape[1]).transpose(1, 2) for like in (x, before))
-    return dx, weight.new_empty(weight.shape), weight.new_empty(0) if bias is None else bias.new_empty(bias.shape), dbefore
+    dbias = weight.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return dx, weight.new_empty(weight.shape), dbias, dbefore
 
 
 def _save(ctx, inputs, output):
@@ -170,9 +186,11 @@ conv_op.register_autograd(_backward, setup_context=_save)
 
 def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, positions: Tensor | None) -> str | None:
     if x.ndim != 3 or x.numel() == 0 or weight.ndim != 3:
-        return f"x and weight have shapes {tuple(x.shape)} and {tuple(weight.shape)}, expected (B, I, T) and (I, 1, k), none of them 0"
+        shapes = f"{tuple(x.shape)} and {tuple(weight.shape)}"
+        return f"x and weight have shapes {shapes}, expected (B, I, T) and (I, 1, k), none of them 0"
     (batch, I, T), width = x.shape, weight.shape[-1]
-    expected = {"weight": (weight, (I, 1, width)), "bias": (bias, (I,)), "before": (before, (batch, I, width - 1)), "positions": (positions, (batch, T))}
+    expected = {"weight": (weight, (I, 1, width)), "bias": (bias, (I,)), "before": (before, (batch, I, width - 1)),
+                "positions": (positions, (batch, T))}
     for name, (tensor, shape) in expected.items():
         if tensor is not None and tensor.shape != shape:
             return f"{name} has shape {tuple(tensor.shape)}, expected {shape}"
@@ -188,4 +206,5 @@ def _refuses(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, pos
 @operation(_refuses)
 def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, positions: Tensor | None) -> Tensor:
     """x (B, I, T) → y (B, I, T) in the dtype of x; shapes at the head of the file."""
-    return conv_op(x, weight, None if bias is None else bias.contiguous(), before, None if positions is None else positions.contiguous())
+    bias = None if bias is None else bias.contiguous()
+    return conv_op(x, weight, bias, before, None if positions is None else positions.contiguous())

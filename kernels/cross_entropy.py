@@ -1,33 +1,39 @@
 """The head of a decoder and its loss in one: logits exist for a few thousand rows at a time, and leave as gradients.
 
     logits  l = x Wᵀ,   soft-capped  l = c tanh(x Wᵀ / c)  where the config says so (Gemma-2, arXiv 2408.00118 §2)
-    log Z = log Σ_v exp(l_v)        nats = log Z − l_y        total = Σ_rows nats + z (log Z)²     Chowdhery et al. 2022 (arXiv 2204.02311) §5
+    log Z = log Σ_v exp(l_v)        nats = log Z − l_y
+    total = Σ_rows nats + z (log Z)²                               Chowdhery et al. 2022 (arXiv 2204.02311) §5
 
-Shapes: n rows, D width, V vocabulary, C rows of a chunk.    x (n, D), W (V, D), y (n,) int64 with −100 for none → three float32 sums.
+Shapes: n rows, D width, V vocabulary, C rows of a chunk.
+    x (n, D), W (V, D), y (n,) int64 with −100 for none → three float32 sums.
 
-Roofline, in bf16. Three products of 2nDV FLOPs each are nearly all of it; the kernel reads the logits twice and writes them once.
+Roofline, in bf16. Three products of 2nDV FLOPs each are nearly all of it; the kernel reads the logits twice and writes
+them once.
     FLOPs      6·n·D·V with gradients, 2·n·D·V without            exp2    2·n·V
-    bytes      6·n·V in the kernel, 6·n·V in the products (one write, two reads)      n = 4096, D = 4096, V = 128256: 16.3 ms and 1.5 ms
+    bytes      6·n·V in the kernel, 6·n·V in the products (one write, two reads)
+    n = 4096, D = 4096, V = 128256: 16.3 ms and 1.5 ms
 
-        x ┌──── D ────┐              logits, one buffer for all chunks                    one program = one row of the buffer
-        C │  chunk 0  │    mm        ┌────────────── V ──────────────┐      pass 1    BLOCK → BLOCK → BLOCK    running maximum and sum
-          ├───────────┤  ─ · Wᵀ ─→ C │ l   l   l   l   l   l   l   l │      pass 2    BLOCK → BLOCK → BLOCK    l becomes ∂total/∂l, in place
+        x ┌──── D ────┐              logits, one buffer for all chunks              one program = one row of the buffer
+        C │  chunk 0  │    mm        ┌────────────── V ──────────────┐    pass 1    BLOCK → BLOCK    maximum and sum
+          ├───────────┤  ─ · Wᵀ ─→ C │ l   l   l   l   l   l   l   l │    pass 2    BLOCK → BLOCK    l becomes ∂total/∂l
           │  chunk 1  │              └───────────────────────────────┘
           ├───────────┤                 │   · W          ─→ dx of the chunk         C, V → C, D
           │    …      │                 └─ᵀ · x of chunk ─→ dW, added up            V, C → V, D    in float32
 
-Memory. Never more than C × V logits at once, in the working dtype, whatever n is; beside them dx, and dW in float32. In 16 bits a sum
-over chunks that is rounded at each would lose what is small against it, which is most of what a rare token learns.
+Memory. Never more than C × V logits at once, in the working dtype, whatever n is; beside them dx, and dW in float32. In
+16 bits a sum over chunks that is rounded at each would lose what is small against it, which is most of what a rare
+token learns.
 
 Gradient. With p = softmax(l), ∂nats/∂l = p − 1[v = y] and ∂log Z/∂l = p, so
 
     ∂total/∂l = p (1 + 2 z log Z) − 1[v = y],    times 1 − (l/c)² through the soft cap,    0 in rows without a target
 
-computed in float32 and rounded once, where it is stored. The loss is a scalar, so all of this can be done in the forward pass, while the
-logits are there: the backward only multiplies by the gradient that comes in. Where no gradient is wanted pass 2 and two products are left out.
+computed in float32 and rounded once, where it is stored. The loss is a scalar, so all of this can be done in the
+forward pass, while the logits are there: the backward only multiplies by the gradient that comes in. Where no gradient
+is wanted pass 2 and two products are left out.
 
-Logits are rounded to the working dtype, as PyTorch rounds them. A target that is no row of W gives NaN: to refuse it one would have to wait
-for the device. The rows' nats and squares are added by torch, in float32.
+Logits are rounded to the working dtype, as PyTorch rounds them. A target that is no row of W gives NaN: to refuse it
+one would have to wait for the device. The rows' nats and squares are added by torch, in float32.
 """
 
 import torch
@@ -47,7 +53,8 @@ def capped(x, cap):
 
 
 @triton.jit
-def row_kernel(logits_ptr, targets_ptr, nats_ptr, squares_ptr, V, z, cap, CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
+def row_kernel(logits_ptr, targets_ptr, nats_ptr, squares_ptr, V, z, cap,
+               CAP: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr):
     """−log p(y) and (log Z)² of one row; with GRADIENT its logits become their gradient."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
@@ -123,14 +130,16 @@ def linear_cross_entropy_op(hidden: Tensor, weight: Tensor, targets: Tensor, z: 
 
 @linear_cross_entropy_op.register_fake
 def linear_cross_entropy_fake(hidden, weight, targets, z, softcap, needs_dx, needs_dw):
-    dx, dw = hidden.new_empty(hidden.shape if needs_dx else (0,)), weight.new_empty(weight.shape if needs_dw else (0,), dtype=torch.float32)
+    dx = hidden.new_empty(hidden.shape if needs_dx else (0,))
+    dw = weight.new_empty(weight.shape if needs_dw else (0,), dtype=torch.float32)
     return hidden.new_empty(3, dtype=torch.float32), dx, dw
 
 
 @torch.library.custom_op("nanollm::linear_cross_entropy_backward", mutates_args=())
 def linear_cross_entropy_backward_op(dtotal: Tensor, dx: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
-    """Both times dtotal, in the dtype of dx. Multiplied in float32: 1 / tokens is no number of float16. There is no second derivative."""
-    return (dx.float() * dtotal).to(dx.dtype), torch.mul(dw, dtotal, out=dx.new_empty(dw.shape))         # dW is large: no copy on the way
+    """Both times dtotal, in the dtype of dx; in float32: 1 / tokens may not fit float16. No second derivative."""
+    ddw = torch.mul(dw, dtotal, out=dx.new_empty(dw.shape))         # dW is large: no copy on the way
+    return (dx.float() * dtotal).to(dx.dtype), ddw
 
 
 @linear_cross_entropy_backward_op.register_fake
@@ -154,9 +163,11 @@ def _backward(ctx, dsums, *_):
 linear_cross_entropy_op.register_autograd(_backward, setup_context=_save)
 
 
-def _refuses(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, softcap: float | None = None) -> str | None:
+def _refuses(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0,
+             softcap: float | None = None) -> str | None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1] or 0 in (*hidden.shape, len(weight)):
-        return f"hidden and weight have shapes {tuple(hidden.shape)} and {tuple(weight.shape)}, expected (n, D) and (V, D), at least one of each"
+        shapes = f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
+        return f"hidden and weight have shapes {shapes}, expected (n, D) and (V, D), at least one of each"
     if len(weight) > largest("cross_entropy"):
         return f"weight has {len(weight)} rows, supported are up to {largest('cross_entropy')}"
     if hidden.dtype != weight.dtype:
@@ -169,9 +180,11 @@ def _refuses(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, so
 
 
 @operation(_refuses)
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (n, D), weight (V, D), targets (n,) int64 with −100 for none → three float32 sums over the targets: −log p(y) + z (log Z)²,
-    to be differentiated, and −log p(y) and (log Z)² by themselves, to be read."""
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0,
+                         softcap: float | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (n, D), weight (V, D), targets (n,) int64 with −100 for none → three float32 sums over the targets:
+    −log p(y) + z (log Z)², to be differentiated, and −log p(y) and (log Z)² by themselves, to be read."""
     wanted = torch.is_grad_enabled()
-    sums, *_ = linear_cross_entropy_op(hidden, weight, targets, z, softcap, wanted and hidden.requires_grad, wanted and weight.requires_grad)
+    needs_dx, needs_dw = wanted and hidden.requires_grad, wanted and weight.requires_grad
+    sums, *_ = linear_cross_entropy_op(hidden, weight, targets, z, softcap, needs_dx, needs_dw)
     return sums[0], sums[1].detach(), sums[2].detach()

@@ -1,11 +1,12 @@
 """Attention of one new token (or a few) over a long cache: split among programs along the keys, merged afterwards.
 
-    slice i of a query's keys gives    oᵢ = Σ p·v / Σ p,   lseᵢ = log2 Σ exp(s)            (the forward of attention.py, on a part)
+    slice i of a query's keys gives    oᵢ = Σ p·v / Σ p,   lseᵢ = log2 Σ exp(s)           (attention.py, on a part)
     and together they are              o = Σ 2^lseᵢ · oᵢ / Σ 2^lseᵢ
 
-Flash-Decoding: Dao, Haziza, Massa & Sizov 2023 (https://pytorch.org/blog/flash-decoding). Shapes and names as in attention.py; N splits.
+Flash-Decoding: Dao, Haziza, Massa & Sizov 2023 (https://pytorch.org/blog/flash-decoding). Shapes and names as in
+attention.py; N splits.
 
-Roofline. Each key and value is read once and used for 4·G·d FLOPs: bytes are all. In 16 bit, 4·B·K·(last − first + 1)·d.
+Roofline. Each key and value is read once and used for 4·G·d FLOPs: bytes are all, in 16 bit 4·B·K·(last − first + 1)·d.
 
     one program = ROWS rows of q, all of one key/value head, × one slice of the keys
 
@@ -14,8 +15,9 @@ Roofline. Each key and value is read once and used for 4·G·d FLOPs: bytes are 
                            └───────┴───┬───┴───────┴───────┘                 the cache is read once, not G times
                                      merge ──→ o
 
-The number of slices comes from the shapes, their bounds from first and last, on the device: nothing waits for the GPU, a CUDA graph can
-hold it, and a cache that grows by a token compiles nothing. A slice may be empty: its lse is −∞, its o 0. With one slice there is no merge.
+The number of slices comes from the shapes, their bounds from first and last, on the device: nothing waits for the GPU,
+a CUDA graph can hold it, and a cache that grows by a token compiles nothing. A slice may be empty: its lse is −∞, its o
+0. With one slice there is no merge.
 """
 
 import torch
@@ -30,18 +32,21 @@ ROWS = 16                                       # the fewest that a tensor core 
 MERGED = 16                                     # slices that the merge takes in at a time
 
 
-@triton.jit(do_not_specialize=["T", "sight_stride"])
-def decode_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, first_ptr, last_ptr, slopes_ptr, q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s,
-                  sight_stride, K, G, T, scale, cap, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
+@triton.jit(do_not_specialize=["T", "row_stride"])
+def decode_kernel(q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, first_ptr, last_ptr, slopes_ptr,
+                  q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, row_stride, K, G, T, scale, cap,
+                  WIDTH: tl.constexpr, BLOCK: tl.constexpr, SOFTCAP: tl.constexpr, ALIBI: tl.constexpr,
                   ROWS: tl.constexpr, KEYS: tl.constexpr):
-    """Slice program_id(1) of num_programs(1). Row r of a key/value head is query r % T of its head r // T. Without lse_ptr, o is the result."""
+    """Slice program_id(1) of num_programs(1). Row r of a key/value head is query r % T of its head r // T.
+
+    Without lse_ptr, o is the result."""
     b, kv = (tl.program_id(0) // K).to(tl.int64), (tl.program_id(0) % K).to(tl.int64)
     split = tl.program_id(1).to(tl.int64)
     r = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
     mine = tl.minimum(r, G * T - 1)
     h, t = kv * G + mine // T, mine % T
-    first = tl.load(first_ptr + b * sight_stride + t)
-    last = tl.load(last_ptr + b * sight_stride + t)
+    first = tl.load(first_ptr + b * row_stride + t)
+    last = tl.load(last_ptr + b * row_stride + t)
     slope = 0.0
     if ALIBI:
         slope = tl.load(slopes_ptr + h)[:, None] * LOG2E
@@ -79,7 +84,8 @@ def merge_kernel(parts_ptr, lse_ptr, o_ptr, N, WIDTH: tl.constexpr, BLOCK: tl.co
         p, shrink = tl.exp2(lse - m_new), tl.exp2(m - m_new)
         o = o * shrink + tl.sum(part * p[:, None], 0)
         l, m = l * shrink + tl.sum(p, 0), m_new
-    tl.store(o_ptr + row * WIDTH + columns, (o / tl.where(l == 0.0, 1.0, l)).to(o_ptr.dtype.element_ty), columns < WIDTH)
+    o = o / tl.where(l == 0.0, 1.0, l)
+    tl.store(o_ptr + row * WIDTH + columns, o.to(o_ptr.dtype.element_ty), columns < WIDTH)
 
 
 # ---- the operation as torch sees it
@@ -90,7 +96,8 @@ def splits(programs: int, S: int, KEYS: int, device: torch.device) -> int:
 
 
 @torch.library.custom_op("nanollm::decode", mutates_args=())
-def decode_op(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, slopes: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def decode_op(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, slopes: Tensor | None, scale: float,
+              softcap: float | None) -> Tensor:
     """o (B, T, H, d). No gradient."""
     (B, H, T, d), K, S = q.shape, k.shape[1], k.shape[2]
     meta = tile_of("decode", q)
@@ -99,10 +106,12 @@ def decode_op(q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, slop
     o = decode_fake(q, k, v, first, last, slopes, scale, softcap)
     parts = o if N == 1 else q.new_empty(N, B, T, H, d, dtype=torch.float32)
     lse = None if N == 1 else q.new_empty(N, B, T, H, dtype=torch.float32)
+    row_stride = T if len(first) > 1 else 0
     with torch.cuda.device_of(q):
         decode_kernel[(B * K, N, chunks)](
-            q, k, v, parts, lse, first, last, slopes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], T if len(first) > 1 else 0, K, H // K, T,
-            *constants(scale, softcap), WIDTH=d, BLOCK=padded(d), SOFTCAP=softcap is not None, ALIBI=slopes is not None, ROWS=ROWS, **meta)
+            q, k, v, parts, lse, first, last, slopes, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+            row_stride, K, H // K, T, *constants(scale, softcap), WIDTH=d, BLOCK=padded(d),
+            SOFTCAP=softcap is not None, ALIBI=slopes is not None, ROWS=ROWS, **meta)
         if N > 1:
             merge_kernel[(B * T * H,)](parts, lse, o, N, WIDTH=d, BLOCK=padded(d), MERGED=MERGED, num_warps=1)
     return o

@@ -2,7 +2,7 @@
 
     y = act(g) ⊙ u          SwiGLU with act = silu, GeGLU with gelu; Shazeer 2020 (arXiv 2002.05202)
 
-Shapes: g = gate x and u = up x, alike and of any shape, n numbers each;   y as they are.   The activations: activation.py.
+Shapes: g = gate x and u = up x, alike and of any shape, n numbers each;   y as they are.   act: activation.py.
 
 Roofline. A few FLOPs and at most two exp2 a number: bytes are all. In bf16
     forward    read g, u, write y              6n
@@ -14,7 +14,7 @@ Roofline. A few FLOPs and at most two exp2 a number: bytes are all. In bf16
         u  │ BLOCK   │ BLOCK   │ BLOCK   │    at odds with a width, and each thread moves 16 bytes at a time
         y  └─────────┴─────────┴─────────┴──
 
-Backward.   dg = dy · u · act′(g)        du = dy · act(g)        both in one pass, as new tensors: whoever else holds g or u keeps them.
+Backward.   dg = dy · u · act′(g)        du = dy · act(g)        both in one pass, as new tensors: g and u stay.
 
 Computed in float32 and rounded once, where PyTorch rounds act(g) too.
 """
@@ -70,7 +70,8 @@ def _(gate, up, activation):
 @torch.library.custom_op("nanollm::gated_backward", mutates_args=())
 def gated_backward_op(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     """dg, du."""
-    dgate, dup, n, meta = gate.new_empty(gate.shape), up.new_empty(up.shape), gate.numel(), tuned("gated", gate.itemsize, gate.device)
+    dgate, dup, n = gate.new_empty(gate.shape), up.new_empty(up.shape), gate.numel()
+    meta = tuned("gated", gate.itemsize, gate.device)
     with torch.cuda.device_of(gate):
         backward_kernel[(triton.cdiv(n, meta["BLOCK"]),)](dy, gate, up, dgate, dup, n, ACTIVATION=activation, **meta)
     return dgate, dup

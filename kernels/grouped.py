@@ -1,4 +1,4 @@
-"""Products of matrices where each expert has its own rows: the kernels of kernels/moe.py, whose head has equations, shapes and derivation.
+"""Products of matrices where each expert has its own rows: the kernels of moe.py, which has equations and shapes.
 
     rows, sorted by expert            tiles of ROWS; the last of an expert is cut short, none has two experts
 
@@ -12,8 +12,9 @@
                                       │  nobody's     │        expert 1 has no row and no tile
                                       └───────────────┘
 
-How many tiles there are is known on the device only. The grid is as large as it can get, Σ_e ⌈n_e / ROWS⌉ ≤ ⌊R / ROWS⌋ + min(E, R), and
-the programs of nobody's tiles leave at once: the host never waits, and a CUDA graph holds for every routing.
+How many tiles there are is known on the device only. The grid is as large as it can get, Σ_e ⌈n_e / ROWS⌉ ≤ ⌊R / ROWS⌋
++ min(E, R), and the programs of nobody's tiles leave at once: the host never waits, and a CUDA graph holds for every
+routing.
 
 float32 inputs are multiplied as float32 ("ieee"; no TF32), 16-bit inputs by the tensor cores. All sums are float32.
 """
@@ -26,7 +27,7 @@ from kernels.activation import activated, slope
 
 @triton.jit(do_not_specialize=["tiles", "E", "ROWS"])
 def table_kernel(bounds_ptr, table_ptr, tiles, E, ROWS, BLOCK: tl.constexpr):
-    """Program e lists the tiles of expert e behind those of all experts before it; program E marks what is left as nobody's."""
+    """Program e lists the tiles of expert e, after those of all before it; program E marks the rest as nobody's."""
     e = tl.program_id(0)
     others = tl.arange(0, BLOCK)
     counts = tl.load(bounds_ptr + others + 1, others < e, other=0) - tl.load(bounds_ptr + others, others < e, other=0)
@@ -41,8 +42,8 @@ def table_kernel(bounds_ptr, table_ptr, tiles, E, ROWS, BLOCK: tl.constexpr):
 
 @triton.jit
 def place(tiles, blocks, GROUP: tl.constexpr):
-    """The tile and the block of columns of this program. Programs that run side by side take GROUP tiles by a few blocks, a near square, so
-    that what one of them loads the others find in the cache."""
+    """The tile and the block of columns of this program. Programs that run side by side take GROUP tiles by a few
+    blocks, a near square, so that what one of them loads the others find in the cache."""
     group, within = tl.program_id(0) // (GROUP * blocks), tl.program_id(0) % (GROUP * blocks)
     size = tl.minimum(tiles - group * GROUP, GROUP)
     return group * GROUP + within % size, within // size
@@ -58,8 +59,10 @@ def rows_of(tile, table_ptr, bounds_ptr, tiles, ROWS: tl.constexpr):
 
 @triton.jit
 def add_product(acc, a_at, w_at, size, w_step, row_inside, column_inside, DEPTH: tl.constexpr):
-    """acc (ROWS, COLUMNS) + a·w over `size` steps. a_at (ROWS, 1) and w_at (1, COLUMNS) point at where the rows of a and the columns of w
-    begin; their next elements lie 1 and w_step further."""
+    """acc (ROWS, COLUMNS) + a·w over `size` steps.
+
+    a_at (ROWS, 1) and w_at (1, COLUMNS): where the rows of a and the columns of w begin; their next elements lie 1 and
+    w_step further."""
     depth = tl.arange(0, DEPTH)
     a_at, w_at = a_at + depth[None, :], w_at + depth[:, None].to(tl.int64) * w_step
     for done in range(0, size, DEPTH):
@@ -71,9 +74,10 @@ def add_product(acc, a_at, w_at, size, w_step, row_inside, column_inside, DEPTH:
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def up_kernel(x_ptr, gate_ptr, up_ptr, order_ptr, bounds_ptr, table_ptr, h_ptr, g_ptr, u_ptr, tiles, D, F, K: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr,
+def up_kernel(x_ptr, gate_ptr, up_ptr, order_ptr, bounds_ptr, table_ptr, h_ptr, g_ptr, u_ptr, tiles, D, F,
+              K: tl.constexpr, ACT: tl.constexpr, SAVE: tl.constexpr,
               ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """h[row] = act(g) ⊙ u with g = gate_e x[token], u = up_e x[token]. The rows of x are fetched where they are. SAVE: g and u are kept."""
+    """h[row] = act(g) ⊙ u with g = gate_e x[token], u = up_e x[token]. x is read in place. SAVE: g and u are kept."""
     tile, block = place(tiles, tl.cdiv(F, COLUMNS), GROUP)
     e, rows, row_inside = rows_of(tile, table_ptr, bounds_ptr, tiles, ROWS)
     if e < 0:
@@ -100,8 +104,8 @@ def up_kernel(x_ptr, gate_ptr, up_ptr, order_ptr, bounds_ptr, table_ptr, h_ptr, 
 @triton.jit(do_not_specialize=["tiles"])
 def back_kernel(a_ptr, w_ptr, b_ptr, v_ptr, out_ptr, order_ptr, bounds_ptr, table_ptr, tiles, D, F, PAIR: tl.constexpr,
                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """Back to width D, and back to the order of the tokens: out[order[row]] = w_e a[row] with w (E, D, F), which is down;
-    or where PAIR w_eᵀ a[row] + v_eᵀ b[row] with w and v (E, F, D), which are gate and up."""
+    """Back to width D, and back to the order of the tokens: out[order[row]] = w_e a[row] with w (E, D, F), which is
+    down; or where PAIR w_eᵀ a[row] + v_eᵀ b[row] with w and v (E, F, D), which are gate and up."""
     tile, block = place(tiles, tl.cdiv(D, COLUMNS), GROUP)
     e, rows, row_inside = rows_of(tile, table_ptr, bounds_ptr, tiles, ROWS)
     if e < 0:
@@ -115,12 +119,13 @@ def back_kernel(a_ptr, w_ptr, b_ptr, v_ptr, out_ptr, order_ptr, bounds_ptr, tabl
     else:
         acc = add_product(acc, a_ptr + a_at, w_ptr + e * D * F + (d * F)[None, :], F, 1, row_inside, d < D, DEPTH)
     pair = tl.load(order_ptr + rows, row_inside, other=0)
-    tl.store(out_ptr + (pair * D)[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), row_inside[:, None] & (d < D)[None, :])
+    inside = row_inside[:, None] & (d < D)[None, :]
+    tl.store(out_ptr + (pair * D)[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
 def combine_kernel(rows_ptr, weights_ptr, y_ptr, D, K: tl.constexpr, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):
-    """y[n] = Σ_j rows[n, j], each times its router weight where WEIGHTED: one token, COLUMNS of D. Always in the order of j."""
+    """y[n] = Σ_j rows[n, j], each times its weight where WEIGHTED: one token, COLUMNS of D. In the order of j."""
     n = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     y = tl.zeros((COLUMNS,), tl.float32)
@@ -145,9 +150,10 @@ def through_gates(s, w, rows, f, row_inside, g_ptr, u_ptr, dg_ptr, du_ptr, wh_pt
 
 
 @triton.jit(do_not_specialize=["tiles"])
-def gates_backward_kernel(dy_ptr, down_ptr, weights_ptr, g_ptr, u_ptr, order_ptr, bounds_ptr, table_ptr, dg_ptr, du_ptr, wh_ptr, dw_ptr, tiles, D, F,
-                          K: tl.constexpr, ACT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """s = down_eᵀ dY[token], and what follows from it row by row. dw (R, blocks) has a share for each block of columns."""
+def gates_backward_kernel(dy_ptr, down_ptr, weights_ptr, g_ptr, u_ptr, order_ptr, bounds_ptr, table_ptr,
+                          dg_ptr, du_ptr, wh_ptr, dw_ptr, tiles, D, F, K: tl.constexpr, ACT: tl.constexpr,
+                          ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
+    """s = down_eᵀ dY[token], and what follows from it row by row. dw (R, blocks): a share for each block of columns."""
     blocks = tl.cdiv(F, COLUMNS)
     tile, block = place(tiles, blocks, GROUP)
     e, rows, row_inside = rows_of(tile, table_ptr, bounds_ptr, tiles, ROWS)
@@ -155,9 +161,11 @@ def gates_backward_kernel(dy_ptr, down_ptr, weights_ptr, g_ptr, u_ptr, order_ptr
         return
     pair = tl.load(order_ptr + rows, row_inside, other=0)
     f = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    s = add_product(tl.zeros((ROWS, COLUMNS), tl.float32), dy_ptr + (pair // K * D)[:, None], down_ptr + e * D * F + f[None, :], D, F, row_inside, f < F, DEPTH)
+    s, dy_at = tl.zeros((ROWS, COLUMNS), tl.float32), (pair // K * D)[:, None]
+    s = add_product(s, dy_ptr + dy_at, down_ptr + e * D * F + f[None, :], D, F, row_inside, f < F, DEPTH)
     w = tl.load(weights_ptr + pair, row_inside, other=0.0)
-    left, right = tl.split(tl.permute(tl.reshape(s, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))       # one half after the other: both at once spill registers
+    # one half after the other: both at once spill registers
+    left, right = tl.split(tl.permute(tl.reshape(s, (ROWS, 2, COLUMNS // 2)), (0, 2, 1)))
     f = block.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS // 2)
     dw = through_gates(left, w, rows, f, row_inside, g_ptr, u_ptr, dg_ptr, du_ptr, wh_ptr, F, ACT)
     dw += through_gates(right, w, rows, f + COLUMNS // 2, row_inside, g_ptr, u_ptr, dg_ptr, du_ptr, wh_ptr, F, ACT)
@@ -167,10 +175,11 @@ def gates_backward_kernel(dy_ptr, down_ptr, weights_ptr, g_ptr, u_ptr, order_ptr
 @triton.jit
 def outer_kernel(a_ptr, b_ptr, out_ptr, order_ptr, bounds_ptr, D, F, K: tl.constexpr, TRANSPOSE: tl.constexpr,
                  F_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr):
-    """out_e (F, D), or (D, F) where TRANSPOSE, = Σ a[row] ⊗ b[token] over the rows of expert e; exact zeros where it has none."""
+    """out_e (F, D), or (D, F) where TRANSPOSE, = Σ a[row] ⊗ b[token] over the rows of expert e; 0 where it has none."""
     f_block, d_block = place(tl.cdiv(F, F_BLOCK), tl.cdiv(D, D_BLOCK), GROUP)
     e = tl.program_id(1).to(tl.int64)
-    f, d = f_block.to(tl.int64) * F_BLOCK + tl.arange(0, F_BLOCK), d_block.to(tl.int64) * D_BLOCK + tl.arange(0, D_BLOCK)
+    f = f_block.to(tl.int64) * F_BLOCK + tl.arange(0, F_BLOCK)
+    d = d_block.to(tl.int64) * D_BLOCK + tl.arange(0, D_BLOCK)
     depth, last = tl.arange(0, DEPTH), tl.load(bounds_ptr + e + 1)
     acc = tl.zeros((F_BLOCK, D_BLOCK), tl.float32)
     for first in range(tl.load(bounds_ptr + e), last, DEPTH):

@@ -18,10 +18,10 @@ Roofline. Nothing is computed that a GPU would notice: bytes are all. In bf16, a
         │                   │
         └───────────────────┘    narrow rows (per-head norms) share a program, so that each has work enough
 
-Backward. With h = dy·(o + g), the chain rule through r gives   dx = r·(h − x̂·mean(h·x̂))   and for LayerNorm, whose mean is
-taken out too,   dx = r·(h − x̂·mean(h·x̂) − mean(h)).   dg = Σ_rows dy·x̂ is a sum over all rows: a fixed number of programs
-walk down the rows, each keeps its own sum in registers and writes it once; the few sums are added afterwards. No atomics: the
-same numbers every time.
+Backward. With h = dy·(o + g), the chain rule through r gives   dx = r·(h − x̂·mean(h·x̂))   and for LayerNorm, whose mean
+is taken out too,   dx = r·(h − x̂·mean(h·x̂) − mean(h)).   dg = Σ_rows dy·x̂ is a sum over all rows: a fixed number of
+programs walk down the rows, each keeps its own sum in registers and writes it once; the few sums are added afterwards.
+No atomics: the same numbers every time.
 
 x̂ is rounded to the working dtype before the gain (Llama) or not (Gemma), see nanollm/layers/norm.py.
 """
@@ -38,7 +38,8 @@ LAYER_NORM_UP_TO = 8192                     # wider, its two sums would spill re
 
 @triton.jit
 def forward_kernel(a_ptr, b_ptr, gain_ptr, bias_ptr, x_ptr, y_ptr, mean_ptr, r_ptr, M, D, eps, offset,
-                   ADD: tl.constexpr, CENTRE: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+                   ADD: tl.constexpr, CENTRE: tl.constexpr, ROUND: tl.constexpr, BIAS: tl.constexpr,
+                   ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """ROWS rows of a (+ b). CENTRE: LayerNorm. ROUND: x̂ goes through the working dtype before the gain."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
@@ -68,9 +69,11 @@ def forward_kernel(a_ptr, b_ptr, gain_ptr, bias_ptr, x_ptr, y_ptr, mean_ptr, r_p
 
 @triton.jit
 def backward_kernel(dy_ptr, stream_ptr, x_ptr, gain_ptr, mean_ptr, r_ptr, dx_ptr, dgain_ptr, dbias_ptr, M, D, offset,
-                    ADD: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """dx of every rows-of-ROWS that is this program's, and its share of dg and db. ADD: the gradient that comes along the
-    residual stream joins dx."""
+                    ADD: tl.constexpr, CENTRE: tl.constexpr, BIAS: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """dx of every rows-of-ROWS that is this program's, and its share of dg and db.
+
+    ADD: the gradient that comes along the residual stream joins dx."""
     columns = tl.arange(0, BLOCK)
     dgain = tl.zeros((BLOCK,), tl.float32)
     dbias = tl.zeros((BLOCK,), tl.float32)
@@ -89,7 +92,7 @@ def backward_kernel(dy_ptr, stream_ptr, x_ptr, gain_ptr, mean_ptr, r_ptr, dx_ptr
         if BIAS:
             dbias += tl.sum(dy, 0)
         c = tl.sum(h * x_hat, 1) / D
-        if BLOCK > 8192:                        # there are no registers to hold x̂ beside h and dg: x is read again, from the cache
+        if BLOCK > 8192:                        # no registers to hold x̂ beside h and dg: x again, from the cache
             x_hat = tl.load(x_ptr + at, inside, other=0.0, eviction_policy="evict_first").to(tl.float32) * r[:, None]
         dx = h - x_hat * c[:, None]
         if CENTRE:
@@ -107,7 +110,8 @@ def backward_kernel(dy_ptr, stream_ptr, x_ptr, gain_ptr, mean_ptr, r_ptr, dx_ptr
 # ---- the operations as torch sees them
 
 @torch.library.custom_op("nanollm::norm", mutates_args=())
-def norm_op(a: Tensor, b: Tensor | None, gain: Tensor, bias: Tensor | None, eps: float, offset: float, centre: bool, rounded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def norm_op(a: Tensor, b: Tensor | None, gain: Tensor, bias: Tensor | None, eps: float, offset: float, centre: bool,
+            rounded: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, x = a + b (empty where b is None), mean (empty unless centre) and r."""
     M, D = a.numel() // a.shape[-1], a.shape[-1]
     y, x, mean, r = norm_fake(a, b, gain, bias, eps, offset, centre, rounded)
@@ -115,7 +119,8 @@ def norm_op(a: Tensor, b: Tensor | None, gain: Tensor, bias: Tensor | None, eps:
     with torch.cuda.device_of(a):
         forward_kernel[(triton.cdiv(M, meta["ROWS"]),)](
             a, b, gain, bias, x, y, mean, r, M, D, eps, offset,
-            ADD=b is not None, CENTRE=centre, ROUND=rounded, BIAS=bias is not None, BLOCK=triton.next_power_of_2(D), **meta)
+            ADD=b is not None, CENTRE=centre, ROUND=rounded, BIAS=bias is not None,
+            BLOCK=triton.next_power_of_2(D), **meta)
     return y, x, mean, r
 
 
@@ -123,11 +128,13 @@ def norm_op(a: Tensor, b: Tensor | None, gain: Tensor, bias: Tensor | None, eps:
 def norm_fake(a, b, gain, bias, eps, offset, centre, rounded):
     M = a.numel() // a.shape[-1]
     x = a.new_empty(a.shape if b is not None else (0,))
-    return a.new_empty(a.shape), x, a.new_empty(M if centre else 0, dtype=torch.float32), a.new_empty(M, dtype=torch.float32)
+    mean, r = a.new_empty(M if centre else 0, dtype=torch.float32), a.new_empty(M, dtype=torch.float32)
+    return a.new_empty(a.shape), x, mean, r
 
 
 @torch.library.custom_op("nanollm::norm_backward", mutates_args=())
-def norm_backward_op(dy: Tensor, stream: Tensor | None, x: Tensor, gain: Tensor, mean: Tensor, r: Tensor, offset: float, centre: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def norm_backward_op(dy: Tensor, stream: Tensor | None, x: Tensor, gain: Tensor, mean: Tensor, r: Tensor,
+                     offset: float, centre: bool, bias: bool) -> tuple[Tensor, Tensor, Tensor]:
     """dx, dg, db (empty without a bias). stream: the gradient of a + b itself."""
     M, D = x.numel() // x.shape[-1], x.shape[-1]
     meta = tuned("norm_backward", D, x.device)
@@ -155,14 +162,16 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, dy, stream, *_):
     x, gain, mean, r = ctx.saved_tensors
-    dx, dgain, dbias = norm_backward_op(dy.contiguous(), stream.contiguous() if ctx.fused else None, x, gain, mean, r, ctx.offset, ctx.centre, ctx.bias)
+    stream = stream.contiguous() if ctx.fused else None
+    dx, dgain, dbias = norm_backward_op(dy.contiguous(), stream, x, gain, mean, r, ctx.offset, ctx.centre, ctx.bias)
     return dx, dx if ctx.fused else None, dgain, dbias if ctx.bias else None, None, None, None, None
 
 
 norm_op.register_autograd(_backward, setup_context=_save)
 
 
-def _refuses(x: Tensor, gain: Tensor, bias: Tensor | None = None, y: Tensor | None = None, most: int = largest("norm")) -> str | None:
+def _refuses(x: Tensor, gain: Tensor, bias: Tensor | None = None, y: Tensor | None = None,
+             most: int = largest("norm")) -> str | None:
     D = x.shape[-1]
     for name, vector in (("gain", gain), ("bias", bias)):
         if vector is not None and vector.shape != (D,):
@@ -183,7 +192,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_afte
 
 
 @operation(lambda x, y, gain, *_: _refuses(x, gain, None, y))
-def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_after_gain: bool = False) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float = 0.0,
+                 cast_after_gain: bool = False) -> tuple[Tensor, Tensor]:
     """x, y (…, D), gain (D,) → x + y and its norm."""
     normed, total, *_ = norm_op(x, y, gain, None, eps, offset, False, not cast_after_gain)
     return total, normed

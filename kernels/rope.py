@@ -1,7 +1,8 @@
 """Rotary position embedding of queries or keys, forward and backward with one kernel.
 
     pair j, channels a and b      y_a = x_a·cos_a + x_b·sin_a
-                                  y_b = x_b·cos_b + x_a·sin_b         y = x·cos + swap(x)·sin,  Su et al. 2021 (arXiv 2104.09864) eq. 34
+                                  y_b = x_b·cos_b + x_a·sin_b         y = x·cos + swap(x)·sin
+    Su et al. 2021 (arXiv 2104.09864) eq. 34
 
     half          a = j, b = j + r/2          the tables carry the sign: sin_a = −sin θ, sin_b = sin θ
     interleaved   a = 2j, b = 2j + 1          (nanollm/layers/rope.py says who uses which)
@@ -12,27 +13,27 @@ Shapes: B batch, T tokens, H heads, d head width, r rotated channels (the first 
 Roofline. Bytes are all: 4 FLOPs a channel are nothing. In bf16
     forward, backward    read x, write y, the tables once        4·B·T·H·d + 4·T·r
 
-    one program = TOKENS tokens × HEADS heads, about TILE channels; a token's row of the tables is read once for its heads
+    one program = TOKENS tokens × HEADS heads, about TILE channels; a token's row of the tables is read once for all
 
-                   ┌──── a ────┬──── b ────┬ past r ┐         half: two loads, a and b, each of r/2 channels side by side
+                   ┌──── a ────┬──── b ────┬ past r ┐       half: two loads, a and b, each of r/2 channels side by side
         token 0 h0 │ 0 1 2 3   │ 4 5 6 7   │        │
-                h1 │           │           │        │         interleaved: one load of all r channels, parted in registers,
-        token 1 h0 │           │           │        │         a b a b a b → a a a, b b b, since a load of every second
-                h1 │           │           │        │         channel would move 2 bytes at a time instead of 16
+                h1 │           │           │        │       interleaved: one load of all r channels, then parted,
+        token 1 h0 │           │           │        │       a b a b a b → a a a, b b b, since a load of every second
+                h1 │           │           │        │       channel would move 2 bytes at a time instead of 16
                    └─────┬─────┴─────┬─────┴────────┘
                       cos_a, sin_a  cos_b, sin_b
 
-x is read where it lies, through its strides; y, and the gradient of x whatever that of y is, lie as x does, tokens or heads
-outermost: nothing is ever copied to bring heads before tokens or back.
+x is read where it lies, through its strides; y, and the gradient of x whatever that of y is, lie as x does, tokens or
+heads outermost: nothing is ever copied to bring heads before tokens or back.
 Computed in float32 and rounded once, where PyTorch rounds both products and their sum.
 
-Backward. For a pair, y = [cos_a sin_a; sin_b cos_b]·x, so dx is the transposed matrix times dy: the two sines change places.
+Backward. For a pair, y = [cos_a sin_a; sin_b cos_b]·x, so dx is the transposed matrix times dy: the sines swap.
 
     dx_a = dy_a·cos_a + dy_b·sin_b          dx = dy·cos + swap(dy·sin) = dy·cos + swap(dy)·swap(sin)
     dx_b = dy_b·cos_b + dy_a·sin_a
 
-That is the transpose whatever the tables hold; with theirs, sin_b = −sin_a, it is the rotation by −θ. Nothing is saved but the
-tables, which get no gradient.
+That is the transpose whatever the tables hold; with theirs, sin_b = −sin_a, it is the rotation by −θ. Nothing is saved
+but the tables, which get no gradient.
 """
 
 import torch
@@ -45,7 +46,7 @@ from kernels.common import largest, operation, tuned, unlike
 
 @triton.jit
 def load_pairs(ptr, at, column, inside, R: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """a and b of each pair, float32 (…, HALF). at: offsets of rows (…, 1); column (1 … 1, HALF); inside masks rows (…, 1)."""
+    """a and b of each pair, float32 (…, HALF). at: offsets of rows (…, 1); column (1 …, HALF); inside: rows (…, 1)."""
     if INTERLEAVED:
         both = tl.arange(0, 2 * HALF)[None, None, :]
         x = tl.load(ptr + at + both, inside & (both < R), other=0.0).to(tl.float32)
@@ -57,7 +58,8 @@ def load_pairs(ptr, at, column, inside, R: tl.constexpr, HALF: tl.constexpr, INT
 
 
 @triton.jit(do_not_specialize=["T"])
-def rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, H, T, x_batch, x_head, x_token, y_batch, y_head, y_token, table_batch, table_token,
+def rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, H, T, x_batch, x_head, x_token, y_batch, y_head, y_token,
+                  table_batch, table_token,
                   D: tl.constexpr, R: tl.constexpr, INTERLEAVED: tl.constexpr, TRANSPOSED: tl.constexpr,
                   TOKENS: tl.constexpr, HEADS: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr):
     """TOKENS tokens × HEADS heads of one row of the batch. x_batch … are strides. TRANSPOSED: the backward."""
@@ -95,7 +97,7 @@ def rotate_kernel(x_ptr, cos_ptr, sin_ptr, y_ptr, H, T, x_batch, x_head, x_token
 
 @torch.library.custom_op("nanollm::rotate", mutates_args=())
 def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, transposed: bool, tokens_first: bool) -> Tensor:
-    """y. transposed: the gradient of x for that of y. tokens_first: y lies in memory as (B, T, H, d), else as (B, H, T, d)."""
+    """y. transposed: the gradient of x for that of y. tokens_first: y is (B, T, H, d) in memory, not (B, H, T, d)."""
     (B, H, T, D), R = x.shape, cos.shape[-1]
     y = rotate_fake(x, cos, sin, interleaved, transposed, tokens_first)
     meta = dict(tuned("rotate", D, x.device))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nanollm import config as c
 from nanollm.layers import MODULES
 from nanollm.layers.forward_context import ForwardContext
-from nanollm.layers.norm import build_norm
+from nanollm.layers.norm import build_norm, normed
 from nanollm.layers.state import KVCache, ScanState
 
 
@@ -36,12 +36,11 @@ class Block(nn.Module):
         self.ffn = None if config.ffn is None else MODULES[type(config.ffn)](config.ffn, dim)
         self.post_ffn = build_norm(config.post_ffn, dim)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | ScanState | None = None) -> Tensor:       # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | ScanState | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         # .to(ctx.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
-        h = (x if self.pre_mixer is None else self.pre_mixer(x)).to(ctx.dtype)
-        mixed = self.mixer(h, ctx, state)
-        if self.post_mixer is not None:
-            mixed = self.post_mixer(mixed)
+        h = normed(self.pre_mixer, x).to(ctx.dtype)
+        mixed = normed(self.post_mixer, self.mixer(h, ctx, state))
         if self.ffn is None:
             return x + mixed
         if self.parallel:
@@ -50,8 +49,5 @@ class Block(nn.Module):
             x = h = x + mixed
         else:
             x, h = self.pre_ffn.add(x, mixed)
-        h = h.to(ctx.dtype)
-        out = self.ffn(h)
-        if self.post_ffn is not None:
-            out = self.post_ffn(out)
+        out = normed(self.post_ffn, self.ffn(h.to(ctx.dtype)))
         return x + out if not self.parallel else x + mixed + out

@@ -1,7 +1,9 @@
 """What a decoder remembers between calls: one state a layer (layers/state.py), and the length of each row.
 
-A cache is passed in and never owned by the model:   cache = Cache(config, batch=2, length=512)
-                                                     logits = model(prompt, cache=cache);  model(next_token, cache=cache)
+A cache is passed in and never owned by the model:
+
+    cache = Cache(config, batch=2, length=512)
+    logits = model(prompt, cache=cache);  logits = model(next_token, cache=cache)
 
 What each mixer needs is said by its module, `new_state`.
 
@@ -24,12 +26,13 @@ class Cache:
     length: the longest sequence that layers without a window can hold. dtype: that of the model's activations.
     """
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+    def __init__(self, config: ModelConfig, batch: int, length: int, dtype: torch.dtype = torch.float32,
+                 device: torch.device | str = "cpu") -> None:
         self.config, self.batch, self.length = config, batch, length
         self.dtype, self.device = dtype, torch.device(device)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=device)      # tokens of each row so far
         self.ragged = False                                                     # positions were given: rows may differ
-        self.history: list[tuple[Tensor, Tensor]] = []                          # tokens and positions, kept if there are:
+        self.history: list[tuple[Tensor, Tensor]] = []                          # all tokens and positions, for `ropes`
         ropes = {getattr(layer.mixer, "rope", None) for layer in config.layers}
         self.ropes = [rope for rope in ropes if length_key(rope, self.lengths) is not None]
         self.empty()
@@ -39,8 +42,8 @@ class Cache:
         """Fresh states for all layers."""
         shape = self.batch, self.length, self.dtype, self.device
         self.states = [MODULES[type(layer.mixer)].new_state(layer.mixer, *shape) for layer in self.config.layers]
-        self.held: dict[int, Tensor] = {}                                       # slots → the position in each (B, S + 1)
-        self.longest = 0                                                        # tokens of the longest row in the states
+        self.held: dict[int, Tensor] = {}                                       # S → position in each slot (B, S + 1)
+        self.longest = 0                                                        # tokens of the longest row so far
 
     def advance(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """Take note of new tokens (B, T); return what must be fed now, tokens and positions.
@@ -61,18 +64,20 @@ class Cache:
             count = real.cumsum(1)
             broken = real[:, 1:] & ~real[:, :-1] & (count[:, 1:] > 1)           # padding with real tokens on both sides
             if bool((real & (positions != before[:, None] + count - 1)).any() | broken.any()):
-                raise InputError("with a cache, the positions of a row go on by one from where it stopped; -1 is padding, before or behind them")
+                raise InputError("with a cache, the positions of a row go on by one from where it stopped; "
+                                 "-1 is padding, before or behind them")
             after = before + real.sum(1)
             longest = int(after.max())
         rows = self.config.positions
         if rows is not None and longest > rows:
             raise InputError(f"the model has {rows} positions, from 0 to {rows - 1}; position {longest - 1} was fed")
         if longest > self.length and not self.endless:
-            raise InputError(f"the cache holds {self.length} positions, position {longest - 1} was fed; make it with a larger length")
+            raise InputError(f"the cache holds {self.length} positions, position {longest - 1} was fed; "
+                             "make it with a larger length")
         if self.ropes:
             self.history.append((tokens, positions))
             if any(bool(((length_key(r, before) != length_key(r, after)) & (before > 0)).any()) for r in self.ropes):
-                tokens, positions = (torch.cat(parts, 1) for parts in zip(*self.history))
+                tokens, positions = (torch.cat(parts, 1) for parts in zip(*self.history, strict=True))
                 self.empty()
         self.filled, self.longest, self.lengths, self.ragged = self.longest, longest, after, ragged
         return tokens, positions

@@ -1,10 +1,10 @@
-"""What the command lines share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1."""
+"""What all commands share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1."""
 
 import argparse
 import difflib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from nanollm.errors import NanollmError
@@ -16,7 +16,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> argparse.Namespace:
+    def parse_args(  # type: ignore[override]  # argparse also takes a namespace of another class; nobody here has one
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> argparse.Namespace:
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown option {unknown[0]}{self.nearest(unknown[0].split('=')[0])}")
@@ -29,7 +31,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(run: Callable[[], None]) -> None:
-    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end. Of ranks that fail alike the first one speaks."""
+    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end.
+
+    Where all ranks of a run fail alike, only the first prints the error.
+    """
     ending: str | int = 0
     try:
         run()
@@ -40,7 +45,8 @@ def main(run: Callable[[], None]) -> None:
     except BrokenPipeError:                                # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if os.environ.get("WORLD_SIZE", "1") != "1":
-        # Not by way of Python's own end: a thread of gloo that wants the interpreter then is cut off, and brings the process down (SIGABRT)
+        # Not by way of Python's own end: a thread of gloo that wants the interpreter then is cut off, and brings the
+        # process down (SIGABRT)
         if isinstance(ending, str):
             print(ending, file=sys.stderr)
         sys.stdout.flush()

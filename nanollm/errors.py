@@ -1,7 +1,8 @@
 """The project's own errors. Each message names the file, key or tensor, what was found and what was expected.
 
-Names and values in a message were chosen by whoever wrote the file: a tensor may be called a million letters, or what clears a terminal, or
-half a surrogate pair, which no terminal can print. So lines are cut in the middle, and what is not printable is spelled out.
+Names and values in a message were chosen by whoever wrote the file: a tensor may be called a million letters, or what
+clears a terminal, or half a surrogate pair, which no terminal can print. So long lines are cut in the middle, and what
+is not printable is spelled out.
 """
 
 WIDEST = 900                    # characters of a line

@@ -2,15 +2,15 @@
 
     embed, positions, head              N(0, 0.02²)                  Radford et al. 2019 (GPT-2)
     matrices                            N(0, 1/in)                   the variance of what goes through is kept
-    matrices that write to the stream   N(0, 1/in / 2L)              o, down, out_proj; L layers: the residual stream does
-                                                                     not grow with depth (GPT-2 §2.3)
+    matrices that write to the stream   N(0, 1/in / 2L)              o, down, out_proj; L layers: the residual stream
+                                                                     does not grow with depth (GPT-2 §2.3)
     gains                               1, stored less their offset
     biases                              0
     everything else                     beside its module: steps and decays of scans, filters, poles
 
-A module lists its rules in `INIT`, {name of a parameter inside it: rule}; the outermost module that names a parameter decides. A
-parameter that no module names is an error. Its values follow from (seed, name) alone, so neither the order matters in which they are
-drawn, nor how many processes share the model.
+A module lists its rules in `INIT`, {name of a parameter inside it: rule}; the outermost module that names a parameter
+decides. A parameter that no module names is an error. Its values follow from (seed, name) alone, so neither the order
+in which they are drawn matters, nor how many processes share the model.
 """
 
 import math
@@ -74,6 +74,7 @@ def init_weights(model: nn.Module, seed: int = 0) -> None:
 @torch.no_grad()
 def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tensor]]:
     """Each parameter's name and first value. Raises ConfigError for one that has no rule."""
+    depth = len(model.config.layers)  # type: ignore[arg-type, union-attr]  # a Decoder, which this file cannot import
     rules: dict[str, Draw] = {}
     for owner, module in model.named_modules():  # outer modules before those inside them
         for leaf, rule in getattr(module, "INIT", {}).items():
@@ -82,6 +83,7 @@ def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tenso
         if name not in rules:
             owner, _, leaf = name.rpartition(".")
             kind = type(model.get_submodule(owner)).__name__
-            raise ConfigError(f"{name}: no rule for its first values; give {kind} one: INIT = {{{leaf!r}: …}} (nanollm/init.py)")
+            raise ConfigError(f"{name}: no rule for its first values; "
+                              f"give {kind} one: INIT = {{{leaf!r}: …}} (nanollm/init.py)")
         stream = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        yield name, rules[name](torch.empty(p.shape, dtype=p.dtype, device=p.device), stream, len(model.config.layers))
+        yield name, rules[name](torch.empty(p.shape, dtype=p.dtype, device=p.device), stream, depth)

@@ -2,8 +2,8 @@
 
     tokens ── embed ── layer 0 ── layer 1 ── … ── norm ── head ── logits
 
-    embed     e = s·E[token] + P[position], then a norm       s, P and the norm where the config has them (Gemma; GPT-2; BLOOM)
-    head      logits = c·tanh(s (W x + b) / c)                s, b and c likewise (Command-R; Phi; Gemma-2)
+    embed     e = s·E[token] + P[position], then a norm      where the config has s, P, the norm (Gemma; GPT-2; BLOOM)
+    head      logits = c·tanh(s (W x + b) / c)               where it has s, b, c (Command-R; Phi; Gemma-2)
 
     config = ModelConfig(vocab=32000, dim=512, layers=(Layer(Attention(8, 2, 64, Rope()), MLP(1408)),) * 8)
     logits = Decoder(config)(tokens)
@@ -22,7 +22,7 @@ from nanollm.errors import InputError
 from nanollm.init import init_weights, normal, zero
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
-from nanollm.layers.norm import build_norm
+from nanollm.layers.norm import build_norm, normed
 
 
 class Embedding(nn.Module):
@@ -38,7 +38,7 @@ class Embedding(nn.Module):
 
 
 class Head(Linear):
-    """Reads the vocabulary off: the equation at the head of the file. With `unit_head` every row of W is brought to length 1."""
+    """Reads the vocabulary off: the equation at the head of the file. With `unit_head` each row of W has length 1."""
     INIT = {"weight": normal(0.02), "bias": zero}
 
     def __init__(self, config: ModelConfig) -> None:
@@ -56,12 +56,15 @@ class Head(Linear):
         return F.normalize(self.weight) if self.unit else self.weight
 
     def product(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (n, D) → x' (n, D'), W' (V, D') whose product x' W'ᵀ is what the soft cap is applied to: for a loss that never holds all logits."""
+        """x (n, D) → x' (n, D'), W' (V, D'), whose product x' W'ᵀ is what the soft cap is applied to.
+
+        For a loss that never holds all logits. The bias becomes the weight of a constant, the scale a factor of x.
+        """
         weight = self.rows()
         x = x if self.scale == 1 else x * self.scale
         if self.bias is None:
             return x, weight
-        return F.pad(x, (0, 1), value=self.scale), torch.cat([weight, self.bias[:, None]], 1)      # the bias is the weight of a constant
+        return F.pad(x, (0, 1), value=self.scale), torch.cat([weight, self.bias[:, None]], 1)
 
 
 class Decoder(nn.Module):
@@ -82,23 +85,25 @@ class Decoder(nn.Module):
             init_weights(self, seed)
 
     def tie(self) -> None:
-        """Make head and embedding one parameter where the config says so; again after the meta device, which parts them."""
+        """Make head and embedding one parameter where the config says so. To call again after the meta device."""
         if self.config.tied:
             self.head.weight = self.embed.weight
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Logits (B, T, V) for tokens (B, T) int64.
 
-        positions (B, T): the place of each token in its document, where it rises by one. A 0 begins a document that sees nothing
-        before it, −1 is padding, which stands between documents, not inside. None: each row goes on where its cache stopped, or is
-        one document. Any split of a sequence into calls with a cache gives what the single call gives.
+        positions (B, T): the place of each token in its document, which rises by one. A 0 begins a document, which sees
+        nothing before it; −1 is padding, before, between or behind documents, not inside one. None: each row goes on
+        where its cache stopped, or is one document. Any split of a sequence into calls with a cache gives what the
+        single call gives.
         """
         return self.head(self.hidden(tokens, positions, cache))
 
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head reads, (B, T, D): for callers that need few of the logits, or the head in pieces."""
         if tokens.ndim != 2 or 0 in tokens.shape:
-            raise InputError(f"tokens have shape {tuple(tokens.shape)}, expected (batch, tokens) with at least one of each")
+            raise InputError(f"tokens have shape {tuple(tokens.shape)}, "
+                             "expected (batch, tokens) with at least one of each")
         new = tokens.shape[1]
         regular = positions is None and not (cache is not None and cache.ragged)
         if cache is not None:
@@ -111,21 +116,24 @@ class Decoder(nn.Module):
         ctx = ForwardContext(positions, regular, x.dtype, cache)
         if self.config.float32_residual:
             x = x.float()
-        for layer, state in zip(self.layers, cache.states if cache is not None else [None] * len(self.layers)):
+        states = cache.states if cache is not None else [None] * len(self.layers)
+        for layer, state in zip(self.layers, states, strict=True):
             x = layer(x, ctx, state)
-        return self.norm(x[:, -new:]).to(ctx.dtype)   # more than new only where a cache had to begin again, see cache.py
-
+        # more than the new tokens were fed only where the cache began again, see Cache.advance
+        return self.norm(x[:, -new:]).to(ctx.dtype)
 
     def embedded(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """What the first layer reads: (B, T) and (B, T) → (B, T, D)."""
         x = self.embed(tokens)
         if self.config.embed_scale != 1:
-            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)      # the factor itself is rounded: 55.5, not 55.4256
-        if self.positions is not None:
-            rows = self.config.positions
-            demand(positions < rows, f"the model has {rows} positions, from 0 to {rows - 1}; it cannot read a longer sequence")
+            # the factor itself is rounded to the working dtype: 55.5, not 55.4256
+            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+        rows = self.config.positions
+        if self.positions is not None and rows is not None:
+            refusal = f"the model has {rows} positions, from 0 to {rows - 1}; it cannot read a longer sequence"
+            demand(positions < rows, refusal)
             x = x + self.positions(positions.clamp(min=0))
-        return x if self.embed_norm is None else self.embed_norm(x)
+        return normed(self.embed_norm, x)
 
 
 def check_positions(positions: Tensor) -> None:
@@ -135,8 +143,10 @@ def check_positions(positions: Tensor) -> None:
 
 
 def demand(holds: Tensor, message: str) -> None:
-    """holds (B, n) must be true everywhere. Raises InputError with the first place where it is not; on a GPU, which nobody waits for
-    here, the device says so later."""
+    """holds (B, n) must be true everywhere. Raises InputError with the first place where it is not.
+
+    On a GPU the check does not wait for the device, which says so later.
+    """
     if holds.is_cuda:
         torch._assert_async(holds.all(), message)
     elif not holds.all():

@@ -10,7 +10,7 @@ def stored_tensors(op, ours, layer=None) -> list[torch.Tensor]:
     parts = [[] for _ in op.shapes(ours, layer)]
     for k, piece in op.pieces(ours, layer):
         parts[k].append((piece.dense() if isinstance(piece, Beside) else piece).reshape(-1))
-    return [torch.cat(some).view(shape) for some, shape in zip(parts, op.shapes(ours, layer))]
+    return [torch.cat(some).view(shape) for some, shape in zip(parts, op.shapes(ours, layer), strict=True)]
 
 
 def fill(op, stored, ours, layer=None) -> None:

@@ -1,6 +1,6 @@
 """train.py, killed in the middle of something: the child of test_resume.py.
 
-    python tests/killed.py PLACE STEP [the options of train.py]             alone, or under torchrun; or `run`, forked (forked.py)
+    python tests/killed.py PLACE STEP [the options of train.py]    alone, under torchrun; or `run`, forked (forked.py)
 
     forward     in step STEP, after the first layer                         one rank, the last
     optimizer   in step STEP, after the first of the optimizers             one rank, the last
@@ -11,7 +11,8 @@
     pruning     of checkpoint STEP, which has lost its name and one file
     export      the last checkpoint complete, the model folder not yet
 
-SIGKILL cannot be caught: nothing of Python, torch or the trainer gets to run after it. The product knows nothing of this file.
+SIGKILL cannot be caught: nothing of Python, torch or the trainer gets to run after it. The product knows nothing of
+this file.
 """
 
 import json
@@ -99,8 +100,9 @@ def export(original: Callable, run: train.Run) -> None:
 
 
 PLACES = {
-    "forward": (block.Block, "forward", forward), "optimizer": (optim, "step", step), "shard": (state, "write_slices", write_slices),
-    "manifest": (state, "write_manifest", write_manifest), "rename": (state, "publish", publish), "renamed": (state, "publish", publish),
+    "forward": (block.Block, "forward", forward), "optimizer": (optim, "step", step),
+    "shard": (state, "write_slices", write_slices), "manifest": (state, "write_manifest", write_manifest),
+    "rename": (state, "publish", publish), "renamed": (state, "publish", publish),
     "pruning": (state, "retire", retire), "export": (train, "export", export),
 }
 

@@ -1,8 +1,9 @@
-"""Folders in the layouts of Meta and Mistral, written by hand from a model of transformers', and the published forward pass of both.
+"""Folders in the layouts of Meta and Mistral, written by hand from a model of transformers', and the published
+forward pass of both.
 
 Nothing here knows our tables. The names, the cuts and the order of the channels follow the published code:
-meta-llama/llama, llama/model.py (ColumnParallelLinear, RowParallelLinear, ParallelEmbedding, apply_rotary_emb, FeedForward) and
-mistralai/mistral-inference, transformer.py, moe.py, rope.py.
+meta-llama/llama, llama/model.py (ColumnParallelLinear, RowParallelLinear, ParallelEmbedding, apply_rotary_emb,
+FeedForward) and mistralai/mistral-inference, transformer.py, moe.py, rope.py.
 """
 
 import json
@@ -12,11 +13,15 @@ import torch
 from safetensors.torch import save_file
 
 COLUMNS = ("wo", "w2")
-ORIGINAL = {"q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
+ORIGINAL = {
+    "q_proj": "wq", "k_proj": "wk", "v_proj": "wv", "o_proj": "wo", "gate_proj": "w1", "up_proj": "w3",
+    "down_proj": "w2",
+}
 
 
 def neighbours(weight, heads):
-    """Rows of a head from halves (0, 1, … | d/2, …) to neighbours (0, d/2, 1, d/2 + 1, …): where pair j of RoPE lies."""
+    """Rows of a head from halves (0, 1, … | d/2, …) to neighbours (0, d/2, 1, d/2 + 1, …): where pair j of RoPE
+    lies."""
     d = len(weight) // heads
     order = [h * d + half * d // 2 + j for h in range(heads) for j in range(d // 2) for half in (0, 1)]
     return weight[order]
@@ -39,7 +44,9 @@ def original_tensors(model):
             if part in ("input_layernorm", "post_attention_layernorm"):
                 found[f"{layer}.{'attention_norm' if part[0] == 'i' else 'ffn_norm'}.weight"] = tensor
             elif part in ("q_proj", "k_proj"):
-                found[f"{layer}.attention.{ORIGINAL[part]}.weight"] = neighbours(tensor, config.num_attention_heads if part[0] == "q" else config.num_key_value_heads)
+                found[f"{layer}.attention.{ORIGINAL[part]}.weight"] = neighbours(
+                    tensor, config.num_attention_heads if part[0] == "q" else config.num_key_value_heads
+                )
             elif part in ("v_proj", "o_proj"):
                 found[f"{layer}.attention.{ORIGINAL[part]}.weight"] = tensor
             elif part in ORIGINAL:
@@ -47,8 +54,11 @@ def original_tensors(model):
             elif name.endswith("gate.weight"):
                 found[f"{layer}.feed_forward.gate.weight"] = tensor
             elif name.endswith("experts.gate_up_proj"):
-                for e, (gate, up) in enumerate(zip(*tensor.chunk(2, 1))):
-                    found[f"{layer}.feed_forward.experts.{e}.w1.weight"], found[f"{layer}.feed_forward.experts.{e}.w3.weight"] = gate.clone(), up.clone()
+                for e, (gate, up) in enumerate(zip(*tensor.chunk(2, 1), strict=True)):
+                    (
+                        found[f"{layer}.feed_forward.experts.{e}.w1.weight"],
+                        found[f"{layer}.feed_forward.experts.{e}.w3.weight"],
+                    ) = gate.clone(), up.clone()
             elif name.endswith("experts.down_proj"):
                 for e, down in enumerate(tensor):
                     found[f"{layer}.feed_forward.experts.{e}.w2.weight"] = down.clone()
@@ -111,7 +121,9 @@ def published_logits(w, x, heads, kv_heads, eps, theta=1e4, head_dim=None, windo
         return torch.view_as_real(pairs * turn[None, :, None]).flatten(3)
 
     def swiglu(v, prefix):
-        return (torch.nn.functional.silu(v @ w[f"{prefix}.w1.weight"].T) * (v @ w[f"{prefix}.w3.weight"].T)) @ w[f"{prefix}.w2.weight"].T
+        return (torch.nn.functional.silu(v @ w[f"{prefix}.w1.weight"].T) * (v @ w[f"{prefix}.w3.weight"].T)) @ w[
+            f"{prefix}.w2.weight"
+        ].T
 
     i = 0
     while f"layers.{i}.attention_norm.weight" in w:
@@ -129,7 +141,9 @@ def published_logits(w, x, heads, kv_heads, eps, theta=1e4, head_dim=None, windo
             for b in range(B):
                 for t in range(T):
                     for s in range(top_k):
-                        out[b, t] += share[b, t, s] * swiglu(f[b, t], f"layers.{i}.feed_forward.experts.{which[b, t, s]}")
+                        out[b, t] += share[b, t, s] * swiglu(
+                            f[b, t], f"layers.{i}.feed_forward.experts.{which[b, t, s]}"
+                        )
             h = h + out
         else:
             h = h + swiglu(f, f"layers.{i}.feed_forward")

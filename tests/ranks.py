@@ -1,4 +1,5 @@
-"""What the ranks of tests/test_distributed.py run: python -m torch.distributed.run … tests/ranks.py CASE OUT REPLICAS, or forked.py's `run`
+"""What the ranks of tests/test_distributed.py run: python -m torch.distributed.run … tests/ranks.py CASE OUT
+REPLICAS, or forked.py's `run`
 
 Each case works on a small sharded model, and the first rank writes what it found to OUT as JSON.
 """
@@ -34,7 +35,9 @@ def build(world: World, name: str, dtype: str = "float32", **how) -> Decoder:
 def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **how) -> list[float]:
     """A few steps on rows that all ranks share out; loss and gradient norm of each."""
     model, found = build(world, name, dtype, **how), []
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)                     # AdamW's first steps make much of differences in the last bit
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=0.1
+    )  # AdamW's first steps make much of differences in the last bit
     stream = torch.Generator().manual_seed(5)
     for _ in range(steps):
         tokens = torch.randint(0, 300, (4, 33), generator=stream)
@@ -61,29 +64,43 @@ def initial(world: World) -> dict:
 
 
 def recompute(world: World) -> dict:
-    return {f"{name} {how}": losses(world, name, recompute=how) for name in ("llama", "mixtral") for how in distributed.RECOMPUTE}
+    return {
+        f"{name} {how}": losses(world, name, recompute=how)
+        for name in ("llama", "mixtral")
+        for how in distributed.RECOMPUTE
+    }
 
 
 def variants(world: World) -> dict:
-    return {"plain": losses(world, "llama"), "bfloat16": losses(world, "llama", "bfloat16"), "offload": losses(world, "llama", offload=True),
-            "mamba": losses(world, "mamba"), "mixtral": losses(world, "mixtral")}
+    return {
+        "plain": losses(world, "llama"), "bfloat16": losses(world, "llama", "bfloat16"),
+        "offload": losses(world, "llama", offload=True), "mamba": losses(world, "mamba"),
+        "mixtral": losses(world, "mixtral"),
+    }
 
 
 def casts(world: World) -> dict:
-    """Products in bfloat16 on one rank: gradients of copies in bfloat16 reach the float32 weights, which are in place again."""
+    """Products in bfloat16 on one rank: gradients of copies in bfloat16 reach the float32 weights, which are in
+    place again."""
     found = {}
     for name in ("llama", "mamba"):                                             # mamba's head is tied
         model, by_hand = build(world, name), Decoder(preset(name, 300, 32), seed=3).bfloat16()
-        before, tokens = list(model.parameters()), torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5))
+        before, tokens = (
+            list(model.parameters()), torch.randint(0, 300, (2, 17), generator=torch.Generator().manual_seed(5)),
+        )
         for _ in range(2):                                                      # micro-batches: gradients add up
             with distributed.cast(model, torch.bfloat16):
                 inside = {p.dtype for p in (model.embed.weight, model.head.weight)}
                 token_loss(model.head, model.hidden(tokens[:, :-1]), tokens[:, 1:])[0].backward()
         token_loss(by_hand.head, by_hand.hidden(tokens[:, :-1]), tokens[:, 1:])[0].backward()
         after = list(model.parameters())
-        same = [torch.equal(p.grad, 2 * q.grad.float()) for p, q in zip(after, by_hand.parameters())]
-        found[name] = {"inside": [str(dtype) for dtype in inside], "same": all(same), "in place": all(a is b for a, b in zip(before, after)),
-                       "kinds": sorted({type(p).__name__ for p in after}), "gradients": sorted({str(p.grad.dtype) for p in after})}
+        same = [torch.equal(p.grad, 2 * q.grad.float()) for p, q in zip(after, by_hand.parameters(), strict=True)]
+        found[name] = {
+            "inside": [str(dtype) for dtype in inside], "same": all(same),
+            "in place": all(a is b for a, b in zip(before, after, strict=True)),
+            "kinds": sorted({type(p).__name__ for p in after}),
+            "gradients": sorted({str(p.grad.dtype) for p in after}),
+        }
     return found
 
 
@@ -97,7 +114,10 @@ def experts(world: World) -> dict:
     distributed.shard(model, world.mesh, torch.float32)
     model.to_empty(device="cpu")
     distributed.fill(model, initial_values(model, seed=3))
-    optimizers, tokens = optim.build(model, "muon", 0.1, torch.float32), torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(5))
+    optimizers, tokens = (
+        optim.build(model, "muon", 0.1, torch.float32),
+        torch.randint(0, 300, (4, 33), generator=torch.Generator().manual_seed(5)),
+    )
     for _ in range(3):
         mine = tokens.chunk(world.size)[world.rank]
         nats, *_ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
@@ -106,14 +126,19 @@ def experts(world: World) -> dict:
         model.zero_grad()
     gate = dict(model.named_parameters())["layers.0.ffn.experts.gate"]
     whole = distributed.gather(model, True, torch.device("cpu"))
-    return {"loss": world.total(nats.item())[0] / 128, "slice": list(distributed.local(gate).shape), "sum": sum(p.double().abs().sum().item() for p in whole.parameters())}
+    return {
+        "loss": world.total(nats.item())[0] / 128, "slice": list(distributed.local(gate).shape),
+        "sum": sum(p.double().abs().sum().item() for p in whole.parameters()),
+    }
 
 
 def memory(world: World) -> dict:
     """What a rank holds of weights and optimizer: numbers, over those of the whole model."""
     model = build(world, "llama")
     tensors = optim.tensors(model, optim.build(model, "adamw", 0.0, torch.float32))
-    held = [distributed.local(tensor).numel() for tensor in tensors.values() if tensor.ndim]            # a count of steps has none
+    held = [
+        distributed.local(tensor).numel() for tensor in tensors.values() if tensor.ndim
+    ]  # a count of steps has none
     return {"share": sum(held) / (3 * sum(p.numel() for p in Decoder(preset("llama", 300, 32)).parameters()))}
 
 
@@ -148,7 +173,10 @@ def together(world: World) -> dict:
         caught = "nothing"
     except DataError as error:
         caught = str(error)
-    return {"caught": world.tell(caught), "first": world.tell(world.first(lambda: "once")), "total": world.total(1, world.rank), "tell": world.tell(world.rank)}
+    return {
+        "caught": world.tell(caught), "first": world.tell(world.first(lambda: "once")),
+        "total": world.total(1, world.rank), "tell": world.tell(world.rank),
+    }
 
 
 def run() -> None:

@@ -1,4 +1,5 @@
-"""What a query sees, said twice: the mask that the definition uses, and the run of keys that the kernels use, must be the same."""
+"""What a query sees, said twice: the mask that the definition uses, and the run of keys that the kernels use, must be
+the same."""
 
 import pytest
 import torch
@@ -36,12 +37,20 @@ def attention(window) -> Attention:
 
 @pytest.mark.parametrize("alibi", [None, Alibi()])
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("positions", [
-    [[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 0, 1, 0]], [[0, 0, 0, 0]], [[0, 1, -1, -1], [0, 1, 2, 3]], [[-1, -1, 0, 1], [-1, 0, 1, 0]],
-    [[0, 1, -1, 0, 1, 2]], [[7, 8, 9, 0, 1]], [[-1, -1, -1, -1], [0, 1, 2, 0]]], ids=str)
+@pytest.mark.parametrize(
+    "positions",
+    [
+        [[0, 1, 2, 3, 4, 5]], [[0, 1, 2, 0, 1, 0]], [[0, 0, 0, 0]], [[0, 1, -1, -1], [0, 1, 2, 3]],
+        [[-1, -1, 0, 1], [-1, 0, 1, 0]], [[0, 1, -1, 0, 1, 2]], [[7, 8, 9, 0, 1]], [[-1, -1, -1, -1], [0, 1, 2, 0]],
+    ],
+    ids=str,
+)
 def test_without_a_cache(positions, window, alibi):
     positions = torch.tensor(positions)
-    same(AttentionMask(ForwardContext(positions, False, torch.float32), None, window, alibi, 4), positions.shape[1], positions.shape[1])
+    same(
+        AttentionMask(ForwardContext(positions, False, torch.float32), None, window, alibi, 4), positions.shape[1],
+        positions.shape[1],
+    )
     if len(positions) == 1 and positions[0, -1] == 5:
         same(AttentionMask(ForwardContext(positions, True, torch.float32), None, window, alibi, 4), 6, 6)
 
@@ -55,12 +64,18 @@ def test_the_last_token_of_a_run_is_where_distance_is_counted_from():
 
 
 def test_coarse_alibi_is_no_run():
-    mask = AttentionMask(ForwardContext(torch.arange(6)[None], True, torch.float32), None, alibi=Alibi(coarse=True), heads=4)
+    mask = AttentionMask(
+        ForwardContext(torch.arange(6)[None], True, torch.float32), None, alibi=Alibi(coarse=True), heads=4
+    )
     assert mask.first is None and mask.last is None and mask.dense.shape == (1, 4, 6, 6)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
-@pytest.mark.parametrize("chunks", [[(3, 3)], [(4, 4), (1, 1), (1, 1)], [(2, 2), (5, 5), (1, 1)], [(3, 1), (1, 1), (1, 0)], [(6, 2), (2, 2), (1, 1)]], ids=str)
+@pytest.mark.parametrize(
+    "chunks",
+    [[(3, 3)], [(4, 4), (1, 1), (1, 1)], [(2, 2), (5, 5), (1, 1)], [(3, 1), (1, 1), (1, 0)], [(6, 2), (2, 2), (1, 1)]],
+    ids=str,
+)
 def test_with_a_cache(chunks, window):
     """Two rows, each fed the tokens that its number in a chunk says, then padding; rings go round."""
     config = ModelConfig(vocab=8, dim=16, layers=(Layer(attention(window), MLP(16), Norm(), None, Norm()),))

@@ -10,11 +10,26 @@ import pytest
 from nanollm import config as c
 from nanollm.errors import ConfigError
 
-GOOD = c.ModelConfig(vocab=10, dim=8, tied=True, context=64, layers=(
-    *(c.Layer(c.Attention(4, 2, 8, c.Rope(scaling=c.LongRope((1.0,) * 4, (2.0,) * 4, 16)), window=3, qk_norm=c.Norm(offset=1.0)), c.MLP(16)),) * 3,
-    c.Layer(c.Mamba(16, 4, 4, 1), None, pre_ffn=None),
-    c.Layer(c.Attention(4, 2, 8, c.Rope(1e6, "interleaved", 0.5, c.Yarn(4.0, 16))), c.MoE(4, 2, c.MLP(8), False, c.MLP(4), True), parallel=True),
-))
+GOOD = c.ModelConfig(
+    vocab=10, dim=8, tied=True, context=64,
+    layers=(
+        *(
+            c.Layer(
+                c.Attention(
+                    4, 2, 8, c.Rope(scaling=c.LongRope((1.0,) * 4, (2.0,) * 4, 16)), window=3,
+                    qk_norm=c.Norm(offset=1.0),
+                ),
+                c.MLP(16),
+            ),
+        )
+        * 3,
+        c.Layer(c.Mamba(16, 4, 4, 1), None, pre_ffn=None),
+        c.Layer(
+            c.Attention(4, 2, 8, c.Rope(1e6, "interleaved", 0.5, c.Yarn(4.0, 16))),
+            c.MoE(4, 2, c.MLP(8), False, c.MLP(4), True), parallel=True,
+        ),
+    ),
+)
 
 
 def test_json_round_trip():
@@ -23,13 +38,25 @@ def test_json_round_trip():
     assert len(GOOD.to_dict()["layers"]) == 3, "equal layers are stored once"
 
 
-@pytest.mark.parametrize("scaling", [None, c.Linear(2.0), c.DynamicNTK(2.0, 8), c.Llama3(8.0, 8), c.Yarn(2.0, 8, attention_factor=1.1), c.LongRope((1.0,) * 4, (3.0,) * 4, 8)])
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None, c.Linear(2.0), c.DynamicNTK(2.0, 8), c.Llama3(8.0, 8), c.Yarn(2.0, 8, attention_factor=1.1),
+        c.LongRope((1.0,) * 4, (3.0,) * 4, 8),
+    ],
+)
 def test_each_scaling_survives_json(scaling):
     config = dataclasses.replace(GOOD, layers=(c.Layer(c.Attention(1, 1, 8, c.Rope(scaling=scaling)), c.MLP(8)),))
     assert c.ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@pytest.mark.parametrize("broken", [{}, {"is": "ModelConfig"}, {**GOOD.to_dict(), "speed": 1}, {**GOOD.to_dict(), "layers": 3}, {**GOOD.to_dict(), "layers": [[2, {"is": "os"}]]}])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {}, {"is": "ModelConfig"}, {**GOOD.to_dict(), "speed": 1}, {**GOOD.to_dict(), "layers": 3},
+        {**GOOD.to_dict(), "layers": [[2, {"is": "os"}]]},
+    ],
+)
 def test_broken_json_is_one_error(broken):
     with pytest.raises(ConfigError, match="not a ModelConfig"):
         c.ModelConfig.from_dict(broken)
@@ -72,4 +99,6 @@ def test_at_most_fourteen_fields_each_with_a_comment():
         if isinstance(node, ast.ClassDef):
             fields = [line for line in node.body if isinstance(line, ast.AnnAssign)]
             assert len(fields) <= 14, node.name
-            assert ast.get_docstring(node) and [f.target.id for f in fields if "  # " not in lines[f.lineno - 1]] == [], node.name
+            assert (
+                ast.get_docstring(node) and [f.target.id for f in fields if "  # " not in lines[f.lineno - 1]] == []
+            ), node.name

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from nanollm.cache import Cache
-from nanollm.layers.state import KVCache
 from nanollm.config import (
     MLP,
     RGLRU,
@@ -34,6 +33,7 @@ from nanollm.config import (
 )
 from nanollm.errors import InputError
 from nanollm.layers.scan import selective_scan, selective_scan_chunked
+from nanollm.layers.state import KVCache
 from nanollm.model import Decoder
 from tests.oracles import difference, make_loud
 
@@ -51,24 +51,64 @@ KINDS = {
     "windows": (Layer(attention(window=7), MLP(48)), Layer(attention(window=3), MLP(48))),
     "dynamic": (Layer(attention(rope=Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),) * 2,
     "longrope": (Layer(attention(rope=Rope(scaling=LONG)), MLP(48)),) * 2,
-    "alibi": (Layer(attention(rope=None, alibi=Alibi()), MLP(48)), Layer(attention(rope=None, alibi=Alibi(), window=5), MLP(48))),
-    "coarse alibi": (Layer(attention(rope=None, alibi=Alibi(coarse=True)), MLP(48)), Layer(Attention(6, 2, 8, alibi=Alibi()), MLP(48))),
-    "norms of heads": (Layer(attention(qk_norm=Norm("layer", scope="each"), clip=1.0), MLP(48), parallel=True, pre_ffn=None),
-                       Layer(attention(qk_norm=Norm(scope="all"), sinks=True, window=5), MLP(48, gated=False, bias=True), post_mixer=Norm("rms_outer"))),
-    "log n": (Layer(attention(logn=8, rope=Rope(scaling=SteppedNTK(8))), MLP(48), pre_mixer=Norm("layer", gain=False)),) * 2,
+    "alibi": (
+        Layer(attention(rope=None, alibi=Alibi()), MLP(48)),
+        Layer(attention(rope=None, alibi=Alibi(), window=5), MLP(48)),
+    ),
+    "coarse alibi": (
+        Layer(attention(rope=None, alibi=Alibi(coarse=True)), MLP(48)),
+        Layer(Attention(6, 2, 8, alibi=Alibi()), MLP(48)),
+    ),
+    "norms of heads": (
+        Layer(attention(qk_norm=Norm("layer", scope="each"), clip=1.0), MLP(48), parallel=True, pre_ffn=None),
+        Layer(
+            attention(qk_norm=Norm(scope="all"), sinks=True, window=5), MLP(48, gated=False, bias=True),
+            post_mixer=Norm("rms_outer"),
+        ),
+    ),
+    "log n": (Layer(attention(logn=8, rope=Rope(scaling=SteppedNTK(8))), MLP(48), pre_mixer=Norm("layer", gain=False)),)
+    * 2,
     "softcap": (Layer(attention(softcap=2.0, qk_norm=Norm()), MoE(4, 2, MLP(20), True, MLP(12), True)),) * 2,
-    "latent": (Layer(LatentAttention(4, 8, 4, 6, 12, 10, Rope(layout="interleaved")), MoE(8, 3, MLP(20), True, MLP(12), score="sigmoid", correction=True, groups=ExpertGroups(4, 2, 2), scale=2.5)),
-               Layer(LatentAttention(4, 6, 8, 10, 12, None, Rope(rounds="result"), scale=0.2), MoE(4, 2, MLP(20), False, sparse=0.1))),
-    "latent dynamic": (Layer(LatentAttention(4, 8, 8, 6, 12, 10, Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),
-                       Layer(LatentAttention(4, 8, 8, 6, 12, None, Rope(scaling=DynamicNTK(2.0, 16), rounds="result")), MLP(48))),
-    "sinks": (Layer(attention(sinks=True, window=6), MoE(4, 2, ClippedGLU(20, limit=0.5), True, router_bias=True)), Layer(attention(sinks=True), MLP(48))),
+    "latent": (
+        Layer(
+            LatentAttention(4, 8, 4, 6, 12, 10, Rope(layout="interleaved")),
+            MoE(
+                8, 3, MLP(20), True, MLP(12), score="sigmoid", correction=True, groups=ExpertGroups(4, 2, 2), scale=2.5
+            ),
+        ),
+        Layer(
+            LatentAttention(4, 6, 8, 10, 12, None, Rope(rounds="result"), scale=0.2),
+            MoE(4, 2, MLP(20), False, sparse=0.1),
+        ),
+    ),
+    "latent dynamic": (
+        Layer(LatentAttention(4, 8, 8, 6, 12, 10, Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),
+        Layer(LatentAttention(4, 8, 8, 6, 12, None, Rope(scaling=DynamicNTK(2.0, 16), rounds="result")), MLP(48)),
+    ),
+    "sinks": (
+        Layer(attention(sinks=True, window=6), MoE(4, 2, ClippedGLU(20, limit=0.5), True, router_bias=True)),
+        Layer(attention(sinks=True), MLP(48)),
+    ),
     "mamba": (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),) * 2,
-    "mamba-2": (Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None), Layer(Mamba2(6, 8, 1, 5, 3), MLP(48))),
+    "mamba-2": (
+        Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None),
+        Layer(Mamba2(6, 8, 1, 5, 3), MLP(48)),
+    ),
     "rwkv": (Layer(RWKV(32, 48, Norm("layer", bias=True)), None, None, pre_ffn=None),) * 2,
-    "griffin": (Layer(RGLRU(40, 4, 4), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(RGLRU(32, 2, 2, "silu"), MLP(48))),
-    "hyena": (Layer(Hyena(32, 4, 2, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Hyena(24, 1, 3, 4), MLP(48), post_mixer=Norm("rms_outer"))),
-    "filtered": (Layer(FilteredAttention(attention(), 16), MLP(48)), Layer(FilteredAttention(Attention(3, 3, 8, Rope(scaling=DynamicNTK(2.0, 16))), 24), MLP(48))),
-    "hybrid": (Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48))),
+    "griffin": (
+        Layer(RGLRU(40, 4, 4), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(RGLRU(32, 2, 2, "silu"), MLP(48)),
+    ),
+    "hyena": (
+        Layer(Hyena(32, 4, 2, 3), MLP(48)), Layer(attention(window=6), MLP(48)),
+        Layer(Hyena(24, 1, 3, 4), MLP(48), post_mixer=Norm("rms_outer")),
+    ),
+    "filtered": (
+        Layer(FilteredAttention(attention(), 16), MLP(48)),
+        Layer(FilteredAttention(Attention(3, 3, 8, Rope(scaling=DynamicNTK(2.0, 16))), 24), MLP(48)),
+    ),
+    "hybrid": (
+        Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48)),
+    ),
 }
 BOUND = 1e-5
 
@@ -99,7 +139,7 @@ def test_token_by_token(model):
 @pytest.mark.parametrize("cuts", [(0, 11, 12, 30, 40), (0, 1, 40), (0, 20, 27, 33, 40), (0, 39, 40)])
 def test_chunks(model, cuts):
     x, cache = tokens(2), Cache(model.config, 2, T)
-    for start, end in zip(cuts, cuts[1:]):
+    for start, end in zip(cuts, cuts[1:], strict=True):
         logits = model(x[:, start:end], cache=cache)
         assert logits.shape[1] == end - start
         assert difference(logits[:, -1], prefix(model, 2, end)) < BOUND, (start, end)
@@ -127,17 +167,20 @@ def test_ragged_batch(model, left, cached):
         assert difference(logits[row][positions[row] == n - 1], prefix(model, 4, n)[row : row + 1]) < BOUND
     if not cached:
         return
-    for step in range(20):                              # on past the windows, each row at its own position; row 1 stops at 25
+    for step in range(20):  # on past the windows, each row at its own position; row 1 stops at 25
         new = torch.stack([x[row, n + step] for row, n in enumerate(lengths)])[:, None]
         live = [row for row in range(4) if row != 1 or step < 8]
         places = torch.tensor([[n + step if row in live else -1] for row, n in enumerate(lengths)])
         logits = model(new, places if step >= 8 else None, cache)
         for row in live:
-            assert difference(logits[row], prefix(model, 4, lengths[row] + step + 1)[row : row + 1]) < BOUND, (row, step)
+            assert difference(logits[row], prefix(model, 4, lengths[row] + step + 1)[row : row + 1]) < BOUND, (
+                row, step,
+            )
 
 
 def test_a_row_may_go_on_behind_padding(model):
-    """Rows that wait while others are fed: of the second call row 0 has six tokens, row 1 four behind padding, row 2 one, row 3 none."""
+    """Rows that wait while others are fed: of the second call row 0 has six tokens, row 1 four behind padding,
+    row 2 one, row 3 none."""
     x, cache = tokens(4), Cache(model.config, 4, T)
     model(x[:, :10], cache=cache)
     padded, positions = torch.full((4, 6), 7), torch.full((4, 6), -1)
@@ -153,7 +196,8 @@ def test_a_row_may_go_on_behind_padding(model):
 
 
 def same(model: Decoder, one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit. With experts up to rounding: how many tokens share an expert decides how its matrix product is cut."""
+    """Bit for bit. With experts up to rounding: how many tokens share an expert decides how its matrix product is
+    cut."""
     if any(isinstance(layer.ffn, MoE) for layer in model.config.layers):
         return difference(one, other) < 1e-6
     return torch.equal(one, other)
@@ -161,9 +205,10 @@ def same(model: Decoder, one: torch.Tensor, other: torch.Tensor) -> bool:
 
 def test_packed_documents_do_not_see_each_other(model):
     a, b, c = tokens(1, 13, 1), tokens(1, 22, 2), tokens(1, 5, 3)
-    pack = lambda *parts: model(torch.cat(parts, 1), torch.cat([torch.arange(part.shape[1]) for part in parts])[None])
+    def pack(*parts):
+        return model(torch.cat(parts, 1), torch.cat([torch.arange(part.shape[1]) for part in parts])[None])
     logits = pack(a, b, c)
-    for part, document in zip(logits.split([13, 22, 5], 1), (a, b, c)):
+    for part, document in zip(logits.split([13, 22, 5], 1), (a, b, c), strict=True):
         assert difference(part, model(document)) < BOUND
     changed = pack(tokens(1, 13, 4), b, c)
     assert same(model, changed[:, 13:], logits[:, 13:]), "another first document changed the ones behind it"
@@ -202,7 +247,9 @@ def test_cache_errors():
         decoder(tokens(2, 1), cache=cache)
     with pytest.raises(InputError, match="expected \\(batch, tokens\\)"):
         decoder(torch.tensor([1, 2]))
-    assert difference(decoder(tokens(1)[:, 5:8], cache=cache)[:, -1], decoder(tokens(1)[:, :8])[:, -1]) < 1e-5, "a refused call left a trace"
+    assert difference(decoder(tokens(1)[:, 5:8], cache=cache)[:, -1], decoder(tokens(1)[:, :8])[:, -1]) < 1e-5, (
+        "a refused call left a trace"
+    )
 
 
 # ---- the two forms of the scan
@@ -212,12 +259,15 @@ def test_cache_errors():
 def test_chunked_scan_is_the_scan_with_its_gradients(length, documents):
     torch.manual_seed(0)
     I, N = 6, 4
-    inputs = [torch.randn(2, length, I), torch.rand(2, length, I) * 0.5, -torch.rand(I, N) * 4, torch.randn(2, length, N), torch.randn(2, length, N), torch.randn(I), torch.randn(2, I, N)]
+    inputs = [
+        torch.randn(2, length, I), torch.rand(2, length, I) * 0.5, -torch.rand(I, N) * 4, torch.randn(2, length, N),
+        torch.randn(2, length, N), torch.randn(I), torch.randn(2, I, N),
+    ]
     inputs = [z.double().requires_grad_() for z in inputs]
     begins = torch.rand(2, length) < 0.2 if documents else None
     results = []
     for scan in (selective_scan, selective_scan_chunked):
         y, h = scan(*inputs, begins)
         results.append([y, h, *torch.autograd.grad((y * y).sum() + (h * h * h).sum(), inputs)])
-    for one, other in zip(*results):
+    for one, other in zip(*results, strict=True):
         assert torch.allclose(one, other, atol=1e-10, rtol=1e-10)

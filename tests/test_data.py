@@ -1,4 +1,5 @@
-"""Shards, the stream, batches: a damaged file never becomes a batch, and a batch depends on the seed and its rows only."""
+"""Shards, the stream, batches: a damaged file never becomes a batch, and a batch depends on the seed and its rows
+only."""
 
 import json
 import os
@@ -43,11 +44,15 @@ def llmc_read(path: Path) -> list[int]:
 def llmc_write(path: Path, ids: list[int], magic: int) -> Path:
     """write_datafile of llm.c's data_common.py."""
     version, form = {20240520: (1, "H"), 20240801: (7, "I")}[magic]
-    path.write_bytes(struct.pack("<256i", magic, version, len(ids), *[0] * 253) + struct.pack(f"<{len(ids)}{form}", *ids))
+    path.write_bytes(
+        struct.pack("<256i", magic, version, len(ids), *[0] * 253) + struct.pack(f"<{len(ids)}{form}", *ids)
+    )
     return path
 
 
-@pytest.mark.parametrize("vocab, magic, size", [(300, 20240520, 2), (65536, 20240520, 2), (65537, 20240801, 4), (200_000, 20240801, 4)])
+@pytest.mark.parametrize(
+    "vocab, magic, size", [(300, 20240520, 2), (65536, 20240520, 2), (65537, 20240801, 4), (200_000, 20240801, 4)]
+)
 def test_llmc_reads_our_shards_and_the_ids_are_as_wide_as_the_vocabulary_asks(tmp_path, vocab, magic, size):
     ids = [0, vocab - 1, 7, 0]
     path = write(tmp_path / "train.bin", ids, vocab=vocab, end=7)
@@ -72,7 +77,9 @@ def test_raw_files_are_16_bits_wide_unless_meta_json_says_otherwise(tmp_path):
     (tmp_path / "meta.json").write_text('{"dtype": "uint32"}')
     np.array([70_000, 1], "<u4").tofile(tmp_path / "train.bin")
     assert Shard(tmp_path / "train.bin").tokens.tolist() == [70_000, 1]
-    for content, words in (('{"dtype": "float"}', "dtype: found 'float'"), ("[", "cannot be read"), ("[]", "found a list")):
+    for content, words in (
+        ('{"dtype": "float"}', "dtype: found 'float'"), ("[", "cannot be read"), ("[]", "found a list"),
+    ):
         (tmp_path / "meta.json").write_text(content)
         with pytest.raises(DataError, match=f"meta.json.*{words}"):
             Shard(tmp_path / "train.bin")
@@ -84,18 +91,24 @@ def patched(path: Path, at: int, value: int) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("spoil, words", [
-    (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated: found 1043 bytes, expected 1044"),
-    (lambda path: path.write_bytes(path.read_bytes()[:700]), "truncated: found 700 bytes, expected 1024"),
-    (lambda path: path.write_bytes(path.read_bytes() + b"\0\0"), "wrong size: found 1046 bytes, expected 1044 for the 10 tokens"),
-    (lambda path: path.write_bytes(b"\1\0\2"), "found 3 bytes, expected 2 for each token of a raw uint16"),
-    (lambda path: path.write_bytes(b""), "found 0 bytes"),
-    (lambda path: path.unlink(), "cannot be read: No such file"),
-    (lambda path: patched(path, 0, 20240522), "magic 20240522, expected 20240520 or 20240801"),
-    (lambda path: patched(path, 1, 2), "version 2, expected 1"),
-    (lambda path: patched(path, 2, 0), "for the 0 tokens"),
-    (lambda path: patched(path, 3, 1), "found 1 as integer 3"),
-])
+@pytest.mark.parametrize(
+    "spoil, words",
+    [
+        (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated: found 1043 bytes, expected 1044"),
+        (lambda path: path.write_bytes(path.read_bytes()[:700]), "truncated: found 700 bytes, expected 1024"),
+        (
+            lambda path: path.write_bytes(path.read_bytes() + b"\0\0"),
+            "wrong size: found 1046 bytes, expected 1044 for the 10 tokens",
+        ),
+        (lambda path: path.write_bytes(b"\1\0\2"), "found 3 bytes, expected 2 for each token of a raw uint16"),
+        (lambda path: path.write_bytes(b""), "found 0 bytes"),
+        (lambda path: path.unlink(), "cannot be read: No such file"),
+        (lambda path: patched(path, 0, 20240522), "magic 20240522, expected 20240520 or 20240801"),
+        (lambda path: patched(path, 1, 2), "version 2, expected 1"),
+        (lambda path: patched(path, 2, 0), "for the 0 tokens"),
+        (lambda path: patched(path, 3, 1), "found 1 as integer 3"),
+    ],
+)
 def test_a_file_that_cannot_be_a_shard_is_refused_when_it_is_opened(tmp_path, spoil, words):
     path = write(tmp_path / "train.bin", [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     spoil(path)
@@ -108,7 +121,9 @@ def test_a_bit_that_flips_anywhere_is_found(tmp_path):
     """In each integer of the header, the zeros included, and in the tokens."""
     path = write(tmp_path / "train.bin", [*range(300)], digest=DIGEST)
     whole, rng = path.read_bytes(), np.random.default_rng(0)
-    places = [32 * integer + int(rng.integers(32)) for integer in (*range(16), 100, 255)] + rng.integers(0, 8 * len(whole), 90).tolist()
+    places = [32 * integer + int(rng.integers(32)) for integer in (*range(16), 100, 255)] + rng.integers(
+        0, 8 * len(whole), 90
+    ).tolist()
     for place in places:
         content = bytearray(whole)
         content[place // 8] ^= 1 << place % 8
@@ -174,9 +189,11 @@ def test_positions_begin_again_with_each_document(tmp_path):
     assert batch.tokens.tolist() == [[0, 5, 6, 0, 7], [8, 9, 0, 5, 5]] and batch.tokens.dtype == torch.int64
     assert batch.targets.tolist() == [[5, 6, 0, 7, 8], [9, 0, 5, 5, 3]]
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
-    edges = opened(tmp_path / "b.bin", [0, 5, 6, 0, 7, 8, 9], 3)                # documents begin at the edges: nothing to isolate
+    edges = opened(tmp_path / "b.bin", [0, 5, 6, 0, 7, 8, 9], 3)  # documents begin at the edges: nothing to isolate
     assert stack([edges.row(0), edges.row(1)]).positions is None
-    assert stack([edges.row(0), opened(tmp_path / "c.bin", [5, 0, 6, 7], 3).row(0)]).positions.tolist() == [[0, 1, 2], [0, 0, 1]]
+    assert stack([edges.row(0), opened(tmp_path / "c.bin", [5, 0, 6, 7], 3).row(0)]).positions.tolist() == [
+        [0, 1, 2], [0, 0, 1],
+    ]
 
 
 def test_a_raw_file_has_no_documents_unless_the_mark_is_given_and_a_header_knows_better(tmp_path):
@@ -184,7 +201,10 @@ def test_a_raw_file_has_no_documents_unless_the_mark_is_given_and_a_header_knows
     write(tmp_path / "ours.bin", [5, 1, 6, 0, 7], end=0)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name, end, positions in (("raw", None, [0, 1, 2, 3]), ("raw", 1, [0, 0, 1, 2]), ("ours", None, [0, 1, 2, 0]), ("ours", 1, [0, 1, 2, 0])):
+        for name, end, positions in (
+            ("raw", None, [0, 1, 2, 3]), ("raw", 1, [0, 0, 1, 2]), ("ours", None, [0, 1, 2, 0]),
+            ("ours", 1, [0, 1, 2, 0]),
+        ):
             assert open_folder(tmp_path / f"{name}.bin", 4, end)[0].row(0)[2].tolist() == positions
 
 
@@ -192,7 +212,7 @@ def test_windows_run_on_from_shard_to_shard(tmp_path):
     """However the stream is cut, the rows are the same; shards of one token, too."""
     ids = [int(i) for i in np.random.default_rng(0).integers(0, 50, 101)]
     for number, cuts in enumerate([(0, 101), (0, 10, 11, 12, 60, 101), (0, 7, 14, 21, 100, 101)]):
-        parts = [Shard(write(tmp_path / f"{number}-{a}.bin", ids[a:b])) for a, b in zip(cuts, cuts[1:])]
+        parts = [Shard(write(tmp_path / f"{number}-{a}.bin", ids[a:b])) for a, b in zip(cuts, cuts[1:], strict=True)]
         for context in (7, 100):
             tokens = Tokens("x", parts, context)
             assert tokens.rows == 100 // context
@@ -222,7 +242,10 @@ def test_too_few_tokens_for_one_window_are_an_error(tmp_path):
 
 
 def test_the_fingerprint_is_of_the_bytes_and_not_of_the_names(tmp_path):
-    made = [opened(tmp_path / name, ids, 4).fingerprint for name, ids in (("a", [*range(9)]), ("b", [*range(9)]), ("c", [*range(8), 9]))]
+    made = [
+        opened(tmp_path / name, ids, 4).fingerprint
+        for name, ids in (("a", [*range(9)]), ("b", [*range(9)]), ("c", [*range(8), 9]))
+    ]
     assert made[0] == made[1] != made[2]
     raw = []
     for name, last in (("d", 8), ("e", 8), ("f", 9)):
@@ -233,13 +256,16 @@ def test_the_fingerprint_is_of_the_bytes_and_not_of_the_names(tmp_path):
 
 # ---- folders
 
-@pytest.mark.parametrize("train, held_out", [
-    (["train.bin"], ["val.bin"]),
-    (["fineweb_train_000001.bin", "fineweb_train_000002.bin"], ["fineweb_val_000000.bin"]),
-    (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
-    (["train-99999.bin", "train-100000.bin"], ["held_out-00000.bin"]),          # in the order of numbers, not of letters
-    (["train.bin"], []),
-])
+@pytest.mark.parametrize(
+    "train, held_out",
+    [
+        (["train.bin"], ["val.bin"]),
+        (["fineweb_train_000001.bin", "fineweb_train_000002.bin"], ["fineweb_val_000000.bin"]),
+        (["tiny_shakespeare_train.bin"], ["tiny_shakespeare_val.bin"]),
+        (["train-99999.bin", "train-100000.bin"], ["held_out-00000.bin"]),  # in the order of numbers, not of letters
+        (["train.bin"], []),
+    ],
+)
 def test_a_folder_is_read_by_the_names_that_are_in_use(tmp_path, train, held_out):
     (tmp_path / "README.md").write_text("x")
     for number, name in enumerate(train + held_out):
@@ -251,7 +277,9 @@ def test_a_folder_is_read_by_the_names_that_are_in_use(tmp_path, train, held_out
 
 
 def test_a_folder_without_shards_says_what_it_holds(tmp_path):
-    for files, words in (([], "found nothing, expected"), (["a.txt", "val.bin"], "found a.txt, val.bin, expected shards named train")):
+    for files, words in (
+        ([], "found nothing, expected"), (["a.txt", "val.bin"], "found a.txt, val.bin, expected shards named train"),
+    ):
         for name in files:
             (tmp_path / name).write_text("x")
         with pytest.raises(DataError, match=words):
@@ -280,7 +308,13 @@ def test_two_sets_in_one_folder_and_a_count_that_meta_json_denies_are_errors(tmp
     with pytest.raises(DataError, match="two sets, a_train.bin and b_train.bin"):
         open_folder(tmp_path, 4)
     (tmp_path / "b_train.bin").unlink()
-    for facts, words in (({"train_tokens": 18, "held_out_tokens": 0}, r"found \[9, 0\] tokens to train on and held out, expected \[18, 0\]"), (None, "unfinished")):
+    for facts, words in (
+        (
+            {"train_tokens": 18, "held_out_tokens": 0},
+            r"found \[9, 0\] tokens to train on and held out, expected \[18, 0\]",
+        ),
+        (None, "unfinished"),
+    ):
         (tmp_path / "meta.json").write_text(json.dumps({"format": 1, **({"facts": facts} if facts else {})}))
         with pytest.raises(DataError, match=words):
             open_folder(tmp_path, 4)
@@ -297,11 +331,18 @@ def test_shuffle_is_a_permutation_and_one_number_goes_where_an_array_sends_it(co
 
 
 def test_shuffle_differs_by_every_part_of_its_key_and_is_the_same_everywhere():
-    orders = {key: tuple(shuffle(i, 1000, key) for i in range(1000)) for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, 0))}
+    orders = {
+        key: tuple(shuffle(i, 1000, key) for i in range(1000))
+        for key in ((0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (-1, 0, 0), (0, 0))
+    }
     assert len(set(orders.values())) == len(orders)
-    same = [sum(a == b for a, b in zip(orders[0, 0, 0], other)) for key, other in orders.items() if key != (0, 0, 0)]
-    assert max(same) < 10                                                       # two orders at random agree at one place
-    assert orders[0, 0, 0][:5] == (806, 840, 718, 619, 827)                     # another order would break runs that go on
+    same = [
+        sum(a == b for a, b in zip(orders[0, 0, 0], other, strict=True))
+        for key, other in orders.items()
+        if key != (0, 0, 0)
+    ]
+    assert max(same) < 10  # two orders at random agree at one place
+    assert orders[0, 0, 0][:5] == (806, 840, 718, 619, 827)  # another order would break runs that go on
 
 
 def test_shuffle_sends_a_number_everywhere_and_parts_neighbours():
@@ -318,13 +359,28 @@ def test_shuffle_sends_a_number_everywhere_and_parts_neighbours():
 def sources(tmp_path_factory) -> list[Tokens]:
     """Of 37, 5 and 200 windows; the first token of each window says which one it is."""
     folder = tmp_path_factory.mktemp("sources")
-    return [Tokens(f"s{n}", [Shard(write(folder / f"{n}.bin", [1000 * n + i for i in range(rows) for _ in range(4)] + [9], vocab=5000, end=4999))], 4)
-            for n, rows in enumerate((37, 5, 200))]
+    return [
+        Tokens(
+            f"s{n}",
+            [
+                Shard(
+                    write(
+                        folder / f"{n}.bin", [1000 * n + i for i in range(rows) for _ in range(4)] + [9], vocab=5000,
+                        end=4999,
+                    )
+                )
+            ],
+            4,
+        )
+        for n, rows in enumerate((37, 5, 200))
+    ]
 
 
 def test_an_epoch_is_every_window_once_and_the_next_epoch_has_another_order(sources):
     stream = Stream(sources[:1], None, seed=3)
-    epochs = [[int(stream.batch(row, 1).tokens[0, 0]) for row in range(37 * epoch, 37 * epoch + 37)] for epoch in range(3)]
+    epochs = [
+        [int(stream.batch(row, 1).tokens[0, 0]) for row in range(37 * epoch, 37 * epoch + 37)] for epoch in range(3)
+    ]
     assert all(sorted(epoch) == [*range(37)] for epoch in epochs) and len({tuple(epoch) for epoch in epochs}) == 3
     assert [stream.place(row)[1] for row in (0, 36, 37, 73, 74)] == [0, 0, 1, 1, 2]
     assert epochs[0] != [int(Stream(sources[:1], None, seed=4).batch(row, 1).tokens[0, 0]) for row in range(37)]
@@ -361,22 +417,33 @@ def test_in_a_mixture_too_each_window_of_a_source_comes_once_an_epoch(sources):
         seen = [(epoch, window) for which, epoch, window in places if which == source]
         whole = len(seen) // tokens.rows
         assert len(set(seen)) == len(seen) and whole >= 12
-        assert {pair for pair in seen if pair[0] < whole} == {(epoch, window) for epoch in range(whole) for window in range(tokens.rows)}
+        assert {pair for pair in seen if pair[0] < whole} == {
+            (epoch, window) for epoch in range(whole) for window in range(tokens.rows)
+        }
     row = next(row for row, place in enumerate(places) if place[0] == 2)
     assert int(stream.batch(row, 1).tokens[0, 0]) == 2000 + places[row][2]
 
 
-@pytest.mark.parametrize("weights, words", [
-    ([1, 0.0001, 1], "s1: weight 0.0001 of 2.0001 is no row in 1024; expected 0.002 or more, or 0"),
-    ([1, -1, 1], "0 or more"), ([1, float("nan"), 1], "0 or more"), ([1, float("inf"), 1], "0 or more"), ([0, 0, 0], "not all 0"), ([1, 2], "expected 3 numbers"),
-])
+@pytest.mark.parametrize(
+    "weights, words",
+    [
+        ([1, 0.0001, 1], "s1: weight 0.0001 of 2.0001 is no row in 1024; expected 0.002 or more, or 0"),
+        ([1, -1, 1], "0 or more"), ([1, float("nan"), 1], "0 or more"), ([1, float("inf"), 1], "0 or more"),
+        ([0, 0, 0], "not all 0"), ([1, 2], "expected 3 numbers"),
+    ],
+)
 def test_weights_that_cannot_be_are_refused(sources, weights, words):
     with pytest.raises(DataError, match=words):
         Stream(sources, weights, seed=0)
 
 
 def test_the_fingerprint_of_a_stream_changes_with_all_that_changes_its_rows(sources):
-    made = [Stream(some, weights, seed).fingerprint for some, weights, seed in (
-        (sources, None, 0), (sources, None, 1), (sources, [1, 1, 1], 0), (sources[::-1], None, 0), (sources[:2], None, 0))]
+    made = [
+        Stream(some, weights, seed).fingerprint
+        for some, weights, seed in (
+            (sources, None, 0), (sources, None, 1), (sources, [1, 1, 1], 0), (sources[::-1], None, 0),
+            (sources[:2], None, 0),
+        )
+    ]
     made.append(Stream([*sources[:2], Tokens("x", sources[2].shards, 8)], [157, 21, 846], 0).fingerprint)
     assert len(set(made)) == 6 and made[0] == Stream(sources, [157, 21, 846], 0).fingerprint

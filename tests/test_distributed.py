@@ -1,7 +1,8 @@
 """Many ranks are one computation: train.py and its parts on gloo, against one process.
 
-Ranks are forked (forked.py), which gives them what torchrun does and saves most of the time. Under torchrun itself are the first of the runs
-that must equal one process, so that train.py is started as the README says, and the error that all ranks meet, of which torchrun has a say.
+Ranks are forked (forked.py), which gives them what torchrun does and saves most of the time. Under torchrun itself
+are the first of the runs that must equal one process, so that train.py is started as the README says, and the error
+that all ranks meet, of which torchrun has a say.
 """
 
 import json
@@ -24,7 +25,10 @@ pytestmark = pytest.mark.slow
 
 def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return subprocess.run([*start, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.run(
+        [*start, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 def launch(ranks: int, function: Callable[[], None], *args: object) -> None:
@@ -53,8 +57,11 @@ def steps(folder: Path) -> list[dict]:
 
 
 def options(out: Path, *more: object) -> tuple:
-    return ("--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype", "float32",
-            "--sample-every", 0, "--eval-every", 8, *more)
+    return (
+        "--out", out, "--steps", 8, "--context", 32, "--batch-size", 8, "--warmup", 2, "--lr", 0.003, "--dtype",
+        "float32", "--sample-every", 0, "--eval-every", 8,
+        *more,
+    )
 
 
 def run(size: int, out: Path, *more: object) -> list[dict]:
@@ -64,7 +71,7 @@ def run(size: int, out: Path, *more: object) -> list[dict]:
 
 def furthest(a: list[dict], b: list[dict], key: str = "loss") -> float:
     assert [entry["step"] for entry in a] == [entry["step"] for entry in b] and len(a) == 8
-    return max(abs(x[key] - y[key]) for x, y in zip(a, b))
+    return max(abs(x[key] - y[key]) for x, y in zip(a, b, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +88,15 @@ def alone(shards, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize("what, size, more", [
-    ("llama", 2, ()), ("llama", 2, ("--micro-batch", 2)), ("llama", 1, ("--micro-batch", 2)), ("llama", 4, ("--replicas", 2)),
-    ("llama --optimizer adamw", 2, ("--micro-batch", 2)), ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
-], ids=str)
+@pytest.mark.parametrize(
+    "what, size, more",
+    [
+        ("llama", 2, ()), ("llama", 2, ("--micro-batch", 2)), ("llama", 1, ("--micro-batch", 2)),
+        ("llama", 4, ("--replicas", 2)), ("llama --optimizer adamw", 2, ("--micro-batch", 2)),
+        ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
+    ],
+    ids=str,
+)
 def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, what, size, more):
     model = ("--preset", *what.split(), "--data", shards)
     one, _ = alone(*model)
@@ -96,7 +108,7 @@ def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_
         many = run(size, tmp_path / "run", *model, *more)
     assert furthest(one, many) <= 1e-6
     assert furthest(one, many, "balance") < 1e-5
-    assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many)) < 2e-5
+    assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many, strict=True)) < 2e-5
     assert all(entry["worst_rank_loss"] >= entry["loss"] - 1e-9 for entry in many)
 
 
@@ -104,7 +116,13 @@ def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone
     """Chats: rows with few answers and rows with many. 2 ranks × 2 micro-batches = 1 × 4 = one big batch."""
     rng = np.random.default_rng(1)
     chats = tmp_path / "chats.jsonl"
-    chats.write_text("".join(json.dumps({"prompt": "alpha " * int(rng.integers(1, 4)), "completion": "beta " * int(rng.integers(1, 9))}) + "\n" for _ in range(200)))
+    chats.write_text(
+        "".join(
+            json.dumps({"prompt": "alpha " * int(rng.integers(1, 4)), "completion": "beta " * int(rng.integers(1, 9))})
+            + "\n"
+            for _ in range(200)
+        )
+    )
     _, model = alone("--preset", "llama", "--data", shards)
     chat = ("--init", model, "--chat", chats, "--optimizer", "adamw")
     one = run(1, tmp_path / "one", *chat)
@@ -113,14 +131,23 @@ def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone
         many = run(size, tmp_path / f"{size}x{micro}", *chat, "--micro-batch", micro)
         assert furthest(one, many) <= 1e-6 and [a["targets"] for a in one] == [b["targets"] for b in many]
     means = run(2, tmp_path / "two", *chat)
-    assert max(entry["worst_rank_loss"] - entry["loss"] for entry in means) > 0.01     # a mean of means would have been another number
+    assert (
+        max(entry["worst_rank_loss"] - entry["loss"] for entry in means) > 0.01
+    )  # a mean of means would have been another number
 
 
 def test_held_out_loss_and_the_model_that_is_written_are_those_of_one_process(shards, alone, tmp_path):
     import checkpoints
     _, one = alone("--preset", "llama", "--data", shards)
     run(2, tmp_path / "run", "--preset", "llama", "--data", shards)
-    held_out = [[entry["held_out_loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "held_out_loss" in entry] for folder in (one, tmp_path / "run")]
+    held_out = [
+        [
+            entry["held_out_loss"]
+            for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+            if "held_out_loss" in entry
+        ]
+        for folder in (one, tmp_path / "run")
+    ]
     assert len(held_out[0]) == 1 and abs(held_out[0][0] - held_out[1][0]) < 5e-6
     a, b = (checkpoints.load(folder).state_dict() for folder in (one, tmp_path / "run"))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
@@ -152,7 +179,10 @@ def test_every_variant_computes_the_same(tmp_path):
 
 def test_one_rank_is_not_sharded_and_casts_its_weights_by_itself(tmp_path):
     for found in case("casts", 1, tmp_path).values():
-        assert found == {"inside": ["torch.bfloat16"], "same": True, "in place": True, "kinds": ["Parameter"], "gradients": ["torch.float32"]}
+        assert found == {
+            "inside": ["torch.bfloat16"], "same": True, "in place": True, "kinds": ["Parameter"],
+            "gradients": ["torch.float32"],
+        }
 
 
 def test_experts_that_ranks_do_not_divide_are_cut_inside(tmp_path):
@@ -174,9 +204,16 @@ def test_what_is_not_finite_on_one_rank_is_seen_by_all(tmp_path):
 
 def test_ranks_agree(tmp_path):
     found = case("together", 2, tmp_path)
-    assert found == {"caught": ["the last rank's file is gone"] * 2, "first": ["once", None], "total": [2, 1], "tell": [0, 1]}
+    assert found == {
+        "caught": ["the last rank's file is gone"] * 2, "first": ["once", None], "total": [2, 1], "tell": [0, 1],
+    }
 
 
 def test_an_error_is_said_once_and_ends_all_ranks(tmp_path):
     done = torchrun(2, "train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
-    assert done.returncode != 0 and done.stderr.count("error: ") == 1 and "nowhere: no such file" in done.stderr and not (tmp_path / "run").exists()
+    assert (
+        done.returncode != 0
+        and done.stderr.count("error: ") == 1
+        and "nowhere: no such file" in done.stderr
+        and not (tmp_path / "run").exists()
+    )

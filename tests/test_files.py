@@ -13,11 +13,16 @@ from checkpoints.layouts import hub
 from checkpoints.storage import files, pickles, stream, writing
 from nanollm.errors import CheckpointError
 
-TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(0, 3), "d": torch.tensor(7.0)}
+TENSORS = {
+    "a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(0, 3),
+    "d": torch.tensor(7.0),
+}
 
 
 def write_folder(folder, tensors, shard_bytes) -> None:
-    stored = writing.lay_out(folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, shard_bytes)
+    stored = writing.lay_out(
+        folder, {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}, shard_bytes
+    )
     with stream.Writer() as out:
         for name, tensor in tensors.items():
             stream.write(stored[name], 0, tensor, name, out)
@@ -46,7 +51,10 @@ def test_shards_and_their_index(tmp_path):
     index = json.loads((tmp_path / files.INDEX).read_text())
     assert index["metadata"]["total_size"] == 4 * sum(range(1, 9)) and index["weight_map"].keys() == tensors.keys()
     shards = sorted(path.name for path in tmp_path.glob("*.safetensors"))
-    assert shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)] and len(shards) == 5
+    assert (
+        shards == [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+        and len(shards) == 5
+    )
     found = {name: tensor for shard in shards for name, tensor in load_file(tmp_path / shard).items()}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
     assert files.read_folder(tmp_path).keys() == tensors.keys()
@@ -80,7 +88,10 @@ def test_other_layouts_are_not_guessed_at(tmp_path):
 
 
 def test_equal_bytes(tmp_path):
-    save_file({"a": torch.ones(9), "b": torch.ones(9), "c": torch.tensor([1.0] * 8 + [2.0]), "d": torch.ones(3, 3)}, tmp_path / "x")
+    save_file(
+        {"a": torch.ones(9), "b": torch.ones(9), "c": torch.tensor([1.0] * 8 + [2.0]), "d": torch.ones(3, 3)},
+        tmp_path / "x",
+    )
     stored = files.read_header(tmp_path / "x")
     assert [files.equal_bytes(stored["a"], stored[name], most=5) for name in "abcd"] == [True, True, False, False]
 
@@ -90,15 +101,21 @@ def test_hub_names(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="no such folder, and not a hub name"):
         hub.local_folder("models/of/mine")
     asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path)
+    )
     assert hub.local_folder("owner/name-1.5") == tmp_path
-    assert asked["name"] == "owner/name-1.5" and not any("bin" in one or one == "*.safetensors" for one in asked["allow_patterns"])
+    assert asked["name"] == "owner/name-1.5" and not any(
+        "bin" in one or one == "*.safetensors" for one in asked["allow_patterns"]
+    )
 
     def offline(name, **more):
         raise ConnectionError("offline mode is enabled\nmore")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(CheckpointError, match="owner/name: no such folder, and the hub does not .* offline mode is enabled$"):
+    with pytest.raises(
+        CheckpointError, match="owner/name: no such folder, and the hub does not .* offline mode is enabled$"
+    ):
         hub.local_folder("owner/name")
 
 

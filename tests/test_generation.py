@@ -25,14 +25,18 @@ from tests.oracles import Fixture, difference, make_loud, write
 
 # ---- sample.py
 
-@pytest.mark.parametrize("ours, theirs", [
-    (dict(top_k=5), [filters.TopKLogitsWarper(5)]),
-    (dict(top_k=500), [filters.TopKLogitsWarper(500)]),
-    (dict(top_p=0.7), [filters.TopPLogitsWarper(0.7)]),
-    (dict(top_p=1e-9), [filters.TopPLogitsWarper(1e-9)]),
-    (dict(min_p=0.2), [filters.MinPLogitsWarper(0.2)]),
-    (dict(top_k=9, top_p=0.8, min_p=0.1), [filters.TopKLogitsWarper(9), filters.TopPLogitsWarper(0.8), filters.MinPLogitsWarper(0.1)]),
-])
+@pytest.mark.parametrize(
+    "ours, theirs",
+    [
+        (dict(top_k=5), [filters.TopKLogitsWarper(5)]), (dict(top_k=500), [filters.TopKLogitsWarper(500)]),
+        (dict(top_p=0.7), [filters.TopPLogitsWarper(0.7)]), (dict(top_p=1e-9), [filters.TopPLogitsWarper(1e-9)]),
+        (dict(min_p=0.2), [filters.MinPLogitsWarper(0.2)]),
+        (
+            dict(top_k=9, top_p=0.8, min_p=0.1),
+            [filters.TopKLogitsWarper(9), filters.TopPLogitsWarper(0.8), filters.MinPLogitsWarper(0.1)],
+        ),
+    ],
+)
 def test_filters_keep_what_transformers_keeps(ours, theirs):
     logits = 3 * torch.randn(40, 101)
     expected = logits
@@ -43,7 +47,10 @@ def test_filters_keep_what_transformers_keeps(ours, theirs):
 
 def test_draws_follow_the_probabilities_and_the_seed():
     logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
-    draw = lambda seed, **filters: sample(logits.expand(20_000, 4), 0.5, generator=torch.Generator().manual_seed(seed), **filters)
+    def draw(seed, **filters):
+        return sample(
+            logits.expand(20_000, 4), 0.5, generator=torch.Generator().manual_seed(seed), **filters
+        )
     shares = draw(0).bincount(minlength=4) / 20_000
     assert (shares - (logits[0] / 0.5).softmax(-1)).abs().max() < 0.015
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
@@ -56,7 +63,15 @@ def test_draws_follow_the_probabilities_and_the_seed():
 @pytest.fixture(scope="module")
 def model() -> Decoder:
     attention = Attention(4, 2, 8, Rope(), window=9)
-    decoder = Decoder(ModelConfig(60, 32, (Layer(attention, MLP(48)), Layer(Mamba(48, 4, 4, 2), None, pre_ffn=None), Layer(Attention(4, 1, 8, Rope()), MLP(48))))).eval()
+    decoder = Decoder(
+        ModelConfig(
+            60, 32,
+            (
+                Layer(attention, MLP(48)), Layer(Mamba(48, 4, 4, 2), None, pre_ffn=None),
+                Layer(Attention(4, 1, 8, Rope()), MLP(48)),
+            ),
+        )
+    ).eval()
     make_loud(decoder)
     return decoder
 
@@ -70,7 +85,7 @@ def test_a_session_goes_on_where_it_stopped(model):
     hook = model.embed.register_forward_hook(lambda _, args, __: fed.append(args[0].shape[1]))
     second = list(session.generate(prompt, 6))
     hook.remove()
-    assert fed[0] == 4 and second == list(generate(model, prompt, 6))             # the last answer token and three new ones
+    assert fed[0] == 4 and second == list(generate(model, prompt, 6))  # the last answer token and three new ones
     other = [9] + prompt[1:]
     assert list(session.generate(other, 6)) == list(generate(model, other, 6)), "another beginning must start anew"
     assert list(session.generate(other, 3)) == list(generate(model, other, 3)), "the same prompt again"
@@ -91,20 +106,32 @@ def test_limits_and_stops(model):
     stop = all_of_it[4]
     assert list(generate(model, prompt, 12, stop_ids=[stop])) == all_of_it[: all_of_it.index(stop) + 1]
     assert len(list(Session(model, 8).generate(prompt, 100))) == 5, "the session's length ends it"
-    assert list(generate(model, prompt, 12, temperature=1.0, seed=3)) == list(generate(model, prompt, 12, temperature=1.0, seed=3))
+    assert list(generate(model, prompt, 12, temperature=1.0, seed=3)) == list(
+        generate(model, prompt, 12, temperature=1.0, seed=3)
+    )
     assert generate_batch(model, [prompt], 0) == [[]]
 
 
-@pytest.mark.parametrize("prompt, message", [([], "the prompt is empty"), ([1, 60], "token 60 is outside the model's vocabulary of 60"), ([-1], "token -1"), ([1] * 9, "the prompt has 9 tokens, this session holds 8")])
+@pytest.mark.parametrize(
+    "prompt, message",
+    [
+        ([], "the prompt is empty"), ([1, 60], "token 60 is outside the model's vocabulary of 60"),
+        ([-1], "token -1"), ([1] * 9, "the prompt has 9 tokens, this session holds 8"),
+    ],
+)
 def test_bad_prompts(model, prompt, message):
     with pytest.raises(InputError, match=message):
         next(Session(model, 8).generate(prompt, 4))
 
 
-@pytest.mark.parametrize("text, stop, expected", [
-    ("one two three", ["two"], "one "), ("one two three", ["three", "two"], "one "), ("one two", ["four"], "one two"), ("aaab", ["aab"], "a"),
-    ("stop", ["stop"], ""), ("sto", ["stop"], "sto"), ("", ["x"], ""), ("ab", [], "ab"),
-])
+@pytest.mark.parametrize(
+    "text, stop, expected",
+    [
+        ("one two three", ["two"], "one "), ("one two three", ["three", "two"], "one "),
+        ("one two", ["four"], "one two"), ("aaab", ["aab"], "a"), ("stop", ["stop"], ""), ("sto", ["stop"], "sto"),
+        ("", ["x"], ""), ("ab", [], "ab"),
+    ],
+)
 def test_stop_strings_wherever_the_pieces_are_cut(text, stop, expected):
     for size in (1, 2, 3, 100):
         pieces = [text[i : i + size] for i in range(0, len(text), size)]
@@ -118,17 +145,33 @@ def folder(tmp_path_factory) -> Path:
     """What transformers writes: a loud Llama, a byte-level tokenizer, a ChatML template."""
     path = tmp_path_factory.mktemp("model")
     backend = tokenizers.Tokenizer(tokenizers.models.BPE())
-    backend.pre_tokenizer, backend.decoder = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), tokenizers.decoders.ByteLevel(),
+    )
     corpus = ["the quick brown fox jumps over the lazy dog\n"] * 20
     alphabet = sorted(set("".join(corpus)) - {" ", "\n"}) + ["Ġ", "Ċ", "<", ">"]
-    backend.train_from_iterator(corpus, tokenizers.trainers.BpeTrainer(vocab_size=100, initial_alphabet=alphabet, special_tokens=["<|im_start|>", "<|im_end|>"]))
+    backend.train_from_iterator(
+        corpus,
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=100, initial_alphabet=alphabet, special_tokens=["<|im_start|>", "<|im_end|>"]
+        ),
+    )
     theirs = write(Fixture("llama", {"vocab_size": backend.get_vocab_size()}), path)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
-    tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
     tokenizer.save_pretrained(path)
     theirs.generation_config.eos_token_id = 1
     theirs.generation_config.save_pretrained(path)
-    path.with_name("ids.json").write_text(json.dumps(theirs.generate(torch.tensor([tokenizer("the fox")["input_ids"]]), max_new_tokens=20, do_sample=False, eos_token_id=1)[0].tolist()))
+    path.with_name("ids.json").write_text(
+        json.dumps(
+            theirs.generate(
+                torch.tensor([tokenizer("the fox")["input_ids"]]), max_new_tokens=20, do_sample=False, eos_token_id=1
+            )[0].tolist()
+        )
+    )
     return path
 
 
@@ -140,7 +183,9 @@ def test_prompt(folder):
     """The same text as transformers' generate, special tokens hidden; the speed on standard error."""
     done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "20")
     assert done.codes == [0], done.err
-    expected = transformers.AutoTokenizer.from_pretrained(folder).decode(json.loads(folder.with_name("ids.json").read_text()), skip_special_tokens=True)
+    expected = transformers.AutoTokenizer.from_pretrained(folder).decode(
+        json.loads(folder.with_name("ids.json").read_text()), skip_special_tokens=True
+    )
     assert done.out == expected + "\n"
     assert "tokens/s" in done.err
 
@@ -156,12 +201,17 @@ def test_quantized(folder, bits):
 
 
 def test_batch_and_stdin(folder):
-    done = cli("--model", str(folder), "--prompt", "the fox", "--prompt", "-", "--max-new-tokens", "5", "--stop", "zzzz", text="dog")
+    done = cli(
+        "--model", str(folder), "--prompt", "the fox", "--prompt", "-", "--max-new-tokens", "5", "--stop", "zzzz",
+        text="dog",
+    )
     assert done.codes == [0] and done.out.count("---") == 2 and "for 2 prompts" in done.err, done.err
 
 
 def test_chat(folder):
-    done = cli("--model", str(folder), "--chat", "--system", "the dog", "--max-new-tokens", "8", text="the fox\nthe dog\n\n")
+    done = cli(
+        "--model", str(folder), "--chat", "--system", "the dog", "--max-new-tokens", "8", text="the fox\nthe dog\n\n"
+    )
     assert done.codes == [0] and done.out.count("> ") == 3 and done.err.count("tokens/s") >= 1, done.err
 
 
@@ -180,4 +230,9 @@ def test_bad_arguments_are_one_line(arguments, message):
 def test_a_bad_folder_is_one_line_and_an_exit_code(folder, tmp_path):
     (tmp_path / "tokenizer.json").write_text((folder / "tokenizer.json").read_text())
     done = cli("--model", str(tmp_path), "--prompt", "x")
-    assert done.codes == [1] and done.err.startswith("error: ") and "config.json" in done.err and len(done.err.splitlines()) == 1
+    assert (
+        done.codes == [1]
+        and done.err.startswith("error: ")
+        and "config.json" in done.err
+        and len(done.err.splitlines()) == 1
+    )

@@ -1,4 +1,5 @@
-"""python -m checkpoints.inspect: what it says of a folder is what safetensors, torch and load() say, and no weight is read for it."""
+"""python -m checkpoints.inspect: what it says of a folder is what safetensors, torch and load() say, and no weight is
+read for it."""
 
 import dataclasses
 import json
@@ -34,8 +35,14 @@ from tests.meta_folders import write_meta, write_mistral
 from tests.oracles import write
 from tests.test_show import PUBLISHED
 
-PARAMS = dict(dim=64, n_layers=3, n_heads=8, n_kv_heads=2, vocab_size=131, multiple_of=32, ffn_dim_multiplier=0.5, norm_eps=1e-2, rope_theta=500000.0)
-MISTRAL = dict(dim=64, n_layers=3, n_heads=8, n_kv_heads=2, vocab_size=131, head_dim=8, hidden_dim=96, norm_eps=1e-2, rope_theta=10000.0, sliding_window=9)
+PARAMS = dict(
+    dim=64, n_layers=3, n_heads=8, n_kv_heads=2, vocab_size=131, multiple_of=32, ffn_dim_multiplier=0.5,
+    norm_eps=1e-2, rope_theta=500000.0,
+)
+MISTRAL = dict(
+    dim=64, n_layers=3, n_heads=8, n_kv_heads=2, vocab_size=131, head_dim=8, hidden_dim=96, norm_eps=1e-2,
+    rope_theta=10000.0, sliding_window=9,
+)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +74,10 @@ def stored_by_safetensors(folder: Path) -> dict[str, tuple[str, list[int], str]]
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found |= {name: (table.short(file.get_tensor(name).dtype), list(file.get_slice(name).get_shape()), path.name) for name in file.keys()}
+            found |= {
+                name: (table.short(file.get_tensor(name).dtype), list(file.get_slice(name).get_shape()), path.name)
+                for name in file.keys()
+            }
     return found
 
 
@@ -79,8 +89,15 @@ def test_it_says_what_safetensors_and_transformers_say(written, monkeypatch, cap
     said, oracle = json.loads(out), stored_by_safetensors(folder / "llama")
     assert code == 0 and said["loads"] and said["reason"] is None
     assert {one["name"]: (one["dtype"], one["shape"], one["file"]) for one in said["stored"]} == oracle
-    assert said["parameters"] == model.num_parameters() and said["tensors"] == len(oracle) and said["family"] == "llama" and said["layout"] == "hf"
-    assert {one["name"]: one["bytes"] for one in said["files"]} == {path.name: path.stat().st_size for path in (folder / "llama").glob("*.safetensors")}
+    assert (
+        said["parameters"] == model.num_parameters()
+        and said["tensors"] == len(oracle)
+        and said["family"] == "llama"
+        and said["layout"] == "hf"
+    )
+    assert {one["name"]: one["bytes"] for one in said["files"]} == {
+        path.name: path.stat().st_size for path in (folder / "llama").glob("*.safetensors")
+    }
     assert sum(one["bytes"] for one in said["stored"]) == sum(p.nbytes for p in model.state_dict().values())
 
 
@@ -88,10 +105,15 @@ def test_the_text(written):
     folder, _ = written
     text = describe(look(folder / "mixtral"))
     stored = files.read_folder(folder / "mixtral")
-    assert text.startswith(f"{folder / 'mixtral'}\nlayout       hf\nfamily       mixtral\nfiles        model.safetensors   ")
+    assert text.startswith(
+        f"{folder / 'mixtral'}\nlayout       hf\nfamily       mixtral\nfiles        model.safetensors   "
+    )
     assert f"\ntensors      {len(stored)}\n" in text and "\nloads        yes\n\n" in text
     lines = [line.split() for line in text.partition("\n\n")[2].splitlines()]
-    assert ["model.layers.{0..2}.block_sparse_moe.experts.{0..7}.w1.weight", "float32", "96×64", "24", "tensors", "590", "kB"] in lines
+    assert [
+        "model.layers.{0..2}.block_sparse_moe.experts.{0..7}.w1.weight", "float32", "96×64", "24", "tensors", "590",
+        "kB",
+    ] in lines
     assert sum(int(line[3]) for line in lines) == len(stored)
     assert len(describe(look(folder / "mixtral"), tensors=True).partition("\n\n")[2].splitlines()) == len(stored)
 
@@ -103,7 +125,7 @@ def test_no_weight_is_read_of_a_model_of_any_size(tmp_path, monkeypatch):
     with torch.device("meta"):
         parameters = dict(Decoder(config).named_parameters())
     header, at = {}, 0
-    for step in table.expand(family.tables[0], parameters, config):
+    for step in table.expand(family.tables(config)[0], parameters, config):
         for name, shape in step.shapes(parameters).items():
             size = 2 * math.prod(shape)
             header[name], at = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}, at + size
@@ -115,18 +137,25 @@ def test_no_weight_is_read_of_a_model_of_any_size(tmp_path, monkeypatch):
     monkeypatch.setattr(files.Stored, "read_run", lambda *args: pytest.fail("a weight was read"))
     report = within(0.5, lambda: look(tmp_path), time.process_time)
     assert report.reason is None and report.parameters == PUBLISHED["Llama-3.1-8B"][1]
-    assert "model.layers.{0..31}.self_attn.q_proj.weight          bfloat16  4096×4096    32 tensors  1.07 GB\n" in describe(report)
+    assert (
+        "model.layers.{0..31}.self_attn.q_proj.weight          bfloat16  4096×4096    32 tensors  1.07 GB\n"
+        in describe(report)
+    )
 
 
 def test_every_layout(tmp_path):
-    model = write(dataclasses.replace(FIXTURES["llama-3"], keys=FIXTURES["llama-3"].keys | {"vocab_size": 132}), tmp_path / "even")
+    model = write(
+        dataclasses.replace(FIXTURES["llama-3"], keys=FIXTURES["llama-3"].keys | {"vocab_size": 132}), tmp_path / "even"
+    )
     mha = write(FIXTURES["mistral-v0.1"], tmp_path / "mistral-hf")
     write_meta(model, tmp_path / "meta", PARAMS | {"vocab_size": 132}, ranks=2)
     write_mistral(mha, tmp_path / "mistral", MISTRAL)
     convert(plan(open_source(tmp_path / "mistral-hf"), "nanollm"), tmp_path / "own")
     said = {name: look(tmp_path / name, allow_pickle=True) for name in ("meta", "mistral", "own", "mistral-hf")}
     assert {name: (one.layout, one.family) for name, one in said.items()} == {
-        "meta": ("meta", "llama"), "mistral": ("mistral", "mistral"), "own": ("nanollm", "nanollm"), "mistral-hf": ("hf", "mistral")}
+        "meta": ("meta", "llama"), "mistral": ("mistral", "mistral"), "own": ("nanollm", "nanollm"),
+        "mistral-hf": ("hf", "mistral"),
+    }
     assert said["meta"].reason is said["own"].reason is said["mistral-hf"].reason is None
     assert said["meta"].parameters == model.num_parameters() and said["own"].parameters == mha.num_parameters()
     assert {path.name for path in said["meta"].used} == {"consolidated.00.pth", "consolidated.01.pth"}
@@ -159,15 +188,21 @@ def cut_a_shard(folder):
 
 
 def unknown_family(folder):
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "gpt5"}))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"model_type": "gpt5"})
+    )
 
 
 def wrong_width(folder):
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"intermediate_size": 97}))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"intermediate_size": 97})
+    )
 
 
 def unknown_key(folder):
-    (folder / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"quantum": True}))
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"quantum": True})
+    )
 
 
 def no_json(folder):
@@ -187,14 +222,23 @@ def no_index(folder):
     (folder / "model.safetensors.index.json").unlink()
 
 
-@pytest.mark.parametrize("breaks, listed", [(drop_a_shard, True), (cut_a_shard, True), (unknown_family, True), (wrong_width, True), (unknown_key, True),
-                                            (no_json, True), (no_config, True), (empty, False), (no_index, True)])
+@pytest.mark.parametrize(
+    "breaks, listed",
+    [
+        (drop_a_shard, True), (cut_a_shard, True), (unknown_family, True), (wrong_width, True), (unknown_key, True),
+        (no_json, True), (no_config, True), (empty, False), (no_index, True),
+    ],
+)
 def test_what_would_not_load_says_what_load_says(llama, breaks, listed, monkeypatch, capsys):
     breaks(llama)
     with pytest.raises(NanollmError) as error:
         checkpoints.load(llama)
     code, out = ran(monkeypatch, capsys, llama)
-    assert code == 1 and "\nloads        no\n" in out and all(f"             {line}\n" in out + "\n" for line in str(error.value).splitlines())
+    assert (
+        code == 1
+        and "\nloads        no\n" in out
+        and all(f"             {line}\n" in out + "\n" for line in str(error.value).splitlines())
+    )
     assert ("model.layers." in out.partition("\n\n")[2]) == listed
     said = json.loads(ran(monkeypatch, capsys, llama, "--json")[1])
     assert said["reason"] == str(error.value) and not said["loads"] and said["parameters"] is None
@@ -217,7 +261,9 @@ class Evil:
 def test_pickles_are_named_and_judged_and_not_run(llama, monkeypatch, capsys):
     for path in llama.glob("*.safetensors*"):
         if path.suffix == ".safetensors":
-            torch.save(load_file(path), llama / path.name.replace("model", "pytorch_model").replace(".safetensors", ".bin"))
+            torch.save(
+                load_file(path), llama / path.name.replace("model", "pytorch_model").replace(".safetensors", ".bin")
+            )
         path.unlink()
     places = {name: path.name for path in llama.glob("*.bin") for name in torch.load(path)}
     (llama / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
@@ -231,7 +277,11 @@ def test_pickles_are_named_and_judged_and_not_run(llama, monkeypatch, capsys):
     torch.save({"w": Evil()}, llama / first)
     for options in ((), ("--allow-pickle",)):
         code, out = ran(monkeypatch, capsys, llama, *options)
-        assert code == 1 and f"{first}: NOT harmless, it calls {os.system.__module__}.system" in out and not (llama / "proof").exists()
+        assert (
+            code == 1
+            and f"{first}: NOT harmless, it calls {os.system.__module__}.system" in out
+            and not (llama / "proof").exists()
+        )
     said = {one["name"]: one["harmless"] for one in json.loads(ran(monkeypatch, capsys, llama, "--json")[1])["pickles"]}
     assert said == {name: name != first for name in set(places.values())}
 
@@ -259,7 +309,9 @@ def test_names_that_no_one_should_give(tmp_path):
     names = ["." * 50, "a." + "9" * 5000 + ".b", "\u0663.x", "", "a.0.b\n", "a.1.b\n"]
     save_file({name: torch.zeros(2) for name in names}, tmp_path / "model.safetensors")
     report = look(tmp_path)
-    assert report.reason and {"a.{0..1}.b\n", *names[:4]} == {one["name"] for one in json.loads(facts(report))["stored"]}
+    assert report.reason and {"a.{0..1}.b\n", *names[:4]} == {
+        one["name"] for one in json.loads(facts(report))["stored"]
+    }
     assert describe(report).partition("\n\n")[2].count("\n") == 4 and "a.{0..1}.b\\n" in describe(report)
 
 
@@ -281,5 +333,8 @@ def test_folding(names, one):
 @pytest.mark.slow
 def test_the_standard_library_keeps_its_inspect(llama):
     """torch alone imports it a hundred times."""
-    done = subprocess.run([sys.executable, "-m", "checkpoints.inspect", llama], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "checkpoints.inspect", llama], cwd=Path(__file__).parent.parent, capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and not done.stderr and "loads        yes" in done.stdout

@@ -31,7 +31,11 @@ def test_the_sums_are_those_of_torch_and_leave_out_what_is_no_target(most, monke
     assert nats.item() == pytest.approx(F.cross_entropy(logits, targets.flatten(), reduction="sum").item(), rel=1e-6)
     real = targets.flatten() >= 0
     assert squares.item() == pytest.approx(logits.logsumexp(-1).square()[real].sum().item(), rel=1e-6)
-    assert loss.item() == pytest.approx(nats.item() + 0.1 * squares.item(), rel=1e-6) and not nats.requires_grad and not squares.requires_grad
+    assert (
+        loss.item() == pytest.approx(nats.item() + 0.1 * squares.item(), rel=1e-6)
+        and not nats.requires_grad
+        and not squares.requires_grad
+    )
 
 
 @pytest.mark.parametrize("z", [0.0, 0.1])
@@ -55,8 +59,11 @@ def test_whatever_the_head_does_the_loss_is_that_of_its_logits(fields):
     loss, nats, _ = token_loss(read, hidden, targets)
     expected = F.cross_entropy(read(hidden).flatten(0, 1), targets.flatten(), reduction="sum")
     assert nats.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert nats.item() != pytest.approx(F.cross_entropy(F.linear(hidden, read.weight).flatten(0, 1), targets.flatten(), reduction="sum").item(), rel=1e-3)
-    for one, other in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted)):
+    assert nats.item() != pytest.approx(
+        F.cross_entropy(F.linear(hidden, read.weight).flatten(0, 1), targets.flatten(), reduction="sum").item(),
+        rel=1e-3,
+    )
+    for one, other in zip(torch.autograd.grad(loss, wanted), torch.autograd.grad(expected, wanted), strict=True):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -68,7 +75,7 @@ def test_pieces_change_neither_loss_nor_gradient(monkeypatch):
         monkeypatch.setattr(losses, "MOST", most)
         loss, nats, squares = token_loss(read, hidden, targets, z=0.1)
         found.append((nats, squares, *torch.autograd.grad(loss, [hidden, read.weight])))
-    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 def test_bfloat16_logits_are_summed_in_float32():
@@ -81,7 +88,9 @@ def test_bfloat16_logits_are_summed_in_float32():
 # ---- balance
 
 def mixtral(experts: int = 6, top_k: int = 2) -> Decoder:
-    layer = Layer(Attention(2, 1, 8, Rope()), MoE(experts, top_k, MLP(16), renormalize=True), pre_mixer=Norm(), pre_ffn=Norm())
+    layer = Layer(
+        Attention(2, 1, 8, Rope()), MoE(experts, top_k, MLP(16), renormalize=True), pre_mixer=Norm(), pre_ffn=Norm()
+    )
     model = Decoder(ModelConfig(40, 16, (layer, layer), Norm()))
     for block in model.layers:
         torch.nn.init.normal_(block.ffn.router.weight)          # loud: the experts are far from evenly used
@@ -95,7 +104,7 @@ def plain_total(*values: float) -> list[float]:
 def step(model: Decoder, balance: Balance, parts: list[torch.Tensor], real: list[torch.Tensor | None]) -> torch.Tensor:
     """Gradient of the balance loss of a step that is cut into parts."""
     model.zero_grad()
-    for tokens, mask in zip(parts, real):
+    for tokens, mask in zip(parts, real, strict=True):
         with routing(model) as routed:
             model.hidden(tokens)
         balance.loss(routed, mask).backward()
@@ -141,13 +150,17 @@ def test_the_gradient_is_that_of_the_equation_with_the_price_of_the_step_before(
     model.zero_grad()
     with routing(model) as routed:
         model.hidden(second)
-    loss = sum(6 * (f * one.logits.double().softmax(-1).sum(0)).sum() for f, one in zip(price, routed)) / 2
+    loss = sum(6 * (f * one.logits.double().softmax(-1).sum(0)).sum() for f, one in zip(price, routed, strict=True)) / 2
     loss.backward()
-    assert torch.allclose(found, torch.cat([block.ffn.router.weight.grad.flatten() for block in model.layers]), atol=1e-4)
+    assert torch.allclose(
+        found, torch.cat([block.ffn.router.weight.grad.flatten() for block in model.layers]), atol=1e-4
+    )
 
 
 ROUTERS = {
-    "a corrected choice among sigmoids of groups": MoE(8, 3, MLP(16), True, score="sigmoid", correction=True, groups=ExpertGroups(4, 2, 2), scale=2.5),
+    "a corrected choice among sigmoids of groups": MoE(
+        8, 3, MLP(16), True, score="sigmoid", correction=True, groups=ExpertGroups(4, 2, 2), scale=2.5
+    ),
     "softmax in groups": MoE(8, 3, MLP(16), False, groups=ExpertGroups(4, 2, 1), router_float32=True),
     "sparse": MoE(8, 2, MLP(16), False, sparse=0.1),
     "clipped experts": MoE(8, 3, ClippedGLU(16), True, router_bias=True),
@@ -156,7 +169,8 @@ ROUTERS = {
 
 @pytest.mark.parametrize("name", ROUTERS)
 def test_balance_counts_what_the_router_chose(name):
-    """f is of the router's own choice, whatever decides it; P of the scores, as shares of their sum where they are sigmoids (V3's eq. 17-20)."""
+    """f is of the router's own choice, whatever decides it; P of the scores, as shares of their sum where they
+    are sigmoids (V3's eq. 17-20)."""
     moe = ROUTERS[name]
     layer = Layer(Attention(2, 1, 8, Rope()), moe, pre_mixer=Norm(), pre_ffn=Norm())
     model, tokens = Decoder(ModelConfig(40, 16, (layer, layer), Norm())), torch.randint(0, 40, (4, 10))
@@ -166,14 +180,18 @@ def test_balance_counts_what_the_router_chose(name):
             torch.nn.init.normal_(block.ffn.router.correction)
     balance = Balance(model)
     found = step(model, balance, [tokens], [None])
-    assert found.abs().max() > 0 and all(block.ffn.router.correction is None or block.ffn.router.correction.grad is None for block in model.layers)
+    assert found.abs().max() > 0 and all(
+        block.ffn.router.correction is None or block.ffn.router.correction.grad is None for block in model.layers
+    )
     seen = []
-    hooks = [block.ffn.experts.register_forward_hook(lambda _, args, __: seen.append(args[2])) for block in model.layers]    # what the experts were given
+    hooks = [
+        block.ffn.experts.register_forward_hook(lambda _, args, __: seen.append(args[2])) for block in model.layers
+    ]  # what the experts were given
     with routing(model) as routed:
         model.hidden(tokens)
     [hook.remove() for hook in hooks]
     expected = []
-    for (logits, _, _), chosen in zip(routed, seen):
+    for (logits, _, _), chosen in zip(routed, seen, strict=True):
         score = logits.double().sigmoid() if moe.score == "sigmoid" else logits.double().softmax(-1)
         share = (score / score.sum(-1, keepdim=True)).mean(0)
         counts = torch.bincount(chosen.flatten(), minlength=8) / len(chosen)
@@ -213,8 +231,12 @@ def test_a_model_without_experts_has_no_balance():
 # ---- spikes
 
 def test_a_spike_is_measured_against_the_recent_steps():
-    recent = [(2.0 + 0.1 * (-1) ** i, 1.0 + 0.2 * (-1) ** i) for i in range(128)]          # deviations 0.1 and 0.2
-    assert not spike(recent, 2.59, 2.1, sigma=6) and spike(recent, 2.61, 1.0, sigma=6) and spike(recent, 2.0, 2.21, sigma=6)
+    recent = [(2.0 + 0.1 * (-1) ** i, 1.0 + 0.2 * (-1) ** i) for i in range(128)]  # deviations 0.1 and 0.2
+    assert (
+        not spike(recent, 2.59, 2.1, sigma=6)
+        and spike(recent, 2.61, 1.0, sigma=6)
+        and spike(recent, 2.0, 2.21, sigma=6)
+    )
     assert not spike(recent, 100.0, 100.0, sigma=0)             # 0: never
     assert not spike(recent[:31], 100.0, 100.0, sigma=6) and spike(recent[:32], 100.0, 100.0, sigma=6)
     assert not spike(recent, -100.0, 0.0, sigma=6) and math.isfinite(recent[0][0])

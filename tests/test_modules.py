@@ -1,4 +1,5 @@
-"""Each module against transformers' own module of the same name, same weights: also the features whose families come later."""
+"""Each module against transformers' own module of the same name, same weights: also the features whose families come
+later."""
 
 import pytest
 import torch
@@ -23,8 +24,7 @@ from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm,
 from nanollm.layers.alibi import alibi_bias, alibi_slopes
 from nanollm.layers.attention import attend_fused, attend_plainly
 from nanollm.layers.forward_context import ForwardContext
-from nanollm.layers.mask import CAUSAL
-from nanollm.layers.mask import allowed
+from nanollm.layers.mask import CAUSAL, allowed
 from nanollm.layers.mlp import activate
 from nanollm.layers.moe import MoE as MoEModule
 from nanollm.layers.moe import routing
@@ -56,7 +56,8 @@ def test_rms_norm_is_bit_equal(reference, config, dtype):
 
 def test_the_two_cast_orders_differ_in_bfloat16_only():
     gain, x = torch.randn(64), torch.randn(4, 64)
-    orders = lambda dtype: [rms_norm(x.to(dtype), gain.to(dtype), 1e-6, cast_after_gain=late) for late in (False, True)]
+    def orders(dtype):
+        return [rms_norm(x.to(dtype), gain.to(dtype), 1e-6, cast_after_gain=late) for late in (False, True)]
     assert torch.equal(*orders(torch.float32)) and not torch.equal(*orders(torch.bfloat16))
 
 
@@ -87,7 +88,10 @@ def test_rotation_of_neighbours_equals_cohere():
     rope = Rope(layout="interleaved")
     angles = positions[..., None] * (1 / 10_000 ** (torch.arange(0, 16, 2) / 16))
     emb = angles.repeat_interleave(2, -1)
-    assert torch.equal(rotate(q, *rotation_tables(rope, 16, positions, positions), "interleaved"), rotate_interleaved(q, q, emb.cos(), emb.sin())[0])
+    assert torch.equal(
+        rotate(q, *rotation_tables(rope, 16, positions, positions), "interleaved"),
+        rotate_interleaved(q, q, emb.cos(), emb.sin())[0],
+    )
 
 
 def test_partial_interleaved_rotation_equals_glm():
@@ -95,7 +99,10 @@ def test_partial_interleaved_rotation_equals_glm():
     angles = positions[..., None] * (1 / 10_000 ** (torch.arange(0, 8, 2) / 8))
     emb = torch.cat([angles, angles], -1)
     rope = Rope(layout="interleaved", fraction=0.5)
-    assert torch.equal(rotate(q, *rotation_tables(rope, 16, positions, positions), "interleaved"), rotate_glm(q, q, emb.cos(), emb.sin())[0])
+    assert torch.equal(
+        rotate(q, *rotation_tables(rope, 16, positions, positions), "interleaved"),
+        rotate_glm(q, q, emb.cos(), emb.sin())[0],
+    )
 
 
 # ---- attention
@@ -111,11 +118,15 @@ def test_soft_cap_equals_gemma2():
 
 @pytest.mark.parametrize("heads", [1, 4, 8, 6, 7, 12, 40])
 def test_alibi_slopes_equal_bloom_and_mpt(heads):
-    assert torch.equal(alibi_slopes(heads), -build_mpt_alibi_tensor(heads, 2)[:, 0, 0])         # (H, 1, T): slope · distance from the last
-    reference = build_alibi_tensor(torch.ones(1, 10), heads, torch.float32)[:, 0]               # (H, T): slope · key index
-    assert torch.allclose(alibi_slopes(heads), reference[:, 1], rtol=3e-7)                      # BLOOM takes powers in float32, we round once
+    assert torch.equal(
+        alibi_slopes(heads), -build_mpt_alibi_tensor(heads, 2)[:, 0, 0]
+    )  # (H, 1, T): slope · distance from the last
+    reference = build_alibi_tensor(torch.ones(1, 10), heads, torch.float32)[:, 0]  # (H, T): slope · key index
+    assert torch.allclose(
+        alibi_slopes(heads), reference[:, 1], rtol=3e-7
+    )  # BLOOM takes powers in float32, we round once
     ours = alibi_bias(Alibi(), heads, torch.tensor([[9]]), torch.arange(10)[None], 1.0)[0, :, 0]
-    assert torch.allclose(ours - ours[:, :1], reference, atol=1e-6)                             # a constant a row drops out
+    assert torch.allclose(ours - ours[:, :1], reference, atol=1e-6)  # a constant a row drops out
 
 
 @pytest.mark.parametrize("T, S, H, K", [(7, 7, 4, 4), (7, 7, 8, 2), (1, 9, 8, 2), (1, 9, 6, 1), (3, 9, 4, 2)])
@@ -124,12 +135,16 @@ def test_fused_attention_is_the_definition(T, S, H, K, masked):
     q, k, v = torch.randn(2, H, T, 8), torch.randn(2, K, S, 8), torch.randn(2, K, S, 8)
     q_pos, k_pos = torch.arange(S - T, S).expand(2, T), torch.arange(S).expand(2, S)
     visible = allowed(q_pos, k_pos, 4)[:, None]
-    mask = {"window": visible, "alibi": alibi_bias(Alibi(), H, q_pos, k_pos, 1.0).masked_fill(~visible, -torch.inf), "none": CAUSAL if T == S else None}[masked]
+    mask = {
+        "window": visible, "alibi": alibi_bias(Alibi(), H, q_pos, k_pos, 1.0).masked_fill(~visible, -torch.inf),
+        "none": CAUSAL if T == S else None,
+    }[masked]
     assert difference(attend_fused(q, k, v, mask, 0.4), attend_plainly(q, k, v, mask, 0.4)) < 1e-6
 
 
 def test_allowed_is_the_table_of_its_docstring():
-    draw = lambda visible: ["".join("x" if seen else "." for seen in row) for row in visible[0].tolist()]
+    def draw(visible):
+        return ["".join("x" if seen else "." for seen in row) for row in visible[0].tolist()]
     arange = torch.arange(5)[None]
     assert draw(allowed(arange, arange, 3)) == ["x....", "xx...", "xxx..", ".xxx.", "..xxx"]
     packed, document = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[1, 1, 1, 2, 2]])
@@ -138,7 +153,9 @@ def test_allowed_is_the_table_of_its_docstring():
 
 # ---- feed-forward
 
-@pytest.mark.parametrize("ours, theirs", [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("relu2", "relu2")])
+@pytest.mark.parametrize(
+    "ours, theirs", [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("relu2", "relu2")]
+)
 def test_activations(ours, theirs):
     assert ours in ACTIVATIONS
     x = torch.linspace(-6, 6, 1001)
@@ -153,7 +170,9 @@ def copy_experts(ours: MoEModule, theirs: nn.Module) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixtral_experts(dtype):
-    config = AutoConfig.for_model("mixtral", hidden_size=32, intermediate_size=24, num_local_experts=6, num_experts_per_tok=3)
+    config = AutoConfig.for_model(
+        "mixtral", hidden_size=32, intermediate_size=24, num_local_experts=6, num_experts_per_tok=3
+    )
     theirs, ours = mixtral.MixtralSparseMoeBlock(config), MoEModule(MoE(6, 3, MLP(24), renormalize=True), 32)
     make_loud(theirs)
     copy_experts(ours, theirs)
@@ -163,8 +182,14 @@ def test_mixtral_experts(dtype):
 
 @pytest.mark.parametrize("renormalize", [False, True])
 def test_qwen_shared_expert_and_raw_weights(renormalize):
-    config = AutoConfig.for_model("qwen2_moe", hidden_size=32, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=6, num_experts_per_tok=2, norm_topk_prob=renormalize)
-    theirs, ours = qwen2_moe.Qwen2MoeSparseMoeBlock(config), MoEModule(MoE(6, 2, MLP(24), renormalize, shared=MLP(40), shared_gate=True), 32)
+    config = AutoConfig.for_model(
+        "qwen2_moe", hidden_size=32, moe_intermediate_size=24, shared_expert_intermediate_size=40, num_experts=6,
+        num_experts_per_tok=2, norm_topk_prob=renormalize,
+    )
+    theirs, ours = (
+        qwen2_moe.Qwen2MoeSparseMoeBlock(config),
+        MoEModule(MoE(6, 2, MLP(24), renormalize, shared=MLP(40), shared_gate=True), 32),
+    )
     make_loud(theirs)
     copy_experts(ours, theirs)
     ours.shared_gate.weight.data = theirs.shared_expert_gate.weight.data
@@ -212,27 +237,60 @@ def copy(pairs: dict[nn.Module, nn.Module]) -> None:
 
 
 def test_sandwich_norms_scale_cap_and_window_equal_a_gemma2_layer():
-    config = eager(AutoConfig.for_model("gemma2", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12, num_hidden_layers=2,
-                                        sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=30, rms_norm_eps=1e-2))
+    config = eager(
+        AutoConfig.for_model(
+            "gemma2", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2, head_dim=12,
+            num_hidden_layers=2, sliding_window=5, attn_logit_softcapping=2.0, query_pre_attn_scalar=30,
+            rms_norm_eps=1e-2,
+        )
+    )
     theirs = gemma2.Gemma2DecoderLayer(config, layer_idx=0)
     norm = Norm(eps=1e-2, offset=1.0, cast_after_gain=True)
-    ours = Block(Layer(Attention(4, 2, 12, Rope(), window=5, scale=30**-0.5, softcap=2.0), MLP(48, "gelu_tanh"), norm, norm, norm, norm), 32)
+    ours = Block(
+        Layer(
+            Attention(4, 2, 12, Rope(), window=5, scale=30**-0.5, softcap=2.0), MLP(48, "gelu_tanh"), norm, norm,
+            norm, norm,
+        ),
+        32,
+    )
     make_loud(theirs)
     a, m = theirs.self_attn, theirs.mlp
-    copy({ours.mixer.q: a.q_proj, ours.mixer.k: a.k_proj, ours.mixer.v: a.v_proj, ours.mixer.o: a.o_proj, ours.ffn.gate: m.gate_proj, ours.ffn.up: m.up_proj, ours.ffn.down: m.down_proj,
-          ours.pre_mixer: theirs.input_layernorm, ours.post_mixer: theirs.post_attention_layernorm, ours.pre_ffn: theirs.pre_feedforward_layernorm, ours.post_ffn: theirs.post_feedforward_layernorm})
+    copy(
+        {
+            ours.mixer.q: a.q_proj, ours.mixer.k: a.k_proj, ours.mixer.v: a.v_proj, ours.mixer.o: a.o_proj,
+            ours.ffn.gate: m.gate_proj, ours.ffn.up: m.up_proj, ours.ffn.down: m.down_proj,
+            ours.pre_mixer: theirs.input_layernorm, ours.post_mixer: theirs.post_attention_layernorm,
+            ours.pre_ffn: theirs.pre_feedforward_layernorm, ours.post_ffn: theirs.post_feedforward_layernorm,
+        }
+    )
     x = torch.randn(2, 13, 32)
     reference = theirs(x, position_embeddings=angles(12, 13), attention_mask=causal(13, 5))
     assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
 
 
 def test_parallel_with_two_norms_equals_a_neox_layer():
-    config = eager(AutoConfig.for_model("gpt_neox", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, rotary_pct=0.5, layer_norm_eps=1e-2, use_parallel_residual=True))
+    config = eager(
+        AutoConfig.for_model(
+            "gpt_neox", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+            rotary_pct=0.5, layer_norm_eps=1e-2, use_parallel_residual=True,
+        )
+    )
     theirs, norm = neox.GPTNeoXLayer(config, 0).eval(), Norm("layer", 1e-2, bias=True)
-    ours = Block(Layer(Attention(4, 4, 8, Rope(fraction=0.5), qkv_bias=True, out_bias=True), MLP(48, "gelu", gated=False, bias=True), norm, None, norm, None, parallel=True), 32)
+    ours = Block(
+        Layer(
+            Attention(4, 4, 8, Rope(fraction=0.5), qkv_bias=True, out_bias=True),
+            MLP(48, "gelu", gated=False, bias=True), norm, None, norm, None, parallel=True,
+        ),
+        32,
+    )
     make_loud(theirs)
     a, m = theirs.attention, theirs.mlp
-    copy({ours.mixer.o: a.dense, ours.ffn.up: m.dense_h_to_4h, ours.ffn.down: m.dense_4h_to_h, ours.pre_mixer: theirs.input_layernorm, ours.pre_ffn: theirs.post_attention_layernorm})
+    copy(
+        {
+            ours.mixer.o: a.dense, ours.ffn.up: m.dense_h_to_4h, ours.ffn.down: m.dense_4h_to_h,
+            ours.pre_mixer: theirs.input_layernorm, ours.pre_ffn: theirs.post_attention_layernorm,
+        }
+    )
     for i, part in enumerate((ours.mixer.q, ours.mixer.k, ours.mixer.v)):                       # rows (H, 3, d)
         part.weight.data = a.query_key_value.weight.data.view(4, 3, 8, 32)[:, i].reshape(32, 32)
         part.bias.data = a.query_key_value.bias.data.view(4, 3, 8)[:, i].reshape(32)
@@ -242,12 +300,28 @@ def test_parallel_with_two_norms_equals_a_neox_layer():
 
 
 def test_parallel_with_one_norm_equals_a_phi_layer():
-    config = eager(AutoConfig.for_model("phi", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2, partial_rotary_factor=0.5, layer_norm_eps=1e-2))
+    config = eager(
+        AutoConfig.for_model(
+            "phi", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_hidden_layers=2,
+            partial_rotary_factor=0.5, layer_norm_eps=1e-2,
+        )
+    )
     theirs = phi.PhiDecoderLayer(config, 0).eval()
-    ours = Block(Layer(Attention(4, 4, 8, Rope(fraction=0.5), qkv_bias=True, out_bias=True), MLP(48, "gelu_tanh", gated=False, bias=True), Norm("layer", 1e-2, bias=True), pre_ffn=None, parallel=True), 32)
+    ours = Block(
+        Layer(
+            Attention(4, 4, 8, Rope(fraction=0.5), qkv_bias=True, out_bias=True),
+            MLP(48, "gelu_tanh", gated=False, bias=True), Norm("layer", 1e-2, bias=True), pre_ffn=None, parallel=True,
+        ),
+        32,
+    )
     make_loud(theirs)
     a, m = theirs.self_attn, theirs.mlp
-    copy({ours.mixer.q: a.q_proj, ours.mixer.k: a.k_proj, ours.mixer.v: a.v_proj, ours.mixer.o: a.dense, ours.ffn.up: m.fc1, ours.ffn.down: m.fc2, ours.pre_mixer: theirs.input_layernorm})
+    copy(
+        {
+            ours.mixer.q: a.q_proj, ours.mixer.k: a.k_proj, ours.mixer.v: a.v_proj, ours.mixer.o: a.dense,
+            ours.ffn.up: m.fc1, ours.ffn.down: m.fc2, ours.pre_mixer: theirs.input_layernorm,
+        }
+    )
     x = torch.randn(2, 13, 32)
     reference = theirs(x, attention_mask=causal(13), position_embeddings=angles(4, 13))
     assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6

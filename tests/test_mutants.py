@@ -1,12 +1,15 @@
-"""Would the parity tests notice? Each config field of each distinct layer is changed, and the logits must change with it.
+"""Would the parity tests notice? Each config field of each distinct layer is changed: the logits must change with it.
 
 A mutant is the loaded model with one field of its config reset to the default, or, where it has no other default,
 doubled, flipped or dropped; the weights stay. It is killed if its logits leave the bound of test_parity, or if its
-parameters no longer fit. A cast order shows in bfloat16 only, and is tried there. Survivors are listed by name with the reason why nothing could notice them.
+parameters no longer fit. A cast order shows in bfloat16 only, and is tried there. What survives is listed in
+tests/mutants.txt, with the reason why nothing could notice it.
 
-    python -m tests.test_mutants      writes tests/mutants.txt anew
+    python -m tests.test_mutants            writes that list anew
+    python -m tests.test_mutants NAME …     only what it says of these fixtures
 """
 
+import collections
 import copy
 import dataclasses
 import sys
@@ -22,7 +25,7 @@ import checkpoints
 from nanollm import config as c
 from nanollm.errors import NanollmError
 from nanollm.model import Decoder
-from tests.fixtures import FIXTURES
+from tests.fixtures import FIXTURES, MAIN, slow_but
 from tests.oracles import difference, reference_logits, tokens, write
 
 REPORT = Path(__file__).with_name("mutants.txt")
@@ -31,9 +34,13 @@ LENGTH = 48
 ONE_ROUNDING = "the stream is float32, so either order rounds once, at the end; mamba-biases kills it"
 PAST_ORIGINAL = "48 tokens are past the original context, where the long list holds; test_parity at 24 tokens kills it"
 
-# (fixture or *, field) → why no logits of a full float32 pass can depend on it
+# field → why no logits of a full float32 pass can depend on it, in any fixture
+EVERYWHERE = {
+    "context": "a note for the caller; nothing in the decoder reads it",
+    "tied": "two copies of one tensor give the same logits; test_init checks that they are one parameter",
+}
+# (fixture, field) → the same, in that fixture
 REASONS = {
-    ("*", "context"): "a note for the caller; nothing in the decoder reads it",
     ("mamba-130m", "cast_after_gain"): ONE_ROUNDING,
     ("mamba-2.8b", "cast_after_gain"): ONE_ROUNDING,
     ("mamba-original", "cast_after_gain"): ONE_ROUNDING,
@@ -45,7 +52,6 @@ REASONS = {
     ("phi-3.5-mini", "short"): PAST_ORIGINAL,
     ("phi-4-mini", "short"): PAST_ORIGINAL,
     ("phi-3.5-moe", "short"): PAST_ORIGINAL,
-    ("*", "tied"): "two copies of one tensor give the same logits; test_init checks that they are one parameter",
 }
 
 
@@ -75,7 +81,8 @@ def mutations(owner: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             for layer in dict.fromkeys(value):          # each distinct layer, wherever it stands
                 at = value.index(layer)
                 for name, changed in mutations(layer, f"layers[{at}]"):
-                    yield name, changed and dataclasses.replace(owner, layers=tuple(changed if each == layer else each for each in value))
+                    layers = tuple(changed if each == layer else each for each in value)
+                    yield name, changed and dataclasses.replace(owner, layers=layers)
             continue
         try:
             other = another(owner, field)
@@ -104,8 +111,9 @@ def logits(decoder: Decoder, x: torch.Tensor, found: dict[str, torch.nn.Paramete
         return decoder(x)
 
 
-def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, reference: torch.Tensor, narrow: Decoder, rounded: torch.Tensor, bound: float) -> str:
-    """"refused", "shape", "logits", "bfloat16", or "survived". narrow and rounded: the model itself in bfloat16, and its logits."""
+def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, reference: torch.Tensor, narrow: Decoder,
+         rounded: torch.Tensor, bound: float) -> str:
+    """"refused", "shape", "logits", "bfloat16", or "survived". narrow: the model in bfloat16; rounded: its logits."""
     if mutant is None:
         return "refused"
     try:
@@ -114,15 +122,16 @@ def fate(model: Decoder, mutant: c.ModelConfig | None, x: torch.Tensor, referenc
     except NanollmError:                                # a layer that does not fit the stream
         return "refused"
     found, ours = weights(model, mutant), {name: p.shape for name, p in decoder.named_parameters()}
-    if any(name not in found or found[name].shape != shape for name, shape in ours.items()) or set(dict(model.named_parameters())) - set(ours):
+    unlike = any(name not in found or found[name].shape != shape for name, shape in ours.items())
+    if unlike or set(dict(model.named_parameters())) - set(ours):
         return "shape"
     if not difference(logits(decoder, x, found), reference) < bound:
         return "logits"
     return "survived" if torch.equal(logits(decoder, x, weights(narrow, mutant)), rounded) else "bfloat16"
 
 
-def report(name: str) -> list[str]:
-    """The lines of one fixture."""
+def fates(name: str) -> dict[str, str]:
+    """Path of the field → what became of its mutant, for each mutant of a fixture."""
     fixture = FIXTURES[name]
     with tempfile.TemporaryDirectory() as folder:
         theirs = write(fixture, Path(folder))
@@ -131,35 +140,74 @@ def report(name: str) -> list[str]:
     reference = reference_logits(fixture, theirs, x)
     narrow = copy.deepcopy(model).bfloat16()
     with torch.inference_mode():
-        rounded = narrow(x)                                                     # test_parity: bit-equal to transformers there
-    fates = [(path, fate(model, mutant, x, reference, narrow, rounded, fixture.bound)) for path, mutant in mutations(model.config)]
-    count = lambda kind: sum(f == kind for _, f in fates)
-    survivors = [path for path, f in fates if f == "survived"]
-    lines = [f"{name:18} {len(fates):4} mutants: {count('logits'):3} killed by logits, {count('bfloat16')} in bfloat16, {count('shape'):3} by shapes, {count('refused'):3} by the config, {len(survivors)} survived"]
-    for path in survivors:
-        field = path.rpartition(".")[2]
-        reason = REASONS.get((name, path)) or REASONS.get((name, field)) or REASONS.get(("*", field)) or "UNEXPLAINED"
-        lines.append(f"    {path}: {reason}")
-    return lines
+        rounded = narrow(x)                              # test_parity: bit-equal to transformers there
+    return {path: fate(model, mutant, x, reference, narrow, rounded, fixture.bound)
+            for path, mutant in mutations(model.config)}
 
 
-HEAD = "What changes of the config the comparison with transformers notices (tests/test_mutants.py).\n\n"
+def survivors(name: str, found: dict[str, str]) -> dict[str, str]:
+    """Path of the field → why its mutant survives, but for those that survive everywhere."""
+    fields = {path: path.rpartition(".")[2] for path, fate in found.items() if fate == "survived"}
+    own = {path: field for path, field in fields.items() if field not in EVERYWHERE}
+    return {path: REASONS.get((name, field), "UNEXPLAINED") for path, field in own.items()}
 
 
-@pytest.mark.parametrize("name", FIXTURES)
+# ---- the list
+
+HEAD = "What changes of a config the comparison with transformers cannot notice, and why (tests/test_mutants.py).\n"
+
+
+def listed() -> dict[str, dict[str, str]]:
+    """Fixture → path of the field → reason, as tests/mutants.txt has them."""
+    found: dict[str, dict[str, str]] = {}
+    name = ""
+    for line in REPORT.read_text().splitlines()[2:]:
+        if line.startswith("    "):
+            path, _, reason = line.strip().partition(": ")
+            found[name][path] = reason
+        elif line:
+            name = line
+            found[name] = {}
+    return found
+
+
+def document(found: dict[str, dict[str, str]]) -> str:
+    """tests/mutants.txt."""
+    sections = {"everywhere": EVERYWHERE} | {name: found[name] for name in FIXTURES if found.get(name)}
+    texts = [f"{name}\n" + "".join(f"    {path}: {reason}\n" for path, reason in some.items())
+             for name, some in sections.items()]
+    return f"{HEAD}\n" + "\n".join(texts)
+
+
+@pytest.mark.parametrize("name", slow_but(MAIN, FIXTURES))
 def test_mutants_die_or_are_explained(name):
-    lines = report(name)
-    assert not [line for line in lines if line.endswith("UNEXPLAINED")], "\n".join(lines)
-    committed = REPORT.read_text()
-    assert "\n".join(lines) + "\n" in committed, "tests/mutants.txt differs; python -m tests.test_mutants writes it anew:\n" + "\n".join(lines)
+    found = survivors(name, fates(name))
+    assert "UNEXPLAINED" not in found.values(), found
+    assert found == listed().get(name, {}), f"python -m tests.test_mutants {name} writes tests/mutants.txt anew"
 
 
-def test_the_report_names_every_fixture_and_no_other():
-    named = [line.split()[0] for line in REPORT.read_text().splitlines()[2:] if line and not line.startswith(" ")]
-    assert named == list(FIXTURES)
+def test_the_list_is_of_fixtures_that_there_are_and_each_reason_is_given_once():
+    found = listed()
+    assert document(found) == REPORT.read_text()
+    assert found.keys() - FIXTURES.keys() == {"everywhere"} and found["everywhere"] == EVERYWHERE
+    given = {(name, path.rpartition(".")[2]) for name, some in found.items() for path in some if name != "everywhere"}
+    assert given == REASONS.keys()
+
+
+def test_every_change_of_another_kind_is_noticed():
+    """Of a loaded Llama: what changes logits, what changes shapes, what only bfloat16 shows, and what nothing shows."""
+    found = fates("llama-3")
+    assert found["layers[0].mixer.rope.theta"] == "logits" and found["layers[0].mixer.heads"] == "shape"
+    assert found["layers[0].pre_mixer.cast_after_gain"] == "bfloat16" and found["context"] == "survived"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    REPORT.write_text(HEAD + "\n".join("\n".join(report(name)) for name in FIXTURES) + "\n")
-    sys.stdout.write(REPORT.read_text())
+    names = sys.argv[1:] or [*FIXTURES]
+    kept = listed() if sys.argv[1:] else {}
+    for name in names:
+        found = fates(name)
+        counts = ", ".join(f"{count} {fate}" for fate, count in collections.Counter(found.values()).most_common())
+        print(f"{name}: {len(found)} mutants: {counts}", flush=True)
+        kept[name] = survivors(name, found)
+    REPORT.write_text(document(kept))

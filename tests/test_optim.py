@@ -12,7 +12,7 @@ from nanollm.presets import PRESETS, preset
 from nanollm.training import optim
 
 TOYS = [name for name in PRESETS if name.endswith("-toy")]
-AROUND = dict(positions=32, embed_norm=Norm("layer", bias=True), head_bias=True)        # what may stand around the layers
+AROUND = dict(positions=32, embed_norm=Norm("layer", bias=True), head_bias=True)  # what may stand around the layers
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 12), (12, 40)])
@@ -38,7 +38,7 @@ def test_msign_is_the_orthogonal_factor_of_an_svd_up_to_the_polynomials_slack():
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
     found = optim.msign(matrix, torch.float64)
     assert torch.allclose(optim.msign(matrix.mT, torch.float64), found.mT)
-    inside = torch.linalg.svdvals(found)                        # the polynomial sends singular values into about [0.7, 1.2]
+    inside = torch.linalg.svdvals(found)  # the polynomial sends singular values into about [0.7, 1.2]
     assert 0.6 < inside.min() and inside.max() < 1.25
     turned = u.mT @ found @ v.mT
     assert (turned - torch.diag(turned.diag())).abs().max() < 1e-6              # the same singular vectors
@@ -72,14 +72,14 @@ def test_matrices_of_one_shape_share_a_product_and_step_as_each_would_alone(monk
     found = []
     for together in (True, False):
         parameters = [torch.nn.Parameter(weight.clone()) for weight, _ in start]
-        for parameter, (_, gradient) in zip(parameters, start):
+        for parameter, (_, gradient) in zip(parameters, start, strict=True):
             parameter.grad = gradient.clone()
         for part in [parameters] if together else [[p] for p in parameters]:
             step(part)
         if together:
             assert len(calls) == products and sum(shape[0] for shape in calls) == len(shapes)
         found.append(parameters)
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found))
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("around", [{}, AROUND], ids=["", "around"])
@@ -94,7 +94,11 @@ def test_every_parameter_has_one_owner_and_only_matrices_decay(name, optimizer, 
     for owner, group in groups:
         for p in group["params"]:
             matrix = names[id(p)].split(".")[-2 if names[id(p)].endswith("weight") else -1]
-            inside = matrix in ("q", "k", "v", "o", "gate", "up", "down", "router", "in_proj", "x_proj", "dt_proj", "out_proj") and p.ndim > 1
+            inside = (
+                matrix
+                in ("q", "k", "v", "o", "gate", "up", "down", "router", "in_proj", "x_proj", "dt_proj", "out_proj")
+                and p.ndim > 1
+            )
             assert isinstance(owner, optim.Muon) == (inside and optimizer == "muon"), names[id(p)]
             assert (group["weight_decay"] > 0) == (inside or matrix in ("embed", "positions", "head")), names[id(p)]
             assert group["times"] == (1.5 if optimizer == "muon" and not inside else 1.0)
@@ -105,7 +109,8 @@ def test_stacked_biases_and_corrections_are_no_matrices():
     model = Decoder(ModelConfig(20, 16, (Layer(Attention(2, 1, 8), moe),)))
     muon, adamw = optim.build(model, "muon", 0.1, torch.float32)
     names = {id(p): name.removeprefix("layers.0.ffn.") for name, p in model.named_parameters() if ".ffn." in name}
-    owned = lambda groups: {names[id(p)] for group in groups for p in group["params"] if id(p) in names}
+    def owned(groups):
+        return {names[id(p)] for group in groups for p in group["params"] if id(p) in names}
     assert owned(muon.param_groups) == {"router.weight", "experts.gate", "experts.up", "experts.down"}
     assert owned(group for group in adamw.param_groups if group["weight_decay"] == 0) == {
         "router.bias", "router.correction", "experts.gate_bias", "experts.up_bias", "experts.down_bias"}
@@ -137,8 +142,12 @@ def test_all_that_a_step_changes_has_a_name():
     optim.step(optimizers, 0.1)
     after = optim.tensors(model, optimizers)
     assert before.keys() == after.keys()
-    assert {name for name in after if torch.equal(before[name], after[name])} <= {f"model.layers.{i}.ffn.experts.{part}" for i in range(4) for part in ("gate", "up", "down")}
-    assert len(after) == len(list(model.parameters())) + sum(len(memory) for o in optimizers for memory in o.state.values())
+    assert {name for name in after if torch.equal(before[name], after[name])} <= {
+        f"model.layers.{i}.ffn.experts.{part}" for i in range(4) for part in ("gate", "up", "down")
+    }
+    assert len(after) == len(list(model.parameters())) + sum(
+        len(memory) for o in optimizers for memory in o.state.values()
+    )
 
 
 # ---- the rate

@@ -1,8 +1,8 @@
-"""Every core family against transformers: logits of the full pass, and 64 greedy tokens with the cache.
+"""Every family against transformers: logits of the full pass, and 64 greedy tokens with the cache.
 
 The folder is what transformers writes (turned into the hub's older spelling where the fixture says so), loaded through
-`checkpoints.load`. The largest difference over the spread of the logits must stay below 1e-5 in float32, and near to what
-docs/families.md says.
+`checkpoints.load`. The largest difference over the spread of the logits must stay below 1e-5 in float32, on any
+processor; what it was on one is recorded in docs/families.md.
 """
 
 import copy
@@ -13,12 +13,12 @@ import torch
 import checkpoints
 from checkpoints.show import describe
 from nanollm.inference.generation import generate, generate_batch
-from tests.families_table import error, greedy_agrees, held
-from tests.fixtures import FIXTURES
-from tests.oracles import TOKENS, difference, reference_logits, tokens, write
+from tests.families_table import error, greedy_agrees
+from tests.fixtures import ALL, FIXTURES
+from tests.oracles import difference, reference_logits, tokens, write
 
 
-@pytest.fixture(scope="module", params=FIXTURES)
+@pytest.fixture(scope="module", params=ALL)
 def pair(request, tmp_path_factory):
     """(fixture, transformers' model, our model), written and loaded once."""
     fixture, folder = FIXTURES[request.param], tmp_path_factory.mktemp("fixture")
@@ -30,10 +30,7 @@ def pair(request, tmp_path_factory):
 def test_logits(pair, length):
     fixture, theirs, ours = pair
     x = tokens(fixture, length=length)
-    found = difference(ours(x), reference_logits(fixture, theirs, x))
-    assert found < fixture.bound
-    if length == TOKENS:
-        held(fixture, "float32", 0, found)
+    assert difference(ours(x), reference_logits(fixture, theirs, x)) < fixture.bound
 
 
 def test_what_was_loaded_can_be_shown(pair):
@@ -43,7 +40,8 @@ def test_what_was_loaded_can_be_shown(pair):
 
 
 def test_bfloat16(tmp_path, pair):
-    """The same roundings in the same places: every logit is bit-equal to that of transformers' last right implementation, sdpa for most.
+    """The same roundings in the same places: every logit is bit-equal to that of transformers' last right
+    implementation, sdpa for most.
 
     Where a fixture says why it cannot be, ours must be as near to the float32 logits of the same weights, or nearer.
     """
@@ -56,28 +54,27 @@ def test_bfloat16(tmp_path, pair):
         return
     exact = checkpoints.load(tmp_path, dtype=torch.float32)(x)
     assert error(ours, exact) < 1.1 * error(reference, exact)
-    if not torch.equal(ours, reference):
-        held(fixture, "bfloat16", 0, error(ours, exact))
 
 
 @torch.inference_mode()
 def test_the_oracle_agrees_with_itself(pair):
-    """transformers' eager and sdpa attention, before either is believed. Where there is but one, its cached pass and its full one."""
+    """transformers' eager and sdpa attention, before either is believed. Where there is but one, its cached pass and
+    its full one."""
     fixture, theirs, ours = pair
     x = tokens(fixture)
     if len(fixture.attention) > 1:
         other = reference_logits(fixture, theirs, x, fixture.attention[1])
-        held(fixture, "float32", 1, difference(ours(x), other))
+        assert difference(ours(x), other) < fixture.bound
     elif fixture.logits is None:
         other = copy.deepcopy(theirs)(x, use_cache=True).logits
     else:                                                # nor that: a shorter sequence must have the same logits
-        other = torch.cat([reference_logits(fixture, theirs, x[:, :24]), reference_logits(fixture, theirs, x)[:, 24:]], 1)
+        short, whole = reference_logits(fixture, theirs, x[:, :24]), reference_logits(fixture, theirs, x)
+        other = torch.cat([short, whole[:, 24:]], 1)
     assert difference(other, reference_logits(fixture, theirs, x)) < fixture.bound
 
 
 def test_greedy_tokens_with_the_cache(pair):
-    """64 tokens past every window. Where angles follow the length, transformers' own cache differs from its full pass;
-    the full pass is then the reference, token by token."""
+    """64 tokens past every window, held to the full pass of the reference."""
     assert greedy_agrees(*pair)
 
 

@@ -22,11 +22,19 @@ from nanollm.model import Decoder
 from tests.oracles import difference, make_loud
 
 FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]
-LAYERS = (Layer(Attention(4, 2, 16, Rope(), qkv_bias=True), MLP(64)), Layer(Attention(2, 2, 32, Rope()), MoE(4, 2, MLP(32), True, MLP(64), True)), Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None))
+LAYERS = (
+    Layer(Attention(4, 2, 16, Rope(), qkv_bias=True), MLP(64)),
+    Layer(Attention(2, 2, 32, Rope()), MoE(4, 2, MLP(32), True, MLP(64), True)),
+    Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),
+)
 
 
 def decoder(tied: bool = False) -> Decoder:
-    model = Decoder(ModelConfig(vocab=50, dim=64, layers=LAYERS, tied=tied, head_bias=True, positions=60)).eval().requires_grad_(False)
+    model = (
+        Decoder(ModelConfig(vocab=50, dim=64, layers=LAYERS, tied=tied, head_bias=True, positions=60))
+        .eval()
+        .requires_grad_(False)
+    )
     make_loud(model)
     return model
 
@@ -72,8 +80,11 @@ def test_packing():
     codes[0], codes[1] = 15, 8
     packed = pack(codes)
     assert packed.dtype == torch.int32 and packed.shape == (7, 12) and torch.equal(unpack(packed), codes)
-    assert packed[0].eq(-1).all() and pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.int32)).item() == 0x87654321 - 2**32
-    every = torch.arange(16, dtype=torch.int32).repeat(2)[None]                        # as weights 0 … 15: nothing is rounded
+    assert (
+        packed[0].eq(-1).all()
+        and pack(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.int32)).item() == 0x87654321 - 2**32
+    )
+    every = torch.arange(16, dtype=torch.int32).repeat(2)[None]  # as weights 0 … 15: nothing is rounded
     packed, scale, zero = quantize_weight(every.float(), 4, 32)
     assert torch.equal(unpack(packed), every) and scale.item() == 1 and zero.item() == 0
     assert quantize_weight(torch.tensor([[-127.0, 64, 127, 0]]), 8)[0].tolist() == [[-127, 64, 127, 0]]
@@ -83,7 +94,10 @@ def test_packing():
 def test_the_product_is_that_of_the_restored_weight(bits, group):
     x, w, bias = torch.randn(2, 3, 256), torch.randn(9, 256), torch.randn(9)
     form = quantize_weight(w, bits, group)
-    assert torch.equal(quantized_linear(x, *form, bias), x @ dequantize(*form).T + bias) or difference(quantized_linear(x, *form, bias), x @ dequantize(*form).T + bias) < 1e-6
+    assert (
+        torch.equal(quantized_linear(x, *form, bias), x @ dequantize(*form).T + bias)
+        or difference(quantized_linear(x, *form, bias), x @ dequantize(*form).T + bias) < 1e-6
+    )
     assert quantized_linear(x.bfloat16(), *form, bias.bfloat16()).dtype == torch.bfloat16
 
 
@@ -105,18 +119,25 @@ def test_what_is_replaced_and_what_is_left(tied):
     replaced = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     left = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     assert left == {"head", "layers.1.ffn.router", "layers.1.ffn.shared_gate", "layers.2.mixer.dt_proj"}
-    assert replaced | left == {name for name, module in before.items() if isinstance(module, Linear)} and "layers.1.ffn.shared.down" in replaced
+    assert (
+        replaced | left == {name for name, module in before.items() if isinstance(module, Linear)}
+        and "layers.1.ffn.shared.down" in replaced
+    )
     assert (model.head.weight is model.embed.weight) == tied
     for name in left:
         assert torch.equal(model.get_submodule(name).weight, before[name].weight)
     assert torch.equal(model.head.bias, before["head"].bias)
-    assert not {name for name, _ in model.named_parameters()} & {f"{name}.{leaf}" for name in replaced for leaf in ("weight", "bias")}
+    assert not {name for name, _ in model.named_parameters()} & {
+        f"{name}.{leaf}" for name in replaced for leaf in ("weight", "bias")
+    }
     assert torch.equal(model.layers[0].mixer.q.bias, before["layers.0.mixer.q"].bias)
     assert not any(module.training for module in model.modules())
 
 
 def test_skip_takes_parts_of_names():
-    model = quantize(decoder(), skip=("layers.0", "mixer", "experts"))          # head and router do more than multiply, and stay
+    model = quantize(
+        decoder(), skip=("layers.0", "mixer", "experts")
+    )  # head and router do more than multiply, and stay
     assert {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == {
         "layers.1.ffn.shared_gate", "layers.1.ffn.shared.gate", "layers.1.ffn.shared.up", "layers.1.ffn.shared.down"}
 
@@ -137,14 +158,24 @@ def test_generation_and_state_dict(bits):
 def test_scales_stay_float32():
     form = quantize_weight(torch.randn(6, 128), 4, 32)
     module = QuantizedLinear(*form, torch.randn(6)).bfloat16()
-    assert torch.equal(module.scale, form[1]) and module.bias.dtype == torch.bfloat16 and torch.equal(module.packed, form[0])
+    assert (
+        torch.equal(module.scale, form[1])
+        and module.bias.dtype == torch.bfloat16
+        and torch.equal(module.packed, form[0])
+    )
     assert module(torch.randn(2, 128).bfloat16()).dtype == torch.bfloat16
 
 
 def test_repr():
     w = torch.randn(6, 128)
-    assert repr(QuantizedLinear(*quantize_weight(w, 4, 64))) == "QuantizedLinear(in_features=128, out_features=6, bits=4, group=64, bias=False)"
-    assert repr(QuantizedLinear(*quantize_weight(w, 8), torch.randn(6))) == "QuantizedLinear(in_features=128, out_features=6, bits=8, bias=True)"
+    assert (
+        repr(QuantizedLinear(*quantize_weight(w, 4, 64)))
+        == "QuantizedLinear(in_features=128, out_features=6, bits=4, group=64, bias=False)"
+    )
+    assert (
+        repr(QuantizedLinear(*quantize_weight(w, 8), torch.randn(6)))
+        == "QuantizedLinear(in_features=128, out_features=6, bits=8, bias=True)"
+    )
 
 
 @pytest.mark.parametrize("bits, group, message", [
@@ -169,4 +200,8 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_changed(bits, value
 
 def test_the_group_is_the_largest_that_divides_all():
     """All inputs here are multiples of 64, and not all of 128."""
-    assert {8 * m.packed.shape[1] // m.scale.shape[1] for m in quantize(decoder(), 4).modules() if isinstance(m, QuantizedLinear)} == {64}
+    assert {
+        8 * m.packed.shape[1] // m.scale.shape[1]
+        for m in quantize(decoder(), 4).modules()
+        if isinstance(m, QuantizedLinear)
+    } == {64}

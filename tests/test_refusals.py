@@ -1,4 +1,5 @@
-"""A folder that is not a whole, sound model is refused before any memory is taken for it; what may be passed over, and what is untied.
+"""A folder that is not a whole, sound model is refused before any memory is taken for it; what may be passed over,
+and what is untied.
 
 The many ways in which a folder can be bad are in tests/hostile/; here are those that a caller has a word in."""
 
@@ -37,7 +38,10 @@ def no_memory(monkeypatch):
 
     def refuse(*args, **more):
         pytest.fail("memory was taken before the plan held")
-    monkeypatch.setattr(torch, "empty", lambda *args, **more: refuse() if more.get("device") is not None else real(*args, **more))    # on the meta device by context
+
+    monkeypatch.setattr(
+        torch, "empty", lambda *args, **more: refuse() if more.get("device") is not None else real(*args, **more)
+    )  # on the meta device by context
     monkeypatch.setattr(files.Stored, "read_run", refuse)
 
 
@@ -74,7 +78,7 @@ def test_the_folder_itself_loads(folder):
 def test_unexpected_tensor_and_then_ignored(folder, no_memory, monkeypatch):
     edit_tensors(folder, lambda tensors, name: tensors.update({"extra.one": torch.ones(2), "extra.two": torch.ones(2)}))
     expect_refusal(folder, r"2 unexpected .*:\n    extra.one\n    extra.two")
-    text = expect_refusal(folder, r"1 unexpected .*:\n    extra.two", ignore=["extra.one"])     # exactly that one passes
+    text = expect_refusal(folder, r"1 unexpected .*:\n    extra.two", ignore=["extra.one"])  # exactly that one passes
     assert "extra.one" not in text
     monkeypatch.undo()
     checkpoints.load(folder, ignore=["extra.one", "extra.two"])
@@ -97,7 +101,9 @@ def test_everything_at_once(folder, no_memory):
 
 def test_ignore_takes_whole_names(folder, no_memory):
     edit_config(folder, clip=1)
-    expect_refusal(folder, "clip = 1", ConfigError, ignore="clip_qkv")      # a lone string is one name, not a set of letters
+    expect_refusal(
+        folder, "clip = 1", ConfigError, ignore="clip_qkv"
+    )  # a lone string is one name, not a set of letters
     expect_refusal(folder, "clip = 1", ConfigError, ignore=["clip*"])
 
 
@@ -116,10 +122,12 @@ def test_unread_key_and_then_ignored(folder, no_memory, monkeypatch):
     checkpoints.load(folder, ignore=["clip_qkv", "mystery"])
 
 
-SIZES = [("num_hidden_layers", 4, "missing"), ("num_hidden_layers", 2, "unexpected"),
-         ("num_hidden_layers", 10**9, "from 1 to"), ("num_hidden_layers", 0, "from 1 to"),
-         ("vocab_size", 132, "of another shape"), ("vocab_size", 2**31, "of another shape"), ("vocab_size", 10**12, "from 1 to"),
-         ("hidden_size", 80, "of another shape"), ("hidden_size", -1, "from 1 to")]
+SIZES = [
+    ("num_hidden_layers", 4, "missing"), ("num_hidden_layers", 2, "unexpected"),
+    ("num_hidden_layers", 10**9, "from 1 to"), ("num_hidden_layers", 0, "from 1 to"),
+    ("vocab_size", 132, "of another shape"), ("vocab_size", 2**31, "of another shape"),
+    ("vocab_size", 10**12, "from 1 to"), ("hidden_size", 80, "of another shape"), ("hidden_size", -1, "from 1 to"),
+]
 
 
 @pytest.mark.parametrize("key, value, cause", SIZES)
@@ -161,7 +169,8 @@ def test_a_missing_head(folder):
 
 
 def test_a_head_stored_although_tied(folder):
-    """A copy of the embedding is passed over. Another tensor is kept, as transformers 5 does, and the model is untied."""
+    """A copy of the embedding is passed over. Another tensor is kept, as transformers 5 does, and the model is
+    untied."""
     embed = next(name for name in load_file(folder / "model.safetensors") if "embed" in name)
     edit_config(folder, tie_word_embeddings=True)
     edit_tensors(folder, lambda tensors, _: tensors.update({"lm_head.weight": tensors[embed].clone()}))

@@ -5,12 +5,13 @@
     asked        SIGTERM, SIGUSR1, two runs in one folder, workers whose torchrun is gone
     no room      a disk that is full for a checkpoint, the log or the model; folders that cannot be written
 
-"Ends as" means: loss, gradient norm and learning rate of every step, each step once in the log, are equal floats; model.safetensors has
-equal bytes; nothing half-written is left.
+"Ends as" means: loss, gradient norm and learning rate of every step, each step once in the log, are equal floats;
+model.safetensors has equal bytes; nothing half-written is left.
 
-Where nothing has to die a run is in this process (`here`), else its ranks are forked (`launch`, see forked.py), which gives them what torchrun
-does. Torchrun itself (`torchrun`) starts one that is killed and what goes on from it, and the runs of 2 ranks whose tests are about torchrun:
-signals, which it hands on; workers that outlive it; a disk that fills up under it. Those equal uninterrupted runs of forked ranks.
+Where nothing has to die a run is in this process (`here`), else its ranks are forked (`launch`, see forked.py), which
+gives them what torchrun does. Torchrun itself (`torchrun`) starts one that is killed and what goes on from it, and
+the runs of 2 ranks whose tests are about torchrun: signals, which it hands on; workers that outlive it; a disk that
+fills up under it. Those equal uninterrupted runs of forked ranks.
 """
 
 import contextlib
@@ -38,8 +39,10 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4", "--optimizer", "adamw"]
-MUON = [*SHORT, "--optimizer", "muon"]                                                           # with AdamW beside it; four times the work
-LONG = ["--steps", "64", "--save-every", "16", "--eval-every", "32", "--optimizer", "adamw"]     # to be met on its way; its steps are cheap
+MUON = [*SHORT, "--optimizer", "muon"]  # with AdamW beside it; four times the work
+LONG = [
+    "--steps", "64", "--save-every", "16", "--eval-every", "32", "--optimizer", "adamw",
+]  # to be met on its way; its steps are cheap
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +54,26 @@ def data(tmp_path_factory) -> Path:
 
 
 def arguments(data: Path, out: Path, more: tuple) -> list[str]:
-    return [*map(str, ["--data", data, "--out", out, "--context", 32, "--batch-size", 4, "--warmup", 2, "--lr", 0.003, "--dtype", "float32",
-                       "--sample-every", 0, *more])]
+    return [
+        *map(
+            str,
+            [
+                "--data", data, "--out", out, "--context", 32, "--batch-size", 4, "--warmup", 2, "--lr", 0.003,
+                "--dtype", "float32", "--sample-every", 0,
+                *more,
+            ],
+        )
+    ]
 
 
 def here(data: Path, out: Path, *more: str) -> str | int | None:
-    """A run in this process: much quicker, where nothing has to die. Returns what the process would have ended with: None, or "error: …"."""
+    """A run in this process: much quicker, where nothing has to die. Returns what the process would have ended
+    with: None, or "error: …"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments(data, out, more)])
-        patch.setattr("nanollm.training.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
+        patch.setattr(
+            "nanollm.training.runs.settled", contextlib.nullcontext
+        )  # many runs in one process: the collector has to look
         try:
             cli.main(train.run)
         except SystemExit as end:
@@ -88,8 +102,10 @@ def failed(codes: list[int]) -> bool:
 def torchrun(data: Path, out: Path, *more: str, script: tuple = ("train.py",)) -> subprocess.Popen:
     """2 ranks."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return subprocess.Popen([*launcher, *map(str, script), *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    return subprocess.Popen(
+        [*launcher, *map(str, script), *arguments(data, out, more)], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )
 
 
 def processes(out: Path) -> list[int]:
@@ -106,7 +122,11 @@ def processes(out: Path) -> list[int]:
 
 def worker(out: Path, rank: int) -> int:
     """The process of a rank."""
-    return next(process for process in processes(out) if f"RANK={rank}".encode() in (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0"))
+    return next(
+        process
+        for process in processes(out)
+        if f"RANK={rank}".encode() in (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0")
+    )
 
 
 def kill(out: Path) -> None:
@@ -136,7 +156,11 @@ def steps(out: Path) -> list[tuple]:
 
 def outcome(out: Path) -> tuple:
     """All that must be equal."""
-    held_out = [(entry["step"], entry["held_out_loss"]) for entry in logs.read_log(out / "log.jsonl") if "held_out_loss" in entry]
+    held_out = [
+        (entry["step"], entry["held_out_loss"])
+        for entry in logs.read_log(out / "log.jsonl")
+        if "held_out_loss" in entry
+    ]
     return steps(out), held_out, (out / "model.safetensors").read_bytes()
 
 
@@ -193,7 +217,9 @@ KILLS = {                       # place, step: the checkpoints that are complete
 
 def as_it_was_left(out: Path, place: tuple[str, int]) -> None:
     there, draft = KILLS[place]
-    assert saved(out) in ([there, there[:-1]] if place[0] in ("forward", "optimizer") else [there])        # the thread may not have finished 4
+    assert saved(out) in (
+        [there, there[:-1]] if place[0] in ("forward", "optimizer") else [there]
+    )  # the thread may not have finished 4
     assert draft is None or draft in os.listdir(out / "steps")
     assert not (out / "model.safetensors").exists()
 
@@ -201,7 +227,9 @@ def as_it_was_left(out: Path, place: tuple[str, int]) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("place", KILLS, ids=lambda place: f"{place[0]}-{place[1]}")
 def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, place, ranks):
-    out, options = tmp_path / "run", MUON if place[0] == "optimizer" else SHORT                      # there the first of two has taken its step
+    out, options = (
+        tmp_path / "run", MUON if place[0] == "optimizer" else SHORT,
+    )  # there the first of two has taken its step
     ended = launch(data, out, *options, ranks=ranks, place=place).end()
     victim = ranks - 1 if place[0] in ("forward", "optimizer", "shard", "export") else 0
     assert ended.codes[victim] == -signal.SIGKILL and 0 not in ended.codes, (ended.codes, ended.said)
@@ -236,7 +264,8 @@ def test_what_goes_on_from_a_checkpoint_ends_as_what_went_on(whole, data, tmp_pa
 
 
 def test_the_window_that_spikes_are_measured_against_goes_on(data, tmp_path, monkeypatch):
-    """Where weights hardly move, many a step is half a sigma above the others. A window that began anew would be blind for 8 steps."""
+    """Where weights hardly move, many a step is half a sigma above the others. A window that began anew would be
+    blind for 8 steps."""
     monkeypatch.setattr(losses, "RECENT", 32)
     more = ["--steps", "24", "--save-every", "12", "--lr", "0.000001", "--skip-sigma", "0.5"]
     assert here(data, tmp_path / "whole", *more) is None
@@ -273,10 +302,16 @@ def test_a_checkpoint_is_gone_on_with_by_any_number_of_ranks(whole, data, tmp_pa
     assert state.read_manifest(out / "steps" / "00000008")["ranks"] == ranks
     if state.read_manifest(before / "steps" / "00000008")["ranks"] == ranks:
         assert outcome(out) == outcome(before)
-    ours, theirs = ([entry for entry in logs.read_log(folder / "log.jsonl") if "loss" in entry] for folder in (out, before))
-    assert [(entry["step"], entry["lr"], entry["targets"]) for entry in ours] == [(entry["step"], entry["lr"], entry["targets"]) for entry in theirs]
-    assert max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs)) < 1e-6        # the order of sums is another
-    assert max(abs(a["gradient_norm"] - b["gradient_norm"]) for a, b in zip(ours, theirs)) < 1e-5
+    ours, theirs = (
+        [entry for entry in logs.read_log(folder / "log.jsonl") if "loss" in entry] for folder in (out, before)
+    )
+    assert [(entry["step"], entry["lr"], entry["targets"]) for entry in ours] == [
+        (entry["step"], entry["lr"], entry["targets"]) for entry in theirs
+    ]
+    assert (
+        max(abs(a["loss"] - b["loss"]) for a, b in zip(ours, theirs, strict=True)) < 1e-6
+    )  # the order of sums is another
+    assert max(abs(a["gradient_norm"] - b["gradient_norm"]) for a, b in zip(ours, theirs, strict=True)) < 1e-5
     assert len(ours) == 8
 
 
@@ -305,9 +340,11 @@ def ask(out: Path, alive: Callable[[], object], save: Callable[[], None], leave:
     return asked
 
 
-def goes_on_as_asked(whole: Callable[..., Path], data: Path, out: Path, asked: list[int], said: str, ranks: int) -> None:
+def goes_on_as_asked(
+    whole: Callable[..., Path], data: Path, out: Path, asked: list[int], said: str, ranks: int
+) -> None:
     left = saved(out)[-1]
-    assert 3 < asked[0] < 16 and asked[0] + 3 < left < 64                       # both between the checkpoints of every 16 steps
+    assert 3 < asked[0] < 16 and asked[0] + 3 < left < 64  # both between the checkpoints of every 16 steps
     assert f"{out}: left at step {left} as asked; --resume goes on" in said and done(out) == left and hidden(out) == []
     assert f"on from step {left}" in run(data, out, *LONG, "--resume", ranks=ranks)
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
@@ -318,7 +355,9 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp
     child = launch(data, out, *LONG)
     try:
         process, = child.pids
-        asked = ask(out, child.running, lambda: os.kill(process, signal.SIGUSR1), lambda: os.kill(process, signal.SIGTERM))
+        asked = ask(
+            out, child.running, lambda: os.kill(process, signal.SIGUSR1), lambda: os.kill(process, signal.SIGTERM)
+        )
     finally:
         ended = child.end()
     assert ended.codes == [0], ended.said
@@ -334,7 +373,7 @@ def test_signals_reach_all_ranks_of_torchrun(whole, data, tmp_path):
                     leave=lambda: child.send_signal(signal.SIGTERM))            # torchrun hands it on
     finally:
         code, said = end(child, out)
-    assert "SignalException" in said, said                                      # the workers end with 0; torchrun never does after a signal
+    assert "SignalException" in said, said  # the workers end with 0; torchrun never does after a signal
     goes_on_as_asked(whole, data, out, asked, said, ranks=2)
 
 
@@ -343,7 +382,10 @@ def test_a_folder_in_use_is_refused_even_where_the_torchrun_of_its_workers_is_go
     child = torchrun(data, out, *LONG)
     try:
         wait(lambda: len(saved(out)) > 0, lambda: processes(out))
-        refused = f"error: {out}: another run is at work in it (process {worker(out, 0)}); wait for it, end it, or name another folder with --out"
+        refused = (
+            f"error: {out}: another run is at work in it (process {worker(out, 0)}); "
+            "wait for it, end it, or name another folder with --out"
+        )
         assert here(data, out, *LONG, "--resume") == here(data, out, *LONG, "--force") == refused
         child.kill()
         child.wait()
@@ -387,7 +429,11 @@ def test_a_run_whose_last_checkpoint_cannot_be_written_stops_and_goes_on_later(w
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", full)
         ended = here(data, out, *SHORT)
-    assert ended.startswith("error: the checkpoint of step 8 cannot be written: ") and ended.endswith("make room, then --resume") and "\n" not in ended
+    assert (
+        ended.startswith("error: the checkpoint of step 8 cannot be written: ")
+        and ended.endswith("make room, then --resume")
+        and "\n" not in ended
+    )
     assert saved(out) == [4, 6] and hidden(out) == [] and not (out / "model.safetensors").exists()
     assert here(data, out, *SHORT, "--resume") is None
     assert outcome(out) == outcome(whole(*SHORT))
@@ -419,7 +465,8 @@ def fill(place: Path) -> Path:
 
 
 def ours(said: str) -> list[str]:
-    """The lines of a traceback that are of this repository. Of torchrun's own (.venv may lie in here) there always is one where a worker failed."""
+    """The lines of a traceback that are of this repository. Of torchrun's own (.venv may lie in here) there
+    always is one where a worker failed."""
     return [line for line in said.splitlines() if f'File "{ROOT}' in line and "site-packages" not in line]
 
 
@@ -434,7 +481,10 @@ def test_on_a_disk_with_room_for_one_checkpoint_the_first_one_is_gone_on_with(wh
     ended = launch(data, out, *SHORT, ranks=ranks).end()
     said = ended.said
     assert failed(ended.codes) and ours(said) == [], (ended.codes, said)
-    assert said.count("warning: no checkpoint at step ") == 2 and said.count("error: the checkpoint of step 8 cannot be written: ") == 1, said
+    assert (
+        said.count("warning: no checkpoint at step ") == 2
+        and said.count("error: the checkpoint of step 8 cannot be written: ") == 1
+    ), said
     assert saved(out) == [2] and hidden(out) == [] and done(out) == 8
     disk(one * 6)
     assert "on from step 2" in run(data, out, *SHORT, "--resume", ranks=ranks)
@@ -443,7 +493,8 @@ def test_on_a_disk_with_room_for_one_checkpoint_the_first_one_is_gone_on_with(wh
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(whole, data, disk, ranks):
-    """The log is the first that must be written. 2 ranks are under torchrun, which has much to say of workers that fail."""
+    """The log is the first that must be written. 2 ranks are under torchrun, which has much to say of workers
+    that fail."""
     place = disk(bytes_of(whole(*LONG, ranks=ranks)))
     out = place / "run"
     child = launch(data, out, *LONG) if ranks == 1 else torchrun(data, out, *LONG)
@@ -457,11 +508,18 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_ther
         else:
             code, said = end(child, out)
             codes = [code]
-    assert codes == [1] and said.count(f"error: {out / 'log.jsonl'}: cannot write: No space left on device; ") == 1, said
+    assert codes == [1] and said.count(f"error: {out / 'log.jsonl'}: cannot write: No space left on device; ") == 1, (
+        said
+    )
     assert ours(said) == [], said
     assert done(out) < 64 and saved(out)[0] == 16 and hidden(out) == []
-    ended = launch(data, out, *LONG, "--resume", ranks=ranks).end()             # still full
-    assert failed(ended.codes) and ended.said.count("error: ") == 1 and "No space left" in ended.said and ours(ended.said) == [], ended
+    ended = launch(data, out, *LONG, "--resume", ranks=ranks).end()  # still full
+    assert (
+        failed(ended.codes)
+        and ended.said.count("error: ") == 1
+        and "No space left" in ended.said
+        and ours(ended.said) == []
+    ), ended
     filler.unlink()
     assert "on from step" in run(data, out, *LONG, "--resume", ranks=ranks)
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))

@@ -1,6 +1,8 @@
-"""Chats to learn from: the ids of training are the ids of inference, the answers are learnt and nothing else, rows lose nothing.
+"""Chats to learn from: the ids of training are the ids of inference, the answers are learnt and nothing else, rows
+lose nothing.
 
-The oracle for the answers is transformers, with {% generation %} in the template; formats and rows are written out by hand.
+The oracle for the answers is transformers, with {% generation %} in the template; formats and rows are written out by
+hand.
 """
 
 import json
@@ -45,7 +47,9 @@ def assistant(text: str) -> dict[str, str]:
     return {"role": "assistant", "content": text}
 
 
-TALK = [SYSTEM, user("hello world"), assistant("I read <b>code</b>, 123"), user("and then?"), assistant("they jump over")]
+TALK = [
+    SYSTEM, user("hello world"), assistant("I read <b>code</b>, 123"), user("and then?"), assistant("they jump over"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,13 +57,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Stops at </s>, <|im_end|> and <|eot_id|>."""
     folder = tmp_path_factory.mktemp("sft")
     backend = byte_bpe(SPECIAL)
-    pieces = [pre_tokenizers.Split(Regex(LLAMA_3), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    backend.pre_tokenizer = pre_tokenizers.Sequence(pieces)         # GPT-2's would cut "\n\n" in two before a letter, but not at the end
+    pieces = [
+        pre_tokenizers.Split(Regex(LLAMA_3), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        pieces
+    )  # GPT-2's would cut "\n\n" in two before a letter, but not at the end
     begin_with(backend, "<s>")
     backend.save(str(folder / "tokenizer.json"))
     stops = [backend.token_to_id(text) for text in ("</s>", "<|im_end|>", "<|eot_id|>")]
-    return write(folder, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
-                 generation_config={"eos_token_id": stops})
+    return write(
+        folder,
+        tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
+        generation_config={"eos_token_id": stops},
+    )
 
 
 @pytest.fixture
@@ -92,21 +104,46 @@ def example(*tokens: int, answer: str) -> Example:
 
 FORMATS = {
     "messages": ({"messages": TALK, "id": 7, "tools": None}, TALK),
-    "messages with parts of text": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), assistant("c")]},
-                                    [user("ab"), assistant("c")]),
-    "messages with a tool call": ({"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"x": 1}], "name": None}]},
-                                  [user("a"), {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}]),
+    "messages with parts of text": (
+        {"messages": [user([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]), assistant("c")]},
+        [user("ab"), assistant("c")],
+    ),
+    "messages with a tool call": (
+        {"messages": [user("a"), {"role": "assistant", "content": None, "tool_calls": [{"x": 1}], "name": None}]},
+        [user("a"), {"role": "assistant", "content": "", "tool_calls": [{"x": 1}]}],
+    ),
     "alpaca": ({"instruction": "Add.", "input": "1 2", "output": "3"}, [user("Add.\n1 2"), assistant("3")]),
     "alpaca, bare": ({"instruction": "Hi", "input": "", "output": "Ho", "system": ""}, [user("Hi"), assistant("Ho")]),
-    "alpaca, whole": ({"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"], ["e", "f"]]},
-                      [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("e"), assistant("f"), user("c"), assistant("d")]),
-    "sharegpt": ({"system": "s", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "user", "value": "c"}, {"from": "assistant", "value": "d"}]},
-                 [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")]),
-    "sharegpt with more keys": ({"conversations": [{"from": "human", "value": "a", "role": "x", "content": None}, {"from": "gpt", "value": "b"}]},
-                                [user("a"), assistant("b")]),
+    "alpaca, whole": (
+        {"instruction": "c", "output": "d", "system": "s", "history": [["a", "b"], ["e", "f"]]},
+        [
+            {"role": "system", "content": "s"}, user("a"), assistant("b"), user("e"), assistant("f"), user("c"),
+            assistant("d"),
+        ],
+    ),
+    "sharegpt": (
+        {
+            "system": "s",
+            "conversations": [
+                {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "user", "value": "c"},
+                {"from": "assistant", "value": "d"},
+            ],
+        },
+        [{"role": "system", "content": "s"}, user("a"), assistant("b"), user("c"), assistant("d")],
+    ),
+    "sharegpt with more keys": (
+        {
+            "conversations": [
+                {"from": "human", "value": "a", "role": "x", "content": None}, {"from": "gpt", "value": "b"},
+            ]
+        },
+        [user("a"), assistant("b")],
+    ),
     "prompt and completion": ({"prompt": "a", "completion": "b"}, [user("a"), assistant("b")]),
-    "prompt and completion of messages": ({"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]},
-                                          [user("a"), assistant("b"), user("c"), assistant("d")]),
+    "prompt and completion of messages": (
+        {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]},
+        [user("a"), assistant("b"), user("c"), assistant("d")],
+    ),
 }
 
 
@@ -132,7 +169,11 @@ def test_a_file_a_list_and_a_folder_are_read_in_order(tmp_path):
     (tmp_path / ".hidden").mkdir()
     lines(tmp_path / "sub" / "m.jsonl", items[2])
     lines(tmp_path / ".hidden" / "a.jsonl", items[0])
-    (tmp_path / "b.jsonl").write_bytes("\ufeff{}\r\n\r\n{}\n".format(json.dumps(items[0]), json.dumps({**items[1], "note": "\u2028"}, ensure_ascii=False)).encode())
+    (tmp_path / "b.jsonl").write_bytes(
+        "\ufeff{}\r\n\r\n{}\n".format(
+            json.dumps(items[0]), json.dumps({**items[1], "note": "\u2028"}, ensure_ascii=False)
+        ).encode()
+    )
 
     def asked(path: Path) -> list[tuple[str, str]]:
         return [(chat.messages[0]["content"], chat.where.removeprefix(str(tmp_path))) for chat in sft.read(path)]
@@ -143,26 +184,43 @@ def test_a_file_a_list_and_a_folder_are_read_in_order(tmp_path):
 
 GOOD = {"prompt": "a", "completion": "b"}
 REFUSED = {
-    "no format": ({"text": "a", "prompt": "b"}, ['"text", "prompt"', "messages, [tools]", "instruction, output", "conversations", "prompt, completion"]),
+    "no format": (
+        {"text": "a", "prompt": "b"},
+        ['"text", "prompt"', "messages, [tools]", "instruction, output", "conversations", "prompt, completion"],
+    ),
     "two formats": ({"messages": TALK, "output": "b"}, ["one format", '"output"']),
     "a key of another format": ({"messages": TALK, "system": "b"}, ["one format", '"system"']),
     "no object": ([1], ["an object", "[1]"]),
     "no list of messages": ({"messages": "a"}, ["'messages' to be a list", '"a"']),
     "no messages": ({"messages": []}, ["an answer of the assistant"]),
     "no answer": ({"messages": [user("a")]}, ["an answer of the assistant", '["user"]']),
-    "no answer in the completion": ({"prompt": [user("a"), assistant("b")], "completion": [user("c")]}, ["an answer of the assistant"]),
+    "no answer in the completion": (
+        {"prompt": [user("a"), assistant("b")], "completion": [user("c")]}, ["an answer of the assistant"],
+    ),
     "nothing before the answer": ({"messages": [assistant("b")]}, ["something before it", '["assistant"]']),
     "an empty answer": ({"instruction": "a", "output": " \n"}, ["message 2", "to say something"]),
-    "an unknown role": ({"messages": [user("a"), {"role": "robot", "content": "b"}]}, ["message 2", "'role'", "one of system", '"robot"']),
+    "an unknown role": (
+        {"messages": [user("a"), {"role": "robot", "content": "b"}]},
+        ["message 2", "'role'", "one of system", '"robot"'],
+    ),
     "a role that is no text": ({"messages": [user("a"), {"role": ["user"], "content": "b"}]}, ["message 2", "'role'"]),
-    "an unknown speaker": ({"conversations": [{"from": "narrator", "value": "b"}]}, ["message 1", "'from'", "narrator"]),
+    "an unknown speaker": (
+        {"conversations": [{"from": "narrator", "value": "b"}]}, ["message 1", "'from'", "narrator"],
+    ),
     "a message that is none": ({"messages": ["a"]}, ["message 1", "an object"]),
     "no content": ({"messages": [{"role": "user"}, assistant("b")]}, ["message 1", "'content' to be text", "null"]),
     "a number for content": ({"messages": [user("a"), assistant(3)]}, ["message 2", "'content' to be text", "3"]),
     "no parts": ({"messages": [user([]), assistant("b")]}, ["message 1", "'content' to be text"]),
-    "an image": ({"messages": [user([{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]), assistant("b")]}, ["message 1", "parts of type text", "image"]),
-    "a part without text": ({"messages": [user([{"type": "text"}]), assistant("b")]}, ["message 1", "parts of type text"]),
-    "an answer with a weight": ({"messages": [user("a"), assistant("b") | {"weight": 0}]}, ["message 2", "weight", "0"]),
+    "an image": (
+        {"messages": [user([{"type": "text", "text": "a"}, {"type": "image", "url": "b"}]), assistant("b")]},
+        ["message 1", "parts of type text", "image"],
+    ),
+    "a part without text": (
+        {"messages": [user([{"type": "text"}]), assistant("b")]}, ["message 1", "parts of type text"],
+    ),
+    "an answer with a weight": (
+        {"messages": [user("a"), assistant("b") | {"weight": 0}]}, ["message 2", "weight", "0"],
+    ),
     "a number for an instruction": ({"instruction": 1, "output": "b"}, ["'instruction' to be text", "1"]),
     "a history of texts": ({"instruction": "a", "output": "b", "history": ["c", "d"]}, ["'history'", "pairs"]),
     "a history of threes": ({"instruction": "a", "output": "b", "history": [["c", "d", "e"]]}, ["'history'", "pairs"]),
@@ -209,49 +267,78 @@ def test_a_folder_without_chats_and_a_path_without_anything_are_errors(tmp_path)
 
 # ---- ids
 
-@pytest.mark.parametrize("template", [CHATML, TEMPLATES["llama 3"], TEMPLATES["llama 2"], FORGETS, SIMPLE], ids=["chatml", "llama 3", "llama 2", "forgets", "simple"])
+@pytest.mark.parametrize(
+    "template", [CHATML, TEMPLATES["llama 3"], TEMPLATES["llama 2"], FORGETS, SIMPLE],
+    ids=["chatml", "llama 3", "llama 2", "forgets", "simple"],
+)
 def test_the_ids_of_training_are_those_of_inference(tokenizer, template):
     """Each answer stands behind the very ids that ask for it, in the one example that learns it."""
     ours = tokenizer(template)
     talk = [*TALK[:2], assistant("<think>\nhm\n</think>\n\nyes"), *TALK[3:]]
     made = sft.examples(ours, Chat("x", talk))
-    spans = [(one.tokens.tolist(), int(start)) for one in made for start in np.flatnonzero(np.diff(one.answer.astype(int), prepend=0) == 1)]
+    spans = [
+        (one.tokens.tolist(), int(start))
+        for one in made
+        for start in np.flatnonzero(np.diff(one.answer.astype(int), prepend=0) == 1)
+    ]
     assert len(spans) == 2 and len(made) == (2 if template == FORGETS else 1)
-    for i, (ids, start) in zip((2, 4), spans):
+    for i, (ids, start) in zip((2, 4), spans, strict=True):
         prompt = Conversation(ours, talk[:i]).prompt_ids()
         assert ids[: len(prompt)] == prompt and start == len(prompt)
     assert all(one.tokens[-1] in ours.stop_ids and one.answer[-1] for one in made)
-    assert made[0].tokens.tolist().count(ours.bos_id) == {TEMPLATES["llama 3"]: 1, TEMPLATES["llama 2"]: 2}.get(template, 0)
+    assert made[0].tokens.tolist().count(ours.bos_id) == {TEMPLATES["llama 3"]: 1, TEMPLATES["llama 2"]: 2}.get(
+        template, 0
+    )
 
 
 def test_what_a_template_makes_of_a_chat_is_as_written_here(tokenizer):
     text, answers = spelled(ours := tokenizer(CHATML), sft.examples(ours, Chat("x", TALK[1:]))[0])
-    assert text == ("<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\nI read <b>code</b>, 123<|im_end|>\n"
-                    "<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\nthey jump over<|im_end|>")
+    assert text == (
+        "<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\nI read <b>code</b>, 123<|im_end|>\n"
+        "<|im_start|>user\nand then?<|im_end|>\n<|im_start|>assistant\nthey jump over<|im_end|>"
+    )
     assert answers == ["I read <b>code</b>, 123<|im_end|>", "they jump over<|im_end|>"]
 
     ours, talk = tokenizer(FORGETS), [user("a"), assistant("<think>\nhm\n</think>\n\nyes"), user("b"), assistant("no")]
     first, second = (spelled(ours, one) for one in sft.examples(ours, Chat("x", talk)))
-    assert first == ("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nyes<|im_end|>", ["<think>\nhm\n</think>\n\nyes<|im_end|>"])
-    assert second[0].startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n") and len(second[1]) == 1
+    assert first == (
+        "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\nhm\n</think>\n\nyes<|im_end|>",
+        ["<think>\nhm\n</think>\n\nyes<|im_end|>"],
+    )
+    assert (
+        second[0].startswith("<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n")
+        and len(second[1]) == 1
+    )
 
 
 def test_the_end_is_learnt_where_the_template_writes_none(tokenizer):
     ours = tokenizer(SIMPLE)
     (one,) = sft.examples(ours, Chat("x", TALK[1:]))
-    assert spelled(ours, one) == ("User: hello world\nAssistant: I read <b>code</b>, 123\nUser: and then?\nAssistant: they jump over\n</s>",
-                                  [" I read <b>code</b>, 123\n", " they jump over\n</s>"])
+    assert spelled(ours, one) == (
+        "User: hello world\nAssistant: I read <b>code</b>, 123\nUser: and then?\nAssistant: they jump over\n</s>",
+        [" I read <b>code</b>, 123\n", " they jump over\n</s>"],
+    )
 
 
-@pytest.mark.parametrize("chat", [TALK, TALK[:3], [user("a"), assistant("b")], [user("é👍"), assistant("  你好 \n"), user("\n"), assistant("\n\nx")]])
+@pytest.mark.parametrize(
+    "chat",
+    [
+        TALK, TALK[:3], [user("a"), assistant("b")],
+        [user("é👍"), assistant("  你好 \n"), user("\n"), assistant("\n\nx")],
+    ],
+)
 def test_the_answers_are_those_that_transformers_marks(folder, tmp_path, tokenizer, chat):
-    """{% generation %} stands around an answer and its end. Ours stops there; the template's "\\n" after the last end is cut off."""
+    """{% generation %} stands around an answer and its end. Ours stops there; the template's "\\n" after the last
+    end is cut off."""
     theirs = transformers.AutoTokenizer.from_pretrained(shutil.copytree(folder, tmp_path / "copy")).apply_chat_template(
         chat, chat_template=MARKED, return_assistant_tokens_mask=True, return_dict=True)
     ours = tokenizer(MARKED)
     (one,) = sft.examples(ours, Chat("x", chat))
     n = len(one.tokens)
-    assert theirs["input_ids"][:n] == one.tokens.tolist() and theirs["assistant_masks"][:n] == one.answer.astype(int).tolist()
+    assert (
+        theirs["input_ids"][:n] == one.tokens.tolist()
+        and theirs["assistant_masks"][:n] == one.answer.astype(int).tolist()
+    )
     assert ours.decode(theirs["input_ids"][n:], skip_special=False) == "\n" and sum(theirs["assistant_masks"][n:]) == 0
     assert sum(one.answer) > 1
 
@@ -271,7 +358,9 @@ def test_nobody_ends_a_turn_by_typing(tokenizer):
     (one,) = sft.examples(ours, Chat("x", [user(typed), assistant("<|im_end|>c")]))
     end = ours.special_tokens["<|im_end|>"]
     assert (one.tokens == end).sum() == 2 and ours.special_tokens["</s>"] not in one.tokens
-    assert spelled(ours, one)[1] == ["<|im_end|>c<|im_end|>"] and one.answer.sum() > 4          # the first is spelled in letters
+    assert (
+        spelled(ours, one)[1] == ["<|im_end|>c<|im_end|>"] and one.answer.sum() > 4
+    )  # the first is spelled in letters
     assert np.flatnonzero(one.tokens == end)[-1] == len(one.tokens) - 1
 
 
@@ -286,26 +375,35 @@ def test_a_token_that_spans_the_border_is_answer(tokenizer):
 
 
 def test_a_border_inside_the_last_turn_parts_the_two(tmp_path):
-    """GPT-2's rule: "\\n\\n" is one token at the end, where it asks, and two before a letter. The first "\\n" was the last turn's."""
+    """GPT-2's rule: "\\n\\n" is one token at the end, where it asks, and two before a letter. The first "\\n" was
+    the last turn's."""
     byte_bpe(SPECIAL).save(str(tmp_path / "tokenizer.json"))
     ours = load(write(tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}))
     ours.chat_template = "{% for m in messages %}{{ ('\\n' if m.role == 'assistant' else '') + m.content + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '\\n' }}{% endif %}"
     first, second = sft.examples(ours, Chat("x", [user("a"), assistant("b"), assistant("c")]))
-    assert spelled(ours, first) == ("a\n\nb\n</s>", ["\n\nb\n</s>"]) and spelled(ours, second) == ("a\n\nb\n\nc\n</s>", ["\n\nc\n</s>"])
+    assert spelled(ours, first) == ("a\n\nb\n</s>", ["\n\nb\n</s>"]) and spelled(ours, second) == (
+        "a\n\nb\n\nc\n</s>", ["\n\nc\n</s>"],
+    )
     assert all(one.tokens.shape == one.answer.shape for one in (first, second))
 
 
 def test_a_prompt_and_a_completion_need_no_template(tokenizer):
     ours, chat = tokenizer(None), Chat("x", [user("the qui"), assistant("ck brown")], first=1, plain=True)
     asked, whole, border = ours.encode("the qui"), ours.encode("the quick brown"), 2
-    assert asked[:border] == whole[:border] == ours.encode("the") and asked[border] != whole[border]    # " " + "qui", " q" + "uick"
+    assert (
+        asked[:border] == whole[:border] == ours.encode("the") and asked[border] != whole[border]
+    )  # " " + "qui", " q" + "uick"
     (one,) = sft.examples(ours, chat)
-    assert one.tokens.tolist() == [*whole, ours.eos_id] and one.answer.tolist() == [i >= border for i in range(len(whole) + 1)]
+    assert one.tokens.tolist() == [*whole, ours.eos_id] and one.answer.tolist() == [
+        i >= border for i in range(len(whole) + 1)
+    ]
     (typed,) = sft.examples(ours, Chat("x", [user("a</s>"), assistant("</s>b")], first=1, plain=True))
     assert (typed.tokens == ours.eos_id).sum() == 1
     templated = tokenizer(CHATML)
     assert spelled(templated, sft.examples(templated, chat)[0])[1] == ["ck brown<|im_end|>"]
-    with pytest.raises(TokenizerError, match="x, line 3: .*no chat template.*chat_template.jinja.*a prompt and a completion"):
+    with pytest.raises(
+        TokenizerError, match="x, line 3: .*no chat template.*chat_template.jinja.*a prompt and a completion"
+    ):
         sft.examples(ours, Chat("x, line 3", TALK))
 
 
@@ -328,11 +426,17 @@ def test_tools_are_shown_to_the_template(tokenizer):
     assert '"name": "weather"' in text and "weather" not in spelled(ours, sft.examples(ours, Chat("x", TALK))[0])[0]
 
 
-@pytest.mark.parametrize("template, words", [
-    ("{{ raise_exception('roles must alternate') }}", ["roles must alternate"]),
-    ("{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}", ["message 3", "the template to write"]),
-    (CHATML.replace("assistant\n", "assistant\n<think>\n"), ["message 3", "<think>", "change the template"]),
-])
+@pytest.mark.parametrize(
+    "template, words",
+    [
+        ("{{ raise_exception('roles must alternate') }}", ["roles must alternate"]),
+        (
+            "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}",
+            ["message 3", "the template to write"],
+        ),
+        (CHATML.replace("assistant\n", "assistant\n<think>\n"), ["message 3", "<think>", "change the template"]),
+    ],
+)
 def test_a_template_that_cannot_be_learnt_from_is_named(tokenizer, template, words):
     assert template != CHATML
     with pytest.raises(DataError) as error:
@@ -349,12 +453,21 @@ def test_a_tokenizer_that_never_stops_is_refused(tmp_path):
 def test_a_tokenizer_with_spaces_as_pieces_is_served(tmp_path):
     """Llama 2's kind: the text of the answer is that of the message, whatever the tokenizer does about spaces."""
     metaspace_bpe().save(str(tmp_path / "tokenizer.json"))
-    ours = load(write(tmp_path, tokenizer_config={"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}))
+    ours = load(
+        write(
+            tmp_path,
+            tokenizer_config={"tokenizer_class": "LlamaTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"},
+        )
+    )
     ours.chat_template = TEMPLATES["llama 2"]
     (one,) = sft.examples(ours, Chat("x", TALK))
     prompt = Conversation(ours, TALK[:4]).prompt_ids()
-    assert one.tokens.tolist()[: len(prompt)] == prompt and one.answer.tolist()[len(prompt) - 1 : len(prompt) + 1] == [False, True]
-    assert [answer.strip() for answer in spelled(ours, one)[1]] == ["I read <b>code</b>, 123 </s>", "they jump over </s>"]
+    assert one.tokens.tolist()[: len(prompt)] == prompt and one.answer.tolist()[len(prompt) - 1 : len(prompt) + 1] == [
+        False, True,
+    ]
+    assert [answer.strip() for answer in spelled(ours, one)[1]] == [
+        "I read <b>code</b>, 123 </s>", "they jump over </s>",
+    ]
 
 
 # ---- the picture
@@ -363,8 +476,13 @@ def test_the_picture_shows_answers_and_special_tokens(tokenizer):
     ours = tokenizer(CHATML)
     (one,) = sft.examples(ours, Chat("x", [user("hello"), assistant("你好 👍"), user("so"), assistant("b")]))
     ask = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    assert sft.picture(ours, one, colour=False) == ask.format("hello") + "⟦你好 👍<|im_end|>⟧\n" + ask.format("so") + "⟦b<|im_end|>⟧"
-    assert sft.picture(ours, one, colour=True) == sft.picture(ours, one, colour=False).replace("⟦", "\x1b[32m").replace("⟧", "\x1b[0m")
+    assert (
+        sft.picture(ours, one, colour=False)
+        == ask.format("hello") + "⟦你好 👍<|im_end|>⟧\n" + ask.format("so") + "⟦b<|im_end|>⟧"
+    )
+    assert sft.picture(ours, one, colour=True) == sft.picture(ours, one, colour=False).replace("⟦", "\x1b[32m").replace(
+        "⟧", "\x1b[0m"
+    )
 
 
 def test_the_data_cannot_drive_the_terminal(tokenizer):
@@ -411,11 +529,14 @@ def test_every_example_is_in_the_rows_once():
         used = int((positions >= 0).sum())
         assert (positions[used:] == -1).all() and (targets[used:] == -100).all() and (tokens[used:] == 0).all()
         starts = [*np.flatnonzero(positions == 0), used]
-        for start, stop in zip(starts, starts[1:]):
+        for start, stop in zip(starts, starts[1:], strict=True):
             assert positions[start:stop].tolist() == [*range(stop - start)]
             found.append((tuple(tokens[start:stop]), tuple(targets[start:stop])))
     kept = [one for one in examples if len(one.tokens) <= 32]
-    expected = [(tuple(one.tokens), tuple(int(t) if a else -100 for t, a in zip(one.tokens[1:], one.answer[1:])) + (-100,)) for one in kept]
+    expected = [
+        (tuple(one.tokens), tuple(int(t) if a else -100 for t, a in zip(one.tokens[1:], one.answer[1:], strict=True)) + (-100,))
+        for one in kept
+    ]
     assert sorted(found) == sorted(expected) and source.dropped == 200 - len(kept) > 0
     fewest = sum(len(one.tokens) for one in kept) / 32
     assert fewest <= source.rows <= 11 / 9 * fewest + 1
@@ -438,15 +559,22 @@ def test_an_example_changes_its_own_cells_only():
     for index in range(before.rows):
         (tokens, targets, positions), (tokens2, targets2, positions2) = before.row(index), after.row(index)
         own = tokens2 >= 1000
-        assert (tokens[~own] == tokens2[~own]).all() and (targets[~own] == targets2[~own]).all() and (positions == positions2).all()
+        assert (
+            (tokens[~own] == tokens2[~own]).all()
+            and (targets[~own] == targets2[~own]).all()
+            and (positions == positions2).all()
+        )
         cells += int(own.sum())
     assert cells == len(examples[7].tokens)
 
 
 def test_the_fingerprint_is_of_tokens_answers_and_context():
     again = Chats("another name", SMALL, 8, pad=0)
-    others = [Chats("a", SMALL, 9, 0), Chats("a", SMALL[:2], 8, 0), Chats("a", [*SMALL[:2], example(13, 15, answer=".x")], 8, 0),
-              Chats("a", [example(5, 6, 7, answer=".xx"), *SMALL[1:]], 8, 0)]
+    others = [
+        Chats("a", SMALL, 9, 0), Chats("a", SMALL[:2], 8, 0),
+        Chats("a", [*SMALL[:2], example(13, 15, answer=".x")], 8, 0),
+        Chats("a", [example(5, 6, 7, answer=".xx"), *SMALL[1:]], 8, 0),
+    ]
     assert again.fingerprint == Chats("a", SMALL, 8, 3).fingerprint
     assert len({again.fingerprint, *(other.fingerprint for other in others)}) == 5
     assert 0 <= again.fingerprint < 2**32
@@ -480,7 +608,9 @@ def chats(count: int) -> list[Chat]:
 def test_a_twentieth_is_held_out_whatever_the_order():
     kept, held = sft.split(chats(200))
     assert len(held) == 10 and len(kept) == 190 and not {chat.where for chat in kept} & {chat.where for chat in held}
-    assert [chat.where for chat in kept] == [chat.where for chat in chats(200) if chat not in held], "and in the order of the file"
+    assert [chat.where for chat in kept] == [chat.where for chat in chats(200) if chat not in held], (
+        "and in the order of the file"
+    )
     again = sft.split(chats(200)[::-1])[1]
     assert {chat.where for chat in again} == {chat.where for chat in held}
     assert len(sft.split(chats(200), share=0.25)[1]) == 50
@@ -494,7 +624,9 @@ def test_a_few_more_chats_move_few_others():
 def test_equal_chats_are_on_one_side():
     twice = [*chats(60), *(Chat(f"copy of {chat.where}", chat.messages) for chat in chats(60))]
     kept, held = sft.split(twice)
-    assert len(held) == 6 and {f"copy of {chat.where}" for chat in held if "copy" not in chat.where} == {chat.where for chat in held if "copy" in chat.where}
+    assert len(held) == 6 and {f"copy of {chat.where}" for chat in held if "copy" not in chat.where} == {
+        chat.where for chat in held if "copy" in chat.where
+    }
     assert not {chat.messages[0]["content"] for chat in kept} & {chat.messages[0]["content"] for chat in held}
 
 

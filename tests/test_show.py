@@ -1,4 +1,5 @@
-"""python -m checkpoints.show: totals as published, costs as torch counts them, drawings and words as a person would have them."""
+"""python -m checkpoints.show: totals as published, costs as torch counts them, drawings and words as a person would
+have them."""
 
 import dataclasses
 import json
@@ -7,16 +8,17 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import checkpoints
-from checkpoints import show
 from checkpoints.convert import convert, plan
 from checkpoints.families import read_config
 from checkpoints.layouts.original import with_rope_layout
+from checkpoints.show import __main__ as show_command
 from checkpoints.show import amount, billions, costs, describe, facts, find
 from checkpoints.show.drawing import WIDTH, brief, kinds_of, names, pattern, wiring
 from checkpoints.show.words import SIZES, different, words_of
@@ -43,67 +45,194 @@ def sentences(config: ModelConfig) -> list[str]:
 
 # ---- totals
 
-# facts of the published config.json, and what the model is said to have: exact where the hub counts it, else as its paper rounds it
+# facts of the published config.json, and what the model is said to have: exact where the hub counts it, else as its
+# paper rounds it
 PUBLISHED = {
-    "Llama-3.1-8B": (dict(model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                          num_key_value_heads=8), 8_030_261_248, None),
-    "Mistral-7B-v0.1": (dict(model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                             num_attention_heads=32, num_key_value_heads=8, sliding_window=4096), 7_241_732_096, None),
-    "Mixtral-8x7B": (dict(model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-                          num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2), 46_702_792_704, 12.9e9),
-    "Qwen3-0.6B": (dict(model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-                        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True), 596_049_920, None),
-    "gpt2": (dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124_439_808, None),
-    "pythia-160m": (dict(model_type="gpt_neox", vocab_size=50304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                         num_attention_heads=12, rotary_pct=0.25), 162_322_944, None),
-    "bloom-560m": (dict(model_type="bloom", vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16), 559_214_592, None),
-    "phi-2": (dict(model_type="phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32, num_attention_heads=32,
-                   partial_rotary_factor=0.4), 2_779_683_840, None),
-    "gemma-2-2b": (dict(model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-                        num_key_value_heads=4, head_dim=256), 2_614_341_888, None),
-    "mamba-130m": (dict(model_type="mamba", vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16), 129_135_360, None),
-    "OLMoE-1B-7B": (dict(model_type="olmoe", vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16, num_attention_heads=16,
-                         num_experts=64, num_experts_per_tok=8), 6.9e9, 1.3e9),
-    "DeepSeek-V3": (dict(model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048,
-                         num_hidden_layers=61, first_k_dense_replace=3, num_attention_heads=128, num_key_value_heads=128, n_shared_experts=1,
-                         n_routed_experts=256, num_experts_per_tok=8, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
-                         qk_rope_head_dim=64, v_head_dim=128, n_group=8, topk_group=4, routed_scaling_factor=2.5, norm_topk_prob=True), 671e9, 37e9),
-    "DeepSeek-V2-Lite": (dict(model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944, moe_intermediate_size=1408,
-                              num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16, num_key_value_heads=16, n_shared_experts=2,
-                              n_routed_experts=64, num_experts_per_tok=6, q_lora_rank=None, kv_lora_rank=512, qk_nope_head_dim=128,
-                              qk_rope_head_dim=64, v_head_dim=128), 15.7e9, 2.66e9),
-    "Qwen1.5-MoE-A2.7B": (dict(model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632, moe_intermediate_size=1408,
-                               shared_expert_intermediate_size=5632, num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16,
-                               num_experts=60, num_experts_per_tok=4), 14.3e9, 2.7e9),
-    "gpt-oss-20b": (dict(model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
-                         num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4),
-                    20.9e9, 3.6e9 + 201088 * 2880),         # its card leaves the embedding out of what is active
-    "Qwen3-30B-A3B": (dict(model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144, moe_intermediate_size=768,
-                           num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128,
-                           num_experts_per_tok=8, norm_topk_prob=True), 30.5e9, 3.3e9),
-    "Phi-3.5-MoE": (dict(model_type="phimoe", vocab_size=32064, hidden_size=4096, intermediate_size=6400, num_hidden_layers=32, num_attention_heads=32,
-                         num_key_value_heads=8, num_local_experts=16, num_experts_per_tok=2, attention_bias=True, lm_head_bias=True), 41.9e9, 6.6e9),
-    "Jamba-v0.1": (dict(model_type="jamba", vocab_size=65536, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                        num_key_value_heads=8, num_experts=16, num_experts_per_tok=2), 51.6e9, 12.1e9),
-    "Baichuan2-7B": (dict(model_type="baichuan", vocab_size=125696, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                          num_attention_heads=32, max_position_embeddings=4096), 7_505_973_248, None),
-    "chatglm3-6b": (dict(model_type="chatglm", num_layers=28, padded_vocab_size=65024, hidden_size=4096, ffn_hidden_size=13696, kv_channels=128,
-                         num_attention_heads=32, multi_query_attention=True, multi_query_group_num=2, add_qkv_bias=True, seq_length=8192,
-                         rmsnorm=True, original_rope=True), 6_243_584_000, None),
-    "Phi-3-mini": (dict(model_type="phi3", vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
-                        num_key_value_heads=32), 3_821_079_552, None),
-    "Command-R": (dict(model_type="cohere", vocab_size=256000, hidden_size=8192, intermediate_size=22528, num_hidden_layers=40,
-                       num_attention_heads=64), 34_980_831_232, None),
-    "Mamba-Codestral-7B": (dict(model_type="mamba2", vocab_size=32768, hidden_size=4096, num_hidden_layers=64, n_groups=8, head_dim=64, num_heads=128,
-                                state_size=128, expand=2, tie_word_embeddings=False), 7_285_403_648, None),
-    "recurrentgemma-2b": (dict(model_type="recurrent_gemma", vocab_size=256000, hidden_size=2560, intermediate_size=15360, num_hidden_layers=26,
-                               num_attention_heads=10, num_key_value_heads=1), 2_682_862_080, None),
-    "rwkv-4-169m": (dict(model_type="rwkv", vocab_size=50277, hidden_size=768, num_hidden_layers=12), 169_342_464, None),
-    "StripedHyena-7B": (dict(model_type="stripedhyena", vocab_size=32000, hidden_size=4096, num_layers=32, num_filters=4096, inner_mlp_size=14336,
-                             num_attention_heads=32, proj_groups=4, attn_layer_idxs=list(range(1, 32, 2)), hyena_layer_idxs=list(range(0, 32, 2)),
-                             state_size=2, short_filter_length=3), 7.65e9, None),
-    "Yuan2-2B": (dict(model_type="yuan", vocab_size=135040, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
-                      num_attention_heads=32), 2.1e9, None),
+    "Llama-3.1-8B": (
+        dict(
+            model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8,
+        ),
+        8_030_261_248, None,
+    ),
+    "Mistral-7B-v0.1": (
+        dict(
+            model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, sliding_window=4096,
+        ),
+        7_241_732_096, None,
+    ),
+    "Mixtral-8x7B": (
+        dict(
+            model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2,
+        ),
+        46_702_792_704, 12.9e9,
+    ),
+    "Qwen3-0.6B": (
+        dict(
+            model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+            num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        ),
+        596_049_920, None,
+    ),
+    "gpt2": (
+        dict(model_type="gpt2", vocab_size=50257, n_embd=768, n_layer=12, n_head=12, n_positions=1024), 124_439_808,
+        None,
+    ),
+    "pythia-160m": (
+        dict(
+            model_type="gpt_neox", vocab_size=50304, hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+            num_attention_heads=12, rotary_pct=0.25,
+        ),
+        162_322_944, None,
+    ),
+    "bloom-560m": (
+        dict(model_type="bloom", vocab_size=250880, hidden_size=1024, n_layer=24, n_head=16), 559_214_592, None,
+    ),
+    "phi-2": (
+        dict(
+            model_type="phi", vocab_size=51200, hidden_size=2560, intermediate_size=10240, num_hidden_layers=32,
+            num_attention_heads=32, partial_rotary_factor=0.4,
+        ),
+        2_779_683_840, None,
+    ),
+    "gemma-2-2b": (
+        dict(
+            model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+            num_attention_heads=8, num_key_value_heads=4, head_dim=256,
+        ),
+        2_614_341_888, None,
+    ),
+    "mamba-130m": (
+        dict(model_type="mamba", vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16), 129_135_360,
+        None,
+    ),
+    "OLMoE-1B-7B": (
+        dict(
+            model_type="olmoe", vocab_size=50304, hidden_size=2048, intermediate_size=1024, num_hidden_layers=16,
+            num_attention_heads=16, num_experts=64, num_experts_per_tok=8,
+        ),
+        6.9e9, 1.3e9,
+    ),
+    "DeepSeek-V3": (
+        dict(
+            model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432,
+            moe_intermediate_size=2048, num_hidden_layers=61, first_k_dense_replace=3, num_attention_heads=128,
+            num_key_value_heads=128, n_shared_experts=1, n_routed_experts=256, num_experts_per_tok=8,
+            q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128, n_group=8,
+            topk_group=4, routed_scaling_factor=2.5, norm_topk_prob=True,
+        ),
+        671e9, 37e9,
+    ),
+    "DeepSeek-V2-Lite": (
+        dict(
+            model_type="deepseek_v2", vocab_size=102400, hidden_size=2048, intermediate_size=10944,
+            moe_intermediate_size=1408, num_hidden_layers=27, first_k_dense_replace=1, num_attention_heads=16,
+            num_key_value_heads=16, n_shared_experts=2, n_routed_experts=64, num_experts_per_tok=6, q_lora_rank=None,
+            kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+        ),
+        15.7e9, 2.66e9,
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        dict(
+            model_type="qwen2_moe", vocab_size=151936, hidden_size=2048, intermediate_size=5632,
+            moe_intermediate_size=1408, shared_expert_intermediate_size=5632, num_hidden_layers=24,
+            num_attention_heads=16, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4,
+        ),
+        14.3e9, 2.7e9,
+    ),
+    "gpt-oss-20b": (
+        dict(
+            model_type="gpt_oss", vocab_size=201088, hidden_size=2880, intermediate_size=2880, num_hidden_layers=24,
+            num_attention_heads=64, num_key_value_heads=8, head_dim=64, num_local_experts=32, num_experts_per_tok=4,
+        ),
+        20.9e9, 3.6e9 + 201088 * 2880,
+    ),  # its card leaves the embedding out of what is active
+    "Qwen3-30B-A3B": (
+        dict(
+            model_type="qwen3_moe", vocab_size=151936, hidden_size=2048, intermediate_size=6144,
+            moe_intermediate_size=768, num_hidden_layers=48, num_attention_heads=32, num_key_value_heads=4,
+            head_dim=128, num_experts=128, num_experts_per_tok=8, norm_topk_prob=True,
+        ),
+        30.5e9, 3.3e9,
+    ),
+    "Phi-3.5-MoE": (
+        dict(
+            model_type="phimoe", vocab_size=32064, hidden_size=4096, intermediate_size=6400, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, num_local_experts=16, num_experts_per_tok=2,
+            attention_bias=True, lm_head_bias=True,
+        ),
+        41.9e9, 6.6e9,
+    ),
+    "Jamba-v0.1": (
+        dict(
+            model_type="jamba", vocab_size=65536, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=8, num_experts=16, num_experts_per_tok=2,
+        ),
+        51.6e9, 12.1e9,
+    ),
+    "Baichuan2-7B": (
+        dict(
+            model_type="baichuan", vocab_size=125696, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+            num_attention_heads=32, max_position_embeddings=4096,
+        ),
+        7_505_973_248, None,
+    ),
+    "chatglm3-6b": (
+        dict(
+            model_type="chatglm", num_layers=28, padded_vocab_size=65024, hidden_size=4096, ffn_hidden_size=13696,
+            kv_channels=128, num_attention_heads=32, multi_query_attention=True, multi_query_group_num=2,
+            add_qkv_bias=True, seq_length=8192, rmsnorm=True, original_rope=True,
+        ),
+        6_243_584_000, None,
+    ),
+    "Phi-3-mini": (
+        dict(
+            model_type="phi3", vocab_size=32064, hidden_size=3072, intermediate_size=8192, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32,
+        ),
+        3_821_079_552, None,
+    ),
+    "Command-R": (
+        dict(
+            model_type="cohere", vocab_size=256000, hidden_size=8192, intermediate_size=22528, num_hidden_layers=40,
+            num_attention_heads=64,
+        ),
+        34_980_831_232, None,
+    ),
+    "Mamba-Codestral-7B": (
+        dict(
+            model_type="mamba2", vocab_size=32768, hidden_size=4096, num_hidden_layers=64, n_groups=8, head_dim=64,
+            num_heads=128, state_size=128, expand=2, tie_word_embeddings=False,
+        ),
+        7_285_403_648, None,
+    ),
+    "recurrentgemma-2b": (
+        dict(
+            model_type="recurrent_gemma", vocab_size=256000, hidden_size=2560, intermediate_size=15360,
+            num_hidden_layers=26, num_attention_heads=10, num_key_value_heads=1,
+        ),
+        2_682_862_080, None,
+    ),
+    "rwkv-4-169m": (
+        dict(model_type="rwkv", vocab_size=50277, hidden_size=768, num_hidden_layers=12), 169_342_464, None,
+    ),
+    "StripedHyena-7B": (
+        dict(
+            model_type="stripedhyena", vocab_size=32000, hidden_size=4096, num_layers=32, num_filters=4096,
+            inner_mlp_size=14336, num_attention_heads=32, proj_groups=4, attn_layer_idxs=list(range(1, 32, 2)),
+            hyena_layer_idxs=list(range(0, 32, 2)), state_size=2, short_filter_length=3,
+        ),
+        7.65e9, None,
+    ),
+    "Yuan2-2B": (
+        dict(
+            model_type="yuan", vocab_size=135040, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
+            num_attention_heads=32,
+        ),
+        2.1e9, None,
+    ),
 }
 
 
@@ -132,18 +261,27 @@ def test_every_kind_of_layer_is_counted_and_drawn(name):
 
 
 def tensors(state) -> list[torch.Tensor]:
-    return [state] if isinstance(state, torch.Tensor) else [x for part in vars(state).values() if isinstance(part, torch.Tensor) or hasattr(part, "__dict__") for x in tensors(part)]
+    return (
+        [state]
+        if isinstance(state, torch.Tensor)
+        else [
+            x
+            for part in vars(state).values()
+            if isinstance(part, torch.Tensor) or hasattr(part, "__dict__")
+            for x in tensors(part)
+        ]
+    )
 
 
 def test_what_the_cache_takes():
     full = costs_of(preset("llama-8b"), 4096)
-    assert full.grows == 2 * 32 * 8 * 128 * 2 and full.cache == 4097 * full.grows               # one slot is for padding
+    assert full.grows == 2 * 32 * 8 * 128 * 2 and full.cache == 4097 * full.grows  # one slot is for padding
     mistral = preset("mistral-7b")                                                              # a window of 4096
     assert costs_of(mistral, 2048).grows == full.grows and costs_of(mistral, 8192).grows == 0
     assert costs_of(mistral, 8192).cache == costs_of(mistral, 100_000).cache == full.cache
     assert costs_of(mistral, 2048, torch.float32).grows == 2 * full.grows
     scan = costs_of(preset("mamba-130m"))
-    assert scan.grows == 0 and scan.cache == 24 * 1536 * (4 * 16 + 2 * 3)                       # a state in float32, three inputs
+    assert scan.grows == 0 and scan.cache == 24 * 1536 * (4 * 16 + 2 * 3)  # a state in float32, three inputs
 
 
 @pytest.mark.parametrize("windows", [(None,), (7,), (7, None, 7, 3), (64,), (65, 63)])
@@ -205,42 +343,71 @@ Different from Llama
 
 
 def test_the_picture():
-    sliding = dataclasses.replace(LLAMA, mixer=Attention(4, 2, 12, Rope(), window=1000, qk_norm=Norm()), post_mixer=Norm(offset=1.0, cast_after_gain=True))
+    sliding = dataclasses.replace(
+        LLAMA, mixer=Attention(4, 2, 12, Rope(), window=1000, qk_norm=Norm()),
+        post_mixer=Norm(offset=1.0, cast_after_gain=True),
+    )
     assert describe(ModelConfig(500, 48, (sliding, sliding, LLAMA) * 2, tied=True, head_softcap=30.0), 2000) == PICTURE
 
 
-@pytest.mark.parametrize("layer, drawn", [
-    (LLAMA, ["x ─┬→ RMSNorm → Attention → + ─┬→ RMSNorm → MLP → + →",
-             "   └────────────────────────┘  └──────────────────┘"]),
-    (dataclasses.replace(LLAMA, pre_mixer=None, pre_ffn=None, post_mixer=Norm("layer"), post_ffn=Norm()),
-            ["x ─┬→ Attention → LayerNorm → + ─┬→ MLP → RMSNorm → + →",
-             "   └──────────────────────────┘  └──────────────────┘"]),
-    (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),
-            ["x ─┬→ RMSNorm → Mamba → + →",
-             "   └────────────────────┘"]),
-    (dataclasses.replace(LLAMA, parallel=True),
-            ["x ─┬→ RMSNorm → Attention ─┐",
-             "   ├→ RMSNorm → MLP ───────┤",
-             "   └───────────────────────┴→ + →"]),
-    (dataclasses.replace(LLAMA, parallel=True, pre_ffn=None),
-            ["x ─┬→ RMSNorm ─┬→ Attention ─┐",
-             "   │           └→ MLP ───────┤",
-             "   └─────────────────────────┴→ + →"]),
-    (dataclasses.replace(LLAMA, parallel=True, pre_ffn=None, post_mixer=Norm("layer"), post_ffn=Norm(), ffn=MoE(4, 2, MLP(20), True)),
-            ["x ─┬→ RMSNorm ─┬→ Attention → LayerNorm ─┐",
-             "   │           └→ MoE → RMSNorm ─────────┤",
-             "   └─────────────────────────────────────┴→ + →"]),
-])
+@pytest.mark.parametrize(
+    "layer, drawn",
+    [
+        (
+            LLAMA,
+            [
+                "x ─┬→ RMSNorm → Attention → + ─┬→ RMSNorm → MLP → + →",
+                "   └────────────────────────┘  └──────────────────┘",
+            ],
+        ),
+        (
+            dataclasses.replace(LLAMA, pre_mixer=None, pre_ffn=None, post_mixer=Norm("layer"), post_ffn=Norm()),
+            [
+                "x ─┬→ Attention → LayerNorm → + ─┬→ MLP → RMSNorm → + →",
+                "   └──────────────────────────┘  └──────────────────┘",
+            ],
+        ),
+        (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None), ["x ─┬→ RMSNorm → Mamba → + →", "   └────────────────────┘"]),
+        (
+            dataclasses.replace(LLAMA, parallel=True),
+            ["x ─┬→ RMSNorm → Attention ─┐", "   ├→ RMSNorm → MLP ───────┤", "   └───────────────────────┴→ + →"],
+        ),
+        (
+            dataclasses.replace(LLAMA, parallel=True, pre_ffn=None),
+            ["x ─┬→ RMSNorm ─┬→ Attention ─┐", "   │           └→ MLP ───────┤", "   └─────────────────────────┴→ + →"],
+        ),
+        (
+            dataclasses.replace(
+                LLAMA, parallel=True, pre_ffn=None, post_mixer=Norm("layer"), post_ffn=Norm(),
+                ffn=MoE(4, 2, MLP(20), True),
+            ),
+            [
+                "x ─┬→ RMSNorm ─┬→ Attention → LayerNorm ─┐", "   │           └→ MoE → RMSNorm ─────────┤",
+                "   └─────────────────────────────────────┴→ + →",
+            ],
+        ),
+    ],
+)
 def test_wiring(layer, drawn):
     assert wiring(layer) == drawn
 
 
-@pytest.mark.parametrize("part, said", [
-    (Attention(8, 2, 16, Rope(5e5, "interleaved"), window=9, sinks=True), "Attention(H=8, K=2, d=16, rope=Rope(θ=500000, layout=interleaved), window=9, sinks)"),
-    (Mamba(64, 4, 4, 3, conv_bias=False), "Mamba(I=64, N=4, conv=4, R=3, no conv_bias)"),
-    (Norm("layer", 1e-5, bias=True), "LayerNorm(ε=1e-05, bias)"), (Norm("rms_outer"), "RMSNorm(kind=rms_outer, ε=1e-06)"),
-    (c.LongRope((1.0, 1.5, 2.0, 2.5), (3.0,) * 4, 16), "LongRope(short=(1, 1.5, 2, … 4 in all), long=(3, 3, 3, … 4 in all), original=16)"),
-])
+@pytest.mark.parametrize(
+    "part, said",
+    [
+        (
+            Attention(8, 2, 16, Rope(5e5, "interleaved"), window=9, sinks=True),
+            "Attention(H=8, K=2, d=16, rope=Rope(θ=500000, layout=interleaved), window=9, sinks)",
+        ),
+        (Mamba(64, 4, 4, 3, conv_bias=False), "Mamba(I=64, N=4, conv=4, R=3, no conv_bias)"),
+        (Norm("layer", 1e-5, bias=True), "LayerNorm(ε=1e-05, bias)"),
+        (Norm("rms_outer"), "RMSNorm(kind=rms_outer, ε=1e-06)"),
+        (
+            c.LongRope((1.0, 1.5, 2.0, 2.5), (3.0,) * 4, 16),
+            "LongRope(short=(1, 1.5, 2, … 4 in all), long=(3, 3, 3, … 4 in all), original=16)",
+        ),
+    ],
+)
 def test_a_part_in_one_line(part, said):
     assert brief(part) == said
 
@@ -273,7 +440,10 @@ def test_patterns_of_many_layers_are_found_at_once():
 
 def test_names_of_kinds():
     wide = dataclasses.replace(LLAMA, ffn=MLP(200))
-    window, scan = dataclasses.replace(LLAMA, mixer=dataclasses.replace(LLAMA.mixer, window=9)), dataclasses.replace(LLAMA, mixer=Mamba(64, 4, 4, 3))
+    window, scan = (
+        dataclasses.replace(LLAMA, mixer=dataclasses.replace(LLAMA.mixer, window=9)),
+        dataclasses.replace(LLAMA, mixer=Mamba(64, 4, 4, 3)),
+    )
     sparse = dataclasses.replace(LLAMA, ffn=MoE(4, 2, MLP(20), True))
     assert names([LLAMA]) == ["Attention + MLP"] and names([LLAMA, wide]) == ["Attention + MLP 1", "Attention + MLP 2"]
     assert names([window, LLAMA]) == ["sliding", "full"] and names([LLAMA, sparse]) == ["MLP", "MoE"]
@@ -281,7 +451,9 @@ def test_names_of_kinds():
 
 
 def test_numbers():
-    assert [amount(n) for n in (0, 7, 999, 1000, 12_345, 999_600, 8.03e9)] == ["0 ", "7 ", "999 ", "1 k", "12.3 k", "1 M", "8.03 G"]
+    assert [amount(n) for n in (0, 7, 999, 1000, 12_345, 999_600, 8.03e9)] == [
+        "0 ", "7 ", "999 ", "1 k", "12.3 k", "1 M", "8.03 G",
+    ]
     assert [billions(n) for n in (124_439_808, 8_030_261_248, 671_026_419_200)] == ["124 M", "8.03 B", "671.03 B"]
 
 
@@ -293,10 +465,14 @@ def test_a_llama_differs_in_nothing():
 
 def test_words():
     assert sentences(preset("mistral-7b")) == ["mixer: a query sees 4096 keys, itself included"]
-    layer = Layer(Attention(4, 2, 16, None, qkv_bias=True, alibi=c.Alibi(coarse=True), qk_norm=Norm(scope="all")), MLP(48, "gelu", gated=False),
-                  pre_mixer=Norm("layer", bias=True), pre_ffn=None, parallel=True)
+    layer = Layer(
+        Attention(4, 2, 16, None, qkv_bias=True, alibi=c.Alibi(coarse=True), qk_norm=Norm(scope="all")),
+        MLP(48, "gelu", gated=False), pre_mixer=Norm("layer", bias=True), pre_ffn=None, parallel=True,
+    )
     windowed = dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=8))
-    assert sentences(ModelConfig(97, 48, (layer, windowed), Norm("layer", bias=True), positions=32, embed_scale=8.0)) == [
+    assert sentences(
+        ModelConfig(97, 48, (layer, windowed), Norm("layer", bias=True), positions=32, embed_scale=8.0)
+    ) == [
         "wiring: mixer and feed-forward read the same x and are added together",
         "norm before the mixer, last norm: LayerNorm: the mean is taken out, a bias",
         "mixer: the heads are 64 wide together, the stream 48",
@@ -316,25 +492,36 @@ def test_words():
 
 def test_every_field_that_is_no_size_has_its_words():
     """A new field with a default is a difference from Llama: say it in WORDS."""
-    special = {"Layer.pre_mixer", "Layer.post_mixer", "Layer.pre_ffn", "Layer.post_ffn", "ModelConfig.final_norm", "ModelConfig.embed_norm",
-               "Attention.qk_norm", "Attention.rope"}     # said by of_norm and of_mixer
-    kinds = [kind for kind in c.Part.BY_NAME.values() if kind.__module__.startswith("nanollm.") and kind not in get_args(c.Scaling)]
+    special = {
+        "Layer.pre_mixer", "Layer.post_mixer", "Layer.pre_ffn", "Layer.post_ffn", "ModelConfig.final_norm",
+        "ModelConfig.embed_norm", "Attention.qk_norm", "Attention.rope",
+    }  # said by of_norm and of_mixer
+    kinds = [
+        kind
+        for kind in c.Part.BY_NAME.values()
+        if kind.__module__.startswith("nanollm.") and kind not in get_args(c.Scaling)
+    ]
     for kind in filter(dataclasses.is_dataclass, kinds):
         known, fields = words_of(kind), {f"{kind.__name__}.{field.name}": field for field in dataclasses.fields(kind)}
         for name, field in fields.items():
             size = SIZES & {name, field.name}
-            assert name in known or name in special or size or field.default is dataclasses.MISSING, f"no words for {name}"
+            assert name in known or name in special or size or field.default is dataclasses.MISSING, (
+                f"no words for {name}"
+            )
         assert not {name for name in known if name.startswith(f"{kind.__name__}.")} - fields.keys()
 
 
 # ---- the command
 
-VALUES = dict(model_type="llama", vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, torch_dtype="float16")
+VALUES = dict(
+    model_type="llama", vocab_size=97, hidden_size=48, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4, torch_dtype="float16",
+)
 
 
 def shown(monkeypatch, capsys, *args: str) -> str:
     monkeypatch.setattr(sys, "argv", ["show", *args])
-    show.run()
+    show_command.run()
     return capsys.readouterr().out
 
 
@@ -343,7 +530,10 @@ def test_a_folder_a_file_and_a_preset(tmp_path, monkeypatch, capsys):
     whole = shown(monkeypatch, capsys, str(tmp_path / "whole"))
     size = sum(p.numel() for p in Decoder(ModelConfig(97, 48, (LLAMA,) * 3)).parameters())
     assert f"parameters  {size:,} ({billions(size)})\n" in whole
-    assert f"weights     {amount(4 * size)}B of float32 in 30 tensors and 1 file(s)\n" in whole and "for 128 tokens in float32" in whole
+    assert (
+        f"weights     {amount(4 * size)}B of float32 in 30 tensors and 1 file(s)\n" in whole
+        and "for 128 tokens in float32" in whole
+    )
 
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
     for source in (tmp_path, tmp_path / "config.json"):
@@ -357,8 +547,14 @@ def test_every_layout(tmp_path):
     config = ModelConfig(97, 48, (LLAMA,) * 3, context=32_768)
     checkpoints.save(Decoder(config), tmp_path / "hf")
     shutil.copytree(tmp_path / "hf", tmp_path / "as mistral")
-    values = {key: value for key, value in json.loads((tmp_path / "hf" / "config.json").read_text()).items() if not key.endswith("_bias")}
-    (tmp_path / "as mistral" / "config.json").write_text(json.dumps(values | {"model_type": "mistral", "sliding_window": None}))
+    values = {
+        key: value
+        for key, value in json.loads((tmp_path / "hf" / "config.json").read_text()).items()
+        if not key.endswith("_bias")
+    }
+    (tmp_path / "as mistral" / "config.json").write_text(
+        json.dumps(values | {"model_type": "mistral", "sliding_window": None})
+    )
     for source, layout in (("hf", "nanollm"), ("hf", "meta"), ("as mistral", "mistral")):
         convert(plan(open_source(tmp_path / source), layout), tmp_path / layout)
     found = {name: find(str(tmp_path / name)) for name in ("hf", "nanollm", "mistral")}
@@ -382,19 +578,28 @@ def test_a_config_whose_weights_are_pickles_or_in_eight_bits_is_shown(tmp_path):
 def test_a_name_on_the_hub_has_its_config_fetched_and_no_weights(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
     asked = {}
-    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path))
-    assert "float16" in shown(monkeypatch, capsys, "owner/name") and asked == {"name": "owner/name", "allow_patterns": ["config.json"]}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path)
+    )
+    assert "float16" in shown(monkeypatch, capsys, "owner/name") and asked == {
+        "name": "owner/name", "allow_patterns": ["config.json"],
+    }
 
 
 def test_what_is_stored_is_said_by_dtype(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**VALUES, "torch_dtype": None}))
     save_file({"a": torch.zeros(500, dtype=torch.bfloat16), "b": torch.zeros(10)}, tmp_path / "model.safetensors")
     found = find(str(tmp_path))
-    assert found.weights == "1 kB of bfloat16, 40 B of float32 in 2 tensors and 1 file(s)" and found.dtype == torch.bfloat16
+    assert (
+        found.weights == "1 kB of bfloat16, 40 B of float32 in 2 tensors and 1 file(s)"
+        and found.dtype == torch.bfloat16
+    )
 
 
 def test_what_cannot_be_shown_is_said(tmp_path):
-    with pytest.raises(ConfigError, match="lama-8b: no such file or folder, and no preset 'lama-8b'; did you mean llama-8b"):
+    with pytest.raises(
+        ConfigError, match="lama-8b: no such file or folder, and no preset 'lama-8b'; did you mean llama-8b"
+    ):
         find("lama-8b")
     with pytest.raises(CheckpointError, match="config.json: no such file"):
         find(str(tmp_path))
@@ -414,5 +619,10 @@ def test_what_cannot_be_shown_is_said(tmp_path):
 
 
 def test_an_error_is_one_line(tmp_path):
-    done = subprocess.run([sys.executable, "-m", "checkpoints.show", str(tmp_path)], cwd=Path(__file__).parent.parent, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr == f"error: {tmp_path / 'config.json'}: no such file\n" and not done.stdout
+    done = subprocess.run(
+        [sys.executable, "-m", "checkpoints.show", str(tmp_path)], cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True,
+    )
+    assert (
+        done.returncode == 1 and done.stderr == f"error: {tmp_path / 'config.json'}: no such file\n" and not done.stdout
+    )

@@ -1,4 +1,5 @@
-"""State-space duality: both forms against NumPy's transcription of the recurrence and against transformers' own scan."""
+"""State-space duality: both forms against NumPy's transcription of the recurrence and against transformers' own
+scan."""
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ def inputs(T: int = 70, heads: int = 4, groups: int = 2, batch: int = 2, P: int 
     """x, Δ, A, B, C, D, h. Decays from nearly none to nearly all."""
     delta = F.softplus(torch.randn(batch, T, heads) - 1)
     A = -torch.logspace(-2, 1.2, heads)
-    return [torch.randn(batch, T, heads, P), delta, A, torch.randn(batch, T, groups, N), torch.randn(batch, T, groups, N), torch.randn(heads), torch.randn(batch, heads, P, N)]
+    return [
+        torch.randn(batch, T, heads, P), delta, A, torch.randn(batch, T, groups, N), torch.randn(batch, T, groups, N),
+        torch.randn(heads), torch.randn(batch, heads, P, N),
+    ]
 
 
 def numpy_recurrence(x, delta, A, B, C, D, h, begins=None):
@@ -29,7 +33,9 @@ def numpy_recurrence(x, delta, A, B, C, D, h, begins=None):
         group = head * B.shape[2] // x.shape[2]
         if begins is not None and begins[b, t]:
             h[b, head] = 0
-        h[b, head] = np.exp(delta[b, t, head] * A[head]) * h[b, head] + delta[b, t, head] * np.outer(x[b, t, head], B[b, t, group])
+        h[b, head] = np.exp(delta[b, t, head] * A[head]) * h[b, head] + delta[b, t, head] * np.outer(
+            x[b, t, head], B[b, t, group]
+        )
         y[b, t, head] = h[b, head] @ C[b, t, group] + D[head] * x[b, t, head]
     return torch.from_numpy(y), torch.from_numpy(h)
 
@@ -41,7 +47,7 @@ def test_the_recurrence_of_the_paper(heads, groups, T, form):
     given = inputs(T, heads, groups)
     begins = torch.rand(2, T) < 0.1
     for starts in (None, begins):
-        for ours, reference in zip(form(*given, starts), numpy_recurrence(*given, starts)):
+        for ours, reference in zip(form(*given, starts), numpy_recurrence(*given, starts), strict=True):
             assert difference(ours.double(), reference) < 2e-6
 
 
@@ -61,7 +67,9 @@ def test_step_by_step_equals_transformers_and_the_whole():
     for t in range(40):
         at = slice(t, t + 1)
         y, mine = ssd(x[:, at], delta[:, at], A, B[:, at], C[:, at], D, mine)
-        theirs = mamba2_selective_state_update(state, x[:, t], delta[:, t, :, None].expand(x[:, t].shape), A[:, None, None], B[:, t], C[:, t], D[:, None])
+        theirs = mamba2_selective_state_update(
+            state, x[:, t], delta[:, t, :, None].expand(x[:, t].shape), A[:, None, None], B[:, t], C[:, t], D[:, None]
+        )
         assert difference(y[:, 0], theirs) < 2e-6 and difference(mine, state) < 2e-6
         steps.append(y)
     assert difference(torch.cat(steps, 1), whole) < 2e-6 and difference(mine, last) < 2e-6
@@ -97,11 +105,14 @@ def test_documents_do_not_see_each_other(form):
 def test_no_step_at_all_and_a_step_that_forgets_all(form):
     x, delta, A, B, C, D, h = inputs(70)
     y, last = form(x, torch.zeros_like(delta), A, B, C, D, h)
-    assert difference(last, h) < 1e-6 and difference(y, torch.einsum("bhpn,bthn->bthp", h, C.repeat_interleave(2, 2)) + D[:, None] * x) < 2e-6
+    assert (
+        difference(last, h) < 1e-6
+        and difference(y, torch.einsum("bhpn,bthn->bthp", h, C.repeat_interleave(2, 2)) + D[:, None] * x) < 2e-6
+    )
     y, last = form(x, torch.full_like(delta, 1e-30), A, B, C, D, h)
     assert difference(last, h) < 1e-6
-    delta[:, 3], delta[0, 20], x[:, [3, 20]] = 1e4, 1e6, 0                  # Δ A of −100 to −10⁷: what comes after must stay exact
-    for ours, reference in zip(form(x, delta, A, B, C, D, h), numpy_recurrence(x, delta, A, B, C, D, h)):
+    delta[:, 3], delta[0, 20], x[:, [3, 20]] = 1e4, 1e6, 0  # Δ A of −100 to −10⁷: what comes after must stay exact
+    for ours, reference in zip(form(x, delta, A, B, C, D, h), numpy_recurrence(x, delta, A, B, C, D, h), strict=True):
         assert difference(ours.double(), reference) < 2e-6
 
 
@@ -109,16 +120,20 @@ def test_long_memory():
     """A decay of 1e-5 a token over 3000 tokens: what is left of h is exp(−0.03 …), and exact."""
     x, delta, A, B, C, D, h = inputs(3000, heads=2, groups=1, P=2, N=3)
     delta = torch.full_like(delta, 1e-3)
-    for ours, reference in zip(ssd(x, delta, A, B, C, D, h), numpy_recurrence(x, delta, A, B, C, D, h)):
+    for ours, reference in zip(ssd(x, delta, A, B, C, D, h), numpy_recurrence(x, delta, A, B, C, D, h), strict=True):
         assert difference(ours.double(), reference) < 5e-6
 
 
 def test_segment_sums_of_its_docstring():
     a, starts = torch.tensor([1.0, 2.0, 4.0, 8.0]), torch.tensor([False, False, False, True])
     none = -torch.inf
-    assert segment_sums(a, starts).tolist() == [[0, none, none, none], [2, 0, none, none], [6, 4, 0, none], [none, none, none, 0]]
+    assert segment_sums(a, starts).tolist() == [
+        [0, none, none, none], [2, 0, none, none], [6, 4, 0, none], [none, none, none, 0],
+    ]
     a = torch.tensor([0.0, -1e8, -1e-3, -1e-3])
-    assert segment_sums(a, torch.zeros(4, dtype=torch.bool))[3, 1].item() == pytest.approx(-2e-3)       # running sums would say 0
+    assert segment_sums(a, torch.zeros(4, dtype=torch.bool))[3, 1].item() == pytest.approx(
+        -2e-3
+    )  # running sums would say 0
 
 
 def test_gradients_of_both_forms_agree():
@@ -130,7 +145,7 @@ def test_gradients_of_both_forms_agree():
             patch.setattr(torch.Tensor, "float", torch.Tensor.double)
             y, h = form(*leaves, begins)
             gradients.append(torch.autograd.grad((y * y.detach().cos()).sum() + (h * h.detach().sin()).sum(), leaves))
-    for sequential, chunked in zip(*gradients):
+    for sequential, chunked in zip(*gradients, strict=True):
         assert difference(sequential, chunked) < 1e-11
 
 
@@ -146,4 +161,9 @@ def test_narrow_inputs_are_reckoned_in_float32(form):
     x, B, C = x.bfloat16(), B.bfloat16(), C.bfloat16()
     y, last = form(x, delta, A, B, C, D, h)
     wide, same = form(x.float(), delta, A, B.float(), C.float(), D, h)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, wide.bfloat16()) and last.dtype == torch.float32 and torch.equal(last, same)
+    assert (
+        y.dtype == torch.bfloat16
+        and torch.equal(y, wide.bfloat16())
+        and last.dtype == torch.float32
+        and torch.equal(last, same)
+    )

@@ -1,7 +1,7 @@
 """state.py and runs.py in one process: what is read is what was written, or an error; what is not ours is left alone.
 
-The ranks of a checkpoint are played one after another, on torch's "fake" process group, which knows its rank and its size and sends
-nothing. tests/test_resume.py has real ones.
+The ranks of a checkpoint are played one after another, on torch's "fake" process group, which knows its rank and its
+size and sends nothing. tests/test_resume.py has real ones.
 """
 
 import contextlib
@@ -10,7 +10,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +34,7 @@ FACTS = {"balance": [[0.1, 0.9]], "recent": [[5.704117838541667, 1e-300]]}
 @dataclass(frozen=True)
 class Rank(World):
     """A rank that hears of the others through `savers`, one for each."""
-    savers: list[state.Saver]
+    savers: Sequence[state.Saver]
 
     def tell(self, value: object) -> list:
         mine = self.savers[self.rank].result if self.savers else None
@@ -42,20 +42,27 @@ class Rank(World):
 
 
 @contextlib.contextmanager
-def rank(number: int, size: int, savers: list[state.Saver] = [], replicas: int = 1) -> Iterator[Rank]:
+def rank(number: int, size: int, savers: Sequence[state.Saver] = (), replicas: int = 1) -> Iterator[Rank]:
     dist.init_process_group("fake", store=FakeStore(), rank=number, world_size=size)
     try:
         shape = (size,) if replicas == 1 else (replicas, size // replicas)
-        yield Rank(number, size, torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape):]), savers)
+        yield Rank(
+            number, size, torch.device("cpu"),
+            init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :]), savers,
+        )
     finally:
         dist.destroy_process_group()
 
 
 def values() -> dict[str, Tensor]:
-    """Whole tensors. 2 or 4 ranks cut the experts along their second dimension, 3 along their first. 7 rows do not come out even on 2 ranks, 3 leave the last of 4 with none; the last tensor is not sliced."""
+    """Whole tensors. 2 or 4 ranks cut the experts along their second dimension, 3 along their first. 7 rows do
+    not come out even on 2 ranks, 3 leave the last of 4 with none; the last tensor is not sliced."""
     torch.manual_seed(1)
-    return {"model.embed.weight": torch.randn(40, 8), "model.layers.0.gain": torch.randn(7).bfloat16(), "model.odd": torch.randn(3, 2, 2),
-            "model.experts": torch.randn(3, 8, 5), "optimizer.odd.step": torch.tensor(12.0)}
+    return {
+        "model.embed.weight": torch.randn(40, 8), "model.layers.0.gain": torch.randn(7).bfloat16(),
+        "model.odd": torch.randn(3, 2, 2), "model.experts": torch.randn(3, 8, 5),
+        "optimizer.odd.step": torch.tensor(12.0),
+    }
 
 
 def zeros() -> dict[str, Tensor]:
@@ -63,7 +70,8 @@ def zeros() -> dict[str, Tensor]:
 
 
 def slices(whole: dict[str, Tensor], world: Rank) -> dict[str, Tensor]:
-    """What the rank holds: rows as torch.chunk cuts them, or of experts that do not come out even their second dimension, copied."""
+    """What the rank holds: rows as torch.chunk cuts them, or of experts that do not come out even their second
+    dimension, copied."""
     mesh, made = world.mesh, {}
     for name, tensor in whole.items():
         cut = distributed.cut(mesh.size(-1), tensor) or Shard(0)
@@ -71,7 +79,13 @@ def slices(whole: dict[str, Tensor], world: Rank) -> dict[str, Tensor]:
         number = mesh.get_local_rank(mesh.ndim - 1)
         local = chunks[number] if number < len(chunks) else tensor[:0] if tensor.ndim else tensor
         placements = [*[Replicate()] * (mesh.ndim - 1), cut]
-        made[name] = DTensor.from_local(local.clone(), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()) if tensor.ndim else tensor.clone()
+        made[name] = (
+            DTensor.from_local(
+                local.clone(), mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+            )
+            if tensor.ndim
+            else tensor.clone()
+        )
     return made
 
 
@@ -79,7 +93,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def save(folder: Path, size: int = 2, step: int = 200, keep: int = 2, replicas: int = 1, whole: dict[str, Tensor] | None = None) -> str | None:
+def save(
+    folder: Path, size: int = 2, step: int = 200, keep: int = 2, replicas: int = 1,
+    whole: dict[str, Tensor] | None = None,
+) -> str | None:
     """A checkpoint as `size` ranks write it; what finish says on the first."""
     savers: list[state.Saver] = []
     for number in range(size):
@@ -122,14 +139,19 @@ def test_any_number_of_ranks_reads_what_any_number_wrote(tmp_path, size):
             with rank(number, readers) as world:
                 found, expected = slices(zeros(), world), slices(values(), world)
                 assert state.load(tmp_path / "00000200", found) == FACTS | {"step": 200}
-                assert equal({name: local(tensor) for name, tensor in found.items()}, {name: local(tensor) for name, tensor in expected.items()})
+                assert equal(
+                    {name: local(tensor) for name, tensor in found.items()},
+                    {name: local(tensor) for name, tensor in expected.items()},
+                )
 
 
 def test_of_equal_copies_one_is_written(tmp_path):
     """2 groups of 2 ranks hold the same: the files of the second group are empty."""
     assert save(tmp_path, 4, replicas=2) is None
     files = state.read_manifest(tmp_path / "00000200")["files"]
-    assert [file["pieces"].get("model.embed.weight") for file in files] == [[[0, 20], [0, 8]], [[20, 40], [0, 8]], None, None]
+    assert [file["pieces"].get("model.embed.weight") for file in files] == [
+        [[0, 20], [0, 8]], [[20, 40], [0, 8]], None, None,
+    ]
     assert equal(load(tmp_path / "00000200"), values())
 
 
@@ -157,7 +179,9 @@ def test_what_is_written_is_what_was_there_at_the_beginning(tmp_path, monkeypatc
 def test_each_of_200_flipped_bits_is_found(saved):
     rng, places = np.random.default_rng(0), []
     files = sorted(saved.iterdir())
-    assert [path.name for path in files] == ["manifest.crc32", "manifest.json", "rank-0.safetensors", "rank-1.safetensors"]
+    assert [path.name for path in files] == [
+        "manifest.crc32", "manifest.json", "rank-0.safetensors", "rank-1.safetensors",
+    ]
     for number in range(200):
         path = files[number % 4]
         whole = path.read_bytes()
@@ -166,7 +190,11 @@ def test_each_of_200_flipped_bits_is_found(saved):
         path.write_bytes(broken)
         with pytest.raises(RunError) as error:
             load(saved)
-        assert str(error.value).startswith(f"{saved}: damaged: ") and path.name in str(error.value) and "\n" not in str(error.value)
+        assert (
+            str(error.value).startswith(f"{saved}: damaged: ")
+            and path.name in str(error.value)
+            and "\n" not in str(error.value)
+        )
         path.write_bytes(whole)
         if path.suffix == ".safetensors":
             places.append("header" if bit // 8 < 8 + int.from_bytes(whole[:8], "little") else "data")
@@ -208,12 +236,18 @@ def test_another_format_is_not_read(saved):
         load(saved)
 
 
-@pytest.mark.parametrize("name, other, words", [
-    ("model.odd", torch.zeros(3, 2, 3), r"model.odd is \['float32', 3, 2, 2\] there, this run has \['float32', 3, 2, 3\]"),
-    ("model.odd", torch.zeros(3, 2, 2).bfloat16(), r".* this run has \['bfloat16', 3, 2, 2\]"),
-    ("model.odd", None, "model.odd is .* there, this run has none"),
-    ("model.more", torch.zeros(3), "model.more is absent there"),
-])
+@pytest.mark.parametrize(
+    "name, other, words",
+    [
+        (
+            "model.odd", torch.zeros(3, 2, 3),
+            r"model.odd is \['float32', 3, 2, 2\] there, this run has \['float32', 3, 2, 3\]",
+        ),
+        ("model.odd", torch.zeros(3, 2, 2).bfloat16(), r".* this run has \['bfloat16', 3, 2, 2\]"),
+        ("model.odd", None, "model.odd is .* there, this run has none"),
+        ("model.more", torch.zeros(3), "model.more is absent there"),
+    ],
+)
 def test_tensors_of_another_run_are_not_read(saved, name, other, words):
     whole = {key: tensor for key, tensor in (zeros() | {name: other}).items() if tensor is not None}
     with rank(0, 1) as world:
@@ -246,7 +280,7 @@ def test_drafts_and_what_is_not_ours_are_no_checkpoints(saved):
         (saved.parent / junk).mkdir()
     (saved.parent / "00000400").write_text("a file")
     assert state.complete(saved.parent) == [saved]
-    assert save(saved.parent, step=300) is None                                 # and the next one clears the drafts away
+    assert save(saved.parent, step=300) is None  # and the next one clears the drafts away
     assert names(saved.parent) == ["00000200", "00000300", "00000400", "300-copy", "notes", "v300"]
 
 
@@ -257,13 +291,20 @@ def no_space(*_: object) -> None:
 def refuse(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, path: str) -> None:
     """Let owner.name fail as a full disk does wherever one of its arguments ends in `path`."""
     original = getattr(owner, name)
-    monkeypatch.setattr(owner, name, lambda *args: no_space() if any(str(arg).endswith(path) for arg in args) else original(*args))
+    monkeypatch.setattr(
+        owner, name, lambda *args: no_space() if any(str(arg).endswith(path) for arg in args) else original(*args)
+    )
 
 
-@pytest.mark.parametrize("owner, name, path", [
-    (Path, "mkdir", ".00000300.tmp"), (state, "save_file", "rank-0.safetensors"), (state, "save_file", "rank-1.safetensors"), (state, "crc", "rank-1.safetensors"),
-    (state, "sync", "rank-1.safetensors"), (Path, "write_bytes", "manifest.json"), (Path, "write_bytes", "manifest.crc32"), (os, "rename", "00000300"),
-])
+@pytest.mark.parametrize(
+    "owner, name, path",
+    [
+        (Path, "mkdir", ".00000300.tmp"), (state, "save_file", "rank-0.safetensors"),
+        (state, "save_file", "rank-1.safetensors"), (state, "crc", "rank-1.safetensors"),
+        (state, "sync", "rank-1.safetensors"), (Path, "write_bytes", "manifest.json"),
+        (Path, "write_bytes", "manifest.crc32"), (os, "rename", "00000300"),
+    ],
+)
 def test_a_disk_that_is_full_costs_that_checkpoint_and_no_other(saved, monkeypatch, owner, name, path):
     original = getattr(owner, name)
     def failing(*args, **more):
@@ -297,9 +338,16 @@ OPTIONS = {"steps": 8, "out": Path("runs/demo"), "data": [Path("a"), Path("b")],
 
 def test_a_run_is_compared_with_what_it_was(tmp_path):
     runs.record(tmp_path, {"options": OPTIONS, "data": {"fingerprint": 7}}, resume=False)
-    runs.compare(tmp_path, {"options": OPTIONS | {"keep": 5, "out": Path("elsewhere"), "resume": True}, "data": {"fingerprint": 7}})
-    for change, words in (({"options": OPTIONS | {"steps": 9}}, r"--steps 8 → 9"), ({"data": {"fingerprint": 8}}, r"data.fingerprint 7 → 8"),
-                          ({"options": OPTIONS | {"data": [Path("a")]}}, r"--data \['a', 'b'\] → \['a'\]"), ({"options": {"z_loss": 0.1}}, r"--z-loss None → 0.1")):
+    runs.compare(
+        tmp_path,
+        {"options": OPTIONS | {"keep": 5, "out": Path("elsewhere"), "resume": True}, "data": {"fingerprint": 7}},
+    )
+    for change, words in (
+        ({"options": OPTIONS | {"steps": 9}}, r"--steps 8 → 9"),
+        ({"data": {"fingerprint": 8}}, r"data.fingerprint 7 → 8"),
+        ({"options": OPTIONS | {"data": [Path("a")]}}, r"--data \['a', 'b'\] → \['a'\]"),
+        ({"options": {"z_loss": 0.1}}, r"--z-loss None → 0.1"),
+    ):
         with pytest.raises(RunError, match=f"{tmp_path}: holds another run .*{words}.*--resume --force"):
             runs.compare(tmp_path, change)
 
@@ -345,15 +393,23 @@ def test_a_folder_is_taken_only_if_it_is_new_or_it_is_said_what_becomes_of_the_r
 
 
 def test_a_run_that_starts_over_takes_away_what_was_a_runs_and_nothing_else(tmp_path):
-    ours = ["config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json", "log.jsonl", "loss.png"]
-    theirs = ["notes.md", "my_model.safetensors", "log.jsonl.old", "data/train-00000.bin", "steps/00000200-copy/rank-0.safetensors", "steps/00000300"]
+    ours = [
+        "config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json", "tokenizer.json",
+        "log.jsonl", "loss.png",
+    ]
+    theirs = [
+        "notes.md", "my_model.safetensors", "log.jsonl.old", "data/train-00000.bin",
+        "steps/00000200-copy/rank-0.safetensors", "steps/00000300",
+    ]
     for name in (*ours, *theirs, "steps/00000200/manifest.json"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     runs.record(tmp_path, {"options": OPTIONS}, resume=False)
     runs.clear(tmp_path)
     left = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
-    assert left == sorted([*theirs, "run.json"])                                # run.json goes when the next takes its place: whose folder is it else?
+    assert left == sorted(
+        [*theirs, "run.json"]
+    )  # run.json goes when the next takes its place: whose folder is it else?
 
 
 def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path, monkeypatch):
@@ -363,7 +419,9 @@ def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path,
     for owner, name in ((Path, "write_text"), (os, "replace")):
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, no_space)
-            with pytest.raises(RunError, match=f"{tmp_path}/run.json: cannot write: No space left on device; make room"):
+            with pytest.raises(
+                RunError, match=f"{tmp_path}/run.json: cannot write: No space left on device; make room"
+            ):
                 runs.record(tmp_path, {"options": OPTIONS}, resume=True)
             with pytest.raises(RunError, match=f"{tmp_path}/log.jsonl: cannot write: No space left"):
                 logs.Log(tmp_path, 9, tensorboard=False, wandb=None, facts={})
@@ -376,7 +434,12 @@ def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     with runs.locked(folder):
         (folder / "data").mkdir()
-        with pytest.raises(RunError, match=f"{folder}: another run is at work in it .process {os.getpid()}.; wait for it"), runs.locked(folder):
+        with (
+            pytest.raises(
+                RunError, match=f"{folder}: another run is at work in it .process {os.getpid()}.; wait for it"
+            ),
+            runs.locked(folder),
+        ):
             pass
     (folder / "lock").write_text("99999 of a process that is no more")
     with runs.locked(folder):
@@ -436,7 +499,7 @@ def test_a_log_that_cannot_grow_is_one_error(tmp_path):
     with logs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
         log.file = open("/dev/full", "a", buffering=1)
         assert log.wish == 0 and log.check() is None
-        log(1, loss=1.0)                                                        # the other ranks have no log: it must not raise here
+        log(1, loss=1.0)  # the other ranks have no log: it must not raise here
         assert log.wish == runs.STOP
         with pytest.raises(RunError, match="/dev/full: cannot write: No space left on device; .*--resume"):
             log.check()

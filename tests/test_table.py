@@ -19,7 +19,8 @@ LAYER = Layer(Attention(heads=6, kv_heads=3, head_dim=2), MLP(4))
 
 def shapes_for(op, rng: random.Random) -> list[tuple[int, ...]]:
     """Shapes that our side of an op may have."""
-    size = lambda: rng.randint(1, 7)
+    def size():
+        return rng.randint(1, 7)
     op = getattr(op, "op", op)
     if op in (Interleaving, Halving):
         return [(2 * size(), *(size() for _ in range(rng.randint(0, 1))))]
@@ -29,8 +30,10 @@ def shapes_for(op, rng: random.Random) -> list[tuple[int, ...]]:
     return [(size(), size(), size())] if op is Stack else [tuple(size() for _ in range(rng.randint(1, 3)))]
 
 
-@pytest.mark.parametrize("op", [Same, Stack, Blocks, Groups, Interleaving, Halving, Transposed(Same), Transposed(Blocks)],
-                         ids="same stack blocks groups interleaving halving transposed transposed-blocks".split())
+@pytest.mark.parametrize(
+    "op", [Same, Stack, Blocks, Groups, Interleaving, Halving, Transposed(Same), Transposed(Blocks)],
+    ids="same stack blocks groups interleaving halving transposed transposed-blocks".split(),
+)
 @pytest.mark.parametrize("seed", range(20))
 def test_ops_are_inverses(op, seed):
     rng, dtype = random.Random(seed), [torch.float32, torch.bfloat16][seed % 2]
@@ -39,8 +42,10 @@ def test_ops_are_inverses(op, seed):
 
     again = [torch.full_like(tensor, torch.nan) for tensor in ours]
     fill(op, stored, again, LAYER)                                                      # load ∘ save = 1 …
-    assert all(torch.equal(a, b) for a, b in zip(ours, again))
-    assert all(torch.equal(a, b) for a, b in zip(stored, stored_tensors(op, again, LAYER)))     # … and save ∘ load = 1
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(stored, stored_tensors(op, again, LAYER), strict=True)
+    )  # … and save ∘ load = 1
 
     meta = op.shapes([tensor.to("meta") for tensor in ours], LAYER)                      # the plan says what is written
     assert meta == [tuple(one.shape) for one in stored]
@@ -63,7 +68,9 @@ def test_orders_within_a_head():
     assert pairs[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7] and halves[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
     layer = Layer(Attention(heads=1, kv_heads=1, head_dim=6), MLP(4))
     pairs = stored_tensors(Interleaving, [torch.arange(6.0)], layer)[0]
-    assert pairs.tolist() == [0, 3, 1, 4, 2, 5] and stored_tensors(Halving, [pairs], layer)[0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert pairs.tolist() == [0, 3, 1, 4, 2, 5] and stored_tensors(Halving, [pairs], layer)[0].tolist() == [
+        0, 1, 2, 3, 4, 5,
+    ]
 
 
 def test_a_table_is_one_to_one():
@@ -78,7 +85,7 @@ def test_a_table_is_one_to_one():
 
 @pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()), ids=lambda family: family.name)
 def test_family_tables_name_nothing_twice(family):
-    for table in family.tables:
+    for table in family.names:
         theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs]
         assert len(theirs) == len(set(theirs)) and {"embed", "head"} <= table.keys()
         assert all(("{i}" in name) == ("{i}" in each.theirs[0]) for name, each in table.items())
@@ -103,7 +110,8 @@ def stored(names: dict[str, tuple], dtype=torch.float32) -> dict[str, Stored]:
 
 CONFIG = ModelConfig(5, 3, (LAYER,) * 12)
 PARAMETERS = meta(
-    embed__weight=(5, 3), layers__0__pre_mixer__gain=(3,), layers__0__mixer__q__weight=(4, 3), layers__0__mixer__q__bias=(4,),
+    embed__weight=(5, 3), layers__0__pre_mixer__gain=(3,), layers__0__mixer__q__weight=(4, 3),
+    layers__0__mixer__q__bias=(4,),
     layers__11__ffn__experts__gate=(2, 6, 3),
 )
 ON_DISK = {
@@ -124,19 +132,25 @@ def test_a_parameter_without_a_name_is_refused():
 
 
 def test_every_discrepancy_is_in_one_error():
-    disk = stored({**ON_DISK, "h.0.fc.weight": (3, 4), "extra": (1,), "h.0.attn.bias": (1,), "h.5.attn.bias": (1,), "known": (2,)})
+    disk = stored(
+        {**ON_DISK, "h.0.fc.weight": (3, 4), "extra": (1,), "h.0.attn.bias": (1,), "h.5.attn.bias": (1,), "known": (2,)}
+    )
     del disk["emb.weight"]
     disk |= stored({"h.11.moe.1.w.weight": (6, 3)}, torch.float16) | stored({"h.0.ln.weight": (3,)}, torch.int8)
     with pytest.raises(CheckpointError) as error:
         check(expand(TABLE, PARAMETERS, CONFIG), PARAMETERS, disk, ["h.{i}.attn.bias"], ["known"])
     text = str(error.value)
-    for line in ("1 missing", "emb.weight", "1 unexpected", "extra", "h.0.fc.weight: (3, 4) stored, (4, 3)", "h.0.ln.weight: int8",
-                 "parts of several dtypes: float16, float32"):
+    for line in (
+        "1 missing", "emb.weight", "1 unexpected", "extra", "h.0.fc.weight: (3, 4) stored, (4, 3)",
+        "h.0.ln.weight: int8", "parts of several dtypes: float16, float32",
+    ):
         assert line in text, line
     assert "attn.bias" not in text and "known" not in text
 
 
 def test_long_lists_are_counted_and_cut():
     with pytest.raises(CheckpointError) as error:
-        check(expand(TABLE, PARAMETERS, CONFIG), PARAMETERS, stored(ON_DISK | {f"extra.{n}": (1,) for n in range(1000)}))
+        check(
+            expand(TABLE, PARAMETERS, CONFIG), PARAMETERS, stored(ON_DISK | {f"extra.{n}": (1,) for n in range(1000)})
+        )
     assert "1000 unexpected" in str(error.value) and "988 more" in str(error.value) and len(str(error.value)) < 1000

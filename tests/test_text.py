@@ -1,4 +1,5 @@
-"""Documents, split, tokenizer, the data folder: nothing is lost, nothing is on both sides, and what fails leaves nothing."""
+"""Documents, split, tokenizer, the data folder: nothing is lost, nothing is on both sides, and what fails leaves
+nothing."""
 
 import gzip
 import hashlib
@@ -14,7 +15,6 @@ import pytest
 import nanollm.text.tokenizer
 from nanollm.data import documents, shards
 from nanollm.data import prepare as text
-from nanollm.data import stream as data
 from nanollm.data.documents import Document
 from nanollm.data.stream import open_folder
 from nanollm.errors import DataError
@@ -135,7 +135,7 @@ def test_streams_hold_every_byte_and_a_mark_before_each_document_whatever_the_sh
     """Texts that spell the mark are among them, and are text."""
     tokenizer = nanollm.text.tokenizer.load(made)
     assert len(list(made.glob("train-*.bin"))) > 2 and any(text.END in d.text for d in docs)
-    for split, part in zip(("train", "held_out"), text.split(docs)):
+    for split, part in zip(("train", "held_out"), text.split(docs), strict=True):
         sizes = [shards.Shard(path).count for path in sorted(made.glob(f"{split}-*.bin"))]
         assert set(sizes[:-1]) <= {500} and 0 < sizes[-1] <= 500
         ids = np.array(stream(made, split))
@@ -147,7 +147,9 @@ def test_streams_hold_every_byte_and_a_mark_before_each_document_whatever_the_sh
 def test_shards_carry_the_mark_and_the_digest_of_the_tokenizer(made):
     train, held_out = open_folder(made, 16)
     expected = hashlib.sha256((made / "tokenizer.json").read_bytes()).hexdigest()
-    assert train.digest == held_out.digest == expected == json.loads((made / "meta.json").read_text())["tokenizer_sha256"]
+    assert (
+        train.digest == held_out.digest == expected == json.loads((made / "meta.json").read_text())["tokenizer_sha256"]
+    )
     assert train.end == nanollm.text.tokenizer.load(made).eos_id
     train.verify(300)
     held_out.verify(300)
@@ -174,7 +176,9 @@ def test_a_folder_made_from_the_same_text_is_left_alone_and_made_anew_from_other
     text.prepare(docs, folder, vocab=300, tokenizer=None, context=16, shard_tokens=500)
     assert state(folder) == before
     text.prepare(docs[:20], folder, vocab=300, tokenizer=None, context=16, shard_tokens=500)
-    assert text.facts(folder) != first and len(list(folder.glob("train-*"))) < len([n for n in before if n.startswith("train-")])
+    assert text.facts(folder) != first and len(list(folder.glob("train-*"))) < len(
+        [n for n in before if n.startswith("train-")]
+    )
     text.prepare(docs, folder, vocab=290, tokenizer=None, context=16)
     assert json.loads((folder / "meta.json").read_text())["vocab"] == 290
 
@@ -191,7 +195,9 @@ def test_a_folder_with_a_file_lost_or_damaged_is_made_anew(docs, made, tmp_path,
         with pytest.raises(DataError, match="python -m nanollm.data makes them"):
             open_folder(folder, 16)
     text.prepare(docs, folder, vocab=300, tokenizer=None, context=16, shard_tokens=500)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {path.name: path.read_bytes() for path in made.iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        path.name: path.read_bytes() for path in made.iterdir()
+    }
 
 
 def test_the_tokenizer_of_another_folder_makes_the_same_streams(made, docs, tmp_path):
@@ -264,7 +270,9 @@ def test_a_folder_of_something_else_is_never_touched(docs, made, tmp_path):
     for folder in (tmp_path / "model", tmp_path / "file"):
         with pytest.raises(DataError, match="name another folder"):
             text.prepare(docs, folder, vocab=300, tokenizer=None, context=16)
-    assert (tmp_path / "model" / "tokenizer.json").read_text() == "years of work" and len(list((tmp_path / "model").iterdir())) == 1
+    assert (tmp_path / "model" / "tokenizer.json").read_text() == "years of work" and len(
+        list((tmp_path / "model").iterdir())
+    ) == 1
     before = state(made)
     with pytest.raises(DataError, match="name another folder"):
         text.prepare(docs[:30], made, vocab=None, tokenizer=made, context=16)
@@ -295,8 +303,11 @@ def test_tokenizer_files_load_in_both_libraries(made):
     assert ours.eos_id == ours.bos_id == 0 and ours.stop_ids == (0,) and ours.doctor() == []
 
 
-CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is  x?"}, {"role": "assistant", "content": "x = 1\n"},
-        {"role": "user", "content": "And é?\n"}, {"role": "assistant", "content": " the same: (é)"}]
+CHAT = [
+    {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is  x?"},
+    {"role": "assistant", "content": "x = 1\n"}, {"role": "user", "content": "And é?\n"},
+    {"role": "assistant", "content": " the same: (é)"},
+]
 
 
 def test_a_chat_is_plain_words_and_transformers_writes_the_same(made):
@@ -305,7 +316,9 @@ def test_a_chat_is_plain_words_and_transformers_writes_the_same(made):
     transformers = pytest.importorskip("transformers")
     theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(made), nanollm.text.tokenizer.load(made)
     for messages, prompt in ((CHAT, False), (CHAT[:2], True), (CHAT[:4], True)):
-        rendered = rendering.render(tokenizer.chat_template, messages, add_generation_prompt=prompt, **tokenizer.named_tokens)
+        rendered = rendering.render(
+            tokenizer.chat_template, messages, add_generation_prompt=prompt, **tokenizer.named_tokens
+        )
         assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
         assert rendered.endswith("Assistant: " if prompt else text.END)
     with pytest.raises(Exception, match="found the role tool"):
@@ -316,7 +329,10 @@ def test_a_chat_is_plain_words_and_transformers_writes_the_same(made):
 def test_the_ids_of_a_prompt_and_of_its_answer_are_the_ids_of_both(made, answer):
     tokenizer = nanollm.text.tokenizer.load(made)
     prompt = Conversation(tokenizer, CHAT[:2]).prompt_ids()
-    whole = rendering.render(tokenizer.chat_template, [*CHAT[:2], {"role": "assistant", "content": answer}], add_generation_prompt=False, **tokenizer.named_tokens)
+    whole = rendering.render(
+        tokenizer.chat_template, [*CHAT[:2], {"role": "assistant", "content": answer}], add_generation_prompt=False,
+        **tokenizer.named_tokens,
+    )
     assert tokenizer.encode(whole, special=True) == prompt + tokenizer.encode(answer) + [tokenizer.eos_id]
 
 
@@ -331,10 +347,17 @@ def test_the_command_makes_what_prepare_makes_and_says_so(docs, made, tmp_path, 
     (tmp_path / "in").mkdir()
     for name, content in docs:
         (tmp_path / "in" / name).write_text(content)
-    command(monkeypatch, tmp_path / "in", "--out", tmp_path / "out", "--vocab", "300", "--context", "16", "--shard-tokens", "500")
+    command(
+        monkeypatch, tmp_path / "in", "--out", tmp_path / "out", "--vocab", "300", "--context", "16",
+        "--shard-tokens", "500",
+    )
     assert stream(tmp_path / "out", "train") == stream(made, "train")
     facts, said = text.facts(made), capsys.readouterr().out
-    assert f"{facts.train_documents} documents" in said and f"{facts.held_out_documents} documents" in said and str(tmp_path / "out") in said
+    assert (
+        f"{facts.train_documents} documents" in said
+        and f"{facts.held_out_documents} documents" in said
+        and str(tmp_path / "out") in said
+    )
 
 
 def test_several_inputs_are_joined_and_their_names_told_apart(tmp_path, monkeypatch):
@@ -342,7 +365,9 @@ def test_several_inputs_are_joined_and_their_names_told_apart(tmp_path, monkeypa
         (tmp_path / name).mkdir()
         (tmp_path / name / "x.txt").write_text("".join(f"{name} line {i}\n" for i in range(80)))
     seen, prepare = [], text.prepare
-    monkeypatch.setattr(text, "prepare", lambda found, *args, **options: seen.extend(found) or prepare(found, *args, **options))
+    monkeypatch.setattr(
+        text, "prepare", lambda found, *args, **options: seen.extend(found) or prepare(found, *args, **options)
+    )
     command(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out", "--vocab", "300", "--context", "16")
     assert [d.name for d in seen] == [f"{(tmp_path / name).as_posix()}/x.txt" for name in "ab"]
     assert text.facts(tmp_path / "out").train_documents == 2
@@ -371,4 +396,6 @@ def test_the_help_of_the_module_teaches(monkeypatch, capsys):
     with pytest.raises(SystemExit) as error:
         runpy.run_module("nanollm.data", run_name="__main__")
     said = " ".join(capsys.readouterr().out.split())
-    assert error.value.code == 0 and all(word in said for word in ("python -m nanollm.data", "--tokenizer", "--vocab", "default 1024"))
+    assert error.value.code == 0 and all(
+        word in said for word in ("python -m nanollm.data", "--tokenizer", "--vocab", "default 1024")
+    )

@@ -19,6 +19,7 @@ import tiktoken
 import transformers
 from mistral_common.tokens.tokenizers.sentencepiece import SentencePieceTokenizer
 from mistral_common.tokens.tokenizers.tekken import SpecialTokenPolicy, Tekkenizer
+from tokenizers import AddedToken
 
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer import Tokenizer, load
@@ -58,8 +59,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     shutil.copy(MISTRAL / "mistral_instruct_tokenizer_240323.model.v3", made["mistral"] / "tokenizer.model")
     for name, kind in (("vocab", "GPT2Tokenizer"), ("qwen2", "Qwen2Tokenizer")):
         byte_bpe().model.save(str(made[name]))
-        write(made[name], tokenizer_config={"tokenizer_class": kind}, added_tokens={"<|endoftext|>": 450, "<|im_end|>": 451},
-              config={"model_type": "qwen2" if name == "qwen2" else "gpt2"})
+        write(
+            made[name], tokenizer_config={"tokenizer_class": kind},
+            added_tokens={"<|endoftext|>": 450, "<|im_end|>": 451},
+            config={"model_type": "qwen2" if name == "qwen2" else "gpt2"},
+        )
     write_ranks(made["llama3"] / "tokenizer.model", ranks_of(byte_bpe()))
     write_ranks(made["qwen"] / "qwen.tiktoken", ranks_of(byte_bpe()))
     return made
@@ -123,8 +127,13 @@ def test_bos_argument(folders: dict[str, Path]) -> None:
         plain.encode("hello", bos=True)
 
 
-@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2",
-                                  "mistral_instruct_tokenizer_240323.model.v3", "mistral_instruct_tokenizer_241114.model.v7"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2",
+        "mistral_instruct_tokenizer_240323.model.v3", "mistral_instruct_tokenizer_241114.model.v7",
+    ],
+)
 def test_mistral_sentencepiece_equals_mistral_common(tmp_path: Path, name: str) -> None:
     shutil.copy(MISTRAL / name, tmp_path / "tokenizer.model")
     ours, theirs = load(tmp_path), SentencePieceTokenizer(MISTRAL / name)
@@ -135,9 +144,15 @@ def test_mistral_sentencepiece_equals_mistral_common(tmp_path: Path, name: str) 
         assert ours.decode(ids) == theirs.decode(ids, SpecialTokenPolicy.IGNORE) == text.replace("▁", " "), text
 
 
-@pytest.mark.parametrize("options", [{}, {"model_type": "unigram", "vocab_size": 360}, {"add_dummy_prefix": False},
-                                     {"byte_fallback": False, "vocab_size": 300},
-                                     {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"model_type": "unigram", "vocab_size": 360}, {"add_dummy_prefix": False},
+        {"byte_fallback": False, "vocab_size": 300},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+    ],
+    ids=str,
+)
 def test_sentencepiece_equals_sentencepiece(tmp_path: Path, options: dict[str, object]) -> None:
     data = sentencepiece_model(**options)
     (tmp_path / "tokenizer.model").write_bytes(data)
@@ -145,15 +160,16 @@ def test_sentencepiece_equals_sentencepiece(tmp_path: Path, options: dict[str, o
     for text in TEXTS:
         ids = theirs.encode(text)
         assert ours.encode(text, bos=False) == ids, text
-        if theirs.unk_id() not in ids:                       # sentencepiece prints " ⁇ " for it; here it is a special token
+        if theirs.unk_id() not in ids:  # sentencepiece prints " ⁇ " for it; here it is a special token
             assert ours.decode(ids) == theirs.decode(ids), text
 
 
 def test_sentencepiece_space_after_special_tokens(tmp_path: Path, folders: dict[str, Path]) -> None:
-    """`legacy` (and its absence): each stretch begins with sentencepiece's space. Not legacy: only the first one does."""
+    """`legacy` (and its absence): each stretch begins with sentencepiece's space. Not legacy: only the first one
+    does."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(folders["sp"] / "tokenizer.model"))
 
-    def without_space(text: str) -> list[int]:               # a newline is a byte token, which never merges: cut it off again
+    def without_space(text: str) -> list[int]:  # a newline is a byte token, which never merges: cut it off again
         pieces = model.encode("\n" + text, out_type=str)
         return model.encode("\n" + text)[pieces.index("<0x0A>") + 1:]
 
@@ -161,8 +177,12 @@ def test_sentencepiece_space_after_special_tokens(tmp_path: Path, folders: dict[
     for config, after in (({}, model.encode), ({"legacy": True}, model.encode), ({"legacy": False}, without_space)):
         ours = load(write(tmp_path, tokenizer_config=config))
         for a, b in (("hello", "world"), (" hello", " world"), ("the ", "\nfox"), ("é", "👍")):
-            assert ours.encode(f"{a}</s>{b}", special=True, bos=False) == model.encode(a) + [2] + after(b), (config, a, b)
-            assert ours.encode(f"<s>{b}</s>{a}", special=True, bos=False) == [1] + after(b) + [2] + after(a), (config, a, b)
+            assert ours.encode(f"{a}</s>{b}", special=True, bos=False) == model.encode(a) + [2] + after(b), (
+                config, a, b,
+            )
+            assert ours.encode(f"<s>{b}</s>{a}", special=True, bos=False) == [1] + after(b) + [2] + after(a), (
+                config, a, b,
+            )
     assert model.encode("world") != without_space("world")
 
 
@@ -191,7 +211,8 @@ def test_ranks_equal_tiktoken(folders: dict[str, Path], kind: str, pattern: str)
 
 
 def test_ranks_of_every_shape_equal_tiktoken(tmp_path: Path) -> None:
-    """Random vocabularies, their ranks not in merge order, one token that no merge reaches; strings where every split ties."""
+    """Random vocabularies, their ranks not in merge order, one token that no merge reaches; strings where every
+    split ties."""
     rng = random.Random(11)
     for trial in range(40):
         tokens = [b"a", b"b"]
@@ -210,12 +231,16 @@ def test_ranks_of_every_shape_equal_tiktoken(tmp_path: Path) -> None:
 def test_ranks_special_tokens_and_normalisation(folders: dict[str, Path], tmp_path: Path) -> None:
     llama3, qwen = load(folders["llama3"]), load(folders["qwen"])
     assert llama3.encode("hi")[0] == llama3.bos_id == 450 and qwen.encode("hi") == qwen.encode("hi", bos=False)
-    names = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6, "<|end_header_id|>": 7, "<|eom_id|>": 8,
-             "<|eot_id|>": 9, "<|python_tag|>": 10, "<|reserved_special_token_247|>": 255}      # llama-models, tokenizer.py
+    names = {
+        "<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6, "<|end_header_id|>": 7,
+        "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10, "<|reserved_special_token_247|>": 255,
+    }  # llama-models, tokenizer.py
     assert all(llama3.special_tokens[text] == 450 + i for text, i in names.items()) and llama3.vocab_size == 450 + 256
     names = {"<|endoftext|>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|extra_0|>": 3, "<|extra_204|>": 207}
     assert all(qwen.special_tokens[text] == 450 + i for text, i in names.items()) and qwen.vocab_size == 450 + 208
-    named = load(write(shutil.copytree(folders["qwen"], tmp_path / "q"), special_tokens_map={"pad_token": "<|extra_0|>"}))
+    named = load(
+        write(shutil.copytree(folders["qwen"], tmp_path / "q"), special_tokens_map={"pad_token": "<|extra_0|>"})
+    )
     assert named.named_tokens == {"eos_token": "<|endoftext|>", "pad_token": "<|extra_0|>"} and named.stop_ids == (450,)
     assert qwen.encode("cafe\u0301") == qwen.encode("café") and llama3.encode("cafe\u0301") != llama3.encode("café")
 
@@ -231,14 +256,23 @@ def test_glm4_declares_its_special_tokens(tmp_path: Path) -> None:
 
 
 def test_glm4_keeps_its_prefix_in_code(tmp_path: Path) -> None:
-    """Every text begins with [gMASK]<sop>; its special tokens are not Llama-3's, so a folder that lists none is refused."""
+    """Every text begins with [gMASK]<sop>; its special tokens are not Llama-3's, so a folder that lists none is
+    refused."""
     write_ranks(tmp_path / "tokenizer.model", ranks_of(byte_bpe()))
     kind = {"tokenizer_class": "ChatGLM4Tokenizer", "eos_token": "<|endoftext|>"}
     with pytest.raises(TokenizerError, match="no added_tokens_decoder.*ChatGLM4Tokenizer"):
         load(write(tmp_path, tokenizer_config=kind))
-    names = ("<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
+    names = (
+        "<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+        "<|observation|>",
+    )
     listed = {str(450 + i): {"content": text, "special": True} for i, text in enumerate(names)}
-    ours = load(write(tmp_path, tokenizer_config=kind | {"added_tokens_decoder": listed}, config={"eos_token_id": [450, 457, 459], "padded_vocab_size": 470}))
+    ours = load(
+        write(
+            tmp_path, tokenizer_config=kind | {"added_tokens_decoder": listed},
+            config={"eos_token_id": [450, 457, 459], "padded_vocab_size": 470},
+        )
+    )
     theirs = tiktoken.Encoding("oracle", pat_str=LLAMA3, mergeable_ranks=ranks_of(byte_bpe()), special_tokens={})
     for text in TEXTS:
         assert ours.encode(text) == [452, 454, *theirs.encode(text, disallowed_special=())], text
@@ -246,7 +280,8 @@ def test_glm4_keeps_its_prefix_in_code(tmp_path: Path) -> None:
 
 
 def test_xgen_equals_tiktoken(tmp_path: Path) -> None:
-    """GPT-2's vocabulary with runs of spaces and tabs as new ranks, BudEcosystem/GenZ utils/tokenizer_xgen.py @14ad9221, a copy of Salesforce's."""
+    """GPT-2's vocabulary with runs of spaces and tabs as new ranks, BudEcosystem/GenZ utils/tokenizer_xgen.py
+    @14ad9221, a copy of Salesforce's."""
     byte_bpe().model.save(str(tmp_path))
     vocab = json.loads((tmp_path / "vocab.json").read_text()) | {"<|endoftext|>": 450}
     write(tmp_path, vocab=vocab, tokenizer_config={"tokenizer_class": "XgenTokenizer"}, config={"eos_token_id": 450})
@@ -255,23 +290,36 @@ def test_xgen_equals_tiktoken(tmp_path: Path) -> None:
     assert b"  " in ranks, "the example needs a run that GPT-2 knows"
     for run in [" " * n for n in range(31, 1, -1)] + ["\t" * n for n in range(9, 1, -1)]:
         ranks[run.encode()] = 451 + len([r for r in ranks.values() if r > 450])
-    theirs = tiktoken.Encoding("oracle", pat_str=GPT2, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 450, "<fim_prefix>": 489, "<reponame>": 506})
+    theirs = tiktoken.Encoding(
+        "oracle", pat_str=GPT2, mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 450, "<fim_prefix>": 489, "<reponame>": 506},
+    )
     ours = load(tmp_path)
-    for text in [*TEXTS, *(" " * n + "x" for n in range(70)), *("\t" * n for n in range(25)), *noise(4, 200, "  \t\nab")]:
+    for text in [
+        *TEXTS,
+        *(" " * n + "x" for n in range(70)),
+        *("\t" * n for n in range(25)),
+        *noise(4, 200, "  \t\nab"),
+    ]:
         ids = theirs.encode(text, disallowed_special=())
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == text
     assert (ours.vocab_size, ours.eos_id, ours.stop_ids, ours.prefix) == (507, 450, (450,), ())
     for text in ("<fim_prefix>", "<reponame>", "<|endoftext|>"):
-        assert ours.encode(text, special=True) == theirs.encode(text, allowed_special="all") == [ours.special_tokens[text]]
+        assert (
+            ours.encode(text, special=True) == theirs.encode(text, allowed_special="all") == [ours.special_tokens[text]]
+        )
     (tmp_path / "vocab.json").unlink()
     with pytest.raises(TokenizerError, match="XgenTokenizer has no file of its own: put the vocab.json of GPT-2"):
         load(tmp_path)
 
 
 def test_old_qwen_has_the_same_first_special_tokens(folders: dict[str, Path]) -> None:
-    """Those of August 2023 have other names after the third, which no text is written with: undefdev/Qwen-7B-Chat @04df5dd5."""
-    assert list(load(folders["qwen"]).special_tokens.items())[:3] == [("<|endoftext|>", 450), ("<|im_start|>", 451), ("<|im_end|>", 452)]
+    """Those of August 2023 have other names after the third, which no text is written with: undefdev/Qwen-7B-Chat
+    @04df5dd5."""
+    assert list(load(folders["qwen"]).special_tokens.items())[:3] == [
+        ("<|endoftext|>", 450), ("<|im_start|>", 451), ("<|im_end|>", 452),
+    ]
 
 
 @pytest.mark.parametrize("kind", ["sp", "metaspace", "byte"])
@@ -294,9 +342,13 @@ def test_marks_keep_special_tokens_text(folders: dict[str, Path]) -> None:
         for marked in (f"a\ufdd0{text}\ufdd1b", f"a\ufdd0{text}", f"\ufdd0{text}{text}"):
             ids = ours.encode(marked, bos=False, special=True)
             assert ids.count(id) == max(0, marked.count(text) - 1), (kind, marked)
-            assert "\ufdd0" not in ours.decode(ids, skip_special=False) and "\ufdd1" not in ours.decode(ids, skip_special=False)
+            assert "\ufdd0" not in ours.decode(ids, skip_special=False) and "\ufdd1" not in ours.decode(
+                ids, skip_special=False
+            )
     sp = load(folders["sp"])
-    assert sp.encode("a\ufdd0</s>\ufdd1b </s>", bos=False, special=True) == [*sp.encode("a</s>b ", bos=False), 2], "the text is not cut there"
+    assert sp.encode("a\ufdd0</s>\ufdd1b </s>", bos=False, special=True) == [*sp.encode("a</s>b ", bos=False), 2], (
+        "the text is not cut there"
+    )
 
 
 def test_user_text_never_becomes_a_special_token(folders: dict[str, Path], tekken: Path) -> None:
@@ -369,21 +421,33 @@ def test_switch_is_safe_between_threads(folders: dict[str, Path], monkeypatch: p
 def test_added_tokens_around_a_sentencepiece_model(tmp_path: Path, folders: dict[str, Path]) -> None:
     shutil.copy(folders["sp"] / "tokenizer.model", tmp_path)
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
-    write(tmp_path, added_tokens={"<tool>": 560, "<tool>s": 563}, tokenizer_config={"eos_token": "<|end|>", "added_tokens_decoder": {
-        "562": {"content": "<|end|>", "special": True, "rstrip": True}, "559": {"content": "<renamed>", "special": True}}})
+    write(
+        tmp_path, added_tokens={"<tool>": 560, "<tool>s": 563},
+        tokenizer_config={
+            "eos_token": "<|end|>",
+            "added_tokens_decoder": {
+                "562": {"content": "<|end|>", "special": True, "rstrip": True},
+                "559": {"content": "<renamed>", "special": True},
+            },
+        },
+    )
     ours = load(tmp_path)
     assert (ours.vocab_size, ours.eos_id, ours.stop_ids) == (564, 562, (562,))
     assert ours.encode("a<tool>b<tool>s", bos=False) == [*model.encode("a"), 560, *model.encode("b"), 563]
     assert ours.encode("a<|end|> \n b", bos=False, special=True) == [*model.encode("a"), 562, *model.encode("b")]
-    assert ours.encode("<renamed>", bos=False, special=True) == [559] and ours.decode([559], skip_special=False) == "<renamed>"
+    assert (
+        ours.encode("<renamed>", bos=False, special=True) == [559]
+        and ours.decode([559], skip_special=False) == "<renamed>"
+    )
     assert ours.decode([560, 561, 562]) == "<tool>\ufffd"
 
 
 def test_declared_id_must_be_the_real_one(tmp_path: Path) -> None:
     byte_bpe().save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, added_tokens={"<x>": 777})
+    write(tmp_path, tokenizer_config=FAST | {"added_tokens_decoder": {"777": {"content": "<x>"}}})
     with pytest.raises(TokenizerError, match="found id 450 for '<x>', expected 777"):
         load(tmp_path)
+    write(tmp_path, tokenizer_config={}, added_tokens={"<x>": 777})
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
     assert load(tmp_path).vocab_size == 778
@@ -404,6 +468,45 @@ def test_added_tokens_outside_tokenizer_json(tmp_path: Path) -> None:
     assert ours.decode(ids) == "süüß" != theirs.decode(ids), "tokenizers takes ü in an added token for the byte FC"
 
 
+PHI = ["<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
+
+
+@pytest.mark.parametrize("beside", ["nothing", "named", "stop ids", "added_tokens.json", "a stale added_tokens.json"])
+def test_what_tokenizer_json_says_of_a_token_stands(tmp_path: Path, beside: str) -> None:
+    """Its flags, whatever names it or lists it again: Phi-3's <|end|> takes the newline behind it, with stop ids
+    too."""
+    backend = byte_bpe()
+    backend.add_special_tokens([AddedToken(text, rstrip=text != "<|endoftext|>", special=True) for text in PHI])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    end, user, assistant, eos = (backend.token_to_id(text) for text in PHI)
+    files: dict[str, dict[str, object]] = {
+        "nothing": {},
+        "named": {"tokenizer_config": FAST | {"eos_token": "<|end|>", "additional_special_tokens": PHI[:3]}},
+        "stop ids": {"generation_config": {"eos_token_id": [eos, assistant, end]}},
+        "added_tokens.json": {"added_tokens": dict(zip(PHI, (end, user, assistant, eos), strict=True))},
+        "a stale added_tokens.json": {"added_tokens": {"<|user|>": 7, "<|gone|>": 9_999}},
+    }
+    write(tmp_path, **files[beside])
+    ours, text = load(tmp_path), "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    ids = backend.encode(text, add_special_tokens=False).ids
+    assert ids == [user, *backend.encode("Hi").ids, end, assistant], "no newline is left"
+    assert ours.encode(text, special=True, bos=False) == ids
+    assert ours.special_tokens == dict(zip(PHI, (end, user, assistant, eos), strict=True))
+
+
+def test_tokens_added_to_a_vocabulary_keep_their_id_and_flags(tmp_path: Path) -> None:
+    """ChatML's two on a vocabulary of another model: listed in tokenizer.json, said again in added_tokens.json."""
+    backend = byte_bpe()
+    backend.add_tokens([AddedToken("<|im_start|>", special=True), AddedToken("<|im_end|>", normalized=False)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    first = backend.token_to_id("<|im_start|>")
+    write(tmp_path, tokenizer_config=FAST | {"eos_token": "<|im_end|>"},
+          added_tokens={"<|im_start|>": first, "<|im_end|>": first + 1})
+    ours, theirs, text = load(tmp_path), hf(tmp_path), "<|im_start|>user\nHi<|im_end|>\n"
+    assert ours.encode(text, special=True) == theirs.encode(text) and ours.encode(text, special=True)[0] == first
+    assert ours.eos_id == first + 1 and first + 1 not in ours.encode(text), "typed by a user it is text"
+
+
 # ---- streaming
 
 def pieces(ours: Tokenizer, ids: list[int], **options: bool) -> list[str]:
@@ -419,7 +522,7 @@ def test_stream_joins_to_decode(folders: dict[str, Path], kind: str) -> None:
         if kind != "metaspace":                              # it eats a leading space, in transformers too
             assert "".join(parts) == (text if kind in ("byte", "vocab", "llama3") else text.replace("▁", " ")), text
         assert "\ufffd" in text or "\ufffd" not in "".join(parts), "half a character was printed"
-    for _ in range(300):                                     # any ids at all, ill-formed bytes and special tokens among them
+    for _ in range(300):  # any ids at all, ill-formed bytes and special tokens among them
         ids = [rng.randrange(ours.vocab_size) for _ in range(rng.randrange(30))]
         for skip in (True, False):
             assert "".join(pieces(ours, ids, skip_special=skip)) == ours.decode(ids, skip_special=skip), ids
@@ -455,10 +558,15 @@ def test_stream_costs_the_same_at_the_end(folders: dict[str, Path], monkeypatch:
 def test_ill_formed_bytes_agree_up_to_their_number(folders: dict[str, Path]) -> None:
     """sentencepiece and we replace the same bytes; it writes one U+FFFD a byte, we one a maximal subpart."""
     ours = load(folders["mistral"])
-    theirs, rng = sentencepiece.SentencePieceProcessor(model_file=str(folders["mistral"] / "tokenizer.model")), random.Random(5)
+    theirs, rng = (
+        sentencepiece.SentencePieceProcessor(model_file=str(folders["mistral"] / "tokenizer.model")),
+        random.Random(5),
+    )
     first = theirs.piece_to_id("<0x00>")
     for _ in range(300):
-        ids = [first + rng.choice([0x41, 0xE2, 0x82, 0xAC, 0xC3, 0xA9, 0xF0, 0x9F, 0x91, 0x8D, 0xFF]) for _ in range(12)]
+        ids = [
+            first + rng.choice([0x41, 0xE2, 0x82, 0xAC, 0xC3, 0xA9, 0xF0, 0x9F, 0x91, 0x8D, 0xFF]) for _ in range(12)
+        ]
         squeeze = [re.sub("\ufffd+", "\ufffd", text) for text in (ours.decode(ids), theirs.decode(ids))]
         assert squeeze[0] == squeeze[1], ids
 
@@ -468,8 +576,10 @@ def test_ill_formed_bytes_agree_up_to_their_number(folders: dict[str, Path]) -> 
 def test_stop_ids_are_the_union(tmp_path: Path) -> None:
     backend = byte_bpe(("<s>", "</s>", "<|im_end|>"))
     backend.save(str(tmp_path / "tokenizer.json"))
-    write(tmp_path, tokenizer_config={"eos_token": {"content": "</s>"}}, config={"eos_token_id": 451, "bos_token_id": 450},
-          generation_config={"eos_token_id": [452, 451]})
+    write(
+        tmp_path, tokenizer_config={"eos_token": {"content": "</s>"}},
+        config={"eos_token_id": 451, "bos_token_id": 450}, generation_config={"eos_token_id": [452, 451]},
+    )
     ours = load(tmp_path)
     assert (ours.stop_ids, ours.eos_id, ours.bos_id) == ((451, 452), 451, 450)
     assert [s for s in ours.doctor() if "different stop ids" in s and "[451, 452]" in s]
@@ -540,7 +650,9 @@ def test_other_accidents(tmp_path: Path) -> None:
         write_ranks(tmp_path / "tokenizer.model", broken)
         with pytest.raises(TokenizerError, match=match):
             load(tmp_path)
-    for lines, match in ((b"YQ== 1\n!!! 2\n", "tokenizer.model: found"), (b"YQ== 1\nYQ== 2\n", "line 2.*no line above")):
+    for lines, match in (
+        (b"YQ== 1\n!!! 2\n", "tokenizer.model: found"), (b"YQ== 1\nYQ== 2\n", "line 2.*no line above"),
+    ):
         (tmp_path / "tokenizer.model").write_bytes(lines)
         with pytest.raises(TokenizerError, match=match):
             load(tmp_path)
@@ -559,8 +671,13 @@ def test_other_accidents(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("kind, file", [("byte", "tokenizer.json"), ("metaspace", "tokenizer.json"), ("sp", "tokenizer.model"),
-                                        ("llama3", "tokenizer.model"), ("vocab", "vocab.json"), ("vocab", "merges.txt")])
+@pytest.mark.parametrize(
+    "kind, file",
+    [
+        ("byte", "tokenizer.json"), ("metaspace", "tokenizer.json"), ("sp", "tokenizer.model"),
+        ("llama3", "tokenizer.model"), ("vocab", "vocab.json"), ("vocab", "merges.txt"),
+    ],
+)
 def test_mutated_files_load_or_are_named(tmp_path: Path, folders: dict[str, Path], kind: str, file: str) -> None:
     shutil.copytree(folders[kind], tmp_path / "m")
     good, rng = (tmp_path / "m" / file).read_bytes(), random.Random(7)
@@ -568,7 +685,9 @@ def test_mutated_files_load_or_are_named(tmp_path: Path, folders: dict[str, Path
     for _ in range(60):
         data, at = bytearray(good), rng.randrange(len(good))
         damage = rng.randrange(3)
-        data[at:at + rng.choice([1, 1, 20])] = (b"", bytes([rng.randrange(256)]), rng.choice([b'"', b"9" * 12, b"-1", b"{}"]))[damage]
+        data[at : at + rng.choice([1, 1, 20])] = (
+            b"", bytes([rng.randrange(256)]), rng.choice([b'"', b"9" * 12, b"-1", b"{}"]),
+        )[damage]
         (tmp_path / "m" / file).write_bytes(data)
         try:
             ours = load(tmp_path / "m")
@@ -580,7 +699,10 @@ def test_mutated_files_load_or_are_named(tmp_path: Path, folders: dict[str, Path
 
 
 def test_imports_stay_small() -> None:
-    program = "import sys, nanollm.text.tokenizer, nanollm.text.chat; print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
+    program = (
+        "import sys, nanollm.text.tokenizer, nanollm.text.chat; "
+        "print([m for m in ('torch', 'transformers', 'jinja2') if m in sys.modules])"
+    )
     root = str(Path(__file__).resolve().parent.parent)
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=True)
     assert out.stdout.strip() == "[]", "the child of chat.py imports this, once a session"

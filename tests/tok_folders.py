@@ -1,4 +1,5 @@
-"""Small tokenizer folders, trained on the spot, and texts that find bugs. Shared by the tests of tokenizer.py and chat.py."""
+"""Small tokenizer folders, trained on the spot, and texts that find bugs. Shared by the tests of tokenizer.py and
+chat.py."""
 
 import base64
 import io
@@ -14,17 +15,21 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 MISTRAL = Path(mistral_common.__file__).parent / "data"       # real files: sentencepiece v1 to v7, and tekken
 
-WORDS = ("the quick brown fox jumps over lazy dogs while models learn to read write and count 123 4567 hello world "
-         "don't we'll they've naïve café über straße 你好 世界 日本語 русский текст 👍🏽 emoji code def return x = y + 1").split()
+WORDS = (
+    "the quick brown fox jumps over lazy dogs while models learn to read write and count 123 4567 hello world "
+    "don't we'll they've naïve café über straße 你好 世界 日本語 русский текст 👍🏽 emoji code def return x = y + 1"
+).split()
 _rng = random.Random(0)
 CORPUS = [" ".join(_rng.choices(WORDS, k=12)) for _ in range(400)] + ["    indented\n\n\tlines  with   spaces"] * 20
 
 NASTY = [
-    "", " ", "  ", "a", " a", "a ", "  a  b   c    ", "\n", "\n\n\n", "\t", "\r\n x\r", "Hello, world!", " Hello", "hello  world",
-    "don't WE'LL they'Ve", "3.14159 1234567 ١٢٣ ½", "naïve café", "e\u0301 n\u0303 \u0301", "ﬁ Å Ａ ㎏", "你好，世界。", "日本語のテキスト",
-    "👍🏽 👨‍👩‍👧 🇫🇷", "русский", "العربية", "हिन्दी", "\u200b\u200d\ufeff", "\ufffd", "\x00", "a\x00b", "\x01\x7f\x85\xa0",
-    "▁", "a▁b ▁c", "<0x0A>", "<unk>", "Ġ Ċ", "x" * 3000, "ab" * 500, " " * 70, "\n" * 40, "!?" * 60, "a\u2028b\u3000c",
-    "def f(x):\n    return x  # done\n\n", "\U0010ffff\U00020000", "<s>not</s> [INST] <|im_end|> <|eot_id|>",
+    "", " ", "  ", "a", " a", "a ", "  a  b   c    ", "\n", "\n\n\n", "\t", "\r\n x\r", "Hello, world!", " Hello",
+    "hello  world", "don't WE'LL they'Ve", "3.14159 1234567 ١٢٣ ½", "naïve café", "e\u0301 n\u0303 \u0301", "ﬁ Å Ａ ㎏",
+    "你好，世界。", "日本語のテキスト", "👍🏽 👨‍👩‍👧 🇫🇷", "русский", "العربية", "हिन्दी", "\u200b\u200d\ufeff",
+    "\ufffd", "\x00",
+    "a\x00b", "\x01\x7f\x85\xa0", "▁", "a▁b ▁c", "<0x0A>", "<unk>", "Ġ Ċ", "x" * 3000, "ab" * 500, " " * 70,
+    "\n" * 40, "!?" * 60, "a\u2028b\u3000c", "def f(x):\n    return x  # done\n\n", "\U0010ffff\U00020000",
+    "<s>not</s> [INST] <|im_end|> <|eot_id|>",
 ]
 
 
@@ -64,7 +69,9 @@ def metaspace_bpe() -> tokenizers.Tokenizer:
     trained.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=400, show_progress=False, limit_alphabet=40))
     state = json.loads(trained.to_str())["model"]
     first = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256))]
-    vocab = {token: i for i, token in enumerate(first + [t for t, _ in sorted(state["vocab"].items(), key=lambda kv: kv[1])])}
+    vocab = {
+        token: i for i, token in enumerate(first + [t for t, _ in sorted(state["vocab"].items(), key=lambda kv: kv[1])])
+    }
     tok = tokenizers.Tokenizer(models.BPE(vocab, [tuple(m) for m in state["merges"]], unk_token="<unk>", fuse_unk=True,
                                           byte_fallback=True))
     tok.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)

@@ -10,5 +10,10 @@ def grammar(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     for i in range(24):
         names = rng.choice(["alpha", "beta", "gamma", "delta"], 40)
-        (folder / f"{i:02}.py").write_text("".join(f"def {a}({b}):\n    return {b} + {n}\n\n" for n, (a, b) in enumerate(zip(names, names[::-1]))))
+        (folder / f"{i:02}.py").write_text(
+            "".join(
+                f"def {a}({b}):\n    return {b} + {n}\n\n"
+                for n, (a, b) in enumerate(zip(names, names[::-1], strict=True))
+            )
+        )
     return folder

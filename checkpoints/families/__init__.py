@@ -1,116 +1,37 @@
 """The families, by the `model_type` of their config.json; beside them nanollm's own layout, which is for all.
 
-A model that was trained here has no family. It is written as the first in this list that can say all of it, which is
-found out by reading back what was written.
+A family is found by being here: each file has FAMILIES, model_type → Family. A model that was trained here has none; it is written as the
+first of TRAINED_HERE that can say all of it, which is found out by reading back what was written.
 """
 
 import dataclasses
+import difflib
+import importlib
+import pkgutil
 from collections.abc import Collection
 from typing import Any
 
-from checkpoints.families.baichuan import BAICHUAN
-from checkpoints.families.bloom import BLOOM
-from checkpoints.families.chatglm import CHATGLM
-from checkpoints.families.cohere import COHERE, COHERE2
-from checkpoints.families.deepseek import DEEPSEEK, DEEPSEEK_V2, DEEPSEEK_V3
-from checkpoints.families.falcon import FALCON, TWO_NORMS
 from checkpoints.families.family import Family
-from checkpoints.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_WITH_VISION
-from checkpoints.families.glm import GLM, GLM4
-from checkpoints.families.gpt2 import GPT2, GPT_BIGCODE
-from checkpoints.families.gpt_neox import GPT_NEOX
-from checkpoints.families.gpt_oss import GPT_OSS
-from checkpoints.families.internlm import INTERNLM, INTERNLM2, INTERNLM3
-from checkpoints.families.jamba import JAMBA
-from checkpoints.families.llama import LLAMA
-from checkpoints.families.mamba import FALCON_MAMBA, MAMBA
-from checkpoints.families.mamba2 import MAMBA2, ORIGINAL
-from checkpoints.families.mistral import MISTRAL
-from checkpoints.families.mixtral import MIXTRAL
-from checkpoints.families.mpt import MPT
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.families.olmo import OLMO, OLMO2, OLMOE
-from checkpoints.families.persimmon import PERSIMMON
-from checkpoints.families.phi import PHI
-from checkpoints.families.phi3 import PHI3
-from checkpoints.families.phimoe import PHIMOE
-from checkpoints.families.qwen import QWEN2, QWEN3
-from checkpoints.families.qwen1 import QWEN1
-from checkpoints.families.qwen_moe import QWEN2_MOE, QWEN3_MOE
-from checkpoints.families.qwen_vl import QWEN2_VL
-from checkpoints.families.recurrent_gemma import RECURRENT_GEMMA
-from checkpoints.families.rwkv import RWKV4
-from checkpoints.families.stablelm import STABLELM
-from checkpoints.families.starcoder import STARCODER2
-from checkpoints.families.stripedhyena import STRIPEDHYENA
-from checkpoints.families.yuan import YUAN
 from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
 
-FAMILIES: dict[str, Family] = {
-    "llama": LLAMA,
-    "mistral": MISTRAL,
-    "mixtral": MIXTRAL,
-    "qwen2": QWEN2,
-    "qwen3": QWEN3,
-    "mamba": MAMBA,
-    # the same block, with parts of its own
-    "gemma": GEMMA,
-    "gemma2": GEMMA2,
-    "gemma3_text": GEMMA3,
-    "phi": PHI,
-    "phi3": PHI3,
-    "gpt_neox": GPT_NEOX,                        # before falcon, which could write some of it too
-    "RefinedWeb": TWO_NORMS,                     # Falcon under its first names; before falcon, which could write it too
-    "falcon": FALCON,
-    "RefinedWebModel": FALCON,
-    "gpt2": GPT2,
-    "gpt_bigcode": GPT_BIGCODE,
-    "bloom": BLOOM,
-    "mpt": MPT,
-    "olmo": OLMO,
-    "olmo2": OLMO2,
-    "starcoder2": STARCODER2,
-    "stablelm": STABLELM,
-    "cohere": COHERE,
-    "cohere2": COHERE2,
-    "persimmon": PERSIMMON,
-    "glm": GLM,
-    "glm4": GLM4,
-    "chatglm": CHATGLM,
-    "internlm": INTERNLM,
-    "internlm2": INTERNLM2,
-    "internlm3": INTERNLM3,
-    "baichuan": BAICHUAN,
-    "qwen": QWEN1,
-    # experts
-    "qwen2_moe": QWEN2_MOE,
-    "qwen3_moe": QWEN3_MOE,
-    "deepseek": DEEPSEEK,
-    "deepseek_v2": DEEPSEEK_V2,
-    "deepseek_v3": DEEPSEEK_V3,
-    "olmoe": OLMOE,
-    "phimoe": PHIMOE,
-    "gpt_oss": GPT_OSS,
-    # other mixers
-    "falcon_mamba": FALCON_MAMBA,
-    "mamba2": MAMBA2,
-    "state-spaces": ORIGINAL,                    # its configs have no model_type, see read_config
-    "jamba": JAMBA,
-    "recurrent_gemma": RECURRENT_GEMMA,
-    "rwkv": RWKV4,
-    "stripedhyena": STRIPEDHYENA,
-    "yuan": YUAN,
-    # the language model alone
-    "gemma3": GEMMA3_WITH_VISION,
-    "qwen2_vl": QWEN2_VL,
-    "qwen2_5_vl": QWEN2_VL,
-    # Llama under other names
-    "aquila": LLAMA,
-    "xverse": LLAMA,
-    "Yi": LLAMA,
-}
+FAMILIES: dict[str, Family] = {}
+FILES: dict[str, str] = {}  # model_type → the module that has it
+for _file in pkgutil.iter_modules(__path__):
+    if _file.name == "__main__":
+        continue
+    for _kind, _family in getattr(importlib.import_module(f"{__name__}.{_file.name}"), "FAMILIES", {}).items():
+        assert _kind not in FAMILIES, f"two families of model_type {_kind}"
+        FAMILIES[_kind], FILES[_kind] = _family, _file.name
+
+TRAINED_HERE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "mamba", "mamba2", "gpt2")
+
+
+def family_called(kind: str) -> Family:
+    """Of this model_type, or of our own layout."""
+    return {**FAMILIES, NANOLLM.name: NANOLLM}[kind]
 
 
 def read_config(
@@ -120,25 +41,26 @@ def read_config(
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
-    known = {**FAMILIES, NANOLLM.name: NANOLLM}
-    if not isinstance(kind, str) or kind not in known:
-        raise ConfigError(f"{where}: model_type is {brief(kind)}; supported are {', '.join(known)}")
-    family = known[kind]
+    if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
+        near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
+        raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
+                          + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
+    family = family_called(kind)
     reader = Reader(values, where, ignore, most)
     try:
         config = family.read(reader)
-    except ConfigError as error:                 # a combination that the dataclasses refuse does not know its file
+    except ConfigError as error:  # a combination that the dataclasses refuse does not know its file
         raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from None
     reader.close(family.irrelevant)
     return family, config
 
 
 def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Family, dict[str, Any]]:
-    """A config.json for this model: of `family`, or else of the first that can express it.
+    """A config.json for this model: of `family`, or else of the first of TRAINED_HERE that can express it.
 
     Raises ConfigError with what stands in the way, family by family."""
     reasons = []
-    for candidate in [family] if family else dict.fromkeys(one for one in FAMILIES.values() if not one.left_out):
+    for candidate in [family] if family else [FAMILIES[name] for name in TRAINED_HERE]:
         try:
             values = candidate.write(config)
             again = read_config(values, where=f"as {candidate.name}")[1]

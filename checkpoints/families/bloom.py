@@ -10,15 +10,14 @@ A width is `n_embed` or hidden_size, the number of heads `num_attention_heads` o
 there is one, is what it was trained at. `slow_but_exact` sums as the training did, in slices of `pretraining_tp`: rounding, no more.
 """
 
-from typing import Any
-
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import one_name, read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.gpt2 import four_widths
+from checkpoints.families.llama import EPS, LAYER_NORM
+from checkpoints.names.config_rows import Heads, LayerCount
+from checkpoints.names.config_table import Follows, flag, number, only, part, size
 from checkpoints.names.ops import Groups
-from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule, stripped
-from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm
+from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig
 
 NAMES = override(
     {},
@@ -38,31 +37,25 @@ IRRELEVANT = frozenset("""
     slow_but_exact unk_token_id
 """.split())
 
-
-def read(r: Reader) -> ModelConfig:
-    """One layer, repeated. Raises ConfigError where the residual is the norm's output, which no published BLOOM has."""
-    r.must("apply_residual_connection_post_layernorm", False)
-    r.must("n_inner", None)
-    dim = r.size(one_name(r, "hidden_size", "n_embed"))
-    heads, head_dim = read_heads(r, dim, one_name(r, "n_head", "num_attention_heads"))
-    norm = Norm("layer", eps=r.number("layer_norm_epsilon", 1e-5), bias=True)
-    attention = Attention(heads, heads, head_dim, alibi=Alibi(), qkv_bias=True, out_bias=True)
-    layer = Layer(attention, MLP(4 * dim, "gelu_tanh", gated=False, bias=True), norm, pre_ffn=norm)
-    return ModelConfig(
-        vocab=r.size("vocab_size"), dim=dim, layers=(layer,) * r.count(one_name(r, "n_layer", "num_hidden_layers")), final_norm=norm,
-        tied=r.flag("tie_word_embeddings", True), context=r.size("seq_length", None), embed_norm=norm,
-    )
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """Heads of another width, another MLP or no norm of the embedding do not read back."""
-    values = write_decoder(config, "bloom", "BloomForCausalLM", Attention, MLP)
-    context = {} if config.context is None else {"seq_length": config.context}
-    return values | context | {
-        "n_layer": values.pop("num_hidden_layers"),
-        "n_head": config.layers[0].mixer.heads,
-        "layer_norm_epsilon": config.final_norm.eps,
-    }
-
-
-BLOOM = Family("bloom", read, write, (NAMES, stripped(NAMES, "transformer.")), irrelevant=IRRELEVANT)
+BLOOM = Family(
+    "bloom", "BloomForCausalLM",
+    keys={
+        "vocab_size": size("vocab"),
+        "hidden_size": size("dim", also=("n_embed",)),
+        "n_layer": LayerCount(also=("num_hidden_layers",)),
+        "n_head": Heads(also=("num_attention_heads",)),
+        "ffn.hidden": Follows(four_widths),
+        "layer_norm_epsilon": number(*EPS, "embed_norm.eps", missing=1e-5),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "seq_length": size("context", missing=None),
+        "apply_residual_connection_post_layernorm": only(False),  # the residual is the norm's output: in no published BLOOM
+        "n_inner": only(None),
+    },
+    layer=part(
+        Layer, mixer=part(Attention, alibi=part(Alibi), qkv_bias=True, out_bias=True),
+        ffn=part(MLP, activation="gelu_tanh", gated=False, bias=True), pre_mixer=LAYER_NORM, pre_ffn=LAYER_NORM,
+    ),
+    model=part(ModelConfig, embed_norm=LAYER_NORM, final_norm=LAYER_NORM),
+    names=(NAMES, stripped(NAMES, "transformer.")), irrelevant=IRRELEVANT,
+)
+FAMILIES = {"bloom": BLOOM}

@@ -13,26 +13,27 @@ Llama's block, its norms rounding after the gain, with these differences:
     ChatGLM3-6B-32k (50) and -128k (500),          m · (10000 · ratio)^(−2j/r)             the base is multiplied
     GLM-4-9b-chat (500) and -1m (10000)
 
-The folder mostly does: by the name in `_name_or_path`, or by GLM-4's vocabulary. Where neither does, someone who knows adds a key
-of ours to config.json: "rope_ratio_scales": "positions" or "base".
+The folder mostly does: by the name in `_name_or_path`, or by GLM-4's vocabulary. Where neither does, someone who
+knows adds a key of ours to config.json: "rope_ratio_scales": "positions" or "base".
 
-The first ChatGLM-6B (positions in two dimensions, a prefix that sees itself both ways) is another model, and its keys are refused.
+The first ChatGLM-6B (positions in two dimensions, a prefix that sees itself both ways) is another model, and its keys
+are refused.
 """
 
 import re
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.names.config_rows import LayerCount, must_be, unread
+from checkpoints.names.config_table import ABSENT, Draft, Row, field, flag, number, only, part, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, Linear, ModelConfig, Norm, Rope
-from nanollm.errors import ConfigError
 
 THETA = 10_000.0
 GLM4_VOCAB = 151552
-RATIO_SCALES = "rope_ratio_scales"                       # our key: what rope_ratio scales
+RATIO_SCALES = "rope_ratio_scales"  # our key: what rope_ratio scales
 
 NAMES = override(
     {},
@@ -49,81 +50,77 @@ NAMES = override(
 )
 
 
-def read_ratio(r: Reader) -> Rope:
+class Ratio(Row):
     """`rope_ratio` in the meaning that our key gives it, or else the folder."""
-    ratio = r.number("rope_ratio", 1.0)
-    scales = r.must(RATIO_SCALES, what_ratio_scales(r), "positions", "base")
-    if ratio == 1:
-        return Rope(THETA, "interleaved", 0.5)
-    if scales is None:
-        raise r.error("rope_ratio", f'"{RATIO_SCALES}" beside it, since the folder does not tell which model this is: "positions" where '
-                                    f'positions are divided by it (ChatGLM2), "base" where the base is multiplied by it (ChatGLM3, GLM-4)')
-    if scales == "positions":
-        return Rope(THETA, "interleaved", 0.5, Linear(ratio))
-    return Rope(THETA * ratio, "interleaved", 0.5)
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        ratio = r.number(key, 1.0)
+        scales = r.must(RATIO_SCALES, what_ratio_scales(r, draft["vocab"]), "positions", "base")
+        if scales is None and ratio != 1:
+            raise r.error(key, f'"{RATIO_SCALES}" beside it, since the folder does not tell which model this is: '
+                               '"positions" where positions are divided by it (ChatGLM2), "base" where the base is '
+                               'multiplied by it (ChatGLM3, GLM-4)')
+        divided = scales == "positions" and ratio != 1
+        draft["mixer.rope.theta"] = THETA if divided else THETA * ratio
+        draft["mixer.rope.scaling"] = Linear(ratio) if divided else None
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """A part of the head other than half, or another scaling, does not read back."""
+        theta, divisor = draft["mixer.rope.theta"], draft["mixer.rope.scaling.factor"]
+        if theta is ABSENT:
+            return {}
+        if divisor is ABSENT:
+            return {key: theta / THETA, RATIO_SCALES: "base"}
+        return {key: divisor, RATIO_SCALES: "positions"}
 
 
-def what_ratio_scales(r: Reader) -> str | None:
+def what_ratio_scales(r: Reader, vocab: int) -> str | None:
     """"positions" or "base", as far as a published folder says it; else None."""
     name = r.get("_name_or_path", "")
     name = name.lower() if isinstance(name, str) else ""
     older, newer = re.search(r"chatglm-?2", name), re.search(r"chatglm-?3|glm-?4", name)
     if bool(older) != bool(newer):
         return "positions" if older else "base"
-    return "base" if r.size("padded_vocab_size") == GLM4_VOCAB else None
+    return "base" if vocab == GLM4_VOCAB else None
 
 
-def read(r: Reader) -> ModelConfig:
-    """The keys that stand first belong to other wirings of the same code, which no published model has."""
-    for key, value in (("rmsnorm", True), ("post_layer_norm", True), ("add_bias_linear", False), ("tie_word_embeddings", False),
-                       ("apply_residual_connection_post_layernorm", False), ("fp32_residual_connection", False),
-                       ("pre_seq_len", None), ("quantization_bit", 0)):
-        r.must(key, value)
-    vocab, layers = r.size("padded_vocab_size"), r.count("num_layers")
-    r.must("vocab_size", vocab)                          # GLM-4 says both twice
-    r.must("num_hidden_layers", layers)
-    if not r.flag("multi_query_attention", False):
-        raise r.error("multi_query_attention", "true, which is what is implemented")
-    attention = Attention(
-        heads=r.size("num_attention_heads"),
-        kv_heads=r.size("multi_query_group_num", 1),
-        head_dim=r.size("kv_channels", 128),
-        rope=read_ratio(r),
-        qkv_bias=r.flag("add_qkv_bias", False),
-    )
-    norm = Norm(eps=r.number("layernorm_epsilon", 1e-5), cast_after_gain=True)
-    layer = Layer(attention, MLP(r.size("ffn_hidden_size")), pre_mixer=norm, pre_ffn=norm)
-    return ModelConfig(vocab, r.size("hidden_size"), (layer,) * layers, norm, context=r.size("seq_length", 2048))
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """What it cannot say (another part of the head that turns, another scaling, a tied head) does not read back."""
-    base = write_decoder(config, "chatglm", "ChatGLMModel", Attention, MLP)
-    attention, mlp = config.layers[0].mixer, config.layers[0].ffn
-    if attention.rope is None:
-        raise ConfigError("layers[0].mixer.rope is None")
-    linear = isinstance(attention.rope.scaling, Linear)
-    return base | {
-        "padded_vocab_size": config.vocab,
-        "num_layers": len(config.layers),
-        "num_attention_heads": attention.heads,
-        "multi_query_attention": True,
-        "multi_query_group_num": attention.kv_heads,
-        "kv_channels": attention.head_dim,
-        "add_qkv_bias": attention.qkv_bias,
-        "ffn_hidden_size": mlp.hidden,
-        "layernorm_epsilon": config.final_norm.eps,
-        "seq_length": config.context,
-        "rope_ratio": attention.rope.scaling.factor if linear else attention.rope.theta / THETA,
-        RATIO_SCALES: "positions" if linear else "base",
-        "original_rope": True, "rmsnorm": True, "post_layer_norm": True, "add_bias_linear": False,
-        "apply_residual_connection_post_layernorm": False,
-    }
-
-
+NORM = part(Norm, cast_after_gain=True)
 CHATGLM = Family(
-    "chatglm", read, write, (NAMES,), frozenset({"transformer.rotary_pos_emb.inv_freq"}),
+    "chatglm", "ChatGLMModel",
+    keys={
+        "padded_vocab_size": size("vocab"),
+        "hidden_size": size("dim"),
+        "num_layers": LayerCount(),
+        "num_attention_heads": size("mixer.heads"),
+        "multi_query_attention": must_be(True),
+        "multi_query_group_num": size("mixer.kv_heads", missing=1),
+        "kv_channels": size("mixer.head_dim", missing=128),
+        "add_qkv_bias": flag("mixer.qkv_bias", missing=False),
+        "ffn_hidden_size": size("ffn.hidden"),
+        "layernorm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=1e-5),
+        "seq_length": size("context", missing=2048),
+        "rope_ratio": Ratio(),
+        "original_rope": unread(True),
+        # GLM-4 says both twice
+        "vocab_size": only(field("vocab"), written=True),
+        "num_hidden_layers": only(lambda draft: len(draft.layers), written=True),
+        # other wirings of the same code, which no published model has
+        "rmsnorm": only(True, written=True),
+        "post_layer_norm": only(True, written=True),
+        "add_bias_linear": only(False, written=True),
+        "apply_residual_connection_post_layernorm": only(False, written=True),
+        "tie_word_embeddings": only(False, written=True),
+        "fp32_residual_connection": only(False),
+        "pre_seq_len": only(None),
+        "quantization_bit": only(0),
+    },
+    layer=part(Layer, mixer=part(Attention, rope=part(Rope, layout="interleaved", fraction=0.5)), ffn=part(MLP),
+               pre_mixer=NORM, pre_ffn=NORM),
+    model=part(ModelConfig, final_norm=NORM),
+    names=(NAMES,),
+    ignorable=frozenset({"transformer.rotary_pos_emb.inv_freq"}),
     # how scores are kept from overflowing in 16 bits, which kernels run, dropout, and what only a tuned prefix reads
-    irrelevant=frozenset({"apply_query_key_layer_scaling", "attention_softmax_in_fp32", "original_rope", "bias_dropout_fusion",
+    irrelevant=frozenset({"apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion",
                           "classifier_dropout", "prefix_projection", "attn_implementation"}),
 )
+FAMILIES = {"chatglm": CHATGLM}

@@ -13,20 +13,20 @@ the queries that read it, its key, its value. `new_decoder_architecture` is 40B'
 The first uploads have model_type RefinedWeb (40B) or RefinedWebModel (the others), and n_head, n_layer, n_head_kv for today's
 num_attention_heads, num_hidden_layers, num_kv_heads. There was no key for the new architecture yet: n_head_kv told it.
 
-A table of names holds for one wiring, so what is written anew has two families to choose from: TWO_NORMS for 40B's, FALCON for the rest.
+A table of names holds for one wiring: TWO_NORMS_NAMES for 40B's, ONE_NORM_NAMES for the rest.
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import one_name, read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.gpt2 import four_widths
+from checkpoints.families.llama import EPS, LAYER_NORM
+from checkpoints.names.config_rows import Heads, LayerCount, RopeKeys
+from checkpoints.names.config_table import Draft, Row, activation, flag, number, one_name, only, part, size
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
-from checkpoints.names.rope import read_rope, write_rope
-from checkpoints.names.table import override, rule
-from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm, Rope
-from nanollm.errors import ConfigError
+from checkpoints.names.table import Table, override, rule
+from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Rope
 
 ONE_NORM_NAMES = override(
     {},
@@ -47,66 +47,78 @@ TWO_NORMS_NAMES = override(
 )
 BUFFERS = frozenset(f"transformer.h.{{i}}.self_attention.{name}" for name in ("rotary.inv_freq", "maybe_rotary.inv_freq", "rotary_emb.inv_freq"))
 
-
-def read(r: Reader) -> ModelConfig:
-    """The four rows of the table above, and what lies between them where transformers can run it."""
-    r.must("apply_residual_connection_post_layernorm", False)
-    dim, context = r.size("hidden_size"), r.size("max_position_embeddings", 2048)
-    heads, head_dim = read_heads(r, dim, one_name(r, "num_attention_heads", "n_head"))
-    eps, bias = r.number("layer_norm_epsilon", 1e-5), r.flag("bias", False)
-    norm = Norm("layer", eps=eps, bias=True)
-    stated = r.size(one_name(r, "num_kv_heads", "n_head_kv"), None)
-    parallel, multi_query = r.flag("parallel_attn", True), r.flag("multi_query", True)
-    if r.flag("new_decoder_architecture", "n_head_kv" in r.values):
-        kv_heads = stated or heads
-        two = r.must("num_ln_in_parallel_attn", 2, 1, None) != 1
-        r.must("parallel_attn", True)                    # the other wiring exists without it only
-    else:
-        kv_heads, two = 1 if multi_query else heads, False
-        if not multi_query and stated not in (None, heads):
-            raise r.error("num_kv_heads", f"num_attention_heads ({heads}) where multi_query is false")
-        r.must("num_ln_in_parallel_attn", None, 1)
-    rope = read_rope(r, 10_000.0, context)               # its keys stand there beside ALiBi too
-    position = {"alibi": Alibi(coarse=True)} if r.flag("alibi", False) else {"rope": rope}
-    layer = Layer(
-        Attention(heads, kv_heads, head_dim, qkv_bias=bias, out_bias=bias, **position),
-        MLP(r.size("ffn_hidden_size", None) or 4 * dim, r.activation("activation", "gelu"), gated=False, bias=bias),
-        norm, pre_ffn=None if parallel and not two else norm, parallel=parallel,
-    )
-    return ModelConfig(
-        vocab=r.size("vocab_size"), dim=dim, layers=(layer,) * r.count(one_name(r, "num_hidden_layers", "n_layer")), final_norm=norm,
-        tied=r.flag("tie_word_embeddings", True), context=context,
-    )
+IRRELEVANT = frozenset({"ff_factor", "gradient_checkpointing", "rotary"})  # ffn_hidden_size says the first, alibi the last
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    """New architecture for what is parallel, but for 7B's single key/value head, which the old one has too."""
-    values = write_decoder(config, "falcon", "FalconForCausalLM", Attention, MLP)
-    layer = config.layers[0]
-    kv_heads, two = layer.mixer.kv_heads, layer.pre_ffn is not None
-    new = layer.parallel and (two or kv_heads > 1)
-    return values | {
-        "num_attention_heads": layer.mixer.heads,
-        "num_kv_heads": kv_heads if new else None,
-        "new_decoder_architecture": new,
-        "num_ln_in_parallel_attn": (2 if two else 1) if new else None,
-        "parallel_attn": layer.parallel,
-        "multi_query": kv_heads == 1,
-        "alibi": layer.mixer.alibi is not None,
-        "bias": layer.mixer.out_bias,
-        "ffn_hidden_size": layer.ffn.hidden,
-        "activation": "gelu_pytorch_tanh" if layer.ffn.activation == "gelu_tanh" else layer.ffn.activation,
-        "layer_norm_epsilon": config.final_norm.eps,
-        "max_position_embeddings": config.context,
-    } | write_rope(layer.mixer.rope or Rope())
+class Wiring(Row):
+    """The four rows of the table above, and what lies between them where transformers can run it.
+
+    What is parallel is written as the new architecture, but for 7B with its single key/value head, which the old one has too."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        heads, stated = draft["mixer.heads"], r.size(one_name(r, "num_kv_heads", "n_head_kv"), None)
+        parallel, multi_query = r.flag("parallel_attn", True), r.flag("multi_query", True)
+        if r.flag(key, "n_head_kv" in r.values):
+            r.must("parallel_attn", True)  # the other wiring exists without it only
+            kv_heads, two = stated or heads, r.must("num_ln_in_parallel_attn", 2, 1, None) != 1
+        else:
+            if not multi_query and stated not in (None, heads):
+                raise r.error("num_kv_heads", f"num_attention_heads ({heads}) where multi_query is false")
+            r.must("num_ln_in_parallel_attn", None, 1)
+            kv_heads, two = 1 if multi_query else heads, not parallel
+        draft["mixer.kv_heads"], draft["parallel"] = kv_heads, parallel
+        draft["pre_ffn"] = LAYER_NORM if two else None
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        kv_heads, parallel, two = draft["mixer.kv_heads"], draft["parallel"], draft["pre_ffn"] is not None
+        new = parallel and (two or kv_heads > 1)
+        return {
+            key: new,
+            "num_kv_heads": kv_heads if new else None,
+            "num_ln_in_parallel_attn": (2 if two else 1) if new else None,
+            "parallel_attn": parallel,
+            "multi_query": kv_heads == 1,
+        }
 
 
-def write_two_norms(config: ModelConfig) -> dict[str, Any]:
-    if not (config.layers[0].parallel and config.layers[0].pre_ffn):
-        raise ConfigError("layers[0] is not parallel with two norms")
-    return write(config)
+class RopeOrAlibi(RopeKeys):
+    """RoPE's keys stand there beside ALiBi too, and mean nothing then."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        super().read(r, draft, key)
+        if r.flag(key, False):
+            draft["mixer.rope"], draft["mixer.alibi"] = None, part(Alibi, coarse=True)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return super().write(draft, key) | {key: draft["mixer.alibi"] is not None}
 
 
-IRRELEVANT = frozenset({"ff_factor", "gradient_checkpointing", "rotary"})            # ffn_hidden_size says the first, alibi the last
-FALCON = Family("falcon", read, write, (ONE_NORM_NAMES, TWO_NORMS_NAMES), BUFFERS, IRRELEVANT)
-TWO_NORMS = Family("falcon", read, write_two_norms, (TWO_NORMS_NAMES, ONE_NORM_NAMES), BUFFERS, IRRELEVANT)
+def names_of(config: ModelConfig) -> tuple[Table, ...]:
+    """By the wiring."""
+    first = config.layers[0]
+    return (TWO_NORMS_NAMES,) if first.parallel and first.pre_ffn else (ONE_NORM_NAMES,)
+
+
+FALCON = Family(
+    "falcon", "FalconForCausalLM",
+    keys={
+        "vocab_size": size("vocab"),
+        "hidden_size": size("dim"),
+        "num_hidden_layers": LayerCount(also=("n_layer",)),
+        "num_attention_heads": Heads(also=("n_head",)),
+        "new_decoder_architecture": Wiring(),
+        "max_position_embeddings": size("context", missing=2048),
+        "alibi": RopeOrAlibi(),
+        "bias": flag("mixer.qkv_bias", "mixer.out_bias", "ffn.bias", missing=False),
+        "ffn_hidden_size": size("ffn.hidden", missing=four_widths, null=four_widths),
+        "activation": activation("ffn.activation", missing="gelu"),
+        "layer_norm_epsilon": number(*EPS, missing=1e-5),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "apply_residual_connection_post_layernorm": only(False),
+    },
+    layer=part(Layer, mixer=part(Attention, rope=part(Rope)), ffn=part(MLP, gated=False), pre_mixer=LAYER_NORM),
+    model=part(ModelConfig, final_norm=LAYER_NORM),
+    names=(ONE_NORM_NAMES, TWO_NORMS_NAMES), names_of=names_of,
+    ignorable=BUFFERS, irrelevant=IRRELEVANT,
+)
+FAMILIES = dict.fromkeys(("falcon", "RefinedWeb", "RefinedWebModel"), FALCON)

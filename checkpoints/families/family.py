@@ -1,28 +1,83 @@
-"""What there is to know about a family: how its config.json reads, how it is written, and what its tensors are called.
+"""What there is to know about a family: the table of its config.json, what no key says, and what its tensors are called.
 
-To add one: write `read` with a Reader (every key asked for, see reader.py) and a table of names (table.py), enter it in
-`families/__init__.py`, and give it a fixture. If the decoder can already express it, that is all.
+    GRANITE = LLAMA.but("granite", "GraniteForCausalLM", keys={"attention_multiplier": number("mixer.scale", missing=1.0), …})
+
+To add one: a file in this folder with FAMILIES = {model_type: Family} and a fixture in tests/fixtures. If the decoder can already
+express it, that is all. docs/fork.md has an example.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from checkpoints.names.config_rows import Kinds
+from checkpoints.names.config_table import Keys, Part, part, read_keys, write_keys
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table
 from nanollm.config import ModelConfig
+from nanollm.errors import ConfigError
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")  # the tokenizer's to say; a missing key would mean a number
+DTYPES = ("dtype", "torch_dtype")  # what the weights are, filled in when they are written
 
 
 @dataclass(frozen=True, eq=False)
 class Family:
     """A lineage, both ways. Several model_types may share one."""
-    name: str                                           # the model_type it writes
-    read: Callable[[Reader], ModelConfig]
-    write: Callable[[ModelConfig], dict[str, Any]]      # what it cannot say is found by reading it back
-    tables: tuple[Table, ...]                           # more than one where the names changed over time, newest first
-    ignorable: frozenset[str] = frozenset()             # stored tensors that are no weights, with {i} for numbers
-    irrelevant: frozenset[str] = frozenset()            # config keys of this family that do not reach the logits
-    left_out: tuple[str, ...] = ()                      # of a multimodal family: prefixes of the tensors of its other towers. What is
-                                                        # loaded is a text model, and is saved as FAMILIES[name]
-    ahead: str = ""                                     # a tensor by which one layer more than the model has is known, {i} its number,
-                                                        # that predicts the token after the next; that layer is left out
+    name: str  # the model_type it writes
+    architecture: str  # transformers' class of it
+    keys: Keys  # config.json: key → row
+    layer: Part  # a layer, as far as no key says it
+    names: tuple[Table, ...]  # of tensors; more than one where they changed over time, newest first
+    model: Part = field(default_factory=lambda: part(ModelConfig))  # what surrounds the layers, likewise
+    names_of: Callable[[ModelConfig], tuple[Table, ...]] | None = None  # in place of `names` where they depend on the config
+    ignorable: frozenset[str] = frozenset()  # stored tensors that are no weights, with {i} for numbers
+    irrelevant: frozenset[str] = frozenset()  # keys of this family that do not reach the logits
+    left_out: tuple[str, ...] = ()  # of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a
+    #                                 text model, and is saved as FAMILIES[name]
+    ahead: str = ""  # a tensor by which one layer more than the model has is known, {i} its number, that predicts the token
+    #                  after the next; that layer is left out
+
+    def but(
+        self, name: str, architecture: str = "", *, keys: Keys | None = None, without: tuple[str, ...] = (),
+        layer: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None, norm: Part | None = None, **more: Any,
+    ) -> "Family":
+        """Another family that differs from this one in these keys, and in these fields that no key says (path → value).
+
+        norm: what all norms are, the final one and those before the mixer and the feed-forward; `layer` may say otherwise."""
+        changed = {"layer": self.layer.copy(), "model": self.model.copy()}
+        norms = [("layer", {"pre_mixer": norm, "pre_ffn": norm}), ("model", {"final_norm": norm})] if norm else []
+        for owner, paths in (*norms, ("layer", layer), ("model", model)):
+            for path, value in (paths or {}).items():
+                changed[owner].set(path, value)
+        table = {key: row for key, row in self.keys.items() if key not in without} | (keys or {})
+        return replace(self, name=name, architecture=architecture or self.architecture, keys=table, **changed, **more)
+
+    def tables(self, config: ModelConfig) -> tuple[Table, ...]:
+        """The tables of tensor names for a model; the first is what is written."""
+        return self.names_of(config) if self.names_of else self.names
+
+    def read(self, r: Reader) -> ModelConfig:
+        """Raises ConfigError on an impossible value; the caller closes the Reader."""
+        return read_keys(self.keys, r, self.model, self.layer)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """What it cannot say is found by reading it back. Raises ConfigError for a model of other parts."""
+        expected: dict[str, tuple[type, ...]] = {}
+        for slot in ("mixer", "ffn"):
+            choices = [row for row in self.keys.values() if isinstance(row, Kinds) and row.slot == slot]
+            parts = choices[0].parts.values() if choices else [self.layer.fields[slot]]
+            expected[slot] = tuple(type(None) if each is None else each.kind for each in parts)
+        for i, layer in enumerate(config.layers):
+            for slot, kinds in expected.items():
+                found = type(getattr(layer, slot))
+                if found not in kinds:
+                    raise ConfigError(f"layers[{i}].{slot} is {found.__name__}, not {' or '.join(k.__name__ for k in kinds)}")
+        values = {"architectures": [self.architecture], "model_type": self.name}
+        return values | write_keys(self.keys, config) | dict.fromkeys((*TOKENS, *DTYPES))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied or pickled with a model, a family stays the one it is."""
+        import checkpoints.families as known
+        name = next((kind for kind, family in known.FAMILIES.items() if family is self), self.name)
+        return known.family_called, (name,)

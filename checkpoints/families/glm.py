@@ -11,17 +11,12 @@ Llama's block with these differences:
 The same weights as first uploaded, model_type chatglm, are in chatglm.py.
 """
 
-from typing import Any
-
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import RopeKeys
+from checkpoints.names.config_table import flag, number, part, size
 from checkpoints.names.ops import Blocks
-from checkpoints.names.reader import Reader
-from checkpoints.names.rope import read_rope
 from checkpoints.names.table import override, rule
-from nanollm.config import Attention, Layer, ModelConfig, Norm
-
-CONTEXT = 131072                                         # what a missing max_position_embeddings means
+from nanollm.config import Norm
 
 GLM_NAMES = override(
     LLAMA_NAMES,
@@ -33,46 +28,16 @@ GLM4_NAMES = override(
     rule("model.layers.{i}.post_mlp_layernorm", "layers.{i}.post_ffn"),
 )
 
-
-def read_shape(r: Reader, sandwich: bool) -> ModelConfig:
-    """`sandwich`: norms after the mixer and the feed-forward too."""
-    norm = Norm(eps=r.number("rms_norm_eps", 1.5625e-7))
-    after = norm if sandwich else None
-    rope = read_rope(r, 10_000.0, r.size("max_position_embeddings", CONTEXT), fraction=0.5, layout="interleaved")
-    attention = Attention(
-        heads=r.size("num_attention_heads"),
-        kv_heads=r.size("num_key_value_heads", 2),
-        head_dim=r.size("head_dim", 128),
-        rope=rope,
-        qkv_bias=r.flag("attention_bias", True),
-    )
-    layer = Layer(attention, read_mlp(r), pre_mixer=norm, post_mixer=after, pre_ffn=norm, post_ffn=after)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm, CONTEXT)
-
-
-def write_shape(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
-    """The part of a head that turns is written though it be all of it: a missing key means half."""
-    values = write_llama_shape(config, model_type, architecture)
-    attention = config.layers[0].mixer
-    part = {"partial_rotary_factor": attention.rope.fraction}
-    return values | part | {"rope_parameters": values["rope_parameters"] | part, "attention_bias": attention.qkv_bias}
-
-
-def read_glm(r: Reader) -> ModelConfig:
-    return read_shape(r, sandwich=False)
-
-
-def read_glm4(r: Reader) -> ModelConfig:
-    return read_shape(r, sandwich=True)
-
-
-def write_glm(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config, "glm", "GlmForCausalLM")
-
-
-def write_glm4(config: ModelConfig) -> dict[str, Any]:
-    return write_shape(config, "glm4", "Glm4ForCausalLM")
-
-
-GLM = Family("glm", read_glm, write_glm, (GLM_NAMES,), INV_FREQ)
-GLM4 = Family("glm4", read_glm4, write_glm4, (GLM4_NAMES,), INV_FREQ)
+GLM = LLAMA_SHAPE.but(
+    "glm", "GlmForCausalLM", names=(GLM_NAMES,), layer={"mixer.rope.layout": "interleaved"},
+    keys={
+        "num_key_value_heads": size("mixer.kv_heads", missing=2),
+        "head_dim": size("mixer.head_dim", missing=128),
+        "rms_norm_eps": number(*EPS, missing=1.5625e-7),
+        "attention_bias": flag("mixer.qkv_bias", missing=True),
+        "max_position_embeddings": size("context", missing=131072),
+        "rope_parameters": RopeKeys(fraction=0.5),
+    },
+)
+GLM4 = GLM.but("glm4", "Glm4ForCausalLM", names=(GLM4_NAMES,), layer={"post_mixer": part(Norm), "post_ffn": part(Norm)})
+FAMILIES = {"glm": GLM, "glm4": GLM4}

@@ -20,11 +20,13 @@ the meaning, and fused attention keeps its scores in float32 as it is. `attentio
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.llama import EPS, LAYER_NORM
+from checkpoints.names.config_rows import Heads, LayerCount
+from checkpoints.names.config_table import Draft, Part, Row, activation, field, flag, number, only, part, size
 from checkpoints.names.ops import Blocks, Groups, Op, Same, Transposed
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table, override, rule, stripped
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
+from nanollm.config import MLP, Attention, Layer, ModelConfig
 
 
 def names(matrix: Op, fused: Op) -> Table:
@@ -53,82 +55,81 @@ IRRELEVANT = frozenset("""
 """.split())                                             # the last line: StarCoder's own inference code
 
 
-def one_name(r: Reader, *keys: str) -> str:
-    """Of several names for one size the first that stands. Where more stand, they must agree."""
-    present = [key for key in keys if r.get(key, None) is not None] or keys[:1]
-    for key in present[1:]:
-        r.must(key, r.get(present[0]))
-    return present[0]
+def set_scale(layer: Part, scale: float) -> None:
+    """None stands for the usual scale, 1/√d."""
+    layer.set("mixer.scale", None if scale == layer.get("mixer.head_dim") ** -0.5 else scale)
 
 
-def read_heads(r: Reader, dim: int, key: str) -> tuple[int, int]:
-    """Heads and their width: these families have no key for the width."""
-    heads = r.size(key)
-    if dim % heads:
-        raise r.error(key, f"a divisor of the model's width ({dim})")
-    return heads, dim // heads
+class ScoresScaled(Row):
+    """Whether the scores are divided by √d."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if not r.flag(key, True):
+            for layer in draft.layers:
+                set_scale(layer, 1.0)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["mixer.scale"] is None}
 
 
-def read_model(r: Reader, activation: str, one_kv_head: bool) -> ModelConfig:
-    """What the two have in common. activation: what a missing activation_function means."""
-    r.must("add_cross_attention", False)
-    dim = r.size(one_name(r, "n_embd", "hidden_size"))
-    context = r.size(one_name(r, "n_positions", "max_position_embeddings"), 1024)
-    heads, head_dim = read_heads(r, dim, one_name(r, "n_head", "num_attention_heads"))
-    norm = Norm("layer", eps=r.number("layer_norm_epsilon", 1e-5), bias=True)
-    mlp = MLP(r.size("n_inner", None) or 4 * dim, r.activation("activation_function", activation), gated=False, bias=True)
-    usual = head_dim**-0.5
-    scale = usual if r.flag("scale_attn_weights", True) else 1.0
-    by_layer = r.flag("scale_attn_by_inverse_layer_idx", False)
-    scales = [scale / (i + 1) if by_layer else scale for i in range(r.count(one_name(r, "n_layer", "num_hidden_layers")))]
-    attention = [Attention(heads, 1 if one_kv_head else heads, head_dim, qkv_bias=True, out_bias=True, scale=None if one == usual else one) for one in scales]
-    return ModelConfig(
-        vocab=r.size("vocab_size"), dim=dim, layers=tuple(Layer(one, mlp, norm, pre_ffn=norm) for one in attention), final_norm=norm,
-        tied=r.flag("tie_word_embeddings", True), context=context, positions=context,
-    )
+class ScaledByDepth(Row):
+    """Whether those of layer i are also divided by i + 1."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if r.flag(key, False):
+            for i, layer in enumerate(draft.layers):
+                set_scale(layer, (layer.get("mixer.scale") or layer.get("mixer.head_dim") ** -0.5) / (i + 1))
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: len(set(draft.each("mixer.scale"))) > 1}
 
 
-def read(r: Reader) -> ModelConfig:
-    r.must("attention_head_type", "multihead")           # "multiquery" is SantaCoder's first upload, whose q and kv are two tensors
-    return read_model(r, "gelu_new", one_kv_head=False)
+class MultiQuery(Row):
+    """Whether all heads share one key/value head."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if r.flag(key, True):
+            draft["mixer.kv_heads"] = 1
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["mixer.kv_heads"] == 1}
 
 
-def read_bigcode(r: Reader) -> ModelConfig:
-    r.must("scale_attn_by_inverse_layer_idx", False)     # it has no such key
-    multi_query = r.flag("multi_query", True)
-    config = read_model(r, "gelu_pytorch_tanh", multi_query)
-    r.must("num_key_value_heads", config.layers[0].mixer.kv_heads)      # written by transformers, which goes by multi_query
-    return config
+def four_widths(draft: Draft) -> int:
+    """The MLP where no key says how wide it is."""
+    return 4 * draft["dim"]
 
 
-def write_model(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
-    """What the two have in common; a model without a table of positions does not read back."""
-    values = write_decoder(config, model_type, architecture, Attention, MLP)
-    layer = config.layers[0]
-    return values | {
-        "n_embd": values.pop("hidden_size"),
-        "n_layer": values.pop("num_hidden_layers"),
-        "n_head": layer.mixer.heads,
-        "n_inner": layer.ffn.hidden,
-        "n_positions": config.positions,
-        "activation_function": "gelu_new" if layer.ffn.activation == "gelu_tanh" else layer.ffn.activation,
-        "layer_norm_epsilon": config.final_norm.eps,
-        "scale_attn_weights": layer.mixer.scale is None,
-    }
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """The first layer's scale says whether there is one, the others whether it follows the layer; reading back tells about the rest."""
-    values = write_model(config, "gpt2", "GPT2LMHeadModel")
-    by_layer = len({layer.mixer.scale for layer in config.layers}) > 1
-    return values | {"scale_attn_by_inverse_layer_idx": by_layer}
-
-
-def write_bigcode(config: ModelConfig) -> dict[str, Any]:
-    """With as many key/value heads as heads this is GPT-2 in another arrangement: multi_query is then false."""
-    values = write_model(config, "gpt_bigcode", "GPTBigCodeForCausalLM")
-    return values | {"multi_query": config.layers[0].mixer.kv_heads == 1}
-
-
-GPT2 = Family("gpt2", read, write, (GPT2_NAMES, stripped(GPT2_NAMES, "transformer.")), MASKS, IRRELEVANT)
-GPT_BIGCODE = Family("gpt_bigcode", read_bigcode, write_bigcode, (names(Same, Groups),), MASKS, IRRELEVANT)
+GPT2 = Family(
+    "gpt2", "GPT2LMHeadModel",
+    keys={
+        "vocab_size": size("vocab"),
+        "n_embd": size("dim", also=("hidden_size",)),
+        "n_layer": LayerCount(also=("num_hidden_layers",)),
+        "n_head": Heads(also=("num_attention_heads",)),
+        "n_inner": size("ffn.hidden", missing=four_widths, null=four_widths),
+        "n_positions": size("positions", "context", missing=1024, also=("max_position_embeddings",)),
+        "activation_function": activation("ffn.activation", missing="gelu_new"),
+        "layer_norm_epsilon": number(*EPS, missing=1e-5),
+        "scale_attn_weights": ScoresScaled(),
+        "scale_attn_by_inverse_layer_idx": ScaledByDepth(),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "add_cross_attention": only(False),
+        "attention_head_type": only("multihead"),  # "multiquery" is SantaCoder's first upload, whose q and kv are two tensors
+    },
+    layer=part(Layer, mixer=part(Attention, qkv_bias=True, out_bias=True), ffn=part(MLP, gated=False, bias=True),
+               pre_mixer=LAYER_NORM, pre_ffn=LAYER_NORM),
+    model=part(ModelConfig, final_norm=LAYER_NORM),
+    names=(GPT2_NAMES, stripped(GPT2_NAMES, "transformer.")), ignorable=MASKS, irrelevant=IRRELEVANT,
+)
+GPT_BIGCODE = GPT2.but(
+    "gpt_bigcode", "GPTBigCodeForCausalLM", names=(names(Same, Groups),),
+    keys={
+        "activation_function": activation("ffn.activation", missing="gelu_pytorch_tanh"),
+        "scale_attn_by_inverse_layer_idx": only(False),  # it has no such key
+        "multi_query": MultiQuery(),
+        "num_key_value_heads": only(field("mixer.kv_heads")),  # written by transformers, which goes by multi_query
+    },
+    without=("attention_head_type",),
+)
+FAMILIES = {"gpt2": GPT2, "gpt_bigcode": GPT_BIGCODE}

@@ -9,17 +9,12 @@ and is called `embed_out`. The rows of `query_key_value` are q k v of head 0, q 
 as heads). Old folders hold the causal mask, and what stood in for −∞, as tensors.
 """
 
-from typing import Any
-
-from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_SHAPE
+from checkpoints.names.config_rows import Heads, RopeKeys
+from checkpoints.names.config_table import activation, flag, number, part
 from checkpoints.names.ops import Groups
-from checkpoints.names.reader import Reader
-from checkpoints.names.rope import read_rope, write_rope
 from checkpoints.names.table import override, rule
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
-from nanollm.errors import ConfigError
+from nanollm.config import MLP
 
 NAMES = override(
     {},
@@ -36,46 +31,17 @@ NAMES = override(
 BUFFERS = frozenset(f"gpt_neox.layers.{{i}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq"))
 IRRELEVANT = frozenset("attention_probs_dropout_prob classifier_dropout custom_pipelines gradient_checkpointing hidden_dropout_prob is_decoder".split())
 
-
-def read(r: Reader) -> ModelConfig:
-    """One layer, repeated; a missing rotary_pct means a quarter."""
-    dim, context = r.size("hidden_size"), r.size("max_position_embeddings", 2048)
-    heads, head_dim = read_heads(r, dim, "num_attention_heads")
-    rope = read_rope(r, 10_000.0, context, fraction=0.25, theta_key="rotary_emb_base", fraction_key="rotary_pct")
-    bias = r.flag("attention_bias", True)
-    norm = Norm("layer", eps=r.number("layer_norm_eps", 1e-5), bias=True)
-    layer = Layer(
-        Attention(heads, heads, head_dim, rope, qkv_bias=bias, out_bias=bias),
-        MLP(r.size("intermediate_size"), r.activation("hidden_act", "gelu"), gated=False, bias=True),
-        norm, pre_ffn=norm, parallel=r.flag("use_parallel_residual", True),
-    )
-    return ModelConfig(
-        vocab=r.size("vocab_size"), dim=dim, layers=(layer,) * r.count("num_hidden_layers"), final_norm=norm,
-        tied=r.flag("tie_word_embeddings", False), context=context,
-    )
-
-
-def write_partial_rope(rope: Rope | None, theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor") -> dict[str, Any]:
-    """As write_rope, for families where a missing fraction does not mean a whole head, and that have names of their own."""
-    if rope is None:
-        raise ConfigError("layers[0].mixer.rope is None")
-    objects = {key: value for key, value in write_rope(rope).items() if key in ("rope_scaling", "rope_parameters")}
-    return {theta_key: rope.theta, fraction_key: rope.fraction} | objects
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """Fewer key/value heads than heads, one norm for both branches, or an MLP without biases do not read back."""
-    values = write_decoder(config, "gpt_neox", "GPTNeoXForCausalLM", Attention, MLP)
-    layer = config.layers[0]
-    return values | {
-        "num_attention_heads": layer.mixer.heads,
-        "intermediate_size": layer.ffn.hidden,
-        "hidden_act": "gelu_pytorch_tanh" if layer.ffn.activation == "gelu_tanh" else layer.ffn.activation,
-        "layer_norm_eps": config.final_norm.eps,
-        "max_position_embeddings": config.context,
-        "use_parallel_residual": layer.parallel,
-        "attention_bias": layer.mixer.out_bias,
-    } | write_partial_rope(layer.mixer.rope, "rotary_emb_base", "rotary_pct")
-
-
-GPT_NEOX = Family("gpt_neox", read, write, (NAMES,), BUFFERS, IRRELEVANT)
+GPT_NEOX = LLAMA_SHAPE.but(
+    "gpt_neox", "GPTNeoXForCausalLM", names=(NAMES,), ignorable=BUFFERS, irrelevant=IRRELEVANT,
+    norm=LAYER_NORM, layer={"ffn": part(MLP, gated=False, bias=True)},
+    keys={
+        "num_attention_heads": Heads(),
+        "hidden_act": activation("ffn.activation", missing="gelu"),
+        "use_parallel_residual": flag("parallel", missing=True),
+        "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
+        "layer_norm_eps": number(*EPS, missing=1e-5),
+        "rope_parameters": RopeKeys(fraction=0.25, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
+    },
+    without=("num_key_value_heads", "head_dim", "rms_norm_eps"),
+)
+FAMILIES = {"gpt_neox": GPT_NEOX}

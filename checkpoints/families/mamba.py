@@ -8,17 +8,19 @@
 `time_step_rank` is a number, or "auto", which is hidden_size / 16 rounded up. Two defaults differ from all other
 families: head and embedding are tied, and the residual stream stays in float32 whatever the weights are.
 
-Falcon-Mamba's norm of Δ is before dt_proj. (The fused kernel that transformers would train with has it after: another model.)
+Falcon-Mamba's norm of Δ is before dt_proj. (The fused kernel that transformers would train with has it after: another
+model.)
 """
 
 import math
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.names.config_rows import LayerCount
+from checkpoints.names.config_table import Draft, Key, Row, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
-from nanollm.config import Layer, Mamba, Mamba2, ModelConfig, Norm
+from nanollm.config import Layer, Mamba, Norm
 from nanollm.errors import ConfigError
 
 MAMBA_NAMES = override(
@@ -38,70 +40,17 @@ MAMBA_NAMES = override(
 OLD_NAMES = override(MAMBA_NAMES, rule("backbone.embedding", "embed"))
 
 
-def read_falcon_mamba(r: Reader) -> ModelConfig:
-    return read(r, Norm(eps=r.number("mixer_rms_eps", 1e-6), gain=False))
+class Expand(Row):
+    """How many times wider than the stream the scan is, a whole number."""
 
+    def __init__(self, missing: int) -> None:
+        self.missing = missing
 
-def read(r: Reader, inner_norm: Norm | None = None) -> ModelConfig:
-    """A layer is the mixer alone. `intermediate_size` counts, where it stands: Falcon-Mamba-7B has 8192 and an `expand` of 16 that is none."""
-    dim, expand = r.size("hidden_size"), r.size("expand", 2)
-    inner = r.size("intermediate_size", None) or expand * dim
-    r.must("d_inner", inner)
-    r.must("hidden_act", "silu")
-    r.must("rms_norm", True)
-    r.must("ssm_cfg", {})
-    mixer = Mamba(
-        inner=inner,
-        state=r.size("state_size", 16),
-        conv=r.size("conv_kernel", 4),
-        dt_rank=read_rank(r, "time_step_rank", dim),
-        conv_bias=r.flag("use_conv_bias", True),
-        bias=r.flag("use_bias", False),
-        inner_norm=inner_norm,
-    )
-    return read_stack(r, mixer, tied=True)
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        draft["mixer.inner"] = r.size(key, self.missing) * draft["dim"]
 
-
-def read_rank(r: Reader, key: str, dim: int) -> int:
-    """R, a number or "auto"."""
-    return math.ceil(dim / 16) if r.get(key, "auto") == "auto" else r.size(key)
-
-
-def read_stack(r: Reader, mixer: Mamba | Mamba2, tied: bool) -> ModelConfig:
-    """What holds the mixers of both generations; `tied` is the family's default."""
-    norm = Norm(eps=r.number("layer_norm_epsilon", 1e-5))
-    layer = Layer(mixer, None, pre_mixer=norm, pre_ffn=None)
-    return ModelConfig(
-        vocab=r.size("vocab_size"),
-        dim=r.size("hidden_size"),
-        layers=(layer,) * r.count("num_hidden_layers"),
-        final_norm=norm,
-        tied=r.flag("tie_word_embeddings", tied),
-        float32_residual=r.flag("residual_in_fp32", True),
-    )
-
-
-def write_mamba(config: ModelConfig) -> dict[str, Any]:
-    """An inner norm does not read back."""
-    return write(config, "mamba", "MambaForCausalLM")
-
-
-def write_falcon_mamba(config: ModelConfig) -> dict[str, Any]:
-    """A gain of the inner norm does not read back."""
-    values = write(config, "falcon_mamba", "FalconMambaForCausalLM")
-    norm = config.layers[0].mixer.inner_norm
-    return values | {"mixer_rms_eps": None if norm is None else norm.eps}
-
-
-def write(config: ModelConfig, model_type: str, architecture: str) -> dict[str, Any]:
-    """`expand` is a whole number, although `intermediate_size` stands beside it."""
-    base = write_stack(config, model_type, architecture, Mamba)
-    mixer = config.layers[0].mixer
-    return base | {
-        "expand": whole_multiple(mixer.inner, config.dim),
-        "intermediate_size": mixer.inner,
-        "time_step_rank": mixer.dt_rank,
-    }
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: whole_multiple(draft["mixer.inner"], draft["dim"])} if "mixer.inner" in draft else {}
 
 
 def whole_multiple(inner: int, dim: int) -> int:
@@ -111,24 +60,52 @@ def whole_multiple(inner: int, dim: int) -> int:
     return inner // dim
 
 
-def write_stack(config: ModelConfig, model_type: str, architecture: str, mixer: type) -> dict[str, Any]:
-    """What both generations write in the same words."""
-    base = write_decoder(config, model_type, architecture, mixer, type(None))
-    first = config.layers[0].mixer
-    return base | {
-        "state_size": first.state,
-        "conv_kernel": first.conv,
-        "use_conv_bias": first.conv_bias,
-        "use_bias": first.bias,
-        "residual_in_fp32": config.float32_residual,
-        "layer_norm_epsilon": config.final_norm.eps,
-        "hidden_act": "silu",
-    }
+class Rank(Key):
+    """R, a number or "auto"."""
+
+    def __init__(self) -> None:
+        super().__init__(Reader.size, "mixer.dt_rank", missing=lambda draft: math.ceil(draft["dim"] / 16))
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if r.get(key, "auto") == "auto":
+            draft["mixer.dt_rank"] = self.missing(draft)
+        else:
+            super().read(r, draft, key)
 
 
-IRRELEVANT = frozenset(                                  # initialisation, which code runs it, and the sizes by their old names
-    "rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min "
-    "time_step_scale use_associative_scan use_mambapy use_falcon_mambapy d_model fused_add_norm n_layer pad_vocab_size_multiple".split())
+IRRELEVANT = frozenset(  # initialisation, which code runs it, and the sizes by their old names
+    "rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale "
+    "use_associative_scan use_mambapy use_falcon_mambapy d_model fused_add_norm n_layer "
+    "pad_vocab_size_multiple".split())
 
-MAMBA = Family("mamba", read, write_mamba, (MAMBA_NAMES, OLD_NAMES), irrelevant=IRRELEVANT)
-FALCON_MAMBA = Family("falcon_mamba", read_falcon_mamba, write_falcon_mamba, (MAMBA_NAMES,), irrelevant=IRRELEVANT)
+MAMBA = Family(
+    "mamba", "MambaForCausalLM",
+    keys={
+        "vocab_size": size("vocab"),
+        "hidden_size": size("dim"),
+        "num_hidden_layers": LayerCount(),
+        "expand": Expand(missing=2),
+        # Falcon-Mamba-7B has 8192 here, which is 2 · 4096, beside an `expand` of 16 that means nothing
+        "intermediate_size": size("mixer.inner", missing=field("mixer.inner"), null=field("mixer.inner")),
+        "d_inner": only(field("mixer.inner")),
+        "state_size": size("mixer.state", missing=16),
+        "conv_kernel": size("mixer.conv", missing=4),
+        "time_step_rank": Rank(),
+        "use_conv_bias": flag("mixer.conv_bias", missing=True),
+        "use_bias": flag("mixer.bias", missing=False),
+        "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", missing=1e-5),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "residual_in_fp32": flag("float32_residual", missing=True),
+        "hidden_act": only("silu", written=True),
+        "rms_norm": only(True),
+        "ssm_cfg": only({}),
+    },
+    layer=part(Layer, mixer=part(Mamba), ffn=None, pre_mixer=part(Norm), pre_ffn=None),
+    names=(MAMBA_NAMES, OLD_NAMES),
+    irrelevant=IRRELEVANT,
+)
+FALCON_MAMBA = MAMBA.but(
+    "falcon_mamba", "FalconMambaForCausalLM", names=(MAMBA_NAMES,), layer={"mixer.inner_norm": part(Norm, gain=False)},
+    keys={"mixer_rms_eps": number("mixer.inner_norm.eps", missing=1e-6)},
+)
+FAMILIES = {"mamba": MAMBA, "falcon_mamba": FALCON_MAMBA}

@@ -8,27 +8,12 @@ A config.json without `sliding_window` has one of 4096: only an explicit null tu
 weights twice; `consolidated.safetensors` is the other copy, with other names and the interleaved RoPE layout.
 """
 
-from typing import Any
+from checkpoints.families.llama import LLAMA_SHAPE, kv_heads
+from checkpoints.names.config_table import size
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
-from checkpoints.names.reader import Reader
-from nanollm.config import Layer, ModelConfig, Norm
-
-CONTEXT = 131072                                         # what a missing max_position_embeddings means
-
-
-def read(r: Reader) -> ModelConfig:
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-6))
-    window = r.size("sliding_window", 4096, or_null=True)
-    attention = read_attention(r, context=CONTEXT, kv_heads=8, window=window)
-    layer = Layer(attention, read_mlp(r), pre_mixer=norm, pre_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm, CONTEXT)
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    values = write_llama_shape(config, "mistral", "MistralForCausalLM")
-    return values | {"sliding_window": config.layers[0].mixer.window}
-
-
-MISTRAL = Family("mistral", read, write, (LLAMA_NAMES,), INV_FREQ)
+MISTRAL = LLAMA_SHAPE.but("mistral", "MistralForCausalLM", keys={
+    "num_key_value_heads": kv_heads(missing=8),
+    "max_position_embeddings": size("context", missing=131072),
+    "sliding_window": size("mixer.window", missing=4096, null=None),
+})
+FAMILIES = {"mistral": MISTRAL}

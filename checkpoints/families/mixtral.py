@@ -3,16 +3,13 @@
 On disk an expert's w1 is the gate, w3 the up and w2 the down projection, one tensor each; here they are stacked.
 """
 
-from typing import Any
-
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import EPS, LLAMA_NAMES
+from checkpoints.families.mistral import MISTRAL
+from checkpoints.names.config_rows import RopeKeys
+from checkpoints.names.config_table import count, number, part, size
 from checkpoints.names.ops import Stack
-from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
-from nanollm.config import Layer, ModelConfig, MoE, Norm
-
-CONTEXT = 131072                                         # what a missing max_position_embeddings means
+from nanollm.config import MLP, MoE
 
 MIXTRAL_NAMES = override(
     LLAMA_NAMES,
@@ -22,24 +19,15 @@ MIXTRAL_NAMES = override(
     rule("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight", "layers.{i}.ffn.experts.down", Stack),
 )
 
-
-def read(r: Reader) -> ModelConfig:
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-5))
-    attention = read_attention(r, theta=1e6, context=CONTEXT, kv_heads=8, window=r.size("sliding_window", None))
-    moe = MoE(r.count("num_local_experts", 8), r.size("num_experts_per_tok", 2), read_mlp(r), renormalize=True)
-    layer = Layer(attention, moe, pre_mixer=norm, pre_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm, CONTEXT)
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """A shared expert, or weights that are not renormalised, do not read back."""
-    values = write_llama_shape(config, "mixtral", "MixtralForCausalLM", MoE)
-    layer = config.layers[0]
-    return values | {
-        "sliding_window": layer.mixer.window,
-        "num_local_experts": layer.ffn.experts,
-        "num_experts_per_tok": layer.ffn.top_k,
-    }
-
-
-MIXTRAL = Family("mixtral", read, write, (MIXTRAL_NAMES,), INV_FREQ)
+MIXTRAL = MISTRAL.but(
+    "mixtral", "MixtralForCausalLM", names=(MIXTRAL_NAMES,),
+    layer={"ffn": part(MoE, expert=part(MLP), renormalize=True)},
+    keys={
+        "rms_norm_eps": number(*EPS, missing=1e-5),
+        "rope_parameters": RopeKeys(theta=1e6),
+        "sliding_window": size("mixer.window", missing=None),
+        "num_local_experts": count("ffn.experts", missing=8),
+        "num_experts_per_tok": size("ffn.top_k", missing=2),
+    },
+)
+FAMILIES = {"mixtral": MIXTRAL}

@@ -10,13 +10,12 @@ published MPT uses that, and transformers passes it over in silence; here it is 
 means nothing: ALiBi turns the table off.
 """
 
-from typing import Any
-
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import read_heads
-from checkpoints.families.llama import write_decoder
+from checkpoints.families.gpt2 import four_widths
+from checkpoints.families.llama import EPS
+from checkpoints.names.config_rows import Heads, Inside, LayerCount
+from checkpoints.names.config_table import Follows, flag, number, only, part, size
 from checkpoints.names.ops import Blocks
-from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm
 
@@ -32,53 +31,38 @@ NAMES = override(
     rule("transformer.norm_f", "norm"),
     rule("lm_head", "head"),
 )
-WIDER = 4                                                # the MLP, in widths of the model
 
-
-def read_attention(r: Reader, dim: int) -> Attention:
-    """What attn_config says; without one, or in an empty one, ALiBi and nothing else."""
-    heads, head_dim = read_heads(r, dim, "n_heads")
-    more: dict[str, Any] = {}
-    inner = r.inside("attn_config")
-    if inner is not None:
-        inner.must("attn_type", "multihead_attention")
-        inner.must("alibi", True)
-        inner.must("alibi_bias_max", 8)
-        for key in ("qk_ln", "prefix_lm", "attn_uses_sequence_id", "rope"):
-            inner.must(key, False)
-        more = {"clip": inner.number("clip_qkv", None), "scale": inner.number("softmax_scale", None)}
-        inner.close(IRRELEVANT | {"attn_impl", "attn_pdrop", "is_encoder_decoder"})
-    return Attention(heads, heads, head_dim, alibi=Alibi(), **more)
-
-
-def read(r: Reader) -> ModelConfig:
-    """One layer, repeated. Raises ConfigError for the variants that the head of the file names."""
-    dim = r.size("d_model")
-    r.must("expansion_ratio", WIDER)
-    r.must("no_bias", True)
-    r.must("norm_type", "low_precision_layernorm", "layernorm")     # the same formula; the first means bfloat16 in training
-    r.must("logit_scale", None)
-    norm = Norm("layer", eps=r.number("layer_norm_epsilon", 1e-5))
-    layer = Layer(read_attention(r, dim), MLP(WIDER * dim, "gelu", gated=False), norm, pre_ffn=norm)
-    return ModelConfig(
-        vocab=r.size("vocab_size"), dim=dim, layers=(layer,) * r.count("n_layers"), final_norm=norm,
-        tied=r.flag("tie_word_embeddings", True), context=r.size("max_seq_len", 2048),
-    )
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """Biases, or an MLP of another width, do not read back."""
-    values = write_decoder(config, "mpt", "MptForCausalLM", Attention, MLP)
-    attention = config.layers[0].mixer
-    return values | {
-        "d_model": values.pop("hidden_size"),
-        "n_layers": values.pop("num_hidden_layers"),
-        "n_heads": attention.heads,
-        "layer_norm_epsilon": config.final_norm.eps,
-        "max_seq_len": config.context,
-        "attn_config": {"alibi": True, "clip_qkv": attention.clip, "softmax_scale": attention.scale},
-    }
-
-
-MPT = Family("mpt", read, write, (NAMES,), irrelevant=frozenset({
-    "embedding_fraction", "emb_pdrop", "gradient_checkpointing", "init_config", "init_device", "learned_pos_emb", "tokenizer_name", "verbose"}))
+NORM = part(Norm, kind="layer")
+ATTENTION = {
+    "alibi": only(True, written=True),
+    "alibi_bias_max": only(8),
+    "attn_type": only("multihead_attention"),
+    **dict.fromkeys(("qk_ln", "prefix_lm", "attn_uses_sequence_id", "rope"), only(False)),
+    "clip_qkv": number("mixer.clip", missing=None),
+    "softmax_scale": number("mixer.scale", missing=None),
+}
+MPT = Family(
+    "mpt", "MptForCausalLM",
+    keys={
+        "vocab_size": size("vocab"),
+        "d_model": size("dim"),
+        "n_layers": LayerCount(),
+        "n_heads": Heads(),
+        "expansion_ratio": only(4),
+        "ffn.hidden": Follows(four_widths),
+        "attn_config": Inside(ATTENTION, irrelevant=frozenset({"attn_impl", "attn_pdrop", "is_encoder_decoder"})),
+        "layer_norm_epsilon": number(*EPS, missing=1e-5),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "max_seq_len": size("context", missing=2048),
+        "no_bias": only(True),
+        "norm_type": only("low_precision_layernorm", "layernorm"),  # the same formula; the first means bfloat16 in training
+        "logit_scale": only(None),
+    },
+    layer=part(Layer, mixer=part(Attention, alibi=part(Alibi)), ffn=part(MLP, activation="gelu", gated=False),
+               pre_mixer=NORM, pre_ffn=NORM),
+    model=part(ModelConfig, final_norm=NORM),
+    names=(NAMES,),
+    irrelevant=frozenset({"embedding_fraction", "emb_pdrop", "gradient_checkpointing", "init_config", "init_device", "learned_pos_emb",
+                          "tokenizer_name", "verbose"}),
+)
+FAMILIES = {"mpt": MPT}

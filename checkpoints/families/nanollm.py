@@ -11,9 +11,10 @@ of, and which keys were passed over.
 from typing import Any
 
 from checkpoints.families.family import Family
+from checkpoints.names.config_table import part
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Rule, Table, rule
-from nanollm.config import ModelConfig
+from nanollm.config import Layer, ModelConfig
 
 
 class OwnNames(Table):
@@ -26,19 +27,22 @@ class OwnNames(Table):
         return rule(name, name)
 
 
-def read(r: Reader) -> ModelConfig:
-    """Raises ConfigError on what to_dict did not write, and on more layers than there are tensors."""
-    r.get("was", None)                           # says nothing about the logits
-    decoder = r.get("decoder")
-    runs = decoder.get("layers") if isinstance(decoder, dict) else None
-    pairs = isinstance(runs, list) and all(isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 for run in runs)
-    if not pairs or sum(run[0] for run in runs) > r.most:
-        raise r.error("decoder", f"a ModelConfig as to_dict writes it, of at most {r.most} layers")
-    return ModelConfig.from_dict(decoder)
+class OwnLayout(Family):
+    """Any model: config.json holds ModelConfig.to_dict() whole."""
+
+    def read(self, r: Reader) -> ModelConfig:
+        """Raises ConfigError on what to_dict did not write, and on more layers than there are tensors."""
+        r.get("was", None)  # says nothing about the logits
+        decoder = r.get("decoder")
+        runs = decoder.get("layers") if isinstance(decoder, dict) else None
+        pairs = isinstance(runs, list) and all(
+            isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 for run in runs)
+        if not pairs or sum(run[0] for run in runs) > r.most:
+            raise r.error("decoder", f"a ModelConfig as to_dict writes it, of at most {r.most} layers")
+        return ModelConfig.from_dict(decoder)
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        return {"model_type": self.name, "decoder": config.to_dict(), "dtype": None}
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    return {"model_type": "nanollm", "decoder": config.to_dict(), "dtype": None}
-
-
-NANOLLM = Family("nanollm", read, write, (OwnNames(),))
+NANOLLM = OwnLayout("nanollm", "", keys={}, layer=part(Layer), names=(OwnNames(),))

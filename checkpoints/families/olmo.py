@@ -11,18 +11,11 @@ tensor for its norms and no key for their ε, which is 1e-5. OLMoE: 64 experts, 
 uploads whose names do not end in -hf (fused `att_proj`, `ff_proj`, model_type "hf_olmo") are another layout.
 """
 
-import dataclasses
-from typing import Any
-
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import ATTENTION_BIAS, EPS, HEADS_SHARE_DIM, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_table import count, flag, number, part, size
 from checkpoints.names.ops import Stack
-from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
-from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm
-
-EPS = 1e-5                                               # of OLMo-1's norms, always
-OLMOE_CONTEXT = 4096                                     # what a missing max_position_embeddings means
+from nanollm.config import MLP, MoE, Norm
 
 QK_NORM_RULES = (
     rule("model.layers.{i}.self_attn.q_norm", "layers.{i}.mixer.q_norm"),
@@ -43,79 +36,34 @@ OLMOE_NAMES = override(
     *QK_NORM_RULES,
 )
 
-
-def read_olmo_attention(r: Reader, context: int = 2048, qk_norm: Norm | None = None, clip: float | None = None) -> Attention:
-    bias = r.flag("attention_bias", False)
-    return read_attention(r, context=context, qk_norm=qk_norm, qkv_bias=bias, out_bias=bias, clip=clip)
-
-
-def rotated_in_float32(attention: Attention) -> Attention:
-    return dataclasses.replace(attention, rope=dataclasses.replace(attention.rope, rounds="result"))
-
-
-def read_olmo(r: Reader) -> ModelConfig:
-    norm = Norm("layer", eps=EPS, gain=False)
-    attention = rotated_in_float32(read_olmo_attention(r, clip=r.number("clip_qkv", None)))
-    layer = Layer(attention, read_mlp(r), pre_mixer=norm, pre_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm)
-
-
-def read_olmo2(r: Reader) -> ModelConfig:
-    eps = r.number("rms_norm_eps", 1e-5)
-    norm, qk_norm = Norm(eps=eps, cast_after_gain=True), Norm(eps=eps, cast_after_gain=True, scope="all")
-    attention = rotated_in_float32(read_olmo_attention(r, qk_norm=qk_norm))
-    layer = Layer(attention, read_mlp(r), pre_mixer=None, post_mixer=norm, pre_ffn=None, post_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm)
-
-
-def read_olmoe(r: Reader) -> ModelConfig:
-    """`intermediate_size` is the width of one expert."""
-    eps = r.number("rms_norm_eps", 1e-5)
-    norm = Norm(eps=eps)
-    attention = read_olmo_attention(r, OLMOE_CONTEXT, Norm(eps=eps, scope="all"), r.number("clip_qkv", None))
-    if attention.heads * attention.head_dim != r.size("hidden_size"):
-        raise r.error("head_dim", "hidden_size / num_attention_heads, which is what the norm of q is as wide as")
-    moe = MoE(
-        experts=r.count("num_experts", 64),
-        top_k=r.size("num_experts_per_tok", 8),
-        expert=read_mlp(r),
-        renormalize=r.flag("norm_topk_prob", False),
-        round_weights=True,
-    )
-    layer = Layer(attention, moe, pre_mixer=norm, pre_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm, OLMOE_CONTEXT)
-
-
-def write_olmo_shape(config: ModelConfig, model_type: str, architecture: str, ffn: type = MLP) -> dict[str, Any]:
-    """One switch for the biases of q, k, v and o."""
-    values = write_llama_shape(config, model_type, architecture, ffn)
-    return values | {"attention_bias": config.layers[0].mixer.out_bias}
-
-
-def write_olmo(config: ModelConfig) -> dict[str, Any]:
-    """Norms with a gain, or of another ε, do not read back."""
-    values = write_olmo_shape(config, "olmo", "OlmoForCausalLM")
-    del values["rms_norm_eps"]
-    return values | {"clip_qkv": config.layers[0].mixer.clip}
-
-
-def write_olmo2(config: ModelConfig) -> dict[str, Any]:
-    return write_olmo_shape(config, "olmo2", "Olmo2ForCausalLM")
-
-
-def write_olmoe(config: ModelConfig) -> dict[str, Any]:
-    """A shared expert, or weights that are not rounded, do not read back."""
-    values = write_olmo_shape(config, "olmoe", "OlmoeForCausalLM", MoE)
-    layer = config.layers[0]
-    return values | {
-        "clip_qkv": layer.mixer.clip,
-        "num_experts": layer.ffn.experts,
-        "num_experts_per_tok": layer.ffn.top_k,
-        "norm_topk_prob": layer.ffn.renormalize,
-    }
-
-
-# some fine-tuned OLMo-1 carry Llama's key for ε, which their norms do not read
-OLMO = Family("olmo", read_olmo, write_olmo, (LLAMA_NAMES,), INV_FREQ, irrelevant=frozenset({"rms_norm_eps"}))
-OLMO2 = Family("olmo2", read_olmo2, write_olmo2, (OLMO2_NAMES,), INV_FREQ)
-OLMOE = Family("olmoe", read_olmoe, write_olmoe, (OLMOE_NAMES,), INV_FREQ)
+OLMO = LLAMA_SHAPE.but(
+    "olmo", "OlmoForCausalLM",
+    norm=part(Norm, kind="layer", eps=1e-5, gain=False), layer={"mixer.rope.rounds": "result"},
+    keys={"attention_bias": ATTENTION_BIAS, "clip_qkv": number("mixer.clip", missing=None)},
+    without=("rms_norm_eps",),
+    irrelevant=frozenset({"rms_norm_eps"}),  # some fine-tuned OLMo-1 carry Llama's key, which their norms do not read
+)
+ROUNDED_ONCE = part(Norm, cast_after_gain=True)
+OLMO2 = LLAMA_SHAPE.but(
+    "olmo2", "Olmo2ForCausalLM", names=(OLMO2_NAMES,),
+    norm=ROUNDED_ONCE,
+    layer={
+        "mixer.rope.rounds": "result", "mixer.qk_norm": part(Norm, cast_after_gain=True, scope="all"),
+        "pre_mixer": None, "post_mixer": ROUNDED_ONCE, "pre_ffn": None, "post_ffn": ROUNDED_ONCE,
+    },
+    keys={"attention_bias": ATTENTION_BIAS, "rms_norm_eps": number(*EPS, missing=1e-5)},
+)
+OLMOE = LLAMA_SHAPE.but(
+    "olmoe", "OlmoeForCausalLM", names=(OLMOE_NAMES,),
+    layer={"mixer.qk_norm": part(Norm, scope="all"), "ffn": part(MoE, expert=part(MLP), round_weights=True)},
+    keys=HEADS_SHARE_DIM | {  # the norm of q is as wide as dim
+        "rms_norm_eps": number(*EPS, missing=1e-5),
+        "attention_bias": ATTENTION_BIAS,
+        "clip_qkv": number("mixer.clip", missing=None),
+        "max_position_embeddings": size("context", missing=4096),
+        "num_experts": count("ffn.experts", missing=64),
+        "num_experts_per_tok": size("ffn.top_k", missing=8),
+        "norm_topk_prob": flag("ffn.renormalize", missing=False),
+    },
+)
+FAMILIES = {"olmo": OLMO, "olmo2": OLMO2, "olmoe": OLMOE}

@@ -6,17 +6,12 @@ As many key/value heads as heads; on disk q, k and v are one tensor, a head at a
 largest vocabulary of its time (262144), and the dropout of 0.6 that its config.json speaks of is for training.
 """
 
-from typing import Any
-
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, write_llama_shape
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import Heads, RopeKeys
+from checkpoints.names.config_table import activation, field, number, only, optional, part, size
 from checkpoints.names.ops import Groups
-from checkpoints.names.reader import Reader
-from checkpoints.names.rope import read_rope
 from checkpoints.names.table import override, rule
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
-
-CONTEXT = 16384                                          # what a missing max_position_embeddings means
+from nanollm.config import MLP
 
 PERSIMMON_NAMES = override(
     LLAMA_NAMES,
@@ -29,31 +24,20 @@ PERSIMMON_NAMES = override(
     rule("model.final_layernorm", "norm"),
 )
 
-
-def read(r: Reader) -> ModelConfig:
-    """num_key_value_heads stands in the hub's config, and can only be the number of heads."""
-    norm = Norm("layer", eps=r.number("layer_norm_eps", 1e-5), bias=True)
-    dim, heads = r.size("hidden_size"), r.size("num_attention_heads")
-    if dim % heads:
-        raise r.error("num_attention_heads", f"a divisor of hidden_size ({dim})")
-    r.must("num_key_value_heads", heads)
-    r.must("head_dim", dim // heads)
-    rope = read_rope(r, 10_000.0, r.size("max_position_embeddings", CONTEXT), fraction=0.5)
-    qk_norm = norm if r.flag("qk_layernorm", True) else None
-    attention = Attention(heads, heads, dim // heads, rope, qk_norm=qk_norm, qkv_bias=True, out_bias=True)
-    mlp = MLP(r.size("intermediate_size"), r.activation("hidden_act", "relu2"), gated=False, bias=True)
-    return read_decoder(r, [Layer(attention, mlp, pre_mixer=norm, pre_ffn=norm)] * r.count("num_hidden_layers"), norm, CONTEXT)
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    """A gated MLP, or matrices without bias, do not read back."""
-    values = write_llama_shape(config, "persimmon", "PersimmonForCausalLM")
-    attention = config.layers[0].mixer
-    return values | {
-        "layer_norm_eps": values.pop("rms_norm_eps"),
-        "partial_rotary_factor": attention.rope.fraction,
-        "qk_layernorm": attention.qk_norm is not None,
-    }
-
-
-PERSIMMON = Family("persimmon", read, write, (PERSIMMON_NAMES,), INV_FREQ, frozenset({"rms_norm_eps"}))      # left over from the conversion
+PERSIMMON = LLAMA_SHAPE.but(
+    "persimmon", "PersimmonForCausalLM", names=(PERSIMMON_NAMES,),
+    norm=LAYER_NORM, layer={"ffn": part(MLP, gated=False, bias=True), "mixer.qkv_bias": True, "mixer.out_bias": True},
+    keys={
+        "num_attention_heads": Heads(),
+        "num_key_value_heads": only(field("mixer.kv_heads")),  # it stands in the hub's config, and says nothing else
+        "head_dim": only(field("mixer.head_dim")),
+        "hidden_act": activation("ffn.activation", missing="relu2"),
+        "qk_layernorm": optional("mixer.qk_norm", LAYER_NORM, missing=True),
+        "layer_norm_eps": number(*EPS, missing=1e-5),
+        "max_position_embeddings": size("context", missing=16384),
+        "rope_parameters": RopeKeys(fraction=0.5),
+    },
+    without=("rms_norm_eps",),
+    irrelevant=frozenset({"rms_norm_eps"}),  # left over from the conversion
+)
+FAMILIES = {"persimmon": PERSIMMON}

@@ -13,15 +13,13 @@ A window of 262144 with a context of 131072 says nothing, and is kept as it is. 
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import RopeKeys
+from checkpoints.names.config_table import ABSENT, Draft, number, only, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
-from checkpoints.names.rope import read_rope
+from checkpoints.names.rope import ORIGINAL
 from checkpoints.names.table import override, rule
-from nanollm.config import Attention, Layer, LongRope, ModelConfig, Norm
-
-CONTEXT = 4096                                           # what a missing max_position_embeddings means, and the original one too
 
 PHI3_NAMES = override(
     LLAMA_NAMES,
@@ -30,48 +28,51 @@ PHI3_NAMES = override(
 )
 
 
-def check_lists(r: Reader, head_dim: int) -> None:
-    """LongRoPE or nothing, and its lists as long as there are pairs of channels that turn."""
-    inner = r.inside("rope_scaling") or r.inside("rope_parameters")
-    if inner is None:
-        return
-    key = "rope_type" if "rope_type" in inner.values else "type"
-    if inner.get(key, "default") not in ("default", "longrope", "su"):
-        raise inner.error(key, "default, longrope or su")
-    pairs = int(head_dim * inner.number("partial_rotary_factor", r.number("partial_rotary_factor", 1.0))) // 2
-    for key in ("short_factor", "long_factor"):
-        divisors = inner.get(key, None)
-        if isinstance(divisors, list) and len(divisors) != pairs:
-            raise inner.error(key, f"a list of {pairs} numbers, one for each pair of channels that turns, not of {len(divisors)}")
+class LongRopeOnly(RopeKeys):
+    """LongRoPE or nothing. Its lists must be as long as there are pairs of channels that turn."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        inner = r.inside("rope_scaling") or r.inside("rope_parameters")
+        if inner is not None:
+            self.check(r, inner, draft["mixer.head_dim"])
+        super().read(r, draft, key)
+
+    def check(self, r: Reader, inner: Reader, head_dim: int) -> None:
+        kind = "rope_type" if "rope_type" in inner.values else "type"
+        inner.must(kind, "default", "longrope", "su")
+        turned = inner.number(self.fraction_key, r.number(self.fraction_key, self.fraction))
+        pairs = int(head_dim * turned) // 2
+        for key in ("short_factor", "long_factor"):
+            found = inner.get(key, None)
+            if isinstance(found, list) and len(found) != pairs:
+                raise inner.error(key, f"a list of {pairs} numbers, one for each pair of channels that turns, not of {len(found)}")
+
+    def original(self, r: Reader, draft: Draft) -> int:
+        return r.size(ORIGINAL, 4096)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        original = draft["mixer.rope.scaling.original"]
+        return super().write(draft, key) | {ORIGINAL: draft["context"] if original is ABSENT else original}
 
 
-def read(r: Reader) -> ModelConfig:
-    """Llama's keys, with other rope. That matrices are fused is the table's to say."""
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-5))
-    dim, heads = r.size("hidden_size"), r.size("num_attention_heads")
-    head_dim = r.size("head_dim", None) or dim // heads
-    kv_heads = r.size("num_key_value_heads", None) or heads
-    for key in ("attention_bias", "mlp_bias", "lm_head_bias"):
-        r.must(key, False)
-    for key in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini: 1, and nothing published reads them
-        r.must(key, 1)
-    check_lists(r, head_dim)
-    original = r.size("original_max_position_embeddings", CONTEXT)
-    rope = read_rope(r, 10_000.0, r.size("max_position_embeddings", CONTEXT), fraction=1.0, original=original)
-    attention = Attention(heads, kv_heads, head_dim, rope, r.size("sliding_window", None))
-    layer = Layer(attention, read_mlp(r), pre_mixer=norm, pre_ffn=norm)
-    return read_decoder(r, [layer] * r.count("num_hidden_layers"), norm, CONTEXT)
+def narrowest(draft: Draft) -> int:
+    """A missing head_dim, where heads need not fill dim."""
+    return draft["dim"] // draft["mixer.heads"]
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    """A bias anywhere, or a scaling other than LongRoPE, does not read back."""
-    values = write_llama_shape(config, "phi3", "Phi3ForCausalLM")
-    attention = config.layers[0].mixer
-    long = isinstance(attention.rope.scaling, LongRope)
-    return values | {
-        "sliding_window": attention.window,
-        "original_max_position_embeddings": attention.rope.scaling.original if long else config.context,
-    }
-
-
-PHI3 = Family("phi3", read, write, (PHI3_NAMES,), INV_FREQ)
+PHI3 = LLAMA_SHAPE.but(
+    "phi3", "Phi3ForCausalLM", names=(PHI3_NAMES,),
+    keys={
+        "head_dim": size("mixer.head_dim", missing=narrowest, null=narrowest),
+        "rms_norm_eps": number(*EPS, missing=1e-5),
+        "max_position_embeddings": size("context", missing=4096),
+        "rope_parameters": LongRopeOnly(fraction=1.0),
+        "sliding_window": size("mixer.window", missing=None),
+        "attention_bias": only(False),
+        "mlp_bias": only(False),
+        "lm_head_bias": only(False),
+        "full_attn_mod": only(1),  # Phi-4-mini's, as the next; nothing published reads them
+        "interpolate_factor": only(1),
+    },
+)
+FAMILIES = {"phi3": PHI3}

@@ -10,13 +10,12 @@ or 131072 that means nothing. The small ones are tied. Vocabularies are padded (
 
 from typing import Any
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, read_decoder, read_mlp, write_llama_shape
+from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
+from checkpoints.names.config_rows import HeadDim, Windows
+from checkpoints.names.config_table import only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
-from nanollm.config import Layer, ModelConfig, Norm
-
-CONTEXT = 32768                                          # what a missing max_position_embeddings means
+from nanollm.config import Norm
 
 QWEN3_NAMES = override(
     LLAMA_NAMES,
@@ -25,61 +24,43 @@ QWEN3_NAMES = override(
 )
 
 
-def read_windows(r: Reader) -> list[int | None]:
-    """The window of each layer."""
-    window = r.size("sliding_window", 4096, or_null=True)
-    window = window if r.flag("use_sliding_window", False) else None
-    first = r.get("max_window_layers", 28)
+def max_window_layers(r: Reader, missing: int) -> int:
+    first = r.get("max_window_layers", missing)
     if type(first) is not int or first < 0:
         raise r.error("max_window_layers", "a whole number")
-    count = r.count("num_hidden_layers")
-    types = r.get("layer_types", None)
-    if types is None:
-        types = ["sliding_attention" if window and i >= first else "full_attention" for i in range(count)]
-    known = ("full_attention", "sliding_attention") if window else ("full_attention",)
-    if not isinstance(types, list) or len(types) != count or not all(one in known for one in types):
-        raise r.error("layer_types", f"{count} times {' or '.join(known)}")
-    return [window if one == "sliding_attention" else None for one in types]
+    return first
 
 
-def read_qwen2(r: Reader) -> ModelConfig:
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-6))
-    r.must("use_mrope", False)                           # positions in three dimensions, for images
-    mlp = read_mlp(r)
-    layers = [Layer(read_attention(r, context=CONTEXT, kv_heads=32, window=window, qkv_bias=True), mlp, pre_mixer=norm, pre_ffn=norm)
-              for window in read_windows(r)]
-    return read_decoder(r, layers, norm, CONTEXT)
+class LastLayersSlide(Windows):
+    """Those from `max_window_layers` on. The key alone says it only where the full layers all come first."""
+
+    def __init__(self, first: int = 28, **more: Any) -> None:
+        super().__init__(**more)
+        self.first = first
+
+    def pattern(self, r: Reader, layers: int) -> list[bool]:
+        first = max_window_layers(r, self.first)
+        return [i >= first for i in range(layers)]
+
+    def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
+        return {"max_window_layers": [*slides, True].index(True)}
 
 
-def read_qwen3(r: Reader) -> ModelConfig:
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-6))
-    bias = r.flag("attention_bias", False)
-    mlp = read_mlp(r)
-    more = dict(context=CONTEXT, kv_heads=32, head_dim=128, qk_norm=norm, qkv_bias=bias, out_bias=bias)
-    layers = [Layer(read_attention(r, window=window, **more), mlp, pre_mixer=norm, pre_ffn=norm) for window in read_windows(r)]
-    return read_decoder(r, layers, norm, CONTEXT)
-
-
-def write_windows(config: ModelConfig) -> dict[str, Any]:
-    """Both ways of saying it. `max_window_layers` alone is right only where the full layers all come first."""
-    windows = [layer.mixer.window for layer in config.layers]
-    sliding = [i for i, window in enumerate(windows) if window is not None]
-    return {
-        "use_sliding_window": bool(sliding),
-        "sliding_window": windows[sliding[0]] if sliding else None,
-        "max_window_layers": sliding[0] if sliding else len(windows),
-        "layer_types": ["full_attention" if window is None else "sliding_attention" for window in windows],
-    }
-
-
-def write_qwen2(config: ModelConfig) -> dict[str, Any]:
-    return write_llama_shape(config, "qwen2", "Qwen2ForCausalLM") | write_windows(config)
-
-
-def write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    values = write_llama_shape(config, "qwen3", "Qwen3ForCausalLM") | write_windows(config)
-    return values | {"attention_bias": config.layers[0].mixer.out_bias}
-
-
-QWEN2 = Family("qwen2", read_qwen2, write_qwen2, (LLAMA_NAMES,), INV_FREQ)
-QWEN3 = Family("qwen3", read_qwen3, write_qwen3, (QWEN3_NAMES,), INV_FREQ)
+QWEN2 = LLAMA_SHAPE.but(
+    "qwen2", "Qwen2ForCausalLM", layer={"mixer.qkv_bias": True},
+    keys={
+        "num_key_value_heads": kv_heads(missing=32),
+        "max_position_embeddings": size("context", missing=32768),
+        "use_mrope": only(False),  # positions in three dimensions, for images
+        "layer_types": LastLayersSlide(switch=True),
+    },
+)
+QWEN3 = QWEN2.but(
+    "qwen3", "Qwen3ForCausalLM", names=(QWEN3_NAMES,), layer={"mixer.qkv_bias": False, "mixer.qk_norm": part(Norm)},
+    keys={
+        "head_dim": HeadDim(missing=128),
+        "attention_bias": ATTENTION_BIAS,
+    },
+    without=("use_mrope",),
+)
+FAMILIES = {"qwen2": QWEN2, "qwen3": QWEN3}

@@ -1,31 +1,41 @@
-"""Qwen, the first: Llama with biases on q, k and v, and two ways of reading past the context that it was trained for. 1.8B, 7B, 14B, 72B.
+"""Qwen, the first: Llama with biases on q, k and v, and two ways of reading past its context. 1.8B, 7B, 14B, 72B.
 
-    RoPE     θ grows in steps: α = 1, 3, 7, … for sequences up to seq_length, twice, four times as long        use_dynamic_ntk
-    log n    the query of the n-th token is multiplied by log n / log seq_length, if that is more than 1        use_logn_attn
+    use_dynamic_ntk    RoPE's θ grows in steps: α = 1, 3, 7, … for sequences up to seq_length, twice, four times as long
+    use_logn_attn      the query of the n-th token is multiplied by log n / log seq_length, if that is more than 1
 
-The 72B has neither, and theta 1e6. On disk w2 is the gate and w1 the up projection, and either is *half* as wide as the config says.
+The 72B has neither, and theta 1e6. On disk w2 is the gate and w1 the up projection, and either is *half* as wide as
+the config says.
 
-There are two layouts of config.json: that of August 2023 (n_embd, n_layer, n_head, ffn_hidden_size, n_positions) and that of a
-month later (hidden_size, …, as transformers has them). They differ in what missing keys mean, too.
+There are two layouts of config.json: that of August 2023 (n_embd, n_layer, n_head, ffn_hidden_size, n_positions) and
+that of a month later (hidden_size, …, as transformers has them). They differ in what missing keys mean, too.
 
-α follows from the length of the sequence. The published code takes that of the prompt, and keeps α while it generates, so what it
-says depends on where a prompt ended; here it is always the length of the sequence that is read (nanollm/layers/scaling.py).
+α follows from the length of the sequence. The published code takes that of the prompt, and keeps α while it
+generates, so what it says depends on where a prompt ended; here it is always the length of the sequence that is read
+(nanollm/layers/scaling.py).
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import write_decoder
+from checkpoints.names.config_rows import LayerCount, halved
+from checkpoints.names.config_table import (
+    ABSENT,
+    Draft,
+    Key,
+    Keys,
+    Row,
+    field,
+    flag,
+    number,
+    only,
+    part,
+    read_keys,
+    size,
+)
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope, SteppedNTK
-from nanollm.errors import ConfigError
-
-# for each layout: the keys of the sizes, and what is meant by keys that are missing
-FIRST = dict(dim="n_embd", layers="n_layer", heads="n_head", hidden="ffn_hidden_size", context="n_positions", eps=1e-5, stretched=False)
-SECOND = dict(dim="hidden_size", layers="num_hidden_layers", heads="num_attention_heads", hidden="intermediate_size",
-              context="max_position_embeddings", eps=1e-6, stretched=True)
 
 QWEN1_NAMES = override(
     {},
@@ -42,60 +52,92 @@ QWEN1_NAMES = override(
 )
 
 
-def read(r: Reader) -> ModelConfig:
-    """Either layout; n_embd is in the first alone."""
-    layout = FIRST if "n_embd" in r.values else SECOND
-    for key, only in (("no_bias", True), ("rotary_pct", 1.0), ("pos_emb", "rotary"), ("activation", "swiglu"), ("scale_attn_weights", True),
-                      ("apply_residual_connection_post_layernorm", False), ("n_inner", None), ("use_cache_quantization", False)):
-        r.must(key, only)
-    theta, vocab = r.number("rotary_emb_base", 10_000.0, above=1), r.size("vocab_size")
-    r.must("rope_theta", theta)                          # said twice in the 72B
-    r.must("padded_vocab_size", vocab)
-    steps, logn = (r.flag(key, layout["stretched"]) for key in ("use_dynamic_ntk", "use_logn_attn"))
-    original = r.size("seq_length") if steps or logn else r.size("seq_length", None)
-    dim, heads, head_dim, width = r.size(layout["dim"]), r.size(layout["heads"]), r.size("kv_channels", 128), r.size(layout["hidden"], 22016)
-    if heads * head_dim != dim:
-        raise r.error("kv_channels", f"{layout['dim']} / {layout['heads']}, which is {dim} / {heads}")
-    if width % 2:
-        raise r.error(layout["hidden"], "an even number, of which a half is the width of the MLP")
-    rope = Rope(theta, scaling=SteppedNTK(original) if steps else None)
-    attention = Attention(heads, heads, head_dim, rope, qkv_bias=True, logn=original if logn else None)
-    norm = Norm(eps=r.number("layer_norm_epsilon", layout["eps"]))
-    return ModelConfig(
-        vocab=vocab,
-        dim=dim,
-        layers=(Layer(attention, MLP(width // 2), pre_mixer=norm, pre_ffn=norm),) * r.count(layout["layers"]),
-        final_norm=norm,
-        tied=r.flag("tie_word_embeddings", False),
-        context=r.size(layout["context"], 8192),
-    )
+class HeadWidth(Row):
+    """Which is dim / heads, and said all the same."""
+
+    def __init__(self, dim: str, heads: str) -> None:
+        self.expected = f"{dim} / {heads}"
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        dim, heads, width = draft["dim"], draft["mixer.heads"], r.size(key, 128)
+        if heads * width != dim:
+            raise r.error(key, f"{self.expected}, which is {dim} / {heads}")
+        draft["mixer.kv_heads"], draft["mixer.head_dim"] = heads, width
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["mixer.head_dim"]}
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    """The second layout. A stretch and log n with different contexts do not read back."""
-    base = write_decoder(config, "qwen", "QWenLMHeadModel", Attention, MLP)
-    attention = config.layers[0].mixer
-    if attention.rope is None:
-        raise ConfigError("layers[0].mixer.rope is None")
-    steps = isinstance(attention.rope.scaling, SteppedNTK)
-    return base | {
-        "num_attention_heads": attention.heads,
-        "kv_channels": attention.head_dim,
-        "intermediate_size": 2 * config.layers[0].ffn.hidden,
-        "layer_norm_epsilon": config.final_norm.eps,
-        "max_position_embeddings": config.context,
-        "seq_length": attention.rope.scaling.original if steps else attention.logn or config.context,
-        "use_dynamic_ntk": steps,
-        "use_logn_attn": attention.logn is not None,
-        "rotary_emb_base": attention.rope.theta,
-        "rotary_pct": 1.0,
-        "no_bias": True,
-        "scale_attn_weights": True,
+class Stretch(Row):
+    """Both ways of reading past `seq_length`, which is needed for either. `missing`: what either switch then means."""
+
+    def __init__(self, missing: bool) -> None:
+        self.missing = missing
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        steps, logn = (r.flag(name, self.missing) for name in ("use_dynamic_ntk", "use_logn_attn"))
+        original = r.size(key) if steps or logn else r.size(key, None)
+        draft["mixer.rope.scaling"] = part(SteppedNTK, original=original) if steps else None
+        draft["mixer.logn"] = original if logn else None
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """A stretch and log n with different contexts do not read back."""
+        original, logn = draft["mixer.rope.scaling.original"], draft["mixer.logn"]
+        steps = original is not ABSENT
+        return {
+            key: original if steps else logn or draft["context"],
+            "use_dynamic_ntk": steps,
+            "use_logn_attn": logn is not None,
+        }
+
+
+def layout(dim: str, layers: str, heads: str, hidden: str, context: str, eps: float, stretched: bool) -> Keys:
+    """A layout of config.json: what it calls the sizes, and what is meant by keys that are missing."""
+    return {
+        "vocab_size": size("vocab"),
+        "padded_vocab_size": only(field("vocab")),
+        dim: size("dim"),
+        layers: LayerCount(),
+        heads: size("mixer.heads"),
+        "kv_channels": HeadWidth(dim, heads),
+        hidden: halved("ffn.hidden", missing=22016),
+        context: size("context", missing=8192),
+        "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=eps),
+        "rotary_emb_base": Key(lambda r, key: r.number(key, above=1), "mixer.rope.theta", missing=10_000.0),
+        "rope_theta": only(field("mixer.rope.theta")),  # said twice in the 72B
+        "seq_length": Stretch(missing=stretched),
+        "tie_word_embeddings": flag("tied", missing=False),
+        "rotary_pct": only(1.0, written=True),
+        "no_bias": only(True, written=True),
+        "scale_attn_weights": only(True, written=True),
+        "pos_emb": only("rotary"),
+        "activation": only("swiglu"),
+        "apply_residual_connection_post_layernorm": only(False),
+        "n_inner": only(None),
+        "use_cache_quantization": only(False),
     }
 
 
-QWEN1 = Family(
-    "qwen", read, write, (QWEN1_NAMES,), frozenset({"transformer.h.{i}.attn.rotary_emb.inv_freq", "transformer.rotary_emb.inv_freq"}),
-    irrelevant=frozenset("attn_pdrop bf16 bias_dropout_fusion emb_dropout_prob fp16 fp32 onnx_safe params_dtype softmax_in_fp32 tokenizer_type "
-                         "use_cache_kernel use_flash_attn".split()),
+FIRST = layout("n_embd", "n_layer", "n_head", "ffn_hidden_size", "n_positions", eps=1e-5, stretched=False)
+
+
+class TwoLayouts(Family):
+    """`keys` are the second layout, in which it is written; n_embd is in the first alone."""
+
+    def read(self, r: Reader) -> ModelConfig:
+        return read_keys(FIRST if "n_embd" in r.values else self.keys, r, self.model, self.layer)
+
+
+QWEN1 = TwoLayouts(
+    "qwen", "QWenLMHeadModel",
+    keys=layout("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
+                "max_position_embeddings", eps=1e-6, stretched=True),
+    layer=part(Layer, mixer=part(Attention, rope=part(Rope), qkv_bias=True), ffn=part(MLP),
+               pre_mixer=part(Norm), pre_ffn=part(Norm)),
+    names=(QWEN1_NAMES,),
+    ignorable=frozenset({"transformer.h.{i}.attn.rotary_emb.inv_freq", "transformer.rotary_emb.inv_freq"}),
+    irrelevant=frozenset(
+        "attn_pdrop bf16 bias_dropout_fusion emb_dropout_prob fp16 fp32 onnx_safe params_dtype softmax_in_fp32 "
+        "tokenizer_type use_cache_kernel use_flash_attn".split()),
 )
+FAMILIES = {"qwen": QWEN1}

@@ -13,33 +13,35 @@ both places. What a missing key means differs from Qwen2 for four of them. Tenso
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES
-from checkpoints.families.qwen import read_qwen2, write_qwen2
+from checkpoints.families.llama import EPS, LLAMA_NAMES, kv_heads
+from checkpoints.families.qwen import QWEN2, LastLayersSlide
+from checkpoints.names.config_rows import RopeKeys
+from checkpoints.names.config_table import number
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.table import moved
 from nanollm.config import ModelConfig
 
-DEFAULTS = dict(rms_norm_eps=1e-5, rope_theta=1e6, num_key_value_heads=8, max_window_layers=80)      # where they are not Qwen2's
 TOWER = frozenset("vision_config image_token_id video_token_id vision_token_id vision_start_token_id vision_end_token_id".split())
 
 
-def read(r: Reader) -> ModelConfig:
-    """Qwen2's reader on the keys of the language model, wherever they stand."""
-    text = r.inside("text_config")
-    source = text or r
-    source.must("model_type", *(kind + end for kind in ("qwen2_vl", "qwen2_5_vl") for end in ("", "_text")))
-    tied = r.flag("tie_word_embeddings", False) or source.flag("tie_word_embeddings", False)
-    values = DEFAULTS | source.values | {"tie_word_embeddings": tied}
-    inner = Reader(values | {key: plain(source.get(key, None)) for key in ("rope_scaling", "rope_parameters")},
-                   r.where, r.ignore, r.most, source.prefix)
-    config = read_qwen2(inner)
-    if text is None:
-        r.seen |= inner.seen
+class WithVision(Family):
+    """Qwen2's keys, wherever they stand."""
+
+    def read(self, r: Reader) -> ModelConfig:
+        text = r.inside("text_config")
+        source = text or r
+        source.must("model_type", *(kind + end for kind in ("qwen2_vl", "qwen2_5_vl") for end in ("", "_text")))
+        tied = r.flag("tie_word_embeddings", False) or source.flag("tie_word_embeddings", False)
+        ropes = {key: plain(source.get(key, None)) for key in ("rope_scaling", "rope_parameters")}
+        inner = Reader(source.values | {"tie_word_embeddings": tied} | ropes, r.where, r.ignore, r.most, source.prefix)
+        config = super().read(inner)
+        if text is None:
+            r.seen |= inner.seen
+            return config
+        inner.close(IRRELEVANT | TOWER)
+        for key in sorted(text.values.keys() & r.values.keys() - IRRELEVANT - TOWER - {"tie_word_embeddings"}):
+            r.must(key, text.values[key])  # said in both places, and the same
         return config
-    inner.close(IRRELEVANT | TOWER)
-    for key in sorted(text.values.keys() & r.values.keys() - IRRELEVANT - TOWER - {"tie_word_embeddings"}):
-        r.must(key, text.values[key])                    # said in both places, and the same
-    return config
 
 
 def plain(rope: Any) -> Any:
@@ -49,10 +51,16 @@ def plain(rope: Any) -> Any:
     return {key: "default" if value == "mrope" else value for key, value in rope.items() if key != "mrope_section"}
 
 
-QWEN2_VL = Family(
-    "qwen2", read, write_qwen2,
-    tables=(LLAMA_NAMES, moved(LLAMA_NAMES, "model.", "model.language_model.")),
-    ignorable=INV_FREQ,
+QWEN2_VL = WithVision(
+    QWEN2.name, QWEN2.architecture, layer=QWEN2.layer, model=QWEN2.model, ignorable=QWEN2.ignorable,
+    keys=QWEN2.keys | {
+        "rms_norm_eps": number(*EPS, missing=1e-5),
+        "rope_parameters": RopeKeys(theta=1e6),
+        "num_key_value_heads": kv_heads(missing=8),
+        "layer_types": LastLayersSlide(first=80, switch=True),
+    },
+    names=(LLAMA_NAMES, moved(LLAMA_NAMES, "model.", "model.language_model.")),
     irrelevant=TOWER,
     left_out=("visual.", "model.visual."),
 )
+FAMILIES = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL}

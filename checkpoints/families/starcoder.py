@@ -6,15 +6,10 @@ Few key/value heads (2 or 4), RoPE in the half layout, a window of 4096 on every
 StarCoder the first is a GPT-2 with one key/value head and another lineage.
 """
 
-from typing import Any
-
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_attention, write_llama_shape
-from checkpoints.names.reader import Reader
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
+from checkpoints.names.config_table import activation, field, flag, number, only, part, size
 from checkpoints.names.table import override, rule
-from nanollm.config import MLP, Layer, ModelConfig, Norm
-
-CONTEXT = 4096                                           # what a missing max_position_embeddings means
+from nanollm.config import MLP
 
 STARCODER2_NAMES = override(
     LLAMA_NAMES,
@@ -22,33 +17,24 @@ STARCODER2_NAMES = override(
     rule("model.layers.{i}.mlp.c_proj", "layers.{i}.ffn.down"),
 )
 
-
-def read(r: Reader) -> ModelConfig:
-    """One switch for the bias of all matrices; the norms always have theirs."""
-    norm = Norm("layer", eps=r.number("norm_epsilon", 1e-5), bias=True)
-    bias = r.flag("use_bias", True)
-    for key, value in (("layer_norm_epsilon", norm.eps), ("norm_type", "layer_norm"), ("mlp_type", "default"), ("scale_attn_weights", True)):
-        r.must(key, value)                               # what the hub's configs also say
-    attention = read_attention(r, context=CONTEXT, kv_heads=2, window=r.size("sliding_window", None), qkv_bias=bias, out_bias=bias)
-    mlp = MLP(r.size("intermediate_size"), r.activation("hidden_act", "gelu_pytorch_tanh"), gated=False, bias=bias)
-    return ModelConfig(
-        vocab=r.size("vocab_size"),
-        dim=r.size("hidden_size"),
-        layers=(Layer(attention, mlp, pre_mixer=norm, pre_ffn=norm),) * r.count("num_hidden_layers"),
-        final_norm=norm,
-        tied=r.flag("tie_word_embeddings", True),
-        context=r.size("max_position_embeddings", CONTEXT),
-    )
-
-
-def write(config: ModelConfig) -> dict[str, Any]:
-    values = write_llama_shape(config, "starcoder2", "Starcoder2ForCausalLM")
-    layer = config.layers[0]
-    return values | {"norm_epsilon": values.pop("rms_norm_eps"), "use_bias": layer.ffn.bias, "sliding_window": layer.mixer.window}
-
-
-STARCODER2 = Family(
-    "starcoder2", read, write, (STARCODER2_NAMES,), INV_FREQ,
+STARCODER2 = LLAMA_SHAPE.but(
+    "starcoder2", "Starcoder2ForCausalLM", names=(STARCODER2_NAMES,),
+    norm=LAYER_NORM, layer={"ffn": part(MLP, gated=False)},
+    keys={
+        "num_key_value_heads": kv_heads(missing=2),
+        "hidden_act": activation("ffn.activation", missing="gelu_pytorch_tanh"),
+        "norm_epsilon": number(*EPS, missing=1e-5),
+        "use_bias": flag("mixer.qkv_bias", "mixer.out_bias", "ffn.bias", missing=True),  # of all matrices; the norms always have theirs
+        "sliding_window": size("mixer.window", missing=None),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "max_position_embeddings": size("context", missing=4096),
+        "layer_norm_epsilon": only(field("final_norm.eps")),  # from here on what the hub's configs also say
+        "norm_type": only("layer_norm"),
+        "mlp_type": only("default"),
+        "scale_attn_weights": only(True),
+    },
+    without=("rms_norm_eps",),
     irrelevant=frozenset("activation_function embedding_dropout residual_dropout attention_softmax_in_fp32 "
                          "scale_attention_softmax_in_fp32".split()),
 )
+FAMILIES = {"starcoder2": STARCODER2}

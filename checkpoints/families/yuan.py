@@ -1,5 +1,6 @@
-"""Yuan 2.0: Llama whose queries and keys are made from a filtered input (nanollm/layers/filtered_attention.py). 2B, 51B, 102B.
+"""Yuan 2.0: Llama whose queries and keys are made from a filtered input. 2B, 51B, 102B.
 
+The filters: nanollm/layers/filtered_attention.py.
 Three things about its weights are not as their names say:
 
 - The activation is on `up_proj`: down(gate(x) · silu(up(x))). So `up_proj` is our gate, and `gate_proj` our up.
@@ -12,11 +13,12 @@ Three things about its weights are not as their names say:
 
 Head and embedding are tied where config.json does not say otherwise. RoPE has theta 10000 and no key.
 
-Documents. With reset_attention_mask the published code looks for the token <eod> in what it reads: attention begins anew behind
-it, and the filters run on, across it. Here documents are not found but told, by the positions that a caller gives, and nothing looks
-across their border, the filters neither. So for a prompt without <eod> inside it both flags mean nothing, and for one with <eod> inside
-and no positions the published logits behind it are others. In that case give positions that begin at 0 again behind <eod>: what differs
-then is that the first two tokens of a document do not see the end of the one before through the filters.
+Documents. With reset_attention_mask the published code looks for the token <eod> in what it reads: attention begins
+anew behind it, and the filters run on, across it. Here documents are not found but told, by the positions that a
+caller gives, and nothing looks across their border, the filters neither. So for a prompt without <eod> inside it both
+flags mean nothing, and for one with <eod> inside and no positions the published logits behind it are others. In that
+case give positions that begin at 0 again behind <eod>: what differs then is that the first two tokens of a document
+do not see the end of the one before through the filters.
 """
 
 from collections.abc import Sequence
@@ -24,16 +26,17 @@ from typing import Any
 
 from torch import Tensor
 
-from checkpoints.families.family import Family
-from checkpoints.families.llama import INV_FREQ, LLAMA_NAMES, read_mlp, write_decoder
+from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import unread
+from checkpoints.names.config_table import Draft, Row, field, flag, only, part, size
 from checkpoints.names.ops import Pieces, Shape
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
-from nanollm.config import MLP, Attention, FilteredAttention, Layer, ModelConfig, Norm, Rope
+from nanollm.config import Attention, FilteredAttention, Layer, Norm, Rope
 
 
 class Pairs:
-    """Two stored tensors, one under another, have the rows of q and of k by turns, a head at a time: the drawing at the head of the file."""
+    """Two stored tensors, one under another, have the rows of q and of k by turns, a head at a time, as drawn above."""
 
     @staticmethod
     def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
@@ -42,14 +45,16 @@ class Pairs:
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
         heads = layer.mixer.attention.heads
-        in_turn = [rows for pair in zip(*(tensor.unflatten(0, (heads, -1)) for tensor in ours)) for rows in pair]     # q0 k0 q1 k1 …
+        q, k = (tensor.unflatten(0, (heads, -1)) for tensor in ours)
+        in_turn = [rows for pair in zip(q, k, strict=True) for rows in pair]  # q0 k0 q1 k1 …
         yield from ((0, rows) for rows in in_turn[:heads])
         yield from ((1, rows) for rows in in_turn[heads:])
 
 
 YUAN_NAMES = override(
     LLAMA_NAMES,
-    rule(["model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj"], ["layers.{i}.mixer.q", "layers.{i}.mixer.k"], Pairs),
+    rule(["model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj"],
+         ["layers.{i}.mixer.q", "layers.{i}.mixer.k"], Pairs),
     rule("model.layers.{i}.self_attn.lf_gate.conv1", "layers.{i}.mixer.first"),
     rule("model.layers.{i}.self_attn.lf_gate.conv2", "layers.{i}.mixer.second"),
     rule("model.layers.{i}.self_attn.lf_gate.output_layernorm", "layers.{i}.mixer.norm"),
@@ -58,47 +63,38 @@ YUAN_NAMES = override(
 )
 
 
-def read(r: Reader) -> ModelConfig:
-    """Yuan 2.0; the M32, with experts and another projection, is refused by its keys."""
-    dim, heads = r.size("hidden_size"), r.size("num_attention_heads")
-    if dim % (2 * heads):
-        raise r.error("num_attention_heads", f"an even number of times in hidden_size ({dim})")
-    r.must("use_shareqk", False)                         # one matrix for q and k
-    r.must("causal_mask", True)
-    for key in ("reset_attention_mask", "reset_position_ids"):
-        r.flag(key, False)                               # about <eod> inside a prompt: see above
-    mixer = FilteredAttention(Attention(heads, heads, dim // heads, Rope()), dim // 2, Norm(eps=1e-6))
-    norm = Norm(eps=r.number("rms_norm_eps", 1e-6))
-    return ModelConfig(
-        vocab=r.size("vocab_size"),
-        dim=dim,
-        layers=(Layer(mixer, read_mlp(r), pre_mixer=norm, pre_ffn=norm),) * r.count("num_hidden_layers"),
-        final_norm=norm,
-        tied=r.flag("tie_word_embeddings", True),
-        context=r.size("max_position_embeddings", r.size("model_max_length", 8192)),
-    )
+class FilteredHeads(Row):
+    """The number of heads, each dim / heads wide, and an even number. Between the filters there is half of dim."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        dim, heads = draft["dim"], r.size(key)
+        if dim % (2 * heads):
+            raise r.error(key, f"an even number of times in hidden_size ({dim})")
+        draft["mixer.attention.heads"] = draft["mixer.attention.kv_heads"] = heads
+        draft["mixer.attention.head_dim"], draft["mixer.hidden"] = dim // heads, dim // 2
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["mixer.attention.heads"]}
 
 
-def write(config: ModelConfig) -> dict[str, Any]:
-    """Filters half as wide as the model, and the ε behind them, are not said: others do not read back."""
-    base = write_decoder(config, "yuan", "YuanForCausalLM", FilteredAttention, MLP)
-    layer = config.layers[0]
-    return base | {
-        "num_attention_heads": layer.mixer.attention.heads,
-        "intermediate_size": layer.ffn.hidden,
-        "hidden_act": "gelu_pytorch_tanh" if layer.ffn.activation == "gelu_tanh" else layer.ffn.activation,
-        "rms_norm_eps": config.final_norm.eps,
-        "max_position_embeddings": config.context,
-        "model_max_length": config.context,
-        "causal_mask": True,
-        "use_flash_attention": False,
-        "reset_attention_mask": False,
-        "reset_position_ids": False,
-        "eod_token": None,                               # the published code asks for all five
-    }
-
-
-YUAN = Family(
-    "yuan", read, write, (YUAN_NAMES,), INV_FREQ,
-    irrelevant=frozenset("_from_model_config attn_dropout dropout eod_token eod_token_id mask_token_id sep_token use_flash_attention use_loss_mask".split()),
+YUAN = LLAMA_SHAPE.but(
+    "yuan", "YuanForCausalLM", names=(YUAN_NAMES,),
+    layer={"mixer": part(FilteredAttention, attention=part(Attention, rope=part(Rope)), norm=part(Norm, eps=1e-6))},
+    keys={
+        "num_attention_heads": FilteredHeads(),
+        "tie_word_embeddings": flag("tied", missing=True),
+        "model_max_length": size("context", missing=8192),
+        "max_position_embeddings": size("context", missing=field("context")),
+        "use_shareqk": only(False),  # one matrix for q and k
+        "causal_mask": only(True, written=True),
+        # about <eod> inside a prompt: see above
+        "reset_attention_mask": only(False, True, written=True),
+        "reset_position_ids": only(False, True, written=True),
+        "eod_token": unread(None),
+        "use_flash_attention": unread(False),
+    },
+    without=("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters"),
+    irrelevant=frozenset(
+        "_from_model_config attn_dropout dropout eod_token_id mask_token_id sep_token use_loss_mask".split()),
 )
+FAMILIES = {"yuan": YUAN}

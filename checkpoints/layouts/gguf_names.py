@@ -1,28 +1,33 @@
-"""What a GGUF says of a model: its keys as a config.json would have them, and the names of its tensors. The file itself: ../gguf.py
+"""What a GGUF says of a model: its keys as a config.json would have them, and the names of its tensors.
+
+The file itself: storage/gguf.py.
 
     architecture    model_type         RoPE turns    besides Llama's tensors
     llama           llama, mistral     neighbours    rope_freqs: the divisors of "llama3", instead of its formula
     qwen2           qwen2              halves        –
     qwen3           qwen3              halves        norms of heads
-    gemma           gemma              halves        –                              every norm's gain is stored with 1 added
+    gemma           gemma              halves        –                              gains of norms have 1 added
     gemma2          gemma2             halves        norms after both parts         likewise
     gemma3          gemma3_text        halves        both                           likewise
     phi2            phi                halves        –
     phi3            phi3               halves        fused matrices; rope_factors_long and _short: LongRoPE's lists
 
-Rows of q and k of a `llama` are stored in the order in which Meta has them (layouts/original.py), whoever trained it; they are read as they
+Rows of q and k of a `llama` are stored in Meta's order (layouts/original.py), whoever trained it; they are read as they
 lie. Numbers are float32 there: 1e-05 is what it was before it was rounded.
 
 What is not in the file is taken as llama.cpp takes it:
-- the scale of Gemma's scores is 1/√d, but 1/√(D/H) for the 27B models, which are known by their layers (46 and 62). No other is written;
+- the scale of Gemma's scores is 1/√d, but 1/√(D/H) for the 27B models, known by their layers (46 and 62). No other is
+  written;
 - a missing rope.freq_base is 10000, and so is that of Gemma 3's sliding layers;
-- converters do not write a window for Mistral 7B v0.1 or for a Qwen2 or 3 that slides: such a model is read as one that looks back without end;
+- converters do not write a window for Mistral 7B v0.1 or for a Qwen2 or 3 that slides: such a model is read as one
+  without a window;
 - nor do they write that the ends of YaRN's ramp are not rounded.
 
-Keys of the architecture that are not read here are refused. Those in other namespaces (general, tokenizer, quantize, split, and what tools add)
-say nothing about the logits.
+Keys of the architecture that are not read here are refused. Those in other namespaces (general, tokenizer, quantize,
+split, and what tools add) say nothing about the logits.
 
-Source: llama.cpp as llama-cpp-python 0.3.36 carries it: conversion/ of each model, src/llama-model.cpp, gguf-py/gguf/tensor_mapping.py.
+Source: llama.cpp as llama-cpp-python 0.3.36 carries it: conversion/ of each model, src/llama-model.cpp,
+gguf-py/gguf/tensor_mapping.py.
 Shapes: V vocabulary, D model width, H query heads, d head width, r of its channels that turn.
 """
 
@@ -35,8 +40,9 @@ from typing import Any
 
 import torch
 
-from checkpoints.families.gemma import FULL, SLIDING
-from checkpoints.layouts.original import SCALED
+from checkpoints.layouts.found import Asked, Found
+from checkpoints.layouts.original import HIGH, LOW, ORIGINAL, SCALED
+from checkpoints.names.config_rows import FULL, SLIDING
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table, override, rule
@@ -88,31 +94,41 @@ class Architecture:
     norms_plus: float = 0.0                      # added to the gains of norms
 
 
-def read(path: Path, family: str | None, ignore: Collection[str] = ()) -> tuple[dict[str, Any], dict[str, Stored], Table, bool, frozenset[str]]:
-    """What a config.json would say, the tensors, their names, whether RoPE turns neighbours, and which tensors are no weights.
-
-    `family` is the model_type, where an architecture has several; `ignore` are keys to pass over. Raises ConfigError or CheckpointError; no weight was read then."""
+def find(path: Path, asked: Asked) -> Found | None:
+    """The model of a *.gguf file, or of a folder that has one. Raises ConfigError or CheckpointError."""
+    if path.is_dir():
+        inside = sorted(path.glob("*.gguf"))
+        if len(inside) > 1:
+            names = ", ".join(one.name for one in inside[:8])
+            raise CheckpointError(f"{path}: {len(inside)} GGUF files; give one of them: {names}")
+        return find(inside[0], asked) if inside else None
+    if path.suffix != ".gguf":
+        return None
     gguf.package(path)
     metadata, entries, data = gguf.read_header(path)
     kind = metadata.get("general.architecture")
     if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise ConfigError(f"{path}: general.architecture is {reprlib.repr(kind)}; supported are {', '.join(ARCHITECTURES)}")
+        supported = ", ".join(ARCHITECTURES)
+        raise ConfigError(f"{path}: general.architecture is {reprlib.repr(kind)}; supported are {supported}")
     if metadata.get("general.type", "model") != "model":
         raise ConfigError(f"{path}: general.type is {reprlib.repr(metadata['general.type'])}; expected a model")
     if metadata.get("split.count", 0) not in (0, 1):
-        raise CheckpointError(f"{path}: one of {reprlib.repr(metadata['split.count'])} files of a model; put them together first: "
-                              f"llama-gguf-split --merge {path.name} whole.gguf")
+        raise CheckpointError(f"{path}: one of {reprlib.repr(metadata['split.count'])} files of a model; "
+                              f"put them together first: llama-gguf-split --merge {path.name} whole.gguf")
     architecture = ARCHITECTURES[kind]
     stored = gguf.places(path, entries, data, metadata.get("general.alignment", 32), architecture.norms_plus)
-    values = read_metadata(metadata, kind, family, stored, str(path), ignore)
-    return values, stored, architecture.names, architecture.pairs, architecture.vectors
+    values = read_metadata(metadata, kind, asked.family, stored, str(path), asked.ignore)
+    return Found(path.parent, "gguf", values, str(path), stored, (architecture.names,), architecture.pairs,
+                 architecture.vectors)
 
 
-def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tensors, where: str, ignore: Collection[str] = ()) -> Values:
+def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tensors, where: str,
+                  ignore: Collection[str] = ()) -> Values:
     """What a config.json of Hugging Face's would say. Raises ConfigError or CheckpointError."""
     architecture = ARCHITECTURES[kind]
     if family not in (None, *architecture.families):
-        raise ConfigError(f"{where}: --family {family}: architecture {kind} is read as {' or '.join(architecture.families)}")
+        expected = " or ".join(architecture.families)
+        raise ConfigError(f"{where}: --family {family}: architecture {kind} is read as {expected}")
     own = {key.removeprefix(f"{kind}."): value for key, value in metadata.items() if key.startswith(f"{kind}.")}
     r = Reader(own, where, ignore, min(len(stored), 10_000), f"{kind}.")
     if "token_embd.weight" not in stored:
@@ -120,7 +136,8 @@ def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tenso
     dim, heads = r.size("embedding_length"), r.size("attention.head_count")
     head_dim = r.size("attention.key_length", None)
     if head_dim is None and dim % heads:
-        raise r.error("attention.head_count", f"a divisor of embedding_length ({dim}) where there is no attention.key_length")
+        expected = f"a divisor of embedding_length ({dim}) where there is no attention.key_length"
+        raise r.error("attention.head_count", expected)
     d = head_dim or dim // heads
     values = {
         "model_type": family or architecture.families[0],
@@ -179,7 +196,8 @@ def scaling(r: Reader, values: Values, *kinds: str) -> Values | None:
     if kind == "yarn":
         r.must("rope.scaling.yarn_ext_factor", 1.0)
         told = {"beta_fast": "yarn_beta_fast", "beta_slow": "yarn_beta_slow", "attention_factor": "yarn_attn_factor"}
-        stretched |= {key: r.number(f"rope.scaling.{name}") for key, name in told.items() if f"rope.scaling.{name}" in r.values}
+        stretched |= {key: r.number(f"rope.scaling.{name}")
+                      for key, name in told.items() if f"rope.scaling.{name}" in r.values}
         stretched["original_max_position_embeddings"] = original
     return stretched
 
@@ -187,7 +205,8 @@ def scaling(r: Reader, values: Values, *kinds: str) -> Values | None:
 def numbers(r: Reader, name: str, stored: Tensors, count: int) -> list[float]:
     """A stored vector of so many divisors."""
     if stored[name].shape != (count,):
-        raise CheckpointError(f"{r.where}: {name} is {stored[name].shape}; expected {(count,)}, a divisor for each pair of channels")
+        raise CheckpointError(f"{r.where}: {name} is {stored[name].shape}; "
+                              f"expected {(count,)}, a divisor for each pair of channels")
     found = torch.empty(count)
     stored[name].read_run(0, found)
     if not (found.isfinite() & (found > 0)).all():
@@ -196,15 +215,17 @@ def numbers(r: Reader, name: str, stored: Tensors, count: int) -> list[float]:
 
 
 def llama3(r: Reader, d: int, stored: Tensors) -> Values:
-    """The formula whose divisors are stored: that of Llama 3.1, with a factor that is the largest of them. With another one no config says it."""
+    """The formula whose divisors are stored: that of Llama 3.1, with a factor that is the largest of them.
+
+    No config expresses other divisors."""
     divisors = torch.tensor(numbers(r, FREQS, stored, -(-d // 2)))
-    formula = {"rope_type": "llama3", "factor": divisors.max().item(), **SCALED}
-    stretch = Llama3(formula["factor"], SCALED["original_max_position_embeddings"], SCALED["low_freq_factor"], SCALED["high_freq_factor"])
+    factor = divisors.max().item()
+    stretch = Llama3(factor, ORIGINAL, LOW, HIGH)
     plain, stretched = (frequencies(Rope(theta(r), scaling=one), d, torch.zeros(1, 1)) for one in (None, stretch))
     if not torch.allclose(plain / stretched, divisors, rtol=1e-5, atol=0):
-        raise CheckpointError(f"{r.where}: {FREQS} has divisors other than Llama 3.1's formula gives with a factor of {formula['factor']:g}; "
-                              f"expected those (original context 8192, factors 1 and 4)")
-    return formula
+        raise CheckpointError(f"{r.where}: {FREQS} has divisors other than Llama 3.1's formula gives with a factor of "
+                              f"{factor:g}; expected those (original context 8192, factors 1 and 4)")
+    return {"rope_type": "llama3", "factor": factor, **SCALED}
 
 
 def biases(stored: Tensors) -> bool:
@@ -248,7 +269,8 @@ def llama(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 def qwen2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
     """Biases on q, k and v are the family's, and no key says so."""
     no_window(r)
-    return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": scaling(r, values, "yarn")}
+    rope = {"rope_theta": theta(r), "rope_scaling": scaling(r, values, "yarn")}
+    return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS)} | rope
 
 
 def qwen3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
@@ -256,14 +278,16 @@ def qwen3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 
 def gemma(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": scaling(r, values),
+    return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r),
+                                "rope_scaling": scaling(r, values),
                                 "attention_bias": biases(stored)}
 
 
 def gemma2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
     """Caps that are missing are 50 and 30."""
     caps = {key: r.number(key) for key in ("attn_logit_softcapping", "final_logit_softcapping") if key in r.values}
-    return gemma(r, values, d, stored) | sliding(r, values, 2, 4096) | caps | {"query_pre_attn_scalar": scalar(values, d, 46)}
+    more = sliding(r, values, 2, 4096) | caps | {"query_pre_attn_scalar": scalar(values, d, 46)}
+    return gemma(r, values, d, stored) | more
 
 
 def gemma3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
@@ -278,23 +302,26 @@ def gemma3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 def phi2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
     """LayerNorms, and a part of each head that turns."""
     if d * values["num_attention_heads"] != values["hidden_size"]:
-        raise r.error("attention.key_length", f"embedding_length / attention.head_count ({values['hidden_size']} / {values['num_attention_heads']})")
+        sizes = f"{values['hidden_size']} / {values['num_attention_heads']}"
+        raise r.error("attention.key_length", f"embedding_length / attention.head_count ({sizes})")
     return {"layer_norm_eps": r.number(LAYER), "rope_theta": theta(r), "rope_scaling": scaling(r, values),
             "partial_rotary_factor": part_that_turns(r, d)}
 
 
 def phi3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    """LongRoPE where its lists are stored; how far the context was stretched is a factor on cos and sin, which then has to be there."""
+    """LongRoPE where its lists are stored; how far the context was stretched is then a factor on cos and sin."""
     part, rope = part_that_turns(r, d), None
     r.must("rope.scaling.type", "longrope", "none")
     if LONG in stored or SHORT in stored:
         if missing := {LONG, SHORT} - set(stored):
             raise CheckpointError(f"{r.where}: no tensor {missing.pop()} beside the other list of LongRoPE's")
         long, short = (numbers(r, name, stored, int(d * part) // 2) for name in (LONG, SHORT))
-        rope = {"rope_type": "longrope", "long_factor": long, "short_factor": short, "attention_factor": r.number("rope.scaling.attn_factor")}
-    return {"head_dim": d, "rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": rope, "partial_rotary_factor": part,
-            "original_max_position_embeddings": r.size("rope.scaling.original_context_length", values["max_position_embeddings"]),
-            "sliding_window": window(r)}
+        rope = {"rope_type": "longrope", "long_factor": long, "short_factor": short,
+                "attention_factor": r.number("rope.scaling.attn_factor")}
+    more = {"head_dim": d, "rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": rope,
+            "partial_rotary_factor": part}
+    original = r.size("rope.scaling.original_context_length", values["max_position_embeddings"])
+    return more | {"original_max_position_embeddings": original, "sliding_window": window(r)}
 
 
 ARCHITECTURES = {

@@ -12,7 +12,8 @@ from nanollm.errors import CheckpointError
 
 COMPANIONS = (                                   # what belongs to a model beside its weights and config.json
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "chat_template.json",
 )
 WANTED = ("config.json", SINGLE, INDEX, "model-*-of-*.safetensors", *COMPANIONS)
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
@@ -24,7 +25,8 @@ def wanted(allow_pickle: bool) -> Collection[str]:
 
 
 def local_path(source: str | Path, patterns: Collection[str] = WANTED) -> Path:
-    """The folder, or the file in it that describes a model (layouts.py). A name on the hub has the files that match `patterns` fetched.
+    """The folder, or the file in it that describes a model. Of a name on the hub, the files that match are fetched.
+
     Raises CheckpointError if `source` is neither, nor a model that the hub, or its cache here, can give."""
     path = Path(source)
     if path.exists():
@@ -34,9 +36,10 @@ def local_path(source: str | Path, patterns: Collection[str] = WANTED) -> Path:
     from huggingface_hub import snapshot_download  # imported late: a local folder needs neither it nor a network
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except Exception as error:                             # offline, absent, gated, misspelt: the hub's errors have no common base
+    except Exception as error:                             # offline, absent, gated, misspelt: they have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{source}: no such folder, and the hub does not give a model of that name: {reason}") from error
+        raise CheckpointError(f"{source}: no such folder, and the hub does not give a model of that name: "
+                              f"{reason}") from error
 
 
 def local_folder(source: str | Path, patterns: Collection[str] = WANTED) -> Path:

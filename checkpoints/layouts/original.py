@@ -9,20 +9,21 @@
                                         rows
     rope_theta                          missing: 10000                              missing: 1e6, or 1e4 with a window
     stretched RoPE                      use_scaled_rope: "llama3" with factor 8     –
-    experts                             –                                           moe: {num_experts, num_experts_per_tok}
+    experts                             –                                           moe: {num_experts,
+                                                                                          num_experts_per_tok}
 
-Both turn neighbouring channels in RoPE where Hugging Face turns halves; the weights are read as they lie, and the config says
-`interleaved`. The names are the same for both.
+Both turn neighbouring channels in RoPE where Hugging Face turns halves; the weights are read as they lie, and the
+config says `interleaved`. The names are the same for both.
 
-Meta writes a file for each model-parallel rank. Matrices whose outputs are shared out are cut by rows, those whose inputs are, by
-columns; norms are in every file:
+Meta writes a file for each model-parallel rank. Matrices whose outputs are shared out are cut by rows, those whose
+inputs are, by columns; norms are in every file:
 
     by rows       wq wk wv w1 w3 output, and tok_embeddings from Llama 3 on
     by columns    wo w2, and tok_embeddings of Llama 1 and 2
 
-Llama 3.2 stretches RoPE by 32, by Hugging Face's config of it; params.json says the same as 3.1's, for which the published code has 8.
-So the factor follows from the sizes, unless rope_scaling_factor stands there. The length of the context is not said either; it is
-taken from what else differs between the generations, and changes no logit.
+Llama 3.2 stretches RoPE by 32, by Hugging Face's config of it; params.json says the same as 3.1's, for which the
+published code has 8. So the factor follows from the sizes, unless there is a rope_scaling_factor. The length of the
+context is not said either; it is taken from what else differs between the generations, and changes no logit.
 
 Published code: meta-llama/llama (model.py), meta-llama/llama-models (models/llama3/model.py, args.py),
 mistralai/mistral-inference (args.py, transformer.py, moe.py).
@@ -32,14 +33,17 @@ import dataclasses
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from checkpoints.layouts.found import LARGEST_CONFIG, Asked, Found
 from checkpoints.names.ops import Halving, Interleaving, Op, Same, Stack
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Step, Table, expand, override, rule
+from checkpoints.storage import files, pickles
 from checkpoints.storage.files import Stored, equal_bytes
 from nanollm.config import MLP, Attention, Llama3, ModelConfig, MoE, Rope
 from nanollm.errors import CheckpointError, ConfigError
@@ -66,27 +70,61 @@ NAMES = override(
 )
 IGNORABLE = frozenset({"rope.freqs"})            # of Llama 1 and 2, in every rank's file
 BY_COLUMNS = ("wo", "w2")                        # of the matrices that ranks share out
-SCALED = dict(low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)     # in the published code
+ORIGINAL, LOW, HIGH = 8192, 1.0, 4.0             # of Llama 3.1's stretch, in the published code
+SCALED = dict(low_freq_factor=LOW, high_freq_factor=HIGH, original_max_position_embeddings=ORIGINAL)
 FACTORS = {(2048, 16): 32.0, (3072, 28): 32.0}   # (dim, layers) of Llama 3.2 1B and 3B
+RopeLayout = Literal["half", "interleaved"]
 
 
-def with_rope_layout(config: ModelConfig, layout: str) -> ModelConfig:
-    """The same model with its heads' channels in another order: "half" or "interleaved"."""
+def find(path: Path, asked: Asked) -> Found | None:
+    """The model of a folder with a params.json, or that one of its files belongs to. Raises CheckpointError or ConfigError."""
+    if path.is_file():
+        named = path.name == "params.json" or path.name.startswith("consolidated")
+        return find(path.parent, asked) if named else None
+    where = path / "params.json"
+    if not where.exists() and not any(path.glob("consolidated*")):
+        return None
+    params = files.read_json(where, largest=LARGEST_CONFIG)
+    if (path / SINGLE).exists():
+        stored, layout = files.read_header(files.inside(path, SINGLE, "params.json")), "mistral"
+    else:
+        stored, layout = merged(pickles.read_ranks(path, asked.allow_pickle), params, str(path)), "meta"
+    family = asked.family or dialect(params, layout)
+    if family not in DIALECTS:
+        expected = ", ".join(DIALECTS)
+        raise ConfigError(f"{where}: --family {family}: the original layout is read for {expected}")
+    embed, head = (stored.get(f"{name}.weight") for name in ("tok_embeddings", "output"))
+    if embed is None or len(embed.shape) != 2:
+        raise CheckpointError(f"{path}: no matrix tok_embeddings.weight")
+    tied = head is None or files.equal_bytes(head, embed)
+    most = min(len(stored), 10_000)
+    values = read_params(params, str(where), family, embed.shape[0], tied, most, asked.ignore)
+    return Found(path, layout, values, str(where), stored, (NAMES,), pairs=True, ignorable=IGNORABLE)
+
+
+def with_rope_layout(config: ModelConfig, layout: RopeLayout) -> ModelConfig:
+    """The same model with its heads' channels in another order."""
     def turned(mixer: Any) -> Any:
         rope = getattr(mixer, "rope", None)
-        return dataclasses.replace(mixer, rope=dataclasses.replace(rope, layout=layout)) if isinstance(rope, Rope) else mixer
-    return dataclasses.replace(config, layers=tuple(dataclasses.replace(layer, mixer=turned(layer.mixer)) for layer in config.layers))
+        if not isinstance(rope, Rope):
+            return mixer
+        return dataclasses.replace(mixer, rope=dataclasses.replace(rope, layout=layout))
+
+    layers = tuple(dataclasses.replace(layer, mixer=turned(layer.mixer)) for layer in config.layers)
+    return dataclasses.replace(config, layers=layers)
 
 
-def rope_layout(config: ModelConfig) -> str:
-    return next((layer.mixer.rope.layout for layer in config.layers if isinstance(getattr(layer.mixer, "rope", None), Rope)), "half")
+def rope_layout(config: ModelConfig) -> RopeLayout:
+    """The order of the channels in a model's heads; "half" where none turn."""
+    ropes = (getattr(layer.mixer, "rope", None) for layer in config.layers)
+    return next((rope.layout for rope in ropes if isinstance(rope, Rope)), "half")
 
 
-def for_heads_in(names: Table, here: str, there: str) -> Table:
+def for_heads_in(names: Table, here: RopeLayout, there: RopeLayout) -> Table:
     """The table of a layout whose heads are in the order `there`, for a model whose heads are in the order `here`."""
     if here == there:
         return names
-    op: type[Op] = Interleaving if here == "half" else Halving
+    op: Op = Interleaving if here == "half" else Halving
     parts = [names[f"layers.{{i}}.mixer.{part}"] for part in "qk"]
     assert all(each.op is Same for each in parts), "heads that are packed with others have no other order"
     return override(names, *(dataclasses.replace(each, op=op) for each in parts))
@@ -101,9 +139,11 @@ def dialect(params: dict[str, Any], layout: str) -> str:
     return "mistral" if layout == "mistral" or "head_dim" in params else "llama"
 
 
-def read_params(params: dict[str, Any], where: str, dialect: str, rows: int, tied: bool, most: int = 10_000, ignore: Collection[str] = ()) -> dict[str, Any]:
-    """What a config.json of Hugging Face's would say. rows: of the embedding; tied: whether the head is the embedding; most: layers and
-    experts; ignore: keys to pass over.
+def read_params(params: dict[str, Any], where: str, dialect: str, rows: int, tied: bool, most: int = 10_000,
+                ignore: Collection[str] = ()) -> dict[str, Any]:
+    """What a config.json of Hugging Face's would say.
+
+    rows: of the embedding; tied: the head is the embedding; most: layers and experts; ignore: keys to pass over.
 
     Raises ConfigError on a key that is not known, or a size that cannot be."""
     r = Reader(params, where, ignore, most)
@@ -134,7 +174,11 @@ def _read_meta(r: Reader, dim: int, heads: int, rows: int) -> dict[str, Any]:
         raise r.error("n_heads", f"a divisor of dim ({dim})")
     theta, scaled = r.number("rope_theta", 10_000.0, above=1), r.flag("use_scaled_rope", False)
     factor = r.number("rope_scaling_factor", FACTORS.get((dim, r.get("n_layers")), 8.0))
-    context = 131_072 if scaled else {500_000.0: 8192, 1_000_000.0: 16_384}.get(theta) or (2048 if r.get("norm_eps", 1e-5) < 1e-5 else 4096)
+    if scaled:
+        context = 131_072
+    else:
+        older = 2048 if r.get("norm_eps", 1e-5) < 1e-5 else 4096
+        context = {500_000.0: 8192, 1_000_000.0: 16_384}.get(theta, older)
     r.size("max_seq_len", None)                          # how much memory the published code takes for its cache
     return {
         "vocab_size": rows if r.get("vocab_size", -1) == -1 else r.size("vocab_size"),
@@ -161,7 +205,8 @@ def _read_mistral(r: Reader, dialect: str) -> dict[str, Any]:
     if (moe is not None) != (dialect == "mixtral"):
         raise r.error("moe", "an object for mixtral, and for it alone")
     if moe is not None:
-        values |= {"num_local_experts": moe.count("num_experts"), "num_experts_per_tok": moe.size("num_experts_per_tok")}
+        experts = moe.count("num_experts")
+        values |= {"num_local_experts": experts, "num_experts_per_tok": moe.size("num_experts_per_tok")}
         moe.close()
     return values
 
@@ -173,7 +218,7 @@ class Sliced(Stored):
     columns: bool                                # cut by columns, else by rows
 
     def read_run(self, first: int, run: Tensor) -> None:
-        """As Stored.read_run. By columns, the rows that the run touches are put together from all parts; by rows, each part has its stretch."""
+        """As Stored.read_run. By columns, the rows that the run touches are put together from all parts."""
         rows, width = self.parts[0].shape
         if self.columns:
             whole = width * len(self.parts)
@@ -204,7 +249,8 @@ def merged(ranks: list[dict[str, Stored]], params: dict[str, Any], folder: str) 
             raise CheckpointError(f"{folder}: {name} is not in all of the {len(ranks)} files with one shape and dtype")
         if len(parts[0].shape) == 1:                     # norms, and the table of RoPE's frequencies
             if not all(equal_bytes(parts[0], part) for part in parts[1:]):
-                raise CheckpointError(f"{folder}: {name} differs between the files of the ranks; every rank should have the same")
+                raise CheckpointError(f"{folder}: {name} differs between the files of the ranks; "
+                                      "every rank should have the same")
             whole[name] = parts[0]
             continue
         if len(parts[0].shape) != 2:
@@ -212,7 +258,8 @@ def merged(ranks: list[dict[str, Stored]], params: dict[str, Any], folder: str) 
         rows, width = parts[0].shape
         columns = name.split(".")[-2] in BY_COLUMNS or (name == "tok_embeddings.weight" and width != params.get("dim"))
         shape = (rows, width * len(parts)) if columns else (rows * len(parts), width)
-        whole[name] = Sliced(parts[0].file, parts[0].dtype, shape, parts[0].start, sum(part.size for part in parts), parts, columns)
+        size = sum(part.size for part in parts)
+        whole[name] = Sliced(parts[0].file, parts[0].dtype, shape, parts[0].start, size, parts, columns)
     extra = sorted(set().union(*ranks) - set(ranks[0]))
     if extra:
         raise CheckpointError(f"{folder}: {extra[0]} is not in the first of the {len(ranks)} files")
@@ -222,20 +269,21 @@ def merged(ranks: list[dict[str, Stored]], params: dict[str, Any], folder: str) 
 # ---- writing
 
 def steps_of(names: Table, parameters: Mapping[str, Tensor], config: ModelConfig) -> list[Step]:
-    """As table.expand. A head that is the embedding is written as well: the published code has no word for a tied one."""
+    """As table.expand. A head that is the embedding is written as well: the published code knows no tied one."""
     steps = expand(names, parameters, config)
     return [*steps, Step(("output.weight",), ("embed.weight",), Same, None)] if config.tied else steps
 
 
 def write_params(config: ModelConfig, kind: str) -> dict[str, Any]:
-    """params.json of a dialect, for a model whose RoPE turns neighbours: what the published code takes, and no more. It has no word for the
-    length of the context, or for a tied head. What else it cannot say is found by reading it back.
+    """params.json of a dialect, for a model whose RoPE turns neighbours: what the published code takes, and no more.
 
-    Raises ConfigError where there is nothing to say it with."""
+    It has no key for the length of the context, or for a tied head. What else it cannot say shows when it is read back.
+    Raises ConfigError for other layers than it has keys for."""
     layer = config.layers[0]
     attention, ffn = layer.mixer, layer.ffn
     expert = ffn.expert if isinstance(ffn, MoE) else ffn
-    if not isinstance(attention, Attention) or attention.rope is None or not isinstance(expert, MLP) or len(set(config.layers)) > 1:
+    alike = len(set(config.layers)) == 1
+    if not (alike and isinstance(attention, Attention) and isinstance(expert, MLP)) or attention.rope is None:
         raise ConfigError(f"{kind}: the original layout is one of attention with RoPE and MLPs, the same in all layers")
     shared = {
         "dim": config.dim,
@@ -248,7 +296,8 @@ def write_params(config: ModelConfig, kind: str) -> dict[str, Any]:
     }
     if kind != "llama":
         moe = {"moe": {"num_experts": ffn.experts, "num_experts_per_tok": ffn.top_k}} if isinstance(ffn, MoE) else {}
-        return shared | {"head_dim": attention.head_dim, "hidden_dim": expert.hidden, "sliding_window": attention.window} | moe
+        own = {"head_dim": attention.head_dim, "hidden_dim": expert.hidden, "sliding_window": attention.window}
+        return shared | own | moe
     scaling = attention.rope.scaling
     stretched = {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor} if isinstance(scaling, Llama3) else {}
     return shared | _width_in_words(config.dim, expert.hidden) | stretched
@@ -260,7 +309,7 @@ def _width_in_words(dim: int, hidden: int) -> dict[str, Any]:
         if hidden_width(dim, multiple, None) == hidden:
             return {"multiple_of": multiple}
     multiple = math.gcd(hidden, 256)
-    factor = (hidden - multiple / 2) / int(2 * 4 * dim / 3)                # in the middle of those that are rounded to it
+    factor = (hidden - multiple / 2) / int(2 * 4 * dim / 3)                # amid those that are rounded to it
     for digits in range(1, 16):
         if hidden_width(dim, multiple, round(factor, digits)) == hidden:
             return {"multiple_of": multiple, "ffn_dim_multiplier": round(factor, digits)}

@@ -1,4 +1,4 @@
-"""Arrangements of stacked experts: where a file holds the matrices of all experts of a layer in one tensor. One class each, as in ops.py.
+"""Arrangements of stacked experts, one class each as in ops.py: a file holds those of a layer in one tensor.
 
     GateUp         gate rows above up rows, in each expert          (E, 2F, D)      transformers in memory
     Interleaved    a gate row, an up row, and so on, transposed     (E, D, 2F)      gpt-oss; its biases (E, 2F)
@@ -25,7 +25,7 @@ class GateUp:
 
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
-        yield from ((0, part) for expert in zip(*ours) for part in expert)
+        yield from ((0, part) for expert in zip(*ours, strict=True) for part in expert)
 
 
 class Interleaved:
@@ -38,7 +38,7 @@ class Interleaved:
 
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
-        for gate, up in zip(*ours):              # (F, D), of a bias (F,)
+        for gate, up in zip(*ours, strict=True):  # (F, D), of a bias (F,)
             yield 0, Beside([part.T.unsqueeze(-1) if part.ndim == 2 else part.unsqueeze(-1) for part in (gate, up)])
 
 

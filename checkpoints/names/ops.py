@@ -3,9 +3,9 @@
     Same             one tensor there is one tensor here, element for element
     Stack            one tensor an expert there, (F, D) each; one stacked tensor here, (E, F, D)
     Blocks           several of ours, one under another, are one there:        rows  q q q q k k v v
-    Groups           the same, a key/value head at a time:                     rows  q q k v q q k v       (K = 2 of H = 4 heads)
+    Groups           the same, a key/value head at a time:                     rows  q q k v q q k v  (K = 2, H = 4)
     Transposed(op)   as op, with matrices stored (in, out)
-    Interleaving     here the halves of a head, as RoPE turns them; there pairs:        rows  0 1 2 3 → 0 2 1 3     (d = 4)
+    Interleaving     here the halves of a head, as RoPE turns them; there pairs:   rows  0 1 2 3 → 0 2 1 3     (d = 4)
     Halving          the inverse: pairs here, halves there
 
 An op names the parts of our parameters in the order in which a file holds them:
@@ -13,8 +13,9 @@ An op names the parts of our parameters in the order in which a file holds them:
     pieces(ours)     (0, q of group 0), (0, k of group 0), (0, v of group 0), (0, q of group 1), …
                       └ of the rule's stored tensors, the first        └ a view of our memory
 
-Loading fills the pieces from the file, one after another; saving writes them to it, one after another. So the two cannot
-disagree, nothing is ever held twice, and a tensor of any size goes through a buffer of a few megabytes (stream.py).
+Loading fills the pieces from the file, one after another; saving writes them to it in the same order. So the two
+cannot disagree, nothing is ever held twice, and a tensor of any size goes through a buffer of a few megabytes
+(storage/stream.py).
 `shapes(ours)` is what the stored tensors' headers say; on the meta device it is the plan (table.py).
 
 `layer` is the config of the layer that the parameters belong to, None outside the layers.
@@ -27,13 +28,14 @@ from typing import Protocol, Union
 import torch
 from torch import Tensor
 
-from nanollm.config import Layer
+from nanollm.config import Attention, Layer
 
 
 class Beside:
-    """Several views that a file holds side by side, as the columns of one matrix: row 0 of each, then row 1 of each, and so on.
+    """Several views that a file holds side by side, as the columns of one matrix: row 0 of each, then row 1 of each, …
 
-    To those who fill and read pieces it is a tensor: it has a length, can be cut by rows, and copied into."""
+    It can be used like a tensor by the code that fills and reads pieces: it has a length, is cut by rows, and copied
+    into."""
 
     def __init__(self, views: Sequence[Tensor]) -> None:
         self.views = views
@@ -51,7 +53,8 @@ class Beside:
         return torch.cat(list(self.views), -1)
 
     def copy_(self, dense: Tensor) -> None:
-        for view, part in zip(self.views, dense.view(*self.views[0].shape[:-1], -1).split([view.shape[-1] for view in self.views], -1)):
+        rows = dense.view(*self.views[0].shape[:-1], -1)
+        for view, part in zip(self.views, rows.split([view.shape[-1] for view in self.views], -1), strict=True):
             view.copy_(part)
 
 
@@ -107,14 +110,15 @@ class Blocks:
 
 
 class Groups(Blocks):
-    """One stored tensor has the rows of q, k and v, sorted by key/value head: the queries that read it, its key, its value.
+    """One stored tensor has the rows of q, k and v by key/value head: the queries that read it, its key, its value.
 
-    With K = 1 this is Blocks (Falcon-7B), with K = H it is q k v of each head (GPT-NeoX, BLOOM), between them InternLM2."""
+    With K = 1 this is Blocks (Falcon-7B), with K = H it is q k v of each head (GPT-NeoX, BLOOM); InternLM2 is between."""
 
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
-        grouped = [tensor.unflatten(0, (layer.mixer.kv_heads, -1)) for tensor in ours]         # (H d, D) → (K, H/K d, D)
-        yield from ((0, rows) for group in zip(*grouped) for rows in group)
+        assert layer is not None and isinstance(layer.mixer, Attention)
+        grouped = [tensor.unflatten(0, (layer.mixer.kv_heads, -1)) for tensor in ours]  # (H d, D) → (K, H/K d, D)
+        yield from ((0, rows) for group in zip(*grouped, strict=True) for rows in group)
 
 
 class Transposed:
@@ -128,26 +132,27 @@ class Transposed:
 
     def pieces(self, ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
         if ours[0].ndim == 2:
-            yield 0, Beside([tensor.T for tensor in ours])                   # blocks of rows are blocks of columns when turned
+            yield 0, Beside([tensor.T for tensor in ours])  # blocks of rows are blocks of columns when turned
         else:
             yield from self.op.pieces(ours, layer)
 
 
 class _HeadByHead(Same):
     """One stored tensor is one parameter, with the rows within each head in another order."""
-    parts: tuple[int, int]                                                   # of a head here; there the second comes first
+    parts: tuple[int, int]  # of a head here; there the second comes first
 
     @classmethod
     def pieces(cls, ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        assert layer is not None and isinstance(layer.mixer, Attention)
         heads = len(ours[0]) // layer.mixer.head_dim
         yield 0, ours[0].unflatten(0, (heads, *cls.parts)).transpose(1, 2)
 
 
 class Interleaving(_HeadByHead):
-    """q or k, here as two halves that RoPE turns against each other, stored as neighbours: what Meta stores of a Hugging Face model."""
+    """q or k, in two halves that RoPE rotates against each other; stored as neighbours, as in Meta's layout."""
     parts = (2, -1)
 
 
 class Halving(_HeadByHead):
-    """q or k, here as neighbours that RoPE turns against each other, stored as two halves: what Hugging Face stores of a model of Meta's."""
+    """q or k, as neighbours that RoPE rotates against each other; stored in two halves, as in Hugging Face's layout."""
     parts = (-1, 2)

@@ -6,9 +6,9 @@ A Reader counts the keys that were asked for. Each of them is one of three thing
     r.must("qkv_bias", True)            the one value that is implemented; any other is refused
     IRRELEVANT                          says nothing about the logits
 
-A key that is none of these when the family has finished reading may well change the logits, so `close` refuses it by name.
-Someone who knows better passes ignore=["that_key"]. The family says what a missing key means: transformers' class
-defaults differ between families, and a default taken from the wrong one is a model that is subtly wrong.
+A key that is none of these when the family has finished reading may well change the logits, so `close` refuses it by
+name. Someone who knows better passes ignore=["that_key"]. The family says what a missing key means: the defaults of
+transformers' classes differ, and a default taken from the wrong one is a model that is subtly wrong.
 
 Numbers are checked as they are read: NaN, infinities, text, booleans for numbers, and sizes that no file could fill.
 """
@@ -27,29 +27,37 @@ IRRELEVANT = frozenset("""
     resid_pdrop router_aux_loss_coef router_jitter_noise use_cache
     bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id
     forced_eos_token_id pad_token_id prefix sep_token_id suppress_tokens
-    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty length_penalty
-    max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
     remove_invalid_values repetition_penalty temperature top_k top_p typical_p
     finetuning_task id2label label2id output_attentions output_hidden_states output_scores problem_type return_dict
     return_dict_in_generate task_specific_params tf_legacy_loss tokenizer_class use_bfloat16 chunk_size_feed_forward
 """.split())
 
+# Of all transformers' configs: at these values they say what every decoder is, at others they would change the model.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("is_decoder", "is_encoder_decoder", "add_cross_attention", "tie_encoder_decoder"), (False,)),
+    "cross_attention_hidden_size": (None,), "pruned_heads": ({},),
+}
+
 ACTIVATIONS = {
-    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2",
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh", "relu2": "relu2",
 }
 LARGEST = 2**31                                  # of one size; products of sizes are compared with the files
 NEEDED: Any = object()                           # in place of a default
-SHORT = reprlib.Repr()                           # of a value in an error: a list may hold a million, or be as deep as JSON can be
+SHORT = reprlib.Repr()  # of a value in an error: a list may hold a million, or be as deep as JSON can be
 SHORT.maxstring = SHORT.maxother = 80
 SHORT.maxdict = SHORT.maxlist = 20
 
 
 class Reader:
-    """`most` bounds the counts that decide how much there is to build (layers, experts): the tensors on disk, if known."""
+    """`most` bounds the counts that decide how much there is to build (layers, experts): the tensors on disk, if
+    known."""
 
     def __init__(
-        self, values: dict[str, Any], where: str = "config.json", ignore: Collection[str] = (), most: int = 10_000, prefix: str = ""
+        self, values: dict[str, Any], where: str = "config.json", ignore: Collection[str] = (), most: int = 10_000,
+        prefix: str = "",
     ) -> None:
         self.values, self.where, self.ignore, self.most, self.prefix = values, where, ignore, most, prefix
         self.seen: set[str] = set()
@@ -111,11 +119,12 @@ class Reader:
         return Reader(value, self.where, self.ignore, self.most, f"{self.prefix}{key}.") if value else None
 
     def close(self, irrelevant: Collection[str] = ()) -> None:
-        """Refuse the keys that were neither read, nor are irrelevant (to all families, or by this argument), nor in `ignore`."""
+        """Refuse keys that nothing read, unless they are irrelevant (to all families, or by this argument) or in
+        `ignore`."""
         passed = self.seen | set(irrelevant)
         unread = [key for key in self.values if key not in passed and f"{self.prefix}{key}" not in self.ignore]
         if not self.prefix:
-            unread = [key for key in unread if key not in IRRELEVANT]
+            unread = [key for key in unread if key not in IRRELEVANT and self.values[key] not in NEUTRAL.get(key, ())]
         if unread:
             listed = ", ".join(f"{self.prefix}{key} = {brief(self.values[key])}" for key in unread)
             names = ", ".join(f'"{self.prefix}{key}"' for key in unread)

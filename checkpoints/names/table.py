@@ -38,8 +38,12 @@ SHOWN = 12                                       # discrepancies of one kind tha
 
 class Header(Protocol):
     """What a file's header says of a tensor; storage/files.py has it."""
-    shape: Shape
-    dtype: torch.dtype
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,8 @@ def override(base: Table, *rules: Rule) -> Table:
     table = base | {name: each for each in rules for name in each.ours}
     assert all(table[name] is each for each in table.values() for name in each.ours), "a rule was replaced in part"
     theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs]
-    assert len(theirs) == len(set(theirs)), f"named twice: {sorted({name for name in theirs if theirs.count(name) > 1})}"
+    twice = sorted({name for name in theirs if theirs.count(name) > 1})
+    assert not twice, f"named twice: {twice}"
     return table
 
 
@@ -72,8 +77,11 @@ def stripped(table: Table, prefix: str) -> Table:
 
 
 def moved(table: Table, old: str, new: str) -> Table:
-    """The same table with `new` in place of the prefix `old`, where a name has it. Gemma-3 and Qwen-VL with their vision towers."""
-    renamed = lambda name: new + name[len(old):] if name.startswith(old) else name         # noqa: E731
+    """The same table with `new` in place of the prefix `old`. Gemma-3 and Qwen-VL with their vision towers."""
+
+    def renamed(name: str) -> str:
+        return new + name[len(old):] if name.startswith(old) else name
+
     rules = {each: Rule(tuple(map(renamed, each.theirs)), each.ours, each.op) for each in table.values()}
     return {name: rules[each] for name, each in table.items()}
 
@@ -90,11 +98,12 @@ class Step:
         """What each stored tensor's header says, for these parameters, which may be on the meta device."""
         shapes = self.op.shapes([parameters[name] for name in self.ours], self.layer)
         assert len(shapes) == len(self.theirs), f"{self.ours}: {len(shapes)} tensors for {len(self.theirs)} names"
-        return dict(zip(self.theirs, shapes))
+        return dict(zip(self.theirs, shapes, strict=True))
 
     def pieces(self, parameters: Mapping[str, Tensor]) -> Iterator[tuple[str, Piece]]:
         """(stored tensor, view of ours) in the order in which the stored tensor holds them."""
-        yield from ((self.theirs[k], piece) for k, piece in self.op.pieces([parameters[name] for name in self.ours], self.layer))
+        ours = [parameters[name] for name in self.ours]
+        yield from ((self.theirs[k], piece) for k, piece in self.op.pieces(ours, self.layer))
 
 
 def expand(table: Table, parameters: Mapping[str, Tensor], config: ModelConfig) -> list[Step]:
@@ -129,8 +138,10 @@ def missing(steps: Iterable[Step], stored: Mapping[str, Header]) -> list[str]:
     return [name for step in steps for name in step.theirs if name not in stored]
 
 
-def unexpected(steps: Iterable[Step], stored: Mapping[str, Header], ignorable: Iterable[str], ignore: Iterable[str]) -> list[str]:
-    """Stored tensors that nothing uses. `ignorable` has patterns of the family, `ignore` exact names from the caller."""
+def unexpected(
+    steps: Iterable[Step], stored: Mapping[str, Header], ignorable: Iterable[str], ignore: Iterable[str]
+) -> list[str]:
+    """Stored tensors that nothing uses. `ignorable` has patterns of the family, `ignore` the caller's exact names."""
     used = {name for step in steps for name in step.theirs} | set(ignore)
     patterns = set(ignorable)
     return [name for name in stored if name not in used and re.sub(r"\.\d+\.", ".{i}.", name) not in patterns]

@@ -1,16 +1,18 @@
-"""What a checkpoint is, as a person would draw it: its layers by kind, how each is wired, its matrices, and what it all takes.
+"""What a checkpoint is, as a person would draw it: its layers by kind, how each is wired, its matrices, and its costs.
 
-    python -m checkpoints.show FOLDER           a model folder of any layout, a config.json, params.json or *.gguf, owner/name on the hub, or the
-                                            name of a preset
+    python -m checkpoints.show FOLDER           a model folder of any layout, a config.json, params.json or *.gguf,
+                                                owner/name on the hub, or the name of a preset
 
-No weight is read, and nothing is worked out twice: shapes are those of the model on the meta device (one layer of each kind), bytes on
-disk those in the headers of the files, bytes of the cache those of `new_state` without memory, FLOPs those of flops.py. How the
-picture is drawn: show_drawing.py. In what the model differs from Llama: show_words.py.
+No weight is read, and nothing is computed twice: shapes are those of the model on the meta device (one layer of each
+kind), bytes on disk those in the headers of the files, bytes of the cache those of `new_state` without memory, FLOPs
+those of nanollm/training/flops.py. How the picture is drawn: show/drawing.py. In what the model differs from Llama:
+show/words.py.
 
     parameters      active: all but the experts that a token is not sent to
-    cache           grows: what the next token adds, at this context. The rest does not grow: windows that are full, the states of scans,
-                    and one slot a layer where padding goes
-    FLOPs           2 a multiply-add, forward only. decode: of the last token of the context; prefill: of a prompt as long, divided by its tokens
+    cache           grows: what the next token adds, at this context. The rest does not grow: windows that are full,
+                    the states of scans, and one slot a layer where padding goes
+    FLOPs           2 a multiply-add, forward only. decode: of the last token of the context; prefill: of a prompt as
+                    long, divided by its tokens
 """
 
 import json
@@ -22,10 +24,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints import layouts
+from checkpoints.layouts import hub
+from checkpoints.names import table
 from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
+from checkpoints.source import config_of
 from nanollm import presets
-from nanollm.config import ModelConfig
+from nanollm.config import ModelConfig, MoE
 from nanollm.errors import ConfigError, InputError
 from nanollm.layers import MODULES
 from nanollm.training import flops as speed
@@ -51,13 +57,17 @@ def costs(config: ModelConfig, kinds: list[Kind], context: int, dtype: torch.dty
     idle = sum(kind.count * _idle(kind) for kind in kinds)
     cache, longer = (sum(kind.count * _bytes(_state(kind, length, dtype)) for kind in kinds)
                      for length in (context, context + 1))
-    return Costs(parameters, parameters - idle, longer - cache, cache, speed.decode_flops(config, context), speed.prefill_flops(config, context))
+    decode, prefill = speed.decode_flops(config, context), speed.prefill_flops(config, context)
+    return Costs(parameters, parameters - idle, longer - cache, cache, decode, prefill)
 
 
 def _idle(kind: Kind) -> int:
     """Parameters of the experts that a token is not sent to."""
+    ffn = kind.layer.ffn
+    if not isinstance(ffn, MoE):
+        return 0
     experts = sum(p.numel() for name, p in kind.parameters.items() if name.startswith("ffn.experts."))
-    return experts * (kind.layer.ffn.experts - kind.layer.ffn.top_k) // kind.layer.ffn.experts if experts else 0
+    return experts * (ffn.experts - ffn.top_k) // ffn.experts
 
 
 def _state(kind: Kind, length: int, dtype: torch.dtype) -> Any:
@@ -77,19 +87,24 @@ def usual_context(config: ModelConfig) -> int:
     return min(CONTEXT, config.positions or config.context or CONTEXT)
 
 
-def describe(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16, weights: str | None = None) -> str:
-    """The picture, at most 100 columns wide. `weights` says what is stored, where something is; else they are counted as dtype.
+def describe(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16,
+             weights: str | None = None) -> str:
+    """The picture, at most 100 columns wide. `weights` says what is stored; None: they are counted as dtype.
 
     Raises InputError for more context than the model has positions, ConfigError for sizes beyond any memory."""
     kinds, context, cost = _measured(config, context, dtype)
     name = str(dtype).removeprefix("torch.")
-    active = f", of which {cost.active:,} ({billions(cost.active)}) are active for a token" if cost.active < cost.parameters else ""
+    active = ""
+    if cost.active < cost.parameters:
+        active = f", of which {cost.active:,} ({billions(cost.active)}) are active for a token"
     fixed = cost.cache - context * cost.grows
     rows = {
         "parameters": f"{cost.parameters:,} ({billions(cost.parameters)}){active}",
         "weights": weights or f"{amount(cost.parameters * dtype.itemsize)}B in {name}",
-        "cache": f"{cost.grows:,} bytes a token and {fixed:,} that do not grow: {amount(cost.cache)}B for {context:,} tokens in {name}",
-        "FLOPs": f"decode {amount(cost.decode)} for the last of {context:,} tokens; prefill {amount(cost.prefill)} a token of all of them",
+        "cache": f"{cost.grows:,} bytes a token and {fixed:,} that do not grow: "
+                 f"{amount(cost.cache)}B for {context:,} tokens in {name}",
+        "FLOPs": f"decode {amount(cost.decode)} for the last of {context:,} tokens; "
+                 f"prefill {amount(cost.prefill)} a token of all of them",
     }
     lines = draw(config, kinds) + [""] + [f"{what:12}{said}" for what, said in rows.items()]
     return "\n".join([*lines, "", "Different from Llama", textwrap.indent("\n".join(different(config, kinds)), "  ")])
@@ -101,16 +116,20 @@ def _measured(config: ModelConfig, context: int | None, dtype: torch.dtype) -> t
         raise InputError(f"--context {context}: expected 1 to {config.positions or 'any number of'} tokens")
     try:
         kinds = kinds_of(config)
-    except RuntimeError as error:                           # torch's word for sizes whose product no 64-bit number holds
+    except RuntimeError as error:                           # torch's word for sizes whose product exceeds 64 bits
         raise ConfigError(f"a tensor beyond any memory: {error}") from None
     return kinds, context, costs(config, kinds, context, dtype)
 
 
-def facts(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16, weights: str | None = None) -> str:
+def facts(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16,
+          weights: str | None = None) -> str:
     """The same for machines, as JSON."""
     kinds, context, cost = _measured(config, context, dtype)
-    return json.dumps({**cost._asdict(), "context": context, "dtype": str(dtype).removeprefix("torch."), "stored": weights,
-                       "different": [" ".join(line.split()) for line in different(config, kinds)], "config": config.to_dict()}, indent=2, ensure_ascii=False)
+    said = {
+        "context": context, "dtype": str(dtype).removeprefix("torch."), "stored": weights,
+        "different": [" ".join(line.split()) for line in different(config, kinds)], "config": config.to_dict(),
+    }
+    return json.dumps({**cost._asdict(), **said}, indent=2, ensure_ascii=False)
 
 
 def amount(number: float) -> str:
@@ -140,30 +159,15 @@ def find(source: str) -> Found:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    from checkpoints import layouts
-    from checkpoints.families import read_config
-    from checkpoints.layouts import hub, original
-    from checkpoints.names import table  # nanollm never needs checkpoints; this command reads one, so it does
-    from checkpoints.storage import files, quantized
-    path = path if path.exists() else hub.local_folder(source, ("config.json",))
-    weights = (files.SINGLE, files.INDEX, original.SINGLE)
-    if path.is_dir():
-        described = None if any((path / name).exists() for name in weights) else path / "config.json"
-    else:
-        described = path if path.suffix == ".json" and path.name != "params.json" else None
-    if described is not None and described.exists():        # a config alone, or one whose weights are pickles, which stay closed
-        found = layouts.Found(described.parent, "hf", files.read_json(described, layouts.LARGEST_CONFIG), str(described), {})
-    else:
-        found = layouts.find(path)
-    values, stored = quantized.plain_config(found.values, found.where)[0], found.stored
-    config = read_config(values, found.where, most=min(len(stored) or 10_000, 10_000))[1]
-    config = original.with_rope_layout(config, "interleaved") if found.pairs else config
+    found = layouts.describe(path if path.exists() else hub.local_path(source, ("config.json",)))
+    config, values, stored = config_of(found)[1], found.values, found.stored
     held: Counter[torch.dtype] = Counter()                  # bytes
     for tensor in stored.values():
         held[tensor.dtype] += tensor.size
     names = {table.short(dtype): dtype for dtype in table.READABLE}
-    said = next((each[key] for each in (values, values.get("text_config")) if isinstance(each, dict) for key in ("dtype", "torch_dtype")
-                 if isinstance(each.get(key), str)), None)
+    places = [each for each in (values, values.get("text_config")) if isinstance(each, dict)]
+    told = (each.get(key) for each in places for key in ("dtype", "torch_dtype"))
+    said = next((word for word in told if isinstance(word, str)), "")
     usual = next((dtype for dtype, _ in held.most_common() if dtype in table.READABLE), torch.bfloat16)
     parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
     used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}

@@ -8,9 +8,13 @@ from nanollm import cli
 
 def run() -> None:
     """The command."""
-    parser = cli.Parser(prog="python -m checkpoints.show", description=show.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="FOLDER", help="a model folder, a config.json, params.json or *.gguf, owner/name on the hub, or the name of a preset")
-    parser.add_argument("--context", type=int, metavar="N", help=f"tokens that the costs are for (default {show.CONTEXT}, or as many as the model was trained for)")
+    parser = cli.Parser(prog="python -m checkpoints.show", description=show.__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", metavar="FOLDER",
+                        help="model folder, config.json, params.json or *.gguf, owner/name on the hub, or preset")
+    parser.add_argument("--context", type=int, metavar="N",
+                        help=f"number of tokens that the costs are for (default {show.CONTEXT}, or as many as the "
+                        "model was trained for)")
     parser.add_argument("--json", action="store_true", help="the same for machines")
     args = parser.parse_args()
     found = show.find(args.source)

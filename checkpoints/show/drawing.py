@@ -1,4 +1,4 @@
-"""The picture that show.py prints: the pattern of the layers, and one box for each kind of layer with its wiring and its matrices.
+"""The picture of a model: the pattern of its layers, and a box for each kind of layer with its wiring and matrices.
 
     ┌─ 5 × sliding ───────────────────────────────────────────────────── 12,345 parameters each ─┐
     │  x ─┬→ RMSNorm → Attention → RMSNorm → + ─┬→ RMSNorm → MLP → RMSNorm → + →                 │
@@ -8,16 +8,17 @@
     │              q 128×64   k 32×64   v 32×64   o 64×128                                       │
     └────────────────────────────────────────────────────────────────────────────────────────────┘
 
-A part is named as its config says it: the class, the fields that have no default (with the letter that the code has for a size)
-and those that are not at their default. A matrix is rows × columns, as it is stored: y = W x.
+A part is named as its config says it: the class, the fields that have no default (with the letter that the code has for
+a size) and those that are not at their default. A matrix is rows × columns, as it is stored: y = W x.
 """
 
 import dataclasses
 import itertools
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,20 +28,21 @@ from nanollm.model import Decoder
 
 WIDTH = 100
 LONGEST = 40                                                # layers in a pattern that repeats
-LETTERS = {"heads": "H", "kv_heads": "K", "head_dim": "d", "hidden": "F", "experts": "E", "top_k": "k", "inner": "I", "state": "N", "dt_rank": "R",
-           "theta": "θ", "eps": "ε"}
+LETTERS = {"heads": "H", "kv_heads": "K", "head_dim": "d", "hidden": "F", "experts": "E", "top_k": "k", "inner": "I",
+           "state": "N", "dt_rank": "R", "theta": "θ", "eps": "ε"}
 ALWAYS = ("theta", "eps")                                   # said even at their default
 NORMS = {"rms": "RMSNorm", "rms_outer": "RMSNorm", "layer": "LayerNorm"}
 PARTS = ("pre_mixer", "mixer", "post_mixer", "pre_ffn", "ffn", "post_ffn")
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """Layers that are alike."""
     name: str
     layer: Layer
     count: int
-    parameters: dict[str, Tensor]                           # of one of them, on the meta device; names as in block.py
-    around: dict[str, Tensor]                               # what is in no layer: embedding, last norm, head
+    parameters: Mapping[str, Tensor]                        # of one of them, on the meta device; names as in block.py
+    around: Mapping[str, Tensor]                            # what is in no layer: embedding, last norm, head
 
 
 def kinds_of(config: ModelConfig) -> list[Kind]:
@@ -49,8 +51,8 @@ def kinds_of(config: ModelConfig) -> list[Kind]:
     with torch.device("meta"):
         model = Decoder(dataclasses.replace(config, layers=tuple(counts)))
     around = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
-    return [Kind(name, layer, count, dict(block.named_parameters()), around)
-            for name, block, (layer, count) in zip(names(list(counts)), model.layers, counts.items())]
+    alike = zip(names(list(counts)), model.layers, counts.items(), strict=True)
+    return [Kind(name, layer, count, dict(block.named_parameters()), around) for name, block, (layer, count) in alike]
 
 
 def names(layers: Sequence[Layer]) -> list[str]:
@@ -58,9 +60,10 @@ def names(layers: Sequence[Layer]) -> list[str]:
     mixers, ffns = [_title(layer.mixer) for layer in layers], [_title(layer.ffn) for layer in layers]
     windows = [getattr(layer.mixer, "window", 0) for layer in layers]       # 0: of no use to it
     if len(set(windows) - {0}) > 1:
-        mixers = [name if window == 0 else "sliding" if window else "full" for name, window in zip(mixers, windows)]
+        pairs = zip(mixers, windows, strict=True)
+        mixers = [name if window == 0 else "sliding" if window else "full" for name, window in pairs]
     telling = [parts for parts in (mixers, ffns) if len(set(parts)) > 1 and all(parts)] or [mixers, ffns]
-    found = [" + ".join(filter(None, parts)) for parts in zip(*telling)]
+    found = [" + ".join(filter(None, parts)) for parts in zip(*telling, strict=True)]
     numbers = {name: itertools.count(1) for name in found if found.count(name) > 1}
     return [f"{name} {next(numbers[name])}" if name in numbers else name for name in found]
 
@@ -68,9 +71,10 @@ def names(layers: Sequence[Layer]) -> list[str]:
 def pattern(layers: Sequence[str]) -> str:
     """Runs, and units of several runs that repeat: [a, a, b, a, a, b, a] → 2 times (2 × a, 1 × b), 1 × a.
 
-    Of all ways that take each unit as often as it repeats, the one that writes the fewest runs; units of up to LONGEST layers."""
+    Of all ways that take each unit as often as it repeats, the one that writes the fewest runs; units of up to LONGEST
+    layers."""
     n = len(layers)
-    repeats = [[1] * (n + 1) for _ in range(LONGEST + 1)]               # [p][i]: how often the p layers from i on come in a row
+    repeats = [[1] * (n + 1) for _ in range(LONGEST + 1)]               # [p][i]: times that p layers come, from i on
     best: list[tuple[int, int, str]] = [(0, 0, "")] * (n + 1)           # from i on: runs written, units, and what
     for i in reversed(range(n)):
         ways = []
@@ -81,7 +85,8 @@ def pattern(layers: Sequence[str]) -> str:
                 continue
             else:
                 times = 1
-            unit = [f"{times if p == 1 else len(list(same))} × {name}" for name, same in itertools.groupby(layers[i : i + p])]
+            runs_of = itertools.groupby(layers[i : i + p])
+            unit = [f"{times if p == 1 else len(list(same))} × {name}" for name, same in runs_of]
             runs, units, rest = best[i + p * times]
             said = unit[0] if p == 1 else f"{times} times ({', '.join(unit)})"
             ways.append((runs + len(unit), units + 1, ", ".join(filter(None, [said, rest]))))
@@ -104,31 +109,43 @@ def draw(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
         for part in PARTS:
             value = getattr(kind.layer, part)
             if value is not None:
-                body += _entry(part, brief(value), {n.removeprefix(part + "."): p for n, p in kind.parameters.items() if n.startswith(part + ".")}, inner)
+                body += _entry(part, brief(value), _of_part(part, kind.parameters), inner)
         rows += [f"│ {line.ljust(inner)} │" for line in body] + ["└" + "─" * (WIDTH - 2) + "┘"]
     return [*rows, *_around(config, kinds[0].around, ("norm", "head")), "  │", "  logits"]
 
 
-def _around(config: ModelConfig, parameters: dict[str, Tensor], parts: Sequence[str]) -> list[str]:
-    """What stands before and after the layers, as entries of the picture."""
-    mine = {part: {n.removeprefix(part + "."): p for n, p in parameters.items() if n.startswith(part + ".")} for part in parts}
+def _of_part(part: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters of a part, by their names inside it."""
+    return {name.removeprefix(f"{part}."): p for name, p in parameters.items() if name.startswith(f"{part}.")}
+
+
+def _around(config: ModelConfig, parameters: Mapping[str, Tensor], parts: Sequence[str]) -> list[str]:
+    """What is before and after the layers, as entries of the picture."""
     cap = config.head_softcap
+    head = ["Linear", "its matrix the embedding" if config.tied else "", "rows of length 1" if config.unit_head else "",
+            f"times {config.head_scale:g}" if config.head_scale != 1 else "",
+            f"then {cap:g}·tanh(logit / {cap:g})" if cap else ""]
     said = {
         "embed": "Embedding" + (f", times {config.embed_scale:g}" if config.embed_scale != 1 else ""),
-        "positions": config.positions and "Embedding of the position, added",
-        "embed_norm": config.embed_norm and brief(config.embed_norm),
+        "positions": "Embedding of the position, added" if config.positions else "",
+        "embed_norm": brief(config.embed_norm) if config.embed_norm else "",
         "norm": brief(config.final_norm),
-        "head": "Linear" + (", its matrix the embedding" if config.tied else "") + (", rows of length 1" if config.unit_head else "")
-                + (f", times {config.head_scale:g}" if config.head_scale != 1 else "") + (f", then {cap:g}·tanh(logit / {cap:g})" if cap else ""),
+        "head": ", ".join(filter(None, head)),
     }
-    return [f"  {line}" for part in parts if said[part] for line in ["│", *_entry(part, said[part], mine[part], WIDTH - 2)]]
+    lines = []
+    for part in parts:
+        if said[part]:
+            lines += ["│", *_entry(part, said[part], _of_part(part, parameters), WIDTH - 2)]
+    return [f"  {line}" for line in lines]
 
 
-def _entry(part: str, said: str, parameters: dict[str, Tensor], width: int) -> list[str]:
+def _entry(part: str, said: str, parameters: Mapping[str, Tensor], width: int) -> list[str]:
     """`part`, what it is, and its parameters with their shapes, below where there is no room beside."""
-    shapes = [f"{name.removesuffix('.weight')}\xa0".removeprefix("weight\xa0") + "×".join(map(str, p.shape)) for name, p in parameters.items()]
-    whole = "   ".join(filter(None, [said, *shapes]))
-    lines = [whole] if len(shapes) < 2 and len(whole) <= width - 12 else [*_wrapped(said, width - 12), *_wrapped("   ".join(shapes), width - 12)]
+    named = {name.removesuffix(".weight"): "×".join(map(str, p.shape)) for name, p in parameters.items()}
+    shapes = [shape if name == "weight" else f"{name}\xa0{shape}" for name, shape in named.items()]
+    lines = ["   ".join(filter(None, [said, *shapes]))]
+    if len(shapes) > 1 or len(lines[0]) > width - 12:
+        lines = [*_wrapped(said, width - 12), *_wrapped("   ".join(shapes), width - 12)]
     return [f"{part if i == 0 else '':12}{line}".replace("\xa0", " ").rstrip() for i, line in enumerate(lines)]
 
 
@@ -152,7 +169,9 @@ def wiring(layer: Layer) -> list[str]:
     else:
         lead, upper, lower, below = "x ─┬→ ", _chain(pre, mixer, post), _chain(pre_ffn, ffn, post_ffn), "   ├→ "
     end = len(lead) + max(len(upper), len(lower)) + 2
-    return [f"{lead}{upper} ".ljust(end, "─") + "┐", f"{below}{lower} ".ljust(end, "─") + "┤", "   └".ljust(end, "─") + "┴→ + →"]
+    return [f"{lead}{upper} ".ljust(end, "─") + "┐",
+            f"{below}{lower} ".ljust(end, "─") + "┤",
+            "   └".ljust(end, "─") + "┴→ + →"]
 
 
 def _chain(*parts: str) -> str:
@@ -175,7 +194,8 @@ def brief(value: Any) -> str:
     said = []
     for field in dataclasses.fields(value):
         mine = getattr(value, field.name)
-        if (mine == field.default and field.name not in ALWAYS) or (isinstance(value, Norm) and field.name == "kind" and mine != "rms_outer"):
+        named = isinstance(value, Norm) and field.name == "kind" and mine != "rms_outer"        # by the title
+        if named or (mine == field.default and field.name not in ALWAYS):
             continue
         if isinstance(mine, bool):
             said.append(field.name if mine else f"no {field.name}")

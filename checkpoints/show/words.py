@@ -1,9 +1,10 @@
 """In what a model differs from Llama, in words: its config beside that of a plain layer of the same sizes.
 
-    x += attention(RMSNorm(x));  x += down(silu(gate(h)) · up(h)),  h = RMSNorm(x)           then RMSNorm, and a head of its own
+    x += attention(RMSNorm(x));  x += down(silu(gate(h)) · up(h)),  h = RMSNorm(x)          then RMSNorm, and a head
 
-Sizes are no difference (heads, widths, θ, ε, how many layers). Every other field of a config that is not at its default has its
-words in WORDS, of its module or below, and a test asks for them; a part of another class is said in the words that the class itself begins with.
+Sizes are no difference (heads, widths, θ, ε, how many layers). Every other field of a config that is not at its default
+has its words in WORDS, of its module or below, and a test asks for them; a part of another class is described in the
+words that the class itself begins with.
 """
 
 import dataclasses
@@ -17,12 +18,14 @@ from nanollm.config import MLP, Attention, ModelConfig, MoE, Norm, Rope
 from nanollm.layers import MODULES
 
 SIZES = frozenset("""
-    vocab dim layers context heads kv_heads head_dim hidden eps theta Layer.mixer Layer.ffn ClippedGLU.slope ClippedGLU.limit
+    vocab dim layers context heads kv_heads head_dim hidden eps theta
+    Layer.mixer Layer.ffn ClippedGLU.slope ClippedGLU.limit
 """.split())                                                # a Llama has them too, or they are said with the part
 
 PLACES = {
-    "pre_mixer": "norm before the mixer", "post_mixer": "norm after the mixer", "pre_ffn": "norm before the feed-forward",
-    "post_ffn": "norm after the feed-forward", "final_norm": "last norm", "embed_norm": "norm of the embedding", "qk_norm": "norm of q and k",
+    "pre_mixer": "norm before the mixer", "post_mixer": "norm after the mixer",
+    "pre_ffn": "norm before the feed-forward", "post_ffn": "norm after the feed-forward",
+    "final_norm": "last norm", "embed_norm": "norm of the embedding", "qk_norm": "norm of q and k",
     "mixer": "mixer", "rope": "rotation", "ffn": "feed-forward", "model": "model", "layer": "wiring",
 }
 WORDS: dict[str, str | dict[Any, str]] = {
@@ -34,7 +37,8 @@ WORDS: dict[str, str | dict[Any, str]] = {
     "Norm.scope": {"each": "a gain for each head", "all": "over all heads as one vector"},
     "Alibi.coarse": "its penalties rounded to bfloat16",
     "Rope.layout": {"interleaved": "neighbouring channels turn together (2j, 2j + 1), not (j, j + d/2)"},
-    "Rope.rounds": {"tables": "cos, sin and the result are rounded, the products are not", "result": "only the result is rounded"},
+    "Rope.rounds": {"tables": "cos, sin and the result are rounded, the products are not",
+                    "result": "only the result is rounded"},
     "Rope.fraction": "only the first {} of each head turns",
     "Rope.scaling": "angles stretched for longer contexts: {}",
     "Layer.parallel": "mixer and feed-forward read the same x and are added together",
@@ -57,12 +61,16 @@ def different(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
         for place, words in of_layer(kind.layer, config.dim):
             said.setdefault((place, words), []).append(kind.name)
     for (place, words), where in said.items():
-        layers = "" if len(where) == len(kinds) else ", ".join(where) if len(where) < 4 else f"{len(where)} of {len(kinds)} kinds"
+        layers = ""
+        if len(where) < len(kinds):
+            layers = ", ".join(where) if len(where) < 4 else f"{len(where)} of {len(kinds)} kinds"
         found.setdefault((layers, words), {})[PLACES[place]] = None
     for place, words in of_model(config):
         found.setdefault(("", words), {})[PLACES[place]] = None
-    lines = [f"{f'[{layers}] ' if layers else ''}{', '.join(places)}: {words}" for (layers, words), places in found.items()]
-    return ["\n".join(textwrap.wrap(line, WIDTH - 2, subsequent_indent="    ", break_on_hyphens=False)) for line in lines] or ["in nothing"]
+    lines = [f"{f'[{layers}] ' if layers else ''}{', '.join(places)}: {words}"
+             for (layers, words), places in found.items()]
+    wrapped = [textwrap.wrap(line, WIDTH - 2, subsequent_indent="    ", break_on_hyphens=False) for line in lines]
+    return ["\n".join(parts) for parts in wrapped] or ["in nothing"]
 
 
 def of_layer(layer: Any, dim: int) -> Iterator[tuple[str, str]]:
@@ -75,7 +83,8 @@ def of_layer(layer: Any, dim: int) -> Iterator[tuple[str, str]]:
         elif place == "ffn":
             yield from of_ffn(part)
         else:
-            yield from of_norm(place, part, expected=place == "pre_mixer" or (place == "pre_ffn" and layer.ffn is not None))
+            expected = place == "pre_mixer" or (place == "pre_ffn" and layer.ffn is not None)
+            yield from of_norm(place, part, expected)
 
 
 def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
@@ -92,7 +101,8 @@ def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
     if mixer.heads * mixer.head_dim != dim:
         yield "mixer", f"the heads are {mixer.heads * mixer.head_dim} wide together, the stream {dim}"
     yield from (("mixer", words) for words in fields(mixer, skip=("qk_norm", "rope")))
-    yield from (("rope", words) for words in (["none, q and k stay as they are"] if mixer.rope is None else fields(mixer.rope)))
+    rotation = ["none, q and k stay as they are"] if mixer.rope is None else fields(mixer.rope)
+    yield from (("rope", words) for words in rotation)
     yield from of_norm("qk_norm", mixer.qk_norm, expected=False)
 
 
@@ -129,7 +139,9 @@ def of_model(config: ModelConfig) -> Iterator[tuple[str, str]]:
 def words_of(kind: type) -> dict[str, Any]:
     """The words for the fields of a class of the config: its module's, or the ones above."""
     module = MODULES.get(kind)
-    return {f"{kind.__name__}.{field}": words for field, words in getattr(module, "WORDS", {}).items()} if module else WORDS
+    if module is None:
+        return WORDS
+    return {f"{kind.__name__}.{field}": words for field, words in getattr(module, "WORDS", {}).items()}
 
 
 def fields(owner: Any, skip: Sequence[str] = ()) -> Iterator[str]:
@@ -138,7 +150,8 @@ def fields(owner: Any, skip: Sequence[str] = ()) -> Iterator[str]:
     for field in dataclasses.fields(owner):
         value, name = getattr(owner, field.name), f"{type(owner).__name__}.{field.name}"
         needed = field.default is dataclasses.MISSING       # said only where it is a choice, and taken
-        if field.name in skip or SIZES & {name, field.name} or value == field.default or (needed and (name not in known or value is False)):
+        usual = value == field.default or (needed and (name not in known or value is False))
+        if usual or field.name in skip or SIZES & {name, field.name}:
             continue
         words = known.get(name, f"{field.name} {{}}")
         yield (words[value] if isinstance(words, dict) else words).format(brief(value))
@@ -148,5 +161,6 @@ def fields(owner: Any, skip: Sequence[str] = ()) -> Iterator[str]:
 
 def purpose(part: Any) -> str:
     """What a class's docstring begins with, without the file that it names: selective state space, first generation."""
-    said = re.sub(r",? \w+\.py\b", "", " ".join((type(part).__doc__ or "").split())).replace(";", ". ").split(". ")[0].rstrip(".")
+    whole = re.sub(r",? \w+\.py\b", "", " ".join((type(part).__doc__ or "").split()))
+    said = whole.replace(";", ". ").split(". ")[0].rstrip(".")
     return said[:1].lower() + said[1:]

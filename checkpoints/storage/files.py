@@ -8,14 +8,16 @@ A safetensors file is three pieces, one after the other:
 
 The header says every name, shape and dtype, so a whole model is checked before a byte of weights is read. A header that
 does not add up is refused, and where the file is something else altogether (a git-lfs pointer, a web page, a pickle)
-the error says what it is. A model is `model.safetensors`, or the shards that `model.safetensors.index.json` names; other
-files in the folder are never guessed at, because repositories keep the same weights twice (`consolidated.safetensors`).
+the error says what it is. A model is `model.safetensors`, or the shards that `model.safetensors.index.json` names;
+other files in the folder are never guessed at, because repositories keep the same weights twice
+(`consolidated.safetensors`).
 
 Format: https://github.com/huggingface/safetensors/blob/v0.5.3/README.md#format
 """
 
 import contextlib
 import gc
+import io
 import json
 import math
 import re
@@ -24,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,21 +56,26 @@ class Stored:
     size: int                                    # bytes
 
     def run_dtype(self, wanted: torch.dtype) -> torch.dtype:
-        """What `read_run` fills, where `wanted` is what will be made of it: what lies in the file. Packed weights have no dtype of their own."""
+        """The dtype that `read_run` fills, where `wanted` is what will be made of it: as in the file.
+
+        Packed weights have none of their own."""
         return self.dtype
 
     def read_run(self, first: int, run: Tensor) -> None:
-        """Fill `run`, contiguous, on the CPU and of `run_dtype`, with the elements from the first-th on. Raises CheckpointError if they are gone."""
+        """Fill `run`, contiguous, on the CPU and of `run_dtype`, with the elements from the first-th on.
+
+        Raises CheckpointError if the file has ended."""
         with _open(self.file) as file:
             file.seek(self.start + first * self.dtype.itemsize)
             found = file.readinto(as_bytes(run))
         if found != run.nbytes:
-            raise CheckpointError(f"{self.file}: truncated while it was read: expected {run.nbytes} bytes, found {found}")
+            raise CheckpointError(f"{self.file}: truncated while it was read: "
+                                  f"expected {run.nbytes} bytes, found {found}")
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Meanwhile Python does not look for garbage: where much is made and little of it is garbage, looking takes most of the time."""
+    """Keep Python from looking for garbage: where much is made and little of it is garbage, that takes most time."""
     on = gc.isenabled()
     gc.disable()
     try:
@@ -88,7 +95,7 @@ def read_json(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
         return parse_json(file.read(), str(path))
 
 
-def _open(path: Path) -> BinaryIO:
+def _open(path: Path) -> io.BufferedReader:
     try:
         return open(path, "rb")
     except OSError as error:
@@ -129,7 +136,7 @@ def what_it_is(head: bytes) -> str | None:
 
 
 def read_header(path: Path) -> dict[str, Stored]:
-    """Names, shapes and places of the tensors in one file. Raises CheckpointError, naming the cause, on a damaged one."""
+    """Names, shapes and places of the tensors in one file. Raises CheckpointError, with the cause, on a damaged one."""
     size = path.stat().st_size
     if size == 0:
         raise CheckpointError(f"{path}: empty")
@@ -151,7 +158,8 @@ def read_header(path: Path) -> dict[str, Stored]:
     for name, one in sorted(stored.items(), key=lambda item: (item[1].start, item[1].size)):
         if one.start != end:
             how = "inside" if one.start < end else "with a gap after"
-            raise CheckpointError(f"{path}: {name} starts at byte {one.start}, {how} the one before, which ends at {end}")
+            raise CheckpointError(f"{path}: {name} starts at byte {one.start}, {how} the one before, "
+                                  f"which ends at {end}")
         end = one.start + one.size
     if end != size:
         how = "truncated" if end > size else "bytes after the last tensor"
@@ -175,7 +183,9 @@ def _read_entry(path: Path, name: str, entry: Any, data: int) -> Stored:
 
     if not isinstance(entry, dict) or entry.keys() != ENTRY:
         raise wrong("dtype, shape and data_offsets")
-    shape, offsets, dtype = entry["shape"], entry["data_offsets"], DTYPES.get(entry["dtype"]) if isinstance(entry["dtype"], str) else None
+    shape, offsets, dtype = entry["shape"], entry["data_offsets"], None
+    if isinstance(entry["dtype"], str):
+        dtype = DTYPES.get(entry["dtype"])
     if dtype is None:
         raise wrong(f"a dtype among {', '.join(DTYPES)}")
     if not isinstance(shape, list) or len(shape) > 8 or not all(map(_whole, shape)):
@@ -197,8 +207,9 @@ def read_folder(folder: Path) -> dict[str, Stored]:
     return read_shards(folder, SINGLE, INDEX, read_header, ".safetensors")
 
 
-def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], dict[str, Stored]], suffix: str) -> dict[str, Stored]:
-    """All tensors of the file `single`, or of the shards that the file `index` names; `read` gives those of one file."""
+def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], dict[str, Stored]],
+                suffix: str) -> dict[str, Stored]:
+    """All tensors of the file `single`, or of the shards that the file `index` names; `read` gives those of a file."""
     if (folder / single).exists():
         return read(inside(folder, single, single, suffix))
     if not (folder / index).exists():
@@ -215,7 +226,8 @@ def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], di
     lost = [name for name, shard in places.items() if name not in stored or stored[name].file.name != shard]
     if lost:
         first = f"{lost[0]}, in {places[lost[0]]}"
-        raise CheckpointError(f"{folder / index}: {len(lost)} tensors are not in the shard it names; the first is {first}")
+        raise CheckpointError(f"{folder / index}: {len(lost)} tensors are not in the shard it names; "
+                              f"the first is {first}")
     return stored
 
 
@@ -233,7 +245,8 @@ def inside(folder: Path, name: str, said_by: str, suffix: str = ".safetensors") 
 
 
 def _why_no_weights(folder: Path) -> str:
-    others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    suffixes = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
+    others = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
     return f"neither {SINGLE} nor {INDEX}" + (f"; {', '.join(others)} follow another layout" if others else "")
 
 
@@ -245,7 +258,7 @@ def equal_bytes(a: Stored, b: Stored, most: int = 1 << 20) -> bool:
     memory = [torch.empty(min(most, count), dtype=a.dtype) for _ in (a, b)]
     for first in range(0, count, most):
         runs = [whole[: count - first] for whole in memory]
-        for one, run in zip((a, b), runs):
+        for one, run in zip((a, b), runs, strict=True):
             one.read_run(first, run)
         if not same_bits(*runs):
             return False
@@ -254,9 +267,9 @@ def equal_bytes(a: Stored, b: Stored, most: int = 1 << 20) -> bool:
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor on the CPU."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+    return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two contiguous tensors of a few megabytes on the CPU have the same bits. Of the ways to ask, numpy's is the fastest by far."""
+    """Whether two contiguous tensors on the CPU have the same bits. For a few megabytes numpy's way is the fastest."""
     return np.array_equal(as_bytes(a), as_bytes(b))

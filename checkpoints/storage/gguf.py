@@ -2,10 +2,11 @@
 
     4 bytes     "GGUF"
     header      version u32 (2 or 3), tensors u64, keys u64
-    keys        name, type u32, value         "llama.block_count" 4 (u32) 32        text is its length u64, then UTF-8;
-                                                                                    an array is type u32, count u64, elements
-    tensors     name, dimensions u32, sizes u64 …, type u32, offset u64             sizes the innermost first: (in, out)
-    the rest    from the next multiple of general.alignment (32) on: the tensors in that order, each padded to another one
+    keys        name, type u32, value         "llama.block_count" 4 (u32) 32
+                                              a text is its length u64, then UTF-8
+                                              an array is its type u32, count u64, elements
+    tensors     name, dimensions u32, sizes u64 …, type u32, offset u64      sizes the innermost first: (in, out)
+    the rest    from the next multiple of general.alignment (32) on: the tensors in that order, each padded to one
 
     type      elements a block    bytes    an element of the block
     F32                1            4      itself
@@ -15,10 +16,11 @@
     Q4_K             256          144      d s q − e m    q 4 bits; d, e float16; s, m 6 bits, for each 32
     Q6_K             256          210      d s (q − 32)   q 6 bits; s 8 bits, for each 16
 
-The numbers are those of the `gguf` package, which has the sizes of the blocks and unpacks them; a model reads as bfloat16 if a tensor is
-quantised. The header is read here, as in files.py: the package's GGUFReader makes an object of every token (19 s and 1.5 GB for the 262,144
-of Gemma 3 and their merges, measured), and trusts the counts that it finds. Here nothing is taken that is not in the file, tokens and merges
-are passed over, and a whole model is checked before a byte of its weights is read.
+The numbers are those of the `gguf` package, which has the sizes of the blocks and unpacks them; a model reads as
+bfloat16 if a tensor is quantised. The header is read here, as in files.py: the package's GGUFReader makes an object of
+every token (19 s and 1.5 GB for the 262,144 of Gemma 3 and their merges, measured), and trusts the counts that it
+finds. Here nothing is taken that is not in the file, tokens and merges are passed over, and a whole model is checked
+before a byte of its weights is read.
 
 Format: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
 What keys and tensors mean: layouts/gguf_names.py
@@ -89,28 +91,34 @@ def package(path: Path) -> ModuleType:
     try:
         import gguf
     except ImportError:
-        raise CheckpointError(f"{path}: GGUF is read with a package that is not installed: pip install \"nanollm[gguf]\"") from None
+        raise CheckpointError(f"{path}: GGUF is read with a package that is not installed: "
+                              "pip install \"nanollm[gguf]\"") from None
     return gguf
 
 
 def places(path: Path, entries: list[Entry], data: int, alignment: int, norms_plus: float) -> dict[str, Stored]:
-    """Where each tensor lies. Raises CheckpointError unless they follow one another to the end of the file, as llama.cpp wants them too."""
+    """Where each tensor lies. Raises CheckpointError unless they follow one another to the end of the file."""
     quants = package(path)
     kinds = {int(kind): kind.name for kind in quants.GGMLQuantizationType}
     found = {kinds.get(entry.kind) for entry in entries}
     dtype = torch.float32 if found == {"F32"} else torch.float16 if found <= {"F32", "F16"} else torch.bfloat16
-    stored, end, size = {}, 0, path.stat().st_size
+    stored: dict[str, Stored] = {}
+    end, size = 0, path.stat().st_size
     for entry in entries:
         if kinds.get(entry.kind) not in READ:
-            raise CheckpointError(f"{path}: {entry.name} is {kinds.get(entry.kind, f'of type {entry.kind}')}; read are {', '.join(READ)}")
+            kind = kinds.get(entry.kind, f"of type {entry.kind}")
+            raise CheckpointError(f"{path}: {entry.name} is {kind}; read are {', '.join(READ)}")
         elements, nbytes = quants.GGML_QUANT_SIZES[quants.GGMLQuantizationType(entry.kind)]
         if entry.shape[-1] % elements:
-            raise CheckpointError(f"{path}: {entry.name} {entry.shape} is {kinds[entry.kind]}; expected rows of whole blocks of {elements}")
+            raise CheckpointError(f"{path}: {entry.name} {entry.shape} is {kinds[entry.kind]}; "
+                                  f"expected rows of whole blocks of {elements}")
         if entry.offset != end:
-            raise CheckpointError(f"{path}: {entry.name} has offset {entry.offset}; expected {end}, after the one before")
+            raise CheckpointError(f"{path}: {entry.name} has offset {entry.offset}; "
+                                  f"expected {end}, after the one before")
         length = math.prod(entry.shape) // elements * nbytes
         if data + end + length > size:
-            raise CheckpointError(f"{path}: truncated: {entry.name} ends at byte {data + end + length}, the file at {size}")
+            raise CheckpointError(f"{path}: truncated: {entry.name} ends at byte {data + end + length}, "
+                                  f"the file at {size}")
         if entry.name in stored:
             raise CheckpointError(f"{path}: {entry.name} appears twice")
         plus = norms_plus if entry.name.endswith("norm.weight") else 0.0
@@ -136,7 +144,8 @@ class Cursor:
     def skip(self, count: int) -> int:
         """Where it was."""
         if count > len(self.data) - self.at:
-            raise CheckpointError(f"{self.where}: truncated in the header: {count} bytes expected at byte {self.at}, the file has {len(self.data)}")
+            raise CheckpointError(f"{self.where}: truncated in the header: "
+                                  f"{count} bytes expected at byte {self.at}, the file has {len(self.data)}")
         self.at += count
         return self.at - count
 
@@ -177,11 +186,14 @@ class Cursor:
         return shortest(value) if kind == FLOAT32 else value
 
     def array(self, key: str, kind: int, count: int) -> list[Any] | None:
-        """The numbers of an array; None for texts, and for more than LONGEST_LIST. Raises CheckpointError for arrays of arrays, and too many texts."""
+        """The numbers of an array; None for texts, and for more than LONGEST_LIST.
+
+        Raises CheckpointError for arrays of arrays, and too many texts."""
         if kind == TEXT:
             self.texts += count
             if self.texts > MOST_TEXTS:
-                raise CheckpointError(f"{self.where}: {key} brings the texts in arrays to {self.texts}; at most {MOST_TEXTS} expected")
+                raise CheckpointError(f"{self.where}: {key} brings the texts in arrays to {self.texts}; "
+                                      f"at most {MOST_TEXTS} expected")
             self.skip_texts(count)
             return None
         if kind not in SCALARS:
@@ -197,7 +209,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry], int]:
         with open(path, "rb") as file:
             head = file.read(256)
             if head[:4] != b"GGUF":
-                raise CheckpointError(f"{path}: not GGUF, but {files.what_it_is(head) or f'a file that starts with {head[:4]!r}'}")
+                kind = files.what_it_is(head) or f"a file that starts with {head[:4]!r}"
+                raise CheckpointError(f"{path}: not GGUF, but {kind}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _walk(Cursor(data, str(path)))
     except OSError as error:
@@ -211,7 +224,8 @@ def _walk(cursor: Cursor) -> tuple[dict[str, Any], list[Entry], int]:
         raise CheckpointError(f"{cursor.where}: version {version}{big}; expected 2 or 3, little-endian")
     tensors, keys = cursor.take("<QQ")
     if tensors > MOST_TENSORS or keys > MOST_KEYS:
-        raise CheckpointError(f"{cursor.where}: {tensors} tensors and {keys} keys; at most {MOST_TENSORS} and {MOST_KEYS} expected")
+        raise CheckpointError(f"{cursor.where}: {tensors} tensors and {keys} keys; "
+                              f"at most {MOST_TENSORS} and {MOST_KEYS} expected")
     metadata: dict[str, Any] = {}
     for _ in range(keys):
         key = cursor.text()
@@ -221,7 +235,8 @@ def _walk(cursor: Cursor) -> tuple[dict[str, Any], list[Entry], int]:
     entries = [_entry(cursor) for _ in range(tensors)]
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-        raise CheckpointError(f"{cursor.where}: general.alignment is {reprlib.repr(alignment)}; expected a power of two up to {1 << 20}")
+        raise CheckpointError(f"{cursor.where}: general.alignment is {reprlib.repr(alignment)}; "
+                              f"expected a power of two up to {1 << 20}")
     return metadata, entries, -(-cursor.at // alignment) * alignment
 
 

@@ -1,20 +1,21 @@
-"""Weights as torch.save writes them: a zip archive of one pickle, which says what there is, and the bytes of each storage.
+"""Weights as torch.save writes them: a zip archive of one pickle, which describes the tensors, and the bytes of each.
 
     pytorch_model.bin, or shards and pytorch_model.bin.index.json      consolidated.00.pth …
 
-    archive/data.pkl      {"w": _rebuild_tensor_v2(storage "0", offset, shape, strides), …}       names and shapes
-    archive/data/0        the bytes, as they are: not compressed, little-endian                   read later, from the file
+    archive/data.pkl      {"w": _rebuild_tensor_v2(storage "0", offset, shape, strides), …}     names and shapes
+    archive/data/0        the bytes, as they are: not compressed, little-endian                 read from the file later
 
-A pickle is a program for a small machine, and what it may call is anything. So these files are read only where the caller allows it, and
-then nothing of what they name is called: the program is looked through first, and refused for an instruction or a function that tensors
-do not need; then a machine of ours runs it, with stand-ins for the few that they do, which note shapes and places. From there on the
-tensors are read like those of a safetensors file.
+A pickle is a program for a small machine, and what it may call is anything. So these files are read only where the
+caller allows it, and then nothing of what they name is called: the program is looked through first, and refused for an
+instruction or a function that tensors do not need; then a machine of ours runs it, with stand-ins for the few that they
+do, which note shapes and places. From there on the tensors are read like those of a safetensors file.
 
-Why not Python's own machine, with stand-ins alone: BUILD there writes into whatever object it meets, a stand-in too, and a dict takes any
-key, so that a tuple of tuples costs as much to hash as it has leaves, which can be 2⁶⁰, or ends the process if it is deep enough.
+Why not Python's own machine, with stand-ins alone: BUILD there writes into whatever object it meets, a stand-in too,
+and a dict takes any key, so that a tuple of tuples costs as much to hash as it has leaves, which can be 2⁶⁰, or ends
+the process if it is deep enough.
 
-Format: https://docs.pytorch.org/docs/2.10/notes/serialization.html, https://docs.python.org/3/library/pickletools.html. Files of before
-torch 1.6 (2020) are another format and refused.
+Format: https://docs.pytorch.org/docs/2.10/notes/serialization.html, https://docs.python.org/3/library/pickletools.html.
+Files of before torch 1.6 (2020) are another format and refused.
 """
 
 import itertools
@@ -38,17 +39,20 @@ from nanollm.errors import CheckpointError
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
 LARGEST_PROGRAM = 2_000_000                      # bytes, twice what so many tensors with long names take
-LONGEST_PROGRAM = 120_000                        # instructions; a tensor takes 33: room for 3,600, and a rank of Llama-3.1-405B has 1,137
+LONGEST_PROGRAM = 120_000                        # instructions, 33 a tensor; a rank of Llama-3.1-405B has 1,137 tensors
 LARGEST_STACK = 100_000                          # values; pickle leaves at most a thousand names and tensors waiting
 RANK = re.compile(r"consolidated\.(\d\d)\.pth", re.ASCII)
-HOW = "they can run code when they are read. If you trust where they come from, convert them once: python -m checkpoints.convert SRC DST --allow-pickle"
+HOW = ("they can run code when they are read. If you trust where they come from, convert them once: "
+       "python -m checkpoints.convert SRC DST --allow-pickle")
 INSTRUCTIONS = frozenset("""
-    PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS TUPLE TUPLE1 TUPLE2 TUPLE3 NONE NEWTRUE NEWFALSE
-    BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BUILD BINPERSID
+    PROTO STOP MARK EMPTY_DICT EMPTY_LIST EMPTY_TUPLE SETITEM SETITEMS APPEND APPENDS TUPLE TUPLE1 TUPLE2 TUPLE3
+    NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE
+    BINPUT LONG_BINPUT BINGET LONG_BINGET GLOBAL REDUCE BUILD BINPERSID
 """.split())
 DTYPES = {
-    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16, "Byte": torch.uint8,
-    "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64, "Bool": torch.bool,
+    "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Byte": torch.uint8, "Char": torch.int8, "Short": torch.int16, "Int": torch.int32, "Long": torch.int64,
+    "Bool": torch.bool,
 }
 
 
@@ -77,11 +81,12 @@ def need_allowed(folder: Path, name: str, allowed: bool) -> None:
 
 
 def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
-    """The tensors of consolidated.00.pth, consolidated.01.pth and so on, each file by itself. Raises CheckpointError."""
-    names = sorted(path.name for path in folder.iterdir() if RANK.fullmatch(path.name))
+    """The tensors of consolidated.00.pth, consolidated.01.pth …, each file by itself. Raises CheckpointError."""
+    found = {match[0]: int(match[1]) for path in folder.iterdir() if (match := RANK.fullmatch(path.name))}
+    names = sorted(found)
     if not names:
         raise CheckpointError(f"{folder}: params.json, but neither consolidated.safetensors nor consolidated.00.pth")
-    if [int(RANK.fullmatch(name)[1]) for name in names] != list(range(len(names))):
+    if [found[name] for name in names] != list(range(len(names))):
         raise CheckpointError(f"{folder}: {', '.join(names)}: one of the ranks' files is missing")
     need_allowed(folder, names[0], allowed)
     return [read_header(files.inside(folder, name, "params.json", ".pth")) for name in names]
@@ -91,10 +96,11 @@ def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
 
 @files.uncollected()
 def read_header(path: Path) -> dict[str, Stored]:
-    """Names, shapes and places of the tensors in one file. Raises CheckpointError on what is no such file, or would run code."""
+    """Names, shapes and places of the tensors in one file. Raises CheckpointError for any other, or harmful, file."""
     program, places = _open_archive(path)
     if harmful := _foreign(program):
-        raise CheckpointError(f"{path}: the pickle calls {', '.join(harmful[:5])}, which is not how tensors are stored; not read")
+        called = ", ".join(harmful[:5])
+        raise CheckpointError(f"{path}: the pickle calls {called}, which is not how tensors are stored; not read")
     try:
         found = _run(program)
     except Exception as error:                   # as below
@@ -107,7 +113,7 @@ def read_header(path: Path) -> dict[str, Stored]:
 
 
 def functions(path: Path) -> list[str]:
-    """What the pickle of a file calls beside what tensors need: nothing, or names. Nothing is run. Raises CheckpointError."""
+    """What the pickle of a file calls beside what tensors need, by name. Nothing is run. Raises CheckpointError."""
     return _foreign(_open_archive(path)[0])
 
 
@@ -118,29 +124,34 @@ def _open_archive(path: Path) -> tuple[list[tuple[str, Any]], dict[str, tuple[in
             entries = {entry.filename.partition("/")[2]: entry for entry in archive.infolist()}
             if len(entries) < len(archive.infolist()):
                 raise CheckpointError(f"{path}: an entry of the archive appears twice; not as torch.save writes it")
-            packed = [name for name, entry in entries.items() if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size]
+            packed = [name for name, entry in entries.items()
+                      if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size]
             if packed:
                 raise CheckpointError(f"{path}: {packed[0]} is compressed; not as torch.save writes it")
             if "data.pkl" not in entries or entries["data.pkl"].file_size > LARGEST_PROGRAM:
-                raise CheckpointError(f"{path}: data.pkl in the archive is {'too large' if 'data.pkl' in entries else 'missing'}; not as torch.save writes it")
+                how = "too large" if "data.pkl" in entries else "missing"
+                raise CheckpointError(f"{path}: data.pkl in the archive is {how}; not as torch.save writes it")
             if "byteorder" in entries and archive.read(entries["byteorder"]) != b"little":
                 raise CheckpointError(f"{path}: written on a big-endian machine")
             places = {}
             for name, entry in entries.items():
                 if name.startswith("data/"):
-                    file.seek(entry.header_offset)           # a header in front of each entry: 30 bytes, its name, and padding
+                    file.seek(entry.header_offset)           # before each entry: 30 bytes, its name, and padding
                     head = file.read(30)
-                    places[name[5:]] = (entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30])), entry.file_size)
+                    start = entry.header_offset + 30 + sum(struct.unpack("<HH", head[26:30]))
+                    places[name[5:]] = (start, entry.file_size)
             return _instructions(path, archive.read(entries["data.pkl"])), places
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError, struct.error) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError,
+            struct.error) as error:
         with open(path, "rb") as file:
             kind = files.what_it_is(file.read(256))
         raise CheckpointError(f"{path}: not tensors as torch.save writes them since 1.6: {kind or error}") from None
 
 
 def _instructions(path: Path, pickle: bytes) -> list[tuple[str, Any]]:
-    """The program, as names and arguments of instructions. Raises CheckpointError for an instruction that tensors do not need."""
-    program, steps = [], pickletools.genops(pickle)
+    """The program, as names and arguments of instructions. Raises CheckpointError for one that tensors do not need."""
+    program: list[tuple[str, Any]] = []
+    steps = pickletools.genops(pickle)
     while True:
         try:
             instruction, argument, _ = next(steps)
@@ -149,15 +160,18 @@ def _instructions(path: Path, pickle: bytes) -> list[tuple[str, Any]]:
         except Exception as error:               # a damaged program ends in whatever its bytes lead to
             raise CheckpointError(f"{path}: data.pkl is damaged: {error}") from None
         if len(program) == LONGEST_PROGRAM:
-            raise CheckpointError(f"{path}: data.pkl has more than {LONGEST_PROGRAM} instructions; not as torch.save writes it")
+            raise CheckpointError(f"{path}: data.pkl has more than {LONGEST_PROGRAM} instructions; "
+                                  "not as torch.save writes it")
         if instruction.name not in INSTRUCTIONS:
-            raise CheckpointError(f"{path}: data.pkl has the instruction {instruction.name}, which is not how tensors are stored; not read")
+            raise CheckpointError(f"{path}: data.pkl has the instruction {instruction.name}, "
+                                  "which is not how tensors are stored; not read")
         program.append((instruction.name, argument))
 
 
 def _foreign(program: list[tuple[str, Any]]) -> list[str]:
     """What the program names beside what tensors need."""
-    return sorted({argument.replace(" ", ".") for name, argument in program if name == "GLOBAL" and argument not in STAND_INS})
+    named = {argument for name, argument in program if name == "GLOBAL" and argument not in STAND_INS}
+    return sorted(argument.replace(" ", ".") for argument in named)
 
 
 # ---- the machine
@@ -262,7 +276,7 @@ def _set(target: Any, items: list[Any]) -> None:
         odd = next((name for name in names if not isinstance(name, str)), target)
         raise TypeError(f"values by name expected, found {reprlib.repr(odd)}")
     before = len(target)
-    target.update(zip(names, values))
+    target.update(zip(names, values, strict=True))
     if len(target) < before + len(names):
         raise ValueError("a name appears twice")
 
@@ -277,24 +291,29 @@ def _storage(saved: Any) -> _Storage:
 def _place(path: Path, name: str, tensor: Any, places: dict[str, tuple[int, int]]) -> Stored:
     if not isinstance(tensor, _Tensor):
         raise CheckpointError(f"{path}: {name}: a tensor expected, found {type(tensor).__name__}")
-    numbers = (tensor.first, *tensor.shape, *tensor.strides) if isinstance(tensor.shape, tuple) and isinstance(tensor.strides, tuple) else (None,)
-    if not all(type(number) is int and number >= 0 for number in numbers) or len(tensor.shape) != len(tensor.strides) or len(tensor.shape) > 8:
+    shape, strides = tensor.shape, tensor.strides
+    listed = isinstance(shape, tuple) and isinstance(strides, tuple) and len(shape) == len(strides) <= 8
+    if not listed or not all(type(number) is int and number >= 0 for number in (tensor.first, *shape, *strides)):
         raise CheckpointError(f"{path}: {name}: a shape and strides of whole numbers expected, found "
-                              f"{reprlib.repr(tensor.shape)} and {reprlib.repr(tensor.strides)}")
-    row_by_row = [*itertools.accumulate(reversed(tensor.shape[1:]), lambda step, width: step * width, initial=1)][::-1]
-    if math.prod(tensor.shape) and any(width > 1 and step != wanted for width, step, wanted in zip(tensor.shape, tensor.strides, row_by_row)):
-        raise CheckpointError(f"{path}: {name}: stored with strides {tensor.strides}, not row by row; write it again with .contiguous()")
+                              f"{reprlib.repr(shape)} and {reprlib.repr(strides)}")
+    row_by_row = [*itertools.accumulate(reversed(shape[1:]), lambda step, width: step * width, initial=1)][::-1]
+    steps = zip(shape, strides, row_by_row, strict=False)       # row_by_row has one even for a scalar
+    if math.prod(shape) and any(width > 1 and step != wanted for width, step, wanted in steps):
+        raise CheckpointError(f"{path}: {name}: stored with strides {strides}, not row by row; "
+                              "write it again with .contiguous()")
     start, room = places.get(tensor.storage.key, (0, 0))
-    inside, size = tensor.first * tensor.storage.dtype.itemsize, math.prod(tensor.shape) * tensor.storage.dtype.itemsize
+    dtype = tensor.storage.dtype
+    inside, size = tensor.first * dtype.itemsize, math.prod(shape) * dtype.itemsize
     if inside + size > room or start + room > path.stat().st_size:
         raise CheckpointError(f"{path}: {name}: its {size} bytes are not all in the file")
-    return Stored(path, tensor.storage.dtype, tensor.shape, start + inside, size)
+    return Stored(path, dtype, shape, start + inside, size)
 
 
 def lay_out(path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Stored]:
-    """Write a file whose tensors have their names, shapes and places, and as yet no values. They are filled by whoever calls this.
+    """Write a file whose tensors have names, shapes and places, and as yet no values; whoever calls this fills them.
 
-    No memory is taken: what torch.empty gives is not touched. The checksums in the archive are not those of the values; torch ignores them."""
+    No memory is taken: what torch.empty gives is not touched. The checksums in the archive are not those of the values;
+    torch ignores them."""
     with skip_data():
         torch.save({name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}, path)
     return read_header(path)

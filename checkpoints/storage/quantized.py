@@ -1,17 +1,18 @@
-"""Quantised folders, read as the weights that they stand for. Only this file knows that a tensor was stored in fewer bits.
+"""Quantised folders, read as the weights that they encode. Only this file knows that a tensor has fewer bits on disk.
 
-    fp8      w = q · s              X.weight             (N, K)               float8_e4m3fn        DeepSeek-V3, R1, Qwen3-…-FP8
-                                    X.weight_scale_inv   (⌈N/128⌉, ⌈K/128⌉)   float32: s, for each block of 128 × 128; those at the
-                                                                              edges are cut off. (s is the inverse of what w was scaled by)
-    mxfp4    w = f(q) · 2^(e−127)   X_blocks             (E, R, K/32, 16)     two 4-bit q a byte, low half first        gpt-oss
+    fp8      w = q · s              X.weight             (N, K)               float8_e4m3fn
+                                    X.weight_scale_inv   (⌈N/128⌉, ⌈K/128⌉)   float32: s, for each block of 128 × 128;
+                                                                              those at the edges are cut off
+             DeepSeek-V3, R1, Qwen3-…-FP8; s is the inverse of what w was scaled by
+    mxfp4    w = f(q) · 2^(e−127)   X_blocks             (E, R, K/32, 16)     two 4-bit q a byte, low half first
                                     X_scales             (E, R, K/32)         bytes: e, for 32 neighbours
-             X itself is (E, K, R), each expert transposed
+             gpt-oss; X itself is (E, K, R), each expert transposed
              f(q)    0 ½ 1 1½ 2 3 4 6, and from 8 on the same with a minus: 1 bit sign, 2 exponent, 1 fraction
                                                          OCP Microscaling Formats 1.0, §5.3.3 and 5.4.1
 
-`plain_config` takes the quantization_config out of a config, and `plain_tensors` puts one name, X, in the place of two; plan, tables
-and ops see a bfloat16 tensor. It is made when it is read, a run at a time, and never stands whole in float32. A model is saved as
-what it is then: bfloat16, or what `dtype` asked for, and no quantization_config.
+`plain_config` takes the quantization_config out of a config, and `plain_tensors` puts one name, X, in the place of two;
+what follows, tables and ops, has a bfloat16 tensor. It is made when it is read, a run at a time, and never all of it in
+float32. A model is saved as what it is then: bfloat16, or what `dtype` asked for, and no quantization_config.
 
 Shapes: N outputs, K inputs, E experts, R rows of an expert's matrix.
 """
@@ -32,7 +33,7 @@ FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.
 
 @dataclass(frozen=True)
 class Packed(Stored):
-    """A weight that is two stored tensors. shape is that of the weight, dtype bfloat16; file, start and size are those of `codes`."""
+    """A weight that is two stored tensors. shape is its own, dtype bfloat16; file, start, size are those of `codes`."""
     codes: Stored
     scales: Stored
 
@@ -43,7 +44,7 @@ class Packed(Stored):
 # ---- what is there
 
 def plain_config(values: dict[str, Any], where: str = "config.json") -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """config.json without its quantization_config, and the blocks of fp8 weights, if they are. Raises ConfigError for other methods."""
+    """config.json without its quantization_config, and the blocks of fp8 weights. Raises ConfigError for others."""
     found = values.get("quantization_config")
     if "quantization_config" not in values:
         return values, None
@@ -55,27 +56,31 @@ def plain_config(values: dict[str, Any], where: str = "config.json") -> tuple[di
     r = Reader(found, where, prefix="quantization_config.")
     method, block = r.get("quant_method", None), None
     if method not in ("fp8", "mxfp4"):
-        raise ConfigError(f"{where}: quantization_config.quant_method is {brief(method)}; read are fp8 in blocks, and mxfp4. "
-                          f"Take weights that are not quantised, or write them once with transformers: model.dequantize(), then model.save_pretrained(folder)")
+        raise ConfigError(f"{where}: quantization_config.quant_method is {brief(method)}; read are fp8 in blocks, and "
+                          "mxfp4. Take weights that are not quantised, or write them once with transformers: "
+                          "model.dequantize(), then model.save_pretrained(folder)")
     if method == "fp8":
         r.must("fmt", "e4m3")
         r.must("activation_scheme", "dynamic")           # with another, activations have stored scales
         sizes = r.get("weight_block_size")
-        if not isinstance(sizes, list) or len(sizes) != 2 or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        pair = isinstance(sizes, list) and len(sizes) == 2
+        if not pair or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
             raise r.error("weight_block_size", "two whole numbers, rows and columns that share a scale")
         block = (sizes[0], sizes[1])
     r.close(("modules_to_not_convert", "scale_fmt", "dequantize"))
     return plain, block
 
 
-def plain_tensors(stored: Mapping[str, Stored], block: tuple[int, int] | None, where: str = "weights") -> dict[str, Stored]:
+def plain_tensors(stored: Mapping[str, Stored], block: tuple[int, int] | None,
+                  where: str = "weights") -> dict[str, Stored]:
     """Every tensor by the name of what it stands for. `block` is that of `plain_config`; None: nothing is fp8."""
     plain = dict(stored)
     for name, one in stored.items():
         if block and name.endswith(".weight_scale_inv") and (weight := name.removesuffix("_scale_inv")) in stored:
             plain[weight] = _fp8(weight, stored[weight], one, block, where)
             del plain[name]
-        if name.endswith("_blocks") and (scales := name.removesuffix("blocks") + "scales") in stored and one.dtype == torch.uint8:
+        scales = name.removesuffix("blocks") + "scales"
+        if name.endswith("_blocks") and scales in stored and one.dtype == torch.uint8:
             plain[name.removesuffix("_blocks")] = _mxfp4(name, one, stored[scales], where)
             del plain[name], plain[scales]
     return plain
@@ -85,9 +90,10 @@ def _fp8(name: str, codes: Stored, scales: Stored, block: tuple[int, int], where
     if codes.dtype != torch.float8_e4m3fn or scales.dtype != torch.float32 or len(codes.shape) != 2:
         raise CheckpointError(f"{where}: {name} is {codes.dtype} {codes.shape} with scales of {scales.dtype}; "
                               f"expected a matrix of float8_e4m3fn with float32")
-    grid = tuple(-(-size // part) for size, part in zip(codes.shape, block))
+    grid = tuple(-(-size // part) for size, part in zip(codes.shape, block, strict=True))
     if scales.shape != grid:
-        raise CheckpointError(f"{where}: {name} {codes.shape} has scales {scales.shape}; expected {grid}, one for {block[0]} × {block[1]}")
+        raise CheckpointError(f"{where}: {name} {codes.shape} has scales {scales.shape}; "
+                              f"expected {grid}, one for {block[0]} × {block[1]}")
     return Fp8(codes.file, torch.bfloat16, codes.shape, codes.start, codes.size, codes, scales, block)
 
 

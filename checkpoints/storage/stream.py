@@ -2,9 +2,9 @@
 
     read     stored tensor → piece of ours        write    piece of ours → stored tensor        copy     stored → stored
 
-A piece (ops.py) is cut into runs that fit a buffer. What needs no cast and lies in one stretch of memory is read straight into it.
-Each run is checked as it passes: a NaN or an infinity is an error with the tensor's name, never judged by logits, as PyTorch's fused
-attention turns a NaN in q or k into finite numbers on a CPU.
+A piece (names/ops.py) is cut into runs that fit a buffer. What needs no cast and lies in one stretch of memory is read
+straight into it. Each run is checked as it passes: a NaN or an infinity is an error with the tensor's name, never
+judged by logits, as PyTorch's fused attention turns a NaN in q or k into finite numbers on a CPU.
 """
 
 import itertools
@@ -12,7 +12,8 @@ import math
 import os
 from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,16 +23,16 @@ from checkpoints.names.table import Step, short
 from checkpoints.storage.files import Stored, as_bytes, same_bits
 from nanollm.errors import CheckpointError
 
-RUN = 1 << 19                                    # elements of a run: it is read, checked and written while the processor's cache has it
+RUN = 1 << 19                                    # elements of a run: the processor's cache holds it from read to write
 WAITING = 1                                      # runs that are read before they are written
 CACHED = 1 << 24                                 # bytes that are written before the system's cache gives them up
 
 
 def runs(piece: Piece, most: int = RUN) -> Iterator[Piece]:
-    """The piece cut by rows, then within a row, into parts of at most `most` elements. A row of views side by side stays whole."""
+    """The piece cut by rows, then within a row, into parts of at most `most` elements. A row of a Beside stays one."""
     if piece.numel() <= most or (isinstance(piece, Beside) and len(piece) == 1):
         yield piece
-    elif len(piece) == 1:
+    elif isinstance(piece, Tensor) and len(piece) == 1:
         yield from runs(piece[0], most)
     else:
         rows = max(1, most * len(piece) // piece.numel())
@@ -59,19 +60,24 @@ def read(stored: Stored, first: int, piece: Piece, name: str) -> int:
 
 
 class Writer:
-    """Writes runs on a thread of its own: each while the next one is read and checked. Use it inside `with`; at its end all is written, though
-    not yet forced to disk. A run must not be changed after it was handed over. Raises OSError, for this run or one before it.
+    """Writes runs on a thread of its own: each while the next one is read and checked.
 
-    What was written does not stay in the system's cache: so the disk begins at once, and a conversion pushes nothing else out of memory. It is
-    also faster, as the same pages serve again and again: on a virtual machine new ones are dear (benchmarks/convert.md)."""
+    Use it inside `with`; at its end all is written, though not yet forced to disk. A run must not be changed after it
+    was handed over. Raises OSError, for this run or one before it.
+
+    What was written does not stay in the system's cache: so the disk begins at once, and a conversion pushes nothing
+    else out of memory. It is also faster, as the same pages are used again and again: on a virtual machine new pages
+    cost more (benchmarks/convert.md)."""
 
     def __enter__(self) -> "Writer":
-        self.thread, self.waiting = ThreadPoolExecutor(1), deque()
-        self.path = None                         # of the file that is open, self.file, and self.cached the bytes of it that are not given up
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: deque[Future[None]] = deque()
+        self.path: Path | None = None            # of the open file, self.file
+        self.cached = 0                          # bytes of it that the system's cache still has
         return self
 
     def __call__(self, stored: Stored, first: int, run: Tensor) -> None:
-        """Put a run, contiguous, on the CPU and of the tensor's dtype, where the tensor lies, from its first-th element on."""
+        """Put a run, contiguous, on the CPU and of the tensor's dtype, into the tensor from its first-th element on."""
         self.waiting.append(self.thread.submit(self._put, stored, first, run))
         if len(self.waiting) > WAITING:
             self.waiting.popleft().result()
@@ -96,7 +102,7 @@ class Writer:
             done = os.pwrite(self.file, left, place)
             left, place = left[done:], place + done
         self.cached += run.nbytes
-        if self.cached >= CACHED and hasattr(os, "posix_fadvise"):       # Linux: pages that are on the disk leave the cache, the others go there
+        if self.cached >= CACHED and hasattr(os, "posix_fadvise"):       # Linux: written pages leave the cache
             os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
             self.cached = 0
 
@@ -117,10 +123,13 @@ def write(stored: Stored, first: int, piece: Piece, name: str, out: Writer) -> i
 
 
 class Ring:
-    """Memory for runs, used again and again: new pages would cost as much as the copying. A run that it gives is good for WAITING more rounds."""
+    """Memory for runs, used again and again, as new pages would cost as much as the copying.
+
+    A run that it gives is good for WAITING more rounds."""
 
     def __init__(self) -> None:
-        self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(2 * (WAITING + 2))])     # taken when touched
+        count = 2 * (WAITING + 2)                # memory is taken when it is touched
+        self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(count)])
 
     def run(self, count: int, dtype: torch.dtype) -> Tensor:
         return next(self.memory)[: count * dtype.itemsize].view(dtype)
@@ -143,7 +152,7 @@ def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Writer) -> 
 
 def same(source: Stored, target: Stored, ring: Ring) -> bool:
     """Whether `copy` would change nothing."""
-    pairs = zip(ring.runs_of(source, target.dtype), ring.runs_of(target, target.dtype))
+    pairs = zip(ring.runs_of(source, target.dtype), ring.runs_of(target, target.dtype), strict=True)
     return all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
 

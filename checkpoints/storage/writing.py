@@ -1,12 +1,13 @@
 """Writing a model folder, so that half of one never exists.
 
 Everything goes into a hidden sibling of the destination, is forced to disk, and takes its name in one rename at the
-end. A full disk or an interrupt leaves what was there before; a process that is killed leaves the sibling as well, which the next
-one with the same destination takes away. What is being written is locked, so that no one else takes it away.
+end. A full disk or an interrupt leaves what was there before; a process that is killed leaves the sibling as well,
+which the next one with the same destination takes away. What is being written is locked, so that no one else takes it
+away.
 
-A file is laid out first: its header, and as much room as its tensors need. Where each tensor goes is then a Stored, like one that is
-read, and they are filled in any order. The order inside a file is that of the safetensors library, so one file holding the same
-tensors is the same file, byte for byte.
+A file is laid out first: its header, and as much room as its tensors need. The place of each tensor is then a Stored,
+like one that is read, and they are filled in any order. The order inside a file is that of the safetensors library, so
+one file holding the same tensors is the same file, byte for byte.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,10 +26,8 @@ import torch
 from checkpoints.storage.files import DTYPES, INDEX, SINGLE, Stored
 from nanollm.errors import CheckpointError
 
-try:
+if sys.platform != "win32":                      # there, drafts that a killed process left stay
     import fcntl
-except ImportError:                              # Windows: drafts that a killed process left stay there
-    fcntl = None
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -62,7 +62,7 @@ def _locked(folder: Path) -> Iterator[None]:
     """The folder is ours for the block. Raises OSError if another process has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        if fcntl:
+        if sys.platform != "win32":
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
@@ -86,7 +86,7 @@ def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def lay_out(folder: Path, tensors: Tensors, shard_bytes: int, single: str = SINGLE) -> dict[str, Stored]:
-    """Make room for the weights, in shards of at most `shard_bytes` (a larger tensor has one to itself), with their index.
+    """Make room for the weights, in shards of at most `shard_bytes` (a larger tensor has its own), with their index.
 
     `tensors` gives dtypes and shapes. The answer is where each goes; nothing is written there yet."""
     shards: list[list[str]] = [[]]
@@ -104,7 +104,8 @@ def lay_out(folder: Path, tensors: Tensors, shard_bytes: int, single: str = SING
     for number, names in enumerate(shards, 1):
         places |= _lay_out_file(folder / f"model-{number:05d}-of-{len(shards):05d}.safetensors", names, tensors)
     total = sum(one.size for one in places.values())
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": {name: places[name].file.name for name in sorted(places)}})
+    weight_map = {name: places[name].file.name for name in sorted(places)}
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return places
 
 
@@ -122,4 +123,6 @@ def _lay_out_file(path: Path, names: list[str], tensors: Tensors) -> dict[str, S
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         file.truncate(8 + len(text) + end)
-    return {name: Stored(path, *tensors[name], 8 + len(text) + header[name]["data_offsets"][0], nbytes(*tensors[name])) for name in order}
+    data = 8 + len(text)
+    return {name: Stored(path, *tensors[name], data + header[name]["data_offsets"][0], nbytes(*tensors[name]))
+            for name in order}

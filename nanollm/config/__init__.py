@@ -9,9 +9,9 @@
 Families differ in *which object stands at index i*: a window on every other layer, experts on the last ten, a scan
 in between. Nothing below knows a family's name. To read a `config.json`, see `checkpoints/families/`.
 
-The parts are in config/parts.py (Norm, Rope, Attention, MLP), config/mixers.py (the rarer ones) and config/scaling.py (long
-contexts); all of them can be imported from here. Every dataclass is frozen, so equal layers can share one object and a
-config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
+The parts are in config/parts.py (Norm, Rope, Attention, MLP), config/mixers.py (the rarer ones) and config/scaling.py
+(long contexts); all of them can be imported from here. Every dataclass is frozen, so equal layers can share one object
+and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, need_types
+from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, need_types, present
 from nanollm.config.mixers import (
     RGLRU,
     RWKV,
@@ -38,9 +38,9 @@ from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling
 from nanollm.errors import ConfigError
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward", "FilteredAttention", "Hyena",
-    "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU",
-    "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
+    "FilteredAttention", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2",
+    "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
 ]
 
 
@@ -67,7 +67,8 @@ class Layer(Part):
         need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
         need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
         alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
-        need(self.ffn is not None or alone, self, "ffn", "a feed-forward, or pre_ffn None, post_ffn None and parallel False")
+        expected = "a feed-forward, or pre_ffn None, post_ffn None and parallel False"
+        need(self.ffn is not None or alone, self, "ffn", expected)
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ class ModelConfig(Part):
     layers: tuple[Layer, ...]               # from the embedding to the head; (Layer(…),) * 32
     final_norm: Norm = Norm()               # before the head
     tied: bool = False                      # the head is the embedding
-    float32_residual: bool = False          # what the layers add up is kept in float32, whatever the weights are; Mamba True
-    context: int | None = None              # positions it was trained for; a caller may warn past it, nothing depends on it
-    embed_scale: float = 1.0                # the embedding is multiplied by it, rounded to the working dtype; Gemma √dim
+    float32_residual: bool = False          # the residual stream is float32, whatever the weights are; Mamba True
+    context: int | None = None              # positions it was trained for; a caller may warn past it; 4096
+    embed_scale: float = 1.0                # times the embedding, once rounded to the working dtype; Gemma √dim
     embed_norm: Norm | None = None          # right after the embedding; BLOOM
     positions: int | None = None            # rows of a learned table of positions, added to the embedding; GPT-2 1024
     head_bias: bool = False                 # Phi-2 True
@@ -89,8 +90,8 @@ class ModelConfig(Part):
     unit_head: bool = False                 # every row of the head is brought to length 1 first; Baichuan2
 
     def __post_init__(self) -> None:
-        need_sizes(self, "vocab", "dim", *(field for field in ("context", "positions") if getattr(self, field) is not None))
-        need_positive(self, "embed_scale", "head_scale", *(["head_softcap"] if self.head_softcap is not None else []))
+        need_sizes(self, "vocab", "dim", *present(self, "context", "positions"))
+        need_positive(self, "embed_scale", "head_scale", *present(self, "head_softcap"))
         need_whole_vectors(self, "final_norm", "embed_norm")
         need(len(self.layers) > 0, self, "layers", "at least one")
 
@@ -111,7 +112,8 @@ class ModelConfig(Part):
 
 def _encode(value: Any) -> Any:
     if dataclasses.is_dataclass(value):
-        return {"is": type(value).__name__} | {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {"is": type(value).__name__} | fields
     return [_encode(item) for item in value] if isinstance(value, tuple) else value
 
 

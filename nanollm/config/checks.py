@@ -38,14 +38,21 @@ def need_sizes(owner: Any, *fields: str) -> None:
     """Whole numbers above 0."""
     for field in fields:
         value = getattr(owner, field)
-        need(isinstance(value, int) and not isinstance(value, bool) and value > 0, owner, field, "a positive whole number")
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        need(whole and value > 0, owner, field, "a positive whole number")
 
 
 def need_positive(owner: Any, *fields: str) -> None:
     """Finite numbers above 0."""
     for field in fields:
         value = getattr(owner, field)
-        need(isinstance(value, (int, float)) and math.isfinite(value) and value > 0, owner, field, "a finite number above 0")
+        finite = isinstance(value, (int, float)) and math.isfinite(value)
+        need(finite and value > 0, owner, field, "a finite number above 0")
+
+
+def present(owner: Any, *fields: str) -> list[str]:
+    """Those of the fields that are not None."""
+    return [field for field in fields if getattr(owner, field) is not None]
 
 
 def need_types(kind: type, values: dict[str, Any]) -> None:
@@ -53,7 +60,8 @@ def need_types(kind: type, values: dict[str, Any]) -> None:
     for field, value in values.items():
         expected = _annotations(kind).get(field, Any)            # a name that is none is for the constructor to refuse
         if not _fits(value, expected):
-            raise ConfigError(f"{kind.__name__}.{field} = {value!r}: expected {getattr(expected, '__name__', expected)}")
+            name = getattr(expected, "__name__", expected)
+            raise ConfigError(f"{kind.__name__}.{field} = {value!r}: expected {name}")
 
 
 _annotations = functools.cache(typing.get_type_hints)

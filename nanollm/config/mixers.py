@@ -1,12 +1,12 @@
 """What may stand in the place of attention or of the MLP, as data: latent attention, scans, mixtures of experts.
 
-Each class is explained in the module of its name: `Mamba` in mamba.py, `MoE` in moe.py.
+Each class names the file of nanollm/layers that explains it: mamba.py, moe.py.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes
+from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Attention, Norm, Rope, need_rotation
 
 
@@ -24,10 +24,10 @@ class LatentAttention(Mixer):
     norm: Norm = Norm()                     # of both short vectors
 
     def __post_init__(self) -> None:
-        need_sizes(self, "heads", "nope", "rope_dim", "value", "kv_rank", *(["q_rank"] if self.q_rank is not None else []))
-        need_positive(self, *(["scale"] if self.scale is not None else []))
+        need_sizes(self, "heads", "nope", "rope_dim", "value", "kv_rank", *present(self, "q_rank"))
+        need_positive(self, *present(self, "scale"))
         need(self.rope is not None, self, "rope", "a Rope")
-        need_rotation(self, self.rope_dim)
+        need_rotation(self, self.rope, self.rope_dim)
         need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
 
 
@@ -40,11 +40,12 @@ class Mamba(Mixer):
     dt_rank: int                            # R, rank of the step-size projection; dim / 16
     conv_bias: bool = True                  # on that convolution
     bias: bool = False                      # on the projections in and out
-    inner_norm: Norm | None = None          # on the low-rank Δ, on B and on C, each for itself; Jamba, Falcon-Mamba without gain
+    inner_norm: Norm | None = None          # on the low-rank Δ, on B and on C; Jamba, Falcon-Mamba without gain
 
     def __post_init__(self) -> None:
         need_sizes(self, "inner", "state", "conv", "dt_rank")
-        need(self.inner_norm is None or self.inner_norm.scope == "head", self, "inner_norm", "a norm whose scope is 'head'")
+        plain = self.inner_norm is None or self.inner_norm.scope == "head"
+        need(plain, self, "inner_norm", "a norm whose scope is 'head'")
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ class Mamba2(Mixer):
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "head_dim", "groups", "state", "conv")
         need(self.heads % self.groups == 0, self, "groups", f"a divisor of heads ({self.heads})")
-        need_positive(self, "eps", *(["largest_step"] if self.largest_step is not None else []))
-        need(0 <= self.least_step < (self.largest_step or float("inf")), self, "least_step", "0 or more, and less than largest_step")
+        need_positive(self, "eps", *present(self, "largest_step"))
+        ordered = 0 <= self.least_step < (self.largest_step or float("inf"))
+        need(ordered, self, "least_step", "0 or more, and less than largest_step")
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class RGLRU(Mixer):
 
 @dataclass(frozen=True)
 class RWKV(Mixer):
-    """Both halves of an RWKV-4 block, time mixing and channel mixing, rwkv.py; so a layer has it and nothing else."""
+    """Both halves of an RWKV-4 block, time mixing and channel mixing, rwkv.py; so a layer of it has no ffn."""
     width: int                              # D, that of the residual stream; 4096
     hidden: int                             # F, width of the channel mixing; 16384
     norm: Norm                              # before each half; LayerNorm with bias
@@ -117,7 +119,8 @@ class FilteredAttention(Mixer):
     def __post_init__(self) -> None:
         need_sizes(self, "hidden")
         inner = self.attention
-        need(inner.qk_norm is None and inner.clip is None and inner.window is None, self, "attention", "no qk_norm, clip or window")
+        plain = inner.qk_norm is None and inner.clip is None and inner.window is None
+        need(plain, self, "attention", "no qk_norm, clip or window")
         need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
 
     @property
@@ -162,10 +165,10 @@ class MoE(FeedForward):
     shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
     score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"
-    correction: bool = False                # a bias a score, which counts for the choice and not for the weight; DeepSeek-V3
+    correction: bool = False                # a bias a score, for the choice and not for the weight; DeepSeek-V3 True
     groups: ExpertGroups | None = None      # None: any expert may be chosen; DeepSeek-V2 and V3 choose groups first
     scale: float = 1.0                      # of all weights, at last; DeepSeek-V3 2.5
-    sparse: float | None = None             # each choice is weighed against those within 2 of these only; Phi-3.5-MoE 0.01
+    sparse: float | None = None             # each choice is weighed against those within 2 of these; Phi-3.5-MoE 0.01
     router_bias: bool = False               # gpt-oss True
     router_float32: bool = False            # the router's product in float32, whatever the weights are; DeepSeek
     round_weights: bool = False             # chosen weights rounded to the working dtype; Qwen, gpt-oss (Mixtral: not)
@@ -173,19 +176,23 @@ class MoE(FeedForward):
     def __post_init__(self) -> None:
         need_sizes(self, "experts", "top_k")
         need(self.top_k <= self.experts, self, "top_k", f"at most experts ({self.experts})")
-        plain = isinstance(self.expert, ClippedGLU) or (isinstance(self.expert, MLP) and self.expert.gated and not self.expert.bias)
+        one = self.expert
+        plain = isinstance(one, ClippedGLU) or (isinstance(one, MLP) and one.gated and not one.bias)
         need(plain, self, "expert", "a gated MLP without bias, or a ClippedGLU")
         need(self.shared is not None or not self.shared_gate, self, "shared_gate", "False where nothing is shared")
         need(self.score in ("softmax", "sigmoid"), self, "score", "'softmax' or 'sigmoid'")
-        need_positive(self, "scale", *(["sparse"] if self.sparse is not None else []))
+        need_positive(self, "scale", *present(self, "sparse"))
         if self.groups is not None:
             size = self.experts // self.groups.count
             even = self.experts % self.groups.count == 0 and self.groups.best <= size
             need(even, self, "groups", f"equal parts of the {self.experts} experts, with at least `best` in each")
-            need(self.top_k <= self.groups.kept * size, self, "groups", f"at least top_k ({self.top_k}) experts in the groups kept")
-        need(not self.round_weights or not self.router_float32, self, "round_weights", "False where the router works in float32")
+            enough = self.top_k <= self.groups.kept * size
+            need(enough, self, "groups", f"at least top_k ({self.top_k}) experts in the groups kept")
+        rounded = self.round_weights and self.router_float32
+        need(not rounded, self, "round_weights", "False where the router works in float32")
         others = self.renormalize or self.correction or self.groups or self.scale != 1 or self.score != "softmax"
-        need(self.sparse is None or not others, self, "sparse", "None where any other field says how experts are weighed")
+        alone = self.sparse is None or not others
+        need(alone, self, "sparse", "None where any other field says how experts are weighed")
 
 
 SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena)      # what a token costs them does not depend on how many came before

@@ -1,26 +1,28 @@
-"""The parts of a Llama-shaped layer, as data: norm, position, attention, feed-forward. What holds them together: config.py.
+"""The parts of a Llama-shaped layer, as data: norm, position, attention, feed-forward. The layer: config/__init__.py.
 
-The rarer mixers and the mixture of experts are in config/mixers.py, the formulas for long contexts in config/scaling.py.
+Each class names the file of nanollm/layers that explains it. The rarer mixers and the mixture of experts are in
+config/mixers.py, the formulas of long contexts in config/scaling.py.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes
+from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.scaling import LongRope, Scaling
 
 
 @dataclass(frozen=True)
 class Norm(Part):
     """The equations, and what the cast order means, are in norm.py."""
-    kind: Literal["rms", "layer", "rms_outer"] = "rms"  # mean left in; taken out (GPT-NeoX); ε outside the root (StripedHyena)
+    kind: Literal["rms", "layer", "rms_outer"] = "rms"  # mean left in; taken out (GPT-NeoX); ε outside the root
+                                            # (StripedHyena)
     eps: float = 1e-6                       # added to the mean square before the root; Llama-2 1e-5
     offset: float = 0.0                     # the gain is stored as an offset from this; Gemma 1.0
     cast_after_gain: bool = False           # round to the working dtype after the gain (Gemma) or before it (Llama)
     bias: bool = False                      # a learned shift, LayerNorm only; GPT-NeoX True
     gain: bool = True                       # a learned stretch; OLMo-1 False
-    scope: Literal["head", "each", "all"] = "head"      # of norms on q and k: every head with one gain (Qwen3), each with its
-                                            # own (Command-R+), or all heads as one vector (OLMo-2)
+    scope: Literal["head", "each", "all"] = "head"      # of norms on q and k: every head with one gain (Qwen3), each
+                                            # with its own (Command-R+), or all heads as one vector (OLMo-2)
 
     def __post_init__(self) -> None:
         need(self.kind in ("rms", "layer", "rms_outer"), self, "kind", "'rms', 'layer' or 'rms_outer'")
@@ -28,7 +30,8 @@ class Norm(Part):
         need(self.kind == "layer" or not self.bias, self, "bias", "False, an RMSNorm has none")
         plain = self.offset == 0 and not self.cast_after_gain
         need(self.kind == "rms" or plain, self, "offset", f"0 and cast_after_gain False for kind {self.kind!r}")
-        need(self.gain or (plain and not self.bias), self, "gain", "True where there is an offset, a cast after it, or a bias")
+        whole = self.gain or (plain and not self.bias)
+        need(whole, self, "gain", "True where there is an offset, a cast after it, or a bias")
         need(self.scope in ("head", "each", "all"), self, "scope", "'head', 'each' or 'all'")
         need(self.scope != "each" or (self.kind == "layer" and self.gain and not self.bias), self, "scope",
              "'head' or 'all', but for a LayerNorm with gain and no bias")
@@ -41,8 +44,9 @@ class Rope(Part):
     layout: Literal["half", "interleaved"] = "half"   # which two channels turn together: (j, j + d/2) or (2j, 2j + 1)
     fraction: float = 1.0                   # leading part of each head that turns, the rest passes; GPT-NeoX 0.25
     scaling: Scaling | None = None          # None: as trained; Llama-3.1 Llama3(8.0, 8192)
-    rounds: Literal["each", "tables", "result"] = "each"    # what is rounded to the working dtype: cos, sin and every product (Llama);
-                                            # cos, sin and the result (Command-R); the result alone (OLMo, DeepSeek-V2)
+    rounds: Literal["each", "tables", "result"] = "each"    # what is rounded to the working dtype: cos, sin and every
+                                            # product (Llama); cos, sin and the result (Command-R); the result alone
+                                            # (OLMo, DeepSeek-V2)
 
     def __post_init__(self) -> None:
         need_positive(self, "theta", "fraction")
@@ -54,7 +58,7 @@ class Rope(Part):
 @dataclass(frozen=True)
 class Alibi(Part):
     """A penalty linear in distance in place of rotation, alibi.py."""
-    coarse: bool = False                    # slopes, key positions and products in bfloat16, then scaled as the scores are; Falcon
+    coarse: bool = False                    # slopes, key positions and products in bfloat16, then times scale; Falcon
 
 
 @dataclass(frozen=True)
@@ -72,26 +76,28 @@ class Attention(Mixer):
     softcap: float | None = None            # scores become c·tanh(score / c); Gemma-2 50.0
     alibi: Alibi | None = None              # BLOOM
     clip: float | None = None               # q, k and v are cut off at ± this; OLMo-1 8.0
-    sinks: bool = False                     # a learned score a head that takes its share of the softmax and adds nothing; gpt-oss
+    sinks: bool = False                     # a learned score a head in the softmax, whose value is 0; gpt-oss
     logn: int | None = None                 # queries past this many tokens grow by log_L(position); Qwen-7B 2048
 
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "kv_heads", "head_dim")
         need(self.heads % self.kv_heads == 0, self, "kv_heads", f"a divisor of heads ({self.heads})")
-        need_sizes(self, *(field for field in ("window", "logn") if getattr(self, field) is not None))
+        need_sizes(self, *present(self, "window", "logn"))
         need(self.logn != 1, self, "logn", "more than 1")
-        need_positive(self, *(field for field in ("scale", "softcap", "clip") if getattr(self, field) is not None))
+        need_positive(self, *present(self, "scale", "softcap", "clip"))
         need(not self.sinks or self.softcap is None, self, "sinks", "False where scores have a soft cap")
         if self.rope is not None:
-            need_rotation(self, self.head_dim)
+            need_rotation(self, self.rope, self.head_dim)
 
 
-def need_rotation(owner: "Attention", width: int) -> None:
+def need_rotation(owner: Mixer, rope: Rope, width: int) -> None:
     """owner.rope must turn an even number of `width` channels, and long lists of divisors must have one a pair."""
-    turned = width * owner.rope.fraction
-    need(int(turned) >= 2 and int(turned) % 2 == 0, owner, "rope", f"an even number of rotated channels, not {turned:g} of {width}")
-    lists = owner.rope.scaling if isinstance(owner.rope.scaling, LongRope) else None
-    need(lists is None or len(lists.short) == int(turned) // 2, owner, "rope", f"LongRope lists of {int(turned) // 2} numbers")
+    turned = width * rope.fraction
+    even = int(turned) >= 2 and int(turned) % 2 == 0
+    need(even, owner, "rope", f"an even number of rotated channels, not {turned:g} of {width}")
+    lists = rope.scaling if isinstance(rope.scaling, LongRope) else None
+    pairs = int(turned) // 2
+    need(lists is None or len(lists.short) == pairs, owner, "rope", f"LongRope lists of {pairs} numbers")
 
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]

@@ -1,4 +1,4 @@
-"""How the angles of RoPE are stretched to reach longer contexts, as data: one class a formula. The formulas: scaling.py."""
+"""How the angles of RoPE are stretched for longer contexts, as data: a class each. The formulas: layers/scaling.py."""
 
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class DynamicNTK(Part):
 
 @dataclass(frozen=True)
 class SteppedNTK(Part):
-    """As DynamicNTK, in steps: the base grows each time the sequence passes another power of two of the original context."""
+    """As DynamicNTK, in steps: the base grows as the length passes another power of two times the original context."""
     original: int                           # 2048 (Qwen-7B), 8192
 
     def __post_init__(self) -> None:

@@ -16,7 +16,8 @@ from nanollm.errors import DataError
 
 HELD_OUT = 0.05                 # share of the text that training never sees
 FEW = 20                        # fewer documents than this, and the end of each is held out instead of whole ones
-NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
+NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
+            "__pycache__"}
 
 
 class Document(NamedTuple):
@@ -27,8 +28,8 @@ class Document(NamedTuple):
 def read(source: Path | None) -> list[Document]:
     """The documents of a file or a folder, in the order of their names. None: the source of Python's standard library.
 
-    In a folder, files that are not text and hidden files are passed over. Raises DataError, which names the file, and the
-    line of a .jsonl.
+    In a folder, files that are not text and hidden files are passed over. Raises DataError, which names the file, and
+    the line of a .jsonl.
     """
     if source is None:
         return standard_library()
@@ -51,9 +52,11 @@ def standard_library() -> list[Document]:
     """The .py files of this Python's standard library, without its tests and its tables of data."""
     folder = Path(sysconfig.get_paths()["stdlib"])
     names = [path.relative_to(folder) for path in sorted(folder.rglob("*.py"))]
-    names = [name for name in names if not NOT_TEXT & set(name.parts[:-1]) and not name.name.startswith("_sysconfigdata")]
+    names = [name for name in names
+             if not NOT_TEXT & set(name.parts[:-1]) and not name.name.startswith("_sysconfigdata")]
     if not names:
-        raise DataError(f"{folder}: this Python comes without the source of its standard library; give text of your own")
+        raise DataError(f"{folder}: this Python comes without the source of its standard library; "
+                        "give text of your own")
     return [d for name in names for d in read_file(folder / name, name.as_posix()) if d.text.strip()]
 
 
@@ -72,7 +75,8 @@ def read_file(path: Path, name: str) -> list[Document]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if path.suffix != ".jsonl":
         return [Document(name, text)]
-    return [Document(f"{name}:{n}", json_text(line, f"{path}, line {n}")) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
+    return [Document(f"{name}:{n}", json_text(line, f"{path}, line {n}")) for n, line in lines]
 
 
 def json_text(line: str, where: str) -> str:
@@ -84,18 +88,19 @@ def json_text(line: str, where: str) -> str:
     if not isinstance(value, dict) or not isinstance(value.get("text"), str):
         found = f"the keys {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
         raise DataError(f'{where}: expected an object with the document in "text", found {found}')
-    return value["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")     # JSON can spell half a character
+    # JSON can spell half a surrogate pair
+    return value["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 # ---- what is held out
 
 def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held out), the same on every machine. A text that occurs twice counts once, so none is on both sides."""
+    """(training, held out), the same on every machine. A text that occurs twice counts once: none is on both sides."""
     unique = list({document.text: document for document in reversed(documents)}.values())[::-1]
     if len(unique) < FEW:
         cuts = [d.text.rfind("\n", 0, math.ceil(len(d.text) * (1 - HELD_OUT))) + 1 or len(d.text) for d in unique]
-        ends = [Document(d.name, d.text[cut:]) for d, cut in zip(unique, cuts) if d.text[cut:].strip()]
-        return [Document(d.name, d.text[:cut]) for d, cut in zip(unique, cuts)], ends
+        ends = [Document(d.name, d.text[cut:]) for d, cut in zip(unique, cuts, strict=True) if d.text[cut:].strip()]
+        return [Document(d.name, d.text[:cut]) for d, cut in zip(unique, cuts, strict=True)], ends
     share, held = HELD_OUT * sum(len(d.text) for d in unique), set()
     room = share
     for document in sorted(unique, key=lambda d: zlib.crc32(d.name.encode(errors="replace"))):

@@ -38,11 +38,12 @@ from nanollm.errors import DataError, NanollmError
 from nanollm.text.tokenizer_files import FILES
 
 END = "<|endoftext|>"           # before each document, and so after each but the last
-WORDS = r"\w+ ?|[^\w\s]+ ?|\s+"   # where tokens may end. A word takes the space behind it, so a prompt may end in "def "
-OURS = (*FILES, "generation_config.json", "train-*.bin", "held_out-*.bin", "*.draft")   # what prepare writes before meta.json
+WORDS = r"\w+ ?|[^\w\s]+ ?|\s+"   # where tokens may end. A word takes the space behind it: a prompt may end in "def "
+# what prepare writes before meta.json
+OURS = (*FILES, "generation_config.json", "train-*.bin", "held_out-*.bin", "*.draft")
 
-# A chat in plain words. ": " is a piece of its own wherever it stands (WORDS), so the ids of a prompt and of its answer,
-# one after the other, are the ids of both together; and an answer ends in the mark, as a document does.
+# A chat in plain words. ": " is a piece of its own wherever it stands (WORDS), so the ids of a prompt and of its
+# answer, one after the other, are the ids of both together; and an answer ends in the mark, as a document does.
 CHAT = r"""{{ bos_token }}
 {%- for message in messages %}
     {%- if message['role'] == 'system' %}{{ message['content'] + '\n' }}
@@ -60,11 +61,13 @@ CHAT = r"""{{ bos_token }}
 def train_tokenizer(texts: Iterable[str], vocab: int) -> tokenizers.Tokenizer:
     """Byte-level BPE (Radford et al. 2019, §2.2): any text can be written, and what was written can be read back."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
-    words, as_bytes = pre_tokenizers.Split(Regex(WORDS), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    words = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet, show_progress=sys.stderr.isatty())
+    trainer = trainers.BpeTrainer(vocab_size=vocab, special_tokens=[END], initial_alphabet=alphabet,
+                                  show_progress=sys.stderr.isatty())
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -73,19 +76,22 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: Path) -> None:
     """The files that nanollm.text.tokenizer.load and transformers.AutoTokenizer read. The mark is BOS and EOS both."""
     end = tokenizer.token_to_id(END)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END, "clean_up_tokenization_spaces": False}
-    for name, value in (("tokenizer_config", config), ("generation_config", {"bos_token_id": end, "eos_token_id": end})):
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END, "eos_token": END,
+              "clean_up_tokenization_spaces": False}
+    generation = {"bos_token_id": end, "eos_token_id": end}
+    for name, value in (("tokenizer_config", config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(value, indent=2) + "\n")
     (folder / "chat_template.jinja").write_text(CHAT)
 
 
 def digest(tokenizer: nanollm.text.tokenizer.Tokenizer) -> str:
-    """sha256, in hex, of the file that the tokenizer was read from: by it, shards know the tokenizer they were made with."""
+    """sha256, in hex, of the file that the tokenizer was read from: it tells which tokenizer made a shard."""
     return hashlib.sha256(tokenizer.files[0].read_bytes()).hexdigest()
 
 
-def encode(ids: Callable[[list[str]], list[list[int]]], documents: Sequence[Document], end: int, dtype: np.dtype, label: str) -> Iterator[np.ndarray]:
-    """The stream drawn at the head of stream.py, a document at a time, with a mark at its very end as well: (n,) of dtype."""
+def encode(ids: Callable[[list[str]], list[list[int]]], documents: Sequence[Document], end: int, dtype: np.dtype,
+           label: str) -> Iterator[np.ndarray]:
+    """The stream drawn at the head of stream.py, a document at a time, with a mark at its very end: (n,) of dtype."""
     with tqdm(total=len(documents), desc=label, unit="doc", leave=False) as bar:
         for at in range(0, len(documents), 64):
             for found in ids([document.text for document in documents[at : at + 64]]):
@@ -124,7 +130,10 @@ class Facts:
 
     @property
     def held_out_targets(self) -> int:
-        """Tokens that are predicted: each but the first. A loss in nats × these / log(2) / held_out_bytes is in bits per byte."""
+        """Tokens that are predicted: each but the first.
+
+        A loss in nats × these / log(2) / held_out_bytes is in bits per byte.
+        """
         return self.held_out_tokens - 1
 
 
@@ -134,15 +143,17 @@ def facts(folder: Path) -> Facts | None:
     try:
         return Facts(**meta["facts"]) if meta.get("format") == 1 and "facts" in meta else None
     except TypeError:
-        raise DataError(f"{folder / 'meta.json'}: found facts {meta['facts']!r:.80}, expected {[*Facts.__annotations__]}; make it anew") from None
+        expected = [*Facts.__annotations__]
+        raise DataError(f"{folder / 'meta.json'}: found facts {meta['facts']!r:.80}, expected {expected}; "
+                        "make it anew") from None
 
 
 def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, tokenizer: Path | None, context: int,
             shard_tokens: int = 100_000_000) -> None:
-    """Make a data folder: split the documents, train a BPE of `vocab` tokens or take the `tokenizer` of a model folder, encode.
+    """Make a data folder: split the documents, train a BPE of `vocab` tokens or take a model's `tokenizer`, encode.
 
-    A folder made from the same documents and the same tokenizer is left as it is. Raises DataError, with nothing written,
-    where the text does not fill one context, and where the folder holds something else.
+    A folder made from the same documents and the same tokenizer is left as it is. Raises DataError, with nothing
+    written, where the text does not fill one context, and where the folder holds something else.
     """
     given = check(folder, vocab, tokenizer, context, shard_tokens)
     fingerprint = zlib.crc32((f"{vocab} {WORDS}" if given is None else digest(given)).encode())
@@ -151,16 +162,20 @@ def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, t
     if is_made(folder, fingerprint):
         open_folder(folder, context)                    # raises where it does not fill one
         return
-    parts = dict(zip(("train", "held_out"), split(documents)))
+    parts = dict(zip(("train", "held_out"), split(documents), strict=True))
     if not parts["held_out"]:
-        raise DataError(f"{len(documents)} document(s) of {sum(len(d.text) for d in documents)} characters: too little text to hold out a part of it")
+        characters = sum(len(d.text) for d in documents)
+        raise DataError(f"{len(documents)} document(s) of {characters} characters: "
+                        "too little text to hold out a part of it")
     with tempfile.TemporaryDirectory() as draft:
         if given is None:
+            assert vocab is not None, "check wants a vocab or a tokenizer"
             trained = train_tokenizer([document.text for document in parts["train"]], vocab)
             trained.encode_special_tokens = True        # a text that spells the mark does not become one
             save_tokenizer(trained, Path(draft))
         used = given or nanollm.text.tokenizer.load(draft)
-        files = {path.name: path.read_bytes() for path in [*used.files, used.files[0].with_name("generation_config.json")] if path.exists()}
+        sources = [*used.files, used.files[0].with_name("generation_config.json")]
+        files = {path.name: path.read_bytes() for path in sources if path.exists()}
         made_with, end = digest(used), used.bos_id if used.eos_id is None else used.eos_id
     if end is None:
         raise DataError(f"{tokenizer}: found no eos_token and no bos_token, expected one, to stand between documents")
@@ -171,10 +186,13 @@ def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, t
         return [given.encode(text, bos=False) for text in texts]
 
     counts = {name: np.zeros(used.vocab_size, np.int64) for name in parts}
-    streams = {name: pieces(encode(ids, part, end, id_dtype(used.vocab_size), f"tokens, {name}"), shard_tokens) for name, part in parts.items()}
+    dtype = id_dtype(used.vocab_size)
+    streams = {name: pieces(encode(ids, part, end, dtype, f"tokens, {name}"), shard_tokens)
+               for name, part in parts.items()}
     first = next(streams["train"])
     if len(first) <= context:
-        raise DataError(f"the text to train on has {len(first)} tokens, which do not fill one context of {context}; give more, or a smaller --context")
+        raise DataError(f"the text to train on has {len(first)} tokens, which do not fill one context of {context}; "
+                        "give more, or a smaller --context")
     streams["train"] = chain([first], streams["train"])
     with building(folder):
         for name, stream in streams.items():
@@ -184,18 +202,21 @@ def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, t
         for name, content in files.items():
             write_file(folder / name, content)
         found = asdict(count(parts, counts, end))
-        meta = {"format": 1, "fingerprint": fingerprint, "vocab": used.vocab_size, "tokenizer_sha256": made_with, "facts": found}
+        meta = {"format": 1, "fingerprint": fingerprint, "vocab": used.vocab_size, "tokenizer_sha256": made_with,
+                "facts": found}
         write_file(folder / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
 
 
-def check(folder: Path, vocab: int | None, tokenizer: Path | None, context: int, shard_tokens: int) -> nanollm.text.tokenizer.Tokenizer | None:
+def check(folder: Path, vocab: int | None, tokenizer: Path | None, context: int,
+          shard_tokens: int) -> nanollm.text.tokenizer.Tokenizer | None:
     """The tokenizer that is given, if one is. Raises DataError for what `prepare` cannot do, before any work."""
     if (vocab is None) == (tokenizer is None):
         raise DataError(f"vocab {vocab}, tokenizer {tokenizer}: expected one of the two")
     if vocab is not None and vocab < 257:
         raise DataError(f"vocab {vocab}: expected 257 or more: the 256 bytes, and the mark between documents")
     if not 0 < context < shard_tokens < LIMIT:
-        raise DataError(f"context {context}, tokens a shard {shard_tokens}: expected 0 < context < tokens a shard < {LIMIT}, which is llm.c's limit")
+        raise DataError(f"context {context}, tokens a shard {shard_tokens}: "
+                        f"expected 0 < context < tokens a shard < {LIMIT}, which is llm.c's limit")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir()) and read_meta(folder).get("format") is None):
         raise DataError(f"{folder}: not empty, and not made by nanollm.data; name another folder")
     if tokenizer is not None and folder.resolve() == tokenizer.resolve():
@@ -218,7 +239,7 @@ def is_made(folder: Path, fingerprint: int) -> bool:
 
 @contextlib.contextmanager
 def building(folder: Path) -> Iterator[None]:
-    """Until the block writes meta.json, the folder says that it is unfinished. On an error all of ours goes away again."""
+    """Until the block writes meta.json, the folder says that it is unfinished. An error removes all that is ours."""
     def clear() -> None:
         for path in chain.from_iterable(folder.glob(pattern) for pattern in OURS):
             path.unlink()
@@ -245,7 +266,8 @@ def count(parts: dict[str, list[Document]], counts: dict[str, np.ndarray], end: 
     said, predicted = counts["train"] + 1.0, counts["held_out"].copy()          # + 1: no token is impossible
     predicted[end] -= 1                                                         # the first mark is no target
     return Facts(
-        len(parts["train"]), sum(len(document.text.encode()) for document in parts["train"]), int(counts["train"].sum()),
+        len(parts["train"]), sum(len(document.text.encode()) for document in parts["train"]),
+        int(counts["train"].sum()),
         len(parts["held_out"]), len(text), int(counts["held_out"].sum()),
         unigram_loss=float(-predicted @ np.log(said / said.sum()) / predicted.sum()),
         gzip_bits_per_byte=8 * len(gzip.compress(text, 9)) / len(text),
@@ -267,23 +289,31 @@ measure on. The shards are files of llm.c. The same command again, on the same t
 
 def run() -> None:
     """The command line."""
-    parser = cli.Parser(prog="python -m nanollm.data", description=HELP, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("input", nargs="*", type=Path, metavar="INPUT", help="text (default: the source of Python's standard library)")
+    parser = cli.Parser(prog="python -m nanollm.data", description=HELP,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("input", nargs="*", type=Path, metavar="INPUT",
+                        help="text (default: the source of Python's standard library)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--vocab", type=int, metavar="N", help="train a byte-level BPE of so many tokens")
     add("--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer of this model folder")
-    parser.add_argument("--context", type=int, default=1024, metavar="T", help="fewer tokens than one context of T are an error (default 1024)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N", help="tokens a file (default 100 million)")
+    parser.add_argument("--context", type=int, default=1024, metavar="T",
+                        help="fewer tokens than one context of T are an error (default 1024)")
+    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
+                        help="tokens a file (default 100 million)")
     options = parser.parse_args()
     if len(options.input) > 1:                          # names are told apart, because the split depends on them
-        documents = [Document(f"{source.as_posix()}/{name}", text) for source in options.input for name, text in read(source)]
+        documents = [Document(f"{source.as_posix()}/{name}", text)
+                     for source in options.input for name, text in read(source)]
     else:
         documents = read(options.input[0] if options.input else None)
-    prepare(documents, options.out, vocab=options.vocab, tokenizer=options.tokenizer, context=options.context, shard_tokens=options.shard_tokens)
+    prepare(documents, options.out, vocab=options.vocab, tokenizer=options.tokenizer, context=options.context,
+            shard_tokens=options.shard_tokens)
     found, meta = facts(options.out), read_meta(options.out)
-    for name, text, size, tokens in (("to train on", found.train_documents, found.train_bytes, found.train_tokens),
-                                     ("held out", found.held_out_documents, found.held_out_bytes, found.held_out_tokens)):
+    assert found is not None, "prepare has written them"
+    for name, text, size, tokens in (
+            ("to train on", found.train_documents, found.train_bytes, found.train_tokens),
+            ("held out", found.held_out_documents, found.held_out_bytes, found.held_out_tokens)):
         print(f"{name}: {text} documents, {size / 1e6:.2f} MB, {tokens / 1e6:.2f} M tokens")
     print(f"{options.out}: {len([*options.out.glob('*.bin')])} shards, a vocabulary of {meta['vocab']}")
     print(f"gzip -9 needs {found.gzip_bits_per_byte:.3f} bits per byte for what is held out")

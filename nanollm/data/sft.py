@@ -1,17 +1,18 @@
 """Chats to learn from: written by the model's own template, with a loss on the answers only.
 
-    what inference feeds    <user> Hi <end> <assistant>                        the messages before an answer, and the call for it
-    with the answer         <user> Hi <end> <assistant> Hello ! <end> \\n       the messages up to the answer
-    the answer                                          Hello ! <end>          all beyond their common prefix, to the first stop id
+    what inference feeds    <user> Hi <end> <assistant>                        messages before an answer, and its prompt
+    with the answer         <user> Hi <end> <assistant> Hello ! <end> \\n       messages up to the answer
+    the answer                                          Hello ! <end>          behind their common prefix, to a stop id
 
-    tokens       <user>  Hi    <end>  <assistant>  Hello  !      <end>         what follows the stop id is never generated:
-    targets      −100    −100  −100   Hello        !      <end>  −100          it belongs to the next prompt, or to nothing
-    positions    0       1     2      3            4      5      6             the next example of the row begins at 0 again
+    tokens       <user>  Hi    <end>  <assistant>  Hello  !      <end>         what follows a stop id is not generated:
+    targets      −100    −100  −100   Hello        !      <end>  −100          it is of the next prompt, or of nothing
+    positions    0       1     2      3            4      5      6             the next example begins at 0 again
 
-Both texts come from `Conversation.prompt_ids`, so a model is trained on the very ids that it will be given, special tokens
-that a user typed included. BPE may merge across the border: a token that holds the end of the prompt and the beginning of
-the answer is the model's to say. The turns of a chat are one example as long as each goes on from the ids of the last. Some
-templates rewrite what was said before (they leave out old thoughts, say): there each turn is an example of its own.
+Both texts come from `Conversation.prompt_ids`, so a model is trained on the very ids that it will be given, special
+tokens that a user typed included. BPE may merge across the border: a token that holds the end of the prompt and the
+beginning of the answer is the model's to say. The turns of a chat are one example as long as each goes on from the ids
+of the last. Some templates rewrite what was said before (they leave out old thoughts, say): there each turn is an
+example of its own.
 
 Shapes: T tokens of the context, n tokens of one example.
 """
@@ -33,8 +34,9 @@ from nanollm.text.tokenizer import Tokenizer
 
 HELD_OUT = 0.05                 # share of the chats that training never sees
 FEW = 20                        # of fewer chats none is held out: one or two would measure nothing
-ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool")} | {"human": "user", "gpt": "assistant", "observation": "tool"}
-FORMATS = (                     # the keys that each needs, and the keys that it may have
+ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool",
+         "human": "user", "gpt": "assistant", "observation": "tool"}
+FORMATS: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (      # the keys that each needs, and that it may have
     ({"messages": list}, {"tools": list}),
     ({"instruction": str, "output": str}, {"input": str, "system": str, "history": list}),
     ({"conversations": list}, {"system": str}),
@@ -67,7 +69,7 @@ class Example(NamedTuple):
 # ---- reading
 
 def read(path: Path) -> list[Chat]:
-    """The chats of a .jsonl, of a .json that holds one list, or of every .jsonl in a folder, in the order of their names.
+    """The chats of a .jsonl, of a .json that holds one list, or of every .jsonl in a folder, in the order of names.
 
     An item has one of four formats. Keys in brackets may be absent or null; keys that no format has are passed over.
 
@@ -76,25 +78,32 @@ def read(path: Path) -> list[Chat]:
         {"conversations": [{"from": "human" | "gpt" | a role, "value"}, …], ["system"]}               ShareGPT
         {"prompt", "completion"}: two texts, or two lists of messages, of which the second is learnt  TRL
 
-    Every answer of the others is learnt, those of "history" too. Raises DataError, with the file and line (.json: the item).
+    Every answer of the others is learnt, those of "history" too. Raises DataError, with the file and line (.json: the
+    item).
     """
-    inside = [(file, file.relative_to(path).parts) for file in sorted(path.rglob("*.jsonl"))]
-    files = [file for file, parts in inside if not any(part.startswith(".") for part in parts)] if path.is_dir() else [path]
+    files = [path]
+    if path.is_dir():
+        inside = [(file, file.relative_to(path).parts) for file in sorted(path.rglob("*.jsonl"))]
+        files = [file for file, parts in inside if not any(part.startswith(".") for part in parts)]
     chats = [_chat(item, where) for file in files for item, where in _items(file)]
     if not chats:
-        raise DataError(f"{path}: no chats in it; expected {'.jsonl files with ' * path.is_dir()}objects of one of the formats {EXPECTED}")
+        what = f"{'.jsonl files with ' * path.is_dir()}objects"
+        raise DataError(f"{path}: no chats in it; expected {what} of one of the formats {EXPECTED}")
     return chats
 
 
 def _items(path: Path) -> Iterator[tuple[Any, str]]:
     if path.suffix not in (".jsonl", ".json") and path.exists():
-        raise DataError(f"{path}: expected a .jsonl with a chat a line, a .json with a list of chats, or a folder of .jsonl")
+        raise DataError(f"{path}: expected a .jsonl with a chat a line, a .json with a list of chats, "
+                        "or a folder of .jsonl")
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
     if path.suffix == ".jsonl":
-        yield from ((_json(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in enumerate(data.split(b"\n"), 1) if line.strip())
+        for n, line in enumerate(data.split(b"\n"), 1):
+            if line.strip():
+                yield _json(line, f"{path}, line {n}"), f"{path}, line {n}"
     else:
         items = _json(data, f"{path}")
         _need(isinstance(items, list), f"{path}", "one list of chats (a chat a line belongs into a .jsonl)", items)
@@ -123,7 +132,8 @@ def _chat(item: Any, where: str) -> Chat:
     needed, more = next((format for format in FORMATS if format[0].keys() <= item.keys()), ({}, {}))
     _need(needed, where, f"the keys {EXPECTED}", [*item])
     others = {key for format in FORMATS for part in format for key in part} - {*needed, *more}
-    _need(not others & {*item}, where, f"a chat of one format, {' + '.join(needed)}; remove what is not meant", sorted(others & {*item}))
+    strays, format = sorted(others & {*item}), " + ".join(needed)
+    _need(not strays, where, f"a chat of one format, {format}; remove what is not meant", strays)
     for key, kinds in (needed | more).items():
         _need(key not in item or isinstance(item[key], kinds), where, f"{key!r} to be {KINDS[kinds]}", item.get(key))
 
@@ -134,24 +144,29 @@ def _chat(item: Any, where: str) -> Chat:
         turns, names = item["conversations"], ("from", "value")
     elif "prompt" in needed:
         prompt, said = item["prompt"], item["completion"]
-        _need(type(prompt) is type(said), where, "prompt and completion to be both text or both lists of messages", [prompt, said])
+        alike = type(prompt) is type(said)
+        _need(alike, where, "prompt and completion to be both text or both lists of messages", [prompt, said])
         if isinstance(prompt, str):
             prompt, said = [{"role": "user", "content": prompt}], [{"role": "assistant", "content": said}]
         turns, first = prompt + said, len(prompt)
     else:
         question = "\n".join(filter(None, (item["instruction"], item.get("input"))))
         pairs = [*item.get("history", []), [question, item["output"]]]
-        _need(all(isinstance(pair, list) and len(pair) == 2 for pair in pairs), where, "'history' to hold pairs of question and answer", item.get("history"))
-        turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(("user", "assistant"), pair)]
+        even = all(isinstance(pair, list) and len(pair) == 2 for pair in pairs)
+        _need(even, where, "'history' to hold pairs of question and answer", item.get("history"))
+        roles = ("user", "assistant")
+        turns = [{"role": role, "content": text} for pair in pairs for role, text in zip(roles, pair, strict=True)]
     if item.get("system"):
         turns = [{names[0]: "system", names[1]: item["system"]}, *turns]
 
     chat = Chat(where, [_message(turn, f"{where}, message {n}", *names) for n, turn in enumerate(turns, 1)],
                 item.get("tools"), first, isinstance(item.get("prompt"), str))
-    roles = [message["role"] for message in chat.messages]
-    _need(chat.answers and chat.answers[0] > 0, where, "an answer of the assistant to learn from, and something before it", roles)
-    for i in chat.answers:
-        _need(chat.messages[i]["content"].strip() or chat.messages[i].get("tool_calls"), where, f"message {i + 1}, an answer, to say something", chat.messages[i])
+    found, answers = [message["role"] for message in chat.messages], chat.answers
+    _need(answers and answers[0] > 0, where, "an answer of the assistant to learn from, and something before it", found)
+    for i in answers:
+        message = chat.messages[i]
+        says = message["content"].strip() or message.get("tool_calls")
+        _need(says, where, f"message {i + 1}, an answer, to say something", message)
     return chat
 
 
@@ -164,7 +179,8 @@ def _message(value: Any, where: str, role_key: str, content_key: str) -> dict[st
     _need("weight" not in message, where, "no 'weight': every answer counts alike", message.get("weight"))
     if isinstance(content, list):
         texts = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
-        content = "".join(texts) if len(texts) == len(content) > 0 and all(isinstance(text, str) for text in texts) else content
+        if len(texts) == len(content) > 0 and all(isinstance(text, str) for text in texts):
+            content = "".join(map(str, texts))
     _need(isinstance(content, str), where, f"{content_key!r} to be text, or parts of type text", content)
     return message | {"role": ROLES[role], "content": content}
 
@@ -174,28 +190,32 @@ def split(chats: Sequence[Chat], share: float = HELD_OUT) -> tuple[list[Chat], l
     contents = [json.dumps([chat.messages, chat.tools], sort_keys=True) for chat in chats]
     unique = sorted({*contents}, key=lambda content: (zlib.crc32(content.encode()), content))
     held = {*unique[: round(share * len(unique))]} if len(unique) >= FEW else set()
-    return [c for c, content in zip(chats, contents) if content not in held], [c for c, content in zip(chats, contents) if content in held]
+    pairs = list(zip(chats, contents, strict=True))
+    return [c for c, content in pairs if content not in held], [c for c, content in pairs if content in held]
 
 
 # ---- ids
 
 def examples(tokenizer: Tokenizer, chat: Chat) -> list[Example]:
-    """What the model sees of a chat, and which of it are answers: one example, or one for each turn that is rewritten later.
+    """What the model sees of a chat, and which of it are answers: one example, or one for each turn rewritten later.
 
     Where the template writes no stop id behind the last answer, the end-of-sequence id is put there: without one, the
     model would never learn to stop. Without a template only a prompt and a completion, both text, can be learnt.
-    Raises TokenizerError if a template is missing; DataError if it refuses the chat, leaves an answer out, or asks for an
-    answer in words that the written one does not begin with.
+    Raises TokenizerError if a template is missing; DataError if it refuses the chat, leaves an answer out, or asks for
+    an answer in words that the written one does not begin with.
     """
     if not tokenizer.stop_ids:
-        raise DataError(f"{chat.where}: the tokenizer has no stop id, so no answer could end; name an eos_token in its tokenizer_config.json")
+        raise DataError(f"{chat.where}: the tokenizer has no stop id, so no answer could end; "
+                        "name an eos_token in its tokenizer_config.json")
     made: list[tuple[list[int], list[bool]]] = []
     for i in chat.answers:
         prompt, whole = _ids(tokenizer, chat, i)
-        start = next((at for at, (a, b) in enumerate(zip(prompt, whole)) if a != b), min(len(prompt), len(whole)))
+        differ = (at for at, (a, b) in enumerate(zip(prompt, whole, strict=False)) if a != b)
+        start = next(differ, min(len(prompt), len(whole)))
         asked, written = (tokenizer.decode(ids[start:], skip_special=False) for ids in (prompt, whole))
-        _need(start < len(whole) and written.startswith(asked), f"{chat.where}, message {i + 1}", f"the template to write {json.dumps(asked[:80])} and the answer "
-              "there, as it does where it asks for one; change the template, or write the answer so", written)
+        _need(start < len(whole) and written.startswith(asked), f"{chat.where}, message {i + 1}",
+              f"the template to write {json.dumps(asked[:80])} and the answer there, "
+              "as it does where it asks for one; change the template, or write the answer so", written)
         end = next((at + 1 for at in range(start, len(whole)) if whole[at] in tokenizer.stop_ids), len(whole))
         goes_on = made and start >= len(made[-1][0]) and whole[: len(made[-1][0])] == made[-1][0]
         learnt = made.pop()[1] if goes_on else []
@@ -210,8 +230,8 @@ def examples(tokenizer: Tokenizer, chat: Chat) -> list[Example]:
 def _ids(tokenizer: Tokenizer, chat: Chat, i: int) -> tuple[list[int], list[int]]:
     """The ids that ask for message i, and the ids of all messages up to it."""
     if tokenizer.chat_template is None and not chat.plain:
-        raise TokenizerError(f"{chat.where}: {no_template(tokenizer.about)}; or put a chat_template.jinja into the folder, or give each item "
-                             "as a prompt and a completion, both text")
+        raise TokenizerError(f"{chat.where}: {no_template(tokenizer.about)}; or put a chat_template.jinja into the "
+                             "folder, or give each item as a prompt and a completion, both text")
     try:
         if tokenizer.chat_template is None:
             prompt, completion = (message["content"] for message in chat.messages)
@@ -223,10 +243,10 @@ def _ids(tokenizer: Tokenizer, chat: Chat, i: int) -> tuple[list[int], list[int]
 
 
 def picture(tokenizer: Tokenizer, example: Example, colour: bool) -> str:
-    """An example as text, special tokens included; answers in green, or between ⟦ and ⟧. The data cannot drive the terminal."""
+    """An example as text, special tokens included; answers in green, or between ⟦ and ⟧; no control characters."""
     begin, end = ("\x1b[32m", "\x1b[0m") if colour else ("⟦", "⟧")
     stream, text, inside = tokenizer.stream(skip_special=False), "", False
-    for id, answer in zip(example.tokens, example.answer):
+    for id, answer in zip(example.tokens, example.answer, strict=True):
         if answer != inside:
             text, inside = text + (begin if answer else end), answer
         text += _safe(stream.push(id))
@@ -234,20 +254,24 @@ def picture(tokenizer: Tokenizer, example: Example, colour: bool) -> str:
 
 
 def _safe(text: str) -> str:
-    """Control characters, and those that turn the direction of text or break lines, as \\x1b or \\u202e. So the marks of `picture`."""
-    return "".join(c.encode("unicode_escape").decode() if c in "⟦⟧" or unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c not in "\n\t"
-                   else c for c in text)
+    """With control characters, those that turn the direction of text or break lines, and the marks of `picture` spelled
+    out, as \\x1b or \\u202e."""
+    def drives(c: str) -> bool:
+        return c in "⟦⟧" or (unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") and c not in "\n\t")
+
+    return "".join(c.encode("unicode_escape").decode() if drives(c) else c for c in text)
 
 
 # ---- rows
 
 def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
-    """Which examples share a row, by first-fit decreasing: the longest first, each into the first row that has the room.
+    """Which examples share a row, by first-fit decreasing: the longest first, each into the first row that has room.
 
-    The long ones leave gaps that the short ones fill: at most 11/9 of the fewest possible rows and one more (Dósa 2007).
+    The long ones leave gaps that the short ones fill: at most 11/9 of the fewest possible rows, and one (Dósa 2007).
     Nothing but the lengths plays a part, so the rows are the same on every machine.
     """
-    space, rows = np.full(len(lengths), context), []
+    space = np.full(len(lengths), context)
+    rows: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):    # a stable sort: equal lengths keep their order
         row = int((space[: len(rows) + 1] >= lengths[i]).argmax())      # the row after the last is empty, so one fits
         if row == len(rows):
@@ -258,10 +282,10 @@ def pack(lengths: Sequence[int], context: int) -> list[list[int]]:
 
 
 class Chats:
-    """Examples in rows of T tokens: a source for the trainer (`data.Source`). Each begins at position 0 and sees no other.
+    """Examples in rows of T tokens, a `stream.Source` for the trainer. Each begins at position 0 and sees no other.
 
     dropped   how many examples are longer than T, and left out
-    pad       any id of the model: what fills a row up has position −1, which nothing sees (`mask.py`)
+    pad       any id of the model: what fills a row up has position −1, which nothing sees (layers/mask.py)
     """
 
     def __init__(self, name: str, examples: Sequence[Example], context: int, pad: int) -> None:
@@ -270,7 +294,8 @@ class Chats:
         self.dropped = len(examples) - len(self.examples)
         if not self.examples:
             longest = max((len(example.tokens) for example in examples), default=0)
-            raise DataError(f"{name}: none of {len(examples)} examples fits --context {context}; the longest has {longest} tokens: give a larger --context")
+            raise DataError(f"{name}: none of {len(examples)} examples fits --context {context}; "
+                            f"the longest has {longest} tokens: give a larger --context")
         self._rows = pack([len(example.tokens) for example in self.examples], context)
         self.rows = len(self._rows)
         self.fingerprint = zlib.crc32(b"%d" % context)
@@ -292,7 +317,8 @@ class Chats:
         """Raises DataError if a token is not below `vocab`."""
         largest = max(self.pad, *(int(example.tokens.max()) for example in self.examples))
         if largest >= vocab:
-            raise DataError(f"{self.name}: token id {largest}, expected ids below {vocab}; use the tokenizer that the model was trained with")
+            raise DataError(f"{self.name}: token id {largest}, expected ids below {vocab}; "
+                            "use the tokenizer that the model was trained with")
 
     def unchanged(self) -> None:
         """Held in memory: nothing can change under the run."""

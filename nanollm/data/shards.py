@@ -26,7 +26,10 @@ import numpy as np
 from nanollm.errors import DataError
 
 HEADER = 1024                   # bytes
-FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}      # magic: version, dtype
+FORMATS: dict[int, tuple[int, np.dtype]] = {        # magic: version, dtype
+    20240520: (1, np.dtype("<u2")),
+    20240801: (7, np.dtype("<u4")),
+}
 OURS = 0x6E616E6F               # the integers 4 … 14 mean what is drawn above
 AGAIN = "damaged or something else: make or fetch it again"
 LIMIT = 2**31                   # tokens in a file are fewer: llm.c counts them with 32 bits and a sign
@@ -43,7 +46,7 @@ def write_file(path: Path, *parts: bytes | np.ndarray) -> None:
     try:
         with draft.open("wb") as file:
             for part in parts:
-                file.write(part)
+                file.write(part if isinstance(part, bytes) else part.data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
@@ -61,7 +64,7 @@ def write_shard(path: Path, tokens: np.ndarray, *, end: int | None, digest: str 
     header = np.zeros(HEADER // 4, "<u4")
     header[:7] = magic, FORMATS[magic][0], len(tokens), OURS, 0, tokens.max(), 0 if end is None else end + 1
     header[7:15] = np.frombuffer(bytes.fromhex(digest or "00" * 32), "<u4")
-    header[4] = zlib.crc32(tokens, zlib.crc32(header))
+    header[4] = zlib.crc32(tokens.data, zlib.crc32(header.data))
     write_file(path, header, tokens)
 
 
@@ -81,7 +84,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
 class Shard:
     """One file. Opening checks the header and the size; `verify` reads every byte.
 
-    path, dtype, count     largest: its largest id     end: the mark between documents     digest: sha256 of the tokenizer
+    path, dtype, count    largest: its largest id    end: the mark between documents    digest: sha256 of the tokenizer
     The last three are None where the file does not say. Each use maps the file anew: a thousand shards are no thousand
     open files, and a file that was cut off meanwhile is an error, not a bus error.
     """
@@ -99,11 +102,13 @@ class Shard:
         self._given, self.largest, self.end, self.digest = None, None, None, None
         if magic not in FORMATS:
             if size >= HEADER and not ints[15:].any():                          # in a raw file, 482 times id 0
-                raise DataError(f"{path}: found a header with magic {magic}, expected {' or '.join(map(str, FORMATS))}; {AGAIN}")
+                raise DataError(f"{path}: found a header with magic {magic}, "
+                                f"expected {' or '.join(map(str, FORMATS))}; {AGAIN}")
             self._start, self._header, self.dtype = 0, b"", self._raw_dtype()
             self.count, odd = divmod(size, self.dtype.itemsize)
             if odd or not size:
-                raise DataError(f"{path}: found {size} bytes, expected {self.dtype.itemsize} for each token of a raw {self.dtype.name} file; {AGAIN}")
+                raise DataError(f"{path}: found {size} bytes, expected {self.dtype.itemsize} for each token "
+                                f"of a raw {self.dtype.name} file; {AGAIN}")
             return
         expected, self.dtype = FORMATS[magic]
         if size < HEADER:
@@ -111,11 +116,13 @@ class Shard:
         if version != expected:
             raise DataError(f"{path}: found version {version}, expected {expected} with magic {magic}")
         if ints[3] != OURS and ints[3:].any():
-            raise DataError(f"{path}: found {ints[3]} as integer 3 of the header or numbers behind it, expected llm.c's zeros or {OURS}; {AGAIN}")
+            raise DataError(f"{path}: found {ints[3]} as integer 3 of the header or numbers behind it, "
+                            f"expected llm.c's zeros or {OURS}; {AGAIN}")
         self._start, self.count, whole = HEADER, count, HEADER + count * self.dtype.itemsize
         if not 0 < count < LIMIT or size != whole:
             kind = "truncated" if size < whole else "wrong size"
-            raise DataError(f"{path}: {kind}: found {size} bytes, expected {whole} for the {count} tokens of its header; {AGAIN}")
+            raise DataError(f"{path}: {kind}: found {size} bytes, "
+                            f"expected {whole} for the {count} tokens of its header; {AGAIN}")
         if ints[3] == OURS:
             self._given, self.largest = int(ints[4]), int(ints[5])
             self.end = int(ints[6]) - 1 if ints[6] else None
@@ -148,7 +155,7 @@ class Shard:
         crc, first, tokens = zlib.crc32(self._header), None, self.tokens
         for at in range(0, self.count, 1 << 22):
             block = tokens[at : at + (1 << 22)]
-            crc = zlib.crc32(block, crc)
+            crc = zlib.crc32(block.data, crc)
             if first is None and block.max() >= vocab:
                 place = int((block >= vocab).argmax())
                 first = at + place, int(block[place])
@@ -158,9 +165,11 @@ class Shard:
         """Raises DataError unless the bytes are those that were written and all ids are below `vocab`."""
         crc, first = self._read(vocab)
         if self._given not in (None, crc):
-            raise DataError(f"{self.path}: damaged: found crc32 {crc:08x}, expected {self._given:08x} as in its header; {AGAIN}")
+            raise DataError(f"{self.path}: damaged: found crc32 {crc:08x}, "
+                            f"expected {self._given:08x} as in its header; {AGAIN}")
         if first is not None:
-            raise DataError(f"{self.path}: found id {first[1]} at token {first[0]}, expected ids below {vocab}; it was made with another tokenizer")
+            raise DataError(f"{self.path}: found id {first[1]} at token {first[0]}, expected ids below {vocab}; "
+                            "it was made with another tokenizer")
         self.crc32 = crc
 
     def unchanged(self) -> None:
@@ -169,6 +178,8 @@ class Shard:
             stat = self.path.stat()
         except OSError as error:
             raise DataError(f"{self.path}: changed since the run began: {error.strerror}; put it back") from None
-        if (stat.st_size, stat.st_mtime_ns) != self._state:
-            found, expected = (f"{size} bytes written at {time} ns" for size, time in ((stat.st_size, stat.st_mtime_ns), self._state))
-            raise DataError(f"{self.path}: changed since the run began: found {found}, expected {expected}; put it back")
+        state = stat.st_size, stat.st_mtime_ns
+        if state != self._state:
+            found, expected = (f"{size} bytes written at {time} ns" for size, time in (state, self._state))
+            raise DataError(f"{self.path}: changed since the run began: found {found}, expected {expected}; "
+                            "put it back")

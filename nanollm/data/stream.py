@@ -4,7 +4,7 @@
                   └───────── window of T + 1 ─────────┘
     tokens          t t t t <|endoftext|> t t t                          what the model reads
     targets         t t t <|endoftext|> t t t <|endoftext|>              what it should say: the same, one later
-    positions       0 1 2 3 0             1 2 3                          a 0 begins a document, which sees nothing before it
+    positions       0 1 2 3 0             1 2 3                          a 0 begins a document
 
 The mark opens a document as its first input and closes the one before as its last target, so a model learns to begin
 and to end. Windows start every T tokens: each token but the first is a target once an epoch.
@@ -12,11 +12,13 @@ and to end. Windows start every T tokens: each token but the first is a target o
 A batch is a pure function of (seed, row number): nothing has to be saved to go on where a run stopped, and any number
 of machines can share the rows out. Three maps lead from a row of the run to a window, each in constant time:
 
-    row → source           of 1024 rows, source i has c_i, as its weight says; their order is a permutation keyed by (seed, block)
+    row → source           of 1024 rows, source i has c_i, as its weight says; their order is a permutation keyed by
+                           (seed, block)
     row of source → epoch  n → (n div rows, n mod rows)
     place → window         a permutation of the windows keyed by (seed, source, epoch)
 
-Shapes: B batch, T tokens of the context, N tokens in all. The format of the files is in `shards.py`; `prepare.py` makes them.
+Shapes: B batch, T tokens of the context, N tokens in all. data/shards.py has the format of the files; data/prepare.py
+makes them.
 """
 
 import functools
@@ -40,23 +42,25 @@ from nanollm.errors import DataError
 
 BLOCK = 1024                    # rows in which each source of a mixture has its exact share
 MAKE = "python -m nanollm.data makes them from text"
-NAME = re.compile(r"(.*_)?(train|val|held_out)[-_]?(\d*)\.bin")                 # train-00000.bin, val.bin, fineweb_train_000001.bin
+NAME = re.compile(r"(.*_)?(train|val|held_out)[-_]?(\d*)\.bin")         # train-00000.bin, fineweb_train_000001.bin
 
-Row = tuple[np.ndarray, np.ndarray, np.ndarray]                                 # tokens, targets, positions: (T,) int64 each
+Row = tuple[np.ndarray, np.ndarray, np.ndarray]                         # tokens, targets, positions: (T,) int64 each
 
 
 class Batch(NamedTuple):
+    """B rows, as the model reads them and as the loss asks for them."""
     tokens: Tensor              # (B, T) int64
     targets: Tensor             # (B, T) int64, −100 where there is nothing to predict
-    positions: Tensor | None    # (B, T) int64, None where no document begins inside a row: attention is then plainly causal
+    positions: Tensor | None    # (B, T) int64, None where no document begins inside a row: attention is then causal
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(None if part is None else part.to(device) for part in self))
+        positions = None if self.positions is None else self.positions.to(device)
+        return Batch(self.tokens.to(device), self.targets.to(device), positions)
 
 
 def stack(rows: Sequence[Row]) -> Batch:
     """B rows of one length → a batch."""
-    tokens, targets, positions = (np.stack(part) for part in zip(*rows))
+    tokens, targets, positions = (np.stack(part) for part in zip(*rows, strict=True))
     plain = (positions == np.arange(positions.shape[1])).all()
     return Batch(torch.from_numpy(tokens), torch.from_numpy(targets), None if plain else torch.from_numpy(positions))
 
@@ -81,14 +85,16 @@ class Tokens:
     short    True: the last window may be short, and is filled up with targets of −100, so that all tokens are predicted
     """
 
-    def __init__(self, name: str, shards: Sequence[Shard], context: int, end: int | None = None, *, short: bool = False) -> None:
+    def __init__(self, name: str, shards: Sequence[Shard], context: int, end: int | None = None, *,
+                 short: bool = False) -> None:
         self.name, self.shards, self.context, self.digest = name, shards, context, shards[0].digest
         self.end = end if shards[0].end is None else shards[0].end
         self._stops = [*accumulate(shard.count for shard in shards)]            # where each shard ends in the stream
         predicted = self._stops[-1] - 1
         self.rows = -(-predicted // context) if short else predicted // context
         if self.rows < 1:
-            raise DataError(f"{name}: {predicted + 1} tokens do not fill one context of {context} and a target; give more text, or a smaller context")
+            raise DataError(f"{name}: {predicted + 1} tokens do not fill one context of {context} and a target; "
+                            "give more text, or a smaller context")
 
     @functools.cached_property
     def fingerprint(self) -> int:
@@ -130,40 +136,46 @@ def is_shard_folder(path: Path) -> bool:
 def open_folder(path: Path, context: int, end: int | None = None) -> tuple[Tokens, Tokens | None]:
     """(training, held out) of a folder of shards, or of one .bin file, which has nothing held out.
 
-    The shards are train-*.bin and held_out-*.bin (data/prepare.py), train.bin and val.bin (nanoGPT), *_train_*.bin and *_val_*.bin
-    (llm.c). `end` is the mark between documents where the files do not say. Raises DataError for anything else.
+    The shards are train-*.bin and held_out-*.bin (data/prepare.py), train.bin and val.bin (nanoGPT), *_train_*.bin and
+    *_val_*.bin (llm.c). `end` is the mark between documents where the files do not say. Raises DataError for anything
+    else.
     """
     if path.is_file():
         return Tokens(str(path), [Shard(path)], context, end), None
     if not is_shard_folder(path):
         found = sorted(os.listdir(path)) if path.is_dir() else ["no such file or folder"]
         raise DataError(f"{path}: found {', '.join(found[:9]) or 'nothing'}, expected shards named train….bin; {MAKE}")
-    named = sorted(filter(None, map(NAME.fullmatch, os.listdir(path))), key=lambda match: (match[1] or "", int(match[3] or 0), match[0]))
+    named = sorted(filter(None, map(NAME.fullmatch, os.listdir(path))),
+                   key=lambda match: (match[1] or "", int(match[3] or 0), match[0]))
     if named[0][1] != named[-1][1]:
-        raise DataError(f"{path}: found shards of two sets, {named[0][0]} and {named[-1][0]}, expected one; move them apart")
+        raise DataError(f"{path}: found shards of two sets, {named[0][0]} and {named[-1][0]}, expected one; "
+                        "move them apart")
     train = [Shard(path / match[0]) for match in named if match[2] == "train"]
     held_out = [Shard(path / match[0]) for match in named if match[2] != "train"]
     for shard in train + held_out:
         for fact in ("dtype", "end", "digest"):
             found, expected = getattr(shard, fact), getattr(train[0], fact)
             if found != expected:
-                raise DataError(f"{shard.path}: {fact}: found {found}, expected {expected} as in {train[0].path.name}; {MAKE}, all with one tokenizer")
+                raise DataError(f"{shard.path}: {fact}: found {found}, "
+                                f"expected {expected} as in {train[0].path.name}; {MAKE}, all with one tokenizer")
     meta, counts = read_meta(path), [sum(shard.count for shard in shards) for shards in (train, held_out)]
     facts = meta["facts"] if isinstance(meta.get("facts"), dict) else {}
     expected = [facts.get("train_tokens"), facts.get("held_out_tokens")]
     if "format" in meta and counts != expected:
-        raise DataError(f"{path}: found {counts} tokens to train on and held out, expected {expected} as in meta.json (None: it is unfinished); {MAKE}")
-    return Tokens(str(path), train, context, end), Tokens(f"{path}, held out", held_out, context, end, short=True) if held_out else None
+        raise DataError(f"{path}: found {counts} tokens to train on and held out, "
+                        f"expected {expected} as in meta.json (None: it is unfinished); {MAKE}")
+    beside = Tokens(f"{path}, held out", held_out, context, end, short=True) if held_out else None
+    return Tokens(str(path), train, context, end), beside
 
 
 # ---- the order of rows
 
 def shuffle(index: int | np.ndarray, count: int, key: tuple[int, ...]) -> int | np.ndarray:
-    """Where a permutation of range(count) sends `index`: no table, the same on every machine. index int, or (n,) uint64.
+    """Where a permutation of range(count) sends `index`, an int or (n,) uint64: no table, the same on every machine.
 
     A Feistel network permutes the numbers of 2h bits whatever its round function is (Luby & Rackoff 1988): each of
-    6 rounds swaps the halves and adds to one a hash of the other. 4ʰ ≤ 4 count; what leaves range(count) is sent on until
-    it is back inside ("cycle walking", Black & Rogaway 2002), which keeps it a permutation.
+    6 rounds swaps the halves and adds to one a hash of the other. 4ʰ ≤ 4 count; what leaves range(count) is sent on
+    until it is back inside ("cycle walking", Black & Rogaway 2002), which keeps it a permutation.
     """
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask, keys = (1 << half) - 1, struct.unpack("<6Q", hashlib.blake2b(repr(key).encode(), digest_size=48).digest())
@@ -196,30 +208,36 @@ class Stream:
         self.sources, self.seed = sources, seed
         weights = [source.rows for source in sources] if weights is None else weights
         if len(weights) != len(sources) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-            raise DataError(f"weights {list(weights)}: expected {len(sources)} numbers, 0 or more, not all 0, for {', '.join(s.name for s in sources)}")
+            names = ", ".join(source.name for source in sources)
+            raise DataError(f"weights {list(weights)}: expected {len(sources)} numbers, 0 or more, not all 0, "
+                            f"for {names}")
         self.counts = shares(weights)
-        for source, weight, count in zip(sources, weights, self.counts):
+        for source, weight, count in zip(sources, weights, self.counts, strict=True):
             if weight and not count:
-                raise DataError(f"{source.name}: weight {weight:g} of {sum(weights):g} is no row in {BLOCK}; expected {sum(weights) / BLOCK:.2g} or more, or 0")
+                total = sum(weights)
+                raise DataError(f"{source.name}: weight {weight:g} of {total:g} is no row in {BLOCK}; "
+                                f"expected {total / BLOCK:.2g} or more, or 0")
 
     @property
     def fingerprint(self) -> int:                               # of everything that decides what a row holds
-        return zlib.crc32(repr((self.seed, self.counts, [(source.fingerprint, source.rows) for source in self.sources])).encode())
+        held = [(source.fingerprint, source.rows) for source in self.sources]
+        return zlib.crc32(repr((self.seed, self.counts, held)).encode())
 
     def place(self, row: int) -> tuple[int, int, int]:
         """(source, epoch, window) of row `row`."""
         source, n = 0, row
         if len(self.sources) > 1:
             block, at = divmod(row, BLOCK)
-            at, ends = shuffle(at, BLOCK, (self.seed, block)), [*accumulate(self.counts)]
+            at, ends = int(shuffle(at, BLOCK, (self.seed, block))), [*accumulate(self.counts)]
             source = bisect_right(ends, at)
             n = block * self.counts[source] + at - (ends[source] - self.counts[source])
         epoch, n = divmod(n, self.sources[source].rows)
-        return source, epoch, shuffle(n, self.sources[source].rows, (self.seed, source, epoch))
+        return source, epoch, int(shuffle(n, self.sources[source].rows, (self.seed, source, epoch)))
 
     def batch(self, first: int, count: int) -> Batch:
         """Rows first … first + count − 1."""
-        return stack([self.sources[source].row(window) for source, _, window in map(self.place, range(first, first + count))])
+        places = map(self.place, range(first, first + count))
+        return stack([self.sources[source].row(window) for source, _, window in places])
 
 
 def shares(weights: Sequence[float]) -> list[int]:

@@ -32,8 +32,9 @@ class Session:
         self.fed: list[int] = []
         self.cache = new_cache(model, 1, length)
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop_ids: Iterable[int] = (), seed: int | None = None, **sampling: Any) -> Iterator[int]:
-        """Yield new tokens, the stop token included, until a stop token, max_new_tokens, or the end of the session's length.
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop_ids: Iterable[int] = (),
+                 seed: int | None = None, **sampling: Any) -> Iterator[int]:
+        """Yield new tokens until a stop token (which is yielded too), max_new_tokens, or the end of the session.
 
         sampling: temperature, top_k, top_p, min_p of `sample`. Raises InputError for an empty prompt, one that is too
         long, or a token that the model does not have.
@@ -54,12 +55,15 @@ class Session:
                 return
 
 
-def generate(model: Decoder, prompt: Sequence[int], max_new_tokens: int, *, stop_ids: Iterable[int] = (), seed: int | None = None, **sampling: Any) -> Iterator[int]:
+def generate(model: Decoder, prompt: Sequence[int], max_new_tokens: int, *, stop_ids: Iterable[int] = (),
+             seed: int | None = None, **sampling: Any) -> Iterator[int]:
     """Yield the tokens that follow the prompt, one by one; `Session.generate` with a session of just that length."""
-    return Session(model, len(prompt) + max_new_tokens).generate(prompt, max_new_tokens, stop_ids=stop_ids, seed=seed, **sampling)
+    session = Session(model, len(prompt) + max_new_tokens)
+    return session.generate(prompt, max_new_tokens, stop_ids=stop_ids, seed=seed, **sampling)
 
 
-def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, stop_ids: Iterable[int] = (), seed: int | None = None, **sampling: Any) -> list[list[int]]:
+def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
+                   stop_ids: Iterable[int] = (), seed: int | None = None, **sampling: Any) -> list[list[int]]:
     """The tokens that follow each prompt, all prompts at once. Greedy rows equal `generate`'s, token for token."""
     for prompt in prompts:
         check_prompt(prompt, model.config.vocab)
@@ -80,15 +84,21 @@ def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tok
             break
         tokens = new[:, None]
         positions = torch.where(running[:, None], cache.lengths[:, None], -1)
-    return [[token for token in row if token >= 0] for row in torch.stack(steps, 1).tolist()] if steps else [[] for _ in prompts]
+    if not steps:
+        return [[] for _ in prompts]
+    return [[token for token in row if token >= 0] for row in torch.stack(steps, 1).tolist()]
 
 
 @contextmanager
 def matrix_vector(weight: Tensor) -> Iterator[None]:
-    """For one token in bfloat16 on a CPU, torch's own matrix-vector product reads the weights 1.5 × as fast as oneDNN's,
-    which is made for many rows (benchmarks/generate.md). Both sum in float32. Elsewhere this changes nothing."""
+    """For one token in bfloat16 on a CPU, torch's own matrix-vector product in place of oneDNN's.
+
+    It reads the weights 1.5 × as fast; oneDNN's is made for many rows (benchmarks/generate.md). Both sum in float32.
+    Elsewhere this changes nothing.
+    """
     before = torch.backends.mkldnn.enabled
-    torch.backends.mkldnn.enabled = before and not (weight.is_cpu and weight.dtype == torch.bfloat16)
+    enabled = before and not (weight.is_cpu and weight.dtype == torch.bfloat16)
+    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]  # torch declares its descriptor, not the bool
     try:
         yield
     finally:
@@ -97,18 +107,19 @@ def matrix_vector(weight: Tensor) -> Iterator[None]:
 
 @torch.inference_mode()
 def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache) -> Tensor:
-    """Run tokens (B, T) through the model; logits (B, V) of the last real token of each row (of the last column if none)."""
+    """Run tokens (B, T) through the model; logits (B, V) of each row's last real token (of the last column if none)."""
     if tokens.numel() == 1:
         with matrix_vector(model.embed.weight):
             return model(tokens, positions, cache)[:, -1]
     last = None
     for at in range(0, tokens.shape[1], PREFILL):
         part = slice(at, at + PREFILL)
-        hidden = model.hidden(tokens[:, part], None if positions is None else positions[:, part], cache)        # (B, T, D)
-        if positions is None:
+        places = None if positions is None else positions[:, part]
+        hidden = model.hidden(tokens[:, part], places, cache)                   # (B, T, D)
+        if places is None:
             last = hidden[:, -1]
             continue
-        real = positions[:, part] >= 0
+        real = places >= 0
         index = (real * torch.arange(real.shape[1], device=real.device)).amax(1)
         here = hidden[torch.arange(len(index), device=real.device), index]
         last = here if last is None else torch.where(real.any(1, keepdim=True), here, last)
@@ -116,10 +127,11 @@ def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache)
 
 
 def new_cache(model: Decoder, batch: int, length: int) -> Cache:
-    """An empty cache of the model's activations' type, on its device. Raises InputError where a learned table of positions is too short."""
+    """An empty cache on the model's device. Raises InputError where a learned table of positions is too short."""
     rows = model.config.positions
     if rows is not None and length > rows + 1:           # the last new token is never read
-        raise InputError(f"prompt and new tokens may be {length} long together, and the model has {rows} positions; ask for at most {rows + 1}")
+        raise InputError(f"prompt and new tokens may be {length} long together, and the model has {rows} positions; "
+                         f"ask for at most {rows + 1}")
     return Cache(model.config, batch, length, model.embed.weight.dtype, model.embed.weight.device)
 
 
@@ -133,7 +145,8 @@ def check_prompt(prompt: Sequence[int], vocab: int) -> None:
         raise InputError("the prompt is empty: give at least one token (a BOS token will do)")
     wrong = next((token for token in prompt if not 0 <= token < vocab), None)
     if wrong is not None:
-        raise InputError(f"token {wrong} is outside the model's vocabulary of {vocab}: tokenizer and weights do not belong together")
+        raise InputError(f"token {wrong} is outside the model's vocabulary of {vocab}: "
+                         "tokenizer and weights do not belong together")
 
 
 def stream_text(pieces: Iterable[str], stop: Sequence[str] = ()) -> Iterator[str]:

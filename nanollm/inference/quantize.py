@@ -1,17 +1,18 @@
-"""Weights in 8 or 4 bits. One token reads every weight once and multiplies twice with it: fewer bytes are a faster answer.
+"""Weights in 8 or 4 bits. Each new token reads every weight once, so fewer bytes are a faster answer.
 
-    8 bits    q = round(w / s)                s = max |w| / 127 of an output row                              w ≈ s q
-    4 bits    q = round(w / s) + z in 0 … 15  s = (max − min) / 15 of a group of 32, 64 or 128 inputs,        w ≈ s (q − z)
+    8 bits    q = round(w / s)                s = max |w| / 127 of an output row                            w ≈ s q
+    4 bits    q = round(w / s) + z in 0 … 15  s = (max − min) / 15 of a group of 32, 64, 128 inputs        w ≈ s (q − z)
                                               z = round(−min / s), min ≤ 0 ≤ max: a weight of 0 stays 0
 
-No weight moves by more than s/2. Scales stay float32: those of a float16 model would overflow or vanish in float16. Eight 4-bit
-numbers share an int32, the first in the lowest bits, so 16 bytes are 32 neighbours along the input and never leave their group:
+No weight moves by more than s/2. Scales stay float32: those of a float16 model would overflow or vanish in float16.
+Eight 4-bit numbers share an int32, the first in the lowest bits, so 16 bytes are 32 neighbours along the input and
+never leave their group:
 
     bits     31 … 28   …   11 … 8   7 … 4   3 … 0         bytes a weight: 8 bits 1, 4 bits ½ + 5/group (s and z)
     input      7       …      2       1       0
 
-Shapes: N outputs, K inputs, G groups of K/G inputs.   packed (N, K) int8 or (N, K/8) int32;   s (N, 1) or (N, G) float32;
-z (N, G) int8, or None for 8 bits.
+Shapes: N outputs, K inputs, G groups of K/G inputs.
+    packed (N, K) int8 or (N, K/8) int32;   s (N, 1) or (N, G) float32;   z (N, G) int8, or None for 8 bits.
 """
 
 from collections.abc import Callable, Collection
@@ -26,11 +27,11 @@ from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
 GROUPS = (32, 64, 128)
-LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights that decide much; dt_proj's owner reads its weight itself
+LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor, Tensor, Tensor | None]:
-    """weight (N, K) → packed, s, z. The group matters for 4 bits only. Raises InputError for what cannot be quantised."""
+    """weight (N, K) → packed, s, z. The group is for 4 bits only. Raises InputError for what cannot be quantised."""
     check(weight, bits, group, "the weight")
     w, tiny = weight.detach().float(), torch.finfo(torch.float32).tiny
     if bits == 8:
@@ -38,7 +39,7 @@ def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor
         return (w / scale).round().clamp(-127, 127).to(torch.int8), scale, None
     w = w.unflatten(1, (-1, group))                                             # (N, G, K/G)
     low, high = w.amin(2).clamp(max=0), w.amax(2).clamp(min=0)
-    scale = (high / 15 - low / 15).clamp(min=tiny)                              # divided first: the difference may overflow
+    scale = (high / 15 - low / 15).clamp(min=tiny)                              # high - low may overflow
     zero = (-low / scale).round()
     codes = ((w / scale[..., None]).round() + zero[..., None]).clamp(0, 15)
     return pack(codes.flatten(1).to(torch.int32)), scale, zero.to(torch.int8)
@@ -46,7 +47,8 @@ def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor
 
 def pack(codes: Tensor) -> Tensor:
     """Numbers 0 … 15, (N, K) int32 → (N, K/8) int32."""
-    return (codes.unflatten(1, (-1, 8)) << 4 * torch.arange(8, dtype=torch.int32, device=codes.device)).sum(2, dtype=torch.int32)
+    shifts = 4 * torch.arange(8, dtype=torch.int32, device=codes.device)
+    return (codes.unflatten(1, (-1, 8)) << shifts).sum(2, dtype=torch.int32)
 
 
 def unpack(packed: Tensor) -> Tensor:
@@ -64,12 +66,16 @@ def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 @accelerated
 def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x (…, K) → x Wᵀ + b (…, N), W rounded to the dtype of x. For many rows that is the best there is: a dense product."""
+    """x (…, K) → x Wᵀ + b (…, N), W rounded to the dtype of x."""
     return F.linear(x, dequantize(packed, scale, zero).to(x.dtype), bias)
 
 
 class QuantizedLinear(nn.Module):
     """A Linear whose weight is quantised. Nothing in it is trained."""
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bias: Tensor | None
 
     def __init__(self, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -91,26 +97,34 @@ class QuantizedLinear(nn.Module):
         (N, words), groups = self.packed.shape, self.scale.shape[1]
         if self.zero is None:
             return f"in_features={words}, out_features={N}, bits=8, bias={self.bias is not None}"
-        return f"in_features={8 * words}, out_features={N}, bits=4, group={8 * words // groups}, bias={self.bias is not None}"
+        K, group = 8 * words, 8 * words // groups
+        return f"in_features={K}, out_features={N}, bits=4, group={group}, bias={self.bias is not None}"
 
 
 def quantize(model: Decoder, bits: int = 8, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Decoder:
-    """Replace the Linears of a model in place, and return it. Norms, embedding and stacked experts are no Linears and stay.
+    """Replace the Linears of a model in place, and return it. Norms, embedding and stacked experts are no Linears.
 
-    group: of inputs that share a scale in 4 bits; None is the largest that divides them all. skip: parts of names, "head" or "layers.0": a Linear whose name has one of them between its dots stays as it is. Besides the
-    model there is never more than one weight in memory. Raises InputError, before anything is changed, for bits other than 8 and 4,
+    group: of inputs that share a scale in 4 bits; None is the largest that divides them all. skip: parts of names,
+    "head" or "layers.0": a Linear whose name has one of them between its dots stays as it is. Besides the model there
+    is never more than one weight in memory. Raises InputError, before anything is changed, for bits other than 8 and 4,
     and for a weight that is not finite or that the groups do not divide, by its name.
     """
-    chosen = [name for name, module in model.named_modules() if type(module) is Linear and not any(f".{part}." in f".{name}." for part in skip)]
+    def skipped(name: str) -> bool:
+        return any(f".{part}." in f".{name}." for part in skip)
+
+    chosen = [name for name, module in model.named_modules() if type(module) is Linear and not skipped(name)]
     if group is None:
-        group = next((g for g in reversed(GROUPS) if all(model.get_submodule(name).in_features % g == 0 for name in chosen)), GROUPS[0])
+        widths = [model.get_parameter(f"{name}.weight").shape[1] for name in chosen]
+        group = next((g for g in reversed(GROUPS) if all(width % g == 0 for width in widths)), GROUPS[0])
     for name in chosen:
-        check(model.get_submodule(name).weight, bits, group, name)
+        check(model.get_parameter(f"{name}.weight"), bits, group, name)
     for name in chosen:
+        owner, _, own_name = name.rpartition(".")
         old = model.get_submodule(name)
+        assert isinstance(old, Linear), "as chosen"
         bias = None if old.bias is None else old.bias.detach()
         new = QuantizedLinear(*quantize_weight(old.weight, bits, group), bias)
-        setattr(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], new.train(old.training))
+        setattr(model.get_submodule(owner), own_name, new.train(old.training))
     return model
 
 

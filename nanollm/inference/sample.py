@@ -3,8 +3,8 @@
     greedy          the largest logit                                                   temperature 0
     temperature τ   p = softmax(logits / τ): below 1 sharper, above 1 flatter
     top-k           only the k most likely tokens stay                                  Fan et al. 2018
-    top-p           only the fewest tokens whose probabilities reach p stay             Holtzman et al. 2019 (arXiv 1904.09751)
-    min-p           only tokens at least min_p times as likely as the likeliest stay    Nguyen et al. 2024 (arXiv 2407.01082)
+    top-p           only the fewest tokens whose probabilities reach p stay             Holtzman et al. 2019, 1904.09751
+    min-p           only tokens at least min_p times as likely as the likeliest stay    Nguyen et al. 2024, 2407.01082
 
 The filters apply in that order, after the temperature; each keeps at least one token.
 Shapes: B batch, V vocabulary.
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 
-def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
+def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None,
+           min_p: float | None = None, generator: torch.Generator | None = None) -> Tensor:
     """Logits (B, V) → tokens (B,) int64. The generator makes the draw repeatable; greedy needs none."""
     if temperature == 0:
         return logits.float().argmax(-1)        # in bfloat16 torch's argmax on a CPU takes four times as long
@@ -22,7 +23,8 @@ def sample(logits: Tensor, temperature: float = 0.0, top_k: int | None = None, t
     return torch.multinomial(kept.softmax(-1), 1, generator=generator)[:, 0]
 
 
-def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None) -> Tensor:
+def keep_likely(logits: Tensor, top_k: int | None = None, top_p: float | None = None,
+                min_p: float | None = None) -> Tensor:
     """Logits (B, V) with −∞ at the tokens that the filters drop."""
     if top_k is not None:
         smallest = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]

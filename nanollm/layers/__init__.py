@@ -1,11 +1,12 @@
-"""The parts of a layer, one equation a file; here, which module a config describes. A fork adds its mixer or feed-forward to MODULES.
+"""The parts of a layer, one equation a file; here, which module a config describes.
 
-A mixer's module says all that the rest of the house needs to know of it, and no other file names it:
+A fork adds its mixer or feed-forward to MODULES. A mixer's module says all that the rest of the house needs to know of
+it, and no other file names it:
 
     forward(x, ctx, state)                          (B, T, D) → (B, T, D)
-    new_state(config, batch, length, dtype, device) what it remembers between calls, state.py
+    new_state(config, batch, length, dtype, device) what it remembers between calls, layers/state.py
     multiply_adds(config, dim, context)             of one new token, the last of `context`
-    INIT                                            first values of the parameters that `init.py` has no rule for
+    INIT                                            how its parameters are drawn, nanollm/init.py
     WORDS                                           what `python -m checkpoints.show` says of each field of its config
 
 A feed-forward has the same, without a state: forward(x), multiply_adds(config, dim).

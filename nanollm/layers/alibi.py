@@ -21,14 +21,17 @@ def alibi_slopes(heads: int) -> Tensor:
     """m_h, float32 (H,)."""
     power = 2 ** (heads.bit_length() - 1)                                       # the largest that is not above `heads`
     slopes = [2 ** (-8 * h / power) for h in range(1, power + 1)]
-    finer = [2 ** (-4 * h / power) for h in range(1, 2 * power + 1)]            # of twice as many heads; finer[1::2] are `slopes`
+    finer = [2 ** (-4 * h / power) for h in range(1, 2 * power + 1)]            # of twice as many heads
     return torch.tensor((slopes + finer[0::2])[:heads])
 
 
 def alibi_bias(alibi: Alibi, heads: int, q_pos: Tensor, k_pos: Tensor, scale: float) -> Tensor:
-    """What is added to the scores, (B, H, T, S), or (B, H, 1, S) where it does not depend on the query. `scale`: that of the scores."""
+    """What is added to the scores, (B, H, T, S), or (B, H, 1, S) where it is the same for all queries.
+
+    scale: that of the scores.
+    """
     slopes = alibi_slopes(heads).to(q_pos.device)[:, None, None]
     if alibi.coarse:
-        return (slopes.bfloat16() * k_pos[:, None, None]).float() * scale       # slopes times a whole number are bfloat16
+        return (slopes.bfloat16() * k_pos[:, None, None]).float() * scale       # the product is bfloat16 too
     distance = (q_pos[:, :, None] - k_pos[:, None, :]).clamp(min=0)
     return -slopes * distance[:, None]

@@ -21,7 +21,7 @@ from nanollm.init import residual, zero
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
 from nanollm.layers.mask import CAUSAL, AttentionMask
-from nanollm.layers.norm import build_head_norm
+from nanollm.layers.norm import build_head_norm, normed
 from nanollm.layers.rope import rotate
 from nanollm.layers.state import KVCache
 from nanollm.ops import accelerated
@@ -35,18 +35,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask, scale: float, s
     return attend_plainly(q, k, v, mask.dense, scale, softcap)
 
 
-def attend_plainly(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None
-) -> Tensor:
-    """The equation, step by step. mask as `AttentionMask.dense` says. Softmax in float32. sinks (H,): one more score a head, of a key
-    that is nowhere and whose value is 0: a head can look at nothing (Xiao et al. 2023, arXiv 2309.17453, §3.3; learned in gpt-oss)."""
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float,
+                   softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    """The equation, step by step; the softmax in float32. mask: as `AttentionMask.dense` says.
+
+    sinks (H,): one more score a head, of a key that no token has and whose value is 0, so that a head can attend to
+    nothing (Xiao et al. 2023, arXiv 2309.17453, §3.3; learned in gpt-oss).
+    """
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-2, -1) * scale                                    # (B, H, T, S)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)                         # Gemma-2, arXiv 2408.00118 §2
     if mask is CAUSAL:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-    if mask is not None:
+    if isinstance(mask, Tensor):
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
@@ -56,13 +58,15 @@ def attend_plainly(
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float) -> Tensor:
     """The same through PyTorch's fused operation, which never holds the (T, S) scores. No soft cap."""
     B, H, T, d = q.shape
+    given = mask if isinstance(mask, Tensor) else None
     if T == 1 and H != k.shape[1]:
         # One token: the G query heads that share a key head stand side by side as its "queries", so keys are read once.
         folded = q.view(B, k.shape[1], -1, d)                                   # (B, K, G, d)
-        if mask is not None and mask.shape[1] == H:
-            mask = mask.view(len(mask), k.shape[1], -1, mask.shape[-1])
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=mask, scale=scale).view(B, H, T, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=None if mask is CAUSAL else mask, is_causal=mask is CAUSAL, scale=scale, enable_gqa=H != k.shape[1])
+        if given is not None and given.shape[1] == H:
+            given = given.view(len(given), k.shape[1], -1, given.shape[-1])
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=given, scale=scale).view(B, H, T, d)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=given, is_causal=mask is CAUSAL, scale=scale, enable_gqa=H != k.shape[1])
 
 
 class Attention(nn.Module):
@@ -93,7 +97,8 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.empty(H)) if config.sinks else None
         self.scale = d**-0.5 if config.scale is None else config.scale
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:      # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         config = self.config
         q, k, v = self.project(x)                                                       # (B, H or K, T, d)
         if config.rope is not None:
@@ -116,20 +121,21 @@ class Attention(nn.Module):
         """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""
         config = self.config
         q, k, v = self.q(x), self.k(x), self.v(x)                                       # (B, T, H·d or K·d)
-        whole = config.qk_norm is not None and config.qk_norm.scope == "all"
+        whole = config.qk_norm is not None and config.qk_norm.scope == "all"            # over all heads at once
         if whole:
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         if config.clip is not None:
             q, k, v = (z.clamp(-config.clip, config.clip) for z in (q, k, v))
         q, k, v = (z.unflatten(-1, (-1, config.head_dim)) for z in (q, k, v))           # (B, T, H or K, d)
-        if config.qk_norm is not None and not whole:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if not whole:
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
-    def new_state(config: AttentionConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> KVCache:
-        ring = config.window is not None and config.window < length
-        slots, widths = config.window if ring else length, (config.head_dim, config.head_dim)
+    def new_state(config: AttentionConfig, batch: int, length: int, dtype: torch.dtype,
+                  device: torch.device) -> KVCache:
+        slots = min(length, config.window or length)
+        ring, widths = slots < length, (config.head_dim, config.head_dim)
         return KVCache(batch, config.kv_heads, slots, widths, dtype, device, ring)
 
     @staticmethod

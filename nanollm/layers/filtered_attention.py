@@ -4,14 +4,15 @@
        └─┬─ first ── second ─ + ─ norm ──┬── q ─────┴─ attention ── o
          └────────────────────┘          └── k ─────┘
 
-    first, second:  y_t = W₀ x_{t−1} + W₁ x_t + b                  Wu et al. 2023 (arXiv 2311.15786): localised filtering
+    first, second:  y_t = W₀ x_{t−1} + W₁ x_t + b        localised filtering: Wu et al. 2023 (arXiv 2311.15786)
 
-Two tokens after one another depend on each other more than two that are far apart, and attention by itself does not know it
-before it has learned it. So q and k are made from a mixture of three tokens, t − 2 … t; v is made from token t alone. What stands
-before the first token of a document is 0 for either filter: for `second` too, whose input there would be b and not 0.
+Two neighbouring tokens depend on each other more than two that are far apart, and attention has to learn that. Here q
+and k are made from a mixture of three tokens, t − 2 … t, from the start; v is made from token t alone. Before the first
+token of a document the input of either filter is 0: of `second` too, whose input would otherwise be b.
 
-Shapes: B batch, T tokens, D model width, C width between the filters. A filter is stored as (out, in, 2, 1), the weights of a
-convolution over a picture one column wide; it mixes all channels, so here it is one product with two tokens side by side.
+Shapes: B batch, T tokens, D model width, C width between the filters. A filter is stored as (out, in, 2, 1), the
+weights of a convolution over a picture one column wide; it mixes all channels, so here it is one product with two
+tokens side by side.
 """
 
 import torch
@@ -27,10 +28,12 @@ from nanollm.layers.state import KVCache
 
 
 def one_before(x: Tensor, before: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B, T, C) behind `before` (B, 1, C) → for each token the one that precedes it (B, T, C), and the last (B, 1, C). real (B, T):
-    False is padding, which is passed over."""
+    """x (B, T, C) behind `before` (B, 1, C) → for each token the one before it (B, T, C), and the last (B, 1, C).
+
+    real (B, T): False is padding, which is passed over.
+    """
     x = torch.cat([before, x], 1)
-    if real is not None:                                                                # in the place of padding, what was last before it
+    if real is not None:                                            # in the place of padding, the last token before it
         places = real * torch.arange(1, x.shape[1], device=x.device)
         places = F.pad(places, (1, 0)).cummax(1).values
         x = x.gather(1, places[..., None].expand_as(x))
@@ -38,8 +41,7 @@ def one_before(x: Tensor, before: Tensor, real: Tensor | None) -> tuple[Tensor, 
 
 
 class FilteredKVCache(KVCache):
-    """The same, and the last token that each of two filters read, [(B, 1, channels), …]; None at the beginning."""
-
+    """As KVCache, and the last token that each of two filters read, [(B, 1, channels), …]; None at the beginning."""
     tokens: list[Tensor] | None = None
 
 
@@ -58,10 +60,10 @@ class PairFilter(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
 
     def forward(self, x: Tensor, before: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """x (B, T, in), and the token before it (B, 1, in) → y (B, T, out), and the token that the next call must know."""
+        """x (B, T, in), and the token before it (B, 1, in) → y (B, T, out), and the last token, for the next call."""
         past, last = one_before(x, before, ctx.real)
         if not ctx.regular:
-            past = past * (ctx.positions > 0)[..., None]                              # none before the first of a document
+            past = past * (ctx.positions > 0)[..., None]            # nothing before the first token of a document
         both = self.weight.squeeze(-1).transpose(1, 2).flatten(1)                       # (out, 2·in): W₀ beside W₁
         return F.linear(torch.cat([past, x], -1), both, self.bias), last
 
@@ -76,7 +78,10 @@ class FilteredAttention(Attention):
         self.second = PairFilter(config.hidden, dim)
         self.norm = build_norm(config.norm, dim)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: FilteredKVCache | None = None) -> Tensor:      # (B, T, D) → (B, T, D)
+    def forward(  # type: ignore[override]  # a mixer is called with the state that its own new_state makes
+        self, x: Tensor, ctx: ForwardContext, state: FilteredKVCache | None = None
+    ) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         before = state.tokens if state is not None else None
         if before is None:                                                              # the beginning: zeros
             before = [x.new_zeros(len(x), 1, part.weight.shape[1]) for part in (self.first, self.second)]
@@ -87,16 +92,22 @@ class FilteredAttention(Attention):
         return super().forward(torch.cat([self.norm(y + x), x], -1), ctx, state)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, 2D), what q and k are made from beside what v is made from → q (B, H, T, d), k and v (B, K, T, d)."""
+        """x (B, T, 2D): the source of q and k beside the source of v → q (B, H, T, d), k and v (B, K, T, d)."""
         filtered, x = x.chunk(2, -1)
-        q, k, v = (z.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for z in (self.q(filtered), self.k(filtered), self.v(x)))
+        parts = self.q(filtered), self.k(filtered), self.v(x)
+        q, k, v = (z.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for z in parts)
         return q, k, v
 
     @staticmethod
-    def new_state(config: FilteredAttentionConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> FilteredKVCache:
+    def new_state(  # type: ignore[override]  # of its own config, likewise
+        config: FilteredAttentionConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
+    ) -> FilteredKVCache:
         inner = config.attention
         return FilteredKVCache(batch, inner.kv_heads, length, (inner.head_dim, inner.head_dim), dtype, device)
 
     @staticmethod
-    def multiply_adds(config: FilteredAttentionConfig, dim: int, context: int) -> int:
-        return Attention.multiply_adds(config.attention, dim, context) + 2 * (2 * dim * config.hidden)  # two filters of two taps
+    def multiply_adds(  # type: ignore[override]
+        config: FilteredAttentionConfig, dim: int, context: int
+    ) -> int:
+        filters = 2 * (2 * dim * config.hidden)                                         # two of two taps
+        return Attention.multiply_adds(config.attention, dim, context) + filters

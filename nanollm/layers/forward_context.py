@@ -1,8 +1,8 @@
-"""What all layers of one forward pass share, worked out once: positions, rotation tables, masks, cache plans.
+"""What all layers of one forward pass share, computed once: positions, rotation tables, masks, slots of the cache.
 
-A layer asks for what its own config says (`ctx.rotation(rope, d)`, `AttentionMask(ctx, …).dense`); layers that ask for the same
-get the same tensor. Where every row is simply the next T tokens, no mask is built at all: attention is then causal
-over the new keys, or over everything for a single new token.
+A layer asks for what its own config says (`ctx.rotation(rope, d)`, `AttentionMask(ctx, …).dense`); layers that ask for
+the same get the same tensor. Where every row is simply the next T tokens, no mask is built at all: attention is then
+causal over the new keys, or over everything for a single new token.
 
 Shapes: B batch, T new tokens, S keys, r rotated channels.
 """
@@ -20,13 +20,13 @@ from nanollm.layers.state import KVCache, RowLengths, SlotMapping
 
 
 class ForwardContext:
-    """positions (B, T) int64; regular: all rows are the same run of T tokens that starts at `filled`, none is padding."""
+    """positions (B, T) int64; regular: all rows have the same T consecutive positions, none is padding."""
 
     def __init__(self, positions: Tensor, regular: bool, dtype: torch.dtype, cache: RowLengths | None = None) -> None:
         self.positions, self.regular, self.dtype, self.cache = positions, regular, dtype, cache
         self.real = None if regular else positions >= 0                         # (B, T), False: padding
         self.begins = None if regular else positions == 0                       # (B, T), True: first of a document
-        self.documents = None if regular or cache is not None else self.begins.cumsum(1)
+        self.documents = None if regular or cache is not None else (positions == 0).cumsum(1)
         self.memo: dict[tuple, object] = {}
 
     def rotation(self, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -34,12 +34,16 @@ class ForwardContext:
         rounded = torch.float32 if rope.rounds == "result" else self.dtype
         kept = self.dtype if rope.rounds == "each" else torch.float32
         return self.once(("rotation", rope, head_dim), lambda: tuple(
-            table.to(rounded).to(kept) for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
+            table.to(rounded).to(kept)
+            for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
 
     def log_growth(self, original: int) -> Tensor:
-        """max(1, log_L n) for the n-th token of its document, (B or 1, 1, T, 1): how much longer than L a query's sequence is."""
-        return self.once(("log_growth", original), lambda: (
-            torch.log((self.rows(self.positions) + 1).clamp(min=original).float()) / math.log(original)).to(self.dtype)[:, None, :, None])
+        """max(1, log_L n) for the n-th token of its document, (B or 1, 1, T, 1), with L = `original`."""
+        def make() -> Tensor:
+            n = (self.rows(self.positions) + 1).clamp(min=original)
+            return (torch.log(n.float()) / math.log(original)).to(self.dtype)[:, None, :, None]
+
+        return self.once(("log_growth", original), make)
 
     def lengths(self) -> Tensor:
         """(B, T): the length of the sequence that each token belongs to, itself and what is cached included."""
@@ -47,12 +51,15 @@ class ForwardContext:
             return self.cache.lengths[:, None]
         if self.documents is None:
             return self.positions[:, -1:] + 1
-        longest = torch.zeros(len(self.positions), self.positions.shape[1] + 1, dtype=torch.long, device=self.positions.device)
+        rows, new = self.positions.shape
+        longest = torch.zeros(rows, new + 1, dtype=torch.long, device=self.positions.device)
         return longest.scatter_reduce(1, self.documents, self.positions + 1, "amax").gather(1, self.documents)
 
     def slots(self, state: KVCache) -> SlotMapping:
-        """Where this call writes in caches of this size, and what it reads."""
-        return self.once(("slots", state.size), lambda: self.cache.slots(state, self.positions))
+        """Where this call writes in states of this size, and what it reads."""
+        cache = self.cache
+        assert cache is not None, "states belong to a cache"
+        return self.once(("slots", state.size), lambda: cache.slots(state, self.positions))
 
     def rows(self, table: Tensor) -> Tensor:
         """One row of a table (B, …) where all are equal."""

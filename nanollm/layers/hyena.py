@@ -4,25 +4,27 @@
     in_proj ── short filter ┼─ x₁ ─── ⊙ ─ u ─ long filter ────┘
                             └─ v ─────┘
 
-    y = x₂ ⊙ (h ∗ u + D u),    u = x₁ ⊙ v                  Poli et al. 2023 (arXiv 2302.10866), Definition 3.1: two gates, one long filter
+    y = x₂ ⊙ (h ∗ u + D u),    u = x₁ ⊙ v                  Poli et al. 2023 (arXiv 2302.10866), Definition 3.1:
+                                                           two gates, one long filter
     h_t = Re Σ_n R_n p_nᵗ                                  Massaroli et al. 2023 (arXiv 2310.18780), §3: the modal form
 
-    S_t = p ⊙ S_{t−1} + u_t,   (h ∗ u)_t = Re Σ_n R_n S_t,n        the same as a recurrence: a sum of powers is what a state keeps
+    S_t = p ⊙ S_{t−1} + u_t,   (h ∗ u)_t = Re Σ_n R_n S_t,n        the same as a recurrence
 
-A pole p is a complex number: |p| says how fast it forgets, its angle how fast it swings. So a filter of any length is N poles and
-N residues R, and what a channel remembers of the past is N complex numbers. The published filter is multiplied out by an FFT, which
-would be another form of the same sum; here the recurrence serves prompt, training and packed documents alike.
+A pole p is a complex number: |p| says how fast it forgets, its angle how fast it swings. So a filter of any length is N
+poles and N residues R, and what a channel remembers of the past is N complex numbers. The published filter is
+multiplied out by an FFT, which would be another form of the same sum; here the recurrence serves prompt, training and
+packed documents alike.
 
     a channel with N = 1, p = 0.5, R = 1, D = 0        u  1  0  0  2        S and y  1  0.5  0.25  2.125
 
-The rows of in_proj lie head by head, as those of fused attention do: x₂ x₁ v of the first head, x₂ x₁ v of the second, …
+The rows of in_proj lie head by head, as in fused attention: x₂ x₁ v of the first head, x₂ x₁ v of the second, …
 The short filter (k taps, a filter a channel, bias, no activation) runs over all three.
 
 Shapes: B batch, T tokens, D model width, I channels, H heads, N poles a channel, k taps.
-    u, y (B, T, I)    p, R (I, N), stored as (I, N, 1, 2): the 1 is where time goes in pᵗ, the 2 are real and imaginary part
+    u, y (B, T, I)    p, R (I, N), stored as (I, N, 1, 2): 1 is the place of time in pᵗ, 2 are real and imaginary part
     S (B, I, N) complex; kept as float32 pairs (B, I, N, 2), whatever the weights are
-The recurrence is the linear scan of recurrent.py with complex numbers: its definition, and its form in chunks that run side by side.
-Either holds all states of a call, (B, T, I, N); a long prompt costs less memory if it is fed in pieces.
+The recurrence is the linear scan of recurrent.py with complex numbers: its definition, and its form in chunks that run
+side by side. Either holds all states of a call, (B, T, I, N); a long prompt costs less memory if it is fed in pieces.
 """
 
 import math
@@ -39,9 +41,12 @@ from nanollm.layers.recurrent import CHUNKED_FROM, linear_scan, linear_scan_chun
 from nanollm.layers.state import ScanState
 
 
-def long_filter(u: Tensor, p: Tensor, R: Tensor, S: Tensor, begins: Tensor | None = None, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """h ∗ u (B, T, I) float32, and the last state. u float32, S the state before the first token; begins (B, T) bool: forget it
-    before this token; real (B, T) bool: False is padding, which leaves the state as it is."""
+def long_filter(u: Tensor, p: Tensor, R: Tensor, S: Tensor,
+                begins: Tensor | None = None, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """h ∗ u (B, T, I) float32, and the last state. u float32, S the state before the first token.
+
+    begins (B, T) bool: forget it before this token; real (B, T) bool: False is padding, which leaves S as it is.
+    """
     B, T, _ = u.shape
     decay = p.expand(B, T, *p.shape)                                                    # (B, T, I, N)
     if begins is not None:
@@ -81,14 +86,18 @@ class Hyena(nn.Module):
         self.D = nn.Parameter(torch.empty(I))
         self.out_proj = Linear(I, dim, bias=True)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         if state is None:
             state = self.new_state(self.config, x.shape[0], 0, x.dtype, x.device)
         z, before = aligned(self.in_proj(x).transpose(1, 2), state.conv, ctx.real)    # (B, 3I, T)
         positions = None if ctx.regular else ctx.positions
-        z, state.conv = convolve(z, self.conv1d.weight, None, before, positions), window(z, before, ctx.real)
-        z = z + self.conv1d.bias[:, None]                                               # on what is rounded already, as published
-        x2, x1, v = (part.flatten(1, 2).transpose(1, 2) for part in z.unflatten(1, (self.config.heads, 3, -1)).unbind(2))     # (B, T, I)
+        taps, bias = self.conv1d.weight, self.conv1d.bias
+        assert bias is not None, "this mixer's convolution has a bias"
+        z, state.conv = convolve(z, taps, None, before, positions), window(z, before, ctx.real)
+        z = z + bias[:, None]                                                           # once rounded, as published
+        heads = z.unflatten(1, (self.config.heads, 3, -1))                              # (B, H, 3, I/H, T)
+        x2, x1, v = (part.flatten(1, 2).transpose(1, 2) for part in heads.unbind(2))    # (B, T, I)
         u = x1 * v
         p, R = (torch.view_as_complex(pairs.float()).squeeze(-1) for pairs in (self.poles, self.residues))
         y, S = long_filter(u.float(), p, R, torch.view_as_complex(state.state), ctx.begins, ctx.real)

@@ -1,11 +1,11 @@
-"""Multi-head latent attention: keys and values of all heads are made from one short vector a token, and only that is remembered.
+"""Multi-head latent attention: keys and values of all heads are made from one short vector a token, which is cached.
 
 DeepSeek-V2 (arXiv 2405.04434) §2.1, eq. 9-19, with its symbols; the two norms are from its §3.1.2:
 
     c^KV = norm(W^DKV h)                                (9)       one vector of `kv_rank` numbers, 512
     k^R  = rope(W^KR h)                                (15)       one rotated part for all heads, 64 numbers
     k_i  = [W_i^UK c^KV ; k^R]                     (10, 17)       v_i = W_i^UV c^KV   (11)
-    c^Q  = norm(W^DQ h)                                (12)       or h itself, where q_rank is None (V2-Lite): q in place of q_down … q_up
+    c^Q  = norm(W^DQ h)                                (12)       or h itself where q_rank is None (V2-Lite)
     q_i  = [W_i^UQ c^Q ; rope(W_i^QR c^Q)]     (13, 14, 16)
     o_i  = Σ_s softmax_s(scale · q_i · k_i,s) v_i,s    (18)       u = W^O [o_1; …; o_H]   (19)
 
@@ -16,16 +16,17 @@ DeepSeek-V2 (arXiv 2405.04434) §2.1, eq. 9-19, with its symbols; the two norms 
            └─ kv_down ─┤                            └─ nope ──┐      │
                        └─ rotate ── k^R ──▣───────────────────┴─ k ──┘          ▣ what the cache keeps
 
-What is stored together stays together: kv_down has the rows of W^DKV, then W^KR; q_up and kv_up have, one head after the other,
+What is stored together stays together: kv_down has the rows of W^DKV, then W^KR; q_up and kv_up have, head after head,
 the rows of W^UQ and W^QR, and of W^UK and W^UV.
 
-Cache. c^KV and k^R, 576 numbers a token and layer for DeepSeek-V3; keys and values in full would be 128·(192 + 128) = 40,960. The
-price is to make them again, from all of the cache, at every call. For a single new token that is most of the work, and not needed:
-W^UK and W^UV move to the other side of the sums,
+Cache. c^KV and k^R, 576 numbers a token and layer for DeepSeek-V3; keys and values in full would be 128·(192 + 128) =
+40,960. The price is to make them again, from all of the cache, at every call. For a single new token that is most of
+the work, and not needed: W^UK and W^UV move to the other side of the sums,
 
     q_i · k_i,s = (W_i^UKᵀ q_i^nope) · c_s + q_i^rope · k_s^R             Σ_s p_s W_i^UV c_s = W_i^UV Σ_s p_s c_s
 
-so its H heads are H queries of one head whose key is [c ; k^R] and whose value is c (§2.1.2, "absorbed"). Equal up to rounding.
+so its H heads are H queries of one head whose key is [c ; k^R] and whose value is c (§2.1.2, "absorbed"). Equal up to
+rounding.
 
 Shapes: B batch, T queries, S keys, D model width, H heads, n nope, r rope_dim, v value, c kv_rank.
 """
@@ -52,24 +53,23 @@ class LatentAttention(nn.Module):
     def __init__(self, config: LatentAttentionConfig, dim: int) -> None:
         super().__init__()
         self.config = config
-        H, n, r = config.heads, config.nope, config.rope_dim
-        ranked = config.q_rank is not None
-        self.q = None if ranked else Linear(dim, H * (n + r), bias=False)
-        self.q_down = Linear(dim, config.q_rank, bias=False) if ranked else None
-        self.q_norm = build_norm(config.norm, config.q_rank) if ranked else None
-        self.q_up = Linear(config.q_rank, H * (n + r), bias=False) if ranked else None
+        H, n, r, rank = config.heads, config.nope, config.rope_dim, config.q_rank
+        self.q = Linear(dim, H * (n + r), bias=False) if rank is None else None
+        self.q_down = None if rank is None else Linear(dim, rank, bias=False)
+        self.q_norm = None if rank is None else build_norm(config.norm, rank)
+        self.q_up = None if rank is None else Linear(rank, H * (n + r), bias=False)
         self.kv_down = Linear(dim, config.kv_rank + r, bias=False)
         self.kv_norm = build_norm(config.norm, config.kv_rank)
         self.kv_up = Linear(config.kv_rank, H * (n + config.value), bias=False)
         self.o = Linear(H * config.value, dim, bias=False)
         self.scale = (n + r) ** -0.5 if config.scale is None else config.scale
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:      # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         config = self.config
-        q = self.q_up(self.q_norm(self.q_down(x))) if self.q is None else self.q(x)
-        q = q.unflatten(-1, (config.heads, -1)).transpose(1, 2)                         # (B, H, T, n + r)
+        q = self.query(x).unflatten(-1, (config.heads, -1)).transpose(1, 2)             # (B, H, T, n + r)
         latent, k_rope = self.kv_down(x).split([config.kv_rank, config.rope_dim], -1)
-        latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]                 # (B, 1, T, c), (B, 1, T, r): one head
+        latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]                 # one head: (B, 1, T, c or r)
         cos, sin = ctx.rotation(config.rope, config.rope_dim)
         q_nope, q_rope = q.split([config.nope, config.rope_dim], -1)
         q_rope, k_rope = (rotate(part, cos, sin, config.rope.layout) for part in (q_rope, k_rope))
@@ -82,20 +82,31 @@ class LatentAttention(nn.Module):
         if x.shape[1] == 1 and isinstance(self.kv_up, Linear):          # a quantised kv_up has no weight to take apart
             mixed = self.absorbed(q_nope, q_rope, known, mask)
         else:
-            k_nope, v = self.kv_up(latent[:, 0]).unflatten(-1, (config.heads, -1)).transpose(1, 2).split([config.nope, config.value], -1)
+            both = self.kv_up(latent[:, 0]).unflatten(-1, (config.heads, -1)).transpose(1, 2)
+            k_nope, v = both.split([config.nope, config.value], -1)                     # (B, H, S, n), (B, H, S, v)
             k = torch.cat([k_nope, k_rope.expand(*k_nope.shape[:-1], -1)], -1)          # (B, H, S, n + r)
             mixed = attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale)
         return self.o(mixed.transpose(1, 2).flatten(-2))
 
+    def query(self, x: Tensor) -> Tensor:
+        """x (B, T, D) → the queries of all heads, before the rotation (B, T, H·(n + r))."""
+        if self.q is not None:
+            return self.q(x)
+        assert self.q_down is not None and self.q_norm is not None and self.q_up is not None, "in place of q"
+        return self.q_up(self.q_norm(self.q_down(x)))
+
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, mask: AttentionMask) -> Tensor:
-        """One token: q (B, H, 1, ·) and what is remembered, (B, 1, S, c + r) → (B, H, 1, v), and no key or value is made."""
-        up_k, up_v = self.kv_up.weight.unflatten(0, (self.config.heads, -1)).split([self.config.nope, self.config.value], 1)
-        q = torch.cat([q_nope @ up_k, q_rope], -1).transpose(1, 2)                      # (B, 1, H, c + r): heads as queries
-        mixed = attend_fused(q, known, known[..., : self.config.kv_rank], mask.dense, self.scale)
+        """One token: q (B, H, 1, ·) and the cache (B, 1, S, c + r) → (B, H, 1, v), and no key or value is made."""
+        config = self.config
+        both = self.kv_up.weight.unflatten(0, (config.heads, -1))                       # (H, n + v, c)
+        up_k, up_v = both.split([config.nope, config.value], 1)
+        q = torch.cat([q_nope @ up_k, q_rope], -1).transpose(1, 2)                      # (B, 1, H, c + r)
+        mixed = attend_fused(q, known, known[..., : config.kv_rank], mask.dense, self.scale)
         return mixed.transpose(1, 2) @ up_v.transpose(1, 2)                             # (B, H, 1, c) (H, c, v)
 
     @staticmethod
-    def new_state(config: LatentAttentionConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> KVCache:
+    def new_state(config: LatentAttentionConfig, batch: int, length: int, dtype: torch.dtype,
+                  device: torch.device) -> KVCache:
         # one head: the latent and the rotated key, side by side as one key
         return KVCache(batch, 1, length, (config.kv_rank + config.rope_dim, 0), dtype, device)
 

@@ -4,10 +4,10 @@
     in_proj ─────┤                            └── x_proj → Δ, B, C     │
                  └── z ── silu ────────────────────────────────────────┘
 
-    Δ = softplus(dt_proj(low-rank Δ))        A = −exp(A_log)                 Gu & Dao 2023 (arXiv 2312.00752), §3.4, Figure 3
+    Δ = softplus(dt_proj(low-rank Δ))        A = −exp(A_log)           Gu & Dao 2023 (arXiv 2312.00752), §3.4, Figure 3
 
-Where the config has an inner norm, the low-rank Δ, B and C are each brought to length on the way: large models are not stable
-without (Lieber et al. 2024, arXiv 2403.19887, §6.4). In Falcon-Mamba these norms have no gain.
+Where the config has an inner norm, the low-rank Δ, B and C are each normalised: large models are not stable without
+(Lieber et al. 2024, arXiv 2403.19887, §6.4). In Falcon-Mamba these norms have no gain.
 
 Shapes: B batch, T tokens, D model width, I inner channels, N state, R rank of Δ, k width of the convolution.
 Documents and padding (see mask.py): the convolution does not look across the start of a document, the state is
@@ -22,7 +22,7 @@ from nanollm.config import Mamba as MambaConfig
 from nanollm.init import inverse_softplus, one, residual, uniform, zero
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
-from nanollm.layers.norm import build_norm
+from nanollm.layers.norm import build_norm, normed
 from nanollm.layers.scan import mamba_scan
 from nanollm.layers.state import ScanState
 from nanollm.ops import accelerated
@@ -35,8 +35,10 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, 
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, positions: Tensor | None) -> Tensor:
-    """x (B, I, T), weight (I, 1, k), before (B, I, k−1) the inputs that precede x, positions (B, T) where documents or padding
-    matter → y (B, I, T), y_t = Σ_j w_j x_{t−j} + b."""
+    """y (B, I, T), y_t = Σ_j w_j x_{t−j} + b, for x (B, I, T) and weight (I, 1, k).
+
+    before (B, I, k−1): the inputs that precede x; positions (B, T), where there are documents or padding.
+    """
     width, length = weight.shape[-1], x.shape[-1]
     x = torch.cat([before, x], -1)
     if positions is None and length > 1:
@@ -52,8 +54,9 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor, pos
 
 
 def aligned(x: Tensor, before: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x (B, I, T) and what precedes it (B, I, k−1), such that it does: padding becomes 0, and where a row begins with padding,
-    `before` moves over it, up to the first real token.
+    """x (B, I, T) and what precedes it (B, I, k−1), with padding moved out of the way.
+
+    Padding becomes 0, and where a row begins with padding, `before` moves over it, up to the first real token.
 
         before  a b c    x  · · d e        →        before  a b a    x  b c d e
     """
@@ -61,19 +64,22 @@ def aligned(x: Tensor, before: Tensor, real: Tensor | None) -> tuple[Tensor, Ten
         return x, before
     width, joined = before.shape[-1], torch.cat([before, x * real[:, None]], -1)
     column = torch.arange(joined.shape[-1], device=x.device)
-    place = column - real.int().argmax(1, keepdim=True)                                 # in `before`; none is moved where all is padding
+    place = column - real.int().argmax(1, keepdim=True)             # in `before`; a row that is all padding stays
     index = torch.where((place >= 0) & (place < width), place, column)[:, None]
     joined = joined.gather(-1, index.expand(joined.shape))
     return joined[..., width:], joined[..., :width]
 
 
 def window(x: Tensor, before: Tensor, real: Tensor | None) -> Tensor:
-    """The last k − 1 real inputs of each row, which the convolution of the next call needs: (B, I, k−1). x and before as `aligned` gives them."""
+    """The last k − 1 real inputs of each row, (B, I, k−1), for the convolution of the next call.
+
+    x and before as `aligned` gives them.
+    """
     x, width = torch.cat([before, x], -1), before.shape[-1]
     if real is None:
         return x[..., x.shape[-1] - width :]
-    end = (real * torch.arange(1, real.shape[1] + 1, device=x.device)).amax(1)          # one past the last real token, 0 if none
-    index = end[:, None] + torch.arange(width, device=x.device)                         # in x, where `before` shifts by k − 1
+    end = (real * torch.arange(1, real.shape[1] + 1, device=x.device)).amax(1)          # past the last real token, or 0
+    index = end[:, None] + torch.arange(width, device=x.device)                         # in x, behind k − 1 of `before`
     return x.gather(-1, index[:, None].expand(-1, x.shape[1], -1))
 
 
@@ -133,7 +139,8 @@ class Mamba(nn.Module):
         self.D = nn.Parameter(torch.empty(I))
         self.out_proj = Linear(I, dim, config.bias)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         config = self.config
         if state is None:
             state = self.new_state(config, x.shape[0], 0, x.dtype, x.device)
@@ -143,7 +150,8 @@ class Mamba(nn.Module):
         x, state.conv = self.conv1d(x, before, positions).transpose(1, 2), window(x, before, ctx.real)
         delta, B, C = self.x_proj(x).split([config.dt_rank, config.state, config.state], -1)
         if config.inner_norm is not None:
-            delta, B, C = (norm(part.contiguous()) for norm, part in ((self.dt_norm, delta), (self.b_norm, B), (self.c_norm, C)))
+            delta = normed(self.dt_norm, delta.contiguous())
+            B, C = normed(self.b_norm, B.contiguous()), normed(self.c_norm, C.contiguous())
         delta, A = F.linear(delta, self.dt_proj.weight), -torch.exp(self.A_log.float())
         y, state.state = mamba_scan(x, delta, self.dt_proj.bias, A, B, C, self.D, z, state.state, ctx.begins, ctx.real)
         return self.out_proj(y)

@@ -1,21 +1,23 @@
-"""Mamba, second generation: heads as in attention, one decay a head, and so a scan that is also a matrix product (ssd.py).
+"""Mamba, second generation: heads as in attention, one decay a head, so the scan is also a matrix product (ssd.py).
 
                  ┌── z ── silu ────────────────────────────────────────────┐
     in_proj ─────┼── x ─┐                            ┌─ x ──────┐          │
                  ├── B ─┼─ causal conv, silu ────────┼─ B ─ ssd ├── y ──── ⊙ ── norm ── out_proj
                  ├── C ─┘                            └─ C ──────┘
-                 └── Δ ── softplus(Δ + bias), cut off ──────┘                Dao & Gu 2024 (arXiv 2405.21060), §7.1, Figure 6
+                 └── Δ ── softplus(Δ + bias), cut off ──────┘          Dao & Gu 2024 (arXiv 2405.21060), §7.1, Figure 6
 
-What is new against the first: x, B, C and Δ all come from one projection at once, so none waits for another; B and C pass the
-convolution too; H heads of P channels share a decay A = −exp(A_log), and the H/G heads of a group share B and C, as queries share
-keys; the gated y is brought to length before it goes out:
+What is new against the first: x, B, C and Δ all come from one projection at once, so none waits for another; B and C
+pass the convolution too; H heads of P channels share a decay A = −exp(A_log), and the H/G heads of a group share B and
+C, as queries share keys; the gated y is normalised before it goes out:
 
-    u = y ⊙ silu(z)        norm(u) = u / sqrt(mean(u²) + ε) · g              the mean over each group's I/G channels by itself
+    u = y ⊙ silu(z)        norm(u) = u / sqrt(mean(u²) + ε) · g        the mean over each group's I/G channels by itself
 
-The gate comes before the norm, and with several groups there are as many norms: so the groups can live on different devices (§8.1).
-Over the whole width it would be another model. Early transformers did that; its logits for Codestral were wrong, 5.23's are right.
+The gate comes before the norm, and with several groups there are as many norms: so the groups can live on different
+devices (§8.1). Over the whole width it would be another model. Early transformers did that; its logits for Codestral
+were wrong, 5.23's are right.
 
-Shapes: B batch, T tokens, D model width, H heads, P channels of a head, I = H·P, G groups, N state, k width of the convolution.
+Shapes: B batch, T tokens, D model width, H heads, P channels of a head, I = H·P, G groups, N state,
+k width of the convolution.
 """
 
 import torch
@@ -37,7 +39,7 @@ def log_uniform_decay(value: Tensor, stream: torch.Generator, depth: int) -> Ten
 
 
 class GatedNorm(nn.Module):
-    """u / sqrt(mean(u²) + ε) · g for u = y ⊙ silu(z), group by group. All of it is float32; what it returns is rounded once."""
+    """u / sqrt(mean(u²) + ε) · g for u = y ⊙ silu(z), group by group, in float32; the result is rounded once."""
 
     def __init__(self, config: Mamba2Config) -> None:
         super().__init__()
@@ -79,7 +81,8 @@ class Mamba2(nn.Module):
         self.norm = GatedNorm(config)
         self.out_proj = Linear(I, dim, config.bias)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         config = self.config
         if state is None:
             state = self.new_state(config, x.shape[0], 0, x.dtype, x.device)

@@ -3,14 +3,17 @@
     z = W_r x [+ b]             router logits
     s = softmax(z)  over all E experts [or σ(z), each by itself], in float32
     T = the k largest of s [+ c], [among the experts of the best groups]; ties: torch.topk's; no token is dropped
-    g_e = λ s_e,  or  λ s_e / Σ_T s  where the config renormalises            what is in brackets, and λ ≠ 1, only where the config has it
+    g_e = λ s_e,  or  λ s_e / Σ_T s  where the config renormalises
     expert_e(x) = down_e( act(gate_e x) ⊙ up_e x )
     y = Σ_{e ∈ T} g_e · expert_e(x)   [ + σ(w·x) · shared(x)  or  shared(x) ]
 
-    Mixtral       s softmax, renormalised                                                              arXiv 2401.04088 §2.1
-    DeepSeek-V2   groups: each is as good as its best expert; experts of the others are out            arXiv 2405.04434 §2.2.2
-    DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient, it counts  arXiv 2412.19437 §2.1.2, eq. 12-16
-                  for the choice and not for g; a group is as good as its two best experts together
+What is in brackets, and λ, is there where the config has it:
+
+    Mixtral       s softmax, renormalised                                                       arXiv 2401.04088 §2.1
+    DeepSeek-V2   groups: each is as good as its best expert; experts of the others are out     arXiv 2405.04434 §2.2.2
+    DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient,     arXiv 2412.19437 §2.1.2,
+                  it counts for the choice and not for g; a group is as good as its             eq. 12-16
+                  two best experts together
     Phi-3.5-MoE   another rule, `sparse_route`
 
 Groups, E = 8 in 4 groups of which 2 are kept, each as good as its two best (V3), k = 3:
@@ -21,7 +24,7 @@ Groups, E = 8 in 4 groups of which 2 are kept, each as good as its two best (V3)
 Shapes: N tokens in all, D model width, E experts, k experts a token, F width of an expert.
 The experts are stacked, gate and up (E, F, D), down (E, D, F), so that one grouped product can run them all.
 
-A router left alone sends everything to few experts; `losses.Balance` spreads the load.
+A router left alone sends everything to few experts; `Balance` in training/losses.py spreads the load.
 """
 
 from collections.abc import Iterator
@@ -35,7 +38,7 @@ from torch.nn import functional as F
 from nanollm.config import MLP as MLPConfig
 from nanollm.config import ClippedGLU, ExpertGroups
 from nanollm.config import MoE as MoEConfig
-from nanollm.init import matrix, residual, zero
+from nanollm.init import Draw, matrix, residual, zero
 from nanollm.layers.linear import Linear
 from nanollm.layers.mlp import MLP, activate
 from nanollm.ops import accelerated
@@ -50,16 +53,16 @@ class Routed(NamedTuple):
 
 
 class Router(Linear):
-    """W_r, b and c. Where the config says so the product is taken in float32: two logits may differ by less than bfloat16 can say."""
+    """W_r, b and c. The config may ask for a product in float32: logits can differ by less than bfloat16 shows."""
     INIT = {**Linear.INIT, "correction": zero}
-    FLOAT32 = frozenset({"correction"})         # stays so in a model that is loaded in fewer bits: its values differ by as little
+    FLOAT32 = frozenset({"correction"})         # also in a model loaded in fewer bits: its values differ by as little
 
     def __init__(self, config: MoEConfig, dim: int) -> None:
         super().__init__(dim, config.experts, config.router_bias)
         self.config = config
         self.correction = nn.Parameter(torch.empty(config.experts)) if config.correction else None
 
-    def forward(self, x: Tensor) -> Routed:                     # (N, D)
+    def forward(self, x: Tensor) -> Routed:  # type: ignore[override]  # (N, D); a router is no Linear to its callers
         if self.config.router_float32:
             logits = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         else:
@@ -79,7 +82,7 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
         chosen = ranking.topk(config.top_k, -1).indices
         weights = scores.gather(-1, chosen)
         if config.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)         # sigmoids, unlike a softmax, may all be 0
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)         # sigmoids, unlike softmax, may all be 0
         if config.scale != 1:
             weights = weights * config.scale
     return weights.to(logits.dtype).float() if config.round_weights else weights, chosen
@@ -94,12 +97,16 @@ def in_best_groups(ranking: Tensor, groups: ExpertGroups) -> Tensor:
 
 
 def sparse_route(logits: Tensor, top_k: int, eps: float) -> tuple[Tensor, Tensor]:
-    """SparseMixer-v2 as it infers (Liu et al. 2024, arXiv 2409.12136 §2): the experts are chosen one after the other, and each is
-    weighed only against those that come near it, so the weights of the k do not add up to one.
+    """SparseMixer-v2 as it infers (Liu et al. 2024, arXiv 2409.12136 §2): the experts are chosen one after the other.
 
-        m = max_{e ∈ rest} z_e,   near = { e ∈ rest : (m − z_e) / max(|z_e|, m) ≤ 2ε },   g = softmax over near, of the best, which then leaves rest
+    Each is weighed only against those that come near it, so the weights of the k do not add up to one.
 
-    In its training the paper draws an expert from `near` and corrects the gradient; here training takes the best, and the plain gradient of g.
+        m    = max_{e ∈ rest} z_e
+        near = { e ∈ rest : (m − z_e) / max(|z_e|, m) ≤ 2ε }
+        g    = softmax over near, of the best, which then leaves rest
+
+    In training the paper draws an expert from `near` and corrects the gradient; here training takes the best, and the
+    plain gradient of g.
     """
     rest, weights, chosen = logits, [], []
     for _ in range(top_k):
@@ -112,7 +119,7 @@ def sparse_route(logits: Tensor, top_k: int, eps: float) -> tuple[Tensor, Tensor
 
 
 def probabilities(logits: Tensor, config: MoEConfig) -> Tensor:
-    """Router logits → what share of a token each expert would get, (N, E) float32, rows that add up to one. For `losses.Balance`."""
+    """Router logits → the share of a token each expert would get, (N, E) float32; rows add up to 1. For `Balance`."""
     if config.score == "sigmoid":
         return F.normalize(logits.float().sigmoid(), p=1, dim=-1)               # arXiv 2412.19437, eq. 19
     return logits.softmax(-1, dtype=torch.float32)
@@ -122,7 +129,8 @@ def probabilities(logits: Tensor, config: MoEConfig) -> Tensor:
 def routing(model: nn.Module) -> Iterator[list[Routed]]:
     """Collect what the router of every MoE layer says that runs inside the block, in order."""
     routed: list[Routed] = []
-    hooks = [m.register_forward_hook(lambda _, __, out: routed.append(out)) for m in model.modules() if isinstance(m, Router)]
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [router.register_forward_hook(lambda _, __, out: routed.append(out)) for router in routers]
     try:
         yield routed
     finally:
@@ -133,14 +141,18 @@ def routing(model: nn.Module) -> Iterator[list[Routed]]:
 # ---- the experts
 
 def visits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """chosen (N, k) → expert, tokens that chose it, and as which of their k. Experts that no token chose cost nothing."""
+    """chosen (N, k) → expert, the tokens that chose it, and as which of their k. Experts without tokens are skipped."""
     for e in chosen.unique().tolist():
         yield e, *torch.where(chosen == e)
 
 
 @accelerated
-def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor, activation: str) -> Tensor:
-    """Σ_{e ∈ T} g_e · expert_e(x): x (N, D), gate and up (E, F, D), down (E, D, F), weights g (N, k) float32, chosen T (N, k) int64 → (N, D)."""
+def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tensor, chosen: Tensor,
+               activation: str) -> Tensor:
+    """Σ_{e ∈ T} g_e · expert_e(x), (N, D).
+
+    x (N, D), gate and up (E, F, D), down (E, D, F), weights g (N, k) float32, chosen T (N, k) int64.
+    """
     y = torch.zeros_like(x)
     for e, token, rank in visits(chosen):
         own = x[token]
@@ -151,7 +163,7 @@ def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tenso
 
 class Experts(nn.Module):
     """The weights of E gated MLPs side by side."""
-    INIT = {"gate": matrix, "up": matrix, "down": residual}
+    INIT: dict[str, Draw] = {"gate": matrix, "up": matrix, "down": residual}
 
     def __init__(self, experts: int, config: MLPConfig | ClippedGLU, dim: int) -> None:
         super().__init__()
@@ -161,28 +173,31 @@ class Experts(nn.Module):
         self.down = nn.Parameter(torch.empty(experts, dim, config.hidden))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
+        assert isinstance(self.config, MLPConfig), "ClippedExperts have a forward of their own"
         return expert_mlp(x, self.gate, self.up, self.down, weights, chosen, self.config.activation)
 
 
 class ClippedExperts(Experts):
     """The same with biases, and with an activation that cannot grow without bound (gpt-oss):
 
-        expert_e(x) = down_e( g σ(α g) ⊙ (u + 1) ) + b        g = min(gate_e x + b, limit),   u = clip(up_e x + b, ± limit)
+        g = min(gate_e x + b, limit),    u = clip(up_e x + b, ± limit)
+        expert_e(x) = down_e( g σ(α g) ⊙ (u + 1) ) + b
     """
     INIT = {**Experts.INIT, "gate_bias": zero, "up_bias": zero, "down_bias": zero}
 
     def __init__(self, experts: int, config: ClippedGLU, dim: int) -> None:
         super().__init__(experts, config, dim)
+        self.slope, self.limit = config.slope, config.limit
         self.gate_bias = nn.Parameter(torch.empty(experts, config.hidden))
         self.up_bias = nn.Parameter(torch.empty(experts, config.hidden))
         self.down_bias = nn.Parameter(torch.empty(experts, dim))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
-        limit, y = self.config.limit, torch.zeros_like(x)
+        limit, y = self.limit, torch.zeros_like(x)
         for e, token, rank in visits(chosen):
             gate = F.linear(x[token], self.gate[e], self.gate_bias[e]).clamp(max=limit)
             up = F.linear(x[token], self.up[e], self.up_bias[e]).clamp(-limit, limit)
-            out = F.linear(gate * torch.sigmoid(self.config.slope * gate) * (up + 1), self.down[e], self.down_bias[e])
+            out = F.linear(gate * torch.sigmoid(self.slope * gate) * (up + 1), self.down[e], self.down_bias[e])
             y = y.index_add(0, token, (out * weights[token, rank, None]).to(x.dtype))
         return y
 
@@ -207,8 +222,10 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = Router(config, dim)
-        kind = ClippedExperts if isinstance(config.expert, ClippedGLU) else Experts
-        self.experts = kind(config.experts, config.expert, dim)
+        if isinstance(config.expert, ClippedGLU):
+            self.experts: Experts = ClippedExperts(config.experts, config.expert, dim)
+        else:
+            self.experts = Experts(config.experts, config.expert, dim)
         self.shared = None if config.shared is None else MLP(config.shared, dim)
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
 

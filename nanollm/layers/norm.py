@@ -4,7 +4,7 @@
     LayerNorm(x) = (x − mean(x)) / sqrt(var(x) + ε) · g + b          Ba, Kiros & Hinton 2016, eq. 4
 
 Shapes: B batch, T tokens, D width.   x (B, T, D) → (B, T, D);   g, b (D,).
-Norms of queries and keys:            (B, T, H, d), g (d,), or (H, d) where each head has its own;   or (B, T, H·d), g (H·d,).
+Of queries and keys:   x (B, T, H, d), g (d,), or (H, d) where each head has its own;   or x (B, T, H·d), g (H·d,).
 
 RMSNorm leaves the mean alone: centring costs a pass and buys nothing in a pre-norm decoder.
 The statistics are always float32. What differs between families is *where the result is rounded back* to the
@@ -14,16 +14,18 @@ working dtype, which float32 tests cannot see and bfloat16 users can:
     round after the gain     rounded(x̂ · (1 + g))        Gemma, whose gain is stored as an offset from one
 """
 
+from typing import overload
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.config import Norm
-from nanollm.init import constant, one, zero
+from nanollm.init import Draw, constant, one, zero
 from nanollm.ops import accelerated
 
 
-@accelerated                                            # on a GPU kernels.rms_norm runs in its place: same signature, same result
+@accelerated                            # on a GPU kernels.rms_norm runs in its place: same signature, same result
 def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_after_gain: bool = False) -> Tensor:
     """x (…, D), gain (D,) → (…, D) in the dtype of x."""
     x32 = x.float()
@@ -36,7 +38,8 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_afte
 
 
 @accelerated
-def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float = 0.0, cast_after_gain: bool = False) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float = 0.0,
+                 cast_after_gain: bool = False) -> tuple[Tensor, Tensor]:
     """x + y, which is the residual stream, and its norm."""
     total = x + y
     return total, rms_norm(total, gain, eps, offset, cast_after_gain)
@@ -45,7 +48,8 @@ def add_rms_norm(x: Tensor, y: Tensor, gain: Tensor, eps: float, offset: float =
 @accelerated
 def layer_norm(x: Tensor, gain: Tensor, bias: Tensor | None, eps: float) -> Tensor:
     """x (…, D), gain and bias (D,) → (…, D) in the dtype of x."""
-    return F.layer_norm(x, gain.shape, gain.to(x.dtype), None if bias is None else bias.to(x.dtype), eps)      # x may be the wider
+    bias = None if bias is None else bias.to(x.dtype)
+    return F.layer_norm(x, gain.shape, gain.to(x.dtype), bias, eps)             # x may be wider than gain and bias
 
 
 class RMSNorm(nn.Module):
@@ -55,7 +59,11 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.config = config
         self.gain = nn.Parameter(torch.empty(dim)) if config.gain else None     # g, or g − 1 where offset is 1 (Gemma)
-        self.INIT = {"gain": constant(1 - config.offset)}
+
+    @property
+    def INIT(self) -> dict[str, Draw]:
+        """A gain of 1, as it is stored."""
+        return {"gain": constant(1 - self.config.offset)}
 
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
         if self.gain is None:
@@ -118,9 +126,16 @@ class OuterNorm(RMSNorm):
         return x + y, self(x + y)
 
 
-def build_norm(config: Norm | None, dim: int) -> nn.Module | None:
+KINDS: dict[str, type[RMSNorm] | type[LayerNorm]] = {"rms": RMSNorm, "layer": LayerNorm, "rms_outer": OuterNorm}
+
+
+@overload
+def build_norm(config: Norm, dim: int) -> RMSNorm | LayerNorm: ...
+@overload
+def build_norm(config: None, dim: int) -> None: ...
+def build_norm(config: Norm | None, dim: int) -> RMSNorm | LayerNorm | None:
     """The module a config describes; None stays None, so an absent norm has no name in the state dict."""
-    return None if config is None else {"rms": RMSNorm, "layer": LayerNorm, "rms_outer": OuterNorm}[config.kind](config, dim)
+    return None if config is None else KINDS[config.kind](config, dim)
 
 
 def build_head_norm(config: Norm | None, heads: int, head_dim: int) -> nn.Module | None:
@@ -128,3 +143,8 @@ def build_head_norm(config: Norm | None, heads: int, head_dim: int) -> nn.Module
     if config is not None and config.scope == "each":
         return HeadNorm(config, heads, head_dim)
     return build_norm(config, heads * head_dim if config is not None and config.scope == "all" else head_dim)
+
+
+def normed(norm: nn.Module | None, x: Tensor) -> Tensor:
+    """x, normalised where there is a norm."""
+    return x if norm is None else norm(x)

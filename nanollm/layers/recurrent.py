@@ -7,17 +7,19 @@
     a_t = a^(8 r_t),   a = exp(−softplus(Λ))
     h_t = a_t ⊙ h_{t−1} + √(1 − a_t²) ⊙ (i_t ⊙ u_t)             u the convolved x; y = h, there is no C
 
-The first token of a document has nothing to share its place with: there h_t = i_t ⊙ u_t, without the root. W_a and W_x are
-block-diagonal, a block a head, which is all that makes it heads. The convolution has no activation.
+The first token of a document has nothing before it: there h_t = i_t ⊙ u_t, without the root. W_a and W_x are
+block-diagonal, a block a head, which is all that the heads are for. The convolution has no activation.
 
-From the gates on all is float32: a is close to 1, and in bfloat16 it would be one of a hundred values. √(1 − a²) is taken from
-log a, as √(−expm1(2 log a)); the infinite slope of the root at a = 1 does no harm, log a meets it with a slope of 0.
+From the gates on all is float32: a is close to 1, and in bfloat16 it would be one of a hundred values. √(1 − a²) is
+taken from log a, as √(−expm1(2 log a)); the infinite slope of the root at a = 1 does no harm, log a meets it with a
+slope of 0.
 
 Shapes: B batch, T tokens, D model width, I channels of the recurrence, H heads, k width of the convolution.
     a, b (B, T, I)    h (B, I)
 
-Two forms with one meaning. The recurrence takes T steps. The chunked form lets all chunks of Q tokens run side by side from h = 0,
-Q steps; then the true h goes from chunk to chunk, T/Q steps, and each token adds what the decays up to it have left of it.
+Two forms with one meaning. The recurrence takes T steps. The chunked form lets all chunks of Q tokens run side by side
+from h = 0, Q steps; then the true h goes from chunk to chunk, T/Q steps, and each token adds what the decays up to it
+have left of it.
 """
 
 import torch
@@ -36,7 +38,7 @@ CHUNKED_FROM = 32       # tokens on, steps side by side take less time than step
 
 
 def linear_scan(a: Tensor, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The definition: h_t = a_t ⊙ h_{t−1} + b_t. Returns all h_t (B, T, I), and the last again. a_t = 0 forgets what was before."""
+    """The definition: h_t = a_t ⊙ h_{t−1} + b_t; a_t = 0 forgets. Returns all h_t (B, T, I), and the last again."""
     states = []
     for t in range(a.shape[1]):
         h = a[:, t] * h + b[:, t]
@@ -47,10 +49,14 @@ def linear_scan(a: Tensor, b: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 def linear_scan_chunked(a: Tensor, b: Tensor, h: Tensor, chunk: int = 16) -> tuple[Tensor, Tensor]:
     """The same, chunk by chunk: c chunks of Q tokens."""
     batch, length, _ = a.shape
-    pad = -length % chunk                                                               # at the end a = 1, b = 0: h stays
-    a, b = (F.pad(z, (0, 0, 0, pad), value=value).reshape(-1, chunk, z.shape[-1]) for z, value in ((a, 1.0), (b, 0.0)))     # (B·c, Q, I)
-    own, _ = linear_scan(a, b, torch.zeros_like(a[:, 0]))                               # what each chunk's own tokens come to
-    decays = [a[:, 0]]                                                                  # by how much what came before has decayed
+    pad = -length % chunk
+
+    def cut(z: Tensor, value: float) -> Tensor:                                         # (B, T, I) → (B·c, Q, I)
+        return F.pad(z, (0, 0, 0, pad), value=value).reshape(-1, chunk, z.shape[-1])
+
+    a, b = cut(a, 1.0), cut(b, 0.0)                                                     # padded so that h stays
+    own, _ = linear_scan(a, b, torch.zeros_like(a[:, 0]))                               # from each chunk's own tokens
+    decays = [a[:, 0]]                                                                  # of h, up to each token
     for t in range(1, chunk):
         decays.append(decays[-1] * a[:, t])
     own, decay = (z.unflatten(0, (batch, -1)) for z in (own, torch.stack(decays, 1)))   # (B, c, Q, I)
@@ -96,12 +102,14 @@ class RGLRU(nn.Module):
         self.Lambda = nn.Parameter(torch.empty(config.width))
         self.out_proj = Linear(config.width, dim, bias=True)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         if state is None:
             state = self.new_state(self.config, x.shape[0], 0, x.dtype, x.device)
         y, (x, before) = self.y_proj(x), aligned(self.x_proj(x).transpose(1, 2), state.conv, ctx.real)
         positions = None if ctx.regular else ctx.positions
-        u, state.conv = convolve(x, self.conv1d.weight, self.conv1d.bias, before, positions).transpose(1, 2), window(x, before, ctx.real)
+        u = convolve(x, self.conv1d.weight, self.conv1d.bias, before, positions).transpose(1, 2)
+        state.conv = window(x, before, ctx.real)
         h, state.state = self.recurrence(u, ctx, state.state)
         return self.out_proj(gated(y, h.to(y.dtype), self.config.activation))
 

@@ -1,24 +1,27 @@
-"""RWKV-4: an average of all values so far whose weights decay with distance, and a feed-forward that looks one token back.
+"""RWKV-4: an average of all values so far, weighted less with distance, and a feed-forward that looks one token back.
 
-    x ─┬─ norm ── time mixing ──── + ─┬─ norm ── channel mixing ──── + ─→        Peng et al. 2023 (arXiv 2305.13048), §3.1, Figure 2
-       └───────────────────────────┘  └──────────────────────────────┘
+    x ─┬─ norm ── time mixing ──── + ─┬─ norm ── channel mixing ──── + ─→      Peng et al. 2023 (arXiv 2305.13048),
+       └───────────────────────────┘  └──────────────────────────────┘         §3.1, Figure 2
 
-    z_t = μ ⊙ x_t + (1 − μ) ⊙ x_{t−1}                            token shift, with a μ for each z_r, z_k, z_v; x is 0 before a document
+    z_t = μ ⊙ x_t + (1 − μ) ⊙ x_{t−1}        token shift, with a μ for each z_r, z_k, z_v; x is 0 before a document
 
     time        r, k, v = W_r z_r, W_k z_k, W_v z_v
-                wkv_t = ( Σ_{i<t} e^{−(t−1−i)w + k_i} v_i + e^{u + k_t} v_t ) / (the same sums without v),    w = e^decay, u = first
+                wkv_t = ( Σ_{i<t} e^{−(t−1−i)w + k_i} v_i + e^{u + k_t} v_t ) / (the same sums without v)
+                w = e^decay, u = first
                 o_t = W_o (σ(r_t) ⊙ wkv_t)
     channel     o_t = σ(W_r z_r) ⊙ W_v max(W_k z_k, 0)²
 
-The channel mixing has a past, so it is no feed-forward of a Block: both halves stand here, and a layer of RWKV has no ffn.
+The channel mixing has a past, so it is no feed-forward of a Block: both halves are here; a layer of RWKV has no ffn.
 
-A sum of exponentials is kept as (a, b, m): numerator a·e^m and denominator b·e^m, m the largest exponent so far (appendix D). Two such
-sums are added by `merged`, which never takes the exponential of a number above 0. All of it is float32.
+A sum of exponentials is kept as (a, b, m): numerator a·e^m and denominator b·e^m, m the largest exponent so far
+(appendix D). Two such sums are added by `merged`, which never takes the exponential of a number above 0. All of it is
+float32.
 
-Shapes: B batch, T tokens, D width, F width of the channel mixing.   k, v, wkv (B, T, D)   w, u (D,)   a, b, m (B, D); a state (B, 3, D)
+Shapes: B batch, T tokens, D width, F width of the channel mixing.
+    k, v, wkv (B, T, D)   w, u (D,)   a, b, m (B, D); a state (B, 3, D)
 
-Two forms with one meaning, as in scan.py: the recurrence, and chunks that run side by side from nothing, are merged one after the other,
-and run again from what they really start with.
+Two forms with one meaning, as in scan.py: the recurrence, and chunks that run side by side from empty sums, are merged
+one after the other, and run again from the sums before them.
 """
 
 import math
@@ -36,7 +39,7 @@ from nanollm.layers.norm import build_norm
 from nanollm.layers.state import ScanState
 
 CHUNKED_FROM = 32       # tokens on, steps side by side take less time than steps one after the other
-NOTHING = -1e38         # the exponent of a sum without terms: next to any other it weighs 0, and unlike −∞ it has a difference with itself
+NOTHING = -1e38         # the exponent of an empty sum: it weighs 0 next to any other; unlike −∞, less itself it is 0
 Sums = tuple[Tensor, Tensor, Tensor]
 
 
@@ -49,7 +52,10 @@ def merged(one: Sums, other: Sums) -> Sums:
 
 def wkv_sequential(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
                    begins: Tensor | None = None, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The recurrence, token by token. begins (B, T) bool: forget the state before this token; real (B, T) bool: False leaves it as it is."""
+    """The recurrence, token by token.
+
+    begins (B, T) bool: forget the state before this token; real (B, T) bool: False leaves it as it is.
+    """
     a, b, m = state.unbind(1)
     m = m.masked_fill(b == 0, NOTHING)                                          # an empty cache is all zeros
     outputs = []
@@ -60,7 +66,10 @@ def wkv_sequential(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
         numerator, denominator, _ = merged((a, b, m), (*token[:2], u + k[:, t]))
         outputs.append(numerator / denominator)
         after = merged((a, b, m - w), token)
-        a, b, m = after if real is None else (torch.where(real[:, t, None], new, old) for new, old in zip(after, (a, b, m)))
+        if real is None:
+            a, b, m = after
+        else:
+            a, b, m = (torch.where(real[:, t, None], new, old) for new, old in zip(after, (a, b, m), strict=True))
     return torch.stack(outputs, 1), torch.stack([a, b, m], 1)
 
 
@@ -71,21 +80,26 @@ def wkv_chunked(k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor,
     pad = -length % chunk
     begins = torch.zeros_like(k[..., 0], dtype=torch.bool) if begins is None else begins
     real = torch.ones_like(k[..., 0], dtype=torch.bool) if real is None else real
-    cut = lambda z: torch.cat([z, z.new_zeros(batch, pad, *z.shape[2:])], 1).reshape(-1, chunk, *z.shape[2:])      # noqa: E731    (B·c, Q, …)
+
+    def cut(z: Tensor) -> Tensor:                                               # (B, T, …) → (B·c, Q, …)
+        return torch.cat([z, z.new_zeros(batch, pad, *z.shape[2:])], 1).reshape(-1, chunk, *z.shape[2:])
+
     ks, vs, starts, reals = cut(k), cut(v), cut(begins), cut(real)
-    _, own = wkv_sequential(ks, vs, w, u, k.new_zeros(len(ks), 3, D), starts, reals)            # what each chunk's own tokens come to
+    _, own = wkv_sequential(ks, vs, w, u, k.new_zeros(len(ks), 3, D), starts, reals)        # each chunk's own tokens
+    own, tokens, fresh = (z.unflatten(0, (batch, -1)) for z in (own, reals.sum(1), starts.any(1)))      # (B, c, …)
     before = []
-    for sums, tokens, fresh in zip(*(z.unflatten(0, (batch, -1)).unbind(1) for z in (own, reals.sum(1), starts.any(1)))):
+    for c in range(own.shape[1]):
         before.append(state)
         a, b, m = state.unbind(1)
-        m = (m.masked_fill(b == 0, NOTHING) - tokens[:, None] * w).masked_fill(fresh[:, None], NOTHING)
-        state = torch.stack(merged((a, b, m), sums.unbind(1)), 1)
+        m = m.masked_fill(b == 0, NOTHING) - tokens[:, c, None] * w
+        m = m.masked_fill(fresh[:, c, None], NOTHING)
+        state = torch.stack(merged((a, b, m), own[:, c].unbind(1)), 1)
     y, _ = wkv_sequential(ks, vs, w, u, torch.stack(before, 1).flatten(0, 1), starts, reals)
     return y.unflatten(0, (batch, -1)).flatten(1, 2)[:, :length], state
 
 
 def shifted(x: Tensor, before: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-    """x_{t−1} for x (B, T, D), 0 where a document begins; and the last x (B, D, 1). before (B, D, 1) is what precedes x."""
+    """x_{t−1} for x (B, T, D), 0 where a document begins; and the last x (B, D, 1). before (B, D, 1) precedes x."""
     x, before = aligned(x.transpose(1, 2), before, ctx.real)
     past = torch.cat([before, x[..., :-1]], -1).transpose(1, 2)
     return past if ctx.regular else past * (ctx.positions > 0)[..., None], window(x, before, ctx.real)
@@ -121,7 +135,8 @@ class TimeMixing(nn.Module):
         k = self.key(mixed(x, past, self.mix_k))
         v = self.value(mixed(x, past, self.mix_v))
         wkv = wkv_chunked if x.shape[1] >= CHUNKED_FROM else wkv_sequential
-        y, state = wkv(k.float(), v.float(), torch.exp(self.decay.float()), self.first.float(), state, ctx.begins, ctx.real)
+        w, u = torch.exp(self.decay.float()), self.first.float()
+        y, state = wkv(k.float(), v.float(), w, u, state, ctx.begins, ctx.real)
         return self.o(torch.sigmoid(r) * y.to(x.dtype)), state
 
 
@@ -137,7 +152,8 @@ class ChannelMixing(nn.Module):
         self.down = Linear(hidden, dim, bias=False)
 
     def forward(self, x: Tensor, past: Tensor) -> Tensor:                       # (B, T, D) each → (B, T, D)
-        return torch.sigmoid(self.receptance(mixed(x, past, self.mix_r))) * self.down(torch.relu(self.up(mixed(x, past, self.mix_k))).square())
+        hidden = torch.relu(self.up(mixed(x, past, self.mix_k))).square()
+        return torch.sigmoid(self.receptance(mixed(x, past, self.mix_r))) * self.down(hidden)
 
 
 class RWKV(nn.Module):
@@ -150,7 +166,8 @@ class RWKV(nn.Module):
         self.time_norm, self.channel_norm = (build_norm(config.norm, dim) for _ in range(2))
         self.time, self.channel = TimeMixing(dim), ChannelMixing(dim, config.hidden)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:    # (B, T, D) → (B, T, D)
+    def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
+        """x (B, T, D) → (B, T, D)."""
         if state is None:
             state = self.new_state(self.config, x.shape[0], 0, x.dtype, x.device)
         last = state.conv.chunk(2, 1)                                           # what either half read last, (B, D, 1)

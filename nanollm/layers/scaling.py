@@ -7,8 +7,8 @@
     DynamicNTK   θ grows with the length n of the sequence     once n > L
     SteppedNTK   the same, in steps
 
-Shapes: B batch, T tokens, r rotated channels. The last three depend on n, so a longer sequence turns *all* its tokens by
-other angles; `length_key` says when. The meaning is always that of one full pass over the sequence as long as it is.
+Shapes: B batch, T tokens, r rotated channels. The last three depend on n, so a longer sequence turns *all* its tokens
+by other angles; `length_key` says when. The meaning is always that of one full pass over the whole sequence.
 """
 
 import math
@@ -48,7 +48,7 @@ def dynamic_ntk(s: DynamicNTK, theta: float, r: int, exponents: Tensor, lengths:
 
 
 def stepped_ntk(s: SteppedNTK, theta: float, r: int, exponents: Tensor, lengths: Tensor) -> Tensor:
-    """θ' = θ · α^(r/(r−2)),   α = 2^⌈log₂(n/L) + 1⌉ − 1, at least 1: 1, 3, 7, … for n up to L, 2L, 4L, … (Qwen's first release).
+    """θ' = θ · α^(r/(r−2)),   α = 2^⌈log₂(n/L) + 1⌉ − 1, at least 1: 1, 3, 7, … for n up to L, 2L, 4L, … (Qwen-7B).
 
     Since α is 1 up to L, a sequence that short is turned as it was in training.
     """
@@ -90,7 +90,7 @@ def yarn(s: Yarn, theta: float, r: int, exponents: Tensor) -> Tensor:
 
 
 def longrope(s: LongRope, theta: float, exponents: Tensor, lengths: Tensor) -> Tensor:
-    """Ding et al. 2024 (arXiv 2402.13753): a searched divisor a pair, the long list for the whole of a long sequence."""
+    """Ding et al. 2024 (arXiv 2402.13753): a searched divisor a pair, the long list for every token of a long one."""
     short, long = (torch.tensor(divisors, device=lengths.device) for divisors in (s.short, s.long))
     divisors = torch.where(lengths[..., None] > s.original, long, short)        # (B, T, r/2)
     return 1 / (divisors * theta ** exponents)
@@ -99,20 +99,23 @@ def longrope(s: LongRope, theta: float, exponents: Tensor, lengths: Tensor) -> T
 def attention_factor(rope: Rope) -> float:
     """What cos and sin are multiplied by: YaRN's and LongRoPE's temperature on the scores, else 1."""
     match rope.scaling:
-        case Yarn(factor=factor, attention_factor=None):
+        case Yarn(factor=factor, attention_factor=given):
+            if given is not None:
+                return given
             return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0            # arXiv 2309.00071, eq. 22
-        case Yarn() | LongRope():
-            return rope.scaling.attention_factor
+        case LongRope(attention_factor=given):
+            return given
     return 1.0
 
 
 def length_key(rope: Rope | None, lengths: Tensor) -> Tensor | None:
-    """What of the lengths the frequencies depend on; None: nothing. Another length_key means other angles for *all* tokens."""
-    match rope and rope.scaling:
+    """What of the lengths the frequencies depend on; None: nothing. Another key means other angles for *all* tokens."""
+    scaling = None if rope is None else rope.scaling
+    match scaling:
         case DynamicNTK(original=original):
             return lengths.clamp(min=original)
         case LongRope(original=original):
             return (lengths > original).long()
         case SteppedNTK():
-            return growth(rope.scaling, lengths)
+            return growth(scaling, lengths)
     return None

@@ -34,7 +34,8 @@ def step(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, h: Tensor) -> Tensor:
     return torch.exp(delta[..., None] * A) * h + (delta[..., None] * B[:, None]) * x[..., None]
 
 
-def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor, begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor,
+                   begins: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The definition. h is the state before the first token; begins (B, T) bool: forget it before this token.
 
     Returns y (B, T, I) and the last h.
@@ -48,14 +49,17 @@ def selective_scan(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D:
     return torch.stack(outputs, 1) + x * D, h
 
 
-def selective_scan_chunked(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor, begins: Tensor | None = None, chunk: int = 16) -> tuple[Tensor, Tensor]:
+def selective_scan_chunked(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, h: Tensor,
+                           begins: Tensor | None = None, chunk: int = 16) -> tuple[Tensor, Tensor]:
     """The same, chunk by chunk. Signature and result of `selective_scan`, up to the order of sums."""
     batch, length, _ = x.shape
     pad = -length % chunk
     if begins is None:
         begins = torch.zeros(batch, length, dtype=torch.bool, device=x.device)
-    # Δ = 0 leaves h as it is, so padding at the end changes nothing
-    cut = lambda z: F.pad(z, (0, 0, 0, pad)).reshape(batch * (length + pad) // chunk, chunk, -1)      # noqa: E731
+
+    def cut(z: Tensor) -> Tensor:       # Δ = 0 leaves h as it is, so padding at the end changes nothing
+        return F.pad(z, (0, 0, 0, pad)).reshape(batch * (length + pad) // chunk, chunk, -1)
+
     xs, deltas, Bs, Cs, starts = cut(x), cut(delta), cut(B), cut(C), cut(begins[..., None])[..., 0]
 
     added = x.new_zeros(len(xs), *A.shape)
@@ -63,10 +67,11 @@ def selective_scan_chunked(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Te
         added = step(xs[:, t], deltas[:, t], A, Bs[:, t], added * ~starts[:, t, None, None])
     decay = torch.exp(deltas.sum(1)[..., None] * A) * ~starts.any(1)[:, None, None]
 
+    added, decay = added.unflatten(0, (batch, -1)), decay.unflatten(0, (batch, -1))     # (B, c, I, N)
     before = []
-    for a, d in zip(added.unflatten(0, (batch, -1)).unbind(1), decay.unflatten(0, (batch, -1)).unbind(1)):      # carry
+    for c in range(added.shape[1]):                                                     # carry
         before.append(h)
-        h = d * h + a
+        h = decay[:, c] * h + added[:, c]
 
     y, _ = selective_scan(xs, deltas, A, Bs, Cs, D, torch.stack(before, 1).flatten(0, 1), starts)              # pass 2
     return y.reshape(batch, length + pad, -1)[:, :length], h
@@ -75,9 +80,10 @@ def selective_scan_chunked(x: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Te
 @accelerated
 def mamba_scan(x: Tensor, delta: Tensor, bias: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, h: Tensor,
                begins: Tensor | None = None, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The whole middle of Mamba: Δ = softplus(delta + bias), the scan, and its result times silu(z), rounded to the dtype of x once.
+    """The middle of Mamba: Δ = softplus(delta + bias), the scan, and its result times silu(z), rounded once.
 
-    z (B, T, I), bias (I,); x, delta, z, B, C in the working dtype, A and h float32. real (B, T) bool: False is padding, which leaves h as it is.
+    z (B, T, I), bias (I,); x, delta, z, B, C in the working dtype, A and h float32.
+    real (B, T) bool: False is padding, which leaves h as it is.
     """
     delta = F.softplus(delta.float() + bias.float())
     if real is not None:

@@ -1,13 +1,13 @@
 """What one layer remembers between calls: keys and values for attention, a window and a state for a scan.
 
-Attention with a window W needs no more than the last W keys, so its cache is a ring of W slots; without one it has a slot for every
-token. Either way position p of a row lives in slot p mod S. A ring of S = 4 fed positions 0 … 5:
+Attention with a window W needs no more than the last W keys, so its cache is a ring of W slots; without one it has a
+slot for every token. Either way position p of a row lives in slot p mod S. A ring of S = 4 fed positions 0 … 5:
 
     slot        0  1  2  3
     position    4  5  2  3        what the mask reads: order does not matter, the stored positions do
 
-Rows may have different lengths: padding (position −1) is written to one more slot, a bin that nothing reads, so a batch of ragged
-prompts needs no padding token, no left padding, and no second mechanism.
+Rows may have different lengths: padding (position −1) is written to one more slot, a bin that nothing reads, so a batch
+of ragged prompts needs no padding token, no left padding, and no second mechanism.
 
 Shapes: B batch, K key/value heads, S slots, T new tokens, d head width, I scan channels, k conv width.
 """
@@ -21,9 +21,11 @@ from torch import Tensor
 class KVCache:
     """Keys and values of one attention layer: (B, K, S + 1, width of each); the last slot is the bin."""
 
-    def __init__(self, batch: int, heads: int, size: int, widths: tuple[int, int], dtype: torch.dtype, device: torch.device, ring: bool = False) -> None:
+    def __init__(self, batch: int, heads: int, size: int, widths: tuple[int, int], dtype: torch.dtype,
+                 device: torch.device, ring: bool = False) -> None:
         self.size, self.ring = size, ring
-        self.k, self.v = (torch.zeros(batch, heads, size + 1, width, dtype=dtype, device=device) for width in widths)
+        shape = batch, heads, size + 1
+        self.k, self.v = (torch.zeros(*shape, width, dtype=dtype, device=device) for width in widths)
 
     def extend(self, k: Tensor, v: Tensor, slots: "SlotMapping") -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, d); return all keys and values that the new queries may need (B, K, S', d)."""
@@ -41,10 +43,13 @@ class KVCache:
 
 
 class ScanState:
-    """What a recurrence carries on: the inputs that its convolution still needs, (B, channels, k − 1), and its state, (B, …),
-    which is float32 whatever the weights are."""
+    """What a recurrence carries on: the last inputs of its convolution, (B, channels, k − 1), and its state, (B, …).
 
-    def __init__(self, batch: int, channels: int, width: int, state: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
+    The state is float32 whatever the weights are.
+    """
+
+    def __init__(self, batch: int, channels: int, width: int, state: tuple[int, ...], dtype: torch.dtype,
+                 device: torch.device) -> None:
         self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
         self.state = torch.zeros(batch, *state, dtype=torch.float32, device=device)
 
@@ -53,8 +58,10 @@ class SlotMapping:
     """Where one call writes in a cache of S slots and what it reads, worked out once for all layers of that size."""
 
     def __init__(self, held: Tensor, positions: Tensor, ring: bool, alike: bool, filled: int, longest: int) -> None:
-        """held (B, S + 1): position in each slot before the call, −1 if none. alike: all rows have the same positions.
-        filled, longest: tokens of the longest row before and after the call."""
+        """held (B, S + 1): the position in each slot before the call, or −1. alike: all rows have the same positions.
+
+        filled, longest: tokens of the longest row before and after the call.
+        """
         self.size = size = held.shape[1] - 1
         self.ring, chunk = ring, positions.shape[1]
         self.alike = alike
@@ -63,10 +70,10 @@ class SlotMapping:
         self.old, self.used = min(filled, size), min(longest, size)
         last = positions.amax(1, keepdim=True)
         self.index = torch.where((positions >= 0) & (positions > last - size), positions % size, size)      # (B, T)
-        joined = torch.cat([held[:, : self.old], positions], 1) if self.join else None
+        joined = torch.cat([held[:, : self.old], positions], 1) if self.join else positions
         held.scatter_(1, self.index, positions)
         held[:, size] = -1
-        self.key_positions = joined if self.join else positions if self.fresh else held[:, : self.used]
+        self.key_positions = joined if self.join or self.fresh else held[:, : self.used]
 
 
 class RowLengths(Protocol):

@@ -27,7 +27,8 @@ class Conversation:
 
     def __post_init__(self) -> None:
         if self.tokenizer.chat_template is None:
-            raise TokenizerError(f"{no_template(self.tokenizer.about)}; or put a chat_template.jinja into the folder, or give --prompt without --chat")
+            raise TokenizerError(f"{no_template(self.tokenizer.about)}; or put a chat_template.jinja into the folder, "
+                                 "or give --prompt without --chat")
 
     def add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
@@ -36,13 +37,16 @@ class Conversation:
         """The ids that ask for the next message of the assistant. `extra` are further variables of the template."""
         special = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        text = render(self.tokenizer.chat_template, _mark(self.messages, pattern), tools=_mark(self.tools, pattern),
+        template = self.tokenizer.chat_template
+        assert template is not None, "__post_init__ refuses a tokenizer without one"
+        text = render(template, _mark(self.messages, pattern), tools=_mark(self.tools, pattern),
                       **(self.tokenizer.named_tokens | extra))
-        return [*self.tokenizer.prefix * self.tokenizer.chat_begins, *self.tokenizer.encode(text, bos=False, special=True)]
+        ids = self.tokenizer.encode(text, bos=False, special=True)
+        return [*self.tokenizer.prefix, *ids] if self.tokenizer.chat_begins else ids
 
 
 def _mark(value: Any, pattern: re.Pattern[str]) -> Any:
-    """The same messages, with each special token in their texts between OPEN and CLOSE. Marks already there are dropped."""
+    """The same messages, with each special token in their texts between OPEN and CLOSE; their own marks are dropped."""
     if isinstance(value, str):
         return pattern.sub(lambda match: OPEN + match[0] + CLOSE, re.sub(f"[{OPEN}{CLOSE}]", "", value))
     if isinstance(value, dict):

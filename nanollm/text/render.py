@@ -4,14 +4,15 @@ A chat template is a program that came with somebody's weights: `{% for i in ran
 `{{ 'a' * 10**10 }}`, would hang or fill the machine (and does, in transformers). No check inside a process can stop a
 single call into C such as 9**(9**9), so templates run in a child process, which three limits hold:
 
-    time      TIME_LIMIT seconds of its own, counted by the kernel, which then ends it, whether or not the parent still lives
+    time      TIME_LIMIT seconds of its own, counted by the kernel, which then ends it, even if the parent is dead
     memory    MEMORY_LIMIT bytes of address space (RLIMIT_AS, where the system has it)
     output    OUTPUT_LIMIT characters more than the messages have
 
 The child starts once, in about a tenth of a second (jinja2, no torch), and then serves the whole session: a turn costs
 about a millisecond. In it, Jinja's sandbox keeps the template from Python's internals, as in transformers:
 
-    trim_blocks, lstrip_blocks, {% break %}, {% generation %}, raise_exception, strftime_now, tojson without HTML escapes
+    trim_blocks, lstrip_blocks, {% break %}, {% generation %}, raise_exception, strftime_now, tojson without HTML
+    escapes
 """
 
 import atexit
@@ -40,7 +41,8 @@ def render(template: str, messages: list[dict[str, Any]], *, add_generation_prom
            eos_token: str = "", tools: list[dict[str, Any]] | None = None, **extra: Any) -> str:
     """The chat as text. Raises TokenizerError if the template refuses the messages, is broken, or meets a limit.
 
-    >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", [{"role": "user", "content": "Hi"}])
+    >>> chat = [{"role": "user", "content": "Hi"}]
+    >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", chat)
     'user: Hi\\n'
     """
     variables = dict(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos_token,
@@ -65,14 +67,16 @@ class _Renderer:
     """The parent's end of the child process: one request, one answer, each a line of JSON."""
 
     def __init__(self) -> None:
-        self.lock, self.child, self.owner = threading.Lock(), None, 0
+        self.lock, self.owner = threading.Lock(), 0
+        self.child: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: bytes) -> dict[str, Any]:
         """Raises TimeoutError when the time is over, EOFError if the child died of something else."""
         with self.lock:
             if self.owner != os.getpid() or self.child is None or self.child.poll() is not None:
-                self._start()                             # the first call, after a kill, or in a process that was forked
-            return self._exchange(request, WALL_LIMIT if hasattr(signal, "setitimer") else TIME_LIMIT)      # Windows has no such clock
+                self._start()                             # the first call, after a kill, or in a forked process
+            # the child counts its own time, but not on Windows, which has no such clock
+            return self._exchange(request, WALL_LIMIT if hasattr(signal, "setitimer") else TIME_LIMIT)
 
     def _start(self) -> None:
         root = str(Path(__file__).resolve().parent.parent.parent)
@@ -88,7 +92,13 @@ class _Renderer:
 
     def _exchange(self, line: bytes, limit: float) -> dict[str, Any]:
         late, child = threading.Event(), self.child
-        timer = threading.Timer(limit, lambda: (late.set(), child.kill()))
+        assert child is not None and child.stdin is not None and child.stdout is not None, "_start has opened them"
+
+        def end() -> None:
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(limit, end)
         timer.start()
         try:
             child.stdin.write(line + b"\n")
@@ -96,7 +106,7 @@ class _Renderer:
             answer = child.stdout.readline()
         except BrokenPipeError:
             answer = b""
-        except BaseException:                             # Ctrl-C: the answer to this request must not meet the next one
+        except BaseException:                             # Ctrl-C: no later request may read the answer to this one
             self.close()
             raise
         finally:
@@ -111,9 +121,10 @@ class _Renderer:
         if self.child is not None and self.owner == os.getpid():
             self.child.kill()
             self.child.wait()
-            with contextlib.suppress(OSError):            # what was not yet written is of no use
-                self.child.stdin.close()
-            self.child.stdout.close()
+            for pipe in (self.child.stdin, self.child.stdout):
+                with contextlib.suppress(OSError):        # what was not yet written is of no use
+                    if pipe is not None:
+                        pipe.close()
         self.child = None
 
 
@@ -135,7 +146,8 @@ def _serve() -> None:
         _seconds_left(limits["time"])
         try:
             request = json.loads(line)
-            answer = {"text": _write(compiled(request["template"]), request["variables"], limits["output"] + len(line))}
+            text = _write(compiled(request["template"]), request["variables"], limits["output"] + len(line))
+            answer = {"text": text}
         except MemoryError:
             raise                                         # ends this process; the parent says why and starts another
         except Exception as error:
@@ -155,7 +167,10 @@ def _write(template: Any, variables: dict[str, Any], limit: int) -> str:
 
 
 def _seconds_left(seconds: float) -> None:
-    """The kernel ends this process with SIGPROF after so much work, also in the middle of a call into C, where no handler would run."""
+    """Let the kernel end this process with SIGPROF after so much work; 0: never.
+
+    That also works in the middle of a call into C, where no handler would run.
+    """
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_PROF, seconds)
 
@@ -167,7 +182,7 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %} … {% endgeneration %} marks what the assistant said, for training; it prints what it encloses."""
+        """{% generation %} … {% endgeneration %} marks what the assistant said, for training; it prints the inside."""
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
@@ -195,7 +210,8 @@ def _environment() -> Any:
                sort_keys: bool = False) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    extensions = [Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals |= {"raise_exception": raise_exception, "namespace": namespace,
                             "strftime_now": lambda format: datetime.now().strftime(format)}

@@ -1,17 +1,19 @@
-"""Text ↔ token ids. `load(folder)` takes a Hugging Face folder; what it may hold is in `tokenizer_files.py` and `tokenizer_declared.py`.
+"""Text ↔ token ids. `load(folder)` takes a Hugging Face folder, whose files tokenizer_files.py reads.
 
     encode(text) = prefix + ids + suffix          prefix is BOS where the folder says so
     decode(ids)  = utf8(b₁ ‖ b₂ ‖ … ‖ bₙ)         a token *is* a byte string; characters appear when bytes are joined
 
 The second line makes streaming simple and exact: a character may be spread over several tokens, never over half a byte,
-so an incremental UTF-8 decoder fed with bᵢ hands out each character once, when it is whole. Ill-formed bytes become U+FFFD,
-one for each maximal subpart (Unicode §3.9), as in tokenizers' byte-level decoder; sentencepiece writes one for each byte.
+so an incremental UTF-8 decoder fed with bᵢ hands out each character once, when it is whole. Ill-formed bytes become
+U+FFFD, one for each maximal subpart (Unicode §3.9), as in tokenizers' byte-level decoder; sentencepiece writes one for
+each byte.
 
-**Special tokens in user text are an attack**: "</s>" typed by a user must not end the turn. `encode` reads text as text;
-only `special=True`, for rendered chat templates, reads "</s>" as its id. tokenizers has a switch for this; sentencepiece
-never parses control pieces, but it does parse user-defined ones: where the folder calls such a piece special, the text is
-cut in two until the piece no longer appears. A special token that is an ordinary word too (a lone "\\n", say) keeps its id.
-In a rendered chat the messages stay text: `chat.py` puts OPEN and CLOSE around each special token inside them.
+**Special tokens in user text are an attack**: "</s>" typed by a user must not end the turn. `encode` reads text as
+text; only `special=True`, for rendered chat templates, reads "</s>" as its id. tokenizers has a switch for this;
+sentencepiece never parses control pieces, but it does parse user-defined ones: where the folder calls such a piece
+special, the text is cut in two until the piece no longer appears. A special token that is an ordinary word too (a lone
+"\\n", say) keeps its id. In a rendered chat the messages stay text: text/chat.py puts OPEN and CLOSE around each
+special token inside them.
 
 A sentencepiece folder without `add_bos_token` gets BOS, and without `legacy` gets the space that sentencepiece puts
 before each stretch of text: so its models were trained. (transformers 5 does neither when the key is absent.)
@@ -30,7 +32,7 @@ from tokenizers import AddedToken
 
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer_declared import Declared, chat_template, need
-from nanollm.text.tokenizer_files import BYTE, FILES, one_error, read_model
+from nanollm.text.tokenizer_files import BYTE, FILES, Model, one_error, read_model
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode keeps them out of interchanged text for good
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|END_OF_TURN_TOKEN|>")
@@ -55,36 +57,47 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         need(folder.is_dir(), folder, "no such folder", "a folder with tokenizer files")
         self._declared = declared = Declared(folder)
-        self._backend = read_model(folder, declared, lambda model, path: (
-            SentencePiece if isinstance(model, tuple) else Tokenizers)(model, declared, path))
+
+        def backend(model: Model, path: Path) -> SentencePiece | Tokenizers:
+            if isinstance(model, tuple):
+                return SentencePiece(model, declared, path)
+            return Tokenizers(model, declared, path)
+
+        self._backend = read_model(folder, declared, backend)
         self.vocab_size = self._backend.size
         self.special_tokens, self.named_tokens = self._backend.special, declared.named
         self._special_ids = {*self.special_tokens.values()}
-        self.bos_id = self.special_tokens.get(declared.named.get("bos_token"), declared.bos_id)
-        self.eos_id = self.special_tokens.get(declared.named.get("eos_token"))
+        self.bos_id = self.special_tokens.get(declared.named.get("bos_token", ""), declared.bos_id)
+        self.eos_id = self.special_tokens.get(declared.named.get("eos_token", ""))
         self.prefix, self.about = tuple(self._backend.prefix), declared.about
         self._stops = declared.all_stops(self.special_tokens)
         self.stop_ids = tuple(sorted(set().union(*self._stops.values())))
-        self.chat_template, self.chat_begins, self.stop_texts = chat_template(folder, declared), False, ()
+        self.chat_template, self.chat_begins = chat_template(folder, declared), False
+        self.stop_texts: tuple[str, ...] = ()
         self.files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
 
-    def encode(self, text: str, *, bos: bool | None = None, special: bool = False, continues: bool = False) -> list[int]:
+    def encode(self, text: str, *, bos: bool | None = None, special: bool = False,
+               continues: bool = False) -> list[int]:
         """The ids of `text`.
 
         bos        None: the folder's own rule, EOS included. True: begins with BOS. False: the text alone.
-        special    True: the text of a special token becomes its id, but not between OPEN and CLOSE. Only for text that no user wrote.
+        special    True: the text of a special token becomes its id, but not between OPEN and CLOSE. Only for text that
+                   no user wrote.
         continues  True: the text goes on from other text, so it gets no leading space.
         """
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise TokenizerError(f"text: found a lone surrogate at position {error.start}, expected Unicode text") from None
+            where = f"position {error.start}"
+            raise TokenizerError(f"text: found a lone surrogate at {where}, expected Unicode text") from None
         ids = self._backend.encode(text, special, continues)
         if bos is None:
             return self._backend.prefix + ids + self._backend.suffix
         if not bos:
             return ids
-        need(self.bos_id is not None, self._declared.where, "no bos_token", "one, because encode was asked for BOS")
+        if self.bos_id is None:
+            where = str(self._declared.where)
+            raise TokenizerError(f"{where}: found no bos_token, expected one, because encode was asked for BOS")
         return (self._backend.prefix or [self.bos_id]) + ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -119,7 +132,8 @@ class Tokenizer:
         """What is wrong, or worth knowing, about the special tokens of the folder, in sentences."""
         found, stops = [], self._stops
         if not stops:
-            found.append("No stop id: no file names an end-of-sequence token, so generation ends only at its length limit.")
+            found.append("No stop id: no file names an end-of-sequence token, "
+                         "so generation ends only at its length limit.")
         if len({frozenset(ids) for ids in stops.values()}) > 1:
             said = ", ".join(f"{file} {sorted(ids)}" for file, ids in stops.items())
             found.append(f"The files name different stop ids: {said}. Each of them stops.")
@@ -132,15 +146,16 @@ class Tokenizer:
         if self._declared.flag("add_bos_token") and self.bos_id not in self._backend.prefix:
             found.append("tokenizer_config.json says add_bos_token, but tokenizer.json decides, and adds none.")
         if self._declared.rows and self.vocab_size > self._declared.rows:
-            found.append(f"The tokenizer has ids up to {self.vocab_size - 1}, the model only {self._declared.rows} rows.")
+            found.append(f"The tokenizer has ids up to {self.vocab_size - 1}, "
+                         f"the model only {self._declared.rows} rows.")
         return found
 
 
 class Stream:
     """push(id) → the text that this id completes, often one piece of a word, maybe ""; finish() → what is left.
 
-    The pieces join to `decode(ids)`. A character is held back until its last byte has come, so at most three bytes are kept,
-    and a push costs the same however long the text is.
+    The pieces join to `decode(ids)`. A character is held back until its last byte has come, so at most three bytes are
+    kept, and a push costs the same however long the text is.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool, continues: bool) -> None:
@@ -161,11 +176,11 @@ class Stream:
         return text
 
 
-# ---- the two backends. Each has: encode(text, special, continues), bytes_of(id), special {text: id}, size (largest id + 1),
-# ---- strips (decoding drops one leading space), prefix and suffix (the ids that the folder puts around a text).
+# ---- the two backends. Each has: encode(text, special, continues), bytes_of(id), special {text: id}, size (largest id
+# ---- + 1), strips (decoding drops one leading space), prefix and suffix (the ids that the folder puts around a text).
 
 def _decoder_steps(backend: tokenizers.Tokenizer, where: Path) -> list[dict[str, Any]]:
-    """The steps of its decoder, each of which `Tokenizers.bytes_of` and `strips` reproduce; anything else is an error."""
+    """The steps of its decoder, each of which `Tokenizers.bytes_of` and `strips` reproduce; any other is an error."""
     decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else {"type": "null"}
     steps = decoder.get("decoders", [decoder])
     for step in steps:
@@ -173,8 +188,15 @@ def _decoder_steps(backend: tokenizers.Tokenizer, where: Path) -> list[dict[str,
                  "Metaspace": step.get("replacement") == "▁",
                  "Replace": (step.get("pattern"), step.get("content")) == ({"String": "▁"}, " "),
                  "Strip": (step.get("content"), step.get("start"), step.get("stop")) == (" ", 1, 0)}
-        need(known.get(step["type"]), where, f"the decoder step {step}", "ByteLevel, or ▁ → space with <0xNN> for bytes")
+        fits = known.get(step["type"])
+        need(fits, where, f"the decoder step {step}", "ByteLevel, or ▁ → space with <0xNN> for bytes")
     return steps
+
+
+def _special(token: AddedToken) -> AddedToken:
+    """The same token, special. Added again as plain text it would lose its other flags."""
+    return AddedToken(token.content, single_word=token.single_word, lstrip=token.lstrip, rstrip=token.rstrip,
+                      normalized=token.normalized, special=True)
 
 
 class Tokenizers:
@@ -184,18 +206,23 @@ class Tokenizers:
         self.backend, self.lock, self.where = backend, threading.Lock(), where
         backend.no_truncation()
         backend.no_padding()
-        for id, token in sorted(declared.added.items()):
-            backend.add_tokens([token])
+        held = backend.get_added_tokens_decoder()         # what the tokenizer's own file says of a token stands
+        backend.add_tokens([token for id, token in sorted(declared.added.items())
+                            if id not in held or held[id].content != token.content])
+        for id, token in declared.added.items():
             got = backend.token_to_id(token.content)
             need(got == id, where, f"id {got} for {token.content!r}", f"{id}, as the folder's added tokens declare it")
         added = backend.get_added_tokens_decoder()
         stops = {added[id].content for ids in declared.stops.values() for id in ids if id in added}
         declared.speak(backend.id_to_token, where)
-        backend.add_special_tokens([t for t in sorted(declared.special | stops) if backend.token_to_id(t) is not None])
+        flags = {token.content: token for token in added.values()}
+        known = [text for text in sorted(declared.special | stops) if backend.token_to_id(text) is not None]
+        backend.add_special_tokens([_special(flags[text]) if text in flags else text for text in known])
         added = backend.get_added_tokens_decoder()
         self.added = {id: token.content for id, token in added.items()}
         self.special = {token.content: id for id, token in added.items() if token.special}
-        self.marked = re.compile(OPEN + "(" + "|".join(map(re.escape, sorted(self.special, key=len, reverse=True))) + ")")
+        longest_first = sorted(self.special, key=len, reverse=True)
+        self.marked = re.compile(OPEN + "(" + "|".join(map(re.escape, longest_first)) + ")")
         self.size = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         need(self.size, where, "an empty vocabulary", "at least one token")
         need(self.size <= 1 << 24, where, f"id {self.size - 1}", f"ids below {1 << 24}")
@@ -220,7 +247,7 @@ class Tokenizers:
         if continues and self.strips:                     # a newline is a byte token, with which nothing merges
             begun, whole = (self.encode(before, special, False) for before in ("\n", "\n" + text))
             return whole[len(begun):]
-        with self.lock, one_error(self.where, "rules that this text can be cut by"):      # the switch belongs to the backend, not to the call
+        with self.lock, one_error(self.where, "rules that this text can be cut by"):      # all calls share the switch
             self.backend.encode_special_tokens = not special
             return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -255,7 +282,7 @@ class SentencePiece:
         for id, text in self.added.items():
             at = self.model.piece_to_id(text)             # the unknown id, if there is no such piece
             need(at == id or self.model.id_to_piece(at) != text, where, f"id {at} for {text!r}", f"{id}, as declared")
-        texts = {i: self.model.id_to_piece(i) for i in range(self.pieces)} | self.added      # added tokens may rename pieces
+        texts = {i: self.model.id_to_piece(i) for i in range(self.pieces)} | self.added      # added ones rename pieces
         stops = set().union(*declared.stops.values()) & {*self.added}
         flagged = control | stops | {id for id, token in declared.added.items() if token.special}
         named = declared.special | {*declared.named.values()}
@@ -271,7 +298,8 @@ class SentencePiece:
         """A pattern with one group for each token, the longest first, and the ids of the groups."""
         order = sorted(tokens, key=len, reverse=True)
         flags = [declared.added.get(tokens[text], AddedToken(text)) for text in order]
-        groups = ["(" + r"\s*" * t.lstrip + f"(?<!{OPEN})" + re.escape(text) + r"\s*" * t.rstrip + ")" for text, t in zip(order, flags)]
+        groups = ["(" + r"\s*" * token.lstrip + f"(?<!{OPEN})" + re.escape(text) + r"\s*" * token.rstrip + ")"
+                  for text, token in zip(order, flags, strict=True)]
         return re.compile("|".join(groups) or "(?!)"), [tokens[text] for text in order]
 
     def encode(self, text: str, special: bool, continues: bool) -> list[int]:
@@ -279,6 +307,7 @@ class SentencePiece:
         ids, end, space = [], 0, not continues
         for match in pattern.finditer(text):
             ids += self._stretch(text[end:match.start()], space, special)
+            assert match.lastindex is not None, "each alternative of the pattern is a group"
             ids.append(group_ids[match.lastindex - 1])
             end, space = match.end(), self.legacy
         return ids + self._stretch(text[end:], space, special)

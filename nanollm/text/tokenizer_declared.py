@@ -1,12 +1,12 @@
-"""What a model folder says about its tokens, beside the vocabulary itself: in small JSON files, each of which may be absent.
+"""What a model folder says about its tokens beside the vocabulary: in small JSON files, each of which may be absent.
 
-    tokenizer_config.json, special_tokens_map.json   special tokens by name, added tokens, switches, the tokenizer's class
-    added_tokens.json                                added tokens, text → id
-    config.json, generation_config.json              the ids that end a generation; the speakers' ids, where they have any
+    tokenizer_config.json, special_tokens_map.json   special tokens by name, added tokens, switches, the class
+    added_tokens.json                                added tokens, text → id; not read beside a tokenizer.json
+    config.json, generation_config.json              ids that end a generation; ids of the speakers' tokens, if any
     chat_template.jinja, or tokenizer_config.json    how a chat is written
 
-Some published tokenizers say a part of it nowhere but in their Python code. That part stands here as data, by the name of
-their class (`IN_CODE`), and counts only where the files are silent.
+Some published tokenizers keep a part of it in their Python code only. That part is here as data, by the name of their
+class (`IN_CODE`), and counts only where the files are silent.
 """
 
 import json
@@ -33,8 +33,9 @@ class InCode(NamedTuple):
 _GLM_MASKS = ("[MASK]", "[gMASK]", "[sMASK]", "sop", "eop")
 _GLM_ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
 IN_CODE = {
-    "ChatGLMTokenizer": InCode(follow=_GLM_MASKS + _GLM_ROLES, begin=("[gMASK]", "sop"), stops=("<|user|>", "<|observation|>")),
-    "ChatGLMTokenizer chatglm2": InCode(follow=_GLM_MASKS, begin=("[gMASK]", "sop")),      # the same class before it had roles
+    "ChatGLMTokenizer": InCode(follow=_GLM_MASKS + _GLM_ROLES, begin=("[gMASK]", "sop"),
+                               stops=("<|user|>", "<|observation|>")),
+    "ChatGLMTokenizer chatglm2": InCode(follow=_GLM_MASKS, begin=("[gMASK]", "sop")),      # before it had roles
     "ChatGLM4Tokenizer": InCode(begin=("[gMASK]", "<sop>")),
     "InternLMTokenizer": InCode(special=("<eoh>", "<eoa>")),
 }
@@ -85,13 +86,16 @@ class Declared:
         self.special = {*self.named.values(), *map(self._text, extra)}
 
         self.added: dict[int, AddedToken] = {}
-        for text, id in read_json(folder / "added_tokens.json").items():
+        # beside a tokenizer.json it is a leftover, as for transformers: that file has its own list
+        older = {} if (folder / "tokenizer.json").exists() else read_json(folder / "added_tokens.json")
+        for text, id in older.items():
             self.added[token_id(id, folder / "added_tokens.json")] = AddedToken(text, special=text in self.special)
         listed = self.config.get("added_tokens_decoder") or {}
         need(isinstance(listed, dict), self.where, repr(listed), "added_tokens_decoder to map ids to tokens")
         for id, token in listed.items():
             need(isinstance(token, dict), self.where, repr(token), "a token's object in added_tokens_decoder")
-            flags = {flag: token.get(flag) is True for flag in ("special", "lstrip", "rstrip", "normalized", "single_word")}
+            names = ("special", "lstrip", "rstrip", "normalized", "single_word")
+            flags = {name: token.get(name) is True for name in names}
             self.added[token_id(id, self.where)] = AddedToken(self._text(token), **flags)
 
         model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
@@ -109,12 +113,12 @@ class Declared:
                          for name in SPEAKERS if f"{name}_id" in generation}
         self.about = " ".join(str(config.get(key) or "") for config, key in (
             (model, "model_type"), (model, "_name_or_path"), (self.config, "name_or_path"))).strip()
-        older = f"{self.kind} chatglm2" if "chatglm2" in self.about.lower() else self.kind
-        self.in_code = IN_CODE.get(older, IN_CODE.get(self.kind, InCode()))
+        kind = f"{self.kind} chatglm2" if "chatglm2" in self.about.lower() else self.kind
+        self.in_code = IN_CODE.get(kind, IN_CODE.get(self.kind, InCode()))
         self.special |= {*self.in_code.special, *self.in_code.follow}
 
     def _text(self, token: Any) -> str:                   # "<s>" or {"content": "<s>", "special": true, …}
-        text = token.get("content") if isinstance(token, dict) else token
+        text: Any = token.get("content") if isinstance(token, dict) else token
         need(isinstance(text, str) and text, self.where, repr(token), "the text of a token")
         return text
 
@@ -127,12 +131,15 @@ class Declared:
     def speak(self, text_of: Callable[[int], str | None], where: Path) -> None:
         """Name the speakers' tokens after their ids, so that a template can write them: {{ user_token }}."""
         for name, id in self.speakers.items():
-            need(text_of(id) is not None, where, f"no token of id {id}", f"one, as generation_config.json names it {name}_id")
-            self.named[name] = text_of(id)
-            self.special.add(text_of(id))
+            text = text_of(id)
+            if text is None:
+                raise TokenizerError(f"{where}: found no token of id {id}, "
+                                     f"expected one, as generation_config.json names it {name}_id")
+            self.named[name] = text
+            self.special.add(text)
 
     def around(self, ids: dict[str, int]) -> tuple[list[int], list[int]]:
-        """The prefix and the suffix of every text: what the class begins with, else what `add_bos_token` and `add_eos_token` ask for."""
+        """Prefix and suffix of every text: what the class begins with, else what add_bos_token, add_eos_token say."""
         bos, eos, add_bos = self.named.get("bos_token"), self.named.get("eos_token"), self.flag("add_bos_token")
         begin = [ids[text] for text in self.in_code.begin if text in ids]
         return (begin or ([ids[bos]] if bos in ids and (self.begins if add_bos is None else add_bos) else []),
@@ -141,11 +148,12 @@ class Declared:
     def all_stops(self, ids: dict[str, int]) -> dict[str, set[int]]:
         """Who says that which ids end a generation. Each of them does."""
         said = {"the tokenizer": [self.named.get("eos_token")], f"the code of {self.kind}": self.in_code.stops}
-        return {who: found for who, texts in said.items() if (found := {ids[text] for text in texts if text in ids})} | self.stops
+        found = {who: {ids[text] for text in texts if text in ids} for who, texts in said.items()}
+        return {who: stops for who, stops in found.items() if stops} | self.stops
 
 
 def chat_template(folder: Path, declared: Declared) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's: one source, or a list of named ones of which "default" is meant."""
+    """chat_template.jinja, else tokenizer_config.json's: one source, or of several named ones that called "default"."""
     file = folder / "chat_template.jinja"
     if file.exists():
         try:

@@ -1,4 +1,4 @@
-"""The tokenizer files of a model folder, read into what `tokenizer.py` runs: one of tokenizers', or sentencepiece's.
+"""The tokenizer files of a model folder, read into what text/tokenizer.py runs: of tokenizers, or of sentencepiece.
 
     file in the folder, first match wins              run by
     tokenizer.json                                    tokenizers
@@ -9,13 +9,13 @@
     vocab.json        XGen: GPT-2's, read as ranks    tokenizers' BPE
     tekken.json       Mistral-Nemo: base64 ranks      tokenizers' BPE
 
-The byte alphabet (GPT-2, `encoder.py`) gives each of the 256 bytes a visible character, so that byte strings can be stored
-as text: " é" is the bytes 20 C3 A9, written "ĠÃ©".
+The byte alphabet (GPT-2, `encoder.py`) gives each of the 256 bytes a visible character, so that byte strings can be
+stored as text: " é" is the bytes 20 C3 A9, written "ĠÃ©".
 
-Ranks come without merges, because they imply them (tiktoken, `_educational.py`): of all neighbours, those join first whose
-union has the lowest rank. So each way of splitting a token into two tokens is a merge, at the rank of the union. With ranks
-a 0, b 1, ab 2, aba 3 the merges are a+b, then ab+a; a+ba is none, because ba has no rank. Splits of one token tie, and
-tokenizers must put one first; in 270 000 random trials no text was cut otherwise than by tiktoken.
+Ranks come without merges, because they imply them (tiktoken, `_educational.py`): of all neighbours, those join first
+whose union has the lowest rank. So each way of splitting a token into two tokens is a merge, at the rank of the union.
+With ranks a 0, b 1, ab 2, aba 3 the merges are a+b, then ab+a; a+ba is none, because ba has no rank. Splits of one
+token tie, and tokenizers must put one first; in 270 000 random trials no text was cut otherwise than by tiktoken.
 """
 
 import base64
@@ -23,7 +23,7 @@ import contextlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import tokenizers
 from sentencepiece import SentencePieceProcessor
@@ -32,26 +32,28 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer_declared import Declared, need, read_json, token_id, what_is
 
-FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json", "added_tokens.json",
-         "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json",
+         "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 
 # Where text is cut before merging; no merge crosses a cut.
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
           r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 QWEN = LLAMA3.replace("{1,3}", "")                        # digits one at a time
-VOCAB_CLASSES = {"": GPT2, "GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "GPTNeoXTokenizer": GPT2, "Qwen2Tokenizer": QWEN}
+VOCAB_CLASSES = {"": GPT2, "GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "GPTNeoXTokenizer": GPT2,
+                 "Qwen2Tokenizer": QWEN}
 XGEN = "XgenTokenizer"                                    # GPT-2's vocabulary, and what its Python code adds
 
 # Special tokens that a format keeps in Python code rather than in a file. Those of ranks follow the last rank.
-LLAMA3_SPECIALS = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-                   "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-                   "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
+LLAMA3_SPECIALS = (
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
 QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
-XGEN_RUNS = (*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9, 1, -1)))     # each a rank, after GPT-2's
-XGEN_SPECIALS = ("<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> <issue_comment> <issue_closed> "
-                 "<jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <empty_output> <commit_before> <commit_msg> "
-                 "<commit_after> <reponame>").split()
+XGEN_RUNS = (*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9, 1, -1)))     # ranks after GPT-2's
+XGEN_SPECIALS = ("<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> "
+                 "<issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> "
+                 "<empty_output> <commit_before> <commit_msg> <commit_after> <reponame>").split()
 TEKKEN_SPECIALS = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
                    "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
                    "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
@@ -64,6 +66,7 @@ BYTE = {char: byte for byte, char in _CHAR.items()}
 # ---- the readers
 
 Model = tokenizers.Tokenizer | tuple[SentencePieceProcessor, SentencePieceProcessor]
+Backend = TypeVar("Backend")
 
 
 def _from_json(path: Path, declared: Declared) -> Model:
@@ -77,10 +80,11 @@ def _from_model(path: Path, declared: Declared) -> Model:
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\s", data):
         return _from_ranks(path, declared)
     need(data, path, "an empty file", "a sentencepiece model, or ranks in base64")     # sentencepiece accepts it
-    # Protobuf merges a message that is given twice, and the last value wins: normalizer_spec { add_dummy_prefix: false }
+    # Protobuf merges a message that is given twice; the last value wins: normalizer_spec { add_dummy_prefix: false }
     no_space = b"\x1a\x02\x18\x00"
     model = SentencePieceProcessor(model_proto=data)
-    follow = {model.get_piece_size() + i: AddedToken(text, special=True) for i, text in enumerate(declared.in_code.follow)}
+    first, names = model.get_piece_size(), declared.in_code.follow
+    follow = {first + i: AddedToken(text, special=True) for i, text in enumerate(names)}
     declared.added = follow | declared.added              # what the folder lists wins
     return model, SentencePieceProcessor(model_proto=data + no_space)
 
@@ -93,7 +97,8 @@ def _from_ranks(path: Path, declared: Declared) -> Model:
         need(rank.isdigit(), path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
         ranks[base64.b64decode(token, validate=True)] = int(rank)
         need(len(ranks) == number, path, f"line {number}: {line!r}", "a token that no line above has")
-    need(declared.added or not declared.in_code.begin, declared.where, "no added_tokens_decoder", f"one, for the special tokens of {declared.kind}")
+    need(declared.added or not declared.in_code.begin, declared.where, "no added_tokens_decoder",
+         f"one, for the special tokens of {declared.kind}")
     qwen = path.suffix == ".tiktoken"
     names, first = QWEN_SPECIALS if qwen else LLAMA3_SPECIALS, 1 + max(ranks.values())
     special = {token.content: id for id, token in declared.added.items()} or {t: first + i for i, t in enumerate(names)}
@@ -105,7 +110,8 @@ def _from_ranks(path: Path, declared: Declared) -> Model:
 
 
 def _from_vocab(path: Path, declared: Declared) -> Model:
-    need(declared.kind in (*VOCAB_CLASSES, XGEN), declared.where, f"tokenizer_class {declared.kind!r}", f"one of {[*VOCAB_CLASSES, XGEN]}")
+    kinds = [*VOCAB_CLASSES, XGEN]
+    need(declared.kind in kinds, declared.where, f"tokenizer_class {declared.kind!r}", f"one of {kinds}")
     if declared.kind == XGEN:
         return _from_xgen(path, declared)
     need(path.with_name("merges.txt").exists(), path, "no merges.txt beside it", "both")
@@ -117,7 +123,7 @@ def _from_vocab(path: Path, declared: Declared) -> Model:
 
 
 def _from_xgen(path: Path, declared: Declared) -> Model:
-    """GPT-2's ids are ranks already. Runs of spaces and tabs get new ones, also those that GPT-2 knows: their old ids fall out of use."""
+    """GPT-2's ids are ranks already. Runs of spaces and tabs get new ones, also where they had some."""
     end = "<|endoftext|>"
     known = {text: token_id(id, path) for text, id in read_json(path).items()}
     ranks = {bytes(BYTE[char] for char in text): id for text, id in known.items() if text != end}
@@ -137,7 +143,7 @@ def _from_tekken(path: Path, declared: Declared) -> Model:
     special = {token["token_str"]: token["rank"] for token in data.get("special_tokens") or
                [{"token_str": text, "rank": rank} for rank, text in enumerate(TEKKEN_SPECIALS)]}
     special |= {f"<SPECIAL_{id}>": id for id in range(len(special), shift)}
-    used = data["vocab"][:config["default_vocab_size"] - shift]         # the file lists more tokens than the models have
+    used = data["vocab"][:config["default_vocab_size"] - shift]         # the file lists more tokens than models have
     ranks = {base64.b64decode(token["token_bytes"]): token["rank"] + shift for token in used}
     declared.begins = True
     declared.special |= special.keys()
@@ -164,7 +170,7 @@ def _byte_level(model: models.BPE, pattern: str, prefix_space: bool = False) -> 
     backend.decoder = decoders.ByteLevel()
     if pattern == QWEN:
         backend.normalizer = normalizers.NFC()
-    if pattern == GPT2:                                   # ByteLevel has this pattern built in, and can put a space first
+    if pattern == GPT2:                                   # ByteLevel has this pattern, and can put a space first
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     else:
         split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -184,8 +190,10 @@ READERS: dict[str, tuple[Callable[[Path, Declared], Model], str]] = {
 
 @contextlib.contextmanager
 def one_error(path: Path, expected: str) -> Iterator[None]:
-    """What fails inside the block, in three libraries that have their own kinds of errors, as a TokenizerError. A panic in Rust, which is
-    how a pattern ends that takes too long, is no Exception to Python."""
+    """What fails inside the block, in three libraries that have their own kinds of errors, as a TokenizerError.
+
+    A pattern that takes too long ends in a panic in Rust, which is no Exception to Python.
+    """
     try:
         yield
     except TokenizerError:
@@ -197,11 +205,14 @@ def one_error(path: Path, expected: str) -> Iterator[None]:
         raise TokenizerError(f"{path}: found {what_is(path.read_bytes())}, expected {expected} ({reason})") from error
 
 
-def read_model(folder: Path, declared: Declared, run: Callable[[Model, Path], Any]) -> Any:
+def read_model(folder: Path, declared: Declared, run: Callable[[Model, Path], Backend]) -> Backend:
     """`run(model, path)` for the first tokenizer file in the folder, every failure turned into one TokenizerError."""
     for pattern, (reader, expected) in READERS.items():
         for path in sorted(folder.glob(pattern)):
             with one_error(path, expected):
                 return run(reader(path, declared), path)
-    advice = f". {XGEN} has no file of its own: put the vocab.json of GPT-2 into the folder, on which its code builds" if declared.kind == XGEN else ""
+    advice = ""
+    if declared.kind == XGEN:
+        advice = (f". {XGEN} has no file of its own: "
+                  "put the vocab.json of GPT-2 into the folder, on which its code builds")
     raise TokenizerError(f"{folder}: found no tokenizer, expected one of {', '.join(READERS)}{advice}")

@@ -2,7 +2,8 @@
 
 import pytest
 
-from checkpoints.families import GLM, GLM4, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.glm import GLM, GLM4
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 
@@ -16,7 +17,9 @@ def read(kind: str, **keys) -> ModelConfig:
 def test_defaults():
     norm, attention = Norm(eps=1.5625e-7), Attention(6, 2, 128, Rope(10_000.0, "interleaved", 0.5), qkv_bias=True)
     assert read("glm") == ModelConfig(97, 48, (Layer(attention, MLP(80), norm, None, norm),) * 2, norm, context=131072)
-    assert read("glm4") == ModelConfig(97, 48, (Layer(attention, MLP(80), norm, norm, norm, norm),) * 2, norm, context=131072)
+    assert read("glm4") == ModelConfig(
+        97, 48, (Layer(attention, MLP(80), norm, norm, norm, norm),) * 2, norm, context=131072
+    )
 
 
 def test_the_part_that_turns_is_written_though_it_be_the_whole():

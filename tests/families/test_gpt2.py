@@ -69,6 +69,7 @@ def test_each_layer_has_its_scale():
     assert scales(scale_attn_by_inverse_layer_idx=True) == [None, 1 / 16, 1 / 24]
     assert scales(scale_attn_weights=False) == [1.0] * 3
     assert scales(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True) == [1.0, 1 / 2, 1 / 3]
+    assert scales(scale_attn_weights=False, scale_attn_by_inverse_layer_idx=True, n_head=256) == [1.0, None, 1 / 3]     # 1/2 is 1/√4
 
 
 @pytest.mark.parametrize("base", [MEDIUM, STARCODER], ids=["gpt2", "gpt_bigcode"])

@@ -2,7 +2,8 @@
 
 import pytest
 
-from checkpoints.families import INTERNLM, INTERNLM2, INTERNLM3, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.internlm import INTERNLM, INTERNLM2, INTERNLM3
 from nanollm.config import MLP, Attention, DynamicNTK, Layer, Linear, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 
@@ -19,19 +20,31 @@ def rope(kind: str, **keys) -> Rope:
 
 def test_defaults():
     norm, attention = Norm(eps=1e-6), Attention(6, 6, 8, Rope(1e4), qkv_bias=True, out_bias=True)
-    assert read("internlm") == read("internlm2") == ModelConfig(97, 48, (Layer(attention, MLP(80), norm, None, norm),) * 2, norm, context=2048)
+    assert (
+        read("internlm")
+        == read("internlm2")
+        == ModelConfig(97, 48, (Layer(attention, MLP(80), norm, None, norm),) * 2, norm, context=2048)
+    )
     norm = Norm(eps=1e-5)
-    assert read("internlm3") == ModelConfig(97, 48, (Layer(Attention(6, 2, 128, Rope(1e4)), MLP(80), norm, None, norm),) * 2, norm, context=32768)
+    assert read("internlm3") == ModelConfig(
+        97, 48, (Layer(Attention(6, 2, 128, Rope(1e4)), MLP(80), norm, None, norm),) * 2, norm, context=32768
+    )
 
 
 def test_rotary():
     assert rope("internlm", rotary={"base": 10000, "type": "dynamic"}) == Rope(1e4, scaling=DynamicNTK(1.0, 2048))
-    stretched = rope("internlm", rotary={"base": 5e4, "type": "dynamic", "scaling_factor": 2.0}, max_position_embeddings=4096)
+    stretched = rope(
+        "internlm", rotary={"base": 5e4, "type": "dynamic", "scaling_factor": 2.0}, max_position_embeddings=4096
+    )
     assert stretched == Rope(5e4, scaling=DynamicNTK(2.0, 4096))
     assert rope("internlm", rotary={"base": 10000, "type": "origin"}) == rope("internlm") == Rope(1e4)
     # the 20B says both, and both mean the same base
-    assert rope("internlm", rotary={"base": 10000, "type": "dynamic"}, rope_theta=10000.0, rope_scaling=None).scaling == DynamicNTK(1.0, 2048)
-    assert rope("internlm2", rope_theta=1e6, rope_scaling={"type": "linear", "factor": 2.0}) == Rope(1e6, scaling=Linear(2.0))
+    assert rope(
+        "internlm", rotary={"base": 10000, "type": "dynamic"}, rope_theta=10000.0, rope_scaling=None
+    ).scaling == DynamicNTK(1.0, 2048)
+    assert rope("internlm2", rope_theta=1e6, rope_scaling={"type": "linear", "factor": 2.0}) == Rope(
+        1e6, scaling=Linear(2.0)
+    )
 
 
 def test_internlm3_in_both_dialects():
@@ -40,17 +53,33 @@ def test_internlm3_in_both_dialects():
         assert layer.mixer.qkv_bias and layer.mixer.out_bias and layer.ffn.bias
 
 
-@pytest.mark.parametrize("kind, keys, complaint", [
-    ("internlm", dict(rotary={"base": 10000, "type": "linear"}), "rotary.type is 'linear'; expected 'dynamic' or 'origin'"),
-    ("internlm", dict(rotary={"type": "dynamic"}), "rotary.base is missing"),
-    ("internlm", dict(rotary={"base": 10000, "type": "dynamic", "beta": 2}), "nothing here knows what these mean: rotary.beta"),
-    ("internlm", dict(rotary={"base": 10000, "type": "dynamic"}, rope_theta=5e5), "rope_theta is 500000.0; expected 10000.0"),
-    ("internlm", dict(rotary={"base": 10000, "type": "dynamic"}, rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling is .* None"),
-    ("internlm2", dict(head_dim=16), "head_dim is 16; expected hidden_size / num_attention_heads"),
-    ("internlm3", dict(qkv_bias=True, bias=False), "bias is False; expected True, as for q, k and v"),
-    ("internlm3", dict(qkv_bias=True), "bias is missing; expected True"),
-    ("internlm3", dict(attention_bias=False, mlp_bias=True), "mlp_bias is True; expected False"),
-])
+@pytest.mark.parametrize(
+    "kind, keys, complaint",
+    [
+        (
+            "internlm", dict(rotary={"base": 10000, "type": "linear"}),
+            "rotary.type is 'linear'; expected 'dynamic' or 'origin'",
+        ),
+        ("internlm", dict(rotary={"type": "dynamic"}), "rotary.base is missing"),
+        (
+            "internlm", dict(rotary={"base": 10000, "type": "dynamic", "beta": 2}),
+            "nothing here knows what these mean: rotary.beta",
+        ),
+        (
+            "internlm", dict(rotary={"base": 10000, "type": "dynamic"}, rope_theta=5e5),
+            "rope_theta is 500000.0; expected 10000.0",
+        ),
+        (
+            "internlm",
+            dict(rotary={"base": 10000, "type": "dynamic"}, rope_scaling={"type": "dynamic", "factor": 2.0}),
+            "rope_scaling is .* None",
+        ),
+        ("internlm2", dict(head_dim=16), "head_dim is 16; expected 8 or None"),
+        ("internlm3", dict(qkv_bias=True, bias=False), "bias is False; expected True"),
+        ("internlm3", dict(qkv_bias=True), "bias is missing; expected True"),
+        ("internlm3", dict(attention_bias=False, mlp_bias=True), "mlp_bias is True; expected False"),
+    ],
+)
 def test_refusals(kind, keys, complaint):
     with pytest.raises(ConfigError, match=complaint):
         read(kind, **keys)

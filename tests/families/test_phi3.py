@@ -4,11 +4,14 @@ import math
 
 import pytest
 
-from checkpoints.families import PHI3, read_config, write_config
+from checkpoints.families import read_config, write_config
+from checkpoints.families.phi3 import PHI3
 from nanollm.config import MLP, Attention, Layer, LongRope, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
 
-SIZES = dict(model_type="phi3", vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6)
+SIZES = dict(
+    model_type="phi3", vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6
+)
 LISTS = dict(short_factor=[1.0, 1.5, 2.0, 2.5], long_factor=[2.0, 3.0, 4.0, 5.0])
 
 
@@ -22,15 +25,25 @@ def rope(**keys) -> Rope:
 
 def test_defaults():
     norm = Norm(eps=1e-5)
-    assert read() == ModelConfig(97, 48, (Layer(Attention(6, 6, 8, Rope(10_000.0)), MLP(80), norm, None, norm),) * 3, norm, context=4096)
+    assert read() == ModelConfig(
+        97, 48, (Layer(Attention(6, 6, 8, Rope(10_000.0)), MLP(80), norm, None, norm),) * 3, norm, context=4096
+    )
 
 
 def test_the_temperature_is_that_of_phi_3_mini_128k():
     """√(1 + ln 32 / ln 4096) from contexts of 131072 and 4096, in every spelling."""
-    expected = LongRope(tuple(LISTS["short_factor"]), tuple(LISTS["long_factor"]), 4096, math.sqrt(1 + math.log(32) / math.log(4096)))
+    expected = LongRope(
+        tuple(LISTS["short_factor"]), tuple(LISTS["long_factor"]), 4096, math.sqrt(1 + math.log(32) / math.log(4096))
+    )
     long = dict(max_position_embeddings=131072)
-    for spelling in (dict(rope_scaling={"type": "su", **LISTS}), dict(rope_scaling={"rope_type": "longrope", **LISTS}),
-                     dict(rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 4096, **LISTS})):
+    for spelling in (
+        dict(rope_scaling={"type": "su", **LISTS}), dict(rope_scaling={"rope_type": "longrope", **LISTS}),
+        dict(
+            rope_parameters={
+                "rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 4096, **LISTS,
+            }
+        ),
+    ):
         assert rope(**long, **spelling).scaling == expected
     assert expected.attention_factor == pytest.approx(1.1902380714238083)
 
@@ -40,25 +53,50 @@ def test_three_quarters_of_a_head():
     assert rope(partial_rotary_factor=0.75, rope_scaling={"type": "longrope", **lists}).fraction == 0.75
 
 
-@pytest.mark.parametrize("keys, complaint", [
-    (dict(rope_scaling={"type": "longrope", **LISTS, "short_factor": [1.0] * 3}), "rope_scaling.short_factor .* list of 4 numbers, .* not of 3"),
-    (dict(rope_parameters={"rope_type": "longrope", **LISTS, "long_factor": [1.0] * 5}), "rope_parameters.long_factor .* 4 numbers, .* not of 5"),
-    (dict(rope_scaling={"type": "longrope", **LISTS}, partial_rotary_factor=0.75), "short_factor .* list of 3 numbers"),
-    (dict(rope_scaling={"type": "longrope", **LISTS, "short_factor": [1.0, 2.0, 0.0, 1.0]}), "short_factor is .* finite numbers above 0"),
-    (dict(rope_scaling={"type": "yarn", "factor": 4.0}), "rope_scaling.type is 'yarn'; expected default, longrope or su"),
-    (dict(rope_parameters={"rope_type": "linear", "factor": 4.0}), "rope_parameters.rope_type is 'linear'; expected default"),
-    (dict(rope_scaling={"type": "su", **LISTS, "original_max_position_embeddings": 2048}), "original_max_position_embeddings is 2048; expected 4096"),
-    (dict(lm_head_bias=True), "lm_head_bias is True"),
-    (dict(attention_bias=True), "attention_bias is True"),
-    (dict(mlp_bias=True), "mlp_bias is True"),
-    (dict(full_attn_mod=2), "full_attn_mod is 2"),
-    (dict(interpolate_factor=2), "interpolate_factor is 2"),
-])
+@pytest.mark.parametrize(
+    "keys, complaint",
+    [
+        (
+            dict(rope_scaling={"type": "longrope", **LISTS, "short_factor": [1.0] * 3}),
+            "rope_scaling.short_factor .* list of 4 numbers, .* not of 3",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "longrope", **LISTS, "long_factor": [1.0] * 5}),
+            "rope_parameters.long_factor .* 4 numbers, .* not of 5",
+        ),
+        (
+            dict(rope_scaling={"type": "longrope", **LISTS}, partial_rotary_factor=0.75),
+            "short_factor .* list of 3 numbers",
+        ),
+        (
+            dict(rope_scaling={"type": "longrope", **LISTS, "short_factor": [1.0, 2.0, 0.0, 1.0]}),
+            "short_factor is .* finite numbers above 0",
+        ),
+        (
+            dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+            "rope_scaling.type is 'yarn'; expected 'default' or 'longrope' or 'su'",
+        ),
+        (
+            dict(rope_parameters={"rope_type": "linear", "factor": 4.0}),
+            "rope_parameters.rope_type is 'linear'; expected 'default'",
+        ),
+        (
+            dict(rope_scaling={"type": "su", **LISTS, "original_max_position_embeddings": 2048}),
+            "original_max_position_embeddings is 2048; expected 4096",
+        ),
+        (dict(lm_head_bias=True), "lm_head_bias is True"), (dict(attention_bias=True), "attention_bias is True"),
+        (dict(mlp_bias=True), "mlp_bias is True"), (dict(full_attn_mod=2), "full_attn_mod is 2"),
+        (dict(interpolate_factor=2), "interpolate_factor is 2"),
+    ],
+)
 def test_refusals(keys, complaint):
     with pytest.raises(ConfigError, match=complaint):
         read(**keys)
 
 
 def test_written_anew_it_reads_back():
-    for keys in (dict(sliding_window=7), dict(rope_scaling={"type": "su", **LISTS}, original_max_position_embeddings=1024, num_key_value_heads=2)):
+    for keys in (
+        dict(sliding_window=7),
+        dict(rope_scaling={"type": "su", **LISTS}, original_max_position_embeddings=1024, num_key_value_heads=2),
+    ):
         assert write_config(read(**keys), PHI3)[0] is PHI3               # write_config compares what it reads back

@@ -2,7 +2,7 @@
 
 import pytest
 
-from checkpoints.families import read_config, write_config
+from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
 from nanollm.errors import ConfigError
 
@@ -29,7 +29,7 @@ def test_starcoder2():
     assert bare.layers[0].mixer == Attention(24, 2, 128, Rope(), qkv_bias=True, out_bias=True) and bare.context == 4096
     assert bare.layers[0].ffn == config.layers[0].ffn
     for each in (config, read(use_bias=False, sliding_window=None)):
-        assert read_config(write_config(each)[1])[1] == each
+        assert read_config(write_config(each, FAMILIES["starcoder2"])[1])[1] == each
 
 
 @pytest.mark.parametrize("key, value", [("norm_type", "rms_norm"), ("mlp_type", "gated"), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),

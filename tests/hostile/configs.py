@@ -1,5 +1,5 @@
-"""config.json and params.json that are none, that lie about sizes, or hold what no model could mean; and every key of every lineage
-with values that it cannot have."""
+"""config.json and params.json that are none, that lie about sizes, or hold what no model could mean; and every key of
+every lineage with values that it cannot have."""
 
 import json
 import math
@@ -67,7 +67,9 @@ CONFIGS: dict[str, Case] = {
     "model_type is deep": (keys(model_type=nested(DEEPEST)), "model_type is"),
     "model_type is a path": (keys(model_type="../../x"), "model_type is '../../x'"),
     "another family": (keys(model_type="mamba"), TOO_MANY),
-    "code of its own, and a class that is not known": (keys(model_type="mine", auto_map={"AutoModel": "modeling.Mine"}), "model_type is 'mine'"),
+    "code of its own, and a class that is not known": (
+        keys(model_type="mine", auto_map={"AutoModel": "modeling.Mine"}), "model_type is 'mine'",
+    ),
     # layers
     "a layer more": (keys(num_hidden_layers=3), "9 missing"),
     "a layer fewer": (keys(num_hidden_layers=1), "9 unexpected"),
@@ -115,7 +117,9 @@ CONFIGS: dict[str, Case] = {
     "RoPE stretched by NaN": (keys(rope_scaling={"type": "linear", "factor": math.nan}), "rope_scaling.factor is nan"),
     "RoPE stretched by −1": (keys(rope_scaling={"type": "linear", "factor": -1.0}), "rope_scaling.factor is -1.0"),
     "RoPE stretched by a list of 10⁵": (
-        keys(rope_scaling={"type": "longrope", "short_factor": [1.0] * 100_000, "long_factor": [1.0] * 100_000}), "LongRope lists of 2"),
+        keys(rope_scaling={"type": "longrope", "short_factor": [1.0] * 100_000, "long_factor": [1.0] * 100_000}),
+        "LongRope lists of 2",
+    ),
     "rope_scaling is a list": (keys(rope_scaling=[1, 2]), "rope_scaling is .* expected an object"),
     "unknown activation": (keys(hidden_act="sigmoid"), "hidden_act is 'sigmoid'"),
     "a bias that is 1": (keys(attention_bias=1), "attention_bias is 1; expected true or false"),
@@ -129,10 +133,19 @@ CONFIGS: dict[str, Case] = {
     # quantised
     "an unknown quantization": (keys(quantization_config={"quant_method": "awq"}), "quant_method is 'awq'"),
     "a quantization that is a list": (keys(quantization_config=[1] * 100_000), "quantization_config is"),
-    "a quantization that is deep": (keys(quantization_config={"quant_method": nested(DEEPEST - 50)}), "quant_method is"),
-    "fp8 in blocks of 0": (keys(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 128]}), "weight_block_size is"),
-    "fp8 in blocks that are a number": (keys(quantization_config={"quant_method": "fp8", "weight_block_size": 128}), "weight_block_size is"),
-    "fp8 of another format": (keys(quantization_config={"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}), "fmt is 'e5m2'"),
+    "a quantization that is deep": (
+        keys(quantization_config={"quant_method": nested(DEEPEST - 50)}), "quant_method is",
+    ),
+    "fp8 in blocks of 0": (
+        keys(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 128]}), "weight_block_size is",
+    ),
+    "fp8 in blocks that are a number": (
+        keys(quantization_config={"quant_method": "fp8", "weight_block_size": 128}), "weight_block_size is",
+    ),
+    "fp8 of another format": (
+        keys(quantization_config={"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}),
+        "fmt is 'e5m2'",
+    ),
     # legal
     "code of its own, which is not run": (keys(auto_map={"AutoModelForCausalLM": "modeling.Mine"}), None),
     "what training left": (keys(pretraining_tp=2, use_cache=False, attention_dropout=0.5, architectures=None), None),
@@ -155,7 +168,10 @@ def decoder(*path: Any, to: Any) -> good.Harm:
 LAYERS, LAYER = "of at most 21 layers", ("layers", 0, 1)
 OWN: dict[str, Case] = {
     "no decoder": (keys(decoder=...), "decoder is missing"),
-    **{f"decoder is {value!r}": (keys(decoder=value), LAYERS) for value in (None, 7, "x", [], {}, {"layers": 3}, {"layers": [[2]]})},
+    **{
+        f"decoder is {value!r}": (keys(decoder=value), LAYERS)
+        for value in (None, 7, "x", [], {}, {"layers": 3}, {"layers": [[2]]})
+    },
     "decoder is deep": (keys(decoder=nested(DEEPEST)), LAYERS),
     "1e9 layers": (decoder("layers", 0, 0, to=10**9), LAYERS),
     "−1 layers": (decoder("layers", 0, 0, to=-1), LAYERS),
@@ -164,13 +180,21 @@ OWN: dict[str, Case] = {
     "no layers": (decoder("layers", to=[]), "ModelConfig.layers"),
     "a layer that is null": (decoder("layers", 0, 1, to=None), "ModelConfig.layers"),
     "a layer that is a norm": (decoder("layers", 0, 1, to={"is": "Norm"}), "ModelConfig.layers"),
-    "an unknown class": (decoder(*LAYER, "mixer", "is", to="Popen"), "not a ModelConfig as to_dict writes it: KeyError: 'Popen'"),
+    "an unknown class": (
+        decoder(*LAYER, "mixer", "is", to="Popen"), "not a ModelConfig as to_dict writes it: KeyError: 'Popen'",
+    ),
     "a class that is a list": (decoder(*LAYER, "mixer", "is", to=["Norm"]), "not a ModelConfig as to_dict writes it"),
     "an unknown field": (decoder("surprise", to=1), "not a ModelConfig as to_dict writes it.*surprise"),
-    "a field that is missing": (edited(CONFIG, lambda values: values["decoder"].pop("vocab")), "not a ModelConfig as to_dict writes it.*vocab"),
+    "a field that is missing": (
+        edited(CONFIG, lambda values: values["decoder"].pop("vocab")),
+        "not a ModelConfig as to_dict writes it.*vocab",
+    ),
     "a mixer that is a number": (decoder(*LAYER, "mixer", to=7), "Layer.mixer = 7"),
     "a norm that is a number": (decoder(*LAYER, "pre_mixer", to=7), "Layer.pre_mixer = 7"),
-    "a norm that is deep": (decoder(*LAYER, "pre_mixer", to=nested(DEEPEST - 50)), "not a ModelConfig as to_dict writes it: RecursionError|Layer.pre_mixer = "),
+    "a norm that is deep": (
+        decoder(*LAYER, "pre_mixer", to=nested(DEEPEST - 50)),
+        "not a ModelConfig as to_dict writes it: RecursionError|Layer.pre_mixer = ",
+    ),
     "a RoPE that is a text": (decoder(*LAYER, "mixer", "rope", to="yes"), "Attention.rope = 'yes'"),
     "ε is NaN": (decoder("final_norm", "eps", to=math.nan), "Norm.eps = nan"),
     "ε is 10⁴⁰⁰": (decoder("final_norm", "eps", to=10**400), "Norm.eps = 1000"),
@@ -178,11 +202,16 @@ OWN: dict[str, Case] = {
     "a vocabulary of 1e12": (decoder("vocab", to=10**12), "ModelConfig.vocab = 1000000000000"),
     "a vocabulary of 1e9": (decoder("vocab", to=10**9), SHAPE),
     "heads of 2³¹, each as wide": (
-        lambda folder: [decoder(*LAYER, "mixer", key, to=2**31)(folder) for key in ("heads", "kv_heads", "head_dim")], "a tensor beyond any memory|of another shape"),
+        lambda folder: [decoder(*LAYER, "mixer", key, to=2**31)(folder) for key in ("heads", "kv_heads", "head_dim")],
+        "a tensor beyond any memory|of another shape",
+    ),
     "tied is a text": (decoder("tied", to="yes"), "ModelConfig.tied = 'yes'"),
     "a bias that is 1": (decoder(*LAYER, "mixer", "qkv_bias", to=1), "Attention.qkv_bias = 1"),
     "a kind that does not exist": (decoder("final_norm", "kind", to="batch"), "Norm.kind = 'batch'"),
-    "a tensor renamed": (good.weights(lambda found: found.update({"embed": found.pop("embed.weight")})), "1 missing:\n    embed.weight"),
+    "a tensor renamed": (
+        good.weights(lambda found: found.update({"embed": found.pop("embed.weight")})),
+        "1 missing:\n    embed.weight",
+    ),
 }
 
 
@@ -225,22 +254,55 @@ META: dict[str, Case] = {
     "an unknown key": (of_params(vision=1), "vision = 1"),
     "a key that is deep": (of_params(vision=nested(DEEPEST)), "vision = "),
     "a rank is missing": (gone("consolidated.00.pth"), "one of the ranks' files is missing"),
-    "no ranks": (gone("consolidated.00.pth", "consolidated.01.pth"), "neither consolidated.safetensors nor consolidated.00.pth"),
+    "no ranks": (
+        gone("consolidated.00.pth", "consolidated.01.pth"),
+        "neither consolidated.safetensors nor consolidated.00.pth",
+    ),
     "the last rank is missing": (gone("consolidated.01.pth"), SHAPE),
-    "a rank too many": (lambda folder: (folder / "consolidated.02.pth").write_bytes((folder / "consolidated.01.pth").read_bytes()), SHAPE),
+    "a rank too many": (
+        lambda folder: (folder / "consolidated.02.pth").write_bytes((folder / "consolidated.01.pth").read_bytes()),
+        SHAPE,
+    ),
     "a rank that is a link out of the folder": (
-        lambda folder: [(folder / "consolidated.01.pth").unlink(), (folder / "consolidated.01.pth").symlink_to("/etc/passwd")], "a link that leaves the folder"),
-    "a rank of another shape": (ranks(lambda found: found.update({"layers.0.attention.wq.weight": torch.ones(8, 8)})), "wq.weight is not in all of the 2 files"),
-    "a rank of another dtype": (ranks(lambda found: found.update({"layers.0.attention.wq.weight": torch.ones(4, 8).half()})), "wq.weight is not in all of the 2 files"),
-    "a tensor that one rank lacks": (ranks(lambda found: found.pop("output.weight")), "output.weight is not in all of the 2 files"),
-    "a tensor that one rank has alone": (ranks(lambda found: found.update(extra=torch.ones(2, 2))), "extra is not in the first of the 2 files"),
-    "norms that differ": (ranks(lambda found: found["norm.weight"].add_(1)), "norm.weight differs between the files of the ranks"),
+        lambda folder: [
+            (folder / "consolidated.01.pth").unlink(), (folder / "consolidated.01.pth").symlink_to("/etc/passwd"),
+        ],
+        "a link that leaves the folder",
+    ),
+    "a rank of another shape": (
+        ranks(lambda found: found.update({"layers.0.attention.wq.weight": torch.ones(8, 8)})),
+        "wq.weight is not in all of the 2 files",
+    ),
+    "a rank of another dtype": (
+        ranks(lambda found: found.update({"layers.0.attention.wq.weight": torch.ones(4, 8).half()})),
+        "wq.weight is not in all of the 2 files",
+    ),
+    "a tensor that one rank lacks": (
+        ranks(lambda found: found.pop("output.weight")), "output.weight is not in all of the 2 files",
+    ),
+    "a tensor that one rank has alone": (
+        ranks(lambda found: found.update(extra=torch.ones(2, 2))), "extra is not in the first of the 2 files",
+    ),
+    "norms that differ": (
+        ranks(lambda found: found["norm.weight"].add_(1)), "norm.weight differs between the files of the ranks",
+    ),
     "a tensor of three dimensions": (
-        lambda folder: [ranks(lambda found: found.update(cube=torch.ones(2, 2, 2)), rank)(folder) for rank in (0, 1)], "cube is .* a vector or a matrix"),
+        lambda folder: [ranks(lambda found: found.update(cube=torch.ones(2, 2, 2)), rank)(folder) for rank in (0, 1)],
+        "cube is .* a vector or a matrix",
+    ),
     "a tensor of no dimension": (
-        lambda folder: [ranks(lambda found: found.update({"norm.weight": torch.tensor(1.0)}), rank)(folder) for rank in (0, 1)], "norm.weight is .* a vector or a matrix"),
-    "a NaN in the second rank": (ranks(lambda found: found["output.weight"].view(-1)[3:4].fill_(math.nan)), "output.weight holds a NaN"),
-    "no embedding": (lambda folder: [ranks(lambda found: found.pop("tok_embeddings.weight"), rank)(folder) for rank in (0, 1)], "no matrix tok_embeddings.weight"),
+        lambda folder: [
+            ranks(lambda found: found.update({"norm.weight": torch.tensor(1.0)}), rank)(folder) for rank in (0, 1)
+        ],
+        "norm.weight is .* a vector or a matrix",
+    ),
+    "a NaN in the second rank": (
+        ranks(lambda found: found["output.weight"].view(-1)[3:4].fill_(math.nan)), "output.weight holds a NaN",
+    ),
+    "no embedding": (
+        lambda folder: [ranks(lambda found: found.pop("tok_embeddings.weight"), rank)(folder) for rank in (0, 1)],
+        "no matrix tok_embeddings.weight",
+    ),
     "a rank that is a pointer": (put("consolidated.01.pth", POINTER), "git-lfs pointer"),
 }
 MISTRAL: dict[str, Case] = {
@@ -249,13 +311,25 @@ MISTRAL: dict[str, Case] = {
     "a window of 0": (of_params(sliding_window=0), RANGE),
     "two windows": (of_params(sliding_window=4, _sliding_window=8), "_sliding_window is 8"),
     "experts that are a list": (of_params(moe=[8, 2]), "moe is .* expected an object"),
-    "1e9 experts": (of_params(moe={"num_experts": 10**9, "num_experts_per_tok": 2}), "moe.num_experts is 1000000000; .*from 1 to 21"),
+    "1e9 experts": (
+        of_params(moe={"num_experts": 10**9, "num_experts_per_tok": 2}),
+        "moe.num_experts is 1000000000; .*from 1 to 21",
+    ),
     "experts that are not there": (of_params(moe={"num_experts": 4, "num_experts_per_tok": 2}), "missing"),
     "more experts a token than there are": (of_params(moe={"num_experts": 2, "num_experts_per_tok": 3}), "top_k = 3"),
-    "an embedding of one dimension": (good.weights(lambda found: found.update({"tok_embeddings.weight": torch.ones(16)}), original.SINGLE), "no matrix tok_embeddings.weight"),
-    "an embedding of no dimension": (good.weights(lambda found: found.update({"tok_embeddings.weight": torch.tensor(1.0)}), original.SINGLE), "no matrix tok_embeddings.weight"),
+    "an embedding of one dimension": (
+        good.weights(lambda found: found.update({"tok_embeddings.weight": torch.ones(16)}), original.SINGLE),
+        "no matrix tok_embeddings.weight",
+    ),
+    "an embedding of no dimension": (
+        good.weights(lambda found: found.update({"tok_embeddings.weight": torch.tensor(1.0)}), original.SINGLE),
+        "no matrix tok_embeddings.weight",
+    ),
     "weights that are a web page": (put(original.SINGLE, "<html></html>"), "a web page"),
-    "weights cut short": (lambda folder: (folder / original.SINGLE).write_bytes((folder / original.SINGLE).read_bytes()[:-1]), "truncated"),
+    "weights cut short": (
+        lambda folder: (folder / original.SINGLE).write_bytes((folder / original.SINGLE).read_bytes()[:-1]),
+        "truncated",
+    ),
 }
 
 GROUPS = {
@@ -269,9 +343,10 @@ GROUPS = {
 # ---- every key of every lineage
 
 VALUES = {
-    "null": None, "true": True, "−1": -1, "0": 0, "1": 1, "3": 3, "1e9": 1e9, "10⁹": 10**9, "2³¹": 2**31, "10¹²": 10**12, "10⁴⁰⁰": 10**400, "1e-300": 1e-300,
-    "NaN": math.nan, "∞": math.inf, "−∞": -math.inf, "x": "x", "empty text": "", "[]": [], "{}": {}, "deep": nested(2_000), "[null]": [None], "[1]": [1],
-    "{k: 1}": {"k": 1}, "long": [1.0] * 10_000,
+    "null": None, "true": True, "−1": -1, "0": 0, "1": 1, "3": 3, "1e9": 1e9, "10⁹": 10**9, "2³¹": 2**31,
+    "10¹²": 10**12, "10⁴⁰⁰": 10**400, "1e-300": 1e-300, "NaN": math.nan, "∞": math.inf, "−∞": -math.inf, "x": "x",
+    "empty text": "", "[]": [], "{}": {}, "deep": nested(2_000), "[null]": [None], "[1]": [1], "{k: 1}": {"k": 1},
+    "long": [1.0] * 10_000,
 }
 
 
@@ -315,7 +390,7 @@ def fits(values: dict[str, Any], stored: dict[str, files.Stored]) -> None:
     """What source.py does with a config and headers, up to the plan. Raises what it raises."""
     family, config = read_config(values, most=len(stored))
     parameters = dict(source._on_meta(config, "config.json").named_parameters())
-    tables = [table.expand(names, parameters, config) for names in family.tables]
+    tables = [table.expand(names, parameters, config) for names in family.tables(config)]
     table.check(min(tables, key=lambda steps: len(table.missing(steps, stored))), parameters, stored, family.ignorable)
 
 
@@ -337,19 +412,31 @@ def sweep(root: Path, count: int, own: bool = False) -> Iterator[tuple[str, Call
         paths = list(places_in(values)) if own else asked_for(values, len(stored))
         for path, label in rng.sample([(path, label) for path in paths for label in VALUES], count):
             changed = replaced(text, path, VALUES[label])
-            yield f"{name}, {'.'.join(map(str, path))} = {label}", lambda changed=changed, stored=stored: fits(changed, stored)
+            yield (
+                f"{name}, {'.'.join(map(str, path))} = {label}",
+                lambda changed=changed, stored=stored: fits(changed, stored),
+            )
 
 
 def sweep_params(root: Path) -> Iterator[tuple[str, Callable[[], None]]]:
     """Every value in every key of params.json, of both dialects, and of the one with experts."""
     experts = {**good.MISTRAL, "moe": {"num_experts": 4, "num_experts_per_tok": 2}}
-    known = ("n_kv_heads", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "multiple_of", "ffn_dim_multiplier",
-             "sliding_window", "_sliding_window", "tied_embeddings", "norm_eps", "vocab_size")
+    known = (
+        "n_kv_heads", "rope_theta", "use_scaled_rope", "rope_scaling_factor", "max_seq_len", "multiple_of",
+        "ffn_dim_multiplier", "sliding_window", "_sliding_window", "tied_embeddings", "norm_eps", "vocab_size",
+    )
     for dialect, params in (("llama", good.PARAMS), ("mistral", good.MISTRAL), ("mixtral", experts)):
         for path in dict.fromkeys([*places_in(params), *((key,) for key in known)]):
             for label, value in VALUES.items():
                 changed = replaced(json.dumps(params), path, value)
 
                 def use(changed: dict[str, Any] = changed, dialect: str = dialect) -> None:
-                    source._on_meta(read_config(original.read_params(changed, "params.json", dialect, 16, False, most=30), "params.json", most=30)[1], "params.json")
+                    source._on_meta(
+                        read_config(
+                            original.read_params(changed, "params.json", dialect, 16, False, most=30), "params.json",
+                            most=30,
+                        )[1],
+                        "params.json",
+                    )
+
                 yield f"{dialect}, {'.'.join(path)} = {label}", use

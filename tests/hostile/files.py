@@ -1,4 +1,5 @@
-"""Safetensors files that are damaged, lie, or are something else; the same files with bytes changed at random; indices that lead astray."""
+"""Safetensors files that are damaged, lie, or are something else; the same files with bytes changed at random;
+indices that lead astray."""
 
 import json
 import os
@@ -30,7 +31,12 @@ def rewritten(change: Callable[[dict[str, Any], bytes], tuple[Any, bytes]]) -> H
 
 def beside(name: str, shape: list[int], data: bytes = b"", dtype: str = "F32", **more: Any) -> Harm:
     """One tensor more, at the end of the file."""
-    return rewritten(lambda header, old: (header | {name: {"dtype": dtype, "shape": shape, "data_offsets": [len(old), len(old) + len(data)]} | more}, old + data))
+    return rewritten(
+        lambda header, old: (
+            header | {name: {"dtype": dtype, "shape": shape, "data_offsets": [len(old), len(old) + len(data)]} | more},
+            old + data,
+        )
+    )
 
 
 def unsorted(header: dict[str, Any], data: bytes) -> tuple[Any, bytes]:
@@ -72,7 +78,9 @@ FILES: dict[str, Case] = {
     "a folder": (of_another_kind(os.mkdir), "model.safetensors: missing"),
     "a pipe that nobody writes to": (of_another_kind(os.mkfifo), "model.safetensors: missing"),
     "a link to itself": (of_another_kind(lambda path: path.symlink_to(path)), "neither model.safetensors nor"),
-    "a link out of the folder": (of_another_kind(lambda path: path.symlink_to("/etc/passwd")), "a link that leaves the folder"),
+    "a link out of the folder": (
+        of_another_kind(lambda path: path.symlink_to("/etc/passwd")), "a link that leaves the folder",
+    ),
     # the length of the header
     "huge header": (of(b"{}", length=2**63), "too large"),
     "header past the end": (of(b"{}", length=1000), "truncated in the header"),
@@ -99,9 +107,14 @@ FILES: dict[str, Case] = {
     "entry is a text": (of({"a": "F32"}), "a: dtype, shape and data_offsets"),
     "entry is null": (of({"a": None}), "a: dtype, shape and data_offsets"),
     "entry is NaN": (of(b'{"a": NaN}'), "a: dtype, shape and data_offsets"),
-    "entry lacks the shape": (of({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)), "a: dtype, shape and data_offsets"),
+    "entry lacks the shape": (
+        of({"a": {"dtype": "F32", "data_offsets": [0, 4]}}, bytes(4)), "a: dtype, shape and data_offsets",
+    ),
     "entry has a fourth key": (of({"a": entry(0, 8) | {"x": 1}}, bytes(8)), "a: dtype, shape and data_offsets"),
-    "header has another key": (rewritten(lambda header, data: (header | {"comment": "hello"}, data)), "comment: dtype, shape and data_offsets"),
+    "header has another key": (
+        rewritten(lambda header, data: (header | {"comment": "hello"}, data)),
+        "comment: dtype, shape and data_offsets",
+    ),
     "metadata of numbers": (of({"__metadata__": {"format": 1}}), "__metadata__"),
     "metadata is a list": (of({"__metadata__": ["pt"]}), "__metadata__"),
     "unknown dtype": (of({"a": entry(0, 8, [2], "F7")}, bytes(8)), "a: a dtype among"),
@@ -121,7 +134,9 @@ FILES: dict[str, Case] = {
     "backwards": (of({"a": entry(8, 0, [2])}, bytes(8)), "a: offsets 8 bytes apart"),
     "out of range": (of({"a": entry(0, 2**60)}, bytes(8)), "truncated"),
     "overlap": (of({"a": entry(0, 8), "b": entry(4, 12)}, bytes(12)), "b starts at byte .* inside the one before"),
-    "two tensors in one place": (of({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)), "b starts at byte .* inside the one before"),
+    "two tensors in one place": (
+        of({"a": entry(0, 8), "b": entry(0, 8)}, bytes(8)), "b starts at byte .* inside the one before",
+    ),
     "gap": (of({"a": entry(0, 8), "b": entry(12, 16)}, bytes(16)), "b starts at byte .* gap"),
     "gap at the start": (of({"a": entry(4, 8)}, bytes(8)), "a starts at byte .* gap"),
     # sound files, in which there is something that the model has not
@@ -137,7 +152,10 @@ FILES: dict[str, Case] = {
     "a NaN in what is no weight": (beside(BUFFER, [1], b"\0\0\xc0\x7f"), None),
     "tensors in another order than their names": (rewritten(unsorted), None),
     "data at an odd place": (rewritten(odd), None),
-    "no metadata": (rewritten(lambda header, data: ({key: value for key, value in header.items() if key != "__metadata__"}, data)), None),
+    "no metadata": (
+        rewritten(lambda header, data: ({key: value for key, value in header.items() if key != "__metadata__"}, data)),
+        None,
+    ),
 }
 
 LETTERS = b'0123456789-[]{}",:'
@@ -149,10 +167,14 @@ def mutated(seed: int, content: bytes, most: int = 20) -> bytes:
     for _ in range(rng.randint(1, 3)):
         place = rng.randrange(len(bad))
         match rng.randrange(4):
-            case 0: bad[place] ^= 1 << rng.randrange(8)
-            case 1: bad.insert(place, rng.randrange(256))
-            case 2: del bad[place : place + rng.randint(1, most)]
-            case 3: bad[place] = rng.choice(LETTERS)
+            case 0:
+                bad[place] ^= 1 << rng.randrange(8)
+            case 1:
+                bad.insert(place, rng.randrange(256))
+            case 2:
+                del bad[place : place + rng.randint(1, most)]
+            case 3:
+                bad[place] = rng.choice(LETTERS)
     return bytes(bad)
 
 
@@ -231,13 +253,26 @@ INDICES: dict[str, Case] = {
     "a link to an absolute path": (link("/etc/passwd"), "a link that leaves the folder"),
     "a link to nothing": (link("nothing"), "missing"),
     "a shard that is missing": (places(extra="model-3.safetensors"), "model-3.safetensors: missing"),
-    "a shard that was not downloaded": (put("model-2.safetensors", POINTER), "model-2.safetensors: not safetensors, but a git-lfs pointer"),
-    "a shard cut short": (lambda folder: os.truncate(folder / "model-2.safetensors", 2000), "model-2.safetensors: truncated"),
-    "a tensor absent from its shard": (places(extra="model-1.safetensors"), "1 tensors are not in the shard.*extra, in model-1"),
+    "a shard that was not downloaded": (
+        put("model-2.safetensors", POINTER), "model-2.safetensors: not safetensors, but a git-lfs pointer",
+    ),
+    "a shard cut short": (
+        lambda folder: os.truncate(folder / "model-2.safetensors", 2000), "model-2.safetensors: truncated",
+    ),
+    "a tensor absent from its shard": (
+        places(extra="model-1.safetensors"), "1 tensors are not in the shard.*extra, in model-1",
+    ),
     "tensors in the other shard": (edited(INDEX, swapped), "21 tensors are not in the shard"),
     "a tensor in two shards": (twice, "model.embed_tokens.weight is in two shards"),
-    "a shard that it does not name": (edited(INDEX, lambda values: values.update(weight_map={
-        name: file for name, file in values["weight_map"].items() if file == "model-1.safetensors"})), "11 missing"),
+    "a shard that it does not name": (
+        edited(
+            INDEX,
+            lambda values: values.update(
+                weight_map={name: file for name, file in values["weight_map"].items() if file == "model-1.safetensors"}
+            ),
+        ),
+        "11 missing",
+    ),
     "no weight_map": (put(INDEX, "{}"), "weight_map"),
     "an empty weight_map": (index({}), "weight_map"),
     "weight_map is a list": (index(["model-1.safetensors"]), "weight_map"),

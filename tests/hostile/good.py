@@ -1,4 +1,5 @@
-"""The folders that the battery harms, unharmed: a Llama of six kilobytes, in every layout that is read, with numbers that need no luck.
+"""The folders that the battery harms, unharmed: a Llama of six kilobytes, in every layout that is read, with numbers
+that need no luck.
 
 Its weights are written down here, not drawn, so that what a changed byte does is the same with every version of torch.
 """
@@ -21,15 +22,24 @@ from nanollm.model import Decoder
 from tests.meta_folders import COLUMNS, ORIGINAL, neighbours
 
 CONFIG: dict[str, Any] = dict(
-    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=16, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
-    num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=10_000.0, hidden_act="silu",
-    tie_word_embeddings=False, torch_dtype="float32", bos_token_id=1, eos_token_id=2,
+    architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=16, hidden_size=8, intermediate_size=12,
+    num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, rms_norm_eps=1e-5,
+    rope_theta=10_000.0, hidden_act="silu", tie_word_embeddings=False, torch_dtype="float32", bos_token_id=1,
+    eos_token_id=2,
 )
-PARAMS: dict[str, Any] = dict(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=16, multiple_of=4, ffn_dim_multiplier=0.6, norm_eps=1e-5, rope_theta=10_000.0)
-MISTRAL: dict[str, Any] = dict(dim=8, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=16, head_dim=4, hidden_dim=12, norm_eps=1e-5, rope_theta=10_000.0)
+PARAMS: dict[str, Any] = dict(
+    dim=8, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=16, multiple_of=4, ffn_dim_multiplier=0.6, norm_eps=1e-5,
+    rope_theta=10_000.0,
+)
+MISTRAL: dict[str, Any] = dict(
+    dim=8, n_layers=2, n_heads=2, n_kv_heads=1, vocab_size=16, head_dim=4, hidden_dim=12, norm_eps=1e-5,
+    rope_theta=10_000.0,
+)
 
 Harm = Callable[[Path], Any]                     # done to a good folder
-Case = tuple[Harm, str | None]                   # and a part of the message that must follow; None: nothing is wrong with it, and it loads
+Case = tuple[
+    Harm, str | None
+]  # and a part of the message that must follow; None: nothing is wrong with it, and it loads
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,8 @@ class Group:
     use: Callable[[Path], Any]                   # what is called; it must succeed on the good folder
     cases: dict[str, Case]
     folder: bool = False                         # a Hugging Face folder: transformers can be asked what it makes of it
-    seconds: float = 1.0                         # the most that one may take
-    process: bool = True                         # seconds are of this process; False: of the clock on the wall, as others work too
+    seconds: float = 1.0  # the most that one may take
+    process: bool = True  # seconds are of this process; False: of the clock on the wall, as others work too
 
 
 def tensors() -> dict[str, Tensor]:
@@ -51,8 +61,9 @@ def tensors() -> dict[str, Tensor]:
     for i in range(2):
         for name, shape in (
             ("input_layernorm", (wide,)), ("post_attention_layernorm", (wide,)), ("self_attn.q_proj", (wide, wide)),
-            ("self_attn.k_proj", (narrow, wide)), ("self_attn.v_proj", (narrow, wide)), ("self_attn.o_proj", (wide, wide)),
-            ("mlp.gate_proj", (hidden, wide)), ("mlp.up_proj", (hidden, wide)), ("mlp.down_proj", (wide, hidden)),
+            ("self_attn.k_proj", (narrow, wide)), ("self_attn.v_proj", (narrow, wide)),
+            ("self_attn.o_proj", (wide, wide)), ("mlp.gate_proj", (hidden, wide)), ("mlp.up_proj", (hidden, wide)),
+            ("mlp.down_proj", (wide, hidden)),
         ):
             shapes[f"model.layers.{i}.{name}.weight"] = shape
     made = {}
@@ -77,7 +88,10 @@ def sharded(folder: Path) -> None:
     shards = {"model-1.safetensors": names[:10], "model-2.safetensors": names[10:]}
     for file, some in shards.items():
         save_file({name: tensors()[name] for name in some}, folder / file, {"format": "pt"})
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}})
+    write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {}, "weight_map": {name: file for file, some in shards.items() for name in some}},
+    )
     save_file(tensors(), folder.parent / "outside.safetensors", {"format": "pt"})
 
 
@@ -90,7 +104,10 @@ def own(folder: Path) -> None:
     """Our names, as checkpoints/families/nanollm.py has them."""
     config = read_config(CONFIG)[1]
     write_json(folder / "config.json", {"model_type": "nanollm", "decoder": config.to_dict()})
-    save_file({name: parameter.data for name, parameter in Decoder(config).named_parameters()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {name: parameter.data for name, parameter in Decoder(config).named_parameters()},
+        folder / "model.safetensors", {"format": "pt"},
+    )
 
 
 def original() -> dict[str, Tensor]:
@@ -99,7 +116,9 @@ def original() -> dict[str, Tensor]:
     for name, tensor in tensors().items():
         parts = name.split(".")
         if name in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
-            new = {"model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm"}[name.removesuffix(".weight")]
+            new = {"model.embed_tokens": "tok_embeddings", "lm_head": "output", "model.norm": "norm"}[
+                name.removesuffix(".weight")
+            ]
         elif "layernorm" in name:
             new = f"layers.{parts[2]}.{'attention_norm' if parts[3] == 'input_layernorm' else 'ffn_norm'}"
         else:
@@ -113,8 +132,12 @@ def meta(folder: Path) -> None:
     """Two ranks."""
     write_json(folder / "params.json", PARAMS)
     for rank in range(2):
-        own = {name: tensor if tensor.ndim == 1 else tensor.chunk(2, 1 if name.split(".")[-2] in (*COLUMNS, "tok_embeddings") else 0)[rank].clone()
-               for name, tensor in original().items()}
+        own = {
+            name: tensor
+            if tensor.ndim == 1
+            else tensor.chunk(2, 1 if name.split(".")[-2] in (*COLUMNS, "tok_embeddings") else 0)[rank].clone()
+            for name, tensor in original().items()
+        }
         torch.save(own, folder / f"consolidated.{rank:02d}.pth")
 
 

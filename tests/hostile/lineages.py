@@ -1,4 +1,5 @@
-"""Tensors that do not fit: for each lineage its folder with one missing, one more, one of another shape or type, one that is not finite."""
+"""Tensors that do not fit: for each lineage its folder with one missing, one more, one of another shape or type, one
+that is not finite."""
 
 import functools
 import math
@@ -42,18 +43,26 @@ CASES: dict[str, Case] = {
     "the largest missing": (weights(lambda found: found.pop(largest(found))), "1 missing:\n    "),
     "the smallest missing": (weights(lambda found: found.pop(smallest(found))), "1 missing:\n    "),
     "all missing but one": (
-        weights(lambda found: [found.pop(name) for name in list(found)[1:]]), r"missing|num_hidden_layers is|n_layers? is|layer.* is|expert.* is|is \d+; expected"),
+        weights(lambda found: [found.pop(name) for name in list(found)[1:]]),
+        r"missing|num_hidden_layers is|n_layers? is|layer.* is|expert.* is|is \d+; expected",
+    ),
     "two more": (
-        weights(lambda found: found.update({"extra.one": torch.ones(2), "extra.two": torch.ones(2)})), "2 unexpected .*:\n    extra.one\n    extra.two"),
+        weights(lambda found: found.update({"extra.one": torch.ones(2), "extra.two": torch.ones(2)})),
+        "2 unexpected .*:\n    extra.one\n    extra.two",
+    ),
     "one under another name": (
-        weights(lambda found: found.update({"renamed": found.pop(largest(found))})), "1 missing:\n    .*\n  1 unexpected .*:\n    renamed"),
+        weights(lambda found: found.update({"renamed": found.pop(largest(found))})),
+        "1 missing:\n    .*\n  1 unexpected .*:\n    renamed",
+    ),
     "a row fewer": (to(largest, lambda tensor: tensor[1:]), "1 of another shape:\n    "),
     "turned": (to(largest, lambda tensor: tensor.transpose(0, -1)), "1 of another shape:\n    |1 unexpected"),
     "one more dimension": (to(smallest, lambda tensor: tensor[None]), "1 of another shape:\n    "),
     "of no dimension": (to(smallest, lambda tensor: tensor.view(-1)[0].clone()), "1 of another shape:\n    "),
     "of int8": (to(largest, lambda tensor: tensor.to(torch.int8)), "(?s)of another type:.*: int8 stored"),
     "of bool": (to(smallest, lambda tensor: tensor > 0), "(?s)of another type:.*: bool stored"),
-    "of float8": (to(largest, lambda tensor: tensor.to(torch.float8_e4m3fn)), "(?s)of another type:.*: float8_e4m3fn stored"),
+    "of float8": (
+        to(largest, lambda tensor: tensor.to(torch.float8_e4m3fn)), "(?s)of another type:.*: float8_e4m3fn stored",
+    ),
     "a NaN at the start": (to(largest, with_one(math.nan, 0)), NOT_FINITE),
     "a NaN at the end": (to(smallest, with_one(math.nan, -1)), NOT_FINITE),
     "∞": (to(largest, with_one(math.inf, -1)), NOT_FINITE),

@@ -1,4 +1,5 @@
-"""Pickles that run code, lie about their tensors, fill the memory, or are damaged. None is run by anything but our own machine."""
+"""Pickles that run code, lie about their tensors, fill the memory, or are damaged. None is run by anything but our
+own machine."""
 
 import io
 import os
@@ -59,7 +60,8 @@ def named(value: bytes, name: bytes = text("w")) -> bytes:
 
 
 def doubled(times: int) -> bytes:
-    """A tuple of two tuples of two tuples …, each made once: 2 ** times leaves. It is left in the memo, under its number."""
+    """A tuple of two tuples of two tuples …, each made once: 2 ** times leaves. It is left in the memo, under its
+    number."""
     return b")q\0" + b"".join(b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(times))
 
 
@@ -137,7 +139,9 @@ DAMAGED, NOT_ALL, BY_NAME = "data.pkl is damaged", "bytes are not all in the fil
 ALLOWED: dict[str, Case] = {
     # programs that call what they should not
     "os.system": (evil(os.system, "touch MARK"), CALLS.format("posix.system")),
-    "os.system, by protocol 4": (evil(os.system, "touch MARK", protocol=4), "the instruction STACK_GLOBAL|the instruction FRAME"),
+    "os.system, by protocol 4": (
+        evil(os.system, "touch MARK", protocol=4), "the instruction STACK_GLOBAL|the instruction FRAME",
+    ),
     "os.system, as text": (running(program(b"(S'touch x'\nios\nsystem\n")), "the instruction"),
     "eval": (evil(eval, "open('MARK', 'w')"), CALLS.format("builtins.eval|__builtin__.eval")),
     "exec": (evil(exec, "open('MARK', 'w')"), "the pickle calls .*exec"),
@@ -147,19 +151,35 @@ ALLOWED: dict[str, Case] = {
     "no archive": (bare, "not tensors as torch.save writes them since 1.6: a Python pickle"),
     "a class of its own": (evil(Calls, 1), "the pickle calls tests.hostile.pickled.Calls"),
     "a function that writes into another": (
-        running(program(function("torch._utils", "_rebuild_tensor_v2"), b"N}" + text("__defaults__") + b"K\x07\x85s\x86b")), "tensors by name expected, found function"),
-    "a storage that is a tuple": (running(named(tensor(of=b"(" + text("x") + text("y") + b"t"))), r"\('x', 'y'\) is no storage"),
+        running(
+            program(function("torch._utils", "_rebuild_tensor_v2"), b"N}" + text("__defaults__") + b"K\x07\x85s\x86b")
+        ),
+        "tensors by name expected, found function",
+    ),
+    "a storage that is a tuple": (
+        running(named(tensor(of=b"(" + text("x") + text("y") + b"t"))), r"\('x', 'y'\) is no storage",
+    ),
     "a storage that is called": (running(named(function("torch", "FloatStorage") + number(10**9) + b"\x85R")), DAMAGED),
     "an instance": (running(named(function("collections", "OrderedDict") + b")\x81")), "the instruction NEWOBJ"),
     "an extension": (running(named(b"\x82\x01")), "the instruction EXT1"),
     # bombs
     "a bytearray of a terabyte": (evil(bytearray, 10**12), "the pickle calls .*bytearray"),
-    "a list of a terabyte": (running(named(function("builtins", "range") + number(10**12) + b"\x85R")), "the pickle calls builtins.range"),
-    "a tensor of a petabyte": (running(named(tensor(storage(count=10**15), sizes=shape(10**15), strides=shape(1)))), NOT_ALL),
-    "a number of two megabytes": (running(program(b"\x8b" + struct.pack("<i", 1_900_000) + b"\x01" * 1_900_000)), "the instruction LONG4"),
+    "a list of a terabyte": (
+        running(named(function("builtins", "range") + number(10**12) + b"\x85R")), "the pickle calls builtins.range",
+    ),
+    "a tensor of a petabyte": (
+        running(named(tensor(storage(count=10**15), sizes=shape(10**15), strides=shape(1)))), NOT_ALL,
+    ),
+    "a number of two megabytes": (
+        running(program(b"\x8b" + struct.pack("<i", 1_900_000) + b"\x01" * 1_900_000)), "the instruction LONG4",
+    ),
     "2⁶⁰ leaves as a name": (running(program(doubled(60), b"}h\x3cK\x01s")), BY_NAME),
-    "2⁶⁰ leaves as a storage": (running(program(doubled(60), b"(" + text("storage") + b"h\x3ch\x3ch\x3ch\x3ctQ")), DAMAGED),
-    "2⁶⁰ leaves as a shape": (running(program(doubled(60), named(tensor(sizes=b"h\x3c"))[2:])), "a shape and strides of whole numbers"),
+    "2⁶⁰ leaves as a storage": (
+        running(program(doubled(60), b"(" + text("storage") + b"h\x3ch\x3ch\x3ch\x3ctQ")), DAMAGED,
+    ),
+    "2⁶⁰ leaves as a shape": (
+        running(program(doubled(60), named(tensor(sizes=b"h\x3c"))[2:])), "a shape and strides of whole numbers",
+    ),
     "a tuple as deep as it goes, as a name": (running(program(b"}" + b")" + b"\x85" * 110_000 + b"K\x01s")), BY_NAME),
     "marks without end": (running(program(b"(" * 110_000)), "values wait on the stack"),
     "dicts without end": (running(program(b"}" * 110_000)), "values wait on the stack"),
@@ -167,7 +187,9 @@ ALLOWED: dict[str, Case] = {
     "two million instructions": (running(program(b"}" + b"Nb" * 990_000)), "more than 120000 instructions"),
     "a program of three megabytes": (running(program(b"N" * 3_000_000)), "data.pkl in the archive is too large"),
     "compressed": (rebuilt(lambda entries: None, zipfile.ZIP_DEFLATED), "is compressed"),
-    "a compressed gigabyte": (rebuilt(lambda entries: entries.update({"data/0": bytes(10**7)}), zipfile.ZIP_DEFLATED), "is compressed"),
+    "a compressed gigabyte": (
+        rebuilt(lambda entries: entries.update({"data/0": bytes(10**7)}), zipfile.ZIP_DEFLATED), "is compressed",
+    ),
     # tensors that lie
     "storage past the end": (running(named(tensor(sizes=shape(17, 8)))), NOT_ALL),
     "first element past the end": (running(named(tensor(first=1))), NOT_ALL),
@@ -175,49 +197,88 @@ ALLOWED: dict[str, Case] = {
     "a storage that is not there": (running(named(tensor(storage("99")))), NOT_ALL),
     "a storage outside the archive": (running(named(tensor(storage("../../etc/passwd")))), NOT_ALL),
     "a storage whose key is a list": (
-        running(named(tensor(b"(" + text("storage") + function("torch", "FloatStorage") + b"]" + text("cpu") + number(4) + b"tQ"))), "is no storage"),
+        running(
+            named(
+                tensor(
+                    b"(" + text("storage") + function("torch", "FloatStorage") + b"]" + text("cpu") + number(4) + b"tQ"
+                )
+            )
+        ),
+        "is no storage",
+    ),
     "a storage that is none": (running(named(b"NQ")), DAMAGED),
     "a negative shape": (running(named(tensor(sizes=shape(-16, -8)))), "whole numbers expected"),
     "a shape of text": (running(named(tensor(sizes=b"(" + text("16") + text("8") + b"t"))), "whole numbers expected"),
     "a shape that is a number": (running(named(tensor(sizes=number(128)))), "whole numbers expected"),
-    "a shape of a thousand": (running(named(tensor(sizes=shape(*[1] * 1000), strides=shape(*[1] * 1000)))), "whole numbers expected"),
+    "a shape of a thousand": (
+        running(named(tensor(sizes=shape(*[1] * 1000), strides=shape(*[1] * 1000)))), "whole numbers expected",
+    ),
     "fewer strides than sizes": (running(named(tensor(strides=shape(1)))), "whole numbers expected"),
     "strides of 0": (running(named(tensor(strides=shape(0, 0)))), "stored with strides"),
     "strides out of the storage": (running(named(tensor(strides=shape(10**9, 1)))), "stored with strides"),
-    "columns before rows": (saved(lambda tensors: tensors | {"lm_head.weight": torch.ones(8, 16).T}), r"lm_head.weight: stored with strides \(1, 16\)"),
+    "columns before rows": (
+        saved(lambda tensors: tensors | {"lm_head.weight": torch.ones(8, 16).T}),
+        r"lm_head.weight: stored with strides \(1, 16\)",
+    ),
     "every second column": (saved(of_three), r"q_proj.weight: stored with strides \(16, 2\)"),
-    "a NaN": (saved(lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"].log()}), "lm_head.weight holds a NaN"),
+    "a NaN": (
+        saved(lambda tensors: tensors | {"lm_head.weight": tensors["lm_head.weight"].log()}),
+        "lm_head.weight holds a NaN",
+    ),
     # something else than tensors by name
     "a list": (saved(lambda tensors: [*tensors.values()]), "tensors by name expected, found list"),
     "a tensor": (saved(lambda tensors: torch.ones(3)), "tensors by name expected, found _Tensor"),
     "nothing": (saved(lambda tensors: {}), "tensors by name expected, found dict"),
     "names that are numbers": (saved(lambda tensors: dict(enumerate(tensors.values()))), f"{BY_NAME}, found 0"),
     "names that are tuples": (saved(lambda tensors: {("w", 1): torch.ones(2)}), BY_NAME),
-    "a number among the tensors": (saved(lambda tensors: tensors | {"epoch": 3}), "epoch: a tensor expected, found int"),
-    "a name given twice": (running(program(b"}(" + text("w") + tensor() + text("w") + tensor() + b"u")), "a name appears twice"),
+    "a number among the tensors": (
+        saved(lambda tensors: tensors | {"epoch": 3}), "epoch: a tensor expected, found int",
+    ),
+    "a name given twice": (
+        running(program(b"}(" + text("w") + tensor() + text("w") + tensor() + b"u")), "a name appears twice",
+    ),
     "a name without a value": (running(program(b"}(" + text("w") + b"u")), BY_NAME),
-    "a name that is half a character": (running(named(b"N", b"X\x03\0\0\0\xed\xa0\x80")), r"\\ud800: a tensor expected"),
+    "a name that is half a character": (
+        running(named(b"N", b"X\x03\0\0\0\xed\xa0\x80")), r"\\ud800: a tensor expected",
+    ),
     "an optimizer": (saved(lambda tensors: {"state": {0: {"step": 1}}, "param_groups": []}), BY_NAME),
     "a whole module": (lambda folder: torch.save(torch.nn.Linear(2, 2), folder / BIN), "the instruction NEWOBJ"),
-    "quantised by torch": (running(named(function("torch._utils", "_rebuild_qtensor") + b")R")), CALLS.format("torch._utils._rebuild_qtensor")),
-    "sparse": (saved(lambda tensors: tensors | {"s": torch.ones(2, 2).to_sparse()}), "the pickle calls .*_rebuild_sparse_tensor"),
+    "quantised by torch": (
+        running(named(function("torch._utils", "_rebuild_qtensor") + b")R")),
+        CALLS.format("torch._utils._rebuild_qtensor"),
+    ),
+    "sparse": (
+        saved(lambda tensors: tensors | {"s": torch.ones(2, 2).to_sparse()}),
+        "the pickle calls .*_rebuild_sparse_tensor",
+    ),
     # archives
     "of before torch 1.6": (legacy, "not tensors as torch.save writes them since 1.6"),
     "empty": (put(BIN, b""), "not tensors as torch.save writes them"),
     "git-lfs pointer": (put(BIN, POINTER), "a git-lfs pointer"),
     "web page": (put(BIN, "<!doctype html>"), "a web page"),
-    "safetensors under another name": (put(BIN, good.raw({"a": good.entry(0, 4)}, bytes(4))), "not tensors as torch.save writes them"),
+    "safetensors under another name": (
+        put(BIN, good.raw({"a": good.entry(0, 4)}, bytes(4))), "not tensors as torch.save writes them",
+    ),
     **{f"cut to {share:.0%}": (cut(share), "not tensors as torch.save writes them") for share in (0.1, 0.5, 0.9, 0.99)},
-    "an archive of nothing": (lambda folder: zipfile.ZipFile(folder / BIN, "w").close(), "data.pkl in the archive is missing"),
+    "an archive of nothing": (
+        lambda folder: zipfile.ZipFile(folder / BIN, "w").close(), "data.pkl in the archive is missing",
+    ),
     "no program": (rebuilt(lambda entries: entries.pop("data.pkl")), "data.pkl in the archive is missing"),
     "an empty program": (running(b""), DAMAGED),
     "a program without an end": (running(b"\x80\x02}"), DAMAGED),
     "a program that takes what is not there": (running(program(b"}ss")), DAMAGED),
     "big-endian": (rebuilt(lambda entries: entries.update(byteorder=b"big")), "big-endian"),
     "two programs": (first_twice, "an entry of the archive appears twice"),
-    "a link out of the folder": (lambda folder: [(folder / BIN).unlink(), (folder / BIN).symlink_to("/etc/passwd")], "a link that leaves the folder"),
+    "a link out of the folder": (
+        lambda folder: [(folder / BIN).unlink(), (folder / BIN).symlink_to("/etc/passwd")],
+        "a link that leaves the folder",
+    ),
     "an index that leads out of the folder": (
-        lambda folder: [(folder / BIN).unlink(), good.write_json(folder / INDEX, {"weight_map": {"w": "../outside.bin"}})], "plain file name"),
+        lambda folder: [
+            (folder / BIN).unlink(), good.write_json(folder / INDEX, {"weight_map": {"w": "../outside.bin"}}),
+        ],
+        "plain file name",
+    ),
     # legal
     "one level around": (saved(lambda tensors: {"state_dict": tensors}), None),
     "an ordered dict with notes": (saved(lambda tensors: noted(tensors)), None),
@@ -236,16 +297,27 @@ def noted(tensors: dict[str, torch.Tensor]) -> OrderedDict[str, torch.Tensor]:
 
 def as_views(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     whole = torch.cat([tensor.flatten() for tensor in tensors.values()])
-    return {name: part.view(tensors[name].shape) for name, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors.values()]))}
+    return {
+        name: part.view(tensors[name].shape)
+        for name, part in zip(tensors, whole.split([tensor.numel() for tensor in tensors.values()]), strict=True)
+    }
 
 
 NOT_ALLOWED: dict[str, Case] = {
-    "a sound one": (lambda folder: None, "only pickled weights .pytorch_model.bin.; they can run code .*convert SRC DST --allow-pickle"),
+    "a sound one": (
+        lambda folder: None,
+        "only pickled weights .pytorch_model.bin.; they can run code .*convert SRC DST --allow-pickle",
+    ),
     "os.system": (evil(os.system, "touch MARK"), "only pickled weights"),
     "no archive": (bare, "only pickled weights"),
     "empty": (put(BIN, b""), "only pickled weights"),
-    "shards": (lambda folder: [(folder / BIN).rename(folder / "pytorch_model-1.bin"), good.write_json(folder / INDEX, {"weight_map": {"w": "pytorch_model-1.bin"}})],
-               "only pickled weights .pytorch_model.bin.index.json"),
+    "shards": (
+        lambda folder: [
+            (folder / BIN).rename(folder / "pytorch_model-1.bin"),
+            good.write_json(folder / INDEX, {"weight_map": {"w": "pytorch_model-1.bin"}}),
+        ],
+        "only pickled weights .pytorch_model.bin.index.json",
+    ),
 }
 
 
@@ -273,7 +345,18 @@ def mutated_programs(root: Path, count: int) -> Iterator[tuple[str, Path]]:
 
 GROUPS = {
     "pickles": Group("pickles, where they are allowed", good.pickled, good.read_whole, ALLOWED, folder=True),
-    "no pickles": Group("pickles, where they are not", beside_safetensors, checkpoints.load, {
-        name: (lambda folder, harm=harm: [(folder / "model.safetensors").unlink(), (folder / BIN).unlink(), good.pickled(folder), harm(folder)], cause)
-        for name, (harm, cause) in NOT_ALLOWED.items()}, folder=True),
+    "no pickles": Group(
+        "pickles, where they are not", beside_safetensors, checkpoints.load,
+        {
+            name: (
+                lambda folder, harm=harm: [
+                    (folder / "model.safetensors").unlink(), (folder / BIN).unlink(), good.pickled(folder),
+                    harm(folder),
+                ],
+                cause,
+            )
+            for name, (harm, cause) in NOT_ALLOWED.items()
+        },
+        folder=True,
+    ),
 }

@@ -52,8 +52,15 @@ def vocab_folder(folder: Path) -> None:
 
 def tekken_folder(folder: Path) -> None:
     from base64 import b64encode
-    vocab = [{"rank": rank, "token_bytes": b64encode(token).decode(), "token_str": None} for token, rank in sorted(_ranks().items(), key=lambda one: one[1])]
-    config = {"pattern": r"\p{L}+|\s|.", "num_vocab_tokens": len(vocab), "default_vocab_size": len(vocab) + 20, "default_num_special_tokens": 20}
+
+    vocab = [
+        {"rank": rank, "token_bytes": b64encode(token).decode(), "token_str": None}
+        for token, rank in sorted(_ranks().items(), key=lambda one: one[1])
+    ]
+    config = {
+        "pattern": r"\p{L}+|\s|.", "num_vocab_tokens": len(vocab), "default_vocab_size": len(vocab) + 20,
+        "default_num_special_tokens": 20,
+    }
     (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
 
 
@@ -97,8 +104,16 @@ def small(file: str, **content: Any) -> Harm:
 
 
 def added(**token: Any) -> Harm:
-    return edited(MAIN, lambda values: values["added_tokens"].append(
-        {"id": 450, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True} | token))
+    return edited(
+        MAIN,
+        lambda values: values["added_tokens"].append(
+            {
+                "id": 450, "content": "<x>", "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False, "special": True,
+            }
+            | token
+        ),
+    )
 
 
 NAMED = "tokenizer.json: found"
@@ -124,59 +139,125 @@ TOKENIZER_JSON: dict[str, Case] = {
     "an added id of 10⁹, likewise": (added(id=10**9), None),
     "an added token without text, which is never found": (added(content=""), None),
     "an unknown pre-tokenizer": (part("pre_tokenizer", {"type": "Sorcery"}), NAMED),
-    "a pattern that is none": (part("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}), NAMED),
+    "a pattern that is none": (
+        part("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}),
+        NAMED,
+    ),
     "a pattern that never ends": (
-        part("pre_tokenizer", {"type": "Split", "pattern": {"Regex": r"(x+x+)+y"}, "behavior": "Isolated", "invert": False}),
-        r"tokenizer.json: found .*expected rules that this text can be cut by .*retry-limit"),
+        part(
+            "pre_tokenizer",
+            {"type": "Split", "pattern": {"Regex": r"(x+x+)+y"}, "behavior": "Isolated", "invert": False},
+        ),
+        r"tokenizer.json: found .*expected rules that this text can be cut by .*retry-limit",
+    ),
     "no decoder": (part("decoder", None), "decoder step"),
-    "an unknown decoder": (part("decoder", {"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True}), "decoder step"),
-    "a post-processor with an unknown token": (part("post_processor", {
-        "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "pair": [], "special_tokens": {}}), NAMED),
+    "an unknown decoder": (
+        part("decoder", {"type": "CTC", "pad_token": "x", "word_delimiter_token": "|", "cleanup": True}),
+        "decoder step",
+    ),
+    "a post-processor with an unknown token": (
+        part(
+            "post_processor",
+            {
+                "type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}], "pair": [],
+                "special_tokens": {},
+            },
+        ),
+        NAMED,
+    ),
     # beside it
-    **{f"{file}.json: {name}": (put(f"{file}.json", content), f"{file}.json: found .*{cause if cause != 'found' else ''}")
-       for file in SMALL for name, (content, cause) in JUNK.items() if name != "{}"},
-    **{f"{file}.json: {content}": (small(file, **content), f"{file}.json.*found.*expected") for file, content in (
-        ("tokenizer_config", {"bos_token": 7}), ("tokenizer_config", {"eos_token": {"special": True}}), ("tokenizer_config", {"bos_token": ""}),
-        ("tokenizer_config", {"added_tokens_decoder": [1]}), ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": "x"}}}),
-        ("tokenizer_config", {"added_tokens_decoder": {"99999999999": {"content": "x"}}}), ("tokenizer_config", {"added_tokens_decoder": {"450": "x"}}),
-        ("tokenizer_config", {"add_bos_token": "yes"}), ("tokenizer_config", {"additional_special_tokens": {"a": 1}}),
-        ("tokenizer_config", {"chat_template": 5}), ("added_tokens", {"x": "no"}), ("added_tokens", {"x": 1.5}), ("added_tokens", {"x": 10**12}),
-        ("config", {"eos_token_id": "two"}), ("config", {"eos_token_id": [True]}), ("config", {"eos_token_id": [10**12]}),
-        ("generation_config", {"eos_token_id": -1}), ("config", {"vocab_size": "big"}), ("config", {"bos_token_id": {}}),
-        ("generation_config", {"user_token_id": "195a"}))},
-    "chat_template.jinja: not UTF-8": (put("chat_template.jinja", b"\xff"), "chat_template.jinja: found .*expected UTF-8"),
+    **{
+        f"{file}.json: {name}": (
+            put(f"{file}.json", content), f"{file}.json: found .*{cause if cause != 'found' else ''}",
+        )
+        for file in SMALL
+        for name, (content, cause) in JUNK.items()
+        if name != "{}"
+    },
+    **{
+        f"{file}.json: {content}": (small(file, **content), f"{file}.json.*found.*expected")
+        for file, content in (
+            ("tokenizer_config", {"bos_token": 7}), ("tokenizer_config", {"eos_token": {"special": True}}),
+            ("tokenizer_config", {"bos_token": ""}), ("tokenizer_config", {"added_tokens_decoder": [1]}),
+            ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": "x"}}}),
+            ("tokenizer_config", {"added_tokens_decoder": {"99999999999": {"content": "x"}}}),
+            ("tokenizer_config", {"added_tokens_decoder": {"450": "x"}}),
+            ("tokenizer_config", {"add_bos_token": "yes"}),
+            ("tokenizer_config", {"additional_special_tokens": {"a": 1}}), ("tokenizer_config", {"chat_template": 5}),
+            ("added_tokens", {"x": "no"}), ("added_tokens", {"x": 1.5}), ("added_tokens", {"x": 10**12}),
+            ("config", {"eos_token_id": "two"}), ("config", {"eos_token_id": [True]}),
+            ("config", {"eos_token_id": [10**12]}), ("generation_config", {"eos_token_id": -1}),
+            ("config", {"vocab_size": "big"}), ("config", {"bos_token_id": {}}),
+            ("generation_config", {"user_token_id": "195a"}),
+        )
+    },
+    "chat_template.jinja: not UTF-8": (
+        put("chat_template.jinja", b"\xff"), "chat_template.jinja: found .*expected UTF-8",
+    ),
 }
 OTHERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Case]]] = {
-    "tokenizer.model of sentencepiece": (sentencepiece_folder, "tokenizer.model", {
-        "cut short": (lambda folder: put("tokenizer.model", (folder / "tokenizer.model").read_bytes()[:700])(folder), "tokenizer.model: found"),
-    }),
-    "tokenizer.model of ranks": (ranks_folder, "tokenizer.model", {
-        "no base64": (put("tokenizer.model", b"YQ== 1\n!!! 2\n"), "tokenizer.model: found"),
-        "a token given twice": (put("tokenizer.model", b"YQ== 1\nYQ== 2\n"), "line 2.*no line above"),
-        "a rank of 4000 digits": (put("tokenizer.model", b"YQ== " + b"1" * 4000 + b"\n"), "tokenizer.model: found"),
-        "a byte without a rank": (
-            lambda folder: write_ranks(folder / "tokenizer.model", {one: rank for one, rank in _ranks().items() if one != b"\x80"}), "no rank for the bytes"),
-        "a rank given twice": (lambda folder: write_ranks(folder / "tokenizer.model", _ranks() | {b"the": 5}), "given twice"),
-    }),
-    "*.tiktoken": (tiktoken_folder, "qwen.tiktoken", {
-        "a line without a rank": (put("qwen.tiktoken", b"YQ==\n"), "line 1"),
-        "a rank below 0": (put("qwen.tiktoken", b"YQ== -1\n"), "line 1"),
-    }),
-    "vocab.json and merges.txt": (vocab_folder, "vocab.json", {
-        "no merges.txt": (gone("merges.txt"), "merges.txt"),
-        "merges.txt of another model": (put("merges.txt", "#version: 0.2\nqq zz\n"), "vocab.json: found"),
-        "merges.txt in which a line has no pair": (put("merges.txt", "#version: 0.2\nqq\n"), "vocab.json: found"),
-        "merges.txt is a git-lfs pointer": (put("merges.txt", POINTER), "vocab.json: found"),
-        "the tokenizer of BERT": (small("tokenizer_config", tokenizer_class="BertTokenizer"), "BertTokenizer"),
-        "an id that is a float": (put("vocab.json", '{"a": 1.5}'), "vocab.json: found"),
-    }),
-    "tekken.json": (tekken_folder, "tekken.json", {
-        "no config": (edited("tekken.json", lambda values: values.pop("config")), "tekken.json: found"),
-        "vocab is a text": (edited("tekken.json", lambda values: values.update(vocab="x")), "tekken.json: found"),
-        "10¹² special tokens": (edited("tekken.json", lambda values: values["config"].update(default_num_special_tokens=10**12)), "tekken.json: found"),
-        "a token that is no base64": (edited("tekken.json", lambda values: values["vocab"][0].update(token_bytes="!")), "tekken.json: found"),
-        "a pattern that is none": (edited("tekken.json", lambda values: values["config"].update(pattern="(")), "tekken.json: found"),
-    }),
+    "tokenizer.model of sentencepiece": (
+        sentencepiece_folder, "tokenizer.model",
+        {
+            "cut short": (
+                lambda folder: put("tokenizer.model", (folder / "tokenizer.model").read_bytes()[:700])(folder),
+                "tokenizer.model: found",
+            ),
+        },
+    ),
+    "tokenizer.model of ranks": (
+        ranks_folder, "tokenizer.model",
+        {
+            "no base64": (put("tokenizer.model", b"YQ== 1\n!!! 2\n"), "tokenizer.model: found"),
+            "a token given twice": (put("tokenizer.model", b"YQ== 1\nYQ== 2\n"), "line 2.*no line above"),
+            "a rank of 4000 digits": (put("tokenizer.model", b"YQ== " + b"1" * 4000 + b"\n"), "tokenizer.model: found"),
+            "a byte without a rank": (
+                lambda folder: write_ranks(
+                    folder / "tokenizer.model", {one: rank for one, rank in _ranks().items() if one != b"\x80"}
+                ),
+                "no rank for the bytes",
+            ),
+            "a rank given twice": (
+                lambda folder: write_ranks(folder / "tokenizer.model", _ranks() | {b"the": 5}), "given twice",
+            ),
+        },
+    ),
+    "*.tiktoken": (
+        tiktoken_folder, "qwen.tiktoken",
+        {
+            "a line without a rank": (put("qwen.tiktoken", b"YQ==\n"), "line 1"),
+            "a rank below 0": (put("qwen.tiktoken", b"YQ== -1\n"), "line 1"),
+        },
+    ),
+    "vocab.json and merges.txt": (
+        vocab_folder, "vocab.json",
+        {
+            "no merges.txt": (gone("merges.txt"), "merges.txt"),
+            "merges.txt of another model": (put("merges.txt", "#version: 0.2\nqq zz\n"), "vocab.json: found"),
+            "merges.txt in which a line has no pair": (put("merges.txt", "#version: 0.2\nqq\n"), "vocab.json: found"),
+            "merges.txt is a git-lfs pointer": (put("merges.txt", POINTER), "vocab.json: found"),
+            "the tokenizer of BERT": (small("tokenizer_config", tokenizer_class="BertTokenizer"), "BertTokenizer"),
+            "an id that is a float": (put("vocab.json", '{"a": 1.5}'), "vocab.json: found"),
+        },
+    ),
+    "tekken.json": (
+        tekken_folder, "tekken.json",
+        {
+            "no config": (edited("tekken.json", lambda values: values.pop("config")), "tekken.json: found"),
+            "vocab is a text": (edited("tekken.json", lambda values: values.update(vocab="x")), "tekken.json: found"),
+            "10¹² special tokens": (
+                edited("tekken.json", lambda values: values["config"].update(default_num_special_tokens=10**12)),
+                "tekken.json: found",
+            ),
+            "a token that is no base64": (
+                edited("tekken.json", lambda values: values["vocab"][0].update(token_bytes="!")),
+                "tekken.json: found",
+            ),
+            "a pattern that is none": (
+                edited("tekken.json", lambda values: values["config"].update(pattern="(")), "tekken.json: found",
+            ),
+        },
+    ),
 }
 
 # ---- chat templates
@@ -185,7 +266,9 @@ TOO_LONG, TOO_LARGE, TOO_MUCH, EITHER = "time limit", "memory limit", "output li
 ATTACKS: dict[str, tuple[str, str]] = {
     "nested ranges": ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", TOO_LONG),
     "power": ("{{ 9**(9**9) }}", TOO_LONG),
-    "power of powers": ("{% set ns = namespace(x=7) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}", TOO_LONG),
+    "power of powers": (
+        "{% set ns = namespace(x=7) %}{% for i in range(40) %}{% set ns.x = ns.x * ns.x %}{% endfor %}", TOO_LONG,
+    ),
     "string times number": ("{{ 'a' * 10**10 }}", TOO_LARGE),
     "list times number": ("{{ ([0] * 10**9) | length }}", TOO_LARGE),
     "percent format": ("{{ '%1000000000d' % 1 }}", TOO_LARGE),
@@ -193,13 +276,18 @@ ATTACKS: dict[str, tuple[str, str]] = {
     "center": ("{{ 'a' | center(10**9) }}", TOO_LARGE),
     "replace": ("{{ ('a' * 10**6) | replace('a', 'b' * 10**6) }}", EITHER),
     "join": ("{{ (['a' * 10**5] * 10**4) | join }}", EITHER),
-    "doubling": ("{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}", EITHER),
+    "doubling": (
+        "{% set ns = namespace(x='ab') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}{{ ns.x }}",
+        EITHER,
+    ),
     "indent": ("{{ ('a\n' * 10**6) | indent(10**3) }}", EITHER),
     "lipsum": ("{{ lipsum(n=100000) }}", TOO_LONG),
     "many small pieces": ("{% for i in range(9999) %}{{ 'a' * 1000 }}{% endfor %}", TOO_MUCH),
     "one large piece": ("{{ 'a' * 10**7 }}", TOO_MUCH),
     "recursive macro": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
-    "two recursive macros": ("{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", TOO_LONG),
+    "two recursive macros": (
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}", TOO_LONG,
+    ),
     "range": ("{{ range(10**9) | list }}", "Range too big"),
     "deep parentheses": ("{{ " + "(" * 20000 + "1" + ")" * 20000 + " }}", "RecursionError"),
     "ten million words": ("{{ ('a ' * 10**7).split() | map('upper') | list | length }}", EITHER),
@@ -222,14 +310,25 @@ def rendered(folder: Path) -> str:
 
 
 TEMPLATES: dict[str, Case] = {
-    **{name: (put("chat_template.jinja", template), f"chat template .*{cause}") for name, (template, cause) in ATTACKS.items()},
+    **{
+        name: (put("chat_template.jinja", template), f"chat template .*{cause}")
+        for name, (template, cause) in ATTACKS.items()
+    },
     **{template: (put("chat_template.jinja", template), "chat template") for template in ESCAPES},
 }
 
 GROUPS = {
     "tokenizer.json": Group("tokenizer.json, and the files beside it", json_folder, encoded, TOKENIZER_JSON),
-    **{kind: Group(kind, make, encoded, {
-        name: (put(file, content), rf"{file}: .*{cause if 'tiktoken' not in file else ''}") for name, (content, cause) in JUNK.items()} | cases)
-       for kind, (make, file, cases) in OTHERS.items()},
+    **{
+        kind: Group(
+            kind, make, encoded,
+            {
+                name: (put(file, content), rf"{file}: .*{cause if 'tiktoken' not in file else ''}")
+                for name, (content, cause) in JUNK.items()
+            }
+            | cases,
+        )
+        for kind, (make, file, cases) in OTHERS.items()
+    },
     "templates": Group("chat templates", template_folder, rendered, TEMPLATES, seconds=10.0, process=False),
 }

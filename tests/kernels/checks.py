@@ -4,7 +4,8 @@
     plain    the definition in the dtype of the test, as PyTorch would run it
     ours     the kernel: every input lies between NaNs, every output starts as NaN
 
-    ‖ours − exact‖ / ‖exact‖  ≤  LIMIT of the dtype           max |ours − exact|  ≤  2 · max |plain − exact|      (FlashAttention's rule)
+    ‖ours − exact‖ / ‖exact‖  ≤  LIMIT of the dtype
+    max |ours − exact|        ≤  2 · max |plain − exact|           (FlashAttention's rule)
 
 Where Triton finds a GPU the tests run on it, else in Triton's interpreter.
 """
@@ -31,8 +32,8 @@ def between_nans(x: Tensor) -> Tensor:
     """The same tensor, shape and strides, in the middle of a larger one that is NaN: a read out of bounds shows."""
     if not x.is_floating_point() or x.numel() == 0:
         return x
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride()))
-    margin = 64                                                             # a multiple of 16 bytes, so alignment is as before
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    margin = 64                                                         # a multiple of 16 bytes: alignment is as before
     whole = torch.full((span + 2 * margin,), torch.nan, dtype=x.dtype, device=x.device)
     inner = whole.as_strided(x.shape, x.stride(), margin)
     with torch.no_grad():
@@ -65,8 +66,8 @@ def in_float64() -> Iterator[None]:
 
 
 def far(shape: tuple[int, ...], dtype: torch.dtype = torch.float16) -> Tensor:
-    """A contiguous tensor of more than 2³¹ elements that takes no memory until it is written, with as much room before it: an offset
-    that overflows 32 bits reads 0 there."""
+    """A contiguous tensor of more than 2³¹ elements that takes no memory until it is written, with as much room before
+    it: an offset that overflows 32 bits reads 0 there."""
     numel = math.prod(shape)
     return torch.empty(2 * numel, dtype=dtype)[numel:].view(shape)
 
@@ -93,8 +94,11 @@ def tensors(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for t in result if t is not None]
 
 
-def run(function: Callable, inputs: Sequence[Any], dtype: torch.dtype | None, backward: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Results, and gradients of the floating inputs for cotangents that depend on the shapes alone. dtype None: inputs as they are."""
+def run(function: Callable, inputs: Sequence[Any], dtype: torch.dtype | None,
+        backward: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Results, and gradients of the floating inputs for cotangents that depend on the shapes alone.
+
+    dtype None: inputs as they are."""
     given = []
     for x in inputs:
         if isinstance(x, Tensor) and x.is_floating_point():
@@ -105,22 +109,26 @@ def run(function: Callable, inputs: Sequence[Any], dtype: torch.dtype | None, ba
     if not backward:
         return results, []
     draw = torch.Generator().manual_seed(7)
-    cotangents = [torch.randn(r.shape, generator=draw, dtype=torch.float32).to(inputs_dtype(inputs)).to(r.device, r.dtype) for r in results]
+    shaped = [torch.randn(r.shape, generator=draw, dtype=torch.float32) for r in results]
+    cotangents = [c.to(inputs_dtype(inputs)).to(r.device, r.dtype) for c, r in zip(shaped, results, strict=True)]
     wanted = [x for x in given if isinstance(x, Tensor) and x.requires_grad]
-    pairs = [(r, c) for r, c in zip(results, cotangents) if r.requires_grad]
+    pairs = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]
     return results, list(torch.autograd.grad([r for r, _ in pairs], wanted, [c for _, c in pairs]))
 
 
 def inputs_dtype(inputs: Sequence[Any]) -> torch.dtype:
     """What cotangents are rounded to, so that all three runs are given the same: the narrowest of the inputs."""
-    return min((x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()), key=lambda d: (d.itemsize, d == torch.float16))
+    dtypes = {x.dtype for x in inputs if isinstance(x, Tensor) and x.is_floating_point()}
+    return min(dtypes, key=lambda d: (d.itemsize, d == torch.float16))
 
 
-def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool = True, terms: Mapping[int, Tensor] = {}) -> None:
+def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool = True,
+          terms: Mapping[int, Tensor] | None = None) -> None:
     """Fail unless kernel(*inputs) and its gradients agree with the definition, as the head of this file says.
 
-    Tensors among the inputs keep their strides; plain values are handed on. terms: for a gradient, by its number, whose few elements are
-    long sums of either sign, and now and then an accidental zero: the sums of the terms' magnitudes, which its error is relative to."""
+    Tensors among the inputs keep their strides; plain values are handed on. terms: for a gradient, by its number, whose
+    few elements are long sums of either sign, and now and then 0 by accident: the sums of the terms' magnitudes, which
+    its error is relative to."""
     inputs = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
     dtype = inputs_dtype(inputs)
     with ops.using("torch"):
@@ -129,16 +137,24 @@ def agree(kernel: Callable, definition: Callable, *inputs: Any, backward: bool =
         plain = run(definition, inputs, None, backward)
     with poisoned():
         ours = run(kernel, inputs, None, backward)
-    for kind, limits, triples in (("result", LIMIT, zip(ours[0], exact[0], plain[0])), ("gradient", LIMIT_GRADIENT, zip(ours[1], exact[1], plain[1]))):
-        for number, (mine, right, same) in enumerate(triples):
-            size = terms.get(number) if kind == "gradient" else None
-            compare(f"{kind} {number}", mine, right, same, right if size is None else size, limits[dtype], dtype)
-    assert len(ours[0]) == len(exact[0]) and len(ours[1]) == len(exact[1])
+    held("result", LIMIT[dtype], dtype, ours[0], exact[0], plain[0], {})
+    held("gradient", LIMIT_GRADIENT[dtype], dtype, ours[1], exact[1], plain[1], terms or {})
 
 
-def compare(what: str, mine: Tensor, right: Tensor, same: Tensor, size: Tensor, limit: float, dtype: torch.dtype) -> None:
-    """mine, right, same: what the head of this file calls ours, exact and plain. size: what errors are relative to, exact itself for most."""
-    assert mine.shape == right.shape and mine.dtype == same.dtype, (what, mine.shape, right.shape, mine.dtype, same.dtype)
+def held(kind: str, limit: float, dtype: torch.dtype, ours: list[Tensor], exact: list[Tensor], plain: list[Tensor],
+         terms: Mapping[int, Tensor]) -> None:
+    """`compare` for each of the results, or each of the gradients."""
+    for number, (mine, right, same) in enumerate(zip(ours, exact, plain, strict=True)):
+        compare(f"{kind} {number}", mine, right, same, terms.get(number, right), limit, dtype)
+
+
+def compare(what: str, mine: Tensor, right: Tensor, same: Tensor, size: Tensor, limit: float,
+            dtype: torch.dtype) -> None:
+    """mine, right, same: what the head of this file calls ours, exact and plain.
+
+    size: what errors are relative to, exact itself for most."""
+    shapes = (what, mine.shape, right.shape, mine.dtype, same.dtype)
+    assert mine.shape == right.shape and mine.dtype == same.dtype, shapes
     mine, right, same = (x.detach().double() for x in (mine, right, same))
     assert torch.isfinite(mine).all(), f"{what}: {int((~torch.isfinite(mine)).sum())} of {mine.numel()} are not finite"
     if right.numel() == 0:
@@ -153,8 +169,10 @@ def compare(what: str, mine: Tensor, right: Tensor, same: Tensor, size: Tensor, 
 
 
 def compiles(function: Callable, *inputs: Any) -> None:
-    """torch.compile takes the operation as it is, forward and backward, without a break in the graph, and gives the same to the bit."""
+    """torch.compile takes the operation as it is, forward and backward, without a break in the graph, and gives the
+    same to the bit."""
     inputs = [x.to(DEVICE) if isinstance(x, Tensor) else x for x in inputs]
-    eager, traced = (run(f, inputs, None, True) for f in (function, torch.compile(function, fullgraph=True, backend="aot_eager")))
-    for mine, theirs in zip((*eager[0], *eager[1]), (*traced[0], *traced[1])):
+    whole = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager, traced = (run(f, inputs, None, True) for f in (function, whole))
+    for mine, theirs in zip((*eager[0], *eager[1]), (*traced[0], *traced[1]), strict=True):
         assert torch.equal(mine, theirs) and mine.stride() == theirs.stride()

@@ -1,12 +1,12 @@
 """The table of what each kernel compiles to: kernels/compiled.csv, one line a kernel, configuration and device.
 
-    python -m tests.kernels.compiled norm rope          print what these files compile to, for sm_80, sm_90 and sm_100, a line each
+    python -m tests.kernels.compiled norm rope          print what these files compile to, for sm_80, sm_90 and sm_100
     python -m tests.kernels.compiled norm --new         the same, but compile only what is not known
-    python -m tests.kernels.compiled --write            measure all of them with the triton that is installed, and keep them
+    python -m tests.kernels.compiled --write            measure all of them with the triton that is installed, keep them
 
-What is compiled are the launches that `real_launches` of each tests/kernels/test_*.py makes, at the sizes of real decoders. All of them
-take seven minutes of a core. So each line has a digest of what it was compiled from, and the tests compile what differs from it, and one
-launch of each kernel to see that the table says what this machine would.
+What is compiled are the launches that `real_launches` of each tests/kernels/test_*.py makes, at the sizes of real
+decoders. All of them take seven minutes of a core. So each line has a digest of what it was compiled from, and the
+tests compile what differs from it, and one launch of each kernel to see that the table says what this machine would.
 """
 
 import csv
@@ -24,7 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 TABLE = HERE.parent.parent / "kernels/compiled.csv"
 LONGEST = ("attention", "duality", "moe")       # to compile; they go first
-MODULES = sorted((path.stem[5:] for path in HERE.glob("test_*.py") if "def real_launches" in path.read_text()), key=lambda module: (module not in LONGEST, module))
+MODULES = sorted((path.stem[5:] for path in HERE.glob("test_*.py") if "def real_launches" in path.read_text()),
+                 key=lambda module: (module not in LONGEST, module))
 SHARES = [MODULES[::2], MODULES[1::2]]           # for two processes: to start one takes as long as most files do
 TARGETS = ("sm_80", "sm_90", "sm_100")
 SAMPLED = "sm_90"                                # for which one launch of each kernel is always compiled
@@ -35,8 +36,9 @@ COUNTS = ["registers", "spills", "shared", "tensor", "wide", "narrow", "exp2", "
 
 
 def measure(module: str, known: list[dict[str, str]]) -> tuple[list[dict[str, object]], list[tuple[str, str, str]]]:
-    """The lines of one file, and the entries of the tuning table that were used. A launch that a line of the table is known to be about is not
-    compiled, and its line has no numbers."""
+    """The lines of one file, and the entries of the tuning table that were used.
+
+    A launch that a line of the table is known to be about is not compiled, and its line has no numbers."""
     import triton
 
     from tests.kernels.compiling import compile_only
@@ -54,9 +56,11 @@ def measure(module: str, known: list[dict[str, str]]) -> tuple[list[dict[str, ob
             seen = {line["kernel"]: line for line in reversed(lines)}
             lines = [line for line in lines if line is not seen[line["kernel"]]]
         same = {tuple(line[key] for key in NAMED) for line in lines}
-        with compile_only(target, lambda launch: name(launch) in same) as (kernels, entries):
+        with compile_only(target, lambda launch, same=same: name(launch) in same) as (kernels, entries):
             launches()
-        found += [place | dict(zip(NAMED, name(launch))) | (compiled._asdict() if compiled else {}) for launch, compiled in kernels.items()]
+        for launch, compiled in kernels.items():
+            numbers = compiled._asdict() if compiled else {}
+            found.append(place | dict(zip(NAMED, name(launch), strict=True)) | numbers)
         used += sorted(entries)
     return found, used
 
@@ -64,9 +68,10 @@ def measure(module: str, known: list[dict[str, str]]) -> tuple[list[dict[str, ob
 def measured(modules: list[str], *options: str) -> Iterator[tuple[str, list[dict[str, str]], list[list[str]]]]:
     """`measure` in a process of its own, where kernels are compiled and not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-m", "tests.kernels.compiled", *modules, *options], env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kernels.compiled", *modules, *options]
+    done = subprocess.run(command, env=environment, cwd=HERE.parent.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    for module, (lines, used) in zip(modules, map(json.loads, done.stdout.splitlines())):
+    for module, (lines, used) in zip(modules, map(json.loads, done.stdout.splitlines()), strict=True):
         yield module, [{key: str(value) for key, value in line.items()} for line in lines], used
 
 

@@ -1,12 +1,13 @@
 """Compile every launch for a GPU that is not there, and read what the assembler made of it.
 
-    with compile_only("sm_90") as (found, used):        # inside, kernel[grid](…) is compiled just as a launch would compile it, and is not run
-        rms_norm(torch.empty(64, 4096), …)              # the library's own wrappers on CPU tensors: nothing is written twice
-    found                                               # {Launch(kernel="forward_kernel", …): Compiled(registers=64, spills=0, …), …}
+    with compile_only("sm_90") as (found, used):        # inside, kernel[grid](…) is compiled as by a launch, not run
+        rms_norm(torch.empty(64, 4096), …)              # the library's own wrappers on CPU tensors
+    found                                               # {Launch(kernel="forward_kernel", …): Compiled(registers=64 …)}
     used                                                # {("norm", "any", "4096")}: entries of the tuning table
 
-This needs a process without TRITON_INTERPRET: the decorator @triton.jit chooses between compiler and interpreter once. Registers and spills
-stand in the header of the machine code; instructions are counted in the PTX that it was made of. The tools come inside triton's wheel.
+This needs a process without TRITON_INTERPRET: the decorator @triton.jit chooses between compiler and interpreter once.
+Registers and spills are in the header of the machine code; instructions are counted in the PTX that it was made of. The
+tools come inside triton's wheel.
 """
 
 import ast
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 assert os.environ.get("TRITON_INTERPRET") != "1", "to compile, start a process without TRITON_INTERPRET"
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")          # multiply and add in one instruction, whatever triton's default
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")          # multiply and add in one instruction, in every triton
 
 import torch
 from triton import knobs
@@ -34,8 +35,9 @@ import kernels.common
 
 HERE = Path(kernels.common.__file__).parent
 INSTRUCTIONS = {
-    "tensor": r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b",                                   # on the tensor cores
-    "wide": r"\b(?:ld|st)\.global\S*\.v(?:[48]\.b32|[24]\.b64)|\bcp\.async\.c[ag]\S*[^;]*\b0x10\b|\bcp\.async\.bulk",     # 16 bytes a thread or more
+    "tensor": r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b",                           # on the tensor cores
+    # 16 bytes a thread or more
+    "wide": r"\b(?:ld|st)\.global\S*\.v(?:[48]\.b32|[24]\.b64)|\bcp\.async\.c[ag]\S*[^;]*\b0x10\b|\bcp\.async\.bulk",
     "narrow": r"\b(?:ld|st)\.global(?!\S*\.v(?:[48]\.b32|[24]\.b64))|\bcp\.async\.c[ag]\S*[^;]*\b0x[48]\b",
     "exp2": r"\bex2\.approx",
     "atomic": r"\b(?:atom|red)\.",
@@ -50,7 +52,8 @@ class Launch(NamedTuple):
     dtypes: str
     warps: int
     stages: int
-    sources: str                # digest of the kernel's file and all that it imports from kernels/, and of which sizes are 1 or multiples of 16
+    sources: str                # digest of the kernel's file, of all that it imports from kernels/, and of which sizes
+                                # are 1 or multiples of 16
 
 
 class Compiled(NamedTuple):
@@ -75,7 +78,7 @@ class NoDevice:
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:                # triton keeps what it compiled a device: another target, another device
+    def get_current_device(self) -> int:                # triton keeps compiled kernels by device: here by target
         return self.target.arch
 
     def get_current_stream(self, device: int = 0) -> int:
@@ -93,7 +96,8 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        said = subprocess.run([knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True).stdout
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     registers, stack, local = (int(re.search(rf"\b{what}:(\d+)", said)[1]) for what in ("REG", "STACK", "LOCAL"))
     return registers, stack + local
 
@@ -105,12 +109,17 @@ def read(kernel: Any) -> Compiled:
 
 
 def named(kernel: Any, arguments: dict[str, Any]) -> Launch:
-    constants = " ".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in arguments.items() if key.isupper() and len(key) > 1)
-    dtypes = " ".join(dict.fromkeys(str(value.dtype)[6:] for value in arguments.values() if isinstance(value, torch.Tensor) and value.is_floating_point()))
+    words = {key: int(value) if isinstance(value, bool) else value for key, value in arguments.items()
+             if key.isupper() and len(key) > 1}
+    constants = " ".join(f"{key}={value}" for key, value in words.items())
+    tensors = [value for value in arguments.values() if isinstance(value, torch.Tensor)]
+    dtypes = " ".join(dict.fromkeys(str(tensor.dtype)[6:] for tensor in tensors if tensor.is_floating_point()))
     sizes = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in arguments.values()]
-    special = [(size == 1, size % 16 == 0) for size in sizes if isinstance(size, int)]       # which triton compiles for by themselves
-    digest = hashlib.sha256((sources(kernel.fn.__module__.removeprefix("kernels.")) + str(special)).encode()).hexdigest()[:12]
-    return Launch(kernel.fn.__name__, constants, dtypes, arguments.get("num_warps", 4), arguments.get("num_stages", 3), digest)
+    special = [(size == 1, size % 16 == 0) for size in sizes if isinstance(size, int)]     # triton compiles them apart
+    compiled_from = sources(kernel.fn.__module__.removeprefix("kernels.")) + str(special)
+    digest = hashlib.sha256(compiled_from.encode()).hexdigest()[:12]
+    warps, stages = arguments.get("num_warps", 4), arguments.get("num_stages", 3)
+    return Launch(kernel.fn.__name__, constants, dtypes, warps, stages, digest)
 
 
 @functools.cache
@@ -130,15 +139,18 @@ def imported(module: str) -> frozenset[str]:
 
 
 @contextlib.contextmanager
-def compile_only(target: str, known: Callable[[Launch], bool] = lambda launch: False) -> Iterator[tuple[dict[Launch, Compiled | None], set[tuple[str, str, str]]]]:
+def compile_only(
+    target: str, known: Callable[[Launch], bool] = lambda launch: False,
+) -> Iterator[tuple[dict[Launch, Compiled | None], set[tuple[str, str, str]]]]:
     """target: "sm_90" and such. known: whether a launch need not be compiled.
+
     Yields what is filled inside: each distinct launch, with None where it was known, and each tuning entry used."""
     launch, active, entry = KernelInterface.__getitem__, driver._active, kernels.common._entry
     found, used = {}, set()
 
     def instead(kernel, grid):
         def compile_it(*args, **options):
-            this = named(kernel, dict(zip(kernel.arg_names, args)) | options)
+            this = named(kernel, dict(zip(kernel.arg_names, args, strict=False)) | options)     # the rest have names
             found[this] = None if known(this) else read(kernel.warmup(*args, grid=grid, **options))
         return compile_it
 
@@ -152,4 +164,5 @@ def compile_only(target: str, known: Callable[[Launch], bool] = lambda launch: F
     try:
         yield found, used
     finally:
-        KernelInterface.__getitem__, kernels.common._entry, kernels.common.TARGET, driver._active = launch, entry, None, active
+        KernelInterface.__getitem__, kernels.common._entry, kernels.common.TARGET = launch, entry, None
+        driver._active = active

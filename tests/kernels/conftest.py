@@ -1,4 +1,4 @@
-"""Before any kernel runs: bfloat16 made right in the interpreter. Most files here take their time, so the quick half has four of them."""
+"""Before any kernel runs: bfloat16 made right in the interpreter. And which cases of a kernel `make test` tries."""
 
 from pathlib import Path
 
@@ -13,12 +13,17 @@ if INTERPRETED:
     hasten()
 
 HERE = Path(__file__).parent
-QUICK = ("test_ops", "test_norm", "test_gating", "test_rope")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
+    """Of more than a dozen shapes and dtypes of a test `make test` tries every seventh, so that each dtype is met."""
+    cases: dict[tuple[Path, str], list[pytest.Item]] = {}
     for item in items:
-        if item.path.parent == HERE and item.path.stem not in QUICK:
-            item.add_marker(pytest.mark.slow)
-    items.sort(key=lambda item: "test_compiled[" not in item.nodeid)           # the longest first, so that all workers end together
+        if item.path.parent == HERE and hasattr(item, "callspec") and "dtype" in item.callspec.params:
+            cases.setdefault((item.path, item.originalname), []).append(item)
+    for found in cases.values():
+        for place, item in enumerate(found):
+            if len(found) > 12 and place % 7:
+                item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: "test_compiled[" not in item.nodeid)        # the longest first: workers end together

@@ -1,10 +1,10 @@
-"""bfloat16 as a GPU computes it, in Triton's interpreter, which stores it as 16-bit integers and reckons with those.
+"""bfloat16 as a GPU computes it, in Triton's interpreter, which stores it as 16-bit integers and computes with those.
 
-Three repairs, for triton 3.6 to 3.9. Casts from float32 round to nearest even (the interpreter cuts the low half off), products of
-matrices are taken of the values, and so is elementwise arithmetic, in float32 and rounded. What stays wrong is a reduction (tl.sum,
-tl.max) of bfloat16: kernels reduce in float32 only.
+Three repairs, for triton 3.6 to 3.9. Casts from float32 round to nearest even (the interpreter cuts the low half off),
+products of matrices are taken of the values, and so is elementwise arithmetic, in float32 and rounded. What stays wrong
+is a reduction (tl.sum, tl.max) of bfloat16: kernels reduce in float32 only.
 
-And what saves half of its time (`hasten`): it works out less that nobody reads.
+And what saves half of its time (`hasten`): it computes less that nobody reads.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ def widened(handle: TensorHandle) -> TensorHandle:
 
 
 def hasten() -> None:
-    """For this process. Within a launch, the functions of triton.language are replaced once for each module whose functions are called, not
-    once a call. Whether integers overflow is not worked out: the result is dropped where there is no debugging, and there is none. And
-    dtypes are looked up in one table, not in one a lookup."""
+    """For this process. Within a launch, the functions of triton.language are replaced once for each module whose
+    functions are called, not once a call. Whether integers overflow is not computed: the result is dropped where there
+    is no debugging, and there is none. And dtypes are looked up in one table, not in one a lookup."""
     replace, launch, done = interpreter._patch_lang, interpreter._LangPatchScope(), set()
 
     def once(function):
@@ -89,5 +89,6 @@ def repair() -> None:
         result = operation(values(left), values(right))
         return TensorHandle(result, tl.int1) if operation in COMPARISONS else TensorHandle(rounded(result), tl.bfloat16)
 
-    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot, InterpreterBuilder.binary_op = cast_impl, create_dot, binary_op
+    InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
+    InterpreterBuilder.binary_op = binary_op
     common.INTERPRETS_BFLOAT16 = True

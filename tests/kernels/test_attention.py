@@ -17,8 +17,9 @@ SMALL = {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
 
 def real_launches():
     """For tests/kernels/compiled.py: head widths of decoders, each with something that takes registers."""
-    for dtype, d, softcap, slopes in ((torch.bfloat16, 64, None, torch.empty(32)), (torch.bfloat16, 128, None, None), (torch.bfloat16, 256, 50.0, None),
-                                      (torch.float32, 256, None, None)):
+    for dtype, d, softcap, slopes in (
+            (torch.bfloat16, 64, None, torch.empty(32)), (torch.bfloat16, 128, None, None),
+            (torch.bfloat16, 256, 50.0, None), (torch.float32, 256, None, None)):
         q, k, v = (torch.empty(1, 64, heads, d, dtype=dtype, requires_grad=True) for heads in (32, 8, 8))
         seen = mask_of(torch.zeros(1, 64), torch.arange(64)[None], slopes)
         kernels.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), seen, d**-0.5, softcap).sum().backward()
@@ -26,7 +27,7 @@ def real_launches():
 
 @dataclass
 class AttentionMask:
-    """What nanollm.layers.forward_context.AttentionMask is to a kernel."""
+    """What nanollm.layers.mask.AttentionMask is to a kernel."""
     first: Tensor | None
     last: Tensor | None
     slopes: Tensor | None = None
@@ -39,7 +40,8 @@ def mask_of(first, last, slopes=None):
 def definition(q, k, v, seen, scale, softcap=None):
     """The equation, in the dtype of q but for the softmax; x.float() is x.double() where `agree` wants it so."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-    keys, first, last = torch.arange(k.shape[2], device=k.device), seen.first[:, None, :, None], seen.last[:, None, :, None]
+    first, last = seen.first[:, None, :, None], seen.last[:, None, :, None]
+    keys = torch.arange(k.shape[2], device=k.device)
     scores = q @ k.transpose(-2, -1) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -52,13 +54,15 @@ def definition(q, k, v, seen, scale, softcap=None):
 
 def qkv(B, H, K, T, S, d, dtype):
     """q, k, v as the decoder has them: (B, T, H, d) transposed, and caches longer than what is used of them."""
-    return torch.randn(B, T, H, d).to(dtype).transpose(1, 2), torch.randn(B, K, S + 3, d).to(dtype), torch.randn(B, S + 2, K, d).to(dtype).transpose(1, 2)
+    q, k, v = torch.randn(B, T, H, d), torch.randn(B, K, S + 3, d), torch.randn(B, S + 2, K, d)
+    return q.to(dtype).transpose(1, 2), k.to(dtype), v.to(dtype).transpose(1, 2)
 
 
 def check(B, H, K, T, S, d, dtype, seen, softcap=None, backward=True):
     """kernels.attend and its gradients on S of the keys."""
     agree(lambda q, k, v: kernels.attend(q, k[:, :, :S], v[:, :, 2:], seen, d**-0.5, softcap),
-          lambda q, k, v: definition(q, k[:, :, :S], v[:, :, 2:], seen, d**-0.5, softcap), *qkv(B, H, K, T, S, d, dtype), backward=backward)
+          lambda q, k, v: definition(q, k[:, :, :S], v[:, :, 2:], seen, d**-0.5, softcap),
+          *qkv(B, H, K, T, S, d, dtype), backward=backward)
 
 
 @pytest.fixture
@@ -79,12 +83,12 @@ def causal(T, S=None, window=None):
 
 
 def documents(T):
-    """Two rows of documents one after another, one of no length, and padding: at the end of a row, and in its middle."""
+    """Two rows of documents one after another, one of no length, and padding at the end of a row, and in its middle."""
     rows = []
     for lengths in ([5, 0, T - 15, 10], [20, T - 20]):
         first = torch.cat([torch.full((n,), sum(lengths[:i])) for i, n in enumerate(lengths)])
         rows.append((first, torch.arange(T)))
-    first, last = (torch.stack(x) for x in zip(*rows))
+    first, last = (torch.stack(x) for x in zip(*rows, strict=True))
     for row, padding in ((0, slice(T - 7, T)), (1, slice(10, 20))):
         first[row, padding] = last[row, padding] + 1
     return first, last
@@ -103,10 +107,13 @@ def far_apart(T):
     return torch.zeros(1, T), last
 
 
-MASKS = {"causal": causal(67), "window 1": causal(67, window=1), "window 20": causal(67, window=20), "window T": causal(67, window=67),
-          "documents": documents(67), "ragged": (torch.zeros(2, 67), torch.arange(67) - torch.tensor([[0], [30]])),
-          "scrambled": scrambled(67), "far apart": far_apart(67), "all": (torch.zeros(1, 67), torch.full((1, 67), 66)),
-          "nothing": (torch.zeros(1, 67), torch.full((1, 67), -1))}
+MASKS = {
+    "causal": causal(67), "window 1": causal(67, window=1), "window 20": causal(67, window=20),
+    "window T": causal(67, window=67), "documents": documents(67),
+    "ragged": (torch.zeros(2, 67), torch.arange(67) - torch.tensor([[0], [30]])),
+    "scrambled": scrambled(67), "far apart": far_apart(67), "all": (torch.zeros(1, 67), torch.full((1, 67), 66)),
+    "nothing": (torch.zeros(1, 67), torch.full((1, 67), -1)),
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -117,8 +124,9 @@ def test_lengths(small, T, dtype):
 
 @pytest.mark.parametrize("dtype, softcap", [(torch.bfloat16, None), (torch.float32, 3.0)])
 @pytest.mark.parametrize("name", MASKS)
-def test_sights(small, name, dtype, softcap):
-    check(2, 2, 1, 67, 67, 16, dtype, mask_of(*MASKS[name], torch.tensor([0.5, 0.03]) if softcap is None else None), softcap, name != "window 1")
+def test_masks(small, name, dtype, softcap):
+    slopes = torch.tensor([0.5, 0.03]) if softcap is None else None
+    check(2, 2, 1, 67, 67, 16, dtype, mask_of(*MASKS[name], slopes), softcap, name != "window 1")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -170,8 +178,9 @@ def test_the_future_changes_nothing(small):
 
 
 def test_the_same_to_the_bit(small):
-    """A window that holds everything; a group of heads and as many copies of its keys; rows of a mask_of and one for all; two runs."""
-    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in qkv(2, 2, 1, 50, 50, 32, torch.float32))
+    """A window that holds everything; a group of heads and copies of its keys; a mask for all rows and one each."""
+    given = qkv(2, 2, 1, 50, 50, 32, torch.float32)
+    q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for x in given)
     k, v = k[:, :, :50].detach().requires_grad_(), v[:, :, :50].detach().requires_grad_()
 
     def results(seen, copies=1):
@@ -179,8 +188,9 @@ def test_the_same_to_the_bit(small):
         return o, *torch.autograd.grad(o.sum(), (q, k, v))
 
     right = results(mask_of(*causal(50)))
-    for other in (results(mask_of(*causal(50, window=50))), results(mask_of(*causal(50))), results(mask_of(*(x.expand(2, -1) for x in causal(50))))):
-        assert all(torch.equal(a, b) for a, b in zip(right, other))
+    shared, wide = results(mask_of(*causal(50))), results(mask_of(*causal(50, window=50)))
+    for other in (wide, shared, results(mask_of(*(x.expand(2, -1) for x in causal(50))))):
+        assert all(torch.equal(a, b) for a, b in zip(right, other, strict=True))
     copied = results(mask_of(*causal(50)), 2)
     assert torch.equal(copied[0], right[0]) and torch.equal(copied[1], right[1])
 
@@ -191,7 +201,8 @@ def test_the_scale_of_scores(small):
     q, k, v = (1000 * torch.ones(1, 1, 40, 16) * sign for sign in (1, -1, 1))
     assert torch.equal(kernels.attend(q, k, v, mask_of(*causal(40)), 1.0), v)
     q, k, v = (torch.randn(1, 1, 40, 16) * size for size in (100, 100, 1))
-    torch.testing.assert_close(kernels.attend(q, k, v, mask_of(*causal(40)), 1.0), definition(q, k, v, mask_of(*causal(40)), 1.0))
+    seen = mask_of(*causal(40))
+    torch.testing.assert_close(kernels.attend(q, k, v, seen, 1.0), definition(q, k, v, seen, 1.0))
 
 
 def test_the_output_lies_as_the_projection_wants_it():
@@ -204,10 +215,15 @@ def test_only_gradients_that_are_wanted(small):
     given, seen = [x[:, :, :20] for x in qkv(1, 2, 1, 20, 20, 16, torch.float32)], mask_of(*causal(20))
     for wanted in ((0,), (2,), (0, 1)):
         q, k, v = (x.detach().requires_grad_(i in wanted) for i, x in enumerate(given))
-        mine, right = (torch.autograd.grad(f(q, k, v, seen, 0.25).square().sum(), [(q, k, v)[i] for i in wanted]) for f in (kernels.attend, definition))
+        found = []
+        for f in (kernels.attend, definition):
+            loss = f(q, k, v, seen, 0.25).square().sum()
+            found.append(torch.autograd.grad(loss, [(q, k, v)[i] for i in wanted]))
+        mine, right = found
         torch.testing.assert_close(mine, right)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_them(small):
     q, k, v = (x[:, :, :20].requires_grad_() for x in qkv(2, 2, 1, 20, 20, 16, torch.float32))
     seen = mask_of(*causal(20), torch.rand(2))
@@ -216,17 +232,21 @@ def test_as_torch_sees_them(small):
     o, lse = attention_op(q, k, v, seen.first, seen.last, None, 0.25, None)
     assert not lse.requires_grad
     for needed in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(attention_backward_op, (*(x.detach() for x in (o, q, k, v, o, lse)), seen.first, seen.last, None, 0.25, None, *needed))
-    compiles(lambda q, k, v, first, last: kernels.attend(q, k, v, AttentionMask(first, last), 0.25), q, k, v, seen.first, seen.last)
+        saved = (x.detach() for x in (o, q, k, v, o, lse))
+        torch.library.opcheck(attention_backward_op, (*saved, seen.first, seen.last, None, 0.25, None, *needed))
+    compiles(lambda q, k, v, first, last: kernels.attend(q, k, v, AttentionMask(first, last), 0.25),
+             q, k, v, seen.first, seen.last)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs one program out of many, which only the interpreter can")
 def test_beyond_two_to_the_31_elements():
     """The last 20 of 2²⁷ + 20 tokens, which see one another: the last tile of queries, and the last of keys."""
-    few, d, LOG2E, options = 20, 16, 1.4426950408889634, dict(WIDTH=16, BLOCK=16, SOFTCAP=False, ALIBI=False, QUERIES=32, KEYS=32)
+    few, d, LOG2E = 20, 16, 1.4426950408889634
+    options = dict(WIDTH=16, BLOCK=16, SOFTCAP=False, ALIBI=False, QUERIES=32, KEYS=32)
     T, scale = 2**27 + few, 0.3
     q, k, v, o, do, dq, dk, dv = (far((1, 1, T, d)) for _ in range(8))
-    lse, delta, first, last = far((1, 1, T), torch.float32), far((1, 1, T), torch.float32), far((1, T), torch.int32), far((1, T), torch.int32)
+    lse, delta = far((1, 1, T), torch.float32), far((1, 1, T), torch.float32)
+    first, last = far((1, T), torch.int32), far((1, T), torch.int32)
     for x in (q, k, v, do):
         x[:, :, -few:] = torch.randn(1, 1, few, d)
     first[:, -few:], last[:, -few:] = T - few, torch.arange(T - few, T)
@@ -236,12 +256,15 @@ def test_beyond_two_to_the_31_elements():
     forward_kernel[(1, 1, 1)](q, k, v, o, lse, first, last, None, *strides, 0, 1, T, *numbers, **options)
     with programs_from(T // 32):
         delta_kernel[(1, 1, 1)](o, do, delta, 1, T, WIDTH=16, BLOCK=16, ROWS=32)
-    queries_kernel[(1, 1, 1)](q, k, v, do, lse, delta, first, last, None, dq, *strides, 0, 1, T, *numbers, scale, **options)
+    queries_kernel[(1, 1, 1)](q, k, v, do, lse, delta, first, last, None, dq, *strides, 0, 1, T, *numbers, scale,
+                              **options)
     with programs_from(T // 32):
-        keys_kernel[(1, 1, 1)](q, k, v, do, lse, delta, first, last, None, spans, dk, dv, *strides, 0, 1, T, T, *numbers, scale, **options)
+        keys_kernel[(1, 1, 1)](q, k, v, do, lse, delta, first, last, None, spans, dk, dv, *strides, 0, 1, T, T,
+                               *numbers, scale, **options)
     near = [x[:, :, -few:].float().requires_grad_() for x in (q, k, v)]
     right = definition(*near, mask_of(*causal(few)), scale)
-    for mine, wanted in zip((o, dq, dk, dv), (right, *torch.autograd.grad(right, near, do[:, :, -few:].float()))):
+    gradients = torch.autograd.grad(right, near, do[:, :, -few:].float())
+    for mine, wanted in zip((o, dq, dk, dv), (right, *gradients), strict=True):
         torch.testing.assert_close(mine[:, :, -few:].float(), wanted.detach(), rtol=4e-3, atol=4e-3)
 
 
@@ -259,12 +282,14 @@ def test_spans(name):
             every = ((first[row] <= low) & (last[row] >= high)).nonzero().flatten()
             start, end, a, b = spans[row, tile].tolist()
             assert (start, end) == ((int(some[0]), int(some[-1]) + 1) if len(some) else (67, 0))
-            assert (a, b) == (int(every[0]), int(every[-1]) + 1) if len(every) and len(every) == every[-1] - every[0] + 1 else a == b
+            one_run = len(every) and len(every) == every[-1] - every[0] + 1
+            assert (a, b) == (int(every[0]), int(every[-1]) + 1) if one_run else a == b
 
 
 def refused(q=(1, 2, 4, 16), k=(1, 1, 4, 16), v=None, dtype=torch.float32, scale=1.0, softcap=None, seen=None):
     seen = seen or mask_of(torch.zeros(q[0], q[2]), torch.zeros(q[0], q[2]))
-    return kernels.attend.refuses(torch.zeros(q, dtype=dtype), torch.zeros(k, dtype=dtype), torch.zeros(v or k, dtype=dtype), seen, scale, softcap)
+    q, k, v = (torch.zeros(shape, dtype=dtype) for shape in (q, k, v or k))
+    return kernels.attend.refuses(q, k, v, seen, scale, softcap)
 
 
 @pytest.mark.parametrize("arguments, reason", [
@@ -280,7 +305,8 @@ def refused(q=(1, 2, 4, 16), k=(1, 1, 4, 16), v=None, dtype=torch.float32, scale
     (dict(softcap=0.0), "must be positive"),
     (dict(seen=AttentionMask(torch.zeros(1, 4).long(), torch.zeros(1, 4).int())), "mask.first is int64"),
     (dict(seen=mask_of(torch.zeros(1, 4), torch.zeros(1, 5))), "mask.last is int32 (1, 5), expected int32 (1, 4)"),
-    (dict(seen=mask_of(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(3))), "mask.slopes is float32 (3,), expected float32 (2,), one"),
+    (dict(seen=mask_of(torch.zeros(1, 4), torch.zeros(1, 4), torch.zeros(3))),
+     "mask.slopes is float32 (3,), expected float32 (2,), one"),
 ])
 def test_refusals(arguments, reason):
     said = refused(**arguments)
@@ -289,9 +315,10 @@ def test_refusals(arguments, reason):
 
 def test_more_refusals():
     q, k, seen = torch.zeros(2, 2, 4, 16), torch.zeros(2, 1, 4, 16), mask_of(torch.zeros(1, 4), torch.zeros(2, 4))
-    assert "mask.first has shape (1, 4), mask_of.last (2, 4)" in kernels.attend.refuses(q, k, k, seen, 1.0)
+    assert "mask.first has shape (1, 4), mask.last (2, 4)" in kernels.attend.refuses(q, k, k, seen, 1.0)
     assert "those of k are 2 apart" in kernels.attend.refuses(q, torch.zeros(2, 1, 4, 32)[..., ::2], k, seen, 1.0)
     assert "one dtype" in kernels.attend.refuses(q, k, k.half(), seen, 1.0)
-    assert "65535 rows" in kernels.attend.refuses(q[:1].expand(70000, -1, -1, -1), k[:1].expand(70000, -1, -1, -1), k[:1].expand(70000, -1, -1, -1), seen, 1.0)
+    many = [x[:1].expand(70000, -1, -1, -1) for x in (q, k, k)]
+    assert "65535 rows" in kernels.attend.refuses(*many, seen, 1.0)
     with pytest.raises(ValueError, match="kernels.attend: k is on meta"):
         kernels.attend(q, k.to("meta"), k, mask_of(torch.zeros(1, 4), torch.zeros(1, 4)), 1.0)

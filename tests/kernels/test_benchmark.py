@@ -1,4 +1,5 @@
-"""benchmarks/kernels.py without a GPU: every case runs, small, as kernel and as definition, and they agree; the floors are those of the text books."""
+"""benchmarks/kernels.py without a GPU: every case runs, small, as kernel and as definition, and they agree; the floors
+are those of the text books."""
 
 import copy
 import json
@@ -23,6 +24,7 @@ SMALL = list(cases(Sizes(small=True, device=DEVICE)))
 H200 = DEVICES["h200"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", SMALL, ids=[f"{case.name} {case.shape}" for case in SMALL])
 def test_a_case_runs_and_agrees(case):
     assert error(case) <= TOLERANCE
@@ -51,13 +53,16 @@ def test_floors(work, milliseconds, limit):
 def test_pairs_are_those_that_a_mask_lets_through():
     for T, window, documents in ((1, None, 1), (12, None, 1), (12, 5, 1), (12, 40, 1), (12, None, 3), (12, 3, 2)):
         i = torch.arange(T)
-        mask = (i[:, None] >= i) & (i[:, None] // (T // documents) == i // (T // documents)) & (i > i[:, None] - (window or math.inf))
+        together = i[:, None] // (T // documents) == i // (T // documents)
+        mask = (i[:, None] >= i) & together & (i > i[:, None] - (window or math.inf))
         assert roofline.pairs(T, window, documents) == int(mask.sum())
 
 
 def test_the_table():
-    row = {"operation": "attend", "shape": "1 x 2", "ms": 1.5, "rate": "3 TFLOP/s", "share": 0.25, "set by": "FLOPs", "goal": "", "error": 0.0, "x": {"eager": 2.0, "Liger": "RuntimeError"}}
-    assert table([row]).splitlines()[-1] == "| attend | 1 x 2 | 1.500 | 3 TFLOP/s | 25% (FLOPs) |  | 2.00 | RuntimeError |"
+    row = {"operation": "attend", "shape": "1 x 2", "ms": 1.5, "rate": "3 TFLOP/s", "share": 0.25, "set by": "FLOPs",
+           "goal": "", "error": 0.0, "x": {"eager": 2.0, "Liger": "RuntimeError"}}
+    line = "| attend | 1 x 2 | 1.500 | 3 TFLOP/s | 25% (FLOPs) |  | 2.00 | RuntimeError |"
+    assert table([row]).splitlines()[-1] == line
     json.dumps(row)
 
 
@@ -87,8 +92,11 @@ def test_the_tuner_walks_downhill_and_writes_what_it_found(tmp_path, monkeypatch
     assert {"ROWS": 32, "num_warps": 2} in seen
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, "-m", "benchmarks.kernels"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
-    assert "rms_norm" in subprocess.run([sys.executable, "-m", "kernels.roofline"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run([sys.executable, "-m", "kernels.roofline"], cwd=ROOT, capture_output=True, text=True,
+                          check=True)
+    assert "rms_norm" in done.stdout

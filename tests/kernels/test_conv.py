@@ -13,14 +13,15 @@ def real_launches():
     """For tests/kernels/compiled.py: x as Mamba hands it over, the first half of in_proj's result."""
     for dtype, I, biased in ((torch.bfloat16, 4096, True), (torch.float32, 1536, False)):
         both, before = torch.empty(2, 64, 2 * I, dtype=dtype, requires_grad=True), torch.empty(2, I, 3, dtype=dtype)
-        x, weight, bias = both[..., :I].transpose(1, 2), torch.empty(I, 1, 4, dtype=dtype, requires_grad=True), torch.empty(I, dtype=dtype) if biased else None
+        x, weight = both[..., :I].transpose(1, 2), torch.empty(I, 1, 4, dtype=dtype, requires_grad=True)
+        bias = torch.empty(I, dtype=dtype) if biased else None
         for positions in (None, torch.zeros(2, 64, dtype=torch.int64)):
             y = kernels.causal_conv(x, weight, bias, before, positions)
             y.backward(torch.empty_like(y))
 
 
 def inputs(batch, I, T, width, dtype=torch.float32, positions=False, seed=0):
-    """x a transposed half, before contiguous as a fresh cache has it, positions of two documents and padding at both ends."""
+    """x a transposed half, before contiguous as in a new cache, positions of two documents, padding at both ends."""
     torch.manual_seed(seed)
     x = torch.randn(batch, T, 2 * I).to(dtype)[..., :I].transpose(1, 2)
     place = None
@@ -29,12 +30,14 @@ def inputs(batch, I, T, width, dtype=torch.float32, positions=False, seed=0):
         place[0, T // 3 :] -= T // 3 + 2                                    # a document begins
         place[-1, T - T // 4 :] = -1
         place[0, : T // 8] = -1
-    return x, torch.randn(I, 1, width).to(dtype), torch.randn(I).to(dtype), torch.randn(batch, I, width - 1).to(dtype), place
+    weight, bias, before = torch.randn(I, 1, width), torch.randn(I), torch.randn(batch, I, width - 1)
+    return x, weight.to(dtype), bias.to(dtype), before.to(dtype), place
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch, I, T, width", [(1, 96, 1, 4), (2, 20, 2, 4), (1, 128, 15, 4), (2, 64, 16, 3), (1, 129, 17, 2),
-                                                 (1, 40, 35, 4), (1, 40, 18, 1), (1, 24, 33, 8)], ids=str)
+@pytest.mark.parametrize("batch, I, T, width", [
+    (1, 96, 1, 4), (2, 20, 2, 4), (1, 128, 15, 4), (2, 64, 16, 3), (1, 129, 17, 2), (1, 40, 35, 4), (1, 40, 18, 1),
+    (1, 24, 33, 8)], ids=str)
 @pytest.mark.parametrize("positions", [False, True])
 def test_conv(batch, I, T, width, positions, dtype):
     agree(kernels.causal_conv, mamba.causal_conv, *inputs(batch, I, T, width, dtype, positions))
@@ -45,8 +48,10 @@ def test_one_token_after_another_is_the_whole_to_the_bit():
     x, weight, bias, before, positions = inputs(2, 20, 19, 4, positions=True)
     y, everything = kernels.causal_conv(x, weight, bias, before, positions), torch.cat([before, x], -1)
     for cuts in ([*range(20)], [0, 2, 19], [0, 17, 18, 19]):
-        parts = [kernels.causal_conv(x[..., start:end], weight, bias, everything[..., start : start + 3], positions[:, start:end])
-                 for start, end in zip(cuts, cuts[1:])]
+        parts = []
+        for start, end in zip(cuts, cuts[1:], strict=False):
+            preceding = everything[..., start : start + 3]
+            parts.append(kernels.causal_conv(x[..., start:end], weight, bias, preceding, positions[:, start:end]))
         assert torch.equal(torch.cat(parts, -1), y)
 
 
@@ -72,6 +77,7 @@ def test_nothing_of_x_is_copied_and_the_way_back_is_free():
     assert kernels.causal_conv(x, *rest).transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     x, weight, bias, before, positions = inputs(2, 20, 9, 4, positions=True)
     leaves = [tensor.requires_grad_() for tensor in (x, weight, bias, before)]
@@ -84,9 +90,10 @@ def test_as_torch_sees_it():
 @pytest.mark.skipif(not INTERPRETED, reason="runs one program out of many, which only the interpreter can")
 def test_beyond_two_to_the_31_elements():
     rows, I, last = 2**19 + 3, 4096, slice(4096 - 128, 4096)
-    x, weight, bias, before, _ = (tensor if tensor is None else tensor.requires_grad_() for tensor in inputs(1, 128, 1, 2))
+    given = inputs(1, 128, 1, 2)
+    x, weight, bias, before, _ = (tensor if tensor is None else tensor.requires_grad_() for tensor in given)
     wide = [far((rows, I), torch.float32) for _ in range(6)]
-    for place, tensor in zip(wide, (x, before)):
+    for place, tensor in zip(wide[:2], (x, before), strict=True):
         place[-1, last] = tensor.detach().flatten()
     y, dx, dbefore, dweight = wide[2:]
     taps, shift, dbias = torch.zeros(2, I), torch.zeros(I), far((rows, I), torch.float32)
@@ -94,10 +101,11 @@ def test_beyond_two_to_the_31_elements():
     options, strides = dict(POSITIONS=False, BIAS=True, WIDTH=2, TOKENS=2, CHANNELS=128), (I, 1, I)
     with programs_from(rows * (I // 128) - 1):
         forward_kernel[(1,)](wide[0], taps, shift, wide[1], None, y, 1, I, *strides, **options)
-        backward_kernel[(1,)](wide[0], wide[0], taps, shift, wide[1], None, dx, dweight, dbias, dbefore, 1, I, *strides, *strides, **options)
+        backward_kernel[(1,)](wide[0], wide[0], taps, shift, wide[1], None, dx, dweight, dbias, dbefore, 1, I,
+                              *strides, *strides, **options)
     right = kernels.causal_conv(x, weight, bias, before, None)
     gradients = torch.autograd.grad(right, (x, before, bias), x.detach())
-    for mine, wanted in zip((y, dx, dbefore, dbias), (right, *gradients)):
+    for mine, wanted in zip((y, dx, dbefore, dbias), (right, *gradients), strict=True):
         assert torch.equal(mine[-1, last], wanted.flatten())
 
 
@@ -110,12 +118,14 @@ def test_tokens_or_channels_far_apart(turned):
     x = wide if turned else wide.transpose(1, 2)
     x.copy_(near)
     assert torch.equal(conv_op(x, weight, bias, before, None), conv_op(near, weight, bias, before, None))
-    for mine, right in zip(conv_backward_op(x, x, weight, bias, before, None), conv_backward_op(near, near, weight, bias, before, None)):
+    far_apart, side_by_side = (conv_backward_op(z, z, weight, bias, before, None) for z in (x, near))
+    for mine, right in zip(far_apart, side_by_side, strict=True):
         assert torch.equal(mine, right)
 
 
 def changed(**others):
-    return list((dict(zip(("x", "weight", "bias", "before", "positions"), inputs(2, 6, 5, 4))) | others).values())
+    names = ("x", "weight", "bias", "before", "positions")
+    return list((dict(zip(names, inputs(2, 6, 5, 4), strict=True)) | others).values())
 
 
 @pytest.mark.parametrize("others, reason", [

@@ -14,9 +14,10 @@ from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, f
 
 
 def real_launches():
-    """For tests/kernels/compiled.py: vocabularies from 32 K to 262 K, one whose rows are not aligned, soft cap, and no gradient."""
-    for V, softcap, dtype in ((32000, None, torch.bfloat16), (128256, None, torch.bfloat16), (256000, 30.0, torch.bfloat16),
-                              (50257, None, torch.bfloat16), (32000, None, torch.float32)):
+    """For tests/kernels/compiled.py: vocabularies from 32 K to 262 K, one with unaligned rows, a cap, no gradient."""
+    for V, softcap, dtype in ((32000, None, torch.bfloat16), (128256, None, torch.bfloat16),
+                              (256000, 30.0, torch.bfloat16), (50257, None, torch.bfloat16),
+                              (32000, None, torch.float32)):
         x, w = torch.empty(2, 16, dtype=dtype, requires_grad=True), torch.empty(V, 16, dtype=dtype)
         y = torch.zeros(2, dtype=torch.long)
         kernels.linear_cross_entropy(x, w, y, 1e-4, softcap)
@@ -36,7 +37,8 @@ def chunks(monkeypatch, rows: int, block: int) -> None:
     monkeypatch.setattr(cross_entropy, "tuned", lambda *_: {"ROWS": rows, "BLOCK": block, "num_warps": 4})
 
 
-SIZES = [(1, 16, 1), (3, 16, 50), (7, 33, 1000), (2, 64, 4095), (2, 64, 4096), (2, 64, 4097), (6, 24, 8195)]        # n, D, V; 4096 is a block
+# n, D, V; 4096 is a block
+SIZES = [(1, 16, 1), (3, 16, 50), (7, 33, 1000), (2, 64, 4095), (2, 64, 4096), (2, 64, 4097), (6, 24, 8195)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -60,10 +62,12 @@ def test_chunks_change_nothing(rows, block, dtype, monkeypatch):
     agree(kernels.linear_cross_entropy, losses.linear_cross_entropy, x, w, y, 0.05)
 
 
+@pytest.mark.slow
 def test_a_sum_over_many_chunks_is_kept_in_float32(monkeypatch):
     """Each of 600 rows adds a little to one row of dW, less than half a unit in its last place in bfloat16."""
     chunks(monkeypatch, 1, 64)
-    x, w = torch.ones(600, 16).bfloat16().to(DEVICE), torch.zeros(2, 16, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
+    x = torch.ones(600, 16).bfloat16().to(DEVICE)
+    w = torch.zeros(2, 16, dtype=torch.bfloat16, device=DEVICE, requires_grad=True)
     kernels.linear_cross_entropy(x, w, torch.zeros(600, dtype=torch.long, device=DEVICE))[0].backward()
     assert (w.grad[0] == -300).all() and (w.grad[1] == 300).all()
 
@@ -109,7 +113,8 @@ def test_logits_that_are_minus_infinity(monkeypatch):
     chunks(monkeypatch, 8, 64)
     logits = torch.randn(2, 150, device=DEVICE)
     logits[:, :70] = -torch.inf
-    nats, squares, y = torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE), torch.tensor([100, 149], device=DEVICE)
+    nats, squares = torch.empty(2, device=DEVICE), torch.empty(2, device=DEVICE)
+    y = torch.tensor([100, 149], device=DEVICE)
     right = logits.double().log_softmax(-1)
     probability = right.exp()
     row_kernel[(2,)](logits, y, nats, squares, 150, 0.0, 1.0, CAP=False, GRADIENT=True, BLOCK=64)
@@ -125,8 +130,9 @@ def test_without_gradients_the_sums_are_the_same():
         plain = kernels.linear_cross_entropy(x, w, y, 0.1, 20.0)
         with torch.no_grad():
             off = kernels.linear_cross_entropy(x.clone().requires_grad_(), w, y, 0.1, 20.0)
-    assert given[0].requires_grad and not (given[1].requires_grad or given[2].requires_grad or plain[0].requires_grad or off[0].requires_grad)
-    for a, b, c in zip(given, plain, off):
+    assert given[0].requires_grad
+    assert not any(sums.requires_grad for sums in (given[1], given[2], plain[0], off[0]))
+    for a, b, c in zip(given, plain, off, strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
 
 
@@ -144,21 +150,24 @@ def test_one_of_the_two_is_frozen(which):
 
 
 def test_the_gradient_that_comes_in_is_multiplied_in_float32():
-    """A mean over a million tokens: in float16 a millionth is rounded by 5 percent, and what it makes of a sum of 300 is not."""
-    x, w = torch.full((60, 16), 10.0).half().to(DEVICE), torch.zeros(2, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    """A mean over a million tokens: in float16 a millionth is rounded by 5 percent, and its product with 300 is not."""
+    x = torch.full((60, 16), 10.0).half().to(DEVICE)
+    w = torch.zeros(2, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
     y = torch.zeros(60, dtype=torch.long, device=DEVICE)
     total = kernels.linear_cross_entropy(x, w, y)[0]
-    for _ in range(2):                                                          # the second time as the first: nothing was changed in place
+    for _ in range(2):                                              # the second time as the first: nothing in place
         grad, = torch.autograd.grad(total / 1e6, w, retain_graph=True)
         assert torch.equal(grad[0], torch.full_like(grad[0], -300 / 1e6)) and torch.equal(grad[1], -grad[0])
-    x, w = torch.zeros(60, 16, device=DEVICE).half().requires_grad_(), torch.tensor([[512.0], [-512.0]], device=DEVICE).half().expand(2, 16)
+    x = torch.zeros(60, 16, device=DEVICE).half().requires_grad_()
+    w = torch.tensor([[512.0], [-512.0]], device=DEVICE).half().expand(2, 16)
     grad, = torch.autograd.grad(kernels.linear_cross_entropy(x, w, y)[0] / 1e6, x)
     assert torch.equal(grad, torch.full_like(grad, -512 / 1e6))
 
 
 def test_dw_may_be_larger_than_float16_before_it_is_divided():
     """128 rows of 1600 · ½ are 102400; the largest float16 is 65504."""
-    x, w = torch.full((128, 16), 1600.0).half().to(DEVICE), torch.zeros(2, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
+    x = torch.full((128, 16), 1600.0).half().to(DEVICE)
+    w = torch.zeros(2, 16, dtype=torch.float16, device=DEVICE, requires_grad=True)
     y = torch.zeros(128, dtype=torch.long, device=DEVICE)
     (kernels.linear_cross_entropy(x, w, y)[0] / 128).backward()
     torch.testing.assert_close(w.grad, torch.tensor([[-800.0], [800.0]], device=DEVICE).half().expand(2, 16))
@@ -212,6 +221,7 @@ def test_there_is_no_second_derivative():
         dx.sum().backward()
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     x, w, y = case(6, 24, 300)
     for needs in ((True, True), (True, False), (False, False)):
@@ -253,5 +263,6 @@ X, W, Y = torch.zeros(3, 8), torch.zeros(50, 8), torch.zeros(3, dtype=torch.long
     ((X, W, Y.to("meta")), "targets is on meta"),
 ])
 def test_refusals(arguments, reason):
-    with pytest.raises(ValueError, match="kernels.linear_cross_entropy.*" + reason.replace("(", r"\(").replace(")", r"\)")):
+    pattern = "kernels.linear_cross_entropy.*" + reason.replace("(", r"\(").replace(")", r"\)")
+    with pytest.raises(ValueError, match=pattern):
         kernels.linear_cross_entropy(*arguments)

@@ -17,8 +17,9 @@ from tests.kernels.test_attention import AttentionMask, causal, definition, mask
 
 def real_launches():
     """For tests/kernels/compiled.py: one token, B = 1 and a long cache, and so many rows that nothing is split."""
-    for dtype, d, softcap, slopes in ((torch.bfloat16, 64, None, torch.empty(32)), (torch.bfloat16, 128, None, None), (torch.bfloat16, 256, 50.0, None),
-                                      (torch.float32, 256, None, None)):
+    for dtype, d, softcap, slopes in (
+            (torch.bfloat16, 64, None, torch.empty(32)), (torch.bfloat16, 128, None, None),
+            (torch.bfloat16, 256, 50.0, None), (torch.float32, 256, None, None)):
         q, k = torch.empty(1, 32, 1, d, dtype=dtype), torch.empty(1, 8, 4096, d, dtype=dtype)
         kernels.attend(q, k, k, mask_of(torch.zeros(1, 1), torch.zeros(1, 1), slopes), d**-0.5, softcap)
     q, k = torch.empty(128, 32, 1, 128, dtype=torch.bfloat16), torch.empty(128, 8, 16, 128, dtype=torch.bfloat16)
@@ -38,7 +39,8 @@ def small(monkeypatch):
 
 def check(B, H, K, T, S, d, dtype, seen, softcap=None):
     """On S of the keys of a longer cache, one token of q transposed as it comes from the projection."""
-    q, k, v = torch.randn(B, T, H, d).to(dtype).transpose(1, 2), torch.randn(B, K, S + 5, d).to(dtype), torch.randn(B, K, S + 1, d).to(dtype)
+    q, k, v = torch.randn(B, T, H, d), torch.randn(B, K, S + 5, d), torch.randn(B, K, S + 1, d)
+    q, k, v = q.to(dtype).transpose(1, 2), k.to(dtype), v.to(dtype)
     agree(lambda q, k, v: kernels.attend(q, k[:, :, :S], v[:, :, :S], seen, d**-0.5, softcap),
           lambda q, k, v: definition(q, k[:, :, :S], v[:, :, :S], seen, d**-0.5, softcap), q, k, v, backward=False)
 
@@ -62,7 +64,9 @@ def test_soft_cap_and_alibi(softcap, slopes, dtype):
     check(2, 4, 2, 1, 67, 32, dtype, mask_of(*causal(1, 67), torch.rand(4) if slopes else None), softcap)
 
 
-@pytest.mark.parametrize("first, last", [([0, 0, 0], [99, 0, 32]), ([80, 99, 5], [99, 99, 40]), ([0, 0, 50], [-1, 40, 49])], ids=["ragged", "window", "nothing"])
+@pytest.mark.parametrize("first, last", [
+    ([0, 0, 0], [99, 0, 32]), ([80, 99, 5], [99, 99, 40]), ([0, 0, 50], [-1, 40, 49]),
+], ids=["ragged", "window", "nothing"])
 def test_rows_of_their_own(first, last):
     """Rows of which some have slices without a key, or no key at all."""
     check(3, 4, 2, 1, 100, 32, torch.float32, mask_of(torch.tensor(first)[:, None], torch.tensor(last)[:, None]))
@@ -98,11 +102,12 @@ def test_decode_is_flash_and_any_number_of_slices_is_one(monkeypatch):
     """40 slices of 700 keys are 22 that hold some, more than the merge takes in at a time, and 18 that are empty."""
     q, k, v = torch.randn(2, 2, 1, 32), torch.randn(2, 1, 700, 32), torch.randn(2, 1, 700, 32)
     seen = mask_of(torch.tensor([[0], [7]]), torch.tensor([[699], [100]]))
-    k[:, :, -1] = 2 * q[:, ::2, 0]                              # the largest score comes last: what was merged before it must shrink
+    k[:, :, -1] = 2 * q[:, ::2, 0]                              # the largest score comes last: earlier sums must shrink
     flash, _ = attention_op(q, k, v, seen.first, seen.last, None, 0.2, None)
     for count in (1, 2, 3, 10, 40):
         monkeypatch.setattr(decode, "splits", lambda *_, count=count: count)
-        torch.testing.assert_close(decode_op(q, k, v, seen.first, seen.last, None, 0.2, None), flash, rtol=1e-5, atol=1e-6)
+        found = decode_op(q, k, v, seen.first, seen.last, None, 0.2, None)
+        torch.testing.assert_close(found, flash, rtol=1e-5, atol=1e-6)
 
 
 def test_what_lies_outside_is_never_read():
@@ -124,17 +129,24 @@ def test_scores_of_any_size():
 def test_how_many_slices(monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(decode, "multiprocessors", lambda device: 132)
-    assert [decode.splits(programs, S, 64, None) for programs, S in ((8, 10**6), (8, 100), (528, 10**6), (529, 10**6), (10**4, 10**6))] == [66, 2, 1, 1, 1]
+    asked = ((8, 10**6), (8, 100), (528, 10**6), (529, 10**6), (10**4, 10**6))
+    assert [decode.splits(programs, S, 64, None) for programs, S in asked] == [66, 2, 1, 1, 1]
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
-    q, k, v, seen = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16), mask_of(*causal(1, 40), torch.rand(4))
+    q, k, v = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 40, 16), torch.randn(2, 2, 40, 16)
+    seen = mask_of(*causal(1, 40), torch.rand(4))
     torch.library.opcheck(decode_op, (q, k, v, seen.first, seen.last, None, 0.25, None))
     torch.library.opcheck(decode_op, (q, k, v, seen.first, seen.last, seen.slopes, 0.25, 2.0))
-    compiled = torch.compile(lambda q, k, v, first, last: kernels.attend(q, k, v, AttentionMask(first, last), 0.25), fullgraph=True, backend="aot_eager")
-    ours = kernels.attend(q, k, v, seen, 0.25)
-    assert not ours.requires_grad
-    assert torch.equal(compiled(q, k, v, seen.first, seen.last), kernels.attend(q, k, v, AttentionMask(seen.first, seen.last), 0.25))
+
+    def attended(q, k, v, first, last):
+        return kernels.attend(q, k, v, AttentionMask(first, last), 0.25)
+
+    compiled = torch.compile(attended, fullgraph=True, backend="aot_eager")
+    assert not kernels.attend(q, k, v, seen, 0.25).requires_grad
+    given = (q, k, v, seen.first, seen.last)
+    assert torch.equal(compiled(*given), attended(*given))
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs one program out of many, which only the interpreter can")
@@ -145,7 +157,9 @@ def test_beyond_two_to_the_31_elements():
     k[:, :, -few:], v[:, :, -few:] = torch.randn(2, few, d).half().unbind()
     o = torch.full((1, 1, 1, d), torch.nan)
     seen = mask_of(torch.tensor([[S - few]]), torch.tensor([[S - 1]]))
-    decode_kernel[(1, 1, 1)](q, k, v, o, None, seen.first, seen.last, None, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 1, 1, 1, 0.3 * 1.4426950408889634, 0.0, SOFTCAP=False, ALIBI=False, ROWS=16, KEYS=32, **options)
+    decode_kernel[(1, 1, 1)](
+        q, k, v, o, None, seen.first, seen.last, None, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        0, 1, 1, 1, 0.3 * 1.4426950408889634, 0.0, SOFTCAP=False, ALIBI=False, ROWS=16, KEYS=32, **options)
     right = definition(q.float(), k[:, :, -few:].float(), v[:, :, -few:].float(), mask_of(*causal(1, few)), 0.3)
     torch.testing.assert_close(o, right, rtol=2e-3, atol=2e-3)
     rows = 2**27 + 1
@@ -156,6 +170,7 @@ def test_beyond_two_to_the_31_elements():
     assert torch.equal(out[-1], torch.arange(16.0).half())
 
 
+@pytest.mark.slow
 def test_a_growing_cache_compiles_once():
     """For a batch and its model there is one kernel, and one merge, whatever the length."""
     script = """
@@ -164,9 +179,10 @@ from kernels.decode import decode_kernel, merge_kernel
 from tests.kernels.compiling import compile_only
 from tests.kernels.test_attention import mask_of
 with compile_only("sm_90"):
-    cache = torch.empty(2, 8, 5001, 128, dtype=torch.bfloat16)
+    q, cache = (torch.empty(2, heads, n, 128, dtype=torch.bfloat16) for heads, n in ((32, 1), (8, 5001)))
+    seen = mask_of(torch.zeros(2, 1), torch.zeros(2, 1))
     for S in (1, 16, 17, 32, 129, 4096, 5000):
-        kernels.attend(torch.empty(2, 32, 1, 128, dtype=torch.bfloat16), cache[:, :, :S], cache[:, :, :S], mask_of(torch.zeros(2, 1), torch.zeros(2, 1)), 0.1)
+        kernels.attend(q, cache[:, :, :S], cache[:, :, :S], seen, 0.1)
 print(*(len(kernel.device_caches[90][0]) for kernel in (decode_kernel, merge_kernel)))
 """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}

@@ -16,23 +16,27 @@ from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, f
 
 
 def real_launches():
-    """For tests/kernels/compiled.py: a layer of Mamba-2 (2.7 B: 80 heads of 64, a state of 128), in each dtype; documents in bfloat16."""
-    for dtype, documents in ((torch.bfloat16, False), (torch.bfloat16, True), (torch.float16, False), (torch.float32, False)):
+    """For tests/kernels/compiled.py: a layer of Mamba-2 (2.7 B: 80 heads of 64, a state of 128), in each dtype; in
+    bfloat16 with documents too."""
+    bfloat16, float16, float32 = torch.bfloat16, torch.float16, torch.float32
+    for dtype, documents in ((bfloat16, False), (bfloat16, True), (float16, False), (float32, False)):
         T, H, P, N = 128, 80, 64, 128
         row = torch.empty(1, T, H * P + 2 * N, dtype=dtype, requires_grad=True)
         x, B, C = row.split([H * P, N, N], 2)
         begins = torch.empty(1, T, dtype=torch.bool) if documents else None
-        y, h = kernel(x.unflatten(2, (H, P)), torch.empty(1, T, H), torch.empty(H), B[:, :, None], C[:, :, None], torch.empty(H), torch.empty(1, H, P, N), begins)
+        x, B, C, h = x.unflatten(2, (H, P)), B[:, :, None], C[:, :, None], torch.empty(1, H, P, N)
+        y, h = kernel(x, torch.empty(1, T, H), torch.empty(H), B, C, torch.empty(H), h, begins)
         (y.float().sum() + h.sum()).backward()
 
 
 def inputs(T, dtype, H=2, G=1, P=16, N=16, batch=1):
-    """x, Δ, A, B, C, D, h as a layer has them: x, B and C parts of one row a token, decays from nearly none to nearly all."""
+    """x, Δ, A, B, C, D, h as a layer has them: x, B, C parts of one row a token, decays from almost none to all."""
     torch.manual_seed(1)
     row = torch.randn(batch, T, H * P + 2 * G * N).to(dtype)
     x, B, C = row.split([H * P, G * N, G * N], 2)
     delta, A = F.softplus(torch.randn(batch, T, H) - 1), -torch.logspace(-2, 1, H)
-    return x.unflatten(2, (H, P)), delta, A, B.unflatten(2, (G, N)), C.unflatten(2, (G, N)), torch.randn(H), torch.randn(batch, H, P, N)
+    x, B, C = x.unflatten(2, (H, P)), B.unflatten(2, (G, N)), C.unflatten(2, (G, N))
+    return x, delta, A, B, C, torch.randn(H), torch.randn(batch, H, P, N)
 
 
 def begin(T, *places, batch=1):
@@ -42,7 +46,7 @@ def begin(T, *places, batch=1):
 
 
 def agree_ssd(*given):
-    """dA of a head is one sum over all tokens: its error is relative to the terms, which are the gradient of an A for each token."""
+    """dA of a head is one sum over all tokens: its error is relative to the terms: gradients of an A for each token."""
     x, delta, A, *more = given
     with in_float64():
         _, gradients = run(ssd_sequential, (x, delta, A.expand(delta.shape).contiguous(), *more), torch.float64, True)
@@ -50,7 +54,8 @@ def agree_ssd(*given):
 
 
 # chunks are of 64 tokens in bfloat16 and of 32 in the others
-LENGTHS = [(torch.bfloat16, T) for T in (1, 63, 64, 65, 131)] + [(dtype, T) for dtype in (torch.float32, torch.float16) for T in (1, 31, 32, 33, 67)]
+LENGTHS = [(torch.bfloat16, T) for T in (1, 63, 64, 65, 131)]
+LENGTHS += [(dtype, T) for dtype in (torch.float32, torch.float16) for T in (1, 31, 32, 33, 67)]
 
 
 @pytest.mark.parametrize("dtype, T", LENGTHS, ids=str)
@@ -59,7 +64,9 @@ def test_lengths(dtype, T):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("H, G, P, N, batch", [(4, 2, 32, 16, 1), (3, 3, 16, 64, 1), (2, 1, 64, 32, 2), (2, 2, 24, 40, 1), (1, 1, 1, 1, 2), (1, 1, 80, 128, 1)], ids=str)
+@pytest.mark.parametrize("H, G, P, N, batch", [
+    (4, 2, 32, 16, 1), (3, 3, 16, 64, 1), (2, 1, 64, 32, 2), (2, 2, 24, 40, 1), (1, 1, 1, 1, 2), (1, 1, 80, 128, 1),
+], ids=str)
 def test_heads_groups_and_widths(H, G, P, N, batch, dtype):
     agree_ssd(*inputs(40, dtype, H, G, P, N, batch))
 
@@ -79,7 +86,7 @@ def test_documents_of_each_row():
 def test_no_step_at_all_and_steps_that_forget_all(dtype):
     x, delta, A, B, C, D, h = inputs(70, dtype)
     delta[:, 10:20], delta[:, 40:50] = 0, 1e-30
-    delta[:, [3, 33, 34, 65]], x[:, [3, 33, 34, 65]] = 1e6, 0               # −10⁴ and less: what comes after must stay exact
+    delta[:, [3, 33, 34, 65]], x[:, [3, 33, 34, 65]] = 1e6, 0           # −10⁴ and less: what comes after stays exact
     agree(kernel, ssd, x, delta, A, B, C, D, h, backward=False)
     agree_ssd(x, torch.zeros_like(delta), A, B, C, D, h)
 
@@ -89,7 +96,10 @@ def test_a_step_that_forgets_all_leaves_its_neighbours_exact():
     x, delta, A, B, C, D, h = inputs(31, torch.float32)
     delta[:, 9] = 1e6 / A.abs()
     x[:, 9], C[:, 9] = 0, 0
-    agree(lambda *given: [part[:, 10:] for part in kernel(*given)[:1]], lambda *given: [part[:, 10:] for part in ssd(*given)[:1]], x, delta, A, B, C, D, h)
+    def later(f):
+        return lambda *given: [part[:, 10:] for part in f(*given)[:1]]
+
+    agree(later(kernel), later(ssd), x, delta, A, B, C, D, h)
 
 
 def test_long_memory():
@@ -105,7 +115,8 @@ def test_any_split_gives_the_whole(dtype):
     for a, b in ((0, 1), (1, 33), (33, 70)):
         y, h = kernel(x[:, a:b], delta[:, a:b].contiguous(), A, B[:, a:b], C[:, a:b], D, h)
         parts.append(y)
-    close = dict(rtol=0, atol=float({torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype] * whole.abs().max()))
+    bound = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    close = dict(rtol=0, atol=float(bound * whole.abs().max()))
     torch.testing.assert_close(torch.cat(parts, 1), whole, **close)
     torch.testing.assert_close(h, last, **close)
 
@@ -120,10 +131,12 @@ def test_the_future_changes_nothing_and_twice_is_the_same():
     assert torch.equal(before, again) and torch.equal(before[:, :50], after[:, :50]) and not torch.equal(before, after)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_them():
     given = [t.to(DEVICE) for t in inputs(35, torch.float32)]
     begins = begin(35, 3, 20).to(DEVICE)
-    torch.library.opcheck(ssd_op, (*(t.detach().requires_grad_() for t in given), begins), test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+    leaves = (*(t.detach().requires_grad_() for t in given), begins)
+    torch.library.opcheck(ssd_op, leaves, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
     x, delta, A, B, C, D, h = given
     y, last, states = ssd_op(*given, None)
     torch.library.opcheck(ssd_backward_op, (y, last, x, delta, A, B, C, D, begins, states))
@@ -144,7 +157,7 @@ def test_beyond_two_to_the_31_elements():
     batch, H = 2**24 + 1, 128
     small = inputs(1, torch.float32, H=1, P=1, N=1)
     x, delta, _, B, C, _, h = (far((batch, H), dtype) for dtype in (torch.float16,) * 6 + (torch.float32,))
-    for whole, tail in zip((x, delta, B, C, h), (small[0], small[1], small[3], small[4], small[6])):
+    for whole, tail in zip((x, delta, B, C, h), (small[0], small[1], small[3], small[4], small[6]), strict=True):
         whole[-1, -1] = tail.flatten()
     A, D, y = torch.zeros(H), torch.ones(H), far((batch, H))
     A[-1] = -1
@@ -154,12 +167,15 @@ def test_beyond_two_to_the_31_elements():
         walk_kernel[(1, 1, 1)](x, delta, A, B, h, None, states, last, *sizes, H, H, H, H, BACK=False, **tile)
         output_kernel[(1, 1, 1)](x, delta, A, B, C, D, None, states, y, *sizes, *(H,) * 6, **tile)
         walk_kernel[(1, 1, 1)](y, delta, A, C, last, None, after, dh, *sizes, H, H, H, H, BACK=True, **tile)
-        gradient_kernel[(1, 1, 1)](y, after, x, delta, A, B, C, D, None, states, h, ddelta, dA, dB, dC, dD, *sizes, *(H,) * 6, **tile)
-    leaves = [t.half().float().requires_grad_() if i < 6 else t.requires_grad_() for i, t in enumerate((*small[:2], A[-1:], *small[3:5], D[-1:], small[6]))]
+        gradient_kernel[(1, 1, 1)](y, after, x, delta, A, B, C, D, None, states, h, ddelta, dA, dB, dC, dD,
+                                   *sizes, *(H,) * 6, **tile)
+    rounded = [t.half().float() for t in (*small[:2], A[-1:], *small[3:5], D[-1:])]        # as the large tensors are
+    leaves = [t.requires_grad_() for t in (*rounded, small[6])]
     right = ssd_sequential(*leaves)
-    gradients = torch.autograd.grad([right[0], right[1]], leaves, [y[-1, -1].float().view(1, 1, 1, 1), last[-1, -1].view(1, 1, 1, 1)])
+    cotangents = [y[-1, -1].float().view(1, 1, 1, 1), last[-1, -1].view(1, 1, 1, 1)]
+    gradients = torch.autograd.grad([right[0], right[1]], leaves, cotangents)
     ours = [y, last, h, ddelta, dA, dB, dC, dD, dh]                        # dx was written over h
-    for mine, exact in zip(ours, (*right, *gradients)):
+    for mine, exact in zip(ours, (*right, *gradients), strict=True):
         torch.testing.assert_close(mine[-1, -1].float(), exact.flatten()[0], rtol=2e-3, atol=1e-5)
 
 
@@ -170,26 +186,33 @@ def test_tokens_that_lie_far_apart():
     T, sizes = 2**27 + 16, (2**27 + 16, 1, 16, 16, 1)
     last = T // 16 - 1
     x, B, C, y = (far((T, 16)) for _ in range(4))
-    delta, states, after, dx, ddelta, dB, dC = far((T, 1)), *(far((T, 16), torch.float32) for _ in range(2)), far((T, 16)), far((T, 1)), *(far((T, 16), torch.float32) for _ in range(2))
+    states, after, dB, dC = (far((T, 16), torch.float32) for _ in range(4))
+    delta, dx, ddelta = far((T, 1)), far((T, 16)), far((T, 1))
     small = inputs(16, torch.float16, H=1)
-    for whole, tail in zip((x, delta, B, C), (small[0], small[1].half(), small[3], small[4])):
+    for whole, tail in zip((x, delta, B, C), (small[0], small[1].half(), small[3], small[4]), strict=True):
         whole[-16:] = tail.reshape(16, -1)
     A, D = torch.tensor([-0.5]), torch.ones(1)
     with program(0, last, 0):
         output_kernel[(1, 1, 1)](x, delta, A, B, C, D, None, states, y, *sizes, *(0, 16) * 3, **tile)
-        gradient_kernel[(1, 1, 1)](y, after, x, delta, A, B, C, D, None, states, dx, ddelta, far((T,)), dB, dC, far((T,)), *sizes, *(0, 16) * 3, **tile)
-    leaves = [t.detach().float().requires_grad_() for t in (x[-16:].view(1, 16, 1, 16), delta[-16:].view(1, 16, 1), A, B[-16:].view(1, 16, 1, 16), C[-16:].view(1, 16, 1, 16), D, torch.zeros(1, 1, 16, 16))]
+        gradient_kernel[(1, 1, 1)](y, after, x, delta, A, B, C, D, None, states, dx, ddelta, far((T,)), dB, dC,
+                                   far((T,)), *sizes, *(0, 16) * 3, **tile)
+    near_x, near_delta, near_B, near_C = (t[-16:].view(1, 16, 1, -1) for t in (x, delta, B, C))
+    near = (near_x, near_delta[..., 0], A, near_B, near_C, D, torch.zeros(1, 1, 16, 16))
+    leaves = [t.detach().float().requires_grad_() for t in near]
     right = ssd_sequential(*leaves)[0]
     gradients = torch.autograd.grad(right, leaves, y[-16:].float().view(right.shape))
-    for mine, exact in zip((y, dx, ddelta, dB, dC), (right, gradients[0], gradients[1], gradients[3], gradients[4])):
-        torch.testing.assert_close(mine[-16:].float(), exact.reshape(16, -1), rtol=4e-3, atol=4e-3 * float(exact.detach().abs().max()))
+    wanted = (right, gradients[0], gradients[1], gradients[3], gradients[4])
+    for mine, exact in zip((y, dx, ddelta, dB, dC), wanted, strict=True):
+        largest = float(exact.detach().abs().max())
+        torch.testing.assert_close(mine[-16:].float(), exact.reshape(16, -1), rtol=4e-3, atol=4e-3 * largest)
 
     apart, T = 2**26, 48
     x, B = far((T, apart)), far((T, apart))
     small = inputs(T, torch.float16, H=1)
     x[:, :16], B[:, :16] = small[0].reshape(T, 16), small[3].reshape(T, 16)
     states, last = torch.empty(3, 16, 16), torch.empty(16, 16)
-    walk_kernel[(1, 1, 1)](x, small[1], A, B, small[6], None, states, last, T, 1, 16, 16, 1, 0, apart, 0, apart, BACK=False, **tile)
+    walk_kernel[(1, 1, 1)](x, small[1], A, B, small[6], None, states, last, T, 1, 16, 16, 1, 0, apart, 0, apart,
+                           BACK=False, **tile)
     torch.testing.assert_close(last, ssd_sequential(*small[:2], A, *small[3:])[1][0, 0], rtol=1e-4, atol=1e-4)
 
 
@@ -205,7 +228,8 @@ def zeros(**other):
     (zeros(h=torch.zeros(1, 2, 16, 8)), "h has shape (1, 2, 16, 8), expected (1, 2, 16, 16)"),
     (zeros(begins=torch.zeros(4, dtype=torch.bool)), "begins has shape (4,), expected (1, 4)"),
     (zeros(B=torch.zeros(1, 4, 3, 16), C=torch.zeros(1, 4, 3, 16)), "2 heads cannot share 3 groups"),
-    (zeros(B=torch.zeros(1, 4, 1, 300), C=torch.zeros(1, 4, 1, 300), h=torch.zeros(1, 2, 16, 300)), "a state of 300, 1 sequences of 4 tokens; supported are up to 256"),
+    (zeros(B=torch.zeros(1, 4, 1, 300), C=torch.zeros(1, 4, 1, 300), h=torch.zeros(1, 2, 16, 300)),
+     "a state of 300, 1 sequences of 4 tokens; supported are up to 256"),
     (zeros(B=torch.zeros(1, 4, 1, 16).half()), "x, B and C must be alike"),
     (zeros(h=torch.zeros(1, 2, 16, 16).half()), "h float32"),
     (zeros(begins=torch.zeros(1, 4, dtype=torch.int8)), "begins bool"),
@@ -220,4 +244,5 @@ def test_refusals(given, reason):
 
 
 def test_the_chunks_are_what_these_tests_take_them_for():
-    assert [tuned(name, N, torch.device("cpu"))["Q"] for name, N in itertools.product(("ssd_walk", "ssd_walk_float32"), (16, 256))] == [64, 64, 32, 32]
+    names = itertools.product(("ssd_walk", "ssd_walk_float32"), (16, 256))
+    assert [tuned(name, N, torch.device("cpu"))["Q"] for name, N in names] == [64, 64, 32, 32]

@@ -12,7 +12,8 @@ from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, prog
 def real_launches():
     """For tests/kernels/compiled.py: per-head norms, and the widths of decoders from 1 B to 400 B."""
     for width in (128, 2048, 4096, 8192, 16384):
-        x, gain = torch.empty(64, width, dtype=torch.bfloat16, requires_grad=True), torch.empty(width, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.empty(64, width, dtype=torch.bfloat16, requires_grad=True)
+        gain = torch.empty(width, dtype=torch.bfloat16, requires_grad=True)
         total, y = kernels.add_rms_norm(x, x.detach(), gain, 1e-5)
         (total + y).sum().backward()
         if width in (4096, 8192):
@@ -75,7 +76,8 @@ def test_as_torch_sees_them():
     x, y, gain, bias = weights((2, 3, 96), torch.float32)
     torch.library.opcheck(norm_op, (x.requires_grad_(), y, gain.requires_grad_(), None, 1e-5, 0.0, False, True))
     torch.library.opcheck(norm_op, (x, None, gain, bias.requires_grad_(), 1e-5, 0.0, True, False))
-    torch.library.opcheck(norm_backward_op, (x.detach(), y, x.detach(), gain.detach(), y[0, 0, :0], torch.rand(6), 0.0, False, False))
+    given = (x.detach(), y, x.detach(), gain.detach(), y[0, 0, :0], torch.rand(6), 0.0, False, False)
+    torch.library.opcheck(norm_backward_op, given)
     compiles(lambda x, y, gain: kernels.add_rms_norm(x, y, kernels.rms_norm(gain, gain, 1e-5), 1e-5), x, y, gain)
     compiles(lambda x, gain, bias: kernels.layer_norm(x, gain, bias, 1e-5), x, gain, bias)
 
@@ -83,7 +85,8 @@ def test_as_torch_sees_them():
 @pytest.mark.skipif(not INTERPRETED, reason="runs one program out of many, which only the interpreter can")
 def test_beyond_two_to_the_31_elements():
     rows, width = 2**19 + 3, 4096
-    x, y, dx, gain, r = far((rows, width)), far((rows, width)), far((rows, width)), torch.rand(width).half(), torch.zeros(rows)
+    x, y, dx = far((rows, width)), far((rows, width)), far((rows, width))
+    gain, r = torch.rand(width).half(), torch.zeros(rows)
     x[-1] = torch.randn(width)
     options = dict(ADD=False, CENTRE=False, BIAS=False, ROWS=1, BLOCK=width)
     with programs_from(rows - 1):
@@ -98,14 +101,17 @@ def test_beyond_two_to_the_31_elements():
 
 
 @pytest.mark.parametrize("call, reason", [
-    (lambda: kernels.rms_norm(torch.zeros(2, 20000), torch.ones(20000), 1e-5), "rows of 20000, supported are up to 16384"),
-    (lambda: kernels.layer_norm(torch.zeros(2, 9000), torch.ones(9000), None, 1e-5), "rows of 9000, supported are up to 8192"),
+    (lambda: kernels.rms_norm(torch.zeros(2, 20000), torch.ones(20000), 1e-5),
+     "rows of 20000, supported are up to 16384"),
+    (lambda: kernels.layer_norm(torch.zeros(2, 9000), torch.ones(9000), None, 1e-5),
+     "rows of 9000, supported are up to 8192"),
     (lambda: kernels.rms_norm(torch.zeros(8, 4).T, torch.ones(8), 1e-5), "rows must follow one another"),
     (lambda: kernels.rms_norm(torch.zeros(2, 8).double(), torch.ones(8), 1e-5), "float64, supported are"),
     (lambda: kernels.rms_norm(torch.zeros(2, 8), torch.ones(8, device="meta"), 1e-5), "gain is on meta"),
     (lambda: kernels.rms_norm(torch.zeros(2, 8), torch.ones(9), 1e-5), "gain has shape (9,), expected (8,)"),
     (lambda: kernels.add_rms_norm(torch.zeros(2, 8), torch.zeros(1, 8), torch.ones(8), 1e-5), "must be alike"),
-    (lambda: kernels.layer_norm(torch.zeros(2, 8), torch.ones(8), torch.ones(7), 1e-5), "bias has shape (7,), expected (8,)"),
+    (lambda: kernels.layer_norm(torch.zeros(2, 8), torch.ones(8), torch.ones(7), 1e-5),
+     "bias has shape (7,), expected (8,)"),
 ])
 def test_refusals(call, reason):
     with pytest.raises(ValueError, match="kernels.*" + reason.replace("(", r"\(").replace(")", r"\)")):

@@ -10,12 +10,15 @@ from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, between_nan
 
 
 def real_launches():
-    """For tests/kernels/compiled.py: a wide projection, and a narrow one whose inputs are split; one row, and a few; float32."""
+    """For tests/kernels/compiled.py: a wide projection, and a narrow one whose inputs are split; one row, and a few;
+    float32."""
     for bits in (4, 8):
-        for N, K, M, dtype in ((28672, 8192, 1, torch.bfloat16), (28672, 8192, 4, torch.bfloat16), (1024, 4096, 1, torch.float16), (28672, 8192, 2, torch.float32)):
+        for N, K, M, dtype in ((28672, 8192, 1, torch.bfloat16), (28672, 8192, 4, torch.bfloat16),
+                               (1024, 4096, 1, torch.float16), (28672, 8192, 2, torch.float32)):
             packed = torch.empty(N, K // 8, dtype=torch.int32) if bits == 4 else torch.empty(N, K, dtype=torch.int8)
             scale = torch.empty(N, K // 128 if bits == 4 else 1)
-            kernels.quantized_linear(torch.empty(M, K, dtype=dtype), packed, scale, torch.empty(scale.shape, dtype=torch.int8) if bits == 4 else None, None)
+            zero = torch.empty(scale.shape, dtype=torch.int8) if bits == 4 else None
+            kernels.quantized_linear(torch.empty(M, K, dtype=dtype), packed, scale, zero, None)
 
 
 def inputs(N, K, bits, group, dtype, *leading):
@@ -68,7 +71,7 @@ def test_split_inputs(M, bits, group, dtype, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits, group", FORMATS)
 def test_integers_exactly(bits, group, dtype, M):
-    """Small integers and scales of a power of two leave nothing to round: every code, in every place of a word, must be right."""
+    """Small integers and scales of a power of two leave nothing to round: each code in each place must be right."""
     N, K, low = 17, 256, 0 if bits == 4 else -128
     codes = torch.randint(low, low + 2**bits, (N, K), dtype=torch.int32)
     codes[0], codes[1], codes[2], codes[3, ::2] = low, low + 2**bits - 1, 2 ** (bits - 1) - 1, low
@@ -82,7 +85,8 @@ def test_integers_exactly(bits, group, dtype, M):
     assert bits == 8 or (packed[1] == -1).all()                 # the sign bit is a bit of the last code
     shifted = codes.double() - (0 if zero is None else zero.double().repeat_interleave(group, 1))
     right = x.double() @ (shifted * scale.double().repeat_interleave(K // scale.shape[1], 1)).T
-    ours = kernels.quantized_linear(*(t if t is None else t.to(DEVICE) for t in (x.to(dtype), packed, scale, zero, None)))
+    given = (x.to(dtype), packed, scale, zero, None)
+    ours = kernels.quantized_linear(*(t if t is None else t.to(DEVICE) for t in given))
     assert torch.equal(ours.double().cpu(), right.to(dtype).double())
 
 
@@ -93,11 +97,16 @@ def test_the_order_of_sums_is_always_the_same_and_nothing_is_read_beyond():
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.slow
 def test_as_torch_sees_it():
     for bits, group in FORMATS[2:]:
         x, *rest = (None if t is None else t.to(DEVICE) for t in inputs(24, 256, bits, group, torch.float32, 2, 3))
         torch.library.opcheck(quantized_linear_op, (x, *rest), test_utils=("test_schema", "test_faketensor"))
-        double = lambda x: kernels.quantized_linear(kernels.quantized_linear(x, *rest)[..., :1].expand_as(x).contiguous(), *rest)
+
+        def double(x, rest=rest):
+            first = kernels.quantized_linear(x, *rest)[..., :1]
+            return kernels.quantized_linear(first.expand_as(x).contiguous(), *rest)
+
         with torch.no_grad():
             assert torch.equal(torch.compile(double, fullgraph=True, backend="aot_eager")(x), double(x))
 
@@ -112,7 +121,7 @@ def test_beyond_two_to_the_31_elements(kernel, M, options):
     N, K = 2**26 + 8, 288
     x, tail = torch.randn(M, K).half(), inputs(8, K, 4, 32, torch.float16, 1)[1:4]
     packed, scale, zero = (far((N, t.shape[1]), t.dtype) for t in tail)
-    for whole, last in zip((packed, scale, zero), tail):
+    for whole, last in zip((packed, scale, zero), tail, strict=True):
         whole[-8:] = last
     out = far((M, N), torch.float16)
     constants = dict(BITS=4, BLOCKS_A_GROUP=1, BIAS=False) | options
@@ -128,7 +137,8 @@ def test_beyond_two_to_the_31_elements(kernel, M, options):
     assert torch.equal(y[-512:], partial[-1, 0, -512:])
 
 
-X, PACKED, SCALE, ZERO = torch.zeros(2, 128), torch.zeros(6, 16, dtype=torch.int32), torch.ones(6, 4), torch.zeros(6, 4, dtype=torch.int8)
+X, PACKED = torch.zeros(2, 128), torch.zeros(6, 16, dtype=torch.int32)
+SCALE, ZERO = torch.ones(6, 4), torch.zeros(6, 4, dtype=torch.int8)
 EIGHT = torch.zeros(6, 128, dtype=torch.int8)
 
 

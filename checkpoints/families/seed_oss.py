@@ -1,0 +1,21 @@
+"""Seed-OSS, 36B: Llama with biases on q, k and v, and heads 128 wide whatever hidden_size is.
+
+The base of RoPE is 10000 where no key says it; the published config says 1e7, and a context of 524288.
+"""
+
+from checkpoints.families.llama import LLAMA_SHAPE, kv_heads
+from checkpoints.names.config_rows import HeadDim
+from checkpoints.names.config_table import flag, size
+
+SEED_OSS = LLAMA_SHAPE.but(
+    "seed_oss", "SeedOssForCausalLM", irrelevant=frozenset({"residual_dropout"}),
+    keys={
+        "num_key_value_heads": kv_heads(missing=8),
+        "head_dim": HeadDim(missing=128),
+        "max_position_embeddings": size("context", missing=524288),
+        "attention_bias": flag("mixer.qkv_bias", missing=True),
+        "attention_out_bias": flag("mixer.out_bias", missing=False),
+        "mlp_bias": flag("ffn.bias", missing=False),
+    },
+)
+FAMILIES = {"seed_oss": SEED_OSS}

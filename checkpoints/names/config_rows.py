@@ -1,0 +1,308 @@
+"""Rows of config_table.py that say more than one field: how many layers there are and which parts they have, heads, RoPE, windows."""
+
+from collections.abc import Callable
+from typing import Any
+
+from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, given, one_name
+from checkpoints.names.reader import IRRELEVANT, Reader
+from checkpoints.names.rope import read_rope, write_rope
+from nanollm.config import Rope
+from nanollm.errors import ConfigError
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class LayerCount(Row):
+    """How many layers there are. It stands first of the rows that decide about parts."""
+    shapes = True
+
+    def __init__(self, also: tuple[str, ...] = ()) -> None:
+        self.also = also
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        number = r.count(one_name(r, key, *self.also))
+        draft.layers = [draft.layers[0].copy() for _ in range(number)]
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: len(draft.layers)}
+
+    def says(self) -> str:
+        return "layers"
+
+
+class Kinds(Row):
+    """Which of several parts stands in a slot of each layer: attention or a scan, an MLP or experts.
+
+    parts          a name for each kind → the part
+    read_kinds     (Reader, number of layers) → the name of each layer's kind
+    write_kinds    names → the keys that say so
+    """
+    shapes = True
+
+    def __init__(
+        self, slot: str, parts: dict[str, Part], read_kinds: Callable[[Reader, int], list[str]],
+        write_kinds: Callable[[list[str]], dict[str, Any]],
+    ) -> None:
+        self.slot, self.parts, self.read_kinds, self.write_kinds = slot, parts, read_kinds, write_kinds
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        for layer, kind in zip(draft.layers, self.read_kinds(r, len(draft.layers)), strict=True):
+            layer.set(self.slot, self.parts[kind])
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        names = {each.kind: name for name, each in self.parts.items()}
+        return self.write_kinds([names[layer.get(self.slot).kind] for layer in draft.layers])
+
+    def says(self) -> str:
+        return f"{self.slot}: {' or '.join(each.kind.__name__ for each in self.parts.values())}"
+
+
+class Heads(Row):
+    """The number of query heads, where no key says how wide they are: dim / heads. `alone`: as many key/value heads."""
+
+    def __init__(self, also: tuple[str, ...] = (), alone: bool = True, missing: int | None = None) -> None:
+        self.also, self.alone, self.missing = also, alone, missing
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        key, dim = one_name(r, key, *self.also), draft["dim"]
+        heads = r.size(key) if self.missing is None else r.size(key, self.missing)
+        if dim % heads:
+            raise r.error(key, f"a divisor of the model's width ({dim})")
+        draft["mixer.heads"], draft["mixer.head_dim"] = heads, dim // heads
+        if self.alone:
+            draft["mixer.kv_heads"] = heads
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["mixer.heads"]} if "mixer.heads" in draft else {}
+
+    def says(self) -> str:
+        return "mixer.heads, mixer.head_dim" + (", mixer.kv_heads" if self.alone else "")
+
+
+class HeadDim(Row):
+    """How wide a head is; null, and a missing key without a default, mean dim / heads."""
+
+    def __init__(self, missing: int | None = None) -> None:
+        self.missing = missing
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        dim, heads = draft["dim"], draft["mixer.heads"]
+        width = r.size(key, self.missing, or_null=True)
+        if width is None and dim % heads:
+            raise r.error("num_attention_heads", f"a divisor of hidden_size ({dim}) where there is no {key}")
+        draft["mixer.head_dim"] = width or dim // heads
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["mixer.head_dim"]}
+
+    def says(self) -> str:
+        return "mixer.head_dim"
+
+
+class RopeKeys(Row):
+    """RoPE in both dialects (names/rope.py): base, part of a head that turns, scaling.
+
+    theta         the family's base
+    fraction      its part of a head that turns; None: it knows no such key, and all of it turns
+
+    A family whose keys say it in other words has a subclass with a `rope` or an `original` of its own.
+    """
+
+    def __init__(
+        self, theta: float = 10_000.0, fraction: float | None = None, path: str = "mixer.rope",
+        theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor",
+    ) -> None:
+        self.theta, self.fraction, self.path = theta, fraction, path
+        self.theta_key, self.fraction_key = theta_key, fraction_key
+
+    def original(self, r: Reader, draft: Draft) -> int | None:
+        """The context before a stretch, in families that say it outside the object."""
+        return None
+
+    def rope(self, r: Reader, draft: Draft) -> Rope:
+        """What config.json says; the layout and the rounding are the family's own."""
+        return read_rope(r, self.theta, draft["context"], self.fraction, self.original(r, draft),
+                         theta_key=self.theta_key, fraction_key=self.fraction_key)
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        rope = self.rope(r, draft)
+        for name in ("theta", "fraction", "scaling"):
+            draft[f"{self.path}.{name}"] = getattr(rope, name)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        found = next((rope for rope in draft.each(self.path) if isinstance(rope, Part)), None)
+        if found is None:
+            return {}
+        rope: Rope = found.build()
+        values = write_rope(rope)
+        values[self.theta_key] = values.pop("rope_theta")
+        if self.fraction is not None:  # said though it be 1, which is not what a missing key means; inside the object there is one word
+            values.pop("partial_rotary_factor", None)
+            values[self.fraction_key] = values["rope_parameters"]["partial_rotary_factor"] = rope.fraction
+        return values
+
+    def says(self) -> str:
+        return f"{self.path}: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
+
+
+class Windows(Row):
+    """Which layers slide, and over how many keys: `sliding_window`, and `layer_types` where it stands.
+
+    default     what a missing sliding_window means
+    switch      whether the window counts only with `use_sliding_window`
+    full        what else the layers that do not slide have: path → value
+
+    A subclass says which layers slide where there is no layer_types, `pattern`, and which keys say that, `pattern_keys`.
+    """
+    shapes = True
+
+    def __init__(self, default: int = 4096, switch: bool = False, full: dict[str, Any] | None = None) -> None:
+        self.default, self.switch, self.full = default, switch, full or {}
+
+    def pattern(self, r: Reader, layers: int) -> list[bool]:
+        raise NotImplementedError
+
+    def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
+        return {}
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        number, window = len(draft.layers), r.get("sliding_window", self.default)
+        if self.switch and not r.flag("use_sliding_window", False):
+            window = None
+        elif window is not None or not self.switch:
+            window = r.size("sliding_window", self.default)
+        slides, types = self.pattern(r, number), r.get("layer_types", None)
+        if types is None:
+            types = [SLIDING if window and each else FULL for each in slides]
+        known = (FULL, SLIDING) if window else (FULL,)
+        if not isinstance(types, list) or len(types) != number or not all(one in known for one in types):
+            raise r.error("layer_types", f"{number} times {' or '.join(known)}")
+        for layer, kind in zip(draft.layers, types, strict=True):
+            layer.set("mixer.window", window if kind == SLIDING else None)
+            for path, value in self.full.items() if kind == FULL else ():
+                layer.set(path, value)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        windows = [None if window is ABSENT else window for window in draft.each("mixer.window")]
+        slides = [window is not None for window in windows]
+        used = next((window for window in windows if window is not None), None)
+        values = {
+            "sliding_window": used or (None if self.switch else self.default),
+            "layer_types": [SLIDING if each else FULL for each in slides],
+        }
+        return values | ({"use_sliding_window": used is not None} if self.switch else {}) | self.pattern_keys(slides)
+
+    def says(self) -> str:
+        return "mixer.window"
+
+
+class Periodic(Windows):
+    """All but every n-th layer slide. `key` says n, where there is such a key."""
+
+    def __init__(self, period: int, key: str | None = None, **more: Any) -> None:
+        super().__init__(**more)
+        self.period, self.key = period, key
+
+    def pattern(self, r: Reader, layers: int) -> list[bool]:
+        period = self.period if self.key is None else r.size(self.key, self.period)
+        if r.get("layer_types", None) is None:
+            r.must("_sliding_window_pattern", period)  # transformers writes it beside layer_types, and does not read it
+        return [(i + 1) % period != 0 for i in range(layers)]
+
+    def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
+        return {} if self.key is None else {self.key: [*slides, False].index(False) + 1}
+
+
+class OneWindow(Row):
+    """A window for all layers or none: `sliding_window`, which counts only with `use_sliding_window`."""
+
+    def __init__(self, default: int = 4096) -> None:
+        self.default = default
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        window = r.size("sliding_window", self.default, or_null=True)
+        draft["mixer.window"] = window if r.flag("use_sliding_window", False) else None
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        window = draft["mixer.window"]
+        return {"use_sliding_window": window is not None, "sliding_window": window}
+
+    def says(self) -> str:
+        return "mixer.window"
+
+
+class must_be(Row):
+    """A flag that must have one value, which may be a function of the draft. A missing key means false."""
+
+    def __init__(self, value: Any, also: tuple[str, ...] = ()) -> None:
+        self.value, self.also = value, also
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        key, value = one_name(r, key, *self.also), given(self.value, draft)
+        if r.flag(key, False) != value:
+            raise r.error(key, f"{value}, which is what is implemented")
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: given(self.value, draft)}
+
+    def says(self) -> str:
+        return "must be " + ("the same" if callable(self.value) else repr(self.value))
+
+
+class DividingHeads(Key):
+    """The number of query heads, where another key says how wide they are. transformers wants dim to be a multiple of it all the same."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(Reader.size, "mixer.heads", **more)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        dim, heads = draft["dim"], draft["mixer.heads"]
+        if heads is not ABSENT and dim % heads:
+            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
+        return super().write(draft, key)
+
+
+class Inside(Row):
+    """An object with keys of its own; where it is missing, null or empty, all of them are missing."""
+
+    def __init__(self, keys: Keys, irrelevant: frozenset[str] = frozenset()) -> None:
+        self.keys, self.irrelevant = keys, irrelevant
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        inner = r.inside(key) or Reader({}, r.where, prefix=f"{r.prefix}{key}.")
+        for name, row in self.keys.items():
+            row.read(inner, draft, name)
+        inner.close(IRRELEVANT | self.irrelevant)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        values: dict[str, Any] = {}
+        for name, row in self.keys.items():
+            values |= row.write(draft, name)
+        return {key: values}
+
+    def says(self) -> str:
+        return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
+
+
+class unread(Row):
+    """A key that says nothing here; it is written because the published code asks for it."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.get(key, None)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: self.value}
+
+
+def halved(*paths: str, **more: Any) -> Key:
+    """An even number, of which a half is ours."""
+    def check(r: Reader, key: str) -> int:
+        value = r.size(key)
+        if value % 2:
+            raise r.error(key, "an even number, of which a half is the width")
+        return value
+
+    return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)

@@ -1,0 +1,97 @@
+"""examples/: each script is short, and does what its first lines say, on a tiny model."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+from nanollm.inference.generation import generate
+from nanollm.text import tokenizer
+from nanollm.text.chat import Conversation
+from tests.fixtures import FIXTURES
+from tests.oracles import write
+from tests.tok_folders import byte_bpe
+from tests.toys import grammar
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+
+
+def run(capsys, name: str, *args: str | Path) -> str:
+    """Run a script as `python examples/name …` does, in this process; what it prints."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, args)])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_each_is_under_sixty_lines_and_run_here(path):
+    assert path.read_text().count("\n") < 60
+    assert f'"{path.name}"' in Path(__file__).read_text()
+
+
+def test_loop_learns_and_writes(tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("".join(path.read_text() for path in sorted(grammar(tmp_path).glob("*.py"))))
+    said = run(capsys, "loop.py", text, "--steps", "15")
+    losses = [float(found) for found in re.findall(r"validation loss ([\d.]+)", said)]
+    assert len(losses) == 2 and losses[0] > 4.5 and losses[1] < losses[0] - 1
+    assert len(said.rpartition("nats per byte\n")[2]) > 100                  # the sample
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A tiny Qwen3 that transformers wrote, quiet enough to learn, with a tokenizer and a chat template."""
+    folder = tmp_path_factory.mktemp("examples") / "tiny"
+    backend = byte_bpe(("<|im_start|>", "<|im_end|>"), vocab=300)
+    fixture = FIXTURES["qwen3-0.6b"]
+    keys = {**fixture.keys, "vocab_size": backend.get_vocab_size()}
+    write(type(fixture)("qwen3", keys, gain=0.1), folder, torch.bfloat16)
+    backend.save(str(folder / "tokenizer.json"))
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "chat_template": CHATML}
+    (folder / "tokenizer_config.json").write_text(json.dumps(facts))
+    return folder
+
+
+def test_finetune_teaches_an_answer(folder, tmp_path, capsys):
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a brown fox"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 4)
+    said = run(capsys, "finetune.py", folder, tmp_path / "chats.jsonl", tmp_path / "out",
+               "--steps", "40", "--batch-size", "2", "--context", "64", "--lr", "0.01")
+    assert "4 examples in" in said and "; 0 longer" in said
+    model, words = checkpoints.load(tmp_path / "out"), tokenizer.load(tmp_path / "out")
+    assert model.embed.weight.dtype == torch.bfloat16                        # as it was stored
+    answer = [*generate(model, Conversation(words, talk[:1]).prompt_ids(), 20, stop_ids=words.stop_ids)]
+    assert words.decode(answer) == talk[1]["content"] and answer[-1] in words.stop_ids
+
+
+def test_surgery_changes_what_it_is_asked_to_and_nothing_else(folder, tmp_path, capsys):
+    before = checkpoints.load(folder)
+    vocab = before.config.vocab
+    said = run(capsys, "surgery.py", folder, tmp_path / "out", "--window", "7", "--vocab", str(vocab + 5))
+    assert "7 old tokens differ by at most 0.0e+00" in said
+    after = checkpoints.load(tmp_path / "out")
+    assert [layer.mixer.window for layer in after.config.layers] == [7, None, 7] and after.config.vocab == vocab + 5
+    assert after.config.tied and after.head.weight is after.embed.weight
+    assert torch.allclose(after.embed.weight[vocab:].float(), before.embed.weight.float().mean(0), atol=1e-3)
+    long = torch.randint(vocab, (1, 20))
+    with torch.no_grad():
+        assert not torch.equal(after(long)[:, -1, :vocab], before(long)[:, -1])        # past the window
+    values = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert values["model_type"] == "qwen3" and values["layer_types"][::2] == ["sliding_attention"] * 2
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+def test_surgery_grows_a_head_of_its_own(tmp_path, capsys):
+    write(FIXTURES["llama-1"], tmp_path / "llama")
+    run(capsys, "surgery.py", tmp_path / "llama", tmp_path / "grown", "--vocab", "140")
+    grown = checkpoints.load(tmp_path / "grown")
+    assert grown.head.weight.shape[0] == grown.embed.weight.shape[0] == 140
+    assert grown.head.weight is not grown.embed.weight
