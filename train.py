@@ -20,6 +20,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+from checkpoints.export import layout_for
 from nanollm.cli import main
 from nanollm.data.stream import Batch, stack
 from nanollm.errors import RunError
@@ -254,15 +256,26 @@ def restore(run: Run) -> None:
         run.step, run.balance.shares, run.recent = facts["step"], facts["balance"], [tuple(pair) for pair in facts["recent"]]
 
 
+def written_as(run: Run) -> str:
+    """In which layout `export` will write the model, for a person, before the first step."""
+    layout, reason = layout_for(run.model.config, run.origin)
+    if layout == "hf":
+        return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
+    return (f"{run.options.out}: will be in nanollm's own layout, which checkpoints.load, generate.py and --init read and "
+            f"transformers does not: {reason}")
+
+
 def export(run: Run) -> None:
-    """The model as Hugging Face files in the run folder, written aside and moved in when they are complete."""
+    """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
     whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), run.dtype)
 
     def write() -> None:
         with runs.replacing(run.options.out) as draft:
             if run.origin:
                 whole.origin = run.origin
-            checkpoints.save(whole, draft)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)                    # `written_as` has said it before the first step
+                checkpoints.save(whole, draft)
             run.corpus.copy_tokenizer(draft)
     run.world.first(write)
 
@@ -289,6 +302,7 @@ def run() -> None:
         say(*here.corpus.notes, sep="\n")
         say(f"{options.init or options.preset}: {sum(p.numel() for p in here.model.parameters()) / 1e6:.2f} M parameters, {options.steps * options.batch_size * options.context / 1e6:.2f} M tokens to see, "
             f"products in {options.dtype} on {world.size} × {options.device}" + (f", on from step {here.step}" if here.step else ""))
+        say(written_as(here))
         log = world.together(lambda: held.enter_context(Log(folder if chief else None, here.step, options.tensorboard, options.wandb, facts)))
         finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
         world.first(lambda: print(report(folder, here.corpus, options.title) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on"))

@@ -1,9 +1,11 @@
 """train.py: the presets are the published shapes, every toy learns, what is saved is what transformers reads, bad input writes nothing."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -224,6 +226,32 @@ def test_init_keeps_what_the_folder_is(runs, text, tmp_path):
     assert not torch.equal(again.embed.weight, model.embed.weight)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert losses[0] < 3.5                                                      # it knows the text; a new model would begin at 5.7
+
+
+def test_a_model_that_no_family_can_express_ends_in_a_folder_too_and_that_is_said_before_the_first_step(
+        runs, text, tmp_path, capsys):
+    llama, mamba = presets.preset("llama", 300, 32), presets.preset("mamba", 300)
+    narrow = dataclasses.replace(mamba.layers[0], mixer=dataclasses.replace(mamba.layers[0].mixer, inner=384, dt_rank=12))
+    config = dataclasses.replace(llama, layers=(llama.layers[0], narrow))
+    with pytest.warns(UserWarning, match="nanollm's own layout"):
+        checkpoints.save(Decoder(config), tmp_path / "base")
+    words = runs("llama")[0]
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("--init", tmp_path / "base", "--data", text, "--tokenizer", words, "--out", tmp_path / "run",
+            "--steps", "2", "--batch-size", "4", "--dtype", "float32", "--sample-every", "1")
+    said = capsys.readouterr().out
+    assert said.index("run: will be in nanollm's own layout, which checkpoints.load") < said.index("a sample at step 1")
+    again = checkpoints.load(tmp_path / "run")
+    assert again.config == config and not torch.equal(again.embed.weight, checkpoints.load(tmp_path / "base").embed.weight)
+
+
+def test_a_run_says_that_transformers_will_load_it(text, tmp_path, capsys):
+    run("--data", text, "--out", tmp_path / "run", "--steps", "1", "--vocab", "300", "--context", "32", "--dtype", "float32",
+        "--sample-every", "1")
+    said = capsys.readouterr().out
+    assert said.index("run: will be a Hugging Face folder, which transformers loads too") < said.index("a sample at step 1")
 
 
 @pytest.mark.parametrize("more, words", [
