@@ -20,6 +20,7 @@ import dataclasses
 import math
 import os
 import time
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -32,6 +33,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+from checkpoints.export import layout_for
 from nanollm.cli import main
 from nanollm.data.stream import Batch, stack
 from nanollm.errors import RunError
@@ -46,7 +48,7 @@ from nanollm.training.distributed import DTYPES, World
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, report, shown
 from nanollm.training.losses import RECENT, Balance, spike, token_loss
-from nanollm.training.options import parse, rows_at_once
+from nanollm.training.options import fit_context, fit_steps, parse, rows_at_once
 
 
 @dataclass
@@ -229,9 +231,11 @@ def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
     source = world.first(lambda: checkpoints.load(options.init)) if options.init else None
     config, dtype = world.tell(source and (source.config, source.embed.weight.dtype))[0] or (preset(options.preset, context=options.context), torch.float32)
+    fit_context(options, config)
     if options.init and config.context and options.context > config.context:
         raise RunError(f"{options.init}: made for {config.context} tokens, --context is {options.context}")
     corpus = open_corpus(options, world, options.vocab or config.vocab)
+    fit_steps(options, sum(source.rows for source in corpus.stream.sources))
     if options.init and corpus.vocab > config.vocab:
         raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of {corpus.vocab}")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
@@ -252,15 +256,26 @@ def restore(run: Run) -> None:
         run.step, run.balance.shares, run.recent = facts["step"], facts["balance"], [tuple(pair) for pair in facts["recent"]]
 
 
+def written_as(run: Run) -> str:
+    """In which layout `export` will write the model, for a person, before the first step."""
+    layout, reason = layout_for(run.model.config, run.origin)
+    if layout == "hf":
+        return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
+    return (f"{run.options.out}: will be in nanollm's own layout, which checkpoints.load, generate.py and --init read and "
+            f"transformers does not: {reason}")
+
+
 def export(run: Run) -> None:
-    """The model as Hugging Face files in the run folder, written aside and moved in when they are complete."""
+    """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
     whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), run.dtype)
 
     def write() -> None:
         with runs.replacing(run.options.out) as draft:
             if run.origin:
                 whole.origin = run.origin
-            checkpoints.save(whole, draft)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)                    # `written_as` has said it before the first step
+                checkpoints.save(whole, draft)
             run.corpus.copy_tokenizer(draft)
     run.world.first(write)
 
@@ -269,7 +284,9 @@ def run() -> None:
     options = parse(__doc__)
     if options.plan:
         from nanollm.training import plan
-        return print(plan.report(options, checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)))
+        config = checkpoints.config(options.init) if options.init else preset(options.preset, options.vocab, options.context)
+        fit_context(options, config)
+        return print(plan.report(options, config))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
         folder, chief, asked = options.out, world.rank == 0, dict(vars(options))
@@ -277,7 +294,7 @@ def run() -> None:
         world.first(lambda: held.enter_context(runs.locked(folder)))
         world.first(lambda: runs.check(folder, asked, options.resume, options.force))       # what it holds by now
         here = build(options, world)
-        facts = {"options": asked, "model": here.model.config.to_dict(), "data": {"fingerprint": here.corpus.stream.fingerprint}}
+        facts = {"options": dict(vars(options)), "model": here.model.config.to_dict(), "data": {"fingerprint": here.corpus.stream.fingerprint}}
         world.first(lambda: runs.start(folder, facts, options.resume, options.force))
         if options.resume:
             restore(here)
@@ -285,6 +302,7 @@ def run() -> None:
         say(*here.corpus.notes, sep="\n")
         say(f"{options.init or options.preset}: {sum(p.numel() for p in here.model.parameters()) / 1e6:.2f} M parameters, {options.steps * options.batch_size * options.context / 1e6:.2f} M tokens to see, "
             f"products in {options.dtype} on {world.size} × {options.device}" + (f", on from step {here.step}" if here.step else ""))
+        say(written_as(here))
         log = world.together(lambda: held.enter_context(Log(folder if chief else None, here.step, options.tensorboard, options.wandb, facts)))
         finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
         world.first(lambda: print(report(folder, here.corpus, options.title) if finished else f"{folder}: left at step {here.step} as asked; --resume goes on"))

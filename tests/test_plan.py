@@ -34,7 +34,7 @@ def small(name: str, context: int = 128) -> Decoder:
 
 
 def report(*args: str, preset_name: str = "llama-8b") -> str:
-    options = parse("", ["--plan", "--device", "h100", "--preset", preset_name, *args])
+    options = parse("", ["--plan", "--device", "h100", "--preset", preset_name, "--context", "128", *args])
     return plan.report(options, preset(options.preset, options.vocab, options.context))
 
 

@@ -1,9 +1,11 @@
 """train.py: the presets are the published shapes, every toy learns, what is saved is what transformers reads, bad input writes nothing."""
 
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import torch
 import checkpoints
 import train
 from nanollm import cli, presets
+from nanollm.data.stream import open_folder
 from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
 from nanollm.text import tokenizer
@@ -199,7 +202,7 @@ def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsy
     base, chats = runs("llama")[0], {"alpha?": "beta", "beta?": "gamma", "gamma?": "delta + 1", "delta?": "return alpha"}
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats.items()))
     run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "tuned", "--steps", "60", "--context", "32", "--batch-size", "4", "--warmup", "5", "--lr", "0.005",
-        "--dtype", "float32", "--sample-every", "60", "--prompt", "gamma?")
+        "--optimizer", "muon", "--dtype", "float32", "--sample-every", "60", "--prompt", "gamma?")
     said = capsys.readouterr().out
     assert "⟦beta" in said and "4 chats in" in said                             # one of them is shown before the first step
     model, words = checkpoints.load(tmp_path / "tuned"), tokenizer.load(tmp_path / "tuned")
@@ -223,6 +226,32 @@ def test_init_keeps_what_the_folder_is(runs, text, tmp_path):
     assert not torch.equal(again.embed.weight, model.embed.weight)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
     assert losses[0] < 3.5                                                      # it knows the text; a new model would begin at 5.7
+
+
+def test_a_model_that_no_family_can_express_ends_in_a_folder_too_and_that_is_said_before_the_first_step(
+        runs, text, tmp_path, capsys):
+    llama, mamba = presets.preset("llama", 300, 32), presets.preset("mamba", 300)
+    narrow = dataclasses.replace(mamba.layers[0], mixer=dataclasses.replace(mamba.layers[0].mixer, inner=384, dt_rank=12))
+    config = dataclasses.replace(llama, layers=(llama.layers[0], narrow))
+    with pytest.warns(UserWarning, match="nanollm's own layout"):
+        checkpoints.save(Decoder(config), tmp_path / "base")
+    words = runs("llama")[0]
+    capsys.readouterr()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run("--init", tmp_path / "base", "--data", text, "--tokenizer", words, "--out", tmp_path / "run",
+            "--steps", "2", "--batch-size", "4", "--dtype", "float32", "--sample-every", "1")
+    said = capsys.readouterr().out
+    assert said.index("run: will be in nanollm's own layout, which checkpoints.load") < said.index("a sample at step 1")
+    again = checkpoints.load(tmp_path / "run")
+    assert again.config == config and not torch.equal(again.embed.weight, checkpoints.load(tmp_path / "base").embed.weight)
+
+
+def test_a_run_says_that_transformers_will_load_it(text, tmp_path, capsys):
+    run("--data", text, "--out", tmp_path / "run", "--steps", "1", "--vocab", "300", "--context", "32", "--dtype", "float32",
+        "--sample-every", "1")
+    said = capsys.readouterr().out
+    assert said.index("run: will be a Hugging Face folder, which transformers loads too") < said.index("a sample at step 1")
 
 
 @pytest.mark.parametrize("more, words", [
@@ -396,6 +425,67 @@ def test_a_toml_file_says_the_same_as_the_command_line_and_the_command_line_wins
     file.write_text('steps = "many"')
     with pytest.raises(SystemExit):
         options.parse("", ["--config", str(file)])
+
+
+# ---- defaults
+
+def settled(*args: object) -> dict:
+    """The options of a run on 1,000 rows, of a model made for 8,192 tokens where --init names one."""
+    found = options.parse("", [*map(str, args)])
+    options.fit_context(found, presets.preset("llama-8b", context=8192))
+    options.fit_steps(found, rows=1000)
+    return vars(found)
+
+
+@pytest.mark.parametrize("args, expected", [
+    ([], {"optimizer": "muon", "lr": 0.007, "context": 128, "batch_size": 16, "micro_batch": None, "warmup": 20}),
+    (["--preset", "mamba-toy"], {"lr": 0.007, "context": 128}),
+    (["--preset", "llama-8b"], {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.1, "context": 4096, "batch_size": 256, "micro_batch": 1, "steps": 4, "warmup": 1}),
+    (["--preset", "mamba-130m"], {"lr": 3e-4, "context": 4096}),
+    (["--init", "base"], {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "context": 2048, "batch_size": 16, "micro_batch": 1, "steps": 63, "warmup": 2}),
+    (["--init", "base", "--chat", "chats.jsonl"], {"lr": 2e-5, "steps": 188, "warmup": 6}),
+    (["--init", "base", "--lr", "0", "--context", "64", "--steps", "7", "--warmup", "0", "--optimizer", "muon"], {"lr": 0.0, "context": 64, "steps": 7, "warmup": 0, "optimizer": "muon"}),
+    (["--preset", "llama-8b", "--lr", "0.001", "--micro-batch", "4"], {"lr": 0.001, "micro_batch": 4, "context": 4096}),
+])
+def test_defaults_follow_the_preset_and_init_and_what_is_given_wins(args, expected):
+    found = settled(*args)
+    assert {name: found[name] for name in expected} == expected
+    assert all(found[name] is not None for name in options.DEFAULTS if name != "micro_batch")
+
+
+def test_a_context_is_no_longer_than_what_the_model_was_made_for():
+    found = options.parse("", ["--init", "base"])
+    options.fit_context(found, presets.preset("llama", context=96))
+    assert found.context == 96
+
+
+def test_a_resumed_run_keeps_the_defaults_that_it_began_with(tmp_path):
+    """As they were written by a version with another table, or on another machine."""
+    own = {"lr": 0.5, "steps": 9, "context": 64, "optimizer": "adamw", "dtype": "bfloat16", "micro_batch": 8}
+    (tmp_path / "run.json").write_text(json.dumps({"options": own}))
+    found = settled("--out", tmp_path, "--resume", "--lr", "0.25")
+    assert found["lr"] == 0.25 and found["micro_batch"] is None                 # given; and of other ranks, perhaps
+    assert all(found[name] == own[name] for name in ("steps", "context", "optimizer", "dtype"))
+    assert settled("--out", tmp_path)["lr"] == 0.007
+    (tmp_path / "run.json").write_text("not a record")                          # which runs.check says
+    assert settled("--out", tmp_path, "--resume")["lr"] == 0.007
+
+
+def test_fine_tuning_takes_the_steps_and_the_context_of_its_data_and_model(runs, text, tmp_path):
+    run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0")
+    record = json.loads((tmp_path / "more" / "run.json").read_text())["options"]
+    rows = sum(source.rows for source in open_folder(tmp_path / "more" / "data", 32)[:1])
+    assert record["context"] == 32 and record["lr"] == 2e-5 and record["steps"] == -(-rows // 16) == len(
+        [line for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line])
+    run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0", "--resume")
+
+
+def test_every_help_entry_begins_with_its_noun():
+    """And states the default of each kind of run. "how many steps", "go on …", "of the weights" are no nouns."""
+    entries = {action.option_strings[-1]: action.help for action in options.build_parser("")._actions if action.dest != "help"}
+    assert not [name for name, help in entries.items() if help.split()[0].rstrip(":") in ("of", "how", "go", "with", "what", "under", "on", "a", "the", "most", "so")]
+    assert "gradient accumulation" in entries["--micro-batch"] and "activation checkpointing" in entries["--recompute"]
+    assert "default 0.007; published presets: 0.0003; --init: 2e-05" in entries["--lr"]
 
 
 def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):

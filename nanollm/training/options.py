@@ -8,6 +8,7 @@
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,8 +16,9 @@ from pathlib import Path
 import torch
 
 from nanollm.cli import Parser
+from nanollm.config import ModelConfig
 from nanollm.errors import InputError
-from nanollm.presets import PRESETS
+from nanollm.presets import PRESETS, preset
 from nanollm.text.templates import TEMPLATES
 from nanollm.training.distributed import DTYPES, RECOMPUTE
 from nanollm.training.optim import SCHEDULES
@@ -52,60 +54,130 @@ def span(text: str) -> tuple[int, int]:
     return int(a), int(b)
 
 
+# What an option is where it is not given. A run that is resumed keeps what it had.
+#                     a toy   a published preset   --init
+DEFAULTS: dict[str, tuple] = {
+    "optimizer":    ("muon",  "adamw",             "adamw"),
+    "lr":           (0.007,   0.0003,              0.00002),
+    "weight_decay": (0.0,     0.1,                 0.0),
+    "context":      (128,     4096,                2048),       # at most the model's own
+    "batch_size":   (16,      256,                 16),
+    "micro_batch":  (None,    1,                   1),          # None: all rows of a rank
+    "steps":        (550,     None,                None),       # None: one epoch of the data; of --chat three
+    "warmup":       (20,      None,                None),       # None: 3 % of the steps
+}
+KINDS = ("a toy", "a published preset", "--init")
+
+
+def kind(options: argparse.Namespace) -> int:
+    """The column of DEFAULTS that a run takes."""
+    return 2 if options.init else 0 if options.preset.endswith("-toy") or f"{options.preset}-toy" in PRESETS else 1
+
+
+def default(name: str, **words: str) -> str:
+    """How --help states a row of DEFAULTS; words for a value that is None."""
+    values = [words.get("none") if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in DEFAULTS[name]]
+    if values[1] == values[2]:
+        return f"default {values[0]}; published presets and --init: {values[1]}"
+    return f"default {values[0]}; published presets: {values[1]}; --init: {values[2]}"
+
+
 def build_parser(description: str) -> Parser:
     """Every option of train.py, with its default and what it means."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument_group("what is trained").add_argument
-    add("--preset", default="llama", metavar="NAME", help=f"shape of the model (default llama, which is llama-toy): {', '.join(PRESETS)}")
-    add("--init", type=Path, metavar="FOLDER", help="go on from the weights and the tokenizer of a Hugging Face folder instead")
-    add("--data", type=Path, nargs="+", default=[], metavar="PATH", help="text, .jsonl, or folders of them; or shards: folders made by python -m nanollm.data, .bin files "
-        "(default: the source of Python's standard library)")
-    add("--mix", type=rate, nargs="+", metavar="W", help="how much of each --data, when they are shards (default: all alike, by size)")
-    add("--chat", type=Path, metavar="FILE", help="fine-tune on chats instead: .jsonl of messages, alpaca, sharegpt or prompt/completion")
-    add("--template", metavar="NAME_OR_FILE", help=f"a chat template, for a model that has none: a file (Jinja), or one of {', '.join(TEMPLATES)}")
-    add("--tokenizer", type=Path, metavar="FOLDER", help="a folder with tokenizer files for --data (default: a BPE trained on the text, or that of --init)")
-    add("--vocab", type=whole, metavar="N", help="tokens of the BPE that is trained (default: the preset's); for raw .bin files the vocabulary they were made with")
+    add = parser.add_argument_group("the model and its data").add_argument
+    add("--preset", default="llama", metavar="NAME",
+        help=f"shape of a new model, a toy or a published one (default llama, which is llama-toy): {', '.join(PRESETS)}")
+    add("--init", type=Path, metavar="FOLDER",
+        help="pretrained model to start from: weights, config and tokenizer of a Hugging Face folder; for fine-tuning")
+    add("--data", type=Path, nargs="+", default=[], metavar="PATH",
+        help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
+             "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
+    add("--mix", type=rate, nargs="+", metavar="W",
+        help="mixture weights, one for each --data of shards (default: in proportion to their size)")
+    add("--chat", type=Path, metavar="FILE",
+        help="chats for supervised fine-tuning (SFT), loss on the answers only: .jsonl of messages, alpaca, sharegpt or "
+             "prompt/completion")
+    add("--template", metavar="NAME_OR_FILE",
+        help=f"chat template for a model that has none: a file (Jinja), or one of {', '.join(TEMPLATES)}")
+    add("--tokenizer", type=Path, metavar="FOLDER",
+        help="tokenizer for --data: a folder with its files (default: a BPE trained on the text, or that of --init)")
+    add("--vocab", type=whole, metavar="N",
+        help="vocabulary size of the BPE that is trained (default: the preset's); of raw .bin files, the size they were "
+             "made with")
     add = parser.add_argument_group("the run folder").add_argument
-    add("--out", type=Path, metavar="FOLDER", help="run folder (default runs/demo, with --preset runs/NAME)")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in the run folder; from the start where there is none")
-    add("--force", action="store_true", help="replace the run in that folder; with --resume: go on although options differ")
-    add("--config", type=Path, metavar="FILE", help="options from a TOML file; those on the command line win")
-    add = parser.add_argument_group("how").add_argument
-    add("--steps", type=whole, default=550, metavar="N", help="optimizer steps (default 550)")
-    add("--batch-size", type=whole, default=16, metavar="B", help="rows a step, over all ranks and micro-batches (default 16)")
-    add("--micro-batch", type=whole, metavar="B", help="rows in one forward pass of a rank (default: all its rows)")
-    add("--context", type=whole, default=128, metavar="T", help="tokens a row (default 128)")
-    add("--lr", type=rate, metavar="RATE", help="highest learning rate (default 0.007, with --init 0.0005)")
-    add("--schedule", choices=SCHEDULES, default="linear", help="of the rate after the warm-up (default linear, down to 0 at the last step)")
-    add("--warmup", type=whole_or_0, default=20, metavar="N", help="steps in which the rate rises to --lr (default 20)")
-    add("--decay", type=rate, default=0.2, metavar="SHARE", help="of the steps in which wsd goes down (default 0.2)")
-    add("--optimizer", choices=("muon", "adamw"), default="muon", help="muon (default): Muon for matrices inside the layers, AdamW for the rest")
-    add("--weight-decay", type=rate, default=0.0, metavar="RATE", help="on matrices (default 0)")
-    add("--clip", type=rate, default=1.0, metavar="NORM", help="longest gradient, 0 for no limit (default 1.0)")
-    add("--balance", type=rate, default=0.01, metavar="WEIGHT", help="weight of the loss that spreads tokens over experts (default 0.01)")
-    add("--z-loss", type=rate, default=0.0, metavar="WEIGHT", help="weight of the loss that keeps log Z near 0 (default 0; often 0.0001)")
-    add("--seed", type=int, default=0, metavar="N", help="of the weights and the order of the rows (default 0)")
-    add("--skip-sigma", type=rate, default=0.0, metavar="K", help="skip steps with loss or gradient more than K standard deviations above the last 128 (default 0: never; often 6)")
-    add("--skip-steps", type=span, nargs="+", default=[], metavar="A:B", help="pass over the rows of these steps, counted from 0")
-    add = parser.add_argument_group("where").add_argument
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1 …; with --plan the name of a GPU")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the matrix products; weights and sums stay float32. auto: bfloat16 where the machine is fast at it")
-    add("--replicas", type=whole, default=1, metavar="R", help="under torchrun: R groups of ranks, each with a whole model in slices (HSDP; default 1)")
-    add("--recompute", choices=RECOMPUTE, default="none", help="activations that are computed again instead of kept: none, all but attention, or all (default none)")
-    add("--compile", action="store_true", help="torch.compile each layer")
-    add("--offload", action="store_true", help="keep weights and optimizer in the memory of the CPU")
-    add = parser.add_argument_group("what it shows and keeps").add_argument
-    add("--eval-every", type=whole, default=100, metavar="N", help="steps between looks at the held-out loss (default 100)")
-    add("--sample-every", type=whole_or_0, default=200, metavar="N", help="steps between samples, 0 for none (default 200)")
-    add("--prompt", metavar="TEXT", help='what samples continue (default "def " on the standard library, else the beginning of a document)')
+    add("--out", type=Path, metavar="FOLDER",
+        help="run folder: checkpoints, log, model (default runs/demo; with --preset runs/NAME, with --init "
+             "runs/FOLDER-tuned)")
+    add("--resume", action="store_true",
+        help="continuation of the run in the run folder, from its newest checkpoint, or from step 0 where there is none; "
+             "its defaults are those that it began with")
+    add("--force", action="store_true",
+        help="overwriting of the run in that folder; with --resume: continuation although options differ")
+    add("--config", type=Path, metavar="FILE", help="options as a TOML file; those on the command line win")
+    add = parser.add_argument_group("optimization").add_argument
+    add("--steps", type=whole, metavar="N",
+        help=f"optimizer steps ({default('steps', none='one epoch, once through the data; with --chat three epochs')})")
+    add("--batch-size", type=whole, metavar="B",
+        help=f"rows (sequences) a step, over all ranks and micro-batches ({default('batch_size')})")
+    add("--micro-batch", type=whole, metavar="B",
+        help="rows in one forward and backward pass of a rank; where a rank has more, it takes several passes a step "
+             f"and sums their gradients (gradient accumulation; {default('micro_batch', none='all rows of the rank')})")
+    add("--context", type=whole, metavar="T",
+        help=f"context length, tokens a row, at most what the model was made for ({default('context')})")
+    add("--lr", type=rate, metavar="RATE", help=f"peak learning rate ({default('lr')})")
+    add("--schedule", choices=SCHEDULES, default="linear",
+        help="learning-rate schedule after the warm-up: down to 0 in a line or half a cosine, or warmup-stable-decay "
+             "(default linear)")
+    add("--warmup", type=whole_or_0, metavar="N",
+        help=f"warm-up steps, in which the learning rate rises to --lr ({default('warmup', none='3 %% of the steps')})")
+    add("--decay", type=rate, default=0.2, metavar="SHARE",
+        help="decay phase of --schedule wsd, as a share of the steps (default 0.2)")
+    add("--optimizer", choices=("muon", "adamw"),
+        help="optimizer: AdamW for all parameters; or Muon for the matrices inside the layers and AdamW for the rest "
+             f"({default('optimizer')})")
+    add("--weight-decay", type=rate, metavar="RATE", help=f"weight decay, on matrices only ({default('weight_decay')})")
+    add("--clip", type=rate, default=1.0, metavar="NORM",
+        help="gradient clipping: the largest norm a gradient may have, 0 for any (default 1.0)")
+    add("--balance", type=rate, default=0.01, metavar="WEIGHT",
+        help="load-balance loss: its weight, where the model has experts (default 0.01)")
+    add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
+        help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of the first weights and of the order of rows (default 0)")
+    add("--skip-sigma", type=rate, default=0.0, metavar="K",
+        help="threshold of loss spikes: steps whose loss or gradient norm is more than K standard deviations above "
+             "the last 128 are skipped (default 0: none; often 6)")
+    add("--skip-steps", type=span, nargs="+", default=[], metavar="A:B",
+        help="steps to pass over, counted from 0: their rows are read and not learnt from")
+    add = parser.add_argument_group("hardware").add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device: cpu, cuda, cuda:1 …; with --plan the name of a GPU (default: cuda where there is one)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="dtype of matrix products (mixed precision); weights, gradients and optimizer stay float32 (default auto: "
+             "bfloat16 where the device is faster at it)")
+    add("--replicas", type=whole, default=1, metavar="R",
+        help="replicas of the sharded model (HSDP) under torchrun: R groups of ranks, each with a whole model (default 1)")
+    add("--recompute", choices=RECOMPUTE, default="none",
+        help="activation checkpointing: activations that the backward pass computes again instead of keeping: none, all "
+             "but attention, or all (default none)")
+    add("--compile", action="store_true", help="torch.compile for each layer")
+    add("--offload", action="store_true", help="CPU offload: weights, gradients and optimizer state live in the memory of the CPU")
+    add = parser.add_argument_group("evaluation, samples, checkpoints").add_argument
+    add("--eval-every", type=whole, default=100, metavar="N",
+        help="steps between evaluations of the held-out (validation) loss (default 100)")
+    add("--sample-every", type=whole_or_0, default=200, metavar="N",
+        help="steps between samples of text, 0 for none (default 200)")
+    add("--prompt", metavar="TEXT",
+        help='prompt that samples continue (default "def " on the standard library, else the beginning of a document)')
     add("--save-every", type=whole, default=200, metavar="N", help="steps between checkpoints (default 200)")
-    add("--keep", type=whole, default=2, metavar="N", help="checkpoints that stay (default 2)")
-    add("--tensorboard", action="store_true", help="curves for TensorBoard too")
-    add("--wandb", metavar="PROJECT", help="curves for Weights & Biases too")
+    add("--keep", type=whole, default=2, metavar="N", help="checkpoints that are kept, the newest (default 2)")
+    add("--tensorboard", action="store_true", help="TensorBoard event files in the run folder, beside log.jsonl")
+    add("--wandb", metavar="PROJECT", help="Weights & Biases project that gets the curves, beside log.jsonl")
     add = parser.add_argument_group("planning").add_argument
-    add("--plan", action="store_true", help="print memory, communication and time of such a run, and do not run it")
-    add("--world-size", type=whole, default=1, metavar="N", help="with --plan: how many GPUs (default 1)")
-    add("--mfu", type=rate, default=0.4, metavar="SHARE", help="with --plan: share of the GPU's peak that is reached (default 0.4)")
+    add("--plan", action="store_true", help="estimate of memory, communication and time of the run, instead of the run")
+    add("--world-size", type=whole, default=1, metavar="N", help="number of GPUs (ranks) to plan for (default 1)")
+    add("--mfu", type=rate, default=0.4, metavar="SHARE",
+        help="model FLOPs utilisation to plan with: the share of the GPU's peak that is reached (default 0.4)")
     return parser
 
 
@@ -124,7 +196,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
     name = options.init.name + "-tuned" if options.init else "demo" if options.preset == parser.get_default("preset") else options.preset
     options.out = options.out or Path("runs") / name
-    options.lr = options.lr if options.lr is not None else 0.0005 if options.init else 0.007
+    settle(options)
     if not options.plan:
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
@@ -133,6 +205,42 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     if options.prompt is None:
         options.prompt = "def " if not (options.data or options.chat) else ""
     return options
+
+
+def settle(options: argparse.Namespace) -> None:
+    """Give the options of DEFAULTS that were not given their values: a resumed run's own, or the table's. What depends on a model or on
+    data that is not read yet stays None: see `fit_context` and `fit_steps`."""
+    own = recorded(options.out) if options.resume and not options.plan else {}
+    own.pop("micro_batch", None)                            # was resolved for the ranks that there were
+    for name, values in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, own.get(name, None if name == "context" else values[kind(options)]))
+    if options.dtype == "auto" and own.get("dtype") in DTYPES:
+        options.dtype = own["dtype"]
+    if not options.init:
+        fit_context(options, preset(options.preset))
+
+
+def recorded(folder: Path) -> dict:
+    """The options in run.json of a run folder; none where there is no such record, which runs.check reports."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text())["options"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def fit_context(options: argparse.Namespace, config: ModelConfig) -> None:
+    """Settle --context where it was not given: that of DEFAULTS, or the model's own where that is shorter."""
+    most = DEFAULTS["context"][kind(options)]
+    options.context = options.context or min(most, config.context or most)
+
+
+def fit_steps(options: argparse.Namespace, rows: int) -> None:
+    """Settle --steps and --warmup where they were not given, for data of so many rows."""
+    epochs = 3 if options.chat else 1
+    options.steps = options.steps or math.ceil(epochs * rows / options.batch_size)
+    if options.warmup is None:
+        options.warmup = math.ceil(0.03 * options.steps)
 
 
 def check_device(name: str) -> None:

@@ -12,6 +12,7 @@ Shapes: B rows of a micro-batch, T tokens of the context; H heads, d head width,
 import argparse
 import dataclasses
 import difflib
+import math
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -174,6 +175,7 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
     dtype, slices, peak = distributed.DTYPES[name], ranks // options.replicas, getattr(device, name)
     rows = rows_at_once(options.batch_size, options.micro_batch, ranks)
     passes, tokens = options.batch_size // (rows * ranks), options.batch_size * options.context
+    steps = options.steps or math.ceil(1e9 / tokens)            # an epoch of data that nobody has counted: a billion tokens of it
     mine = share(config, ranks, options.replicas, dtype, options.optimizer)
     kept, more = activations(config, rows, options.context, dtype, options.recompute)
 
@@ -218,8 +220,8 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
              *(f"  {what:58}{size / 1e9:9.2f}{speed / 1e9:9.0f}{size / speed:9.3f}" for what, (size, speed) in (beside | after).items() if size),
              f"\n{'time of a step':60}{'s':>9}", *(f"  {what:58}{seconds:9.3f}" for what, seconds in time.items()),
              f"  {'total':58}{step:9.3f}   MFU {flops * tokens / (step * ranks * peak):.1%}",
-             f"\n{tokens / step:,.0f} tokens/s, {tokens / step / ranks:,.0f} a GPU; {options.steps:,} steps, {options.steps * tokens / 1e9:,.2f} G tokens: "
-             f"{options.steps * step / 3600:,.1f} hours"]
+             f"\n{tokens / step:,.0f} tokens/s, {tokens / step / ranks:,.0f} a GPU; {steps:,} steps, {steps * tokens / 1e9:,.2f} G tokens: "
+             f"{steps * step / 3600:,.1f} hours"]
     if (uneven := sum(mine.groups) / mine.parameters) > 1.1:
         lines.append(f"warning: tensors with fewer rows than {slices:,} are filled up, to {uneven:.1f} times the model; more --replicas make fewer slices")
     if total > 0.9 * device.memory:                             # the rest is for the CUDA context, NCCL's buffers and gaps between tensors
