@@ -242,7 +242,7 @@ def run_section(title: str, root: Path) -> tuple[list[Outcome], list[Path]]:
         group.use(good)
         for number, (name, (harm, cause)) in enumerate(group.cases.items()):
             folder = prepared(harm, root / key.replace("*", "any") / str(number), good)
-            outcome = quickest(lambda folder=folder: group.use(folder), group.seconds, group.process)
+            outcome = quickest(lambda folder=folder, group=group: group.use(folder), group.seconds, group.process)
             outcomes.append(outcome)
             try:
                 if cause is None:
