@@ -175,7 +175,8 @@ def measured(name: str) -> Row:
     float32 = ", ".join(f"{way or ''} {found:.0e}".strip() for way, found in ways.items())
     return Row(
         name, ours.origin.values.get("model_type", family), fixture.oracle, float32, bfloat16(fixture, x),
-        "equal" if greedy_agrees(fixture, theirs, ours) else "DIFFER", "bytes equal" if same else "DIFFERS", here_and_now())
+        "equal" if greedy_agrees(fixture, theirs, ours) else "DIFFER", "bytes equal" if same else "DIFFERS",
+        here_and_now())
 
 
 # ---- what is counted

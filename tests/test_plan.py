@@ -383,7 +383,8 @@ from nanollm.training import plan
 from nanollm import presets
 from nanollm.training.options import parse
 for name, ranks in (("llama-8b", 8), ("llama-8b", 64), ("llama-8b", 1024), ("mixtral-8x7b", 1024)):
-    text = plan.report(parse("", ["--plan", "--device", "h100", "--world-size", str(ranks), "--batch-size", "1024", "--micro-batch", "1", "--context", "8192"]), presets.preset(name))
+    asked = f"--plan --device h100 --world-size {ranks} --batch-size 1024 --micro-batch 1 --context 8192".split()
+    text = plan.report(parse("", asked), presets.preset(name))
     assert f"on {ranks:,} × h100" in text
 print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -23,8 +23,8 @@ MPT_7B = dict(
 NORM = Norm("layer", 1e-5)
 
 
-def read(attention: dict = {}, **keys) -> ModelConfig:
-    return read_config(MPT_7B | {"attn_config": ATTENTION | attention} | keys)[1]
+def read(attention: dict | None = None, **keys) -> ModelConfig:
+    return read_config(MPT_7B | {"attn_config": ATTENTION | (attention or {})} | keys)[1]
 
 
 def test_published_sizes():
