@@ -1,17 +1,23 @@
-"""The state of a run on disk: sharded, checksummed, without pickle, and never half there.
+"""The state of a run on disk, its checkpoints: sharded, checksummed, without pickle, and each complete or absent.
 
-    runs/demo/steps/00000200/         a checkpoint, complete or absent: it gets this name in one rename, last of all
-        rank-0.safetensors            the slices that rank 0 holds, of parameters and of what the optimizers remember
+    runs/demo/steps/00000200/         a checkpoint: it gets this name in one rename, when all of it is written
+        rank-0.safetensors            the shards that rank 0 holds, of parameters and of the optimizers' state
         rank-1.safetensors
-        manifest.json                 which part of which tensor lies where, a CRC-32 for each file, and the plain facts of the run
+        manifest.json                 which file has which part of which tensor, a CRC-32 for each file, and the facts
+                                      of the run that are not tensors
         manifest.crc32                of manifest.json
-    runs/demo/steps/.00000300.tmp/    one being written, or left by a process that was killed: never read, cleared by the next
+    runs/demo/steps/.00000300.tmp/    one that is being written, or was when the process was killed: never read, and
+                                      deleted before the next one is written
 
-    write     copy slices to CPU memory │ a thread: file, fsync, CRC   ‖ training goes on │ all done: manifest, fsync, rename, prune
-    read      manifest, CRC │ for each slice that is wanted: the files that overlap it, CRC first, then that part
+    write     copy the shards to CPU memory
+              in a thread, while training goes on: file, fsync, CRC
+              when all ranks are done: manifest, fsync, rename, delete old checkpoints
+    read      manifest and its CRC
+              for each shard that is wanted: the files that overlap it, CRC first, then that part
 
-A kill at any point leaves the checkpoints that were complete. A failure to write (a full disk) on any rank gives up that checkpoint
-on all of them and is reported; the run decides. A file is read by any number of ranks, so world sizes may differ.
+Killing the run at any point leaves all complete checkpoints. If one rank fails to write (a full disk), all ranks give
+up that checkpoint, and `Saver.finish` returns the problem to the run. A run may go on with another number of ranks,
+because any rank can read any file.
 """
 
 import contextlib
@@ -32,26 +38,26 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from nanollm.errors import RunError
-from nanollm.training.distributed import World
+from nanollm.training.distributed import World, local
 
 FORMAT = 1
 Box = list[list[int]]           # [start, end) in each dimension; of a single number: []
 
 
 def box(tensor: Tensor) -> Box:
-    """Which part of the whole tensor this rank holds. What is not sliced is held by every rank."""
+    """Which part of the whole tensor this rank holds. A tensor that is not sharded is held by every rank."""
     part = [[0, size] for size in tensor.shape]
     if isinstance(tensor, DTensor):
         placement, mesh = tensor.placements[-1], tensor.device_mesh
         assert isinstance(placement, Shard), tensor.placements
-        total, each = tensor.shape[placement.dim], -(-tensor.shape[placement.dim] // mesh.size(-1))     # as torch.chunk cuts: the last
-        rank = mesh.get_local_rank(mesh.ndim - 1)                                                       # ranks may have less, or nothing
+        total, rank = tensor.shape[placement.dim], mesh.get_local_rank(mesh.ndim - 1)
+        each = -(-total // mesh.size(-1))           # as torch.chunk cuts: the last ranks may have less, or nothing
         part[placement.dim] = [min(total, rank * each), min(total, (rank + 1) * each)]
     return part
 
 
 def overlap(a: Box, b: Box) -> Box:
-    return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b)]
+    return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b, strict=True)]
 
 
 def volume(part: Box) -> int:
@@ -60,11 +66,11 @@ def volume(part: Box) -> int:
 
 def within(part: Box, whole: Box) -> tuple[slice, ...]:
     """Where `part` lies in a tensor that holds `whole`."""
-    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole))
+    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole, strict=True))
 
 
 def keeper(tensor: Tensor, world: World) -> bool:
-    """Whether this rank writes its part: of equal copies, the first group's."""
+    """Whether this rank writes its part: of equal copies, the one with the lowest rank is written."""
     if not isinstance(tensor, DTensor):
         return world.rank == 0
     return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
@@ -80,24 +86,24 @@ def crc(path: Path) -> int:
 
 @dataclass
 class Saver:
-    """Writes checkpoints of one run, one at a time, beside the training."""
+    """Writes checkpoints of one run, one at a time, while training goes on."""
     folder: Path                                # runs/demo/steps
     world: World
-    keep: int                                   # how many complete ones stay
+    keep: int                                   # how many complete checkpoints are kept
     thread: threading.Thread | None = None
-    result: dict[str, Any] = field(default_factory=dict)        # what this rank's thread has to say
+    result: dict[str, Any] = field(default_factory=dict)        # of this rank's thread
     step: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        """Copy this rank's slices and start to write them. All ranks call it; the one before must have been finished."""
+        """Copy this rank's shards and start to write them. All ranks call it, after `finish` of the one before."""
         assert self.thread is None
         self.step, self.facts, self.result = step, facts, {"pieces": {}, "shapes": {}}
         mine: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             self.result["shapes"][name] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
             if keeper(tensor, self.world) and volume(box(tensor)):
-                mine[name] = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True).contiguous()
+                mine[name] = local(tensor).detach().to("cpu", copy=True).contiguous()
                 self.result["pieces"][name] = box(tensor)
         draft = self.draft(step)
         if self.world.rank == 0:
@@ -107,7 +113,7 @@ class Saver:
                 draft.mkdir(parents=True)
             except OSError as error:
                 self.result["error"] = f"{draft}: {error.strerror}"
-        self.world.tell(None)                                   # nobody writes before the folder is there
+        self.world.tell(None)                                   # no rank writes before the folder is there
         self.thread = threading.Thread(target=self._write, args=(draft / f"rank-{self.world.rank}.safetensors", mine))
         self.thread.start()
 
@@ -118,7 +124,7 @@ class Saver:
         try:
             write_slices(path, tensors)
             self.result |= {"file": path.name, "crc32": crc(path), "bytes": path.stat().st_size}
-        except Exception as error:                              # whatever it is, the main thread must hear of it
+        except Exception as error:                              # of any kind: the main thread must know it
             self.result.setdefault("error", f"{path}: {error}")
 
     @property
@@ -127,8 +133,11 @@ class Saver:
         return self.thread is not None and self.thread.is_alive()
 
     def finish(self) -> str | None:
-        """Wait for the files of all ranks and make them a checkpoint. None if there was nothing to finish or all went well,
-        else what went wrong, the same on every rank; nothing is left of it then, and older checkpoints are as they were."""
+        """Wait for the files of all ranks and make them a checkpoint.
+
+        Returns None if there was nothing to finish or all went well, else the problem, the same on every rank. Then
+        nothing of this checkpoint is left, and older checkpoints are unchanged.
+        """
         if self.thread is None:
             return None
         self.thread.join()
@@ -148,12 +157,15 @@ class Saver:
     def _complete(self, said: list[dict[str, Any]]) -> None:
         draft, whole = self.draft(self.step), self.folder / f"{self.step:08}"
         files = [{key: one[key] for key in ("file", "bytes", "crc32", "pieces")} for one in said]
-        write_manifest(draft, {"format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts, "tensors": said[0]["shapes"], "files": files})
-        if whole.exists():                                      # a run that went back to an earlier step comes by again
+        write_manifest(draft, {
+            "format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts,
+            "tensors": said[0]["shapes"], "files": files,
+        })
+        if whole.exists():                                      # the run went back to an earlier checkpoint
             retire(whole)
         publish(draft, whole)
         for old in complete(self.folder)[: -self.keep]:
-            with contextlib.suppress(OSError):                  # the new one is whole all the same; the next one tries again
+            with contextlib.suppress(OSError):                  # the new one is complete; the next one tries again
                 retire(old)
 
 
@@ -193,8 +205,9 @@ def sync(path: Path) -> None:
 # ---- reading
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints in runs/NAME/steps, the newest last."""
-    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()), key=lambda path: int(path.name))
+    """The checkpoints in runs/NAME/steps, the latest step last."""
+    found = (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -207,18 +220,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise damaged(folder, f"manifest.json has CRC-32 {zlib.crc32(text):08x}, manifest.crc32 says {stated[:20]!r}")
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
-        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; go on with the version that wrote it")
+        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; "
+                       "go on with the version that wrote it")
     return manifest
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fill this rank's slices of `tensors` in place, and return the facts. Raises RunError, before anything is filled, where the
-    checkpoint is damaged or holds other tensors than these."""
+    """Read this rank's shards into `tensors`, in place, and return the facts.
+
+    Raises RunError, before any tensor is changed, where the checkpoint is damaged or holds other tensors than these.
+    """
     manifest = read_manifest(folder)
     ours = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
     for name in sorted({*ours, *manifest["tensors"]}):
         if ours.get(name) != manifest["tensors"].get(name):
-            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, this run has {ours.get(name, 'none')}; go on with the options that it was written with")
+            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, "
+                           f"this run has {ours.get(name, 'none')}; go on with the options that it was written with")
     wanted = {name: box(tensor) for name, tensor in tensors.items()}
     parts: dict[str, list[tuple[Box, Tensor]]] = {name: [] for name in tensors}
     for file in manifest["files"]:
@@ -232,7 +249,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         except OSError as error:
             raise damaged(folder, f"{path.name}: {error.strerror}") from None
         if found != file["crc32"]:
-            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, expected {file['crc32']:08x} and {file['bytes']}")
+            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, "
+                                  f"expected {file['crc32']:08x} and {file['bytes']}")
         with safetensors.safe_open(path, framework="pt") as stored:
             for name, part in shared.items():
                 place = within(part, file["pieces"][name])
@@ -242,9 +260,9 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if have != volume(wanted[name]):
             raise damaged(folder, f"{name}: {volume(wanted[name])} numbers are wanted, {have} of them are there")
     for name, tensor in tensors.items():
-        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        mine = local(tensor).detach()
         for part, values in parts[name]:
-            local[within(part, wanted[name])].copy_(values)
+            mine[within(part, wanted[name])].copy_(values)
     return manifest["facts"] | {"step": manifest["step"]}
 
 
