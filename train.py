@@ -288,6 +288,7 @@ def run() -> None:
         fit_context(options, config)
         return print(plan.report(options, config))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
+        options.dtype = world.tell(options.dtype)[0]                            # which a CPU may have measured
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
         folder, chief, asked = options.out, world.rank == 0, dict(vars(options))
         world.first(lambda: runs.check(folder, asked, options.resume, options.force))

@@ -5,6 +5,7 @@ import json
 import os
 import struct
 import warnings
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -212,7 +213,7 @@ def test_windows_run_on_from_shard_to_shard(tmp_path):
     """However the stream is cut, the rows are the same; shards of one token, too."""
     ids = [int(i) for i in np.random.default_rng(0).integers(0, 50, 101)]
     for number, cuts in enumerate([(0, 101), (0, 10, 11, 12, 60, 101), (0, 7, 14, 21, 100, 101)]):
-        parts = [Shard(write(tmp_path / f"{number}-{a}.bin", ids[a:b])) for a, b in zip(cuts, cuts[1:], strict=True)]
+        parts = [Shard(write(tmp_path / f"{number}-{a}.bin", ids[a:b])) for a, b in pairwise(cuts)]
         for context in (7, 100):
             tokens = Tokens("x", parts, context)
             assert tokens.rows == 100 // context

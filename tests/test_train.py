@@ -480,6 +480,22 @@ def test_fine_tuning_takes_the_steps_and_the_context_of_its_data_and_model(runs,
     run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0", "--resume")
 
 
+@pytest.mark.parametrize("able, seconds, expected", [
+    ({}, {}, "float32"),
+    ({"avx512_bf16": True}, {"bfloat16": 2.0, "float32": 1.0}, "float32"),      # an Intel without AMX
+    ({"avx512_bf16": True}, {"bfloat16": 0.5, "float32": 1.0}, "bfloat16"),     # an AMD
+    ({"amx_bf16": True}, {"bfloat16": 0.2, "float32": 1.0}, "bfloat16"),
+])
+def test_a_cpu_takes_the_dtype_in_which_its_products_are_fastest(monkeypatch, able, seconds, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able)
+    monkeypatch.setattr(options, "product_seconds", lambda dtype: seconds[str(dtype).removeprefix("torch.")])
+    assert options.fast_dtype("cpu") == expected
+
+
+def test_a_product_takes_time():
+    assert 0 < options.product_seconds(torch.float32) < 10
+
+
 def test_every_help_entry_begins_with_its_noun():
     """And states the default of each kind of run. "how many steps", "go on …", "of the weights" are no nouns."""
     entries = {action.option_strings[-1]: action.help for action in options.build_parser("")._actions if action.dest != "help"}

@@ -6,6 +6,7 @@ documents, chosen by a hash of their names, so it is the same on every machine, 
 
 import json
 import math
+import os
 import sysconfig
 import zlib
 from collections.abc import Sequence
@@ -50,14 +51,14 @@ def read(source: Path | None) -> list[Document]:
 
 def standard_library() -> list[Document]:
     """The .py files of this Python's standard library, without its tests and its tables of data."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    names = [path.relative_to(folder) for path in sorted(folder.rglob("*.py"))]
-    names = [name for name in names
-             if not NOT_TEXT & set(name.parts[:-1]) and not name.name.startswith("_sysconfigdata")]
-    if not names:
-        raise DataError(f"{folder}: this Python comes without the source of its standard library; "
-                        "give text of your own")
-    return [d for name in names for d in read_file(folder / name, name.as_posix()) if d.text.strip()]
+    folder, paths = Path(sysconfig.get_paths()["stdlib"]), []
+    for place, inside, files in os.walk(folder):
+        inside[:] = set(inside) - NOT_TEXT              # what is taken out is not walked through
+        paths += [Path(place, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+    if not paths:
+        raise DataError(f"{folder}: this Python comes without the source of its standard library; give text of your own")
+    documents = [d for path in sorted(paths) for d in read_file(path, path.relative_to(folder).as_posix())]
+    return [document for document in documents if document.text.strip()]
 
 
 def is_text(path: Path) -> bool:

@@ -182,7 +182,7 @@ def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, t
 
     def ids(texts: list[str]) -> list[list[int]]:
         if given is None:
-            return [encoding.ids for encoding in trained.encode_batch(texts)]       # on all cores
+            return [encoding.ids for encoding in trained.encode_batch_fast(texts)]       # on all cores
         return [given.encode(text, bos=False) for text in texts]
 
     counts = {name: np.zeros(used.vocab_size, np.int64) for name in parts}

@@ -11,6 +11,7 @@ import argparse
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -252,11 +253,29 @@ def check_device(name: str) -> None:
 
 
 def fast_dtype(device: str) -> str:
-    """bfloat16 is slower than float32 on a CPU without instructions for it."""
+    """The dtype in which matrix products are fastest. A CPU with instructions for bfloat16 may still be slower in it (Intel's without
+    AMX are, by half; AMD's are twice as fast), so there one product is timed in each."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return "bfloat16" if able.get("avx512_bf16") or able.get("amx_bf16") else "float32"
+    if not able.get("avx512_bf16") and not able.get("amx_bf16"):
+        return "float32"
+    return "bfloat16" if product_seconds(torch.bfloat16) < 0.75 * product_seconds(torch.float32) else "float32"
+
+
+def product_seconds(dtype: torch.dtype) -> float:
+    """CPU time of one matrix product in one thread, the least of five: what other processes do hardly changes it."""
+    x, w, seconds = torch.randn(2048, 256).to(dtype), torch.randn(512, 256).to(dtype), []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for _ in range(5):
+            began = time.thread_time()
+            torch.nn.functional.linear(x, w)
+            seconds.append(time.thread_time() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return min(seconds)
 
 
 def rows_at_once(batch: int, micro: int | None, ranks: int) -> int:
