@@ -24,8 +24,8 @@ import re
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.names.config_rows import LayerCount, must_be, unread
-from checkpoints.names.config_table import ABSENT, Draft, Row, field, flag, number, only, part, size
+from checkpoints.names.config_rows import LayerCount
+from checkpoints.names.config_table import ABSENT, Draft, Row, field, flag, number, only, part, size, unread
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule
@@ -92,7 +92,7 @@ CHATGLM = Family(
         "hidden_size": size("dim"),
         "num_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
-        "multi_query_attention": must_be(True),
+        "multi_query_attention": only(True, written=True, missing=False),
         "multi_query_group_num": size("mixer.kv_heads", missing=1),
         "kv_channels": size("mixer.head_dim", missing=128),
         "add_qkv_bias": flag("mixer.qkv_bias", missing=False),

@@ -13,7 +13,7 @@ The rotation is computed in float32, from tables that were rounded, and rounded 
 from checkpoints.families.llama import ATTENTION_BIAS, EPS, HEADS_SHARE_DIM, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen import QWEN3_NAMES
 from checkpoints.names.config_rows import Periodic, RopeKeys
-from checkpoints.names.config_table import field, flag, number, only, optional, part, size
+from checkpoints.names.config_table import Switch, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from nanollm.config import Norm
 
@@ -31,7 +31,7 @@ COHERE = LLAMA_SHAPE.but(
     norm=part(Norm, kind="layer"),
     layer={"pre_ffn": None, "parallel": True, "mixer.rope.layout": "interleaved", "mixer.rope.rounds": "tables"},
     keys=HEADS_SHARE_DIM | {
-        "use_qk_norm": optional("mixer.qk_norm", part(Norm, kind="layer", scope="each")),
+        "use_qk_norm": Switch("mixer.qk_norm", part(Norm, kind="layer", scope="each")),
         "layer_norm_eps": number(*EPS, missing=1e-5),
         "attention_bias": ATTENTION_BIAS,
         "tie_word_embeddings": flag("tied", missing=True),

@@ -12,7 +12,7 @@ of its own, `rotary: {"base": 10000, "type": "dynamic"}`, and without that key i
 """
 
 from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
-from checkpoints.names.config_rows import HeadDim, Heads, RopeKeys, must_be
+from checkpoints.names.config_rows import HeadDim, Heads, RopeKeys
 from checkpoints.names.config_table import Draft, field, flag, number, only, size
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
@@ -68,7 +68,7 @@ INTERNLM3 = LLAMA_SHAPE.but(
         "rms_norm_eps": number(*EPS, missing=1e-5),
         "max_position_embeddings": size("context", missing=32768),
         "qkv_bias": flag("mixer.qkv_bias", "mixer.out_bias", "ffn.bias", missing=False, also=("attention_bias",)),
-        "bias": must_be(field("mixer.qkv_bias"), also=("mlp_bias",)),
+        "bias": only(field("mixer.qkv_bias"), written=True, missing=False, also=("mlp_bias",)),
     },
     irrelevant=INTERNLM.irrelevant,
 )

@@ -8,7 +8,7 @@ largest vocabulary of its time (262144), and the dropout of 0.6 that its config.
 
 from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, RopeKeys
-from checkpoints.names.config_table import activation, field, number, only, optional, part, size
+from checkpoints.names.config_table import Switch, activation, field, number, only, part, size
 from checkpoints.names.ops import Groups
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP
@@ -32,7 +32,7 @@ PERSIMMON = LLAMA_SHAPE.but(
         "num_key_value_heads": only(field("mixer.kv_heads")),  # it stands in the hub's config, and says nothing else
         "head_dim": only(field("mixer.head_dim")),
         "hidden_act": activation("ffn.activation", missing="relu2"),
-        "qk_layernorm": optional("mixer.qk_norm", LAYER_NORM, missing=True),
+        "qk_layernorm": Switch("mixer.qk_norm", LAYER_NORM, missing=True),
         "layer_norm_eps": number(*EPS, missing=1e-5),
         "max_position_embeddings": size("context", missing=16384),
         "rope_parameters": RopeKeys(fraction=0.5),

@@ -9,7 +9,7 @@ and its model_type another. The first uploads (model_type "phi-msft", "mixformer
 
 from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, RopeKeys
-from checkpoints.names.config_table import activation, number, optional, part
+from checkpoints.names.config_table import Switch, activation, number, part
 from checkpoints.names.table import override, rule
 from nanollm.config import MLP
 
@@ -35,7 +35,7 @@ PHI = LLAMA_SHAPE.but(
     keys={
         "num_attention_heads": Heads(alone=False),
         "hidden_act": activation("ffn.activation", missing="gelu_new"),
-        "qk_layernorm": optional("mixer.qk_norm", LAYER_NORM),
+        "qk_layernorm": Switch("mixer.qk_norm", LAYER_NORM),
         "layer_norm_eps": number(*EPS, missing=1e-5),
         "rope_parameters": RopeKeys(fraction=0.5),
     },
