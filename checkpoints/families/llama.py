@@ -30,6 +30,7 @@ EPS = (  # of all norms there are
     "final_norm.eps", "pre_mixer.eps", "post_mixer.eps", "pre_ffn.eps", "post_ffn.eps", "mixer.qk_norm.eps")
 
 GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # a feed-forward with a gate
+EXPERT = {f"{name}.weight": ours for name, ours in GATED.items()}  # one of many such, a tensor each
 LLAMA_NAMES = override(
     {},
     *under("", "", {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}),

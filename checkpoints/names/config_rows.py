@@ -15,6 +15,8 @@ from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
 from nanollm.errors import ConfigError
 
+ReadKinds = Callable[[Reader, int], list[str]]
+WriteKinds = Callable[[list[str]], dict[str, Any]]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -46,8 +48,7 @@ class Kinds(Row):
     shapes = True
 
     def __init__(
-        self, slot: str, parts: dict[str, Part], read_kinds: Callable[[Reader, int], list[str]],
-        write_kinds: Callable[[list[str]], dict[str, Any]],
+        self, slot: str, parts: dict[str, Part], read_kinds: ReadKinds, write_kinds: WriteKinds
     ) -> None:
         self.slot, self.parts, self.read_kinds, self.write_kinds = slot, parts, read_kinds, write_kinds
 
