@@ -12,9 +12,9 @@
 GPT-2's first folders lack the `transformer.` before every name, and hold the causal mask as tensors (`attn.bias`). A size may go by
 transformers' general name for it, hidden_size for n_embd.
 
-`scale_attn_by_inverse_layer_idx` divides the scores of layer i by i + 1 (the GPT-2s of Stanford): a number, the `scale` of each layer's
-Attention. `reorder_and_upcast_attn`, which goes with it, computes the same scores in float32: it moves the rounding of 16-bit runs, not
-the meaning, and fused attention keeps its scores in float32 as it is. `attention_softmax_in_fp32` likewise.
+`scale_attn_by_inverse_layer_idx` divides the scores of layer i by i + 1 (the GPT-2s of Stanford): here the `scale` of
+each layer's Attention. `reorder_and_upcast_attn`, which goes with it, and `attention_softmax_in_fp32` compute the same
+in float32: only the rounding of 16-bit runs differs, and fused attention keeps its scores in float32 as it is.
 """
 
 from typing import Any
@@ -25,34 +25,30 @@ from checkpoints.names.config_rows import Heads, LayerCount
 from checkpoints.names.config_table import Draft, Part, Row, activation, field, flag, number, only, part, size
 from checkpoints.names.ops import Blocks, Groups, Op, Same, Transposed
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import Table, override, rule, stripped
+from checkpoints.names.table import QKV, Table, override, rule, stripped, under
 from nanollm.config import MLP, Attention, Layer, ModelConfig
 
 
 def names(matrix: Op, fused: Op) -> Table:
     """`matrix`: how a matrix is stored; `fused`: how those of q, k and v are."""
+    matrices = {"attn.c_proj": "mixer.o", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down"}
     return override(
         {},
-        rule("transformer.wte", "embed"),
-        rule("transformer.wpe", "positions"),
-        rule("transformer.h.{i}.ln_1", "layers.{i}.pre_mixer"),
-        rule("transformer.h.{i}.attn.c_attn", [f"layers.{{i}}.mixer.{part}" for part in "qkv"], fused),
-        rule("transformer.h.{i}.attn.c_proj", "layers.{i}.mixer.o", matrix),
-        rule("transformer.h.{i}.ln_2", "layers.{i}.pre_ffn"),
-        rule("transformer.h.{i}.mlp.c_fc", "layers.{i}.ffn.up", matrix),
-        rule("transformer.h.{i}.mlp.c_proj", "layers.{i}.ffn.down", matrix),
-        rule("transformer.ln_f", "norm"),
-        rule("lm_head", "head"),
+        *under("transformer", "", {"wte": "embed", "wpe": "positions", "ln_f": "norm"}), rule("lm_head", "head"),
+        *under("transformer.h.{i}", "layers.{i}", {"ln_1": "pre_mixer", "ln_2": "pre_ffn"}),
+        rule("transformer.h.{i}.attn.c_attn", QKV, fused),
+        *under("transformer.h.{i}", "layers.{i}", matrices, matrix),
     )
 
 
 GPT2_NAMES = names(Transposed(Same), Transposed(Blocks))
 MASKS = frozenset(f"{prefix}h.{{i}}.attn.{mask}" for prefix in ("", "transformer.") for mask in ("bias", "masked_bias"))
 IRRELEVANT = frozenset("""
-    attention_softmax_in_fp32 attn_pdrop gradient_checkpointing n_ctx n_special predict_special_tokens _num_labels reorder_and_upcast_attn
-    scale_attention_softmax_in_fp32 summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
-    inference_runner max_batch_size max_sequence_length pad_key_length pre_allocate_kv_cache validate_runner_input
-""".split())                                             # the last line: StarCoder's own inference code
+    attention_softmax_in_fp32 attn_pdrop gradient_checkpointing n_ctx n_special predict_special_tokens _num_labels
+    reorder_and_upcast_attn scale_attention_softmax_in_fp32 summary_activation summary_first_dropout
+    summary_proj_to_labels summary_type summary_use_proj inference_runner max_batch_size max_sequence_length
+    pad_key_length pre_allocate_kv_cache validate_runner_input
+""".split())
 
 
 def set_scale(layer: Part, scale: float) -> None:
@@ -115,7 +111,7 @@ GPT2 = Family(
         "scale_attn_by_inverse_layer_idx": ScaledByDepth(),
         "tie_word_embeddings": flag("tied", missing=True),
         "add_cross_attention": only(False),
-        "attention_head_type": only("multihead"),  # "multiquery" is SantaCoder's first upload, whose q and kv are two tensors
+        "attention_head_type": only("multihead"),  # "multiquery": SantaCoder's first upload, with q and kv in two tensors
     },
     layer=part(Layer, mixer=part(Attention, qkv_bias=True, out_bias=True), ffn=part(MLP, gated=False, bias=True),
                pre_mixer=LAYER_NORM, pre_ffn=LAYER_NORM),

@@ -23,38 +23,26 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.names.config_rows import DividingHeads, HeadDim, Heads, LayerCount, RopeKeys
 from checkpoints.names.config_table import Key, activation, field, flag, number, only, part, size
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, under
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
 
-EPS = ("final_norm.eps", "pre_mixer.eps", "post_mixer.eps", "pre_ffn.eps", "post_ffn.eps", "mixer.qk_norm.eps")  # of all norms there are
+EPS = (  # of all norms there are
+    "final_norm.eps", "pre_mixer.eps", "post_mixer.eps", "pre_ffn.eps", "post_ffn.eps", "mixer.qk_norm.eps")
 
+GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # a feed-forward with a gate
+EXPERT = {f"{name}.weight": ours for name, ours in GATED.items()}  # one of many such, a tensor each
 LLAMA_NAMES = override(
     {},
-    rule("model.embed_tokens", "embed"),
-    rule("model.layers.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    rule("model.layers.{i}.self_attn.q_proj", "layers.{i}.mixer.q"),
-    rule("model.layers.{i}.self_attn.k_proj", "layers.{i}.mixer.k"),
-    rule("model.layers.{i}.self_attn.v_proj", "layers.{i}.mixer.v"),
-    rule("model.layers.{i}.self_attn.o_proj", "layers.{i}.mixer.o"),
-    rule("model.layers.{i}.post_attention_layernorm", "layers.{i}.pre_ffn"),
-    rule("model.layers.{i}.mlp.gate_proj", "layers.{i}.ffn.gate"),
-    rule("model.layers.{i}.mlp.up_proj", "layers.{i}.ffn.up"),
-    rule("model.layers.{i}.mlp.down_proj", "layers.{i}.ffn.down"),
-    rule("model.norm", "norm"),
-    rule("lm_head", "head"),
+    *under("", "", {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}),
+    *under("model.layers.{i}", "layers.{i}", {"input_layernorm": "pre_mixer", "post_attention_layernorm": "pre_ffn"}),
+    *under("model.layers.{i}.self_attn", "layers.{i}.mixer", {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}),
+    *under("model.layers.{i}.mlp", "layers.{i}.ffn", GATED),
 )
-YI_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.ln1", "layers.{i}.pre_mixer"),
-    rule("model.layers.{i}.ln2", "layers.{i}.pre_ffn"),
-)
+YI_NAMES = override(LLAMA_NAMES, *under("model.layers.{i}", "layers.{i}", {"ln1": "pre_mixer", "ln2": "pre_ffn"}))
 INV_FREQ = frozenset({"model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"})
 LAYER_NORM = part(Norm, kind="layer", bias=True)
 ATTENTION_BIAS = flag("mixer.qkv_bias", "mixer.out_bias", missing=False)  # one switch for q, k, v and o
-HEADS_SHARE_DIM = {  # where a head can only be dim / heads wide
-    "num_attention_heads": Heads(alone=False),
-    "head_dim": only(None, field("mixer.head_dim")),
-}
+HEADS_SHARE_DIM = {"num_attention_heads": Heads(alone=False), "head_dim": only(None, field("mixer.head_dim"))}  # dim / heads
 
 
 def kv_heads(missing: Any) -> Key:
@@ -91,7 +79,7 @@ LLAMA = LLAMA_SHAPE.but(
         "rope_interleaved": only(False),  # SmolLM
         "quantization_bit": only(0),  # XVERSE: all its configs have it
     },
-    irrelevant=frozenset(
-        "max_sequence_length max_tokenizer_truncation is_llama_config initializer_weight _from_model_config".split()),
+    irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight",
+                          "_from_model_config"}),
 )
 FAMILIES = dict.fromkeys(("llama", "aquila", "xverse", "Yi"), LLAMA)

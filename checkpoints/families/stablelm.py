@@ -10,7 +10,7 @@ Bellagente et al. 2024, arXiv 2402.17834. The first uploads, of model_type stabl
 
 from checkpoints.families.llama import EPS, HEADS_SHARE_DIM, LAYER_NORM, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import Follows, flag, number, optional, part, size
+from checkpoints.names.config_table import Follows, Switch, flag, number, part, size
 from checkpoints.names.ops import Stack
 from checkpoints.names.table import override, rule
 from nanollm.config import Norm
@@ -27,7 +27,7 @@ STABLELM = LLAMA_SHAPE.but(
         "num_key_value_heads": size("mixer.kv_heads", missing=32),
         "max_position_embeddings": size("context", missing=4096),
         "rope_parameters": RopeKeys(fraction=0.25),
-        "qk_layernorm": optional("mixer.qk_norm", part(Norm, kind="layer", scope="each")),  # the three switches are independent
+        "qk_layernorm": Switch("mixer.qk_norm", part(Norm, kind="layer", scope="each")),  # the three switches are independent
         "use_qkv_bias": flag("mixer.qkv_bias", missing=False),
         "use_parallel_residual": flag("parallel", missing=False),
         "pre_ffn": Follows(lambda draft: None if draft["parallel"] else LAYER_NORM),

@@ -27,8 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import unread
-from checkpoints.names.config_table import Draft, Row, field, flag, only, part, size
+from checkpoints.names.config_table import Draft, Row, field, flag, only, part, size, unread
 from checkpoints.names.ops import Pieces, Shape
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, rule

@@ -1,14 +1,22 @@
-"""Rows of config_table.py that say more than one field: how many layers there are and which parts they have, heads, RoPE, windows."""
+"""Rows of config_table.py in which several keys or fields are one thing.
+
+    how many layers, and of which parts    LayerCount, Kinds
+    heads                                  Heads, HeadDim, DividingHeads
+    positions                              RopeKeys; Windows, Periodic, OneWindow
+    an object inside config.json           Inside
+"""
 
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, given, one_name
+from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, one_name
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
 from nanollm.errors import ConfigError
 
+ReadKinds = Callable[[Reader, int], list[str]]
+WriteKinds = Callable[[list[str]], dict[str, Any]]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -40,8 +48,7 @@ class Kinds(Row):
     shapes = True
 
     def __init__(
-        self, slot: str, parts: dict[str, Part], read_kinds: Callable[[Reader, int], list[str]],
-        write_kinds: Callable[[list[str]], dict[str, Any]],
+        self, slot: str, parts: dict[str, Part], read_kinds: ReadKinds, write_kinds: WriteKinds
     ) -> None:
         self.slot, self.parts, self.read_kinds, self.write_kinds = slot, parts, read_kinds, write_kinds
 
@@ -58,7 +65,7 @@ class Kinds(Row):
 
 
 class Heads(Row):
-    """The number of query heads, where no key says how wide they are: dim / heads. `alone`: as many key/value heads."""
+    """The number of query heads, each dim / heads wide. `alone`: there are as many key/value heads, and no key for them."""
 
     def __init__(self, also: tuple[str, ...] = (), alone: bool = True, missing: int | None = None) -> None:
         self.also, self.alone, self.missing = also, alone, missing
@@ -99,20 +106,35 @@ class HeadDim(Row):
         return "mixer.head_dim"
 
 
+class DividingHeads(Key):
+    """The number of query heads, where another key says how wide they are. transformers refuses one that does not divide
+    dim all the same."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(Reader.size, "mixer.heads", **more)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        dim, heads = draft["dim"], draft["mixer.heads"]
+        if heads is not ABSENT and dim % heads:
+            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
+        return super().write(draft, key)
+
+
 class RopeKeys(Row):
     """RoPE in both dialects (names/rope.py): base, part of a head that turns, scaling.
 
-    theta         the family's base
-    fraction      its part of a head that turns; None: it knows no such key, and all of it turns
+    theta, fraction            the family's base, and its part of a head that turns where their keys are missing;
+                               fraction None: there is no such key, and all of the head turns
+    theta_key, fraction_key    what the family calls the two at the top level
 
-    A family whose keys say it in other words has a subclass with a `rope` or an `original` of its own.
+    A family that says it otherwise has a subclass with its own `rope` or `original`.
     """
 
     def __init__(
-        self, theta: float = 10_000.0, fraction: float | None = None, path: str = "mixer.rope",
+        self, theta: float = 10_000.0, fraction: float | None = None,
         theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor",
     ) -> None:
-        self.theta, self.fraction, self.path = theta, fraction, path
+        self.theta, self.fraction = theta, fraction
         self.theta_key, self.fraction_key = theta_key, fraction_key
 
     def original(self, r: Reader, draft: Draft) -> int | None:
@@ -127,32 +149,30 @@ class RopeKeys(Row):
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         rope = self.rope(r, draft)
         for name in ("theta", "fraction", "scaling"):
-            draft[f"{self.path}.{name}"] = getattr(rope, name)
+            draft[f"mixer.rope.{name}"] = getattr(rope, name)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        found = next((rope for rope in draft.each(self.path) if isinstance(rope, Part)), None)
+        found = next((rope for rope in draft.each("mixer.rope") if isinstance(rope, Part)), None)
         if found is None:
             return {}
         rope: Rope = found.build()
         values = write_rope(rope)
         values[self.theta_key] = values.pop("rope_theta")
-        if self.fraction is not None:  # said though it be 1, which is not what a missing key means; inside the object there is one word
+        if self.fraction is not None:  # 1 is written too: a missing key means `fraction`. Inside the object the key has one name
             values.pop("partial_rotary_factor", None)
             values[self.fraction_key] = values["rope_parameters"]["partial_rotary_factor"] = rope.fraction
         return values
 
     def says(self) -> str:
-        return f"{self.path}: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
+        return f"mixer.rope: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
 
 
 class Windows(Row):
-    """Which layers slide, and over how many keys: `sliding_window`, and `layer_types` where it stands.
+    """Which layers have a sliding window: those that `layer_types` names, or else those of the family's pattern.
 
-    default     what a missing sliding_window means
+    default     what a missing `sliding_window` means
     switch      whether the window counts only with `use_sliding_window`
-    full        what else the layers that do not slide have: path → value
-
-    A subclass says which layers slide where there is no layer_types, `pattern`, and which keys say that, `pattern_keys`.
+    full        what else is so in the layers without a window: path → value
     """
     shapes = True
 
@@ -160,9 +180,11 @@ class Windows(Row):
         self.default, self.switch, self.full = default, switch, full or {}
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
+        """Which layers slide where there is no `layer_types`."""
         raise NotImplementedError
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
+        """The keys, if there are any, that say so."""
         return {}
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
@@ -206,7 +228,7 @@ class Periodic(Windows):
     def pattern(self, r: Reader, layers: int) -> list[bool]:
         period = self.period if self.key is None else r.size(self.key, self.period)
         if r.get("layer_types", None) is None:
-            r.must("_sliding_window_pattern", period)  # transformers writes it beside layer_types, and does not read it
+            r.must("_sliding_window_pattern", period)  # transformers writes it, and reads layer_types
         return [(i + 1) % period != 0 for i in range(layers)]
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
@@ -231,37 +253,6 @@ class OneWindow(Row):
         return "mixer.window"
 
 
-class must_be(Row):
-    """A flag that must have one value, which may be a function of the draft. A missing key means false."""
-
-    def __init__(self, value: Any, also: tuple[str, ...] = ()) -> None:
-        self.value, self.also = value, also
-
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        key, value = one_name(r, key, *self.also), given(self.value, draft)
-        if r.flag(key, False) != value:
-            raise r.error(key, f"{value}, which is what is implemented")
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: given(self.value, draft)}
-
-    def says(self) -> str:
-        return "must be " + ("the same" if callable(self.value) else repr(self.value))
-
-
-class DividingHeads(Key):
-    """The number of query heads, where another key says how wide they are. transformers wants dim to be a multiple of it all the same."""
-
-    def __init__(self, **more: Any) -> None:
-        super().__init__(Reader.size, "mixer.heads", **more)
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        dim, heads = draft["dim"], draft["mixer.heads"]
-        if heads is not ABSENT and dim % heads:
-            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
-        return super().write(draft, key)
-
-
 class Inside(Row):
     """An object with keys of its own; where it is missing, null or empty, all of them are missing."""
 
@@ -282,19 +273,6 @@ class Inside(Row):
 
     def says(self) -> str:
         return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
-
-
-class unread(Row):
-    """A key that says nothing here; it is written because the published code asks for it."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        r.get(key, None)
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: self.value}
 
 
 def halved(*paths: str, **more: Any) -> Key:
