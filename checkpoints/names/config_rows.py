@@ -275,6 +275,14 @@ class Inside(Row):
         return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
 
 
+def whole(r: Reader, key: str, missing: int) -> int:
+    """A whole number, 0 included."""
+    value = r.get(key, missing)
+    if type(value) is not int or value < 0:
+        raise r.error(key, "a whole number")
+    return value
+
+
 def halved(*paths: str, **more: Any) -> Key:
     """An even number, of which a half is ours."""
     def check(r: Reader, key: str) -> int:
