@@ -33,10 +33,8 @@ from checkpoints.families.llama import ATTENTION_BIAS, GATED, LLAMA_NAMES, LLAMA
 from checkpoints.families.qwen_moe import with_experts
 from checkpoints.names.config_rows import Kinds, RopeKeys, whole
 from checkpoints.names.config_table import (
-    ABSENT,
     Draft,
     Follows,
-    Part,
     Row,
     choice,
     count,
@@ -66,18 +64,20 @@ CORRECTION = rule("model.layers.{i}.mlp.gate.e_score_correction_bias", "layers.{
 
 # ---- which layers have experts, and which experts
 
-def first_dense(experts: Part, missing: int) -> Kinds:
-    """An MLP in the first layers, experts in the others."""
-    key = "first_k_dense_replace"
+class FirstDense(Kinds):
+    """How many of the first layers have an MLP; the others have experts, of which `experts` is what no key says."""
 
-    def read(r: Reader, layers: int) -> list[str]:
-        first = whole(r, key, missing)
+    def __init__(self, missing: int, **experts: Any) -> None:
+        self.missing = missing
+        parts = {"mlp": part(MLP), "experts": part(MoE, expert=part(MLP), **experts)}
+        super().__init__("ffn", parts, self.kinds, self.keys)
+
+    def kinds(self, r: Reader, layers: int) -> list[str]:
+        first = whole(r, "first_k_dense_replace", self.missing)
         return ["mlp" if i < first else "experts" for i in range(layers)]
 
-    def write(kinds: list[str]) -> dict[str, Any]:
-        return {key: [*kinds, "experts"].index("experts")}
-
-    return Kinds("ffn", {"mlp": part(MLP), "experts": experts}, read, write)
+    def keys(self, kinds: list[str]) -> dict[str, Any]:
+        return {"first_k_dense_replace": [*kinds, "experts"].index("experts")}
 
 
 class EveryFew(Row):
@@ -91,7 +91,7 @@ class EveryFew(Row):
                 layer.set("ffn", part(MLP))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        routed = [i for i, experts in enumerate(draft.each("ffn.experts")) if experts is not ABSENT]
+        routed = [i for i, layer in enumerate(draft.layers) if layer.get("ffn").kind is MoE]
         return {key: routed[1] - routed[0] if len(routed) > 1 else 1}
 
 
@@ -103,12 +103,12 @@ class SharedExperts(Row):
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         number, one = r.size(key, self.missing, or_null=True), draft["ffn.expert"]
-        if number and one is not ABSENT:
+        if number and "ffn.expert" in draft:
             draft["ffn.shared"] = part(MLP, hidden=number * one.get("hidden"), activation=one.get("activation"))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        shared, width = draft["ffn.shared.hidden"], draft["ffn.expert.hidden"]
-        return {key: None if shared is ABSENT else shared // width}
+        shared = "ffn.shared.hidden" in draft
+        return {key: draft["ffn.shared.hidden"] // draft["ffn.expert.hidden"] if shared else None}
 
 
 class Groups(Row):
@@ -126,8 +126,9 @@ class Groups(Row):
         draft["ffn.groups"] = part(ExpertGroups, count=number, kept=kept, best=self.best) if number > 1 else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        number, kept = draft["ffn.groups.count"], draft["ffn.groups.kept"]
-        return {key: 1, "topk_group": 1} if number is ABSENT else {key: number, "topk_group": kept}
+        if "ffn.groups.count" not in draft:
+            return {key: 1, "topk_group": 1}
+        return {key: draft["ffn.groups.count"], "topk_group": draft["ffn.groups.kept"]}
 
 
 class GreedyOrGroups(Groups):
@@ -196,12 +197,10 @@ DEEPSEEK = LLAMA_SHAPE.but(
     "deepseek", "DeepseekForCausalLM", names=with_experts(LLAMA_NAMES, *SHARED),
     keys={
         "attention_bias": ATTENTION_BIAS,
-        "first_k_dense_replace": first_dense(part(MoE, expert=part(MLP), round_weights=True), missing=0),
+        "first_k_dense_replace": FirstDense(missing=0, round_weights=True),
         "moe_layer_freq": EveryFew(),
-        "intermediate_size": size("ffn.hidden"),
-        "moe_intermediate_size": size("ffn.expert.hidden", missing=1407),
-        "n_routed_experts": count("ffn.experts", missing=64),
-        "n_shared_experts": SharedExperts(missing=2),
+        "intermediate_size": size("ffn.hidden"), "moe_intermediate_size": size("ffn.expert.hidden", missing=1407),
+        "n_routed_experts": count("ffn.experts", missing=64), "n_shared_experts": SharedExperts(missing=2),
         "num_experts_per_tok": size("ffn.top_k"),
         "norm_topk_prob": flag("ffn.renormalize", missing=False),
         "scoring_func": only("softmax", written=True),
@@ -213,22 +212,20 @@ DEEPSEEK_V2 = DEEPSEEK.but(
     layer={"mixer": part(LatentAttention, rope=part(Rope, layout="interleaved", rounds="result"))},
     keys={
         "num_key_value_heads": only(field("mixer.heads"), None, written=True),  # says nothing: no head shares keys
-        "qk_nope_head_dim": size("mixer.nope", missing=128),
-        "qk_rope_head_dim": size("mixer.rope_dim", missing=64),
+        "qk_nope_head_dim": size("mixer.nope", missing=128), "qk_rope_head_dim": size("mixer.rope_dim", missing=64),
         "qk_head_dim": only(width), "head_dim": only(field("mixer.rope_dim")),  # as transformers writes them
         "v_head_dim": size("mixer.value", missing=128),
         "kv_lora_rank": size("mixer.kv_rank", missing=512),
         "q_lora_rank": size("mixer.q_rank", missing=1536, null=None),
         "rope_parameters": TemperedRope(),
         "attention_bias": only(False), "mlp_bias": only(False), "moe_layer_freq": only(1),
-        "first_k_dense_replace": first_dense(part(MoE, expert=part(MLP), router_float32=True), missing=0),
+        "first_k_dense_replace": FirstDense(missing=0, router_float32=True),
         "n_group": GreedyOrGroups(count=None, kept=None, best=1),
         "routed_scaling_factor": number("ffn.scale", missing=1.0),
         "ffn.scale": Follows(lambda draft: 1.0 if draft["ffn.renormalize"] else draft["ffn.scale"]),
     },
     without=("head_dim", "rope_parameters"),  # they stand behind the widths that they need
 )
-V3_EXPERTS = part(MoE, expert=part(MLP), score="sigmoid", correction=True, router_float32=True)
 DEEPSEEK_V3 = DEEPSEEK_V2.but(
     "deepseek_v3", "DeepseekV3ForCausalLM", names=with_experts(LATENT_NAMES, CORRECTION, *SHARED),
     layer={"mixer.rope.rounds": "each"},
@@ -238,7 +235,7 @@ DEEPSEEK_V3 = DEEPSEEK_V2.but(
     },
     keys={
         "rope_interleave": choice({True: "interleaved", False: "half"}, "mixer.rope.layout", missing=True),
-        "first_k_dense_replace": first_dense(V3_EXPERTS, missing=3),
+        "first_k_dense_replace": FirstDense(missing=3, score="sigmoid", correction=True, router_float32=True),
         "scoring_func": only("sigmoid", written=True), "topk_method": only("noaux_tc", written=True),
         "n_group": Groups(count=8, kept=4, best=2),
     },

@@ -16,13 +16,12 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import EPS
-from checkpoints.names.config_rows import LayerCount, halved
+from checkpoints.names.config_rows import LayerCount, base, halved
 from checkpoints.names.config_table import (
     ABSENT,
     Draft,
     Keys,
     Row,
-    base,
     field,
     flag,
     number,

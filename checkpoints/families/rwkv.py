@@ -9,8 +9,7 @@ so that float16 does not overflow; the logits are meant to be the same, so nothi
 """
 
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import four_widths
-from checkpoints.names.config_rows import LayerCount
+from checkpoints.names.config_rows import LayerCount, four_widths
 from checkpoints.names.config_table import field, flag, number, only, part, size
 from checkpoints.names.table import override, under
 from nanollm.config import RWKV, Layer, ModelConfig, Norm
@@ -30,9 +29,7 @@ NORM = part(Norm, kind="layer", eps=1e-5, bias=True)
 RWKV4 = Family(
     "rwkv", "RwkvForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim", "mixer.width"),
-        "num_hidden_layers": LayerCount(),
+        "vocab_size": size("vocab"), "hidden_size": size("dim", "mixer.width"), "num_hidden_layers": LayerCount(),
         "attention_hidden_size": only(field("dim"), None, written=True),
         "intermediate_size": size("mixer.hidden", missing=four_widths, null=four_widths),
         "layer_norm_epsilon": number("embed_norm.eps", "mixer.norm.eps", missing=1e-5),

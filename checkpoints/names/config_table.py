@@ -237,11 +237,6 @@ def number(*paths: str, **more: Any) -> Key:
     return Key(Reader.number, *paths, **more)
 
 
-def base(*paths: str, **more: Any) -> Key:
-    """A finite number above 1: of RoPE's θ."""
-    return Key(lambda r, key: r.number(key, above=1), *paths, **more)
-
-
 def flag(*paths: str, **more: Any) -> Key:
     """true or false."""
     return Key(Reader.flag, *paths, **more)
