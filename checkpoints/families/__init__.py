@@ -79,7 +79,7 @@ def difference(ours: Any, read: Any, path: str) -> str:
     if dataclasses.is_dataclass(ours) and type(ours) is type(read):
         pairs = [(f".{field.name}", getattr(ours, field.name), getattr(read, field.name)) for field in dataclasses.fields(ours)]
     elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
-        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read))]
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
     for part, a, b in pairs:
         if a != b:
             return difference(a, b, path + part)

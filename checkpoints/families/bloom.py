@@ -11,9 +11,8 @@ training did, in slices of `pretraining_tp`: it changes the rounding only.
 """
 
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import four_widths
 from checkpoints.families.llama import EPS, LAYER_NORM
-from checkpoints.names.config_rows import Heads, LayerCount
+from checkpoints.names.config_rows import Heads, LayerCount, four_widths
 from checkpoints.names.config_table import Follows, flag, number, only, part, size
 from checkpoints.names.ops import Groups
 from checkpoints.names.table import QKV, override, rule, stripped, under
@@ -31,8 +30,7 @@ NAMES = override(
 BLOOM = Family(
     "bloom", "BloomForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim", also=("n_embed",)),
+        "vocab_size": size("vocab"), "hidden_size": size("dim", also=("n_embed",)),
         "n_layer": LayerCount(also=("num_hidden_layers",)),
         "n_head": Heads(also=("num_attention_heads",)),
         "ffn.hidden": Follows(four_widths),

@@ -18,9 +18,8 @@ today's num_attention_heads, num_hidden_layers, num_kv_heads. They have no key f
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import four_widths
 from checkpoints.families.llama import EPS, LAYER_NORM
-from checkpoints.names.config_rows import Heads, LayerCount, RopeKeys
+from checkpoints.names.config_rows import Heads, LayerCount, RopeKeys, four_widths
 from checkpoints.names.config_table import Draft, Row, activation, flag, number, one_name, only, part, size
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
@@ -89,9 +88,7 @@ def names_of(config: ModelConfig) -> tuple[Table, ...]:
 FALCON = Family(
     "falcon", "FalconForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_hidden_layers": LayerCount(also=("n_layer",)),
+        "vocab_size": size("vocab"), "hidden_size": size("dim"), "num_hidden_layers": LayerCount(also=("n_layer",)),
         "num_attention_heads": Heads(also=("n_head",)),
         "new_decoder_architecture": Wiring(),
         "max_position_embeddings": size("context", missing=2048),

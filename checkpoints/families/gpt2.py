@@ -21,8 +21,8 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.llama import EPS, LAYER_NORM
-from checkpoints.names.config_rows import Heads, LayerCount
-from checkpoints.names.config_table import Draft, Part, Row, activation, field, flag, number, only, part, size
+from checkpoints.names.config_rows import Heads, LayerCount, four_widths
+from checkpoints.names.config_table import Draft, Row, activation, field, flag, number, only, part, size
 from checkpoints.names.ops import Blocks, Groups, Op, Same, Transposed
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import QKV, Table, override, rule, stripped, under
@@ -51,33 +51,22 @@ IRRELEVANT = frozenset("""
 """.split())
 
 
-def set_scale(layer: Part, scale: float) -> None:
-    """None stands for the usual scale, 1/√d."""
-    layer.set("mixer.scale", None if scale == layer.get("mixer.head_dim") ** -0.5 else scale)
+class ScoreScale(Row):
+    """Whether the scores are divided by √d; and those of layer i by i + 1 too, if there is a key for it (`by_depth`)."""
 
-
-class ScoresScaled(Row):
-    """Whether the scores are divided by √d."""
+    def __init__(self, by_depth: str | None = None) -> None:
+        self.by_depth = by_depth
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        if not r.flag(key, True):
-            for layer in draft.layers:
-                set_scale(layer, 1.0)
+        usual = draft["mixer.head_dim"] ** -0.5
+        scale, falls = usual if r.flag(key, True) else 1.0, self.by_depth is not None and r.flag(self.by_depth, False)
+        for i, layer in enumerate(draft.layers):
+            own = scale / (i + 1) if falls else scale
+            layer.set("mixer.scale", None if own == usual else own)  # None stands for the usual scale
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: draft["mixer.scale"] is None}
-
-
-class ScaledByDepth(Row):
-    """Whether those of layer i are also divided by i + 1."""
-
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        if r.flag(key, False):
-            for i, layer in enumerate(draft.layers):
-                set_scale(layer, (layer.get("mixer.scale") or layer.get("mixer.head_dim") ** -0.5) / (i + 1))
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: len(set(draft.each("mixer.scale"))) > 1}
+        scales = list(draft.each("mixer.scale"))
+        return {key: scales[0] is None} | ({self.by_depth: len(set(scales)) > 1} if self.by_depth else {})
 
 
 class MultiQuery(Row):
@@ -91,11 +80,6 @@ class MultiQuery(Row):
         return {key: draft["mixer.kv_heads"] == 1}
 
 
-def four_widths(draft: Draft) -> int:
-    """The MLP where no key says how wide it is."""
-    return 4 * draft["dim"]
-
-
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
     keys={
@@ -107,8 +91,7 @@ GPT2 = Family(
         "n_positions": size("positions", "context", missing=1024, also=("max_position_embeddings",)),
         "activation_function": activation("ffn.activation", missing="gelu_new"),
         "layer_norm_epsilon": number(*EPS, missing=1e-5),
-        "scale_attn_weights": ScoresScaled(),
-        "scale_attn_by_inverse_layer_idx": ScaledByDepth(),
+        "scale_attn_weights": ScoreScale(by_depth="scale_attn_by_inverse_layer_idx"),
         "tie_word_embeddings": flag("tied", missing=True),
         "add_cross_attention": only(False),
         "attention_head_type": only("multihead"),  # "multiquery": SantaCoder's first upload, with q and kv in two tensors
@@ -122,7 +105,7 @@ GPT_BIGCODE = GPT2.but(
     "gpt_bigcode", "GPTBigCodeForCausalLM", names=(names(Same, Groups),),
     keys={
         "activation_function": activation("ffn.activation", missing="gelu_pytorch_tanh"),
-        "scale_attn_by_inverse_layer_idx": only(False),  # it has no such key
+        "scale_attn_weights": ScoreScale(), "scale_attn_by_inverse_layer_idx": only(False),  # it has no such key
         "multi_query": MultiQuery(),
         "num_key_value_heads": only(field("mixer.kv_heads")),  # written by transformers, which goes by multi_query
     },

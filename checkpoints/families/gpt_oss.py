@@ -16,7 +16,7 @@ gate up gate up …, 4-bit (MXFP4) in the published folders: checkpoints/storage
 import dataclasses
 
 from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import RopeKeys, Windows
+from checkpoints.names.config_rows import Periodic, RopeKeys
 from checkpoints.names.config_table import Draft, count, field, flag, number, only, part, size
 from checkpoints.names.expert_ops import Interleaved, Turned
 from checkpoints.names.reader import Reader
@@ -42,13 +42,6 @@ class OpenYarn(RopeKeys):
         return rope if said else dataclasses.replace(rope, scaling=Yarn(32.0, 4096, truncate=False))
 
 
-class EveryOtherSlides(Windows):
-    """The first one, the third one, …"""
-
-    def pattern(self, r: Reader, layers: int) -> list[bool]:
-        return [i % 2 == 0 for i in range(layers)]
-
-
 GPT_OSS = LLAMA_SHAPE.but(
     "gpt_oss", "GptOssForCausalLM", names=(GPT_OSS_NAMES,),
     norm=part(Norm, cast_after_gain=True),
@@ -60,10 +53,9 @@ GPT_OSS = LLAMA_SHAPE.but(
         "head_dim": size("mixer.head_dim", missing=64),
         "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
         "rope_parameters": OpenYarn(theta=150_000.0),
-        "layer_types": EveryOtherSlides(default=128),
+        "layer_types": Periodic(2, default=128),
         "hidden_act": only("silu", written=True),
-        "num_local_experts": count("ffn.experts", missing=128),
-        "num_experts_per_tok": size("ffn.top_k", missing=4),
+        "num_local_experts": count("ffn.experts", missing=128), "num_experts_per_tok": size("ffn.top_k", missing=4),
         "experts_per_token": only(field("ffn.top_k")),  # the same again, in the published configs
         "intermediate_size": size("ffn.expert.hidden", missing=2880),
         "swiglu_alpha": number("ffn.expert.slope", missing=1.702),

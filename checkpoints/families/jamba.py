@@ -11,8 +11,8 @@ renormalised. Jamba-v0.1, 1.5 Mini and Large, Jamba Reasoning 3B, which has no e
 from typing import Any
 
 from checkpoints.families.llama import EPS, EXPERT, GATED, LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.families.mamba import SCAN, Expand, Rank
-from checkpoints.names.config_rows import Heads, Kinds, ReadKinds, WriteKinds
+from checkpoints.families.mamba import SCAN
+from checkpoints.names.config_rows import Expand, Heads, Kinds, Rank, ReadKinds, WriteKinds
 from checkpoints.names.config_table import count, flag, number, only, part, size
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
@@ -72,14 +72,11 @@ JAMBA = LLAMA_SHAPE.but(
         "num_attention_heads": Heads(alone=False),
         "hidden_act": only("silu", written=True),  # Mamba's too
         "rms_norm_eps": number(*EPS, "mixer.inner_norm.eps", missing=1e-6),
-        "num_experts": count("ffn.experts", missing=16),
-        "num_experts_per_tok": size("ffn.top_k", missing=2),
+        "num_experts": count("ffn.experts", missing=16), "num_experts_per_tok": size("ffn.top_k", missing=2),
         "mamba_expand": Expand(missing=2),
-        "mamba_d_state": size("mixer.state", missing=16),
-        "mamba_d_conv": size("mixer.conv", missing=4),
+        "mamba_d_state": size("mixer.state", missing=16), "mamba_d_conv": size("mixer.conv", missing=4),
         "mamba_dt_rank": Rank(),
-        "mamba_conv_bias": flag("mixer.conv_bias", missing=True),
-        "mamba_proj_bias": flag("mixer.bias", missing=False),
+        "mamba_conv_bias": flag("mixer.conv_bias", missing=True), "mamba_proj_bias": flag("mixer.bias", missing=False),
         "mamba_inner_layernorms": only(True), "sliding_window": only(None),
     },
     without=("head_dim", "rope_parameters"),

@@ -53,9 +53,7 @@ def kv_heads(missing: Any) -> Key:
 LLAMA_SHAPE = Family(  # what all the Llama-shaped families share
     "llama", "LlamaForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_hidden_layers": LayerCount(),
+        "vocab_size": size("vocab"), "hidden_size": size("dim"), "num_hidden_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
         "num_key_value_heads": kv_heads(missing=field("mixer.heads")),
         "head_dim": HeadDim(),

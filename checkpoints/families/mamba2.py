@@ -17,8 +17,8 @@ import math
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.mamba import IRRELEVANT, MAMBA, MAMBA_NAMES, Expand, Rank, whole_multiple
-from checkpoints.names.config_rows import LayerCount
+from checkpoints.families.mamba import IRRELEVANT, MAMBA, MAMBA_NAMES
+from checkpoints.names.config_rows import Expand, LayerCount, Rank, whole_multiple
 from checkpoints.names.config_table import Draft, Keys, Row, flag, number, only, part, size, write_keys
 from checkpoints.names.reader import Reader, is_number
 from checkpoints.names.table import override, rule, under
@@ -70,8 +70,7 @@ MAMBA2 = MAMBA.but(
     "mamba2", "Mamba2ForCausalLM", names=(MAMBA2_NAMES, ORIGINAL_NAMES), layer={"mixer": part(Mamba2)},
     missing={"tie_word_embeddings": False},
     keys={
-        "num_heads": size("mixer.heads", missing=128),
-        "head_dim": size("mixer.head_dim", missing=64),
+        "num_heads": size("mixer.heads", missing=128), "head_dim": size("mixer.head_dim", missing=64),
         "expand": ExpandHeads(),
         "intermediate_size": only(inner), "d_inner": only(inner),
         "state_size": size("mixer.state", missing=128),
@@ -155,9 +154,7 @@ class Untyped(Family):
 ORIGINAL = Untyped(
     "state-spaces", "",
     keys={
-        "vocab_size": PaddedVocab(),
-        "d_model": size("dim"),
-        "n_layer": LayerCount(),
+        "vocab_size": PaddedVocab(), "d_model": size("dim"), "n_layer": LayerCount(),
         "ssm_cfg": Arguments(),
         "tie_embeddings": flag("tied", missing=True),
         "residual_in_fp32": flag("float32_residual", missing=True),

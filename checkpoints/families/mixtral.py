@@ -23,8 +23,7 @@ MIXTRAL = MISTRAL.but(
     keys={
         "rope_parameters": RopeKeys(theta=1e6),
         "sliding_window": size("mixer.window", missing=None),
-        "num_local_experts": count("ffn.experts", missing=8),
-        "num_experts_per_tok": size("ffn.top_k", missing=2),
+        "num_local_experts": count("ffn.experts", missing=8), "num_experts_per_tok": size("ffn.top_k", missing=2),
     },
 )
 FAMILIES = {"mixtral": MIXTRAL}

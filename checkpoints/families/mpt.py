@@ -11,9 +11,8 @@ true in all of them and means nothing: ALiBi turns the table off.
 """
 
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import four_widths
 from checkpoints.families.llama import EPS
-from checkpoints.names.config_rows import Heads, Inside, LayerCount
+from checkpoints.names.config_rows import Heads, Inside, LayerCount, four_widths
 from checkpoints.names.config_table import Follows, flag, number, only, part, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.table import QKV, override, rule, under
@@ -38,9 +37,7 @@ ATTENTION = {
 MPT = Family(
     "mpt", "MptForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "d_model": size("dim"),
-        "n_layers": LayerCount(),
+        "vocab_size": size("vocab"), "d_model": size("dim"), "n_layers": LayerCount(),
         "n_heads": Heads(),
         "expansion_ratio": only(4),
         "ffn.hidden": Follows(four_widths),

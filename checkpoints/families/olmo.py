@@ -50,8 +50,7 @@ OLMOE = LLAMA_SHAPE.but(
     keys=HEADS_SHARE_DIM | {  # the norm of q is as wide as dim
         "attention_bias": ATTENTION_BIAS,
         "clip_qkv": number("mixer.clip", missing=None),
-        "num_experts": count("ffn.experts", missing=64),
-        "num_experts_per_tok": size("ffn.top_k", missing=8),
+        "num_experts": count("ffn.experts", missing=64), "num_experts_per_tok": size("ffn.top_k", missing=8),
         "norm_topk_prob": flag("ffn.renormalize", missing=False),
     },
 )

@@ -59,8 +59,7 @@ PHIMOE = MIXTRAL.but(
     keys={
         "num_attention_heads": Heads(alone=False, missing=32),
         "head_dim": size("mixer.head_dim", missing=field("mixer.head_dim"), null=field("mixer.head_dim")),
-        "num_local_experts": count("ffn.experts", missing=16),
-        "num_experts_per_tok": only(2, written=True),
+        "num_local_experts": count("ffn.experts", missing=16), "num_experts_per_tok": only(2, written=True),
         "router_jitter_noise": number("ffn.sparse", missing=0.01),
         "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=False),
         "lm_head_bias": flag("head_bias", missing=False),

@@ -11,7 +11,7 @@ means nothing. The small ones are tied. Vocabularies are padded (151936, 152064)
 from typing import Any
 
 from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import Windows
+from checkpoints.names.config_rows import Windows, whole
 from checkpoints.names.config_table import only, part
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import override, under
@@ -19,13 +19,6 @@ from nanollm.config import Norm
 
 QK_NORM = under("model.layers.{i}.self_attn", "layers.{i}.mixer", {"q_norm": "q_norm", "k_norm": "k_norm"})
 QWEN3_NAMES = override(LLAMA_NAMES, *QK_NORM)
-
-
-def max_window_layers(r: Reader, missing: int) -> int:
-    first = r.get("max_window_layers", missing)
-    if type(first) is not int or first < 0:
-        raise r.error("max_window_layers", "a whole number")
-    return first
 
 
 class LastLayersSlide(Windows):
@@ -36,7 +29,7 @@ class LastLayersSlide(Windows):
         self.first = first
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
-        first = max_window_layers(r, self.first)
+        first = whole(r, "max_window_layers", self.first)
         return [i >= first for i in range(layers)]
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Qwen2-VL and Qwen2.5-VL: a vision tower, which is left out, and a Qwen2, which is loaded, and saved as one.
 
-Their RoPE ("mrope") turns each third or so of the channels by another coordinate of a token: time, row or column in a picture.
-For text the three are the same number, the position, and that is plain RoPE (Wang et al. 2024, arXiv 2409.12191, §2.1).
+Their RoPE ("mrope") turns each third or so of the channels by another coordinate of a token: time, row or column in a
+picture. For text the three are the same number, the position, and that is plain RoPE (Wang et al. 2024, arXiv
+2409.12191, §2.1).
 
-The hub's configs are flat, with the keys of Qwen2 and a vision_config; newer ones have them in a text_config, some have them in
-both places. What a missing key means differs from Qwen2 for four of them. Tensors have one of two sets of names:
+The hub's configs are flat, with the keys of Qwen2 and a vision_config; newer ones have them in a text_config, some have
+them in both places. Four missing keys mean something else than in Qwen2. Tensors have one of two sets of names:
 
     on the hub                        model.layers.…                   visual.…
     as the modules are called now     model.language_model.layers.…    model.visual.…
@@ -21,7 +22,8 @@ from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.table import moved
 from nanollm.config import ModelConfig
 
-TOWER = frozenset("vision_config image_token_id video_token_id vision_token_id vision_start_token_id vision_end_token_id".split())
+TOWER = frozenset({"vision_config", "image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id",
+                   "vision_end_token_id"})
 
 
 class WithVision(Family):

@@ -3,9 +3,11 @@
     how many layers, and of which parts    LayerCount, Kinds
     heads                                  Heads, HeadDim, DividingHeads
     positions                              RopeKeys; Windows, Periodic, OneWindow
+    how wide a scan is                     Expand, Rank
     an object inside config.json           Inside
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -253,6 +255,39 @@ class OneWindow(Row):
         return "mixer.window"
 
 
+class Expand(Row):
+    """How many times wider than the model a scan is, a whole number."""
+
+    def __init__(self, missing: int) -> None:
+        self.missing = missing
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        draft["mixer.inner"] = r.size(key, self.missing) * draft["dim"]
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: whole_multiple(draft["mixer.inner"], draft["dim"])} if "mixer.inner" in draft else {}
+
+
+def whole_multiple(inner: int, dim: int) -> int:
+    """inner / dim. Raises ConfigError if it is no whole number."""
+    if inner % dim:
+        raise ConfigError(f"Mamba wants inner ({inner}) to be a multiple of dim ({dim})")
+    return inner // dim
+
+
+class Rank(Key):
+    """The rank of a scan's Δ: a number, or "auto" for dim / 16 rounded up."""
+
+    def __init__(self) -> None:
+        super().__init__(Reader.size, "mixer.dt_rank", missing=lambda draft: math.ceil(draft["dim"] / 16))
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if r.get(key, "auto") == "auto":
+            draft["mixer.dt_rank"] = self.missing(draft)
+        else:
+            super().read(r, draft, key)
+
+
 class Inside(Row):
     """An object with keys of its own; where it is missing, null or empty, all of them are missing."""
 
@@ -275,6 +310,19 @@ class Inside(Row):
         return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
 
 
+def four_widths(draft: Draft) -> int:
+    """As `missing`: a feed-forward four times as wide as the model."""
+    return 4 * draft["dim"]
+
+
+def whole(r: Reader, key: str, missing: int) -> int:
+    """A whole number, 0 included."""
+    value = r.get(key, missing)
+    if type(value) is not int or value < 0:
+        raise r.error(key, "a whole number")
+    return value
+
+
 def halved(*paths: str, **more: Any) -> Key:
     """An even number, of which a half is ours."""
     def check(r: Reader, key: str) -> int:
@@ -284,3 +332,8 @@ def halved(*paths: str, **more: Any) -> Key:
         return value
 
     return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)
+
+
+def base(*paths: str, **more: Any) -> Key:
+    """A finite number above 1: of RoPE's θ."""
+    return Key(lambda r, key: r.number(key, above=1), *paths, **more)
