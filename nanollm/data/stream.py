@@ -71,7 +71,11 @@ class Source(Protocol):
     """Where rows come from: files of tokens here, chats elsewhere."""
     name: str
     rows: int
-    fingerprint: int            # of all that the rows are made from
+
+    @property
+    def fingerprint(self) -> int:
+        """Of all that the rows are made from."""
+        ...
 
     def row(self, index: int) -> Row: ...
     def verify(self, vocab: int) -> None: ...

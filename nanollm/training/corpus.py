@@ -139,8 +139,7 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     if vocab is None:
         raise DataError(f"{folders[0]}: raw shards do not say which tokenizer they were made with; "
                         "name its folder with --tokenizer, or its size with --vocab")
-    # misc, arg-type: `Source` declares an attribute fingerprint, and `Tokens` computes it as a property
-    stream = Stream([train for train, _ in pairs], options.mix, options.seed)  # type: ignore[misc]
+    stream = Stream([train for train, _ in pairs], options.mix, options.seed)
     facts = text.facts(folders[0]) if len(folders) == 1 and folders[0].is_dir() else None
     notes = [f"{source.name}: {source.rows:,} rows of {options.context} tokens" for source in stream.sources]
     if facts:
@@ -149,7 +148,7 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     held_out = next((held for _, held in pairs if held), None)
     if len(pairs) > 1:
         notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")
-    return Corpus(stream, held_out, reader, words, vocab, False, facts, tuple(notes))  # type: ignore[arg-type]
+    return Corpus(stream, held_out, reader, words, vocab, False, facts, tuple(notes))
 
 
 def open_chats(options: argparse.Namespace) -> Corpus:
