@@ -1,7 +1,7 @@
 """The families, by the `model_type` of their config.json; beside them nanollm's own layout, which is for all.
 
-A family is found by being here: each file has FAMILIES, model_type → Family. A model that was trained here has none; it is written as the
-first of TRAINED_HERE that can say all of it, which is found out by reading back what was written.
+A family is found by being here: each file has FAMILIES, model_type → Family. A model that was trained here has none; it
+is written as the first of TRAINED_HERE whose config.json, read back, is equal.
 """
 
 import dataclasses
@@ -43,8 +43,9 @@ def read_config(
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
     if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
-        raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
-                          + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
+        hint = f"near it are {', '.join(near)}; " if near else ""
+        raise ConfigError(f"{where}: model_type is {brief(kind)}; {hint}"
+                          f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
     family = family_called(kind)
     reader = Reader(values, where, ignore, most)
     try:
@@ -77,7 +78,8 @@ def difference(ours: Any, read: Any, path: str) -> str:
     """The first place where two configs part, as a sentence."""
     pairs: list[tuple[str, Any, Any]] = []
     if dataclasses.is_dataclass(ours) and type(ours) is type(read):
-        pairs = [(f".{field.name}", getattr(ours, field.name), getattr(read, field.name)) for field in dataclasses.fields(ours)]
+        names = [field.name for field in dataclasses.fields(ours)]
+        pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
     elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
         pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
     for part, a, b in pairs:

@@ -84,18 +84,13 @@ NORM = part(Norm, cast_after_gain=True)
 CHATGLM = Family(
     "chatglm", "ChatGLMModel",
     keys={
-        "padded_vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_layers": LayerCount(),
+        "padded_vocab_size": size("vocab"), "hidden_size": size("dim"), "num_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
         "multi_query_attention": only(True, written=True, missing=False),
-        "multi_query_group_num": size("mixer.kv_heads", missing=1),
-        "kv_channels": size("mixer.head_dim", missing=128),
-        "add_qkv_bias": flag("mixer.qkv_bias", missing=False),
-        "ffn_hidden_size": size("ffn.hidden"),
+        "multi_query_group_num": size("mixer.kv_heads", missing=1), "kv_channels": size("mixer.head_dim", missing=128),
+        "add_qkv_bias": flag("mixer.qkv_bias", missing=False), "ffn_hidden_size": size("ffn.hidden"),
         "layernorm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=1e-5),
-        "seq_length": size("context", missing=2048),
-        "rope_ratio": Ratio(),
+        "seq_length": size("context", missing=2048), "rope_ratio": Ratio(),
         "original_rope": unread(True),
         "vocab_size": only(field("vocab"), written=True),  # GLM-4 says this and the next twice
         "num_hidden_layers": only(lambda draft: len(draft.layers), written=True),

@@ -26,13 +26,13 @@ DTYPES = ("dtype", "torch_dtype")  # what the weights are, filled in when they a
 class Family:
     """A lineage, both ways. Several model_types may share one.
 
-    names, names_of    tables of tensors, the newest first, or a function of the config that gives them. The first is written
+    names, names_of    tables of tensors, the newest first, or a function of the config; the first is what is written
     ignorable          stored tensors that are no weights, with {i} for numbers
     irrelevant         keys of this family that do not reach the logits
-    left_out           of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model,
-                       and is saved as FAMILIES[name]
-    ahead              a tensor, {i} its layer, by which a layer is known that predicts the token after the next one. It stands
-                       behind the model's own layers, and is left out
+    left_out           of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text
+                       model, and is saved as FAMILIES[name]
+    ahead              a tensor, {i} its layer, of the layers behind the model's own, which predict the token after the
+                       next one, and are left out
     """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it

@@ -83,8 +83,7 @@ class MultiQuery(Row):
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
     keys={
-        "vocab_size": size("vocab"),
-        "n_embd": size("dim", also=("hidden_size",)),
+        "vocab_size": size("vocab"), "n_embd": size("dim", also=("hidden_size",)),
         "n_layer": LayerCount(also=("num_hidden_layers",)),
         "n_head": Heads(also=("num_attention_heads",)),
         "n_inner": size("ffn.hidden", missing=four_widths, null=four_widths),

@@ -10,7 +10,7 @@ of head 1 … (Groups, with as many key/value heads as heads). Old folders hold 
 of −∞, as tensors.
 """
 
-from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_SHAPE
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NORMS, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, RopeKeys
 from checkpoints.names.config_table import activation, flag, number, part
 from checkpoints.names.ops import Groups
@@ -20,7 +20,7 @@ from nanollm.config import MLP
 NAMES = override(
     {},
     *under("", "", {"gpt_neox.embed_in": "embed", "gpt_neox.final_layer_norm": "norm", "embed_out": "head"}),
-    *under("gpt_neox.layers.{i}", "layers.{i}", {"input_layernorm": "pre_mixer", "post_attention_layernorm": "pre_ffn"}),
+    *under("gpt_neox.layers.{i}", "layers.{i}", LLAMA_NORMS),
     rule("gpt_neox.layers.{i}.attention.query_key_value", QKV, Groups),
     rule("gpt_neox.layers.{i}.attention.dense", "layers.{i}.mixer.o"),
     *under("gpt_neox.layers.{i}.mlp", "layers.{i}.ffn", {"dense_h_to_4h": "up", "dense_4h_to_h": "down"}),

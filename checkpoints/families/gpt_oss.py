@@ -49,8 +49,7 @@ GPT_OSS = LLAMA_SHAPE.but(
            "ffn": part(MoE, expert=part(ClippedGLU), renormalize=True, router_bias=True, round_weights=True)},
     missing={"num_attention_heads": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
     keys={
-        "num_key_value_heads": size("mixer.kv_heads", missing=8),
-        "head_dim": size("mixer.head_dim", missing=64),
+        "num_key_value_heads": size("mixer.kv_heads", missing=8), "head_dim": size("mixer.head_dim", missing=64),
         "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
         "rope_parameters": OpenYarn(theta=150_000.0),
         "layer_types": Periodic(2, default=128),

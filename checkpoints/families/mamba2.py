@@ -73,8 +73,7 @@ MAMBA2 = MAMBA.but(
         "num_heads": size("mixer.heads", missing=128), "head_dim": size("mixer.head_dim", missing=64),
         "expand": ExpandHeads(),
         "intermediate_size": only(inner), "d_inner": only(inner),
-        "state_size": size("mixer.state", missing=128),
-        "n_groups": size("mixer.groups", missing=8),
+        "state_size": size("mixer.state", missing=128), "n_groups": size("mixer.groups", missing=8),
         "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", "mixer.eps", missing=1e-5),
         "time_step_limit": StepLimits(),
     },
@@ -156,8 +155,7 @@ ORIGINAL = Untyped(
     keys={
         "vocab_size": PaddedVocab(), "d_model": size("dim"), "n_layer": LayerCount(),
         "ssm_cfg": Arguments(),
-        "tie_embeddings": flag("tied", missing=True),
-        "residual_in_fp32": flag("float32_residual", missing=True),
+        "tie_embeddings": flag("tied", missing=True), "residual_in_fp32": flag("float32_residual", missing=True),
         "rms_norm": only(True, written=True),
         "d_intermediate": only(0), "attn_layer_idx": only([]), "attn_cfg": only({}),  # no MLPs, no attention
     },

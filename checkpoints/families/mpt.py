@@ -31,20 +31,16 @@ NORM = part(Norm, kind="layer")
 ATTENTION = {
     "alibi": only(True, written=True), "alibi_bias_max": only(8), "attn_type": only("multihead_attention"),
     **dict.fromkeys(("qk_ln", "prefix_lm", "attn_uses_sequence_id", "rope"), only(False)),
-    "clip_qkv": number("mixer.clip", missing=None),
-    "softmax_scale": number("mixer.scale", missing=None),
+    "clip_qkv": number("mixer.clip", missing=None), "softmax_scale": number("mixer.scale", missing=None),
 }
 MPT = Family(
     "mpt", "MptForCausalLM",
     keys={
-        "vocab_size": size("vocab"), "d_model": size("dim"), "n_layers": LayerCount(),
-        "n_heads": Heads(),
-        "expansion_ratio": only(4),
-        "ffn.hidden": Follows(four_widths),
+        "vocab_size": size("vocab"), "d_model": size("dim"), "n_layers": LayerCount(), "n_heads": Heads(),
+        "expansion_ratio": only(4), "ffn.hidden": Follows(four_widths),
         "attn_config": Inside(ATTENTION, irrelevant=frozenset({"attn_impl", "attn_pdrop", "is_encoder_decoder"})),
         "layer_norm_epsilon": number(*EPS, missing=1e-5),
-        "tie_word_embeddings": flag("tied", missing=True),
-        "max_seq_len": size("context", missing=2048),
+        "tie_word_embeddings": flag("tied", missing=True), "max_seq_len": size("context", missing=2048),
         "norm_type": only("low_precision_layernorm", "layernorm"),  # one formula; the first: in bfloat16 when training
         "no_bias": only(True), "logit_scale": only(None),
     },

@@ -48,8 +48,7 @@ OLMOE = LLAMA_SHAPE.but(
     layer={"mixer.qk_norm": part(Norm, scope="all"), "ffn": part(MoE, expert=part(MLP), round_weights=True)},
     missing={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     keys=HEADS_SHARE_DIM | {  # the norm of q is as wide as dim
-        "attention_bias": ATTENTION_BIAS,
-        "clip_qkv": number("mixer.clip", missing=None),
+        "attention_bias": ATTENTION_BIAS, "clip_qkv": number("mixer.clip", missing=None),
         "num_experts": count("ffn.experts", missing=64), "num_experts_per_tok": size("ffn.top_k", missing=8),
         "norm_topk_prob": flag("ffn.renormalize", missing=False),
     },

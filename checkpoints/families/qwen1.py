@@ -17,19 +17,7 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.llama import EPS
 from checkpoints.names.config_rows import LayerCount, base, halved
-from checkpoints.names.config_table import (
-    ABSENT,
-    Draft,
-    Keys,
-    Row,
-    field,
-    flag,
-    number,
-    only,
-    part,
-    read_keys,
-    size,
-)
+from checkpoints.names.config_table import ABSENT, Draft, Keys, Row, field, flag, number, only, part, read_keys, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import QKV, override, rule, under

@@ -94,8 +94,7 @@ QWEN3_MOE = QWEN3.but(
         "intermediate_size": size("ffn.hidden", missing=6144),
         "moe_intermediate_size": size("ffn.expert.hidden", missing=768),
         "num_experts": count("ffn.experts", missing=128, also=("num_local_experts",)),
-        "num_experts_per_tok": size("ffn.top_k", missing=8),
-        "norm_topk_prob": flag("ffn.renormalize", missing=False),
+        "num_experts_per_tok": size("ffn.top_k", missing=8), "norm_topk_prob": flag("ffn.renormalize", missing=False),
         "layer_types": OneWindow(),
     },
     irrelevant=frozenset({"max_window_layers"}),  # it stands in published configs, and nobody reads it

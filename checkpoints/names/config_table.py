@@ -307,6 +307,22 @@ def unread(writes: Any) -> Fixed:
     return Fixed((), writes)
 
 
+class Repeats(Row):
+    """A key in published configs that transformers does not read: it must say what another one does, or be missing."""
+
+    def __init__(self, other: str, missing: Any) -> None:
+        self.other, self.missing = other, missing  # of the other one
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.must(key, r.get(self.other, self.missing))
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {}
+
+    def says(self) -> str:
+        return f"only what {self.other} says"
+
+
 class Follows(Row):
     """No key but a field, which follows from what was read. In the table the path stands in place of a key."""
 
@@ -324,7 +340,7 @@ class Follows(Row):
 
 
 def one_name(r: Reader, *keys: str) -> str:
-    """Of several names for one thing the first that stands there, or else the first. All that stand there must agree."""
+    """Of several names for one thing the first that stands there, or else the first. All that do must agree."""
     present = [key for key in keys if key in r.values]
     present = [key for key in keys if r.get(key, None) is not None] or present or [keys[0]]
     for key in present[1:]:
