@@ -4,7 +4,6 @@ A family is found by being here: each file has FAMILIES, model_type → Family. 
 is written as the first of TRAINED_HERE whose config.json, read back, is equal.
 """
 
-import dataclasses
 import difflib
 import importlib
 import pkgutil
@@ -13,6 +12,7 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.nanollm import NANOLLM
+from checkpoints.names.config_table import difference
 from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
@@ -72,17 +72,3 @@ def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Fam
             return candidate, values
         reasons.append(f"{candidate.name}: {difference(config, again, 'config')}")
     raise ConfigError("no family can express this model:\n  " + "\n  ".join(reasons))
-
-
-def difference(ours: Any, read: Any, path: str) -> str:
-    """The first place where two configs part, as a sentence."""
-    pairs: list[tuple[str, Any, Any]] = []
-    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
-        names = [field.name for field in dataclasses.fields(ours)]
-        pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
-    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
-        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
-    for part, a, b in pairs:
-        if a != b:
-            return difference(a, b, path + part)
-    return f"{path} is {ours!r}, and would be read as {read!r}"

@@ -53,8 +53,8 @@ def missing(row: Row) -> str:
 
 def run() -> None:
     """The command."""
-    parser = cli.Parser(
-        prog="python -m checkpoints.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(prog="python -m checkpoints.families", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", nargs="?", metavar="MODEL_TYPE",
                         help="a model_type, as config.json says it; without one all are listed")
     kind = parser.parse_args().kind

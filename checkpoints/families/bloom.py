@@ -46,7 +46,7 @@ BLOOM = Family(
     ),
     model=part(ModelConfig, embed_norm=LAYER_NORM, final_norm=LAYER_NORM),
     names=(NAMES, stripped(NAMES, "transformer.")),
-    irrelevant=frozenset("attention_softmax_in_fp32 bias_dropout_fusion gradient_checkpointing masked_softmax_fusion "
-                         "offset_alibi skip_bias_add skip_bias_add_qkv slow_but_exact unk_token_id".split()),
+    irrelevant=frozenset({"masked_softmax_fusion", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv",
+                          "slow_but_exact", "unk_token_id"}),
 )
 FAMILIES = {"bloom": BLOOM}

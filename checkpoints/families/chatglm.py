@@ -102,11 +102,9 @@ CHATGLM = Family(
     },
     layer=part(Layer, mixer=part(Attention, rope=part(Rope, layout="interleaved", fraction=0.5)), ffn=part(MLP),
                pre_mixer=NORM, pre_ffn=NORM),
-    model=part(ModelConfig, final_norm=NORM),
-    names=(NAMES,),
+    model=part(ModelConfig, final_norm=NORM), names=(NAMES,),
     ignorable=frozenset({"transformer.rotary_pos_emb.inv_freq"}),
-    # how scores are kept from overflowing in 16 bits, which kernels run, dropout, and what only a tuned prefix reads
-    irrelevant=frozenset({"apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion",
-                          "classifier_dropout", "prefix_projection", "attn_implementation"}),
+    # how scores are kept from overflowing in 16 bits, dropout, and what only a tuned prefix reads
+    irrelevant=frozenset({"apply_query_key_layer_scaling", "classifier_dropout", "prefix_projection"}),
 )
 FAMILIES = {"chatglm": CHATGLM}

@@ -5,8 +5,7 @@
 
     Command-R, Aya       RoPE in the interleaved layout, base 8e6 or 4e6; s = 1/16
     Command-R+           every head of q and k has a LayerNorm, with a gain of its own; base 7.5e7; s = 0.8333
-    Command-R7B, -A      three layers slide (4096) and rotate, the fourth sees everything and does not rotate; base 5e4;
-                         s = 1/4
+    Command-R7B, -A      three layers slide (4096) and rotate, the fourth sees all, not rotated; base 5e4; s = 1/4
 
 The rotation is computed in float32, from tables that were rounded, and rounded once more.
 """
@@ -18,8 +17,7 @@ from checkpoints.names.config_table import Repeats, Switch, field, number, only,
 from nanollm.config import Norm
 
 COHERE = LLAMA_SHAPE.but(
-    "cohere", "CohereForCausalLM", names=(QWEN3_NAMES,),
-    norm=part(Norm, kind="layer"),
+    "cohere", "CohereForCausalLM", names=(QWEN3_NAMES,), norm=part(Norm, kind="layer"),
     layer={"pre_ffn": None, "parallel": True, "mixer.rope.layout": "interleaved", "mixer.rope.rounds": "tables"},
     missing={"tie_word_embeddings": True, "max_position_embeddings": 8192},
     keys=HEADS_SHARE_DIM | {
@@ -28,8 +26,7 @@ COHERE = LLAMA_SHAPE.but(
         "rope_parameters": RopeKeys(theta=500_000.0),
         "logit_scale": number("head_scale", missing=0.0625),
     },
-    without=("rms_norm_eps",),
-    irrelevant=frozenset({"model_max_length"}),
+    without=("rms_norm_eps",), irrelevant=frozenset({"model_max_length"}),
 )
 COHERE2 = COHERE.but(
     "cohere2", "Cohere2ForCausalLM", names=(LLAMA_NAMES,),

@@ -20,9 +20,9 @@ Where the published code and transformers differ:
 - V3's experts outside the kept groups count as −∞ in transformers and in later copies of the published file, as here,
   and as 0 in its first, which differs only where a kept expert's corrected score is below 0.
 
-V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, and the load says so.
-Its weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight and Kimi-K2
-are V3 in other numbers.
+V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, which load says. Its
+weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight, Kimi-K2: V3 in
+other numbers.
 """
 
 import math
@@ -49,8 +49,6 @@ LATENT_NAMES = override(
 )
 CORRECTION = rule("model.layers.{i}.mlp.gate.e_score_correction_bias", "layers.{i}.ffn.router.correction")
 
-
-# ---- which layers have experts, and which experts
 
 class FirstDense(Kinds):
     """How many of the first layers have an MLP; the others have experts, of which `experts` is what no key says."""
@@ -132,8 +130,6 @@ class GreedyOrGroups(Groups):
         return values | {"topk_method": "greedy" if values[key] == 1 else "group_limited_greedy"}
 
 
-# ---- latent attention
-
 class TemperedRope(RopeKeys):
     """RoPE, and the scale of the scores: 1/√width, and with YaRN twice the temperature of mscale_all_dim."""
 
@@ -178,8 +174,6 @@ def solved(function: Callable[[float], float], wanted: float, heat: float, facto
         raise ConfigError(f"no mscale is exactly a temperature of {heat:g}")
     return found
 
-
-# ---- the families
 
 DEEPSEEK = LLAMA_SHAPE.but(
     "deepseek", "DeepseekForCausalLM", names=with_experts(LLAMA_NAMES, *SHARED),

@@ -8,11 +8,11 @@
 
 Everything else is alike: LayerNorms with bias, exact GELU in a plain MLP, the head tied, and rows of `query_key_value`
 by key/value head: the queries that read it, its key, its value. `new_decoder_architecture` is 40B's and 11B's; without
-it, `multi_query` and `parallel_attn` say the rest. ALiBi is of its own kind (Alibi.coarse): made in bfloat16, and scaled
-with the scores.
+it, `multi_query` and `parallel_attn` say the rest. ALiBi is of its own kind (Alibi.coarse): made in bfloat16, and
+scaled with the scores.
 
 The first uploads have model_type RefinedWeb (40B) or RefinedWebModel (the others), and n_head, n_layer, n_head_kv for
-today's num_attention_heads, num_hidden_layers, num_kv_heads. No key tells the new architecture there, but n_head_kv does.
+today's num_attention_heads, num_hidden_layers, num_kv_heads. n_head_kv shows the new architecture.
 """
 
 from typing import Any
@@ -43,7 +43,7 @@ INV_FREQ = frozenset(f"transformer.h.{{i}}.self_attention.{rotary}.inv_freq"
 class Wiring(Row):
     """The four rows of the table above, and what lies between them where transformers can run it.
 
-    A parallel model is written as the new architecture, but 7B, with one norm and one key/value head, as the old one."""
+    What is parallel is written as the new architecture, but 7B with its one norm and one key/value head as the old."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         heads, stated = draft["mixer.heads"], r.size(one_name(r, "num_kv_heads", "n_head_kv"), None)
@@ -95,10 +95,10 @@ FALCON = Family(
         "apply_residual_connection_post_layernorm": only(False),
     },
     layer=part(Layer, mixer=part(Attention, rope=part(Rope)), ffn=part(MLP, gated=False), pre_mixer=LAYER_NORM),
-    model=part(ModelConfig, final_norm=LAYER_NORM),
-    names=(ONE_NORM_NAMES, TWO_NORMS_NAMES),
-    names_of=lambda config: (TWO_NORMS_NAMES if config.layers[0].parallel and config.layers[0].pre_ffn else ONE_NORM_NAMES,),
+    model=part(ModelConfig, final_norm=LAYER_NORM), names=(ONE_NORM_NAMES, TWO_NORMS_NAMES),
+    names_of=lambda config: (
+        TWO_NORMS_NAMES if config.layers[0].parallel and config.layers[0].pre_ffn else ONE_NORM_NAMES,),
     ignorable=INV_FREQ,
-    irrelevant=frozenset({"ff_factor", "gradient_checkpointing", "rotary"}),  # ffn_hidden_size and alibi say it
+    irrelevant=frozenset({"ff_factor", "rotary"}),  # ffn_hidden_size and alibi say it
 )
 FAMILIES = dict.fromkeys(("falcon", "RefinedWeb", "RefinedWebModel"), FALCON)

@@ -3,7 +3,7 @@
     x += o(attention(norm(x)));  x += down(silu(gate(h)) · up(h)),  h = norm(x)      RMS norms, RoPE in the half layout
 
     family                     what it takes besides Llama's own keys
-    Llama-1                    config without rope_theta, num_key_value_heads or max_position_embeddings; inv_freq on disk
+    Llama-1                    no rope_theta, num_key_value_heads or max_position_embeddings; inv_freq on disk
     Llama-2, Orca-2, XGen      –   (Orca-2: vocab 32003)
     Llama-3, 3.1, 3.2, 3.3     theta 5e5; from 3.1 on the "llama3" scaling; 3.2 1B and 3B tied
     CodeLlama                  theta 1e6
@@ -78,7 +78,6 @@ LLAMA = LLAMA_SHAPE.but(
         "rope_interleaved": only(False),  # SmolLM
         "quantization_bit": only(0),  # XVERSE: all its configs have it
     },
-    irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight",
-                          "_from_model_config"}),
+    irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight"}),
 )
 FAMILIES = dict.fromkeys(("llama", "aquila", "xverse", "Yi"), LLAMA)

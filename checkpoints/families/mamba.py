@@ -27,9 +27,10 @@ MAMBA_NAMES = override(
 OLD_NAMES = override(MAMBA_NAMES, rule("backbone.embedding", "embed"))
 
 
-IRRELEVANT = frozenset(  # initialisation, which code runs it, and the sizes by their old names
-    "rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale "
-    "use_associative_scan use_mambapy use_falcon_mambapy d_model fused_add_norm n_layer pad_vocab_size_multiple".split())
+IRRELEVANT = frozenset("""
+    rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale
+    use_associative_scan use_mambapy use_falcon_mambapy fused_add_norm d_model n_layer pad_vocab_size_multiple
+""".split())  # initialisation, which code runs it, and the sizes by their old names
 
 MAMBA = Family(
     "mamba", "MambaForCausalLM",

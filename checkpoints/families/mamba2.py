@@ -8,9 +8,9 @@
                      many rows as the next multiple of `pad_vocab_size_multiple`, 50280 for 50277 and 8. Tied. Published
                      as pickles; a conversion to safetensors, which is read here, keeps their names
 
-Codestral-Mamba's config says `norm_before_gate: true`, which nothing reads: the gate comes first. `time_step_limit` bounds
-Δ; an infinity, JSON's own or transformers' {"__float__": "Infinity"}, is no bound. (transformers 5.23 forgets the limit
-in its step for a single token.)
+Codestral-Mamba's config says `norm_before_gate: true`, which nothing reads: the gate comes first. `time_step_limit`
+bounds Δ; an infinity, JSON's own or transformers' {"__float__": "Infinity"}, is no bound. (transformers 5.23 forgets
+the limit in its step for a single token.)
 """
 
 import math
@@ -26,8 +26,8 @@ from nanollm.config import Layer, Mamba, Mamba2, ModelConfig, Norm
 from nanollm.errors import ConfigError
 
 INFINITY = {"__float__": "Infinity"}  # as transformers writes it
-INITIAL = frozenset(  # of ssm_cfg: first values, and which code runs
-    "A_init_range chunk_size conv_init dt_init dt_init_floor dt_max dt_min dt_scale use_fast_path use_mem_eff_path".split())
+INITIAL = frozenset({"A_init_range", "chunk_size", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min",
+                     "dt_scale", "use_fast_path", "use_mem_eff_path"})  # of ssm_cfg: first values, and which code runs
 
 MAMBA2_NAMES = override(
     MAMBA_NAMES, *under("backbone.layers.{i}.mixer", "layers.{i}.mixer", {"dt_bias": "dt_bias", "norm": "norm"}))
@@ -107,9 +107,9 @@ class Arguments(Row):
             "expand": Expand(missing=2), "d_state": size("mixer.state", missing=16), "dt_rank": Rank(),
         }),
         "Mamba2": (Mamba2, shared | {
-            "headdim": HeadWidth(), "d_state": size("mixer.state", missing=128), "ngroups": size("mixer.groups", missing=1),
-            "dt_limit": StepLimits(), "d_ssm": only(None), "D_has_hdim": only(False), "rmsnorm": only(True),
-            "norm_before_gate": only(False),
+            "headdim": HeadWidth(), "d_state": size("mixer.state", missing=128), "dt_limit": StepLimits(),
+            "ngroups": size("mixer.groups", missing=1), "norm_before_gate": only(False),
+            "d_ssm": only(None), "D_has_hdim": only(False), "rmsnorm": only(True),
         }),
     }
 

@@ -38,7 +38,7 @@ MPT = Family(
     keys={
         "vocab_size": size("vocab"), "d_model": size("dim"), "n_layers": LayerCount(), "n_heads": Heads(),
         "expansion_ratio": only(4), "ffn.hidden": Follows(four_widths),
-        "attn_config": Inside(ATTENTION, irrelevant=frozenset({"attn_impl", "attn_pdrop", "is_encoder_decoder"})),
+        "attn_config": Inside(ATTENTION, irrelevant=frozenset({"attn_impl", "is_encoder_decoder"})),
         "layer_norm_epsilon": number(*EPS, missing=1e-5),
         "tie_word_embeddings": flag("tied", missing=True), "max_seq_len": size("context", missing=2048),
         "norm_type": only("low_precision_layernorm", "layernorm"),  # one formula; the first: in bfloat16 when training
@@ -46,9 +46,8 @@ MPT = Family(
     },
     layer=part(Layer, mixer=part(Attention, alibi=part(Alibi)), ffn=part(MLP, activation="gelu", gated=False),
                pre_mixer=NORM, pre_ffn=NORM),
-    model=part(ModelConfig, final_norm=NORM),
-    names=(NAMES,),
-    irrelevant=frozenset({"embedding_fraction", "emb_pdrop", "gradient_checkpointing", "init_config", "init_device",
-                          "learned_pos_emb", "tokenizer_name", "verbose"}),
+    model=part(ModelConfig, final_norm=NORM), names=(NAMES,),
+    irrelevant=frozenset({"embedding_fraction", "emb_pdrop", "init_config", "init_device", "learned_pos_emb",
+                          "tokenizer_name", "verbose"}),
 )
 FAMILIES = {"mpt": MPT}

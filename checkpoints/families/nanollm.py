@@ -4,8 +4,8 @@
     tensors         as named_parameters() has them: embed.weight, layers.3.mixer.q.weight, …
 
 transformers does not know it; `python -m checkpoints.convert` takes it to a layout that it knows, if there is one. If
-the model came from a Hugging Face folder, "was" takes it back there byte for byte: its config.json, which of the family's
-tables its names were of, and which keys were passed over.
+the model came from a Hugging Face folder, "was" takes it back there byte for byte: its config.json, which of the
+family's tables its names were of, and which keys were passed over.
 """
 
 from typing import Any

@@ -77,7 +77,6 @@ RECURRENT_GEMMA = LLAMA_SHAPE.but(
         "embeddings_scale_by_sqrt_dim": only(True),
         "embed_scale": Follows(lambda draft: root(draft["dim"])),
     },
-    without=("hidden_act",),
-    irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
+    without=("hidden_act",), irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
 )
 FAMILIES = {"recurrent_gemma": RECURRENT_GEMMA}

@@ -67,7 +67,7 @@ class Kinds(Row):
 
 
 class Heads(Row):
-    """The number of query heads, each dim / heads wide. `alone`: no key says how many key/value heads; there are as many."""
+    """The number of query heads, each dim / heads wide. `alone`: key/value heads have no key, there are as many."""
 
     def __init__(self, also: tuple[str, ...] = (), alone: bool = True, missing: int | None = None) -> None:
         self.also, self.alone, self.missing = also, alone, missing
@@ -109,7 +109,7 @@ class HeadDim(Row):
 
 
 class DividingHeads(Key):
-    """The number of query heads, where another key says how wide they are. transformers wants it to divide dim even so."""
+    """The number of query heads, whose width is another key's. Even so transformers wants it to divide dim."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(Reader.size, "mixer.heads", **more)
