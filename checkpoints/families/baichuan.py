@@ -67,6 +67,6 @@ BAICHUAN = LLAMA_SHAPE.but(
     "baichuan", "BaichuanForCausalLM", names=(BAICHUAN_NAMES,), layer={"mixer.rope": None},
     keys={"num_attention_heads": Heads(), "max_position_embeddings": Position(), "z_loss_weight": UnitHead()},
     without=("num_key_value_heads", "head_dim", "rope_parameters"),
-    irrelevant=frozenset({"_from_model_config", "gradient_checkpointing", "model_max_length", "z_loss_weight"}),
+    irrelevant=frozenset({"model_max_length", "z_loss_weight"}),
 )
 FAMILIES = {"baichuan": BAICHUAN}

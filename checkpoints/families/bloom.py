@@ -11,7 +11,7 @@ training did, in slices of `pretraining_tp`: it changes the rounding only.
 """
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import EPS, LAYER_NORM
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NORMS
 from checkpoints.names.config_rows import Heads, LayerCount, four_widths
 from checkpoints.names.config_table import Follows, flag, number, only, part, size
 from checkpoints.names.ops import Groups
@@ -22,7 +22,7 @@ NAMES = override(
     {},
     *under("transformer", "", {"word_embeddings": "embed", "word_embeddings_layernorm": "embed_norm", "ln_f": "norm"}),
     rule("lm_head", "head"),
-    *under("transformer.h.{i}", "layers.{i}", {"input_layernorm": "pre_mixer", "post_attention_layernorm": "pre_ffn"}),
+    *under("transformer.h.{i}", "layers.{i}", LLAMA_NORMS),
     rule("transformer.h.{i}.self_attention.query_key_value", QKV, Groups),
     rule("transformer.h.{i}.self_attention.dense", "layers.{i}.mixer.o"),
     *under("transformer.h.{i}.mlp", "layers.{i}.ffn", {"dense_h_to_4h": "up", "dense_4h_to_h": "down"}),
@@ -46,7 +46,7 @@ BLOOM = Family(
     ),
     model=part(ModelConfig, embed_norm=LAYER_NORM, final_norm=LAYER_NORM),
     names=(NAMES, stripped(NAMES, "transformer.")),
-    irrelevant=frozenset("attention_softmax_in_fp32 bias_dropout_fusion gradient_checkpointing masked_softmax_fusion "
-                         "offset_alibi skip_bias_add skip_bias_add_qkv slow_but_exact unk_token_id".split()),
+    irrelevant=frozenset({"masked_softmax_fusion", "offset_alibi", "skip_bias_add", "skip_bias_add_qkv",
+                          "slow_but_exact", "unk_token_id"}),
 )
 FAMILIES = {"bloom": BLOOM}

@@ -84,18 +84,13 @@ NORM = part(Norm, cast_after_gain=True)
 CHATGLM = Family(
     "chatglm", "ChatGLMModel",
     keys={
-        "padded_vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_layers": LayerCount(),
+        "padded_vocab_size": size("vocab"), "hidden_size": size("dim"), "num_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
         "multi_query_attention": only(True, written=True, missing=False),
-        "multi_query_group_num": size("mixer.kv_heads", missing=1),
-        "kv_channels": size("mixer.head_dim", missing=128),
-        "add_qkv_bias": flag("mixer.qkv_bias", missing=False),
-        "ffn_hidden_size": size("ffn.hidden"),
+        "multi_query_group_num": size("mixer.kv_heads", missing=1), "kv_channels": size("mixer.head_dim", missing=128),
+        "add_qkv_bias": flag("mixer.qkv_bias", missing=False), "ffn_hidden_size": size("ffn.hidden"),
         "layernorm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=1e-5),
-        "seq_length": size("context", missing=2048),
-        "rope_ratio": Ratio(),
+        "seq_length": size("context", missing=2048), "rope_ratio": Ratio(),
         "original_rope": unread(True),
         "vocab_size": only(field("vocab"), written=True),  # GLM-4 says this and the next twice
         "num_hidden_layers": only(lambda draft: len(draft.layers), written=True),
@@ -107,11 +102,9 @@ CHATGLM = Family(
     },
     layer=part(Layer, mixer=part(Attention, rope=part(Rope, layout="interleaved", fraction=0.5)), ffn=part(MLP),
                pre_mixer=NORM, pre_ffn=NORM),
-    model=part(ModelConfig, final_norm=NORM),
-    names=(NAMES,),
+    model=part(ModelConfig, final_norm=NORM), names=(NAMES,),
     ignorable=frozenset({"transformer.rotary_pos_emb.inv_freq"}),
-    # how scores are kept from overflowing in 16 bits, which kernels run, dropout, and what only a tuned prefix reads
-    irrelevant=frozenset({"apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion",
-                          "classifier_dropout", "prefix_projection", "attn_implementation"}),
+    # how scores are kept from overflowing in 16 bits, dropout, and what only a tuned prefix reads
+    irrelevant=frozenset({"apply_query_key_layer_scaling", "classifier_dropout", "prefix_projection"}),
 )
 FAMILIES = {"chatglm": CHATGLM}

@@ -20,9 +20,9 @@ Where the published code and transformers differ:
 - V3's experts outside the kept groups count as −∞ in transformers and in later copies of the published file, as here,
   and as 0 in its first, which differs only where a kept expert's corrected score is below 0.
 
-V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, and the load says so.
-Its weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight and Kimi-K2
-are V3 in other numbers.
+V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, which load says. Its
+weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight, Kimi-K2: V3 in
+other numbers.
 """
 
 import math
@@ -32,19 +32,7 @@ from typing import Any
 from checkpoints.families.llama import ATTENTION_BIAS, GATED, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen_moe import with_experts
 from checkpoints.names.config_rows import Kinds, RopeKeys, whole
-from checkpoints.names.config_table import (
-    Draft,
-    Follows,
-    Row,
-    choice,
-    count,
-    field,
-    flag,
-    number,
-    only,
-    part,
-    size,
-)
+from checkpoints.names.config_table import Draft, Follows, Row, choice, count, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import temperature
 from checkpoints.names.table import override, rule, under
@@ -61,8 +49,6 @@ LATENT_NAMES = override(
 )
 CORRECTION = rule("model.layers.{i}.mlp.gate.e_score_correction_bias", "layers.{i}.ffn.router.correction")
 
-
-# ---- which layers have experts, and which experts
 
 class FirstDense(Kinds):
     """How many of the first layers have an MLP; the others have experts, of which `experts` is what no key says."""
@@ -144,8 +130,6 @@ class GreedyOrGroups(Groups):
         return values | {"topk_method": "greedy" if values[key] == 1 else "group_limited_greedy"}
 
 
-# ---- latent attention
-
 class TemperedRope(RopeKeys):
     """RoPE, and the scale of the scores: 1/√width, and with YaRN twice the temperature of mscale_all_dim."""
 
@@ -191,18 +175,14 @@ def solved(function: Callable[[float], float], wanted: float, heat: float, facto
     return found
 
 
-# ---- the families
-
 DEEPSEEK = LLAMA_SHAPE.but(
     "deepseek", "DeepseekForCausalLM", names=with_experts(LLAMA_NAMES, *SHARED),
     keys={
         "attention_bias": ATTENTION_BIAS,
-        "first_k_dense_replace": FirstDense(missing=0, round_weights=True),
-        "moe_layer_freq": EveryFew(),
+        "first_k_dense_replace": FirstDense(missing=0, round_weights=True), "moe_layer_freq": EveryFew(),
         "intermediate_size": size("ffn.hidden"), "moe_intermediate_size": size("ffn.expert.hidden", missing=1407),
         "n_routed_experts": count("ffn.experts", missing=64), "n_shared_experts": SharedExperts(missing=2),
-        "num_experts_per_tok": size("ffn.top_k"),
-        "norm_topk_prob": flag("ffn.renormalize", missing=False),
+        "num_experts_per_tok": size("ffn.top_k"), "norm_topk_prob": flag("ffn.renormalize", missing=False),
         "scoring_func": only("softmax", written=True),
     },
     irrelevant=frozenset({"aux_loss_alpha", "seq_aux", "ep_size"}),
@@ -214,8 +194,7 @@ DEEPSEEK_V2 = DEEPSEEK.but(
         "num_key_value_heads": only(field("mixer.heads"), None, written=True),  # says nothing: no head shares keys
         "qk_nope_head_dim": size("mixer.nope", missing=128), "qk_rope_head_dim": size("mixer.rope_dim", missing=64),
         "qk_head_dim": only(width), "head_dim": only(field("mixer.rope_dim")),  # as transformers writes them
-        "v_head_dim": size("mixer.value", missing=128),
-        "kv_lora_rank": size("mixer.kv_rank", missing=512),
+        "v_head_dim": size("mixer.value", missing=128), "kv_lora_rank": size("mixer.kv_rank", missing=512),
         "q_lora_rank": size("mixer.q_rank", missing=1536, null=None),
         "rope_parameters": TemperedRope(),
         "attention_bias": only(False), "mlp_bias": only(False), "moe_layer_freq": only(1),

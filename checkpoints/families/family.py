@@ -26,23 +26,20 @@ DTYPES = ("dtype", "torch_dtype")  # what the weights are, filled in when they a
 class Family:
     """A lineage, both ways. Several model_types may share one.
 
-    names, names_of    tables of tensors, the newest first, or a function of the config that gives them. The first is written
-    ignorable          stored tensors that are no weights, with {i} for numbers
-    irrelevant         keys of this family that do not reach the logits
-    left_out           of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model,
-                       and is saved as FAMILIES[name]
-    ahead              a tensor, {i} its layer, by which a layer is known that predicts the token after the next one. It stands
-                       behind the model's own layers, and is left out
+    left_out    of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model, and
+                is saved as FAMILIES[name]
+    ahead       a tensor, {i} its layer, of the layers behind the model's own, which predict the token after the next
+                one, and are left out
     """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it
     keys: Keys  # config.json: key → row
     layer: Part  # a layer, as far as no key says it
-    names: tuple[Table, ...]
+    names: tuple[Table, ...]  # of tensors; several where they changed over time, the newest first, which is written
     model: Part = field(default_factory=lambda: part(ModelConfig))  # what surrounds the layers, likewise
-    names_of: Callable[[ModelConfig], tuple[Table, ...]] | None = None
-    ignorable: frozenset[str] = frozenset()
-    irrelevant: frozenset[str] = frozenset()
+    names_of: Callable[[ModelConfig], tuple[Table, ...]] | None = None  # in place of `names` where the config decides
+    ignorable: frozenset[str] = frozenset()  # stored tensors that are no weights, with {i} for numbers
+    irrelevant: frozenset[str] = frozenset()  # keys of this family that do not reach the logits
     left_out: tuple[str, ...] = ()
     ahead: str = ""
 
@@ -59,16 +56,12 @@ class Family:
         layer, model     other fields that no key says: path → value
         more             any field of Family
         """
-        parts = {"layer": self.layer.copy(), "model": self.model.copy()}
-        norms = [("layer", {"pre_mixer": norm, "pre_ffn": norm}), ("model", {"final_norm": norm})] if norm else []
-        for owner, fields in (*norms, ("layer", layer), ("model", model)):
-            for path, value in (fields or {}).items():
-                parts[owner].set(path, value)
+        around = ({"final_norm": norm} if norm else {}) | dict(model or {})
+        inside = ({"pre_mixer": norm, "pre_ffn": norm} if norm else {}) | dict(layer or {})
         table = {key: row for key, row in self.keys.items() if key not in without} | (keys or {})
         table |= {key: table[key].where_missing(value) for key, value in (missing or {}).items()}
-        architecture = architecture or self.architecture
-        return replace(self, name=name, architecture=architecture, keys=table, layer=parts["layer"],
-                       model=parts["model"], **more)
+        return replace(self, name=name, architecture=architecture or self.architecture, keys=table,
+                       layer=self.layer.but(inside), model=self.model.but(around), **more)
 
     def tables(self, config: ModelConfig) -> tuple[Table, ...]:
         """The tables of tensor names for a model; the first is what is written."""
@@ -80,15 +73,12 @@ class Family:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """What it cannot say is found by reading it back. Raises ConfigError for a model of other parts."""
-        expected: dict[str, tuple[type, ...]] = {}
         for slot in ("mixer", "ffn"):
             choices = [row for row in self.keys.values() if isinstance(row, Kinds) and row.slot == slot]
             parts = choices[0].parts.values() if choices else [self.layer.fields[slot]]
-            expected[slot] = tuple(type(None) if each is None else each.kind for each in parts)
-        for i, layer in enumerate(config.layers):
-            for slot, kinds in expected.items():
-                found = type(getattr(layer, slot))
-                if found not in kinds:
+            kinds = [type(None) if each is None else each.kind for each in parts]
+            for i, layer in enumerate(config.layers):
+                if (found := type(getattr(layer, slot))) not in kinds:
                     wanted = " or ".join(kind.__name__ for kind in kinds)
                     raise ConfigError(f"layers[{i}].{slot} is {found.__name__}, not {wanted}")
         values = {"architectures": [self.architecture], "model_type": self.name}

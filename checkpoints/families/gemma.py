@@ -3,11 +3,11 @@
     e = √D · E[token]                                                                    RMS norms with gain 1 + g
     x += [norm] o(attention(norm(x)));  x += [norm] down(gelu(gate(h)) · up(h)),  h = norm(x)
 
-    family                [norm]  1 / scale of the scores            soft caps        layers
-    Gemma 1, CodeGemma    –       √d                                 –                all full             arXiv 2403.08295
-    Gemma 2               yes     √query_pre_attn_scalar: 256, but   50 on scores,    sliding 4096, full,  arXiv 2408.00118
-                                  144 for 27B                        30 on logits     sliding, full …
-    Gemma 3               yes     likewise, but 168 for 27B          –                5 sliding, 1 full …  arXiv 2503.19786
+    family        [norm]  1 / scale of the scores              soft caps         layers                     arXiv
+    1, CodeGemma  –       √d                                   –                 all full                   2403.08295
+    2             yes     √query_pre_attn_scalar: 256, but     50 on scores,     sliding (4096) and full    2408.00118
+                          144 for 27B                          30 on logits      in turn
+    3             yes     likewise, but 168 for 27B            –                 5 sliding, 1 full …        2503.19786
 
 Gemma 3 also normalises every head of q and k, and has two RoPEs: the sliding layers (512 keys in 1B and 270M, 1024
 above) turn with base 1e4 whatever the context, the full ones with base 1e6, stretched by 8 from 4B on. Heads are 256
@@ -26,7 +26,7 @@ from checkpoints.families.family import Family
 from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen import QK_NORM
 from checkpoints.names.config_rows import FULL, SLIDING, DividingHeads, Periodic
-from checkpoints.names.config_table import Draft, Follows, Part, Row, number, of_config, only, part, size
+from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, of_config, only, part, size
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.rope import read_rope, write_rope
 from checkpoints.names.table import moved, override, under
@@ -49,14 +49,6 @@ class QueryScalar(Row):
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         scale = draft["mixer.scale"]
         return {key: draft["mixer.head_dim"] if scale is None else round(scale**-2)}
-
-
-class EveryOther(Periodic):
-    """The hub's configs of Gemma 2 say the window twice."""
-
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        super().read(r, draft, key)
-        r.must("sliding_window_size", r.get("sliding_window", self.default))
 
 
 class TwoRopes(Row):
@@ -84,10 +76,9 @@ class TwoRopes(Row):
         for layer in draft.layers:
             if isinstance(rope := layer.get("mixer.rope"), Part):
                 ropes[SLIDING if layer.get("mixer.window") else FULL] = rope.build()
-        return {base: ropes[kind].theta for kind, (base, _) in self.BASES.items()} | {
-            "rope_scaling": write_rope(ropes[FULL])["rope_scaling"],
-            "rope_parameters": {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()},
-        }
+        new = {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()}
+        old = {base: ropes[kind].theta for kind, (base, _) in self.BASES.items()}
+        return old | {"rope_scaling": write_rope(ropes[FULL])["rope_scaling"], "rope_parameters": new}
 
 
 class WithVision(Family):
@@ -125,7 +116,7 @@ GEMMA2 = GEMMA.but(
         "num_attention_heads": DividingHeads(),
         "head_dim": size("mixer.head_dim", missing=256),
         "query_pre_attn_scalar": QueryScalar(),
-        "layer_types": EveryOther(2),
+        "layer_types": Periodic(2), "sliding_window_size": Repeats("sliding_window", missing=4096),
         "attn_logit_softcapping": number("mixer.softcap", missing=50.0, null=None),
         "final_logit_softcapping": number("head_softcap", missing=30.0, null=None),
     },
@@ -133,10 +124,11 @@ GEMMA2 = GEMMA.but(
 )
 GEMMA3 = GEMMA2.but(
     "gemma3_text", "Gemma3ForCausalLM", names=(GEMMA3_NAMES,), layer={"mixer.qk_norm": NORM},
+    without=("sliding_window_size",),
     missing={"vocab_size": 262_208, "num_attention_heads": 8, "max_position_embeddings": 131_072},
     keys={
         "num_key_value_heads": size("mixer.kv_heads", missing=4),
-        "layer_types": Periodic(6, key="sliding_window_pattern"),
+        "layer_types": Periodic(6, "sliding_window_pattern"),
         "attn_logit_softcapping": only(None),  # transformers knows the key and applies none
         "final_logit_softcapping": number("head_softcap", missing=None),
         "rope_parameters": TwoRopes(),

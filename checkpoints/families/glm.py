@@ -27,8 +27,7 @@ GLM = LLAMA_SHAPE.but(
     "glm", "GlmForCausalLM", names=(GLM_NAMES,), layer={"mixer.rope.layout": "interleaved"},
     missing={"rms_norm_eps": 1.5625e-7, "max_position_embeddings": 131072},
     keys={
-        "num_key_value_heads": size("mixer.kv_heads", missing=2),
-        "head_dim": size("mixer.head_dim", missing=128),
+        "num_key_value_heads": size("mixer.kv_heads", missing=2), "head_dim": size("mixer.head_dim", missing=128),
         "attention_bias": flag("mixer.qkv_bias", missing=True),
         "rope_parameters": RopeKeys(fraction=0.5),
     },

@@ -9,8 +9,8 @@
     StarCoder-1, SantaCoder       (out, in)   q of all heads, the one k, the one v      likewise
       with multi_query false      (out, in)   q k v of each head                        likewise
 
-GPT-2's first folders lack the `transformer.` before every name, and hold the causal mask as tensors (`attn.bias`). A size may go by
-transformers' general name for it, hidden_size for n_embd.
+GPT-2's first folders lack the `transformer.` before every name, and hold the causal mask as tensors (`attn.bias`). A
+size may go by transformers' general name for it, hidden_size for n_embd.
 
 `scale_attn_by_inverse_layer_idx` divides the scores of layer i by i + 1 (the GPT-2s of Stanford): here the `scale` of
 each layer's Attention. `reorder_and_upcast_attn`, which goes with it, and `attention_softmax_in_fp32` compute the same
@@ -44,15 +44,14 @@ def names(matrix: Op, fused: Op) -> Table:
 GPT2_NAMES = names(Transposed(Same), Transposed(Blocks))
 MASKS = frozenset(f"{prefix}h.{{i}}.attn.{mask}" for prefix in ("", "transformer.") for mask in ("bias", "masked_bias"))
 IRRELEVANT = frozenset("""
-    attention_softmax_in_fp32 attn_pdrop gradient_checkpointing n_ctx n_special predict_special_tokens _num_labels
-    reorder_and_upcast_attn scale_attention_softmax_in_fp32 summary_activation summary_first_dropout
-    summary_proj_to_labels summary_type summary_use_proj inference_runner max_batch_size max_sequence_length
-    pad_key_length pre_allocate_kv_cache validate_runner_input
+    n_ctx n_special predict_special_tokens _num_labels reorder_and_upcast_attn inference_runner max_batch_size
+    max_sequence_length pad_key_length pre_allocate_kv_cache validate_runner_input
+    summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
 """.split())
 
 
 class ScoreScale(Row):
-    """Whether the scores are divided by √d; and those of layer i by i + 1 too, if there is a key for it (`by_depth`)."""
+    """Whether scores are divided by √d; and those of layer i by i + 1 too, where there is a key for it, `by_depth`."""
 
     def __init__(self, by_depth: str | None = None) -> None:
         self.by_depth = by_depth
@@ -83,8 +82,7 @@ class MultiQuery(Row):
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel",
     keys={
-        "vocab_size": size("vocab"),
-        "n_embd": size("dim", also=("hidden_size",)),
+        "vocab_size": size("vocab"), "n_embd": size("dim", also=("hidden_size",)),
         "n_layer": LayerCount(also=("num_hidden_layers",)),
         "n_head": Heads(also=("num_attention_heads",)),
         "n_inner": size("ffn.hidden", missing=four_widths, null=four_widths),
@@ -94,7 +92,7 @@ GPT2 = Family(
         "scale_attn_weights": ScoreScale(by_depth="scale_attn_by_inverse_layer_idx"),
         "tie_word_embeddings": flag("tied", missing=True),
         "add_cross_attention": only(False),
-        "attention_head_type": only("multihead"),  # "multiquery": SantaCoder's first upload, with q and kv in two tensors
+        "attention_head_type": only("multihead"),  # "multiquery": SantaCoder's first upload, with two tensors, q and kv
     },
     layer=part(Layer, mixer=part(Attention, qkv_bias=True, out_bias=True), ffn=part(MLP, gated=False, bias=True),
                pre_mixer=LAYER_NORM, pre_ffn=LAYER_NORM),

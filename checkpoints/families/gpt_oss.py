@@ -2,7 +2,8 @@
 
 Llama's block with biases on q, k, v and o, and three things of its own:
 
-    sinks      a learned score a head, in every softmax, with no value: a head can attend to nothing (layers/attention.py)
+    sinks      a learned score a head, in every softmax, with no value: a head can attend to nothing
+               (nanollm/layers/attention.py)
     windows    every other layer sees 128 tokens, the first layer included; the others see all. YaRN, whose ramp has
                ends that are not rounded
     experts    32 or 128, 4 a token, with biases and a clipped gate (ClippedExperts in nanollm/layers/moe.py); the
@@ -20,14 +21,14 @@ from checkpoints.names.config_rows import Periodic, RopeKeys
 from checkpoints.names.config_table import Draft, count, field, flag, number, only, part, size
 from checkpoints.names.expert_ops import Interleaved, Turned
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule, under
+from checkpoints.names.table import EXPERTS_GATE_UP, override, rule, under
 from nanollm.config import ClippedGLU, MoE, Norm, Rope, Yarn
 
 GPT_OSS_NAMES = override(
     LLAMA_NAMES,
     *under("model.layers.{i}", "layers.{i}", {"self_attn.sinks": "mixer.sinks", "mlp.router": "ffn.router"}),
-    *(rule(f"model.layers.{{i}}.mlp.experts.gate_up_proj{bias}",
-           [f"layers.{{i}}.ffn.experts.{name}{bias}" for name in ("gate", "up")], Interleaved) for bias in ("", "_bias")),
+    rule("model.layers.{i}.mlp.experts.gate_up_proj", EXPERTS_GATE_UP, Interleaved),
+    rule("model.layers.{i}.mlp.experts.gate_up_proj_bias", [f"{name}_bias" for name in EXPERTS_GATE_UP], Interleaved),
     rule("model.layers.{i}.mlp.experts.down_proj", "layers.{i}.ffn.experts.down", Turned),
     rule("model.layers.{i}.mlp.experts.down_proj_bias", "layers.{i}.ffn.experts.down_bias"),
 )
@@ -43,14 +44,12 @@ class OpenYarn(RopeKeys):
 
 
 GPT_OSS = LLAMA_SHAPE.but(
-    "gpt_oss", "GptOssForCausalLM", names=(GPT_OSS_NAMES,),
-    norm=part(Norm, cast_after_gain=True),
+    "gpt_oss", "GptOssForCausalLM", names=(GPT_OSS_NAMES,), norm=part(Norm, cast_after_gain=True),
     layer={"mixer.sinks": True,
            "ffn": part(MoE, expert=part(ClippedGLU), renormalize=True, router_bias=True, round_weights=True)},
     missing={"num_attention_heads": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
     keys={
-        "num_key_value_heads": size("mixer.kv_heads", missing=8),
-        "head_dim": size("mixer.head_dim", missing=64),
+        "num_key_value_heads": size("mixer.kv_heads", missing=8), "head_dim": size("mixer.head_dim", missing=64),
         "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
         "rope_parameters": OpenYarn(theta=150_000.0),
         "layer_types": Periodic(2, default=128),

@@ -3,8 +3,7 @@
     InternLM     `bias` on q, k, v and o (7B true, 20B false); Llama's names
     InternLM2    the same, with names of its own, and q, k, v fused by key/value head: wqkv rows  q q k v  q q k v  (2
                  queries a group). model_type internlm2; in the first uploads internlm
-    InternLM3    `qkv_bias` for q, k and v, `bias` for o and the MLP; transformers refuses a model in which they differ,
-                 as do we; head_dim 128
+    InternLM3    `qkv_bias` for q, k and v, `bias` for o and the MLP, equal, as in transformers; head_dim 128
 
 All three stretch RoPE by dynamic NTK past the context they were trained for (2048; 32768). InternLM-1 says it in a key
 of its own, `rotary: {"base": 10000, "type": "dynamic"}`, and without that key its code does not stretch.
@@ -50,11 +49,10 @@ INTERNLM = LLAMA_SHAPE.but(
         "bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
         "rope_parameters": Rotary(),
     },
-    irrelevant=frozenset({"attn_implementation"}),  # which kernel; the same logits
 )
 INTERNLM2 = INTERNLM.but("internlm2", "InternLM2ForCausalLM", names=(INTERNLM2_NAMES,), ignorable=frozenset())
 INTERNLM3 = LLAMA_SHAPE.but(
-    "internlm3", "InternLM3ForCausalLM", irrelevant=INTERNLM.irrelevant,
+    "internlm3", "InternLM3ForCausalLM",
     missing={"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768},
     keys={
         "qkv_bias": flag("mixer.qkv_bias", "mixer.out_bias", "ffn.bias", missing=False, also=("attention_bias",)),

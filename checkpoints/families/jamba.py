@@ -3,8 +3,8 @@
     layer i has attention   iff  i mod attn_layer_period   = attn_layer_offset,   else Mamba
             experts         iff  i mod expert_layer_period = expert_layer_offset  and num_experts > 1,   else one MLP
 
-No layer knows positions: the scans order the tokens (Lieber et al. 2024, arXiv 2403.19887, §6.5). Mamba's low-rank Δ,
-B and C have RMS norms of their own, with gain. The router's softmax is over all experts and the chosen weights are not
+No layer knows positions: the scans order the tokens (Lieber et al. 2024, arXiv 2403.19887, §6.5). Mamba's low-rank Δ, B
+and C have RMS norms of their own, with gain. The router's softmax is over all experts and the chosen weights are not
 renormalised. Jamba-v0.1, 1.5 Mini and Large, Jamba Reasoning 3B, which has no experts.
 """
 
@@ -24,7 +24,9 @@ JAMBA_NAMES = override(
     LLAMA_NAMES,
     *under("", "", {"model.final_layernorm": "norm", "model.layers.{i}.pre_ff_layernorm": "layers.{i}.pre_ffn"}),
     *under("model.layers.{i}.mamba", "layers.{i}.mixer", SCAN),
-    *under("model.layers.{i}.mamba", "layers.{i}.mixer", {f"{name}_layernorm": f"{name}_norm" for name in ("dt", "b", "c")}),
+    *under("model.layers.{i}.mamba", "layers.{i}.mixer", {
+        "dt_layernorm": "dt_norm", "b_layernorm": "b_norm", "c_layernorm": "c_norm",
+    }),
     *under("model.layers.{i}.feed_forward", "layers.{i}.ffn", {**GATED, "router": "router"}),
     *under("model.layers.{i}.feed_forward.experts.{e}", "layers.{i}.ffn.experts", EXPERT, Stack),
 )

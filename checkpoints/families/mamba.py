@@ -27,9 +27,10 @@ MAMBA_NAMES = override(
 OLD_NAMES = override(MAMBA_NAMES, rule("backbone.embedding", "embed"))
 
 
-IRRELEVANT = frozenset(  # initialisation, which code runs it, and the sizes by their old names
-    "rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale "
-    "use_associative_scan use_mambapy use_falcon_mambapy d_model fused_add_norm n_layer pad_vocab_size_multiple".split())
+IRRELEVANT = frozenset("""
+    rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale
+    use_associative_scan use_mambapy use_falcon_mambapy fused_add_norm d_model n_layer pad_vocab_size_multiple
+""".split())  # initialisation, which code runs it, and the sizes by their old names
 
 MAMBA = Family(
     "mamba", "MambaForCausalLM",
@@ -43,8 +44,7 @@ MAMBA = Family(
         "time_step_rank": Rank(),
         "use_conv_bias": flag("mixer.conv_bias", missing=True), "use_bias": flag("mixer.bias", missing=False),
         "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", missing=1e-5),
-        "tie_word_embeddings": flag("tied", missing=True),
-        "residual_in_fp32": flag("float32_residual", missing=True),
+        "tie_word_embeddings": flag("tied", missing=True), "residual_in_fp32": flag("float32_residual", missing=True),
         "hidden_act": only("silu", written=True), "rms_norm": only(True), "ssm_cfg": only({}),
     },
     layer=part(Layer, mixer=part(Mamba), ffn=None, pre_mixer=part(Norm), pre_ffn=None),

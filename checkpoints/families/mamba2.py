@@ -8,9 +8,9 @@
                      many rows as the next multiple of `pad_vocab_size_multiple`, 50280 for 50277 and 8. Tied. Published
                      as pickles; a conversion to safetensors, which is read here, keeps their names
 
-Codestral-Mamba's config says `norm_before_gate: true`, which nothing reads: the gate comes first. `time_step_limit` bounds
-Δ; an infinity, JSON's own or transformers' {"__float__": "Infinity"}, is no bound. (transformers 5.23 forgets the limit
-in its step for a single token.)
+Codestral-Mamba's config says `norm_before_gate: true`, which nothing reads: the gate comes first. `time_step_limit`
+bounds Δ; an infinity, JSON's own or transformers' {"__float__": "Infinity"}, is no bound. (transformers 5.23 forgets
+the limit in its step for a single token.)
 """
 
 import math
@@ -26,8 +26,8 @@ from nanollm.config import Layer, Mamba, Mamba2, ModelConfig, Norm
 from nanollm.errors import ConfigError
 
 INFINITY = {"__float__": "Infinity"}  # as transformers writes it
-INITIAL = frozenset(  # of ssm_cfg: first values, and which code runs
-    "A_init_range chunk_size conv_init dt_init dt_init_floor dt_max dt_min dt_scale use_fast_path use_mem_eff_path".split())
+INITIAL = frozenset({"A_init_range", "chunk_size", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min",
+                     "dt_scale", "use_fast_path", "use_mem_eff_path"})  # of ssm_cfg: first values, and which code runs
 
 MAMBA2_NAMES = override(
     MAMBA_NAMES, *under("backbone.layers.{i}.mixer", "layers.{i}.mixer", {"dt_bias": "dt_bias", "norm": "norm"}))
@@ -73,8 +73,7 @@ MAMBA2 = MAMBA.but(
         "num_heads": size("mixer.heads", missing=128), "head_dim": size("mixer.head_dim", missing=64),
         "expand": ExpandHeads(),
         "intermediate_size": only(inner), "d_inner": only(inner),
-        "state_size": size("mixer.state", missing=128),
-        "n_groups": size("mixer.groups", missing=8),
+        "state_size": size("mixer.state", missing=128), "n_groups": size("mixer.groups", missing=8),
         "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", "mixer.eps", missing=1e-5),
         "time_step_limit": StepLimits(),
     },
@@ -108,9 +107,9 @@ class Arguments(Row):
             "expand": Expand(missing=2), "d_state": size("mixer.state", missing=16), "dt_rank": Rank(),
         }),
         "Mamba2": (Mamba2, shared | {
-            "headdim": HeadWidth(), "d_state": size("mixer.state", missing=128), "ngroups": size("mixer.groups", missing=1),
-            "dt_limit": StepLimits(), "d_ssm": only(None), "D_has_hdim": only(False), "rmsnorm": only(True),
-            "norm_before_gate": only(False),
+            "headdim": HeadWidth(), "d_state": size("mixer.state", missing=128), "dt_limit": StepLimits(),
+            "ngroups": size("mixer.groups", missing=1), "norm_before_gate": only(False),
+            "d_ssm": only(None), "D_has_hdim": only(False), "rmsnorm": only(True),
         }),
     }
 
@@ -156,8 +155,7 @@ ORIGINAL = Untyped(
     keys={
         "vocab_size": PaddedVocab(), "d_model": size("dim"), "n_layer": LayerCount(),
         "ssm_cfg": Arguments(),
-        "tie_embeddings": flag("tied", missing=True),
-        "residual_in_fp32": flag("float32_residual", missing=True),
+        "tie_embeddings": flag("tied", missing=True), "residual_in_fp32": flag("float32_residual", missing=True),
         "rms_norm": only(True, written=True),
         "d_intermediate": only(0), "attn_layer_idx": only([]), "attn_cfg": only({}),  # no MLPs, no attention
     },

@@ -31,28 +31,23 @@ NORM = part(Norm, kind="layer")
 ATTENTION = {
     "alibi": only(True, written=True), "alibi_bias_max": only(8), "attn_type": only("multihead_attention"),
     **dict.fromkeys(("qk_ln", "prefix_lm", "attn_uses_sequence_id", "rope"), only(False)),
-    "clip_qkv": number("mixer.clip", missing=None),
-    "softmax_scale": number("mixer.scale", missing=None),
+    "clip_qkv": number("mixer.clip", missing=None), "softmax_scale": number("mixer.scale", missing=None),
 }
 MPT = Family(
     "mpt", "MptForCausalLM",
     keys={
-        "vocab_size": size("vocab"), "d_model": size("dim"), "n_layers": LayerCount(),
-        "n_heads": Heads(),
-        "expansion_ratio": only(4),
-        "ffn.hidden": Follows(four_widths),
-        "attn_config": Inside(ATTENTION, irrelevant=frozenset({"attn_impl", "attn_pdrop", "is_encoder_decoder"})),
+        "vocab_size": size("vocab"), "d_model": size("dim"), "n_layers": LayerCount(), "n_heads": Heads(),
+        "expansion_ratio": only(4), "ffn.hidden": Follows(four_widths),
+        "attn_config": Inside(ATTENTION, irrelevant=frozenset({"attn_impl", "is_encoder_decoder"})),
         "layer_norm_epsilon": number(*EPS, missing=1e-5),
-        "tie_word_embeddings": flag("tied", missing=True),
-        "max_seq_len": size("context", missing=2048),
+        "tie_word_embeddings": flag("tied", missing=True), "max_seq_len": size("context", missing=2048),
         "norm_type": only("low_precision_layernorm", "layernorm"),  # one formula; the first: in bfloat16 when training
         "no_bias": only(True), "logit_scale": only(None),
     },
     layer=part(Layer, mixer=part(Attention, alibi=part(Alibi)), ffn=part(MLP, activation="gelu", gated=False),
                pre_mixer=NORM, pre_ffn=NORM),
-    model=part(ModelConfig, final_norm=NORM),
-    names=(NAMES,),
-    irrelevant=frozenset({"embedding_fraction", "emb_pdrop", "gradient_checkpointing", "init_config", "init_device",
-                          "learned_pos_emb", "tokenizer_name", "verbose"}),
+    model=part(ModelConfig, final_norm=NORM), names=(NAMES,),
+    irrelevant=frozenset({"embedding_fraction", "emb_pdrop", "init_config", "init_device", "learned_pos_emb",
+                          "tokenizer_name", "verbose"}),
 )
 FAMILIES = {"mpt": MPT}

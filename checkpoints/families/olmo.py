@@ -5,10 +5,11 @@
     OLMo-2       –                               RMS             RMS over all heads at once    RMS
     OLMoE        RMS                             –               RMS over all heads at once    RMS
 
-OLMo-2's norms round to the working dtype after the gain, OLMoE's before it; OLMo-1 and -2 rotate in float32. `clip_qkv` cuts q, k
-and v off at ± its value (8.0 in OLMo-1.7-7B and OLMo-1B-0724, null in OLMo-1B and -7B), in OLMoE after the norm. OLMo-1 has no
-tensor for its norms and no key for their ε, which is 1e-5. OLMoE: 64 experts, 8 a token, their weights not renormalised. The OLMo-1
-uploads whose names do not end in -hf (fused `att_proj`, `ff_proj`, model_type "hf_olmo") are another layout.
+OLMo-2's norms round to the working dtype after the gain, OLMoE's before it; OLMo-1 and -2 rotate in float32. `clip_qkv`
+cuts q, k and v off at ± its value (8.0 in OLMo-1.7-7B and OLMo-1B-0724, null in OLMo-1B and -7B), in OLMoE after the
+norm. OLMo-1 has no tensor for its norms and no key for their ε, which is 1e-5. OLMoE: 64 experts, 8 a token, their
+weights not renormalised. The OLMo-1 uploads whose names do not end in -hf (fused `att_proj`, `ff_proj`, model_type
+"hf_olmo") are another layout.
 """
 
 from checkpoints.families.llama import ATTENTION_BIAS, HEADS_SHARE_DIM, LLAMA_NAMES, LLAMA_SHAPE
@@ -30,8 +31,7 @@ OLMOE_NAMES = override(QWEN3_NAMES, *EACH_EXPERT)
 OLMO = LLAMA_SHAPE.but(
     "olmo", "OlmoForCausalLM",
     norm=part(Norm, kind="layer", eps=1e-5, gain=False), layer={"mixer.rope.rounds": "result"},
-    keys={"attention_bias": ATTENTION_BIAS, "clip_qkv": number("mixer.clip", missing=None)},
-    without=("rms_norm_eps",),
+    keys={"attention_bias": ATTENTION_BIAS, "clip_qkv": number("mixer.clip", missing=None)}, without=("rms_norm_eps",),
     irrelevant=frozenset({"rms_norm_eps"}),  # some fine-tuned OLMo-1 carry Llama's key, which their norms do not read
 )
 ROUNDED_ONCE = part(Norm, cast_after_gain=True)
@@ -48,8 +48,7 @@ OLMOE = LLAMA_SHAPE.but(
     layer={"mixer.qk_norm": part(Norm, scope="all"), "ffn": part(MoE, expert=part(MLP), round_weights=True)},
     missing={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     keys=HEADS_SHARE_DIM | {  # the norm of q is as wide as dim
-        "attention_bias": ATTENTION_BIAS,
-        "clip_qkv": number("mixer.clip", missing=None),
+        "attention_bias": ATTENTION_BIAS, "clip_qkv": number("mixer.clip", missing=None),
         "num_experts": count("ffn.experts", missing=64), "num_experts_per_tok": size("ffn.top_k", missing=8),
         "norm_topk_prob": flag("ffn.renormalize", missing=False),
     },

@@ -8,7 +8,7 @@
     Phi-4                        theta 250000, no window, no stretch
     Phi-4-mini                   LongRoPE on the first three quarters of each head (`partial_rotary_factor`); tied
 
-A window of 262144 with a context of 131072 says nothing, and is kept as it is. Phi-3-small and Phi-3.5-MoE are other models.
+A window of 262144 with a context of 131072 says nothing, and is kept as it is. Phi-3-small, Phi-3.5-MoE: other models.
 """
 
 from typing import Any
@@ -23,7 +23,8 @@ from checkpoints.names.table import GATE_UP, QKV, override, rule
 
 PHI3_NAMES = override(
     LLAMA_NAMES,
-    rule("model.layers.{i}.self_attn.qkv_proj", QKV, Blocks), rule("model.layers.{i}.mlp.gate_up_proj", GATE_UP, Blocks),
+    rule("model.layers.{i}.self_attn.qkv_proj", QKV, Blocks),
+    rule("model.layers.{i}.mlp.gate_up_proj", GATE_UP, Blocks),
 )
 
 

@@ -2,13 +2,12 @@
 
     norms      LayerNorm with bias; `rms_norm_eps` is their ε all the same
     biases     on q, k, v and o (`attention_bias`), and on the head (`lm_head_bias`)
-    router     SparseMixer, `sparse_route` in nanollm/layers/moe.py, with ε = `router_jitter_noise`: at inference there is
-               no noise, but ε decides which experts come near the best. The two rounded weights need not add up to 1
+    router     SparseMixer, `sparse_route` in nanollm/layers/moe.py, with ε = `router_jitter_noise`: at inference there
+               is no noise, but ε decides which experts come near the best. The two rounded weights need not add up to 1
     RoPE       LongRoPE with its temperature given twice, for short sequences and for long; published, they are equal
 
 Expert names are Mixtral's. transformers 5.23 takes the short list of divisors whatever the length; the published code,
-and this, the long one for sequences beyond the original context. In training the published code draws the experts; see
-`sparse_route`.
+and this, the long one for sequences beyond the original context. In training the published code draws experts.
 """
 
 from typing import Any

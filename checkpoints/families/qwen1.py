@@ -17,19 +17,7 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.families.llama import EPS
 from checkpoints.names.config_rows import LayerCount, base, halved
-from checkpoints.names.config_table import (
-    ABSENT,
-    Draft,
-    Keys,
-    Row,
-    field,
-    flag,
-    number,
-    only,
-    part,
-    read_keys,
-    size,
-)
+from checkpoints.names.config_table import ABSENT, Draft, Keys, Row, field, flag, number, only, part, read_keys, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import QKV, override, rule, under
@@ -120,7 +108,7 @@ QWEN1 = TwoLayouts(
                pre_mixer=part(Norm), pre_ffn=part(Norm)),
     names=(QWEN1_NAMES,),
     ignorable=frozenset({"transformer.h.{i}.attn.rotary_emb.inv_freq", "transformer.rotary_emb.inv_freq"}),
-    irrelevant=frozenset("attn_pdrop bf16 bias_dropout_fusion emb_dropout_prob fp16 fp32 onnx_safe params_dtype "
-                         "softmax_in_fp32 tokenizer_type use_cache_kernel use_flash_attn".split()),
+    irrelevant=frozenset("emb_dropout_prob bf16 fp16 fp32 onnx_safe params_dtype softmax_in_fp32 tokenizer_type "
+                         "use_cache_kernel use_flash_attn".split()),
 )
 FAMILIES = {"qwen": QWEN1}

@@ -10,7 +10,7 @@ As in Gemma the gains are stored less one, head and embedding are tied, and the 
 
 import torch
 
-from checkpoints.families.llama import GATED, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.llama import GATED, HEADS, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, Kinds, RopeKeys, halved
 from checkpoints.names.config_table import Draft, Follows, activation, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
@@ -20,8 +20,7 @@ from nanollm.config import RGLRU, Attention, Norm, Rope
 from nanollm.errors import ConfigError
 
 BLOCK = {
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o",
-    "linear_x": "x_proj", "linear_y": "y_proj", "linear_out": "out_proj", "conv_1d": "conv1d",
+    **HEADS, "linear_x": "x_proj", "linear_y": "y_proj", "linear_out": "out_proj", "conv_1d": "conv1d",
     "rg_lru.input_gate_weight": "input_gate.weight", "rg_lru.input_gate_bias": "input_gate.bias",
     "rg_lru.recurrent_gate_weight": "recurrence_gate.weight", "rg_lru.recurrent_gate_bias": "recurrence_gate.bias",
     "rg_lru.recurrent_param": "Lambda",
@@ -78,7 +77,6 @@ RECURRENT_GEMMA = LLAMA_SHAPE.but(
         "embeddings_scale_by_sqrt_dim": only(True),
         "embed_scale": Follows(lambda draft: root(draft["dim"])),
     },
-    without=("hidden_act",),
-    irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
+    without=("hidden_act",), irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
 )
 FAMILIES = {"recurrent_gemma": RECURRENT_GEMMA}

@@ -11,8 +11,7 @@ SEED_OSS = LLAMA_SHAPE.but(
     missing={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288},
     keys={
         "attention_bias": flag("mixer.qkv_bias", missing=True),
-        "attention_out_bias": flag("mixer.out_bias", missing=False),
-        "mlp_bias": flag("ffn.bias", missing=False),
+        "attention_out_bias": flag("mixer.out_bias", missing=False), "mlp_bias": flag("ffn.bias", missing=False),
     },
 )
 FAMILIES = {"seed_oss": SEED_OSS}

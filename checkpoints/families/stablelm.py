@@ -2,8 +2,8 @@
 
     3B-4E1T             nothing else
     StableLM-2 1.6B     a bias on q, k and v (use_qkv_bias)
-    StableLM-2 12B      one norm, attention and feed-forward beside each other (use_parallel_residual); every head of q and
-                        k has a LayerNorm with a gain of its own (qk_layernorm), a tensor a head on disk
+    StableLM-2 12B      one norm, attention and feed-forward beside each other (use_parallel_residual); every head of q
+                        and k has a LayerNorm with a gain of its own (qk_layernorm), a tensor a head on disk
 
 The three switches are independent. Bellagente et al. 2024, arXiv 2402.17834. The first uploads, of model_type
 stablelm_epoch, are another layout and not read here.
@@ -27,8 +27,7 @@ STABLELM = LLAMA_SHAPE.but(
         "num_key_value_heads": size("mixer.kv_heads", missing=32),
         "rope_parameters": RopeKeys(fraction=0.25),
         "qk_layernorm": Switch("mixer.qk_norm", part(Norm, kind="layer", scope="each")),
-        "use_qkv_bias": flag("mixer.qkv_bias", missing=False),
-        "use_parallel_residual": flag("parallel", missing=False),
+        "use_qkv_bias": flag("mixer.qkv_bias", missing=False), "use_parallel_residual": flag("parallel", missing=False),
         "pre_ffn": Follows(lambda draft: None if draft["parallel"] else LAYER_NORM),
         "layer_norm_eps": number(*EPS, missing=1e-5),
     },

@@ -4,8 +4,8 @@
                        in attention; RoPE theta 500000
     Evo-1              reads DNA; layers 8, 16 and 24 attend; biases; gelu; tied; `-131k`: RoPE angles divided by 16
 
-`use_flash_rmsnorm` says which norm it is: true, as published and where it is missing, is FlashAttention's RMSNorm; false
-is the one that the repository has itself, with ε outside the root. Both have their gain under the name `scale`.
+`use_flash_rmsnorm` says which norm it is: true, as published and where it is missing, is FlashAttention's RMSNorm;
+false is the one that the repository has itself, with ε outside the root. Both have their gain under the name `scale`.
 
 Each layer is in one of `attn_layer_idxs` and `hyena_layer_idxs`; the published list of Hyena layers goes one beyond the
 last layer, which nothing builds. As in the published code the projections are rounded to the weights' dtype and the
@@ -109,12 +109,10 @@ STRIPEDHYENA = Family(
                                  to=NORMS.__getitem__, of=lambda norm: norm.get("kind") == "rms"),
         "eps": number(*EPS, missing=1e-5),
         "final_norm": only(True, written=True),
-        "tie_embeddings": flag("tied", missing=False),
-        "max_seqlen": size("context", missing=32768),
+        "tie_embeddings": flag("tied", missing=False), "max_seqlen": size("context", missing=32768),
         "smeared_gqa": only(False),
     },
-    layer=part(Layer, ffn=part(MLP)),
-    names=(NAMES, stripped(NAMES, "backbone.")),
+    layer=part(Layer, ffn=part(MLP)), names=(NAMES, stripped(NAMES, "backbone.")),
     ignorable=frozenset(f"{start}blocks.{{i}}.inner_mha_cls.rotary_emb.inv_freq" for start in ("backbone.", "")),
     irrelevant=frozenset(  # which code runs it, in what precision, on how many processes; and tie_embeddings counts
         "attn_block_dtype column_split depthwise_dtype hyena_block_dtype inference_mode log_intermediate_values "

@@ -87,7 +87,6 @@ YUAN = LLAMA_SHAPE.but(
         "eod_token": unread(None), "use_flash_attention": unread(False),
     },
     without=("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters"),
-    irrelevant=frozenset({"_from_model_config", "attn_dropout", "dropout", "eod_token_id", "mask_token_id", "sep_token",
-                          "use_loss_mask"}),
+    irrelevant=frozenset({"attn_dropout", "dropout", "eod_token_id", "mask_token_id", "sep_token", "use_loss_mask"}),
 )
 FAMILIES = {"yuan": YUAN}

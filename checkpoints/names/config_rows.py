@@ -67,7 +67,7 @@ class Kinds(Row):
 
 
 class Heads(Row):
-    """The number of query heads, each dim / heads wide. `alone`: there are as many key/value heads, and no key for them."""
+    """The number of query heads, each dim / heads wide. `alone`: key/value heads have no key, there are as many."""
 
     def __init__(self, also: tuple[str, ...] = (), alone: bool = True, missing: int | None = None) -> None:
         self.also, self.alone, self.missing = also, alone, missing
@@ -109,8 +109,7 @@ class HeadDim(Row):
 
 
 class DividingHeads(Key):
-    """The number of query heads, where another key says how wide they are. transformers refuses one that does not divide
-    dim all the same."""
+    """The number of query heads, whose width is another key's. Even so transformers wants it to divide dim."""
 
     def __init__(self, **more: Any) -> None:
         super().__init__(Reader.size, "mixer.heads", **more)
@@ -160,7 +159,7 @@ class RopeKeys(Row):
         rope: Rope = found.build()
         values = write_rope(rope)
         values[self.theta_key] = values.pop("rope_theta")
-        if self.fraction is not None:  # 1 is written too: a missing key means `fraction`. Inside the object the key has one name
+        if self.fraction is not None:  # a 1 is written too, since a missing key means `fraction`
             values.pop("partial_rotary_factor", None)
             values[self.fraction_key] = values["rope_parameters"]["partial_rotary_factor"] = rope.fraction
         return values
@@ -228,13 +227,13 @@ class Periodic(Windows):
         self.period, self.key = period, key
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
-        period = self.period if self.key is None else r.size(self.key, self.period)
+        period = r.size(self.key, self.period) if self.key else self.period
         if r.get("layer_types", None) is None:
             r.must("_sliding_window_pattern", period)  # transformers writes it, and reads layer_types
         return [(i + 1) % period != 0 for i in range(layers)]
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
-        return {} if self.key is None else {self.key: [*slides, False].index(False) + 1}
+        return {self.key: [*slides, False].index(False) + 1} if self.key else {}
 
 
 class OneWindow(Row):

@@ -28,7 +28,7 @@ order of the table.
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from checkpoints.names.reader import ACTIVATIONS, NEEDED, Reader
@@ -39,7 +39,7 @@ ABSENT: Any = object()  # what no layer has
 
 
 class Part:
-    """A dataclass of nanollm.config under construction: the fields that are known, by name; other parts may be among them."""
+    """A dataclass of nanollm.config under construction: the fields that are known, by name. They may be parts too."""
 
     def __init__(self, kind: type, /, **fields: Any) -> None:
         self.kind, self.fields = kind, fields
@@ -50,6 +50,13 @@ class Part:
         """Another with the same fields, in which nothing is shared."""
         return Part(self.kind, **{name: value.copy() if isinstance(value, Part) else value
                                   for name, value in self.fields.items()})
+
+    def but(self, fields: Mapping[str, Any]) -> "Part":
+        """Another, with these fields (path → value)."""
+        other = self.copy()
+        for path, value in fields.items():
+            other.set(path, value)
+        return other
 
     def get(self, path: str) -> Any:
         """The field at a path, its default where nothing set it; ABSENT where this part has no such field."""
@@ -271,7 +278,7 @@ class Switch(Key):
 class Fixed(Row):
     """A key that is no field of ours.
 
-    accepted   its values that are implemented, or functions of the draft; any other is refused. None at all: any will do
+    accepted   the values that are implemented, or functions of the draft; others are refused. None at all: any is
     writes     what is written; ABSENT: it is left out
     missing    what a missing key means: the first of `accepted`, or this
     also       other names of the key, as in Key
@@ -307,6 +314,22 @@ def unread(writes: Any) -> Fixed:
     return Fixed((), writes)
 
 
+class Repeats(Row):
+    """A key in published configs that transformers does not read: it must say what another one does, or be missing."""
+
+    def __init__(self, other: str, missing: Any) -> None:
+        self.other, self.missing = other, missing  # of the other one
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.must(key, r.get(self.other, self.missing))
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {}
+
+    def says(self) -> str:
+        return f"only what {self.other} says"
+
+
 class Follows(Row):
     """No key but a field, which follows from what was read. In the table the path stands in place of a key."""
 
@@ -324,7 +347,7 @@ class Follows(Row):
 
 
 def one_name(r: Reader, *keys: str) -> str:
-    """Of several names for one thing the first that stands there, or else the first. All that stand there must agree."""
+    """Of several names for one thing the first that stands there, or else the first. All that do must agree."""
     present = [key for key in keys if key in r.values]
     present = [key for key in keys if r.get(key, None) is not None] or present or [keys[0]]
     for key in present[1:]:
@@ -354,3 +377,17 @@ def write_keys(keys: Keys, config: c.ModelConfig) -> dict[str, Any]:
     for key, row in keys.items():
         values |= row.write(draft, key)
     return values
+
+
+def difference(ours: Any, read: Any, path: str) -> str:
+    """The first place where two configs part, as a sentence."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
+        names = [field.name for field in dataclasses.fields(ours)]
+        pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
+    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
+    for part, a, b in pairs:
+        if a != b:
+            return difference(a, b, path + part)
+    return f"{path} is {ours!r}, and would be read as {read!r}"

@@ -59,6 +59,7 @@ class Rule:
 
 Table = dict[str, Rule]
 QKV = ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"]  # ours, where they are one tensor of theirs
+EXPERTS_GATE_UP = ["layers.{i}.ffn.experts.gate", "layers.{i}.ffn.experts.up"]
 GATE_UP = ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"]
 
 
