@@ -154,7 +154,8 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
     before = read_config(values, ignore=origin.ignore)[1]
     if before != config:
         old, new = write_config(before, origin.family)[1], write_config(config, origin.family)[1]
-        values |= {key: new[key] for key in new if new[key] != old[key]}
+        values |= {key: new[key] for key in new if key not in old or new[key] != old[key]}
+        values = {key: value for key, value in values.items() if key in new or key not in old}  # what no longer stands
         if read_config(values, ignore=origin.ignore)[1] != config:
             raise ConfigError(f"{origin.folder / 'config.json'}: cannot be changed to say what the model is now")
     return values, origin.names

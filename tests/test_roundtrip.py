@@ -329,3 +329,17 @@ def test_a_loaded_model_can_be_copied_and_pickled(tmp_path):
         checkpoints.save(other, tmp_path / "out")
         assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
         shutil.rmtree(tmp_path / "out")
+
+
+def test_a_key_that_only_the_changed_model_needs_is_written(tmp_path):
+    """Baichuan says by the presence of a key that the rows of its head have length 1."""
+    for name, unit in (("baichuan-7b", True), ("baichuan2-7b", False)):
+        write(FIXTURES[name], tmp_path / name)
+        model = checkpoints.load(tmp_path / name)
+        other = Decoder(dataclasses.replace(model.config, unit_head=unit))
+        other.load_state_dict(model.state_dict())
+        other.origin = model.origin
+        checkpoints.save(other, tmp_path / f"{name}-out")
+        values = json.loads((tmp_path / f"{name}-out/config.json").read_text())
+        assert values["model_type"] == "baichuan" and ("z_loss_weight" in values) == unit
+        assert checkpoints.load(tmp_path / f"{name}-out").config == other.config
