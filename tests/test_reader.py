@@ -7,7 +7,8 @@ import re
 
 import pytest
 
-from checkpoints.families import TRAINED_HERE, read_config, write_config
+from checkpoints.families import FAMILIES, TRAINED_HERE, read_config, write_config
+from checkpoints.names.config_table import number
 from checkpoints.names.reader import Reader
 from nanollm.config import (
     MLP,
@@ -364,3 +365,13 @@ def test_what_no_family_can_say_is_refused_with_the_reason(case):
     text = str(error.value)
     assert re.search(cause, text), text
     assert all(f"\n  {name}: " in text for name in TRAINED_HERE)
+
+
+def test_a_misspelt_field_of_a_table_is_an_error():
+    """It would be set nowhere, and the logits would be wrong in silence."""
+    with pytest.raises(AssertionError, match="mixer.softcup: no part of a config has a field 'softcup'"):
+        number("mixer.softcup", missing=None)
+    with pytest.raises(AssertionError, match="Layer has no field mixer.skale here"):
+        FAMILIES["llama"].but("mine", layer={"mixer.skale": 3.0})
+    with pytest.raises(AssertionError, match="Layer has no field mixer.qk_norm.eps here"):
+        FAMILIES["llama"].but("mine", layer={"mixer.qk_norm.eps": 1e-3})  # there is no such norm to have an epsilon

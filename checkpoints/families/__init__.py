@@ -10,9 +10,8 @@ import pkgutil
 from collections.abc import Collection
 from typing import Any
 
-from checkpoints.families.family import Family
+from checkpoints.families.family import Family, difference
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.names.config_table import difference
 from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError

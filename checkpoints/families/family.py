@@ -7,6 +7,7 @@ To add one: a file in this folder with FAMILIES = {model_type: Family} and a fix
 can already express it, that is all. docs/fork.md has an example.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -89,3 +90,17 @@ class Family:
         import checkpoints.families as known
         name = next((kind for kind, family in known.FAMILIES.items() if family is self), self.name)
         return known.family_called, (name,)
+
+
+def difference(ours: Any, read: Any, path: str) -> str:
+    """The first place where two configs part, as a sentence."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
+        names = [field.name for field in dataclasses.fields(ours)]
+        pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
+    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
+    for part, a, b in pairs:
+        if a != b:
+            return difference(a, b, path + part)
+    return f"{path} is {ours!r}, and would be read as {read!r}"

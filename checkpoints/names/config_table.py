@@ -52,10 +52,11 @@ class Part:
                                   for name, value in self.fields.items()})
 
     def but(self, fields: Mapping[str, Any]) -> "Part":
-        """Another, with these fields (path → value)."""
+        """Another, with these fields (path → value), all of which it must have."""
         other = self.copy()
         for path, value in fields.items():
             other.set(path, value)
+            assert other.get(path) is not ABSENT, f"{self.kind.__name__} has no field {path} here"
         return other
 
     def get(self, path: str) -> Any:
@@ -144,6 +145,15 @@ class Draft:
 
 
 LAYER_FIELDS = {field.name for field in dataclasses.fields(c.Layer)}
+FIELDS = {field.name for kind in c.Part.BY_NAME.values() if dataclasses.is_dataclass(kind)
+          for field in dataclasses.fields(kind)}
+
+
+def named(path: str) -> str:
+    """The path, whose every step must be a field of some part of a config: a misspelt one would be set nowhere."""
+    unknown = [step for step in path.split(".") if step not in FIELDS]
+    assert not unknown, f"{path}: no part of a config has a field {unknown[0]!r}"
+    return path
 
 
 # ---- rows
@@ -199,7 +209,7 @@ class Key(Row):
         to: Callable[[Any], Any] = same, of: Callable[[Any], Any] = same, also: tuple[str, ...] = (),
         shapes: bool = False,
     ) -> None:
-        self.check, self.paths, self.missing, self.null = check, paths, missing, null
+        self.check, self.paths, self.missing, self.null = check, tuple(map(named, paths)), missing, null
         self.to, self.of, self.also, self.shapes = to, of, also, shapes
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
@@ -377,17 +387,3 @@ def write_keys(keys: Keys, config: c.ModelConfig) -> dict[str, Any]:
     for key, row in keys.items():
         values |= row.write(draft, key)
     return values
-
-
-def difference(ours: Any, read: Any, path: str) -> str:
-    """The first place where two configs part, as a sentence."""
-    pairs: list[tuple[str, Any, Any]] = []
-    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
-        names = [field.name for field in dataclasses.fields(ours)]
-        pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
-    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
-        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
-    for part, a, b in pairs:
-        if a != b:
-            return difference(a, b, path + part)
-    return f"{path} is {ours!r}, and would be read as {read!r}"

@@ -7,7 +7,7 @@
 the part of a head that turns, come from inside the object it reads, else from the top level, else from the family. We
 follow, and write both dialects.
 
-SCALINGS is the table of formulas, read in both directions. The formulas themselves are in nanollm/layers/rope.py.
+SCALINGS is the table of formulas, read in both directions. The formulas themselves are in nanollm/layers/scaling.py.
 """
 
 import math

@@ -17,6 +17,7 @@ class Part:
     BY_NAME: ClassVar[dict[str, type]] = {}
 
     def __init_subclass__(cls) -> None:
+        assert cls.__name__ not in Part.BY_NAME, f"two parts of a config are called {cls.__name__}"
         Part.BY_NAME[cls.__name__] = cls
 
 
