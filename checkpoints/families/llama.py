@@ -75,8 +75,7 @@ LLAMA = LLAMA_SHAPE.but(
     keys={
         "num_attention_heads": DividingHeads(),
         "attention_bias": ATTENTION_BIAS, "mlp_bias": flag("ffn.bias", missing=False),
-        "rope_interleaved": only(False),  # SmolLM
-        "quantization_bit": only(0),  # XVERSE: all its configs have it
+        "rope_interleaved": only(False), "quantization_bit": only(0),  # in configs of SmolLM, and of XVERSE
     },
     irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight"}),
 )
