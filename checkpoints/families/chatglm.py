@@ -22,6 +22,7 @@ import re
 from typing import Any
 
 from checkpoints.families.family import Family
+from checkpoints.families.llama import EPS
 from checkpoints.names.config_rows import LayerCount
 from checkpoints.names.config_table import ABSENT, Draft, Row, field, flag, number, only, part, size, unread
 from checkpoints.names.ops import Blocks
@@ -65,9 +66,8 @@ class Ratio(Row):
         theta, divisor = draft["mixer.rope.theta"], draft["mixer.rope.scaling.factor"]
         if theta is ABSENT:
             return {}
-        if divisor is ABSENT:
-            return {key: theta / THETA, RATIO_SCALES: "base"}
-        return {key: divisor, RATIO_SCALES: "positions"}
+        divided = divisor is not ABSENT
+        return {key: divisor if divided else theta / THETA, RATIO_SCALES: "positions" if divided else "base"}
 
 
 def what_ratio_scales(r: Reader, vocab: int) -> str | None:
@@ -89,9 +89,8 @@ CHATGLM = Family(
         "multi_query_attention": only(True, written=True, missing=False),
         "multi_query_group_num": size("mixer.kv_heads", missing=1), "kv_channels": size("mixer.head_dim", missing=128),
         "add_qkv_bias": flag("mixer.qkv_bias", missing=False), "ffn_hidden_size": size("ffn.hidden"),
-        "layernorm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=1e-5),
-        "seq_length": size("context", missing=2048), "rope_ratio": Ratio(),
-        "original_rope": unread(True),
+        "layernorm_epsilon": number(*EPS, missing=1e-5),
+        "seq_length": size("context", missing=2048), "rope_ratio": Ratio(), "original_rope": unread(True),
         "vocab_size": only(field("vocab"), written=True),  # GLM-4 says this and the next twice
         "num_hidden_layers": only(lambda draft: len(draft.layers), written=True),
         # other wirings of the same code, which no published model has

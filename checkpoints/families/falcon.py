@@ -7,12 +7,11 @@
     rw-1b, rw-7b   input_, post_attention_layernorm     sequential    as many as heads    ALiBi       everywhere
 
 Everything else is alike: LayerNorms with bias, exact GELU in a plain MLP, the head tied, and rows of `query_key_value`
-by key/value head: the queries that read it, its key, its value. `new_decoder_architecture` is 40B's and 11B's; without
-it, `multi_query` and `parallel_attn` say the rest. ALiBi is of its own kind (Alibi.coarse): made in bfloat16, and
-scaled with the scores.
+by key/value head: the queries that read it, its key, its value. `new_decoder_architecture` is 40B's, 180B's and 11B's;
+without it, `multi_query` and `parallel_attn` say the rest. ALiBi is made in bfloat16 and scaled with the scores.
 
 The first uploads have model_type RefinedWeb (40B) or RefinedWebModel (the others), and n_head, n_layer, n_head_kv for
-today's num_attention_heads, num_hidden_layers, num_kv_heads. n_head_kv shows the new architecture.
+today's num_attention_heads, num_hidden_layers, num_kv_heads. Only the new architecture has n_head_kv there.
 """
 
 from typing import Any

@@ -19,9 +19,8 @@ from checkpoints.names.table import GATE_UP, override, rule, under
 from nanollm.config import Norm
 
 GLM_NAMES = override(LLAMA_NAMES, rule("model.layers.{i}.mlp.gate_up_proj", GATE_UP, Blocks))
-GLM4_NAMES = override(GLM_NAMES, *under("model.layers.{i}", "layers.{i}", {
-    "post_self_attn_layernorm": "post_mixer", "post_mlp_layernorm": "post_ffn",
-}))
+GLM4_NAMES = override(GLM_NAMES, *under(
+    "model.layers.{i}", "layers.{i}", {"post_self_attn_layernorm": "post_mixer", "post_mlp_layernorm": "post_ffn"}))
 
 GLM = LLAMA_SHAPE.but(
     "glm", "GlmForCausalLM", names=(GLM_NAMES,), layer={"mixer.rope.layout": "interleaved"},

@@ -75,9 +75,8 @@ JAMBA = LLAMA_SHAPE.but(
         "hidden_act": only("silu", written=True),  # Mamba's too
         "rms_norm_eps": number(*EPS, "mixer.inner_norm.eps", missing=1e-6),
         "num_experts": count("ffn.experts", missing=16), "num_experts_per_tok": size("ffn.top_k", missing=2),
-        "mamba_expand": Expand(missing=2),
+        "mamba_expand": Expand(missing=2), "mamba_dt_rank": Rank(),
         "mamba_d_state": size("mixer.state", missing=16), "mamba_d_conv": size("mixer.conv", missing=4),
-        "mamba_dt_rank": Rank(),
         "mamba_conv_bias": flag("mixer.conv_bias", missing=True), "mamba_proj_bias": flag("mixer.bias", missing=False),
         "mamba_inner_layernorms": only(True), "sliding_window": only(None),
     },

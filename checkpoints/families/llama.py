@@ -18,11 +18,10 @@
 The tables of Llama are what the other Llama-shaped lineages start from.
 """
 
-from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.names.config_rows import DividingHeads, HeadDim, Heads, LayerCount, RopeKeys
-from checkpoints.names.config_table import Key, activation, field, flag, number, only, part, size
+from checkpoints.names.config_table import activation, field, flag, number, only, part, size
 from checkpoints.names.table import override, under
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
 
@@ -47,18 +46,13 @@ ATTENTION_BIAS = flag("mixer.qkv_bias", "mixer.out_bias", missing=False)  # one 
 # heads can only be dim / heads wide
 HEADS_SHARE_DIM = {"num_attention_heads": Heads(alone=False), "head_dim": only(None, field("mixer.head_dim"))}
 
-
-def kv_heads(missing: Any) -> Key:
-    """null means as many key/value heads as heads."""
-    return size("mixer.kv_heads", missing=missing, null=field("mixer.heads"))
-
-
 LLAMA_SHAPE = Family(  # what all the Llama-shaped families share
     "llama", "LlamaForCausalLM",
     keys={
         "vocab_size": size("vocab"), "hidden_size": size("dim"), "num_hidden_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
-        "num_key_value_heads": kv_heads(missing=field("mixer.heads")), "head_dim": HeadDim(),
+        "num_key_value_heads": size("mixer.kv_heads", missing=field("mixer.heads"), null=field("mixer.heads")),
+        "head_dim": HeadDim(),
         "intermediate_size": size("ffn.hidden", "ffn.expert.hidden"),
         "hidden_act": activation("ffn.activation", "ffn.expert.activation", missing="silu"),
         "rms_norm_eps": number(*EPS, missing=1e-6),
@@ -75,8 +69,7 @@ LLAMA = LLAMA_SHAPE.but(
     keys={
         "num_attention_heads": DividingHeads(),
         "attention_bias": ATTENTION_BIAS, "mlp_bias": flag("ffn.bias", missing=False),
-        "rope_interleaved": only(False),  # SmolLM
-        "quantization_bit": only(0),  # XVERSE: all its configs have it
+        "rope_interleaved": only(False), "quantization_bit": only(0),  # in configs of SmolLM, and of XVERSE
     },
     irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight"}),
 )

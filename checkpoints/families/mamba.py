@@ -25,8 +25,6 @@ MAMBA_NAMES = override(
     *under("backbone.layers.{i}.mixer", "layers.{i}.mixer", SCAN),
 )
 OLD_NAMES = override(MAMBA_NAMES, rule("backbone.embedding", "embed"))
-
-
 IRRELEVANT = frozenset("""
     rescale_prenorm_residual time_step_floor time_step_init_scheme time_step_max time_step_min time_step_scale
     use_associative_scan use_mambapy use_falcon_mambapy fused_add_norm d_model n_layer pad_vocab_size_multiple

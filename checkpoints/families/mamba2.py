@@ -71,8 +71,7 @@ MAMBA2 = MAMBA.but(
     missing={"tie_word_embeddings": False},
     keys={
         "num_heads": size("mixer.heads", missing=128), "head_dim": size("mixer.head_dim", missing=64),
-        "expand": ExpandHeads(),
-        "intermediate_size": only(inner), "d_inner": only(inner),
+        "expand": ExpandHeads(), "intermediate_size": only(inner), "d_inner": only(inner),
         "state_size": size("mixer.state", missing=128), "n_groups": size("mixer.groups", missing=8),
         "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", "mixer.eps", missing=1e-5),
         "time_step_limit": StepLimits(),
@@ -81,8 +80,6 @@ MAMBA2 = MAMBA.but(
     irrelevant=IRRELEVANT | {"chunk_size", "norm_before_gate", "time_step_rank"},
 )
 
-
-# ---- the original layout
 
 class HeadWidth(Row):
     """How wide a head is; their number is expand · dim / headdim."""
@@ -154,9 +151,8 @@ ORIGINAL = Untyped(
     "state-spaces", "",
     keys={
         "vocab_size": PaddedVocab(), "d_model": size("dim"), "n_layer": LayerCount(),
-        "ssm_cfg": Arguments(),
+        "ssm_cfg": Arguments(), "rms_norm": only(True, written=True),
         "tie_embeddings": flag("tied", missing=True), "residual_in_fp32": flag("float32_residual", missing=True),
-        "rms_norm": only(True, written=True),
         "d_intermediate": only(0), "attn_layer_idx": only([]), "attn_cfg": only({}),  # no MLPs, no attention
     },
     layer=part(Layer, ffn=None, pre_mixer=part(Norm, eps=1e-5), pre_ffn=None),  # no key says ε

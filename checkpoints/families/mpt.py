@@ -26,7 +26,6 @@ NAMES = override(
     rule("transformer.blocks.{i}.attn.out_proj", "layers.{i}.mixer.o"),
     *under("transformer.blocks.{i}.ffn", "layers.{i}.ffn", {"up_proj": "up", "down_proj": "down"}),
 )
-
 NORM = part(Norm, kind="layer")
 ATTENTION = {
     "alibi": only(True, written=True), "alibi_bias_max": only(8), "attn_type": only("multihead_attention"),

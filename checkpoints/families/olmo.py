@@ -26,7 +26,6 @@ OLMO2_NAMES = override(
     }),
     *QK_NORM,
 )
-OLMOE_NAMES = override(QWEN3_NAMES, *EACH_EXPERT)
 
 OLMO = LLAMA_SHAPE.but(
     "olmo", "OlmoForCausalLM",
@@ -44,7 +43,7 @@ OLMO2 = LLAMA_SHAPE.but(
     missing={"rms_norm_eps": 1e-5}, keys={"attention_bias": ATTENTION_BIAS},
 )
 OLMOE = LLAMA_SHAPE.but(
-    "olmoe", "OlmoeForCausalLM", names=(OLMOE_NAMES,),
+    "olmoe", "OlmoeForCausalLM", names=(override(QWEN3_NAMES, *EACH_EXPERT),),
     layer={"mixer.qk_norm": part(Norm, scope="all"), "ffn": part(MoE, expert=part(MLP), round_weights=True)},
     missing={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     keys=HEADS_SHARE_DIM | {  # the norm of q is as wide as dim

@@ -29,8 +29,8 @@ PERSIMMON = LLAMA_SHAPE.but(
     missing={"max_position_embeddings": 16384},
     keys={
         "num_attention_heads": Heads(),
-        "num_key_value_heads": only(field("mixer.kv_heads")),  # it stands in the hub's config, and says nothing else
-        "head_dim": only(field("mixer.head_dim")),
+        # in the hub's config, where they say nothing else
+        "num_key_value_heads": only(field("mixer.kv_heads")), "head_dim": only(field("mixer.head_dim")),
         "hidden_act": activation("ffn.activation", missing="relu2"),
         "qk_layernorm": Switch("mixer.qk_norm", LAYER_NORM, missing=True),
         "layer_norm_eps": number(*EPS, missing=1e-5),

@@ -14,7 +14,7 @@ A window of 262144 with a context of 131072 says nothing, and is kept as it is. 
 from typing import Any
 
 from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import RopeKeys
+from checkpoints.names.config_rows import RopeKeys, even_share
 from checkpoints.names.config_table import ABSENT, Draft, only, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
@@ -52,15 +52,10 @@ class LongRopeOnly(RopeKeys):
         return super().write(draft, key) | {ORIGINAL: draft["context"] if original is ABSENT else original}
 
 
-def narrowest(draft: Draft) -> int:
-    """A missing head_dim, where heads need not fill dim."""
-    return draft["dim"] // draft["mixer.heads"]
-
-
 PHI3 = LLAMA_SHAPE.but(
     "phi3", "Phi3ForCausalLM", names=(PHI3_NAMES,), missing={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     keys={
-        "head_dim": size("mixer.head_dim", missing=narrowest, null=narrowest),
+        "head_dim": size("mixer.head_dim", missing=even_share, null=even_share),
         "rope_parameters": LongRopeOnly(fraction=1.0),
         "sliding_window": size("mixer.window", missing=None),
         "attention_bias": only(False), "mlp_bias": only(False), "lm_head_bias": only(False),

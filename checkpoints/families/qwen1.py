@@ -72,18 +72,14 @@ def layout(dim: str, layers: str, heads: str, hidden: str, context: str, eps: fl
     """A layout of config.json: what it calls the sizes, and what is meant by keys that are missing."""
     return {
         "vocab_size": size("vocab"), "padded_vocab_size": only(field("vocab")),
-        dim: size("dim"),
-        layers: LayerCount(),
-        heads: size("mixer.heads"),
-        "kv_channels": HeadWidth(dim, heads),
+        dim: size("dim"), layers: LayerCount(), heads: size("mixer.heads"), "kv_channels": HeadWidth(dim, heads),
         hidden: halved("ffn.hidden", missing=22016),
         context: size("context", missing=8192),
         "layer_norm_epsilon": number(*EPS, missing=eps),
         "rotary_emb_base": base("mixer.rope.theta", missing=10_000.0),
         "rope_theta": only(field("mixer.rope.theta")),  # said twice in the 72B
         "seq_length": Stretch(missing=stretched),
-        "tie_word_embeddings": flag("tied", missing=False),
-        "rotary_pct": only(1.0, written=True),
+        "tie_word_embeddings": flag("tied", missing=False), "rotary_pct": only(1.0, written=True),
         "no_bias": only(True, written=True), "scale_attn_weights": only(True, written=True),
         "pos_emb": only("rotary"), "activation": only("swiglu"), "n_inner": only(None),
         "apply_residual_connection_post_layernorm": only(False), "use_cache_quantization": only(False),

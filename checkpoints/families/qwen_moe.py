@@ -81,8 +81,7 @@ QWEN2_MOE = QWEN2.but(
         "mlp_only_layers": sparse_steps(
             part(MoE, expert=part(MLP), shared=part(MLP), shared_gate=True, round_weights=True)),
         "shared_expert_intermediate_size": size("ffn.shared.hidden", missing=5632),
-        "num_experts": count("ffn.experts", missing=60),
-        "qkv_bias": flag("mixer.qkv_bias", missing=True),
+        "num_experts": count("ffn.experts", missing=60), "qkv_bias": flag("mixer.qkv_bias", missing=True),
         "layer_types": SomeFirstLayersSlide(switch=True),
     },
 )

@@ -13,10 +13,9 @@ them in both places. Four missing keys mean something else than in Qwen2. Tensor
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import EPS, LLAMA_NAMES, kv_heads
+from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.families.qwen import QWEN2, LastLayersSlide
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import number
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.table import moved
 from nanollm.config import ModelConfig
@@ -54,12 +53,10 @@ def plain(rope: Any) -> Any:
 
 QWEN2_VL = WithVision(
     QWEN2.name, QWEN2.architecture, layer=QWEN2.layer, model=QWEN2.model, ignorable=QWEN2.ignorable,
-    keys=QWEN2.keys | {
-        "rms_norm_eps": number(*EPS, missing=1e-5),
+    keys=QWEN2.but("", missing={"rms_norm_eps": 1e-5, "num_key_value_heads": 8}, keys={
         "rope_parameters": RopeKeys(theta=1e6),
-        "num_key_value_heads": kv_heads(missing=8),
         "layer_types": LastLayersSlide(first=80, switch=True),
-    },
+    }).keys,
     names=(LLAMA_NAMES, moved(LLAMA_NAMES, "model.", "model.language_model.")), irrelevant=TOWER,
     left_out=("visual.", "model.visual."),
 )

@@ -11,7 +11,7 @@ As in Gemma the gains are stored less one, head and embedding are tied, and the 
 import torch
 
 from checkpoints.families.llama import GATED, HEADS, LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import Heads, Kinds, RopeKeys, halved
+from checkpoints.names.config_rows import Heads, Kinds, RopeKeys, even_share, halved
 from checkpoints.names.config_table import Draft, Follows, activation, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
@@ -52,11 +52,6 @@ class PlainRope(RopeKeys):
         return rope
 
 
-def root(dim: int) -> float:
-    """√dim, rounded to bfloat16."""
-    return torch.tensor(dim**0.5, dtype=torch.bfloat16).item()
-
-
 MIXERS = {"recurrent": part(RGLRU), "attention": part(Attention, rope=part(Rope), out_bias=True)}
 RECURRENT_GEMMA = LLAMA_SHAPE.but(
     "recurrent_gemma", "RecurrentGemmaForCausalLM", names=(RECURRENT_GEMMA_NAMES,), ignorable=frozenset(),
@@ -64,7 +59,7 @@ RECURRENT_GEMMA = LLAMA_SHAPE.but(
     keys={
         "block_types": Kinds("mixer", MIXERS, read_kinds, lambda kinds: {"block_types": kinds}),
         "num_attention_heads": Heads(alone=False),
-        "head_dim": only(lambda draft: draft["dim"] // draft["mixer.heads"], written=True),
+        "head_dim": only(even_share, written=True),
         "attention_window_size": size("mixer.window", missing=2048),
         "attention_bias": flag("mixer.qkv_bias", missing=False),
         "lru_width": size("mixer.width", missing=field("dim"), null=field("dim")),
@@ -73,9 +68,8 @@ RECURRENT_GEMMA = LLAMA_SHAPE.but(
         "hidden_activation": activation("ffn.activation", "mixer.activation", missing="gelu_pytorch_tanh"),
         "logits_soft_cap": number("head_softcap", missing=30.0),
         "max_position_embeddings": size("context", missing=None),
-        "rope_parameters": PlainRope(fraction=0.5),
-        "embeddings_scale_by_sqrt_dim": only(True),
-        "embed_scale": Follows(lambda draft: root(draft["dim"])),
+        "rope_parameters": PlainRope(fraction=0.5), "embeddings_scale_by_sqrt_dim": only(True),
+        "embed_scale": Follows(lambda draft: torch.tensor(draft["dim"] ** 0.5, dtype=torch.bfloat16).item()),
     },
     without=("hidden_act",), irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
 )

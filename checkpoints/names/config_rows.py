@@ -5,6 +5,8 @@
     positions                              RopeKeys; Windows, Periodic, OneWindow
     how wide a scan is                     Expand, Rank
     an object inside config.json           Inside
+
+and at the end a few meanings and checks that several families share.
 """
 
 import math
@@ -312,6 +314,11 @@ class Inside(Row):
 def four_widths(draft: Draft) -> int:
     """As `missing`: a feed-forward four times as wide as the model."""
     return 4 * draft["dim"]
+
+
+def even_share(draft: Draft) -> int:
+    """As `missing`: how wide a head is where heads share dim, and need not fill it."""
+    return draft["dim"] // draft["mixer.heads"]
 
 
 def whole(r: Reader, key: str, missing: int) -> int:
