@@ -180,6 +180,7 @@ def test_activations_of_what_stands_around_the_layers(around):
     assert plan.share(model.config, 4, 1, BF16, "muon").parameters == sum(p.numel() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_a_scan_is_followed_from_short_rows_to_long_ones(monkeypatch):
     config = ModelConfig(97, 32, KINDS["griffin"])
     whole = plan.activations(config, 2, 8, BF16, "none")[0]
@@ -206,6 +207,7 @@ def test_activations_are_what_autograd_saves(name, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama", "mixtral"])
 def test_activations_grow_in_a_straight_line_with_the_context(name):
     at = [plan.activations(preset(name, vocab=300, context=T), 1, T, BF16, "none")[0] for T in (256, 512, 768)]
@@ -220,6 +222,7 @@ def test_a_window_that_slides_adds_the_mask_it_is_made_of():
     assert bent[2] - 2 * bent[1] + bent[0] == (1 + 4 * 2) * (768**2 - 2 * 512**2 + 256**2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama-8b", "mixtral-8x7b"])
 def test_recomputation_keeps_less_but_needs_no_less_at_work(name):
     none, selective, full = (

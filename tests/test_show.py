@@ -618,6 +618,7 @@ def test_what_cannot_be_shown_is_said(tmp_path):
         describe(ModelConfig(2**31, 2**31 - 1, (LLAMA,)))
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "checkpoints.show", str(tmp_path)], cwd=Path(__file__).parent.parent,
