@@ -100,7 +100,7 @@ def difference(ours: Any, read: Any, path: str) -> str:
         pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
     elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
         pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
-    for part, a, b in pairs:
+    for step, a, b in pairs:
         if a != b:
-            return difference(a, b, path + part)
+            return difference(a, b, path + step)
     return f"{path} is {ours!r}, and would be read as {read!r}"
