@@ -44,12 +44,13 @@ def tokens(x_ptr, before_ptr, t, i, mine, T, I, x_t, x_i, start, WIDTH: tl.const
     """x at tokens t (those before 0 from `before`) and channels i → float32, 0 where a token is not mine.
 
     start: whether t may reach below 0."""
-    inside = (mine & (t >= 0) & (t < T))[:, None] & (i < I)[None, :]
-    x = tl.load(x_ptr + t[:, None] * x_t + i.to(tl.int64)[None, :] * x_i, inside, other=0.0).to(tl.float32)
+    x_at = x_ptr + t[:, None] * x_t + i.to(tl.int64)[None, :] * x_i
+    x = tl.load(x_at, (mine & (t >= 0) & (t < T))[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
     if WIDTH > 1:
         if start:
-            earlier = (mine & (t < 0) & (t > -WIDTH))[:, None] & (i < I)[None, :]
-            x += tl.load(before_ptr + (t + WIDTH - 1)[:, None] * I + i[None, :], earlier, other=0.0).to(tl.float32)
+            earlier = mine & (t < 0) & (t > -WIDTH)
+            before_at = before_ptr + (t + WIDTH - 1)[:, None] * I + i[None, :]
+            x += tl.load(before_at, earlier[:, None] & (i < I)[None, :], other=0.0).to(tl.float32)
     return x
 
 
@@ -78,11 +79,10 @@ def forward_kernel(x_ptr, weight_ptr, bias_ptr, before_ptr, positions_ptr, y_ptr
     position = tl.full((TOKENS,), WIDTH, tl.int64)
     if POSITIONS:
         position = tl.load(positions_ptr + b * T + t, t < T, other=0)
-    before_ptr += b * (WIDTH - 1) * I
-    u = convolved(x_ptr + b * x_b, weight_ptr, bias_ptr, before_ptr, t, i, position, T, I, x_t, x_i, tile == 0,
-                  BIAS, WIDTH)
-    y, inside = u * tl.sigmoid(u), (t < T)[:, None] & (i < I)[None, :]
-    tl.store(y_ptr + (b * T + t)[:, None] * I + i[None, :], y.to(y_ptr.dtype.element_ty), inside)
+    u = convolved(x_ptr + b * x_b, weight_ptr, bias_ptr, before_ptr + b * (WIDTH - 1) * I, t, i, position,
+                  T, I, x_t, x_i, tile == 0, BIAS, WIDTH)
+    y, y_at = u * tl.sigmoid(u), y_ptr + (b * T + t)[:, None] * I + i[None, :]
+    tl.store(y_at, y.to(y_ptr.dtype.element_ty), (t < T)[:, None] & (i < I)[None, :])
 
 
 @triton.jit
@@ -117,8 +117,8 @@ def backward_kernel(dy_ptr, x_ptr, weight_ptr, bias_ptr, before_ptr, positions_p
         w = tl.load(weight_ptr + (WIDTH - 1 - j) * I + i, i < I, other=0.0).to(tl.float32)
         dx += w[None, :] * d
         tl.store(dweight_ptr + (share * WIDTH + WIDTH - 1 - j) * I + i, tl.sum(x * d, 0), i < I)
-    inside = ((s >= 0) & (s < T))[:, None] & (i < I)[None, :]
-    tl.store(dx_ptr + (b * T + s)[:, None] * I + i[None, :], dx.to(dx_ptr.dtype.element_ty), inside)
+    dx_at = dx_ptr + (b * T + s)[:, None] * I + i[None, :]
+    tl.store(dx_at, dx.to(dx_ptr.dtype.element_ty), ((s >= 0) & (s < T))[:, None] & (i < I)[None, :])
     if tile == 0:
         rows = dbefore_ptr + (b * (WIDTH - 1) + s + WIDTH - 1)[:, None] * I
         tl.store(rows + i[None, :], dx.to(dbefore_ptr.dtype.element_ty), (s < 0)[:, None] & (i < I)[None, :])

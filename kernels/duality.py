@@ -133,10 +133,11 @@ def output_kernel(x_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, begins_ptr, stat
     y = tl.zeros((Q, BP), tl.float32)
     for n in range(0, N, BN):
         columns = n + tl.arange(0, BN)
-        inside_B, inside_S = inside[:, None] & (columns < N)[None, :], (channels < P)[:, None] & (columns < N)[None, :]
+        inside_B = inside[:, None] & (columns < N)[None, :]
         B = tl.load(B_at + order[:, None] * B_token + columns[None, :], inside_B, other=0.0)
         C = tl.load(C_at + order[:, None] * C_token + columns[None, :], inside_B, other=0.0)
-        S = tl.load(S_at + channels[:, None] * N + columns[None, :], inside_S, other=0.0)
+        S_tile = S_at + channels[:, None] * N + columns[None, :]
+        S = tl.load(S_tile, (channels < P)[:, None] & (columns < N)[None, :], other=0.0)
         CB += product(C, tl.trans(B), DOT, PRECISION)
         y += product(C, tl.trans(S.to(DOT)), DOT, PRECISION)
     A, D = tl.load(A_ptr + head).to(tl.float32), tl.load(D_ptr + head).to(tl.float32)

@@ -119,8 +119,8 @@ def back_kernel(a_ptr, w_ptr, b_ptr, v_ptr, out_ptr, order_ptr, bounds_ptr, tabl
     else:
         acc = add_product(acc, a_ptr + a_at, w_ptr + e * D * F + (d * F)[None, :], F, 1, row_inside, d < D, DEPTH)
     pair = tl.load(order_ptr + rows, row_inside, other=0)
-    inside = row_inside[:, None] & (d < D)[None, :]
-    tl.store(out_ptr + (pair * D)[:, None] + d[None, :], acc.to(out_ptr.dtype.element_ty), inside)
+    out_at = out_ptr + (pair * D)[:, None] + d[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), row_inside[:, None] & (d < D)[None, :])
 
 
 @triton.jit

@@ -102,8 +102,8 @@ def rows_kernel(x_ptr, packed_ptr, scale_ptr, zero_ptr, bias_ptr, out_ptr, M, N,
     for tile in range(tl.program_id(1), tl.cdiv(L, BLOCKS), tl.num_programs(1)):
         blocks = tl.cast(tile, tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
         inputs = tl.cast(tile, tl.int64) * K + tl.arange(0, K)
-        inside_x = (rows < M)[:, None] & (inputs < L * (128 // BITS))[None, :]
-        x = tl.load(x_ptr + rows[:, None] * L * (128 // BITS) + inputs[None, :], inside_x, other=0.0)
+        x_at = x_ptr + rows[:, None] * L * (128 // BITS) + inputs[None, :]
+        x = tl.load(x_at, (rows < M)[:, None] & (inputs < L * (128 // BITS))[None, :], other=0.0)
         codes, scale = weights(packed_ptr, scale_ptr, zero_ptr, outputs, blocks, N, L, BITS, BLOCKS_A_GROUP)
         if BITS == 4:
             codes *= scale[:, :, None]                          # 8 bits need none yet: q is exact in 16 bits

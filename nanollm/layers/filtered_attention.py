@@ -99,14 +99,14 @@ class FilteredAttention(Attention):
         return q, k, v
 
     @staticmethod
-    def new_state(  # type: ignore[override]  # of its own config, likewise
+    def new_state(  # type: ignore[override]  # of its own config
         config: FilteredAttentionConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device
     ) -> FilteredKVCache:
         inner = config.attention
         return FilteredKVCache(batch, inner.kv_heads, length, (inner.head_dim, inner.head_dim), dtype, device)
 
     @staticmethod
-    def multiply_adds(  # type: ignore[override]
+    def multiply_adds(  # type: ignore[override]  # of its own config
         config: FilteredAttentionConfig, dim: int, context: int
     ) -> int:
         filters = 2 * (2 * dim * config.hidden)                                         # two of two taps
