@@ -38,7 +38,7 @@ def run(*args: str | Path) -> None:
     """One run in this process; SystemExit if the command line would have ended otherwise than with 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        patch.setattr("nanollm.training.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
+        patch.setattr("nanollm.training.runs.gc_frozen", contextlib.nullcontext)                # many runs in one process: the collector has to look
         cli.main(train.run)
 
 

@@ -56,7 +56,8 @@ def standard_library() -> list[Document]:
         inside[:] = set(inside) - NOT_TEXT              # what is taken out is not walked through
         paths += [Path(place, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")]
     if not paths:
-        raise DataError(f"{folder}: this Python comes without the source of its standard library; give text of your own")
+        raise DataError(f"{folder}: this Python comes without the source of its standard library; "
+                        "give text of your own")
     documents = [d for path in sorted(paths) for d in read_file(path, path.relative_to(folder).as_posix())]
     return [document for document in documents if document.text.strip()]
 

@@ -16,6 +16,7 @@ import contextlib
 import gzip
 import hashlib
 import json
+import math
 import sys
 import tempfile
 import zlib
@@ -130,11 +131,12 @@ class Facts:
 
     @property
     def held_out_targets(self) -> int:
-        """Tokens that are predicted: each but the first.
-
-        A loss in nats × these / log(2) / held_out_bytes is in bits per byte.
-        """
+        """Tokens that are predicted: each but the first."""
         return self.held_out_tokens - 1
+
+    def bits_per_byte(self, loss: float) -> float:
+        """A held-out loss in nats a token, in a unit that does not depend on the tokenizer."""
+        return loss * self.held_out_targets / math.log(2) / self.held_out_bytes
 
 
 def facts(folder: Path) -> Facts | None:

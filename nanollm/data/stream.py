@@ -53,6 +53,11 @@ class Batch(NamedTuple):
     targets: Tensor             # (B, T) int64, −100 where there is nothing to predict
     positions: Tensor | None    # (B, T) int64, None where no document begins inside a row: attention is then causal
 
+    @property
+    def real(self) -> Tensor | None:
+        """(B, T) bool, False where a row is padded; None where no position says so, and all tokens are real."""
+        return None if self.positions is None else self.positions >= 0
+
     def to(self, device: torch.device) -> "Batch":
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.tokens.to(device), self.targets.to(device), positions)
@@ -71,7 +76,9 @@ class Source(Protocol):
     """Where rows come from: files of tokens here, chats elsewhere."""
     name: str
     rows: int
-    fingerprint: int            # of all that the rows are made from
+
+    @property
+    def fingerprint(self) -> int: ...                           # of all that the rows are made from
 
     def row(self, index: int) -> Row: ...
     def verify(self, vocab: int) -> None: ...

@@ -1,21 +1,18 @@
 """What a run learns from, whatever it was made of: one stream of rows, held-out rows, a tokenizer.
 
-    --data text …      made ready in the run folder (data/prepare.py), then read as shards
+    --data text …      made into shards in the run folder (data/prepare.py), then read as those
     --data shards …    one source each, mixed by weight (data/stream.py)
-    --chat file        chats through the model's own template, packed into rows (sft.py)
+    --chat file        chats through the model's own template, packed into rows (data/sft.py)
 """
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollm.data import prepare as text
-from nanollm.data import sft
-from nanollm.data import stream as data
+from nanollm.data import documents, prepare, sft, stream
 from nanollm.data.stream import Batch, Source, Stream
 from nanollm.errors import DataError
 from nanollm.text import templates, tokenizer
@@ -26,19 +23,20 @@ from nanollm.training.distributed import World
 
 @dataclass(frozen=True)
 class Corpus:
-    """See the head of the file. facts: what was counted when text was made ready, None for other sources."""
+    """See the head of the file. facts: what was counted when text was prepared, None for other sources."""
     stream: Stream
     held_out: Source | None
     tokenizer: Tokenizer | None                 # None: raw .bin files, of which no text can be made
     folder: Path | None                         # with the tokenizer's files, to be copied beside the model
     vocab: int
     chat: bool
-    facts: text.Facts | None
+    facts: prepare.Facts | None
     notes: tuple[str, ...]                      # lines for a person, before the first step
 
     def prompt(self, words: str) -> list[int]:
-        """The ids that a sample goes on from: the beginning of a document, or of an answer."""
-        if self.chat and self.tokenizer.chat_template is not None:           # without one, prompts and completions are plain text
+        """The ids that a sample continues: the beginning of a document, or of an answer."""
+        assert self.tokenizer is not None
+        if self.chat and self.tokenizer.chat_template is not None:  # without one, chats are plain text
             conversation = Conversation(self.tokenizer)
             conversation.add("user", words or "Hello!")
             return conversation.prompt_ids()
@@ -46,8 +44,11 @@ class Corpus:
         return ([] if start is None else [start]) + self.tokenizer.encode(words, bos=False)
 
     def copy_tokenizer(self, folder: Path) -> None:
-        """Put the tokenizer's files beside a model. A template that was given for the chats goes with them, and the ids that end an answer in it."""
-        for path in [*self.tokenizer.files, self.folder / "generation_config.json"] if self.tokenizer else []:
+        """Put the tokenizer's files beside a model. A template that was given for the chats goes with them, and the ids
+        that end an answer in it."""
+        if self.tokenizer is None or self.folder is None:
+            return
+        for path in [*self.tokenizer.files, self.folder / "generation_config.json"]:
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
         if self.chat and self.tokenizer.chat_template is not None:
@@ -57,7 +58,8 @@ class Corpus:
             file.write_text(json.dumps(config | {"eos_token_id": list(self.tokenizer.stop_ids)}, indent=2) + "\n")
 
     def batches(self, first: int, rows: int, at_once: int) -> list[Batch]:
-        """The rows first … first + rows − 1 of the stream, `at_once` to a batch. Raises DataError where a file cannot be read any more."""
+        """The rows first … first + rows − 1 of the stream, `at_once` to a batch. Raises DataError where a file cannot
+        be read any more."""
         try:
             return [self.stream.batch(at, at_once) for at in range(first, first + rows, at_once)]
         except DataError as error:
@@ -77,70 +79,79 @@ class Corpus:
 
     def in_bytes(self, loss: float) -> dict[str, float]:
         """The held-out loss in a unit that does not depend on the tokenizer, where the bytes were counted."""
-        return {} if self.facts is None else {"held_out_bits_per_byte": self.bits_per_byte(loss)}
-
-    def bits_per_byte(self, loss: float) -> float:
-        return loss * self.facts.held_out_targets / math.log(2) / self.facts.held_out_bytes
+        return {} if self.facts is None else {"held_out_bits_per_byte": self.facts.bits_per_byte(loss)}
 
 
 def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus:
-    """All ranks call it; the first one makes text ready (with a BPE of `vocab`) and checks every byte, the others wait. Raises DataError."""
+    """All ranks call it; rank 0 prepares text (with a BPE of `vocab`) and checks every byte, while the others wait.
+    Raises DataError."""
     if options.chat:
-        return world.together(lambda: open_chats(options))
+        return world.on_all_ranks(lambda: open_chats(options))
     folders = options.data
-    if not all(path.suffix == ".bin" or data.is_shard_folder(path) for path in folders) or not folders:
-        world.first(lambda: prepare(options, vocab))
+    if not all(path.suffix == ".bin" or stream.is_shard_folder(path) for path in folders) or not folders:
+        world.on_rank_0(lambda: prepare_text(options, vocab))
         folders = [options.out / "data"]
-    corpus = world.together(lambda: open_shards(options, folders))
-    world.first(lambda: [source.verify(corpus.vocab) for source in (*corpus.stream.sources, corpus.held_out) if source])
+    corpus = world.on_all_ranks(lambda: open_shards(options, folders))
+    sources = [source for source in (*corpus.stream.sources, corpus.held_out) if source]
+    world.on_rank_0(lambda: [source.verify(corpus.vocab) for source in sources])
     return corpus
 
 
-def prepare(options: argparse.Namespace, vocab: int) -> None:
+def prepare_text(options: argparse.Namespace, vocab: int) -> None:
+    """Make shards of --data, or of the standard library, in the run folder."""
     if len(options.data) > 1:
-        raise DataError(f"{', '.join(map(str, options.data))}: several --data are mixed as shards; make each with python -m nanollm.data first")
+        raise DataError(f"{', '.join(map(str, options.data))}: several --data are mixed as shards; make each with "
+                        "python -m nanollm.data first")
     given = options.tokenizer or options.init
-    documents = text.read(options.data[0] if options.data else None)
-    text.prepare(documents, options.out / "data", vocab=None if given else vocab, tokenizer=given, context=options.context)
+    found = documents.read(options.data[0] if options.data else None)
+    prepare.prepare(
+        found, options.out / "data", vocab=None if given else vocab, tokenizer=given, context=options.context)
 
 
 def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
-    """A mixture of shard folders and .bin files, and the tokenizer they were made with: named by an option, or beside them."""
-    words = next((path for path in (options.tokenizer, options.init, *folders) if path and any(path.glob("tokenizer*"))), None)
+    """A mixture of shard folders and .bin files, and their tokenizer: named by an option, or found beside them."""
+    places = (options.tokenizer, options.init, *folders)
+    words = next((path for path in places if path and any(path.glob("tokenizer*"))), None)
     reader = tokenizer.load(words) if words else None
-    pairs = [data.open_folder(path, options.context, reader and reader.eos_id) for path in folders]
-    for source, _ in pairs if reader else ():
-        if source.digest not in (None, text.digest(reader)):
-            raise DataError(f"{source.name}: made with another tokenizer than that of {words}; make it anew with python -m nanollm.data --tokenizer {words}")
+    pairs = [stream.open_folder(path, options.context, reader.eos_id if reader else None) for path in folders]
+    for source, _ in pairs:
+        if reader and source.digest not in (None, prepare.digest(reader)):
+            raise DataError(f"{source.name}: made with another tokenizer than that of {words}; make it anew with "
+                            f"python -m nanollm.data --tokenizer {words}")
     vocab = reader.vocab_size if reader else options.vocab
     if vocab is None:
-        raise DataError(f"{folders[0]}: raw shards do not say which tokenizer they were made with; name its folder with --tokenizer, or its size with --vocab")
-    stream = Stream([train for train, _ in pairs], options.mix, options.seed)
-    facts = text.facts(folders[0]) if len(folders) == 1 and folders[0].is_dir() else None
-    notes = [f"{source.name}: {source.rows:,} rows of {options.context} tokens" for source in stream.sources]
+        raise DataError(f"{folders[0]}: raw shards do not say which tokenizer they were made with; name its folder "
+                        "with --tokenizer, or its size with --vocab")
+    rows = Stream([train for train, _ in pairs], options.mix, options.seed)
+    facts = prepare.facts(folders[0]) if len(folders) == 1 and folders[0].is_dir() else None
+    notes = [f"{source.name}: {source.rows:,} rows of {options.context} tokens" for source in rows.sources]
     if facts:
-        notes = [f"{facts.train_documents} documents, {facts.train_bytes / 1e6:.1f} MB, {facts.train_tokens / 1e6:.2f} M tokens; {facts.held_out_documents} more documents held out"]
+        notes = [f"{facts.train_documents} documents, {facts.train_bytes / 1e6:.1f} MB, {facts.train_tokens / 1e6:.2f} "
+                 f"M tokens; {facts.held_out_documents} more documents held out"]
     held_out = next((held for _, held in pairs if held), None)
     if len(pairs) > 1:
         notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")
-    return Corpus(stream, held_out, reader, words, vocab, False, facts, tuple(notes))
+    return Corpus(rows, held_out, reader, words, vocab, False, facts, tuple(notes))
 
 
 def open_chats(options: argparse.Namespace) -> Corpus:
-    """The chats of a file, read through the template of --init, packed; the first of them is shown to whoever sits before it."""
+    """The chats of a file, read through the template of --init and packed into rows; the first of them is shown."""
     reader = tokenizer.load(options.init)
     if options.template:
         templates.choose(reader, options.template, to_file=True)
     chats, held = sft.split(sft.read(options.chat))
-    made = [[example for chat in some for example in sft.examples(reader, chat)] for some in (chats, held)]
+    examples = [example for chat in chats for example in sft.examples(reader, chat)]
+    held_examples = [example for chat in held for example in sft.examples(reader, chat)]
     pad = reader.eos_id if reader.eos_id is not None else 0
-    train = sft.Chats(str(options.chat), made[0], options.context, pad)
-    held_out = sft.Chats(f"{options.chat}, held out", made[1], options.context, pad) if made[1] else None
+    train = sft.Chats(str(options.chat), examples, options.context, pad)
+    held_out = sft.Chats(f"{options.chat}, held out", held_examples, options.context, pad) if held_examples else None
     for source in (train, held_out):
         if source:
             source.verify(reader.vocab_size)
-    notes = [f"{len(chats)} chats in {train.rows} rows of {options.context} tokens, {len(held)} held out; one of them, what is learnt in "
-             + ("green" if sys.stdout.isatty() else "⟦ ⟧") + ":", sft.picture(reader, made[0][0], colour=sys.stdout.isatty())]
+    colour = sys.stdout.isatty()
+    notes = [f"{len(chats)} chats in {train.rows} rows of {options.context} tokens, {len(held)} held out; one of them, "
+             f"what is learnt in {'green' if colour else '⟦ ⟧'}:", sft.picture(reader, examples[0], colour=colour)]
     if train.dropped:
         notes.append(f"{train.dropped} examples are longer than --context {options.context} and are left out")
-    return Corpus(Stream([train], None, options.seed), held_out, reader, options.init, reader.vocab_size, True, None, tuple(notes))
+    rows = Stream([train], None, options.seed)
+    return Corpus(rows, held_out, reader, options.init, reader.vocab_size, True, None, tuple(notes))

@@ -1,17 +1,18 @@
-"""One model on many processes. Each keeps a slice of every parameter; a layer is whole only while it computes (FSDP2).
+"""One model on many processes: each rank keeps a shard of every parameter; a layer is whole while it computes (FSDP2).
 
                      rank 0        rank 1                 one step, for each layer
     at rest          W[0:n/2]      W[n/2:n]               float32, with the optimizer's state beside it
-    forward          all-gather ─→ W ─→ x W               in the dtype of the products, then let go again
-    backward         all-gather ─→ W ─→ ∂W                each rank has the sum over its own rows of the batch
-                     reduce-scatter: ∂W summed            in float32, and each rank keeps its slice of the sum
+    forward          all-gather ─→ W ─→ x W               in the dtype of the products, then freed again
+    backward         all-gather ─→ W ─→ ∂W                each rank has the gradient of its own rows of the batch
+                     reduce-scatter: ∂W summed            in float32, and each rank keeps its shard of the sum
 
-Zhao et al. 2023 (arXiv 2304.11277); Rajbhandari et al. 2019 (arXiv 1910.02054), stage 3. With `replicas` R the slices are R times
-larger and R groups hold the same ones (HSDP): gathers stay inside a group, one all-reduce between groups is added.
+Zhao et al. 2023 (arXiv 2304.11277); Rajbhandari et al. 2019 (arXiv 1910.02054), stage 3. With `replicas` R the model is
+sharded over groups of W/R ranks, and R groups hold the same shards (HSDP): all-gathers stay inside a group, one
+all-reduce between groups is added.
 
-On one rank there is nothing to shard: the model stays an ordinary module, and `cast` makes the copies in the dtype of the products
-(only --offload uses FSDP2 there too, for its copies between CPU and GPU). Gradients are summed over ranks, never averaged: the loss
-is divided by the tokens of the whole step (losses.py), so each rank already computes its part of the sum.
+On one rank there is nothing to shard: the model stays an ordinary module, and `cast` makes the copies in the dtype of
+the products (only --offload uses FSDP2 there too, for its copies between CPU and GPU). Gradients are summed over ranks,
+never averaged: the loss is divided by the tokens of the whole step (losses.py), so each rank computes part of a sum.
 
 The order of wrapping matters: recomputation inside compilation inside sharding.
 """
@@ -47,77 +48,85 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this run, and which of them this one is. mesh: (shard,) or (replicate, shard)."""
+    """The ranks of this run, and which of them this process is. mesh: (shard,) or (replicate, shard)."""
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce(self, *values: float) -> list[float]:
         """Each value summed over ranks, in float64: the same on every rank."""
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def everyone(self, *values: float) -> Tensor:
+    def all_gather(self, *values: float) -> Tensor:
         """The values of all ranks, float64 (ranks, values)."""
         rows = torch.empty(self.size, len(values), dtype=torch.float64)
         dist.all_gather(list(rows), torch.tensor(values, dtype=torch.float64))
         return rows
 
-    def tell(self, value: object) -> list:
-        """What every rank has to say: any plain value, a list by rank."""
-        said = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+    def all_gather_objects(self, value: object) -> list:
+        """One plain value of each rank, as a list by rank."""
+        gathered: list = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
-    def together(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on every rank. An error of our own on any of them is raised on all: none is left waiting for the others."""
+    def broadcast(self, value: Any) -> Any:
+        """The plain value that rank 0 has."""
+        return self.all_gather_objects(value)[0]
+
+    def on_all_ranks(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on every rank. An error of our own on any of them is raised on all, so that none waits for it."""
         done = problem = None
         try:
             done = work()
         except NanollmError as error:
             problem = error
-        for found in self.tell(problem):
+        for found in self.all_gather_objects(problem):
             if found is not None:
                 raise found
         return done
 
-    def first(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on the first rank, while the others wait."""
-        return self.together(lambda: work() if self.rank == 0 else None)
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
+        """Do `work` on rank 0, while the others wait; the value is for rank 0 alone."""
+        return self.on_all_ranks(lambda: work() if self.rank == 0 else None)
 
 
 @contextlib.contextmanager
 def world(device: str, replicas: int = 1) -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one. Raises InputError where replicas do not divide them."""
-    rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    """Join the ranks that torchrun started, or be the only one. Raises InputError where replicas do not divide them."""
+    environment = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in environment)
     if size % replicas:
         raise InputError(f"--replicas {replicas} does not divide the {size} process(es) of this run")
-    here = torch.device(f"cuda:{local}" if device == "cuda" else device)
+    here = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
-    place = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, timeout=timedelta(minutes=30), **place)
+    backend, timeout = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timedelta(minutes=30)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield World(rank, size, here, build_mesh(here.type, size, replicas))
-        part()
+        barrier()
     except NanollmError as error:
-        if not error.alone:                                     # raised on every rank, see `together`
-            part()
+        if not error.alone:                                     # raised on every rank, see `on_all_ranks`
+            barrier()
         raise
     finally:
         dist.destroy_process_group()
 
 
-def part() -> None:
-    """Wait for the others before leaving: one that goes while they still listen can bring them down."""
+def barrier() -> None:
+    """Wait for the other ranks before leaving: one that goes while they still listen can bring them down."""
     with contextlib.suppress(RuntimeError, ValueError):
         dist.monitored_barrier(timeout=timedelta(seconds=20))
 
 
 def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
+    """The ranks as a grid (size,), or (replicas, size / replicas)."""
     if replicas == 1:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
@@ -126,20 +135,21 @@ def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
 # ---- wrapping
 
 RECOMPUTE = ("none", "selective", "full")
-SDPA = [f"aten::_scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
-KEPT = {*SDPA, "nanollm::attention", "aten::topk"}      # by "selective": attention, and choices of experts, which could differ a second time
+FUSED = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+# What "selective" saves: attention, and the choice of experts, which could differ when it is computed a second time
+SAVED = {*(f"aten::_scaled_dot_product_{name}" for name in FUSED), "nanollm::attention", "aten::topk"}
 
 
-def kept(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def checkpoint_policy(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shard(
     model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *,
     recompute: str = "none", compile: bool = False, offload: bool = False,
 ) -> None:
-    """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them values where they have none.
-    On one rank, without offload, nothing is wrapped, and parameters stay as they are.
+    """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them values where they
+    have none. On one rank, without offload, nothing is sharded, and parameters stay as they are.
 
     dtype is that of the products: parameters are cast to it as they are gathered; gradients are reduced in float32.
     offload: shards and optimizer state live in the memory of the CPU."""
@@ -150,65 +160,69 @@ def shard(
     if mesh.size() == 1 and not offload:
         return
     wrap = partial(
-        fully_shard, mesh=mesh, shard_placement_fn=partial(cut, mesh.size(-1)),
+        fully_shard, mesh=mesh, shard_placement_fn=partial(shard_placement, mesh.size(-1)),
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
     for layer in model.layers:
-        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)         # what is not sharded need not be gathered twice
-    wrap(model)                                                 # embedding, last norm and head, tied or not, stay whole through a step
+        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)     # a single shard need not be gathered twice
+    wrap(model)                                             # embedding, last norm and head stay gathered through a step
     register_fsdp_forward_method(model, "hidden")
-    for module in slices(model) if mesh.size() > 1 else []:     # sums, not means: see the head of the file
+    for module in sharded_modules(model) if mesh.size() > 1 else []:        # sums, not means: see the head of the file
         module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)          # without it gloo is asked for an operation that it lacks
+        module.set_force_sum_reduction_for_comms(True)      # without it gloo is asked for an operation that it lacks
 
 
 @contextlib.contextmanager
 def cast(model: Decoder, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block a model that is not sharded computes with copies of its weights in dtype; their gradients reach the float32
-    weights. Forward and backward both belong inside. A sharded model makes such copies when it gathers, so nothing is done to it."""
-    if dtype == torch.float32 or slices(model):
+    """Inside the block a model that is not sharded computes with copies of its weights in dtype; gradients pass through
+    the cast to the float32 weights. Forward and backward both belong inside. A sharded model casts what it gathers, so
+    nothing is done to it."""
+    if dtype == torch.float32 or sharded_modules(model):
         yield
         return
-    copies = {p: p.to(dtype) for p in model.parameters()}       # by parameter: tied weights share one copy
-    places = [(module._parameters, name) for module in model.modules() for name, p in module._parameters.items() if p is not None]
-    weights = [parameters[name] for parameters, name in places]
-    for (parameters, name), weight in zip(places, weights):
-        parameters[name] = copies[weight]
+    copies = {p: p.to(dtype) for p in model.parameters()}   # by parameter: tied weights share one copy
+    places = [(module._parameters, name, p) for module in model.modules()
+              for name, p in module._parameters.items() if p is not None]
+    for parameters, name, p in places:
+        parameters[name] = copies[p]                        # type: ignore[assignment]
     try:
         yield
     finally:
-        for (parameters, name), weight in zip(places, weights):
-            parameters[name] = weight
+        for parameters, name, p in places:
+            parameters[name] = p
 
 
 def reduce_gradients(model: Decoder, now: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks. Gradient accumulation does so once a step, in the last micro-batch."""
-    for module in slices(model):
+    """Whether the next backward pass sums gradients over ranks: with gradient accumulation, the last of a step does."""
+    for module in sharded_modules(model):
         module.set_requires_gradient_sync(now, recurse=False)
 
 
 def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
-    """The same function, which keeps less for its backward pass and computes it again there."""
+    """The same function with activation checkpointing: it saves less for its backward pass, and computes it again."""
     if how == "none":
         return forward
-    some = {"context_fn": partial(create_selective_checkpoint_contexts, kept)} if how == "selective" else {}
-    return partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False, **some)
+    run = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    if how == "selective":
+        return partial(run, context_fn=partial(create_selective_checkpoint_contexts, checkpoint_policy))
+    return run
 
 
-def cut(ranks: int, p: nn.Parameter) -> Shard | None:
-    """Along which dimension a parameter is sliced: the first, but for stacked experts, of which there may be fewer than ranks."""
+def shard_placement(ranks: int, p: nn.Parameter) -> Shard | None:
+    """The dimension that a parameter is sharded along: the first (None), unless ranks do not divide stacked experts."""
     return Shard(1) if p.ndim == 3 and p.shape[0] % ranks and p.shape[1] % ranks == 0 else None
 
 
-def slices(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """The modules that FSDP2 wraps, the whole model first; none on one rank."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @torch.no_grad()
-def clip(model: nn.Module, most: float) -> float:
-    """The norm of the gradient over all ranks, which is brought down to `most` where it is larger (0: any norm will do)."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]      # a router's correction has none
+def clip(model: Decoder, most: float) -> float:
+    """The norm of the gradient over all ranks. Where it is above `most` the gradient is scaled down (0: never)."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]   # a router's correction has none
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
     if isinstance(model.embed.weight, DTensor):
         dist.all_reduce(squares, group=model.embed.weight.device_mesh.get_group("shard"))
@@ -235,16 +249,18 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(model: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Give a model its values, full tensors in the order of `named_parameters`, one in memory at a time. Tied weights, which the meta
-    device parts, are one parameter again."""
+    """Give a model its values: full tensors in the order of `named_parameters`, one in memory at a time. Tied weights,
+    which the meta device parts, become one parameter again."""
     model.tie()
     parameters = dict(model.named_parameters())
     for name, value in values:
         local(parameters[name]).copy_(local_shard(value.to(parameters[name].device), parameters[name]))
 
 
-def from_first(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of a model that only rank 0 holds, sent to all, one at a time, as float32."""
+def broadcast_parameters(
+    model: Decoder, source: Decoder | None, device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `source`, a model that only rank 0 holds, broadcast one at a time as float32."""
     theirs = dict(source.named_parameters()) if source is not None else {}
     for name, parameter in model.named_parameters():
         full = torch.empty(parameter.shape, device=device)
@@ -255,8 +271,11 @@ def from_first(model: Decoder, source: Decoder | None, device: torch.device) -> 
 
 
 @torch.no_grad()
-def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder | None:
-    """The whole model, on one device, where `keep`; None on other ranks. All ranks take part, and pass one parameter at a time."""
+def gather(
+    model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype = torch.float32,
+) -> Decoder | None:
+    """The whole model on one device, on the ranks that `keep` it; None on others. All ranks take part in an all-gather
+    of each parameter. On one rank values that need no cast are shared with the model, not copied."""
     found = {}
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

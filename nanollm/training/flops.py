@@ -1,10 +1,11 @@
 """How fast a run could be, and how fast it is: the FLOPs that a token takes, what GPUs can do, and what a step came to.
 
-    FLOPs of a token    6 · (weights it meets) + 12 · Σ_layers H d min(T, W)         forward and backward; forward alone is a third
-    MFU                 FLOPs of a token · tokens a second / peak                    model FLOPs utilisation
+    FLOPs of a token    6 · (weights it meets) + 12 · Σ_layers H d min(T, W)    forward and backward; a third forward
+    MFU                 FLOPs of a token · tokens a second / peak               model FLOPs utilisation
 
-MFU counts what the model needs, so nothing that is computed twice, and attention as if every token saw all T of its row: half of
-that is masked, but published figures count so (Chowdhery et al. 2022, arXiv 2204.02311, appendix B; nanoGPT; torchtitan).
+MFU counts what the model needs, so nothing that is computed twice, and attention as if every token saw all T of its
+row: half of that is masked, but published figures count so (Chowdhery et al. 2022, arXiv 2204.02311, appendix B;
+nanoGPT; torchtitan).
 
 Shapes: T tokens of the context, H heads, d head width, W window; I channels, N state, R rank of a scan.
 """
@@ -13,6 +14,7 @@ import argparse
 import resource
 import sys
 from collections import Counter
+from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -24,11 +26,12 @@ if TYPE_CHECKING:
     from nanollm.training.distributed import World  # imported, it would cost show.py a second
 
 NODE = 8                    # GPUs that share the fast links
-NETWORK = 50e9              # bytes a second of each GPU's own network adapter: 400 Gb/s, as in the vendor's own 8-GPU machines
+NETWORK = 50e9              # bytes a second of each GPU's own network adapter: 400 Gb/s, as in the vendor's machines
 
 
 class Device(NamedTuple):
-    """Vendor's figures: dense products, not "with sparsity"; bytes a second; one direction of a link, which is half of what is advertised."""
+    """The vendor's figures: dense products, not "with sparsity"; bytes a second; one direction of a link, which is half
+    of what is advertised."""
     memory: float           # bytes
     bfloat16: float         # FLOP/s
     float32: float          # FLOP/s without TF32, which torch leaves off
@@ -37,20 +40,22 @@ class Device(NamedTuple):
     name: str               # as torch.cuda.get_device_name says it
 
     def between(self, ranks: int, apart: int = 1) -> float:
-        """Bytes a second and GPU in a collective of `ranks` GPUs, every `apart`-th. Rings cross from machine to machine on all the
-        adapters that a group has in one, so a group of whole machines is eight times as fast as one with a single GPU in each."""
+        """Bytes a second and GPU in a collective of `ranks` GPUs, every `apart`-th. Rings cross from machine to machine
+        on all the adapters that a group has in one, so a group of whole machines is eight times as fast as one with a
+        single GPU in each."""
         in_node = min(ranks, max(1, NODE // apart))
         return self.link if ranks == in_node else min(self.link, in_node * NETWORK)
 
 
 DEVICES = {
-    # NVIDIA data sheets: H100 (SXM), H200 (SXM), HGX B200 (an eighth of it), A100 (SXM: 40 and 80 GB), L40S; RTX 4090: Ada white paper, appendix A
+    # NVIDIA data sheets: H100 (SXM), H200 (SXM), HGX B200 (an eighth of it), A100 (SXM: 40 and 80 GB), L40S;
+    # RTX 4090: Ada white paper, appendix A
     "h100":    Device(80e9, 989.4e12, 66.9e12, 3.35e12, 450e9, "NVIDIA H100 80GB HBM3"),
     "h200":    Device(141e9, 989.4e12, 66.9e12, 4.8e12, 450e9, "NVIDIA H200"),
     "b200":    Device(180e9, 2250e12, 75e12, 7.7e12, 900e9, "NVIDIA B200"),
     "a100":    Device(80e9, 312e12, 19.5e12, 2.039e12, 300e9, "NVIDIA A100-SXM4-80GB"),
     "a100-40": Device(40e9, 312e12, 19.5e12, 1.555e12, 300e9, "NVIDIA A100-SXM4-40GB"),
-    "l40s":    Device(48e9, 362.05e12, 91.6e12, 864e9, 32e9, "NVIDIA L40S"),             # linked by PCIe 4.0 ×16
+    "l40s":    Device(48e9, 362.05e12, 91.6e12, 864e9, 32e9, "NVIDIA L40S"),                 # linked by PCIe 4.0 ×16
     "4090":    Device(24e9, 165.2e12, 82.6e12, 1.008e12, 32e9, "NVIDIA GeForce RTX 4090"),
 }
 
@@ -74,18 +79,20 @@ class Speed:
     def __init__(self, config: c.ModelConfig, options: argparse.Namespace, world: "World") -> None:
         self.tokens, self.device = options.batch_size * options.context, world.device
         peak = peak_flops(world.device, options.dtype)
-        self.share = peak and flops_per_token(config, options.context) / (peak * world.size)    # of the peak, for one token a second
+        # of the peak, for one token a second
+        self.share = peak and flops_per_token(config, options.context) / (peak * world.size)
 
     def entry(self, seconds: float, waited: float) -> dict[str, float]:
         """Of a step that took so long, and so long of it to get its rows."""
-        found = {"tokens_per_second": round(self.tokens / seconds), "data_wait": round(waited / seconds, 4), "memory_gb": round(peak_memory(self.device) / 1e9, 3)}
+        found = {"tokens_per_second": round(self.tokens / seconds), "data_wait": round(waited / seconds, 4),
+                 "memory_gb": round(peak_memory(self.device) / 1e9, 3)}
         return found if self.share is None else found | {"mfu": round(self.tokens / seconds * self.share, 4)}
 
 
 # ---- FLOPs
 
 def flops_per_token(config: c.ModelConfig, context: int) -> float:
-    """Of one token, forward and backward: 2 a multiply-add, and twice as many backward, for the input and for the weight."""
+    """Of one token, forward and backward: 2 a multiply-add, and twice as many backward, for input and weight."""
     return 6.0 * _multiply_adds(config, context)
 
 
@@ -95,16 +102,19 @@ def decode_flops(config: c.ModelConfig, context: int) -> float:
 
 
 def prefill_flops(config: c.ModelConfig, context: int) -> float:
-    """Of a prompt of `context` tokens, forward only and divided by its tokens, where the t-th token sees t keys and not all of them.
+    """Of a prompt of `context` tokens, forward only and divided by its tokens, where the t-th token sees t keys and not
+    all of them.
 
     What a layer takes at the t-th token grows evenly up to its window, and evenly after it: two arithmetic series."""
-    edges = sorted({0, context} | {layer.mixer.window for layer in config.layers if 0 < (getattr(layer.mixer, "window", None) or 0) < context})
-    return sum((b - a) * (_multiply_adds(config, a + 1) + _multiply_adds(config, b)) for a, b in zip(edges, edges[1:])) / context
+    windows = {getattr(layer.mixer, "window", None) or 0 for layer in config.layers}
+    edges = sorted({0, context} | {window for window in windows if window < context})
+    series = ((b - a) * (_multiply_adds(config, a + 1) + _multiply_adds(config, b)) for a, b in pairwise(edges))
+    return sum(series) / context
 
 
 def _multiply_adds(config: c.ModelConfig, context: int) -> int:
-    """Of one token forward. A tied head counts as head, experts where they are chosen; looking up, normalising, rotating and activating
-    count nothing. Each module counts its own."""
+    """Of one token forward. A tied head counts as head, experts where they are chosen; looking up, normalising,
+    rotating and activating count nothing. Each module counts its own."""
     layers = 0
     for layer, count in Counter(config.layers).items():
         layers += count * MODULES[type(layer.mixer)].multiply_adds(layer.mixer, config.dim, context)

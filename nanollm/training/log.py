@@ -1,9 +1,9 @@
-"""What a run says: log.jsonl always, TensorBoard and Weights & Biases where asked for, a table and a picture at its end."""
+"""What a run reports: log.jsonl, on demand TensorBoard and Weights & Biases, a table and a picture at its end."""
 
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nanollm.errors import RunError
 from nanollm.training.corpus import Corpus
@@ -12,13 +12,18 @@ from nanollm.training.runs import STOP, write
 
 
 class Log:
-    """The log of the first rank; of any other a log that nobody reads. Where the disk is full it does not raise: the ranks would part.
-    `wish` asks all of them to stop after the next step, and `check` says why."""
+    """The log of rank 0; of any other rank a log that keeps nothing. Where the disk is full it does not raise, as the
+    other ranks would wait for ever: `request` asks all of them to stop after the next step, and `check` says why."""
 
-    def __init__(self, folder: Path | None, after: int, tensorboard: bool, wandb: str | None, facts: dict[str, Any]) -> None:
-        """folder: None for other ranks. after: the step that the run goes on from; what an earlier start wrote beyond it is dropped, as
-        is half a line at the end."""
-        self.file = self.tensorboard = self.wandb = self.problem = None
+    def __init__(
+        self, folder: Path | None, after: int, tensorboard: bool, wandb: str | None, facts: dict[str, Any],
+    ) -> None:
+        """folder: None for other ranks. after: the step that the run goes on from; what an earlier start wrote beyond
+        it is dropped, as is half a line at the end."""
+        self.file: TextIO | None = None
+        self.tensorboard: Any = None
+        self.wandb: Any = None
+        self.problem: str | None = None
         if folder is None:
             return
         path = folder / "log.jsonl"
@@ -30,15 +35,16 @@ class Log:
             self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
         if wandb:
             import wandb as weights_and_biases
-            self.wandb = weights_and_biases.init(project=wandb, name=folder.name, dir=str(folder), config=facts, resume="allow")
+            self.wandb = weights_and_biases.init(
+                project=wandb, name=folder.name, dir=str(folder), config=facts, resume="allow")
 
     def __call__(self, step: int, **values: Any) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        try:
-            if self.file:
+        if self.file:
+            try:
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
-        except OSError as error:
-            self.problem = f"{self.file.name}: cannot write: {error.strerror}"
+            except OSError as error:
+                self.problem = f"{self.file.name}: cannot write: {error.strerror}"
         if self.tensorboard:
             for name, value in numbers.items():
                 self.tensorboard.add_scalar(name, value, step)
@@ -46,7 +52,8 @@ class Log:
             self.wandb.log(numbers, step=step)
 
     @property
-    def wish(self) -> int:
+    def request(self) -> int:
+        """What the log asks of the run: to stop, or nothing."""
         return STOP if self.problem else 0
 
     def check(self) -> None:
@@ -59,7 +66,7 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         if self.file:
-            with contextlib.suppress(OSError):                  # what a full disk has refused is tried once more, and was reported
+            with contextlib.suppress(OSError):                  # what a full disk refused was reported
                 self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
@@ -80,20 +87,25 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def shown(entry: dict[str, Any], held_out: float | None) -> dict[str, str]:
     """What the progress bar shows of a step."""
-    values = {"loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"), "mfu": entry.get("mfu"), "gb": entry.get("memory_gb")}
-    return {name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}" for name, value in values.items() if value is not None}
+    values = {"loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"),
+              "mfu": entry.get("mfu"), "gb": entry.get("memory_gb")}
+    return {name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+            for name, value in values.items() if value is not None}
 
 
 def report(folder: Path, corpus: Corpus, title: str) -> str:
-    """What was reached, beside what knows less, as lines of text; draws loss.png."""
+    """The held-out loss, beside those of models that know less, as lines of text; draws loss.png."""
     log = read_log(folder / "log.jsonl")
-    losses, held_out = ([(entry["step"], entry[key]) for entry in log if key in entry] for key in ("loss", "held_out_loss"))
+    losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    held_out = [(entry["step"], entry["held_out_loss"]) for entry in log if "held_out_loss" in entry]
     facts, references, lines = corpus.facts, {}, []
     if facts and held_out:
-        references = {"unigram": facts.unigram_loss, "gzip": facts.gzip_bits_per_byte / corpus.bits_per_byte(1.0)}
-        lines = [f"{f'held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB':<46}{'nats/token':>12}{'bits/byte':>12}"]
-        rows = (("this model", held_out[-1][1]), ("gzip -9, on the held-out text by itself", references["gzip"]), ("unigram model: how frequent each token is", references["unigram"]))
-        lines += [f"  {label:<44}{loss:>12.3f}{corpus.bits_per_byte(loss):>12.3f}" for label, loss in rows]
+        references = {"unigram": facts.unigram_loss, "gzip": facts.gzip_bits_per_byte / facts.bits_per_byte(1.0)}
+        title_row = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
+        lines = [f"{title_row:<46}{'nats/token':>12}{'bits/byte':>12}"]
+        rows = (("this model", held_out[-1][1]), ("gzip -9, on the held-out text by itself", references["gzip"]),
+                ("unigram model: how frequent each token is", references["unigram"]))
+        lines += [f"  {label:<44}{loss:>12.3f}{facts.bits_per_byte(loss):>12.3f}" for label, loss in rows]
     elif held_out:
         lines = [f"  {'held out, nats per target':<44}{held_out[-1][1]:>12.3f}"]
     pictured = False
@@ -101,4 +113,5 @@ def report(folder: Path, corpus: Corpus, title: str) -> str:
         last = [loss for _, loss in losses[-50:]]
         lines.append(f"  {'(training, last 50 steps)':<44}{sum(last) / len(last):>12.3f}")
         pictured = loss_curve(folder / "loss.png", losses, held_out, references, title)
-    return "\n".join([*lines, f"{folder}: model, tokenizer, log.jsonl" + (", loss.png" if pictured else " (loss.png needs: pip install matplotlib)")])
+    picture = ", loss.png" if pictured else " (loss.png needs: pip install matplotlib)"
+    return "\n".join([*lines, f"{folder}: model, tokenizer, log.jsonl{picture}"])

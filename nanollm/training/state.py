@@ -1,17 +1,18 @@
 """The state of a run on disk: sharded, checksummed, without pickle, and never half there.
 
     runs/demo/steps/00000200/         a checkpoint, complete or absent: it gets this name in one rename, last of all
-        rank-0.safetensors            the slices that rank 0 holds, of parameters and of what the optimizers remember
+        rank-0.safetensors            the shards that rank 0 holds, of parameters and of the state of optimizers
         rank-1.safetensors
-        manifest.json                 which part of which tensor lies where, a CRC-32 for each file, and the plain facts of the run
+        manifest.json                 which part of which tensor lies where, a CRC-32 a file, facts of the run
         manifest.crc32                of manifest.json
-    runs/demo/steps/.00000300.tmp/    one being written, or left by a process that was killed: never read, cleared by the next
+    runs/demo/steps/.00000300.tmp/    one being written, or left by a process that was killed; never read
 
-    write     copy slices to CPU memory │ a thread: file, fsync, CRC   ‖ training goes on │ all done: manifest, fsync, rename, prune
-    read      manifest, CRC │ for each slice that is wanted: the files that overlap it, CRC first, then that part
+    write     copy shards to CPU memory │ a thread: file, fsync, CRC ‖ training │ manifest, fsync, rename, prune
+    read      manifest, CRC │ for each shard that is wanted: the files that overlap it, CRC first, then that part
 
-A kill at any point leaves the checkpoints that were complete. A failure to write (a full disk) on any rank gives up that checkpoint
-on all of them and is reported; the run decides. A file is read by any number of ranks, so world sizes may differ.
+A kill at any point leaves the checkpoints that were complete. A failure to write (a full disk) on any rank gives up
+that checkpoint on all of them and is reported; the run decides. Any number of ranks reads what any number has written:
+a shard is a box in the whole tensor, and one rank alone has whole tensors.
 """
 
 import contextlib
@@ -32,39 +33,41 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from nanollm.errors import RunError
-from nanollm.training.distributed import World
+from nanollm.training.distributed import World, local
 
 FORMAT = 1
 Box = list[list[int]]           # [start, end) in each dimension; of a single number: []
 
 
 def box(tensor: Tensor) -> Box:
-    """Which part of the whole tensor this rank holds. What is not sliced is held by every rank."""
+    """Which part of the whole tensor this rank holds. What is not sharded is held by every rank."""
     part = [[0, size] for size in tensor.shape]
     if isinstance(tensor, DTensor):
         placement, mesh = tensor.placements[-1], tensor.device_mesh
         assert isinstance(placement, Shard), tensor.placements
-        total, each = tensor.shape[placement.dim], -(-tensor.shape[placement.dim] // mesh.size(-1))     # as torch.chunk cuts: the last
-        rank = mesh.get_local_rank(mesh.ndim - 1)                                                       # ranks may have less, or nothing
+        total, rank = tensor.shape[placement.dim], mesh.get_local_rank(mesh.ndim - 1)
+        each = -(-total // mesh.size(-1))                       # as torch.chunk cuts: the last may have less, or none
         part[placement.dim] = [min(total, rank * each), min(total, (rank + 1) * each)]
     return part
 
 
 def overlap(a: Box, b: Box) -> Box:
-    return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b)]
+    """The box in which both lie; of no volume where there is none."""
+    return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b, strict=True)]
 
 
 def volume(part: Box) -> int:
+    """How many numbers it holds."""
     return math.prod(max(0, end - start) for start, end in part)
 
 
 def within(part: Box, whole: Box) -> tuple[slice, ...]:
     """Where `part` lies in a tensor that holds `whole`."""
-    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole))
+    return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole, strict=True))
 
 
-def keeper(tensor: Tensor, world: World) -> bool:
-    """Whether this rank writes its part: of equal copies, the first group's."""
+def is_writer(tensor: Tensor, world: World) -> bool:
+    """Whether this rank writes its part of the tensor: of replicas, the first one's ranks do."""
     if not isinstance(tensor, DTensor):
         return world.rank == 0
     return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
@@ -90,14 +93,14 @@ class Saver:
     facts: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        """Copy this rank's slices and start to write them. All ranks call it; the one before must have been finished."""
+        """Copy this rank's shards and start to write them. All ranks call it, after they have finished the last one."""
         assert self.thread is None
         self.step, self.facts, self.result = step, facts, {"pieces": {}, "shapes": {}}
         mine: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             self.result["shapes"][name] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
-            if keeper(tensor, self.world) and volume(box(tensor)):
-                mine[name] = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().to("cpu", copy=True).contiguous()
+            if is_writer(tensor, self.world) and volume(box(tensor)):
+                mine[name] = local(tensor).detach().to("cpu", copy=True).contiguous()
                 self.result["pieces"][name] = box(tensor)
         draft = self.draft(step)
         if self.world.rank == 0:
@@ -107,7 +110,7 @@ class Saver:
                 draft.mkdir(parents=True)
             except OSError as error:
                 self.result["error"] = f"{draft}: {error.strerror}"
-        self.world.tell(None)                                   # nobody writes before the folder is there
+        self.world.all_gather_objects(None)                     # a barrier: no rank writes before the folder is there
         self.thread = threading.Thread(target=self._write, args=(draft / f"rank-{self.world.rank}.safetensors", mine))
         self.thread.start()
 
@@ -116,7 +119,7 @@ class Saver:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         try:
-            write_slices(path, tensors)
+            write_shards(path, tensors)
             self.result |= {"file": path.name, "crc32": crc(path), "bytes": path.stat().st_size}
         except Exception as error:                              # whatever it is, the main thread must hear of it
             self.result.setdefault("error", f"{path}: {error}")
@@ -127,42 +130,45 @@ class Saver:
         return self.thread is not None and self.thread.is_alive()
 
     def finish(self) -> str | None:
-        """Wait for the files of all ranks and make them a checkpoint. None if there was nothing to finish or all went well,
-        else what went wrong, the same on every rank; nothing is left of it then, and older checkpoints are as they were."""
+        """Wait for the files of all ranks and make them a checkpoint. None if there was nothing to finish or all went
+        well, else what went wrong, the same on every rank; nothing is left of it then, and older checkpoints are as
+        they were."""
         if self.thread is None:
             return None
         self.thread.join()
         self.thread = None
-        said = self.world.tell(self.result)
-        problem = next((one["error"] for one in said if "error" in one), None)
+        results = self.world.all_gather_objects(self.result)
+        problem = next((result["error"] for result in results if "error" in result), None)
         if self.world.rank == 0:
             try:
                 if problem is None:
-                    self._complete(said)
+                    self._complete(results)
             except OSError as error:
                 problem = f"{self.draft(self.step)}: {error}"
             if problem is not None:
                 shutil.rmtree(self.draft(self.step), ignore_errors=True)
-        return self.world.tell(problem)[0]
+        return self.world.broadcast(problem)
 
-    def _complete(self, said: list[dict[str, Any]]) -> None:
+    def _complete(self, results: list[dict[str, Any]]) -> None:
         draft, whole = self.draft(self.step), self.folder / f"{self.step:08}"
-        files = [{key: one[key] for key in ("file", "bytes", "crc32", "pieces")} for one in said]
-        write_manifest(draft, {"format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts, "tensors": said[0]["shapes"], "files": files})
+        files = [{key: result[key] for key in ("file", "bytes", "crc32", "pieces")} for result in results]
+        about = {"format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts}
+        write_manifest(draft, about | {"tensors": results[0]["shapes"], "files": files})
         if whole.exists():                                      # a run that went back to an earlier step comes by again
             retire(whole)
         publish(draft, whole)
         for old in complete(self.folder)[: -self.keep]:
-            with contextlib.suppress(OSError):                  # the new one is whole all the same; the next one tries again
+            with contextlib.suppress(OSError):                  # the new one is whole; the next one tries again
                 retire(old)
 
 
-def write_slices(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
     sync(path)
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Write manifest.json, and manifest.crc32 beside it."""
     text = json.dumps(values).encode()
     for name, content in (("manifest.json", text), ("manifest.crc32", f"{zlib.crc32(text):08x}\n".encode())):
         (folder / name).write_bytes(content)
@@ -194,7 +200,8 @@ def sync(path: Path) -> None:
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints in runs/NAME/steps, the newest last."""
-    return sorted((path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()), key=lambda path: int(path.name))
+    found = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -204,21 +211,23 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise damaged(folder, f"{Path(error.filename).name}: {error.strerror}") from None
     if stated != f"{zlib.crc32(text):08x}\n".encode():
-        raise damaged(folder, f"manifest.json has CRC-32 {zlib.crc32(text):08x}, manifest.crc32 says {stated[:20]!r}")
+        raise damaged(folder, f"manifest.json has CRC-32 {zlib.crc32(text):08x}, manifest.crc32 has {stated[:20]!r}")
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
-        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; go on with the version that wrote it")
+        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; go "
+                       "on with the version that wrote it")
     return manifest
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fill this rank's slices of `tensors` in place, and return the facts. Raises RunError, before anything is filled, where the
-    checkpoint is damaged or holds other tensors than these."""
+    """Fill this rank's shards of `tensors` in place, and return the facts. Raises RunError, before anything is filled,
+    where the checkpoint is damaged or holds other tensors than these."""
     manifest = read_manifest(folder)
     ours = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
     for name in sorted({*ours, *manifest["tensors"]}):
         if ours.get(name) != manifest["tensors"].get(name):
-            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, this run has {ours.get(name, 'none')}; go on with the options that it was written with")
+            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, this run has "
+                           f"{ours.get(name, 'none')}; go on with the options that it was written with")
     wanted = {name: box(tensor) for name, tensor in tensors.items()}
     parts: dict[str, list[tuple[Box, Tensor]]] = {name: [] for name in tensors}
     for file in manifest["files"]:
@@ -232,7 +241,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         except OSError as error:
             raise damaged(folder, f"{path.name}: {error.strerror}") from None
         if found != file["crc32"]:
-            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, expected {file['crc32']:08x} and {file['bytes']}")
+            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, expected "
+                                  f"{file['crc32']:08x} and {file['bytes']}")
         with safetensors.safe_open(path, framework="pt") as stored:
             for name, part in shared.items():
                 place = within(part, file["pieces"][name])
@@ -242,9 +252,9 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         if have != volume(wanted[name]):
             raise damaged(folder, f"{name}: {volume(wanted[name])} numbers are wanted, {have} of them are there")
     for name, tensor in tensors.items():
-        local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+        mine = local(tensor).detach()
         for part, values in parts[name]:
-            local[within(part, wanted[name])].copy_(values)
+            mine[within(part, wanted[name])].copy_(values)
     return manifest["facts"] | {"step": manifest["step"]}
 
 
