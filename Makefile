@@ -33,7 +33,7 @@ $(BIN)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "nanollm needs Python 3.10 or later; make PYTHON=python3.11 … names another")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,train]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[test,train,lint]"
 	touch $@
 
 clean:

@@ -88,7 +88,8 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
             loss, *measured = token_loss(run.model.head, hidden, batch.targets, options.z_loss)
             loss = loss / targets
             if routed:
-                loss = loss + options.balance * run.balance.loss(routed, batch.real) / tokens
+                real = None if batch.real is None else batch.real.flatten()
+                loss = loss + options.balance * run.balance.loss(routed, real) / tokens
             loss.backward()
         sums += torch.stack(measured)
     norm = distributed.clip(run.model, options.clip)

@@ -1,6 +1,6 @@
 """Training in one file: a small Llama learns the bytes of a text, then writes some of its own.
 
-    python examples/loop.py TEXT.txt --steps 1000
+    python examples/loop.py TEXT.txt --steps 500
 
 A token is a byte, so the vocabulary is 256 and there is no tokenizer. What is left out here is in train.py: several
 GPUs, gradient accumulation, packed documents, resuming. Shapes: B batch, T tokens, V = 256.
@@ -19,7 +19,7 @@ from nanollm.config import MLP, Attention, Layer, Rope
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("text", type=Path, help="a text file")
-parser.add_argument("--steps", type=int, default=1000)
+parser.add_argument("--steps", type=int, default=500)
 args = parser.parse_args()
 
 B, T, RATE, WARMUP = 8, 128, 3e-3, 10

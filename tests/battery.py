@@ -2,6 +2,8 @@
 docs/refusals.md.
 
     python -m tests.battery                     all of them, a minute or two; transformers is not asked again
+    python -m tests.battery "chat templates" …  these rows of the table, by their titles; the others keep numbers
+    and date
     python -m tests.battery --transformers      ask it too: a process for each folder, 20 seconds and 12 GB at most
 
 tests/test_battery.py runs the same cases, and holds counts and names to what is committed. Seconds and megabytes are a
@@ -10,7 +12,6 @@ record, with the machine that is named there; what the tests hold are the bounds
 
 import argparse
 import os
-import platform
 import re
 import resource
 import shutil
@@ -21,7 +22,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from nanollm.text import render as rendering
 from tests.clock import ROUNDS, slowness
 from tests.hostile import GROUPS, configs, files, pickled
 from tests.hostile.good import Group
+from tests.record import here_and_now, lettered, places
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "refusals.md"
@@ -223,8 +224,9 @@ class Row(NamedTuple):
     refused: str
     loaded: str
     slowest: str                                 # ms
-    largest: str  # MB
-    theirs: str  # of those that we refuse, how many transformers loads, of how many it was asked
+    largest: str                                 # MB
+    theirs: str                                  # of those that we refuse, how many transformers loads of how many
+    measured: str                                # when and on what; in the document a letter (tests/record.py)
 
 
 def run_section(title: str, root: Path) -> tuple[list[Outcome], list[Path]]:
@@ -261,6 +263,7 @@ def row(title: str, outcomes: list[Outcome], theirs: str) -> Row:
     return Row(
         title, str(len(outcomes)), str(refused), str(len(outcomes) - refused),
         f"{1e3 * max(outcome.seconds for outcome in outcomes):.0f}", f"{max(memory, default=0):.0f}", theirs,
+        here_and_now(),
     )
 
 
@@ -331,22 +334,24 @@ def theirs(title: str, asked: list[Path], root: Path) -> str:
 
 HEAD = """# What is refused
 
-Written by `python -m tests.battery`, held by `tests/test_battery.py`. The cases are in `tests/hostile/`, with the words that each must be
-refused with; each starts from a sound folder, which loads.
-{machine}
+Written by `python -m tests.battery`, held by `tests/test_battery.py`. The cases are in `tests/hostile/`, with the words
+that each must be refused with; each starts from a sound folder, which loads. When and on what a row was measured:
 
-Every attempt ends within a second of processor time, with one error of our own (`nanollm/errors.py`) that names the file, key or tensor;
-beside what was there before it takes less than {largest:.0f} MB, or twice what is on the disk. Chat templates run in a process of their own, with {time:g} s
-of processor time and 512 MiB; the seconds in their row are those of the wall, its start among them. No file outside the folder is opened, and nothing that a pickle names is called.
+{measured}
+
+Every attempt ends within a second of processor time, with one error of our own (`nanollm/errors.py`) that names the file,
+key or tensor; beside what was there before it takes less than {largest:.0f} MB, or twice what is on the disk. Chat
+templates run in a process of their own, with {time:g} s of processor time and 512 MiB; the seconds in their row are those
+of the wall, its start among them. No file outside the folder is opened, and nothing that a pickle names is called.
 
 What loads is legal, though odd, and listed below; or it is one of the attempts at random that did no harm that a file could show: changed
 bytes inside a weight (safetensors has no checksums), keys that say nothing about the logits, values that another model could have.
 
-The last column is what transformers {transformers} makes of folders that are refused here: how many load with finite logits, of how many it was
-asked about. A dash: it has no such layout, or was not asked.
+The last column but one is what transformers makes of folders that are refused here: how many load with finite logits,
+of how many it was asked about. A dash: it has no such layout, or was not asked.
 
-| what | tried | refused | load | slowest, ms | most memory, MB | transformers loads of the refused |
-|---|--:|--:|--:|--:|--:|--:|
+| what | tried | refused | load | slowest, ms | most memory, MB | transformers loads of the refused | measured |
+|---|--:|--:|--:|--:|--:|--:|---|
 """
 NOT_COVERED = """
 ## What this does not cover
@@ -378,12 +383,12 @@ def listed(group: Group) -> str:
     return f"Refused: {refused}." + (f"\n\nLoads: {loads}." if loads else "")
 
 
-def document(rows: dict[str, Row], machine: str) -> str:
+def document(rows: dict[str, Row]) -> str:
     """docs/refusals.md."""
-    version = re.search(r"transformers (\S+?)[,.]? ", machine + " ")[1]
-    text = HEAD.format(machine=machine, largest=LARGEST, time=rendering.TIME_LIMIT, transformers=version) + "".join(
-        f"| {' | '.join(rows[title])} |\n" for title in SECTIONS
-    )
+    letters, measured = lettered(rows[title].measured for title in SECTIONS)
+    shown = [rows[title]._replace(measured=letters[rows[title].measured]) for title in SECTIONS]
+    text = HEAD.format(measured=measured, largest=LARGEST, time=rendering.TIME_LIMIT)
+    text += "".join(f"| {' | '.join(row)} |\n" for row in shown)
     total = [sum(int(getattr(each, field)) for each in rows.values()) for field in ("tried", "refused", "loaded")]
     text += f"\n{total[0]:,} attempts: {total[1]:,} refused with a named cause, {total[2]:,} load. None ended in another way.\n\n## The cases\n"
     for title, keys in SECTIONS.items():
@@ -394,35 +399,29 @@ def document(rows: dict[str, Row], machine: str) -> str:
 
 def committed() -> dict[str, Row]:
     """The rows of docs/refusals.md."""
-    cells = (
-        [line.strip("| ").split(" | ") for line in REPORT.read_text().splitlines() if line.startswith("| ")]
-        if REPORT.exists()
-        else []
-    )
-    return {each[0]: Row(*each) for each in cells if len(each) == len(Row._fields) and each[0] != "what"}
-
-
-def machine_line() -> str:
-    import transformers
-    return f"{platform.machine()}, one thread, torch {torch.__version__}, transformers {transformers.__version__}, {date.today()}."
+    text = REPORT.read_text() if REPORT.exists() else ""
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    rows = [Row(*each) for each in cells if len(each) == len(Row._fields) and each[0] != "what"]
+    return {row.title: row._replace(measured=places(text)[row.measured]) for row in rows}
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        prog="python -m tests.battery", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog="python -m tests.battery", description=__doc__, formatter_class=raw)
+    parser.add_argument("titles", nargs="*", metavar="TITLE", help="rows to measure; none: all of them")
     parser.add_argument(
         "--transformers", action="store_true", help="ask transformers what it makes of the folders, too"
     )
     args = parser.parse_args()
+    if unknown := set(args.titles) - SECTIONS.keys():
+        parser.error(f"no such row: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     torch.set_num_threads(1)
-    old, rows = committed(), {}
-    for title in SECTIONS:
+    rows = committed()
+    for title in args.titles or SECTIONS:
         with tempfile.TemporaryDirectory() as folder:
             outcomes, asked = run_section(title, Path(folder))
-            said = (
-                theirs(title, asked, Path(folder)) if args.transformers else old[title].theirs if title in old else "–"
-            )
+            known = rows[title].theirs if title in rows else "–"
+            said = theirs(title, asked, Path(folder)) if args.transformers else known
             rows[title] = row(title, outcomes, said)
             print(" | ".join(rows[title]), flush=True)
-    REPORT.write_text(document(rows, machine_line()))
+    REPORT.write_text(document(rows))

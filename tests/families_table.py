@@ -12,11 +12,9 @@ import argparse
 import ast
 import inspect
 import io
-import platform
 import re
 import tempfile
 import tokenize
-from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +29,7 @@ from nanollm.layers import MODULES
 from nanollm.text.templates import PROOFS
 from tests.fixtures import FIXTURES, LINEAGES
 from tests.oracles import TOKENS, Fixture, difference, reference_logits, tokens, write
+from tests.record import here_and_now, lettered, places
 
 ROOT = Path(__file__).parent.parent
 REPORT = ROOT / "docs" / "families.md"
@@ -176,15 +175,8 @@ def measured(name: str) -> Row:
     float32 = ", ".join(f"{way or ''} {found:.0e}".strip() for way, found in ways.items())
     return Row(
         name, ours.origin.values.get("model_type", family), fixture.oracle, float32, bfloat16(fixture, x),
-        "equal" if greedy_agrees(fixture, theirs, ours) else "DIFFER", "bytes equal" if same else "DIFFERS", machine())
-
-
-def machine() -> str:
-    """When and on what something is measured."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return f"{date.today()}, {found[1] if found else platform.processor() or platform.machine()}, one thread, " \
-           f"torch {torch.__version__}, transformers {transformers.__version__}"
+        "equal" if greedy_agrees(fixture, theirs, ours) else "DIFFER", "bytes equal" if same else "DIFFERS",
+        here_and_now())
 
 
 # ---- what is counted
@@ -248,16 +240,15 @@ def grouped(kinds: dict[str, str]) -> dict[str, list[str]]:
 
 def document(rows: dict[str, Row]) -> str:
     """docs/families.md."""
-    places = {place: chr(ord("a") + i) for i, place in enumerate(dict.fromkeys(row.measured for row in rows.values()))}
+    letters, measured = lettered(row.measured for row in rows.values())
     body = ""
     for file, names in grouped({name: row.model_type for name, row in rows.items()}).items():
-        lettered = [rows[name]._replace(measured=places[rows[name].measured]) for name in names]
-        body += f"\n### {file}\n\n{TABLE}" + "".join(f"| {' | '.join(row)} |\n" for row in lettered)
+        shown = [rows[name]._replace(measured=letters[rows[name].measured]) for name in names]
+        body += f"\n### {file}\n\n{TABLE}" + "".join(f"| {' | '.join(row)} |\n" for row in shown)
     worst = max(max(row.numbers("float32")) for row in rows.values())
     equal = sum(row.bfloat16 == "bit-equal" for row in rows.values())
     summary = (f"{len(rows)} fixtures. The largest difference of all is {worst:.0e}; "
                f"{equal} of them are bit-equal in bfloat16.")
-    measured = "\n".join(f"  - {letter}: {place}" for place, letter in places.items())
     head = HEAD.format(bound=Fixture.bound, tokens=TOKENS, summary=summary, measured=measured)
     return head + body + COSTS + "\n".join(costs()) + "\n" + proved()
 
@@ -265,10 +256,9 @@ def document(rows: dict[str, Row]) -> str:
 def committed() -> dict[str, Row]:
     """The rows of docs/families.md."""
     text = REPORT.read_text() if REPORT.exists() else ""
-    places = dict(re.findall(r"^  - ([a-z]): (.+)$", text, re.MULTILINE))
     cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     rows = [Row(*each) for each in cells if len(each) == len(Row._fields) and each[0] != "fixture"]
-    return {row.fixture: row._replace(measured=places[row.measured]) for row in rows}
+    return {row.fixture: row._replace(measured=places(text)[row.measured]) for row in rows}
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The reference here is our own full forward pass of the prefix; that it is right 
 """
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_token_by_token(model):
 @pytest.mark.parametrize("cuts", [(0, 11, 12, 30, 40), (0, 1, 40), (0, 20, 27, 33, 40), (0, 39, 40)])
 def test_chunks(model, cuts):
     x, cache = tokens(2), Cache(model.config, 2, T)
-    for start, end in zip(cuts, cuts[1:], strict=True):
+    for start, end in itertools.pairwise(cuts):
         logits = model(x[:, start:end], cache=cache)
         assert logits.shape[1] == end - start
         assert difference(logits[:, -1], prefix(model, 2, end)) < BOUND, (start, end)

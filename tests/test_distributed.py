@@ -1,8 +1,9 @@
 """Many ranks are one computation: train.py and its parts on gloo, against one process.
 
 Ranks are forked (forked.py), which gives them what torchrun does and saves most of the time. Under torchrun itself
-are the first of the runs that must equal one process, so that train.py is started as the README says, and the error
-that all ranks meet, of which torchrun has a say.
+are the first of the runs
+that must equal one process, so that train.py is started as the README says, and the error that all ranks meet, of
+which torchrun has a say.
 """
 
 import json
@@ -20,8 +21,6 @@ from tests import forked, ranks
 from tests.toys import grammar
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.slow
-
 
 def torchrun(ranks: int, *args: object) -> subprocess.CompletedProcess:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -88,15 +87,12 @@ def alone(shards, tmp_path_factory):
     return get
 
 
-@pytest.mark.parametrize(
-    "what, size, more",
-    [
-        ("llama", 2, ()), ("llama", 2, ("--micro-batch", 2)), ("llama", 1, ("--micro-batch", 2)),
-        ("llama", 4, ("--replicas", 2)), ("llama --optimizer adamw", 2, ("--micro-batch", 2)),
-        ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ()),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("what, size, more", [
+    ("llama", 2, ("--micro-batch", 2)),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("llama", 2, ()), ("llama", 1, ("--micro-batch", 2)), ("llama", 4, ("--replicas", 2)),
+        ("llama --optimizer adamw", 2, ("--micro-batch", 2)), ("mixtral", 2, ("--micro-batch", 2)), ("mamba", 2, ())]),
+], ids=str)
 def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, what, size, more):
     model = ("--preset", *what.split(), "--data", shards)
     one, _ = alone(*model)
@@ -112,6 +108,7 @@ def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_
     assert all(entry["worst_rank_loss"] >= entry["loss"] - 1e-9 for entry in many)
 
 
+@pytest.mark.slow
 def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone, tmp_path):
     """Chats: rows with few answers and rows with many. 2 ranks × 2 micro-batches = 1 × 4 = one big batch."""
     rng = np.random.default_rng(1)
@@ -136,6 +133,7 @@ def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone
     )  # a mean of means would have been another number
 
 
+@pytest.mark.slow
 def test_held_out_loss_and_the_model_that_is_written_are_those_of_one_process(shards, alone, tmp_path):
     import checkpoints
     _, one = alone("--preset", "llama", "--data", shards)
@@ -155,18 +153,20 @@ def test_held_out_loss_and_the_model_that_is_written_are_those_of_one_process(sh
 
 # ---- its parts
 
-@pytest.mark.parametrize("size, replicas", [(1, 1), (2, 1), (4, 2)])
+@pytest.mark.parametrize("size, replicas", [(1, 1), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_weights_drawn_in_slices_are_those_drawn_whole(tmp_path, size, replicas):
     for name, (count, same, tied) in case("initial", size, tmp_path, replicas).items():
         assert count == same > 20 and tied, name
 
 
+@pytest.mark.slow
 def test_recomputed_activations_change_no_bit(tmp_path):
     found = case("recompute", 2, tmp_path)
     for name in ("llama", "mixtral"):
         assert found[f"{name} none"] == found[f"{name} selective"] == found[f"{name} full"]
 
 
+@pytest.mark.slow
 def test_every_variant_computes_the_same(tmp_path):
     one, two = case("variants", 1, tmp_path), case("variants", 2, tmp_path)
     for name in ("plain", "offload", "mamba", "mixtral"):
@@ -209,6 +209,7 @@ def test_ranks_agree(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once_and_ends_all_ranks(tmp_path):
     done = torchrun(2, "train.py", "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
     assert (

@@ -226,13 +226,14 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("script", OPTIONS)
-def test_the_options_are_frozen(script, monkeypatch, capsys):
+def test_no_option_disappears(script, monkeypatch, capsys):
+    """The options of a script are a promise; a new one needs no line here."""
     monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as end:
         importlib.import_module(script.removesuffix(".py")).run()
     text = capsys.readouterr().out
     assert not end.value.code
-    assert sorted(set(re.findall(r"^ +(?:-h, )?(--[a-z][\w-]*)", text, re.MULTILINE))) == OPTIONS[script].split()
+    assert set(OPTIONS[script].split()) <= set(re.findall(r"^ +(?:-h, )?(--[a-z][\w-]*)", text, re.MULTILINE))
 
 
 @pytest.mark.parametrize("path", FILES, **AS_PATHS)

@@ -33,9 +33,8 @@ from nanollm.data import prepare as texts
 from nanollm.training import log as logs
 from nanollm.training import losses, state
 from tests import forked, killed
+from tests.fixtures import slow_but
 from tests.toys import grammar
-
-pytestmark = pytest.mark.slow
 
 ROOT = Path(train.__file__).parent
 SHORT = ["--steps", "8", "--save-every", "2", "--eval-every", "4", "--optimizer", "adamw"]
@@ -224,8 +223,8 @@ def as_it_was_left(out: Path, place: tuple[str, int]) -> None:
     assert not (out / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("place", KILLS, ids=lambda place: f"{place[0]}-{place[1]}")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("place", slow_but([("shard", 2)], KILLS), ids=lambda place: f"{place[0]}-{place[1]}")
 def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, place, ranks):
     out, options = (
         tmp_path / "run", MUON if place[0] == "optimizer" else SHORT,
@@ -239,6 +238,7 @@ def test_a_run_that_was_killed_ends_as_one_that_was_not(whole, data, tmp_path, p
     assert outcome(out) == outcome(whole(*options, ranks=ranks))
 
 
+@pytest.mark.slow
 def test_torchrun_ends_with_a_worker_that_was_killed_and_goes_on(whole, data, tmp_path):
     out, place = tmp_path / "run", ("forward", 6)
     code, said = end(torchrun(data, out, *SHORT, script=("tests/killed.py", *place)), out)
@@ -254,8 +254,9 @@ def test_torchrun_ends_with_a_worker_that_was_killed_and_goes_on(whole, data, tm
 
 @pytest.mark.parametrize("more", [
     ("--preset", "mixtral"),                                    # the prices of experts, AdamW's moments and its count
-    ("--preset", "mamba", "--optimizer", "muon", "--micro-batch", "1"),
-    ("--dtype", "bfloat16", "--optimizer", "muon", "--schedule", "wsd", "--z-loss", "0.0001"),
+    *(pytest.param(more, marks=pytest.mark.slow) for more in [
+        ("--preset", "mamba", "--optimizer", "muon", "--micro-batch", "1"),
+        ("--dtype", "bfloat16", "--optimizer", "muon", "--schedule", "wsd", "--z-loss", "0.0001")]),
 ], ids=lambda more: more[1])
 def test_what_goes_on_from_a_checkpoint_ends_as_what_went_on(whole, data, tmp_path, more):
     out = cut(whole(*SHORT, *more), 4, tmp_path / "run")
@@ -263,6 +264,7 @@ def test_what_goes_on_from_a_checkpoint_ends_as_what_went_on(whole, data, tmp_pa
     assert outcome(out) == outcome(whole(*SHORT, *more))
 
 
+@pytest.mark.slow
 def test_the_window_that_spikes_are_measured_against_goes_on(data, tmp_path, monkeypatch):
     """Where weights hardly move, many a step is half a sigma above the others. A window that began anew would be
     blind for 8 steps."""
@@ -293,7 +295,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_it_is_gone_on_with(w
 
 # ---- elastic
 
-@pytest.mark.parametrize("before, ranks", [(2, 1), (2, 2), (2, 4), (1, 2)])
+@pytest.mark.parametrize("before, ranks", [
+    (2, 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 2), (2, 4), (1, 2)])])
 def test_a_checkpoint_is_gone_on_with_by_any_number_of_ranks(whole, data, tmp_path, before, ranks):
     """One rank is not sharded at all, which its checkpoints do not show."""
     before = whole(*MUON, ranks=before)
@@ -350,6 +353,7 @@ def goes_on_as_asked(
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
 
 
+@pytest.mark.slow
 def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp_path):
     out = tmp_path / "run"
     child = launch(data, out, *LONG)
@@ -364,6 +368,7 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp
     goes_on_as_asked(whole, data, out, asked, ended.said, ranks=1)
 
 
+@pytest.mark.slow
 def test_signals_reach_all_ranks_of_torchrun(whole, data, tmp_path):
     out = tmp_path / "run"
     child = torchrun(data, out, *LONG)
@@ -377,6 +382,7 @@ def test_signals_reach_all_ranks_of_torchrun(whole, data, tmp_path):
     goes_on_as_asked(whole, data, out, asked, said, ranks=2)
 
 
+@pytest.mark.slow
 def test_a_folder_in_use_is_refused_even_where_the_torchrun_of_its_workers_is_gone(whole, data, tmp_path):
     out = tmp_path / "run"
     child = torchrun(data, out, *LONG)
@@ -401,7 +407,7 @@ def test_a_folder_in_use_is_refused_even_where_the_torchrun_of_its_workers_is_go
 
 # ---- no room
 
-@pytest.mark.parametrize("place", ["save_file", "write_manifest", "publish"])
+@pytest.mark.parametrize("place", slow_but(["save_file"], ["save_file", "write_manifest", "publish"]))
 def test_training_goes_on_where_a_checkpoint_cannot_be_written(whole, data, tmp_path, monkeypatch, capsys, place):
     out, original = tmp_path / "run", getattr(state, place)
 
@@ -418,6 +424,7 @@ def test_training_goes_on_where_a_checkpoint_cannot_be_written(whole, data, tmp_
     assert saved(out) == [2, 6, 8] and hidden(out) == [] and outcome(out) == outcome(whole(*SHORT))
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_checkpoint_cannot_be_written_stops_and_goes_on_later(whole, data, tmp_path, monkeypatch):
     out, original = tmp_path / "run", os.rename
 
@@ -474,6 +481,7 @@ def bytes_of(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_on_a_disk_with_room_for_one_checkpoint_the_first_one_is_gone_on_with(whole, data, disk, ranks):
     one = bytes_of(whole(*SHORT, ranks=ranks) / "steps" / "00000002")
@@ -491,6 +499,7 @@ def test_on_a_disk_with_room_for_one_checkpoint_the_first_one_is_gone_on_with(wh
     assert outcome(out) == outcome(whole(*SHORT, ranks=ranks))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_there_is_room(whole, data, disk, ranks):
     """The log is the first that must be written. 2 ranks are under torchrun, which has much to say of workers
@@ -525,6 +534,7 @@ def test_a_disk_that_fills_up_stops_the_run_in_one_line_and_it_goes_on_when_ther
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
 
 
+@pytest.mark.slow
 def test_a_model_for_which_there_is_no_room_is_written_when_there_is(whole, data, disk, monkeypatch):
     place = disk(bytes_of(whole(*SHORT)))
     out, export = place / "run", train.export

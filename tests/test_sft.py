@@ -5,6 +5,7 @@ The oracle for the answers is transformers, with {% generation %} in the templat
 hand.
 """
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -529,7 +530,7 @@ def test_every_example_is_in_the_rows_once():
         used = int((positions >= 0).sum())
         assert (positions[used:] == -1).all() and (targets[used:] == -100).all() and (tokens[used:] == 0).all()
         starts = [*np.flatnonzero(positions == 0), used]
-        for start, stop in zip(starts, starts[1:], strict=True):
+        for start, stop in itertools.pairwise(starts):
             assert positions[start:stop].tolist() == [*range(stop - start)]
             found.append((tuple(tokens[start:stop]), tuple(targets[start:stop])))
     kept = [one for one in examples if len(one.tokens) <= 32]

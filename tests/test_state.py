@@ -526,7 +526,7 @@ def test_signals_are_requests_until_they_are_served():
         assert requests.pending == 0
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert requests.pending == runs.LEAVE                                         # the larger one, whichever came last
+        assert requests.pending == runs.LEAVE                                   # the larger one, whichever came last
         requests.served(runs.SAVE)                                               # the ranks had agreed before it came
         assert requests.pending == runs.LEAVE
         requests.served(runs.LEAVE)

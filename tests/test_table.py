@@ -8,7 +8,7 @@ import torch
 
 from checkpoints.families import FAMILIES
 from checkpoints.names.ops import Blocks, Groups, Halving, Interleaving, Same, Stack, Transposed
-from checkpoints.names.table import check, expand, override, rule
+from checkpoints.names.table import check, expand, override, rule, under
 from checkpoints.storage.files import Stored
 from nanollm.config import MLP, Attention, Layer, ModelConfig
 from nanollm.errors import CheckpointError
@@ -49,6 +49,15 @@ def test_ops_are_inverses(op, seed):
 
     meta = op.shapes([tensor.to("meta") for tensor in ours], LAYER)                      # the plan says what is written
     assert meta == [tuple(one.shape) for one in stored]
+
+
+def test_under_puts_both_prefixes_before_each_pair():
+    pairs = {"q_proj": "q", "experts.{e}.w": "experts.up"}
+    assert under("h.{i}", "layers.{i}", pairs, Stack) == [
+        rule("h.{i}.q_proj", "layers.{i}.q", Stack), rule("h.{i}.experts.{e}.w", "layers.{i}.experts.up", Stack),
+    ]
+    assert under("", "", {"wte": "embed"}) == [rule("wte", "embed")]
+    assert under("transformer", "", {"ln_f": "norm"}) == [rule("transformer.ln_f", "norm")]
 
 
 def test_pieces_are_views():

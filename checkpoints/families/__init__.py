@@ -1,10 +1,9 @@
 """The families, by the `model_type` of their config.json; beside them nanollm's own layout, which is for all.
 
-A family is found by being here: each file has FAMILIES, model_type → Family. A model that was trained here has none; it is written as the
-first of TRAINED_HERE that can say all of it, which is found out by reading back what was written.
+A family is found by being here: each file has FAMILIES, model_type → Family. A model that was trained here has none; it
+is written as the first of TRAINED_HERE whose config.json, read back, is equal.
 """
 
-import dataclasses
 import difflib
 import importlib
 import pkgutil
@@ -13,6 +12,7 @@ from typing import Any
 
 from checkpoints.families.family import Family
 from checkpoints.families.nanollm import NANOLLM
+from checkpoints.names.config_table import difference
 from checkpoints.names.reader import Reader, brief
 from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
@@ -43,8 +43,9 @@ def read_config(
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
     if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
-        raise ConfigError(f"{where}: model_type is {brief(kind)}; " + (f"near it are {', '.join(near)}; " if near else "")
-                          + f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
+        hint = f"near it are {', '.join(near)}; " if near else ""
+        raise ConfigError(f"{where}: model_type is {brief(kind)}; {hint}"
+                          f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
     family = family_called(kind)
     reader = Reader(values, where, ignore, most)
     try:
@@ -71,16 +72,3 @@ def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Fam
             return candidate, values
         reasons.append(f"{candidate.name}: {difference(config, again, 'config')}")
     raise ConfigError("no family can express this model:\n  " + "\n  ".join(reasons))
-
-
-def difference(ours: Any, read: Any, path: str) -> str:
-    """The first place where two configs part, as a sentence."""
-    pairs: list[tuple[str, Any, Any]] = []
-    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
-        pairs = [(f".{field.name}", getattr(ours, field.name), getattr(read, field.name)) for field in dataclasses.fields(ours)]
-    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
-        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read))]
-    for part, a, b in pairs:
-        if a != b:
-            return difference(a, b, path + part)
-    return f"{path} is {ours!r}, and would be read as {read!r}"

@@ -1,7 +1,7 @@
 """python -m checkpoints.families [MODEL_TYPE]: the families that are read, or what the tables of one say.
 
     python -m checkpoints.families            model_types, and the file of each
-    python -m checkpoints.families qwen3      its keys of config.json with the fields they are, and its tensors with the parameters they are
+    python -m checkpoints.families qwen3      its keys of config.json and their fields, its tensors and their parameters
 """
 
 import argparse
@@ -53,12 +53,15 @@ def missing(row: Row) -> str:
 
 def run() -> None:
     """The command."""
-    parser = cli.Parser(prog="python -m checkpoints.families", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", nargs="?", metavar="MODEL_TYPE", help="a model_type, as config.json says it; without one all are listed")
+    parser = cli.Parser(prog="python -m checkpoints.families", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", nargs="?", metavar="MODEL_TYPE",
+                        help="a model_type, as config.json says it; without one all are listed")
     kind = parser.parse_args().kind
     if kind is not None and kind not in FAMILIES:
-        near = difflib.get_close_matches(kind, FAMILIES, 3)
-        raise ConfigError(f"no model_type {kind!r}; " + (f"near it are {', '.join(near)}" if near else "without an argument all are listed"))
+        near = ", ".join(difflib.get_close_matches(kind, FAMILIES, 3))
+        raise ConfigError(f"no model_type {kind!r}; "
+                          + (f"near it are {near}" if near else "without an argument all are listed"))
     print("\n".join(listed() if kind is None else described(kind, FAMILIES[kind])))
 
 

@@ -5,19 +5,14 @@ Four models share one model_type; their code differs, and no key says how.
                     hidden_size   position   head         vocab_size   what config.json has
     Baichuan-7B        4096       RoPE       plain          64000      max_position_embeddings
     Baichuan-13B       5120       ALiBi      plain          64000      model_max_length
-    Baichuan2-7B       4096       RoPE       unit rows     125696      max_position_embeddings, model_max_length,
-                       z_loss_weight
+    Baichuan2-7B       4096       RoPE       unit rows     125696      both of these, and z_loss_weight
     Baichuan2-13B      5120       ALiBi      unit rows     125696      model_max_length, z_loss_weight
 
 Unit rows: each row of the head is brought to length 1 before it is used, so a token's logit does not grow with its row.
 
-What is read from that, and refused where two signs speak against each other:
-
-    RoPE, if there is max_position_embeddings; ALiBi, if there is only model_max_length. Not with the width of the
-    other model.
-    Unit rows, if there is z_loss_weight, which trained Baichuan 2 and is in all its configs, or the vocabulary is
-    Baichuan 2's.
-    A vocabulary that was grown by a fine-tuning decides nothing.
+Read from that, and refused where two signs contradict each other: RoPE if there is max_position_embeddings, ALiBi if
+there is only model_max_length, neither with the width of the other model; unit rows if there is z_loss_weight, which
+trained Baichuan 2, or if the vocabulary is Baichuan 2's. A vocabulary that a fine-tuning extended decides nothing.
 
 theta is 10000 and no key says so; neither do other keys of Llama's (a head_dim, key/value heads, a scaling) exist here.
 """
@@ -29,17 +24,13 @@ from checkpoints.names.config_rows import Heads
 from checkpoints.names.config_table import Draft, Row, part
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import QKV, override, rule
 from nanollm.config import Alibi, Rope
 
 WIDTH_OF_ROPE, WIDTH_OF_ALIBI = 4096, 5120
 FIRST_VOCAB, SECOND_VOCAB = 64000, 125696
 
-BAICHUAN_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.self_attn.W_pack",
-         ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
-)
+BAICHUAN_NAMES = override(LLAMA_NAMES, rule("model.layers.{i}.self_attn.W_pack", QKV, Blocks))
 
 
 class Position(Row):
@@ -76,6 +67,6 @@ BAICHUAN = LLAMA_SHAPE.but(
     "baichuan", "BaichuanForCausalLM", names=(BAICHUAN_NAMES,), layer={"mixer.rope": None},
     keys={"num_attention_heads": Heads(), "max_position_embeddings": Position(), "z_loss_weight": UnitHead()},
     without=("num_key_value_heads", "head_dim", "rope_parameters"),
-    irrelevant=frozenset({"_from_model_config", "gradient_checkpointing", "model_max_length", "z_loss_weight"}),
+    irrelevant=frozenset({"model_max_length", "z_loss_weight"}),
 )
 FAMILIES = {"baichuan": BAICHUAN}

@@ -13,22 +13,20 @@ Llama's block, its norms rounding after the gain, with these differences:
     ChatGLM3-6B-32k (50) and -128k (500),          m · (10000 · ratio)^(−2j/r)             the base is multiplied
     GLM-4-9b-chat (500) and -1m (10000)
 
-The folder mostly does: by the name in `_name_or_path`, or by GLM-4's vocabulary. Where neither does, someone who
-knows adds a key of ours to config.json: "rope_ratio_scales": "positions" or "base".
-
-The first ChatGLM-6B (positions in two dimensions, a prefix that sees itself both ways) is another model, and its keys
-are refused.
+The name in `_name_or_path` or GLM-4's vocabulary mostly does. Where neither does, someone who knows adds a key of ours
+to config.json: "rope_ratio_scales": "positions" or "base". The first ChatGLM-6B (positions in two dimensions, a prefix
+that sees itself both ways) is another model, and its keys are refused.
 """
 
 import re
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.names.config_rows import LayerCount, must_be, unread
-from checkpoints.names.config_table import ABSENT, Draft, Row, field, flag, number, only, part, size
+from checkpoints.names.config_rows import LayerCount
+from checkpoints.names.config_table import ABSENT, Draft, Row, field, flag, number, only, part, size, unread
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import GATE_UP, QKV, override, rule, under
 from nanollm.config import MLP, Attention, Layer, Linear, ModelConfig, Norm, Rope
 
 THETA = 10_000.0
@@ -38,15 +36,13 @@ RATIO_SCALES = "rope_ratio_scales"  # our key: what rope_ratio scales
 NAMES = override(
     {},
     rule("transformer.embedding.word_embeddings", "embed"),
-    rule("transformer.encoder.layers.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    rule("transformer.encoder.layers.{i}.self_attention.query_key_value",
-         ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
-    rule("transformer.encoder.layers.{i}.self_attention.dense", "layers.{i}.mixer.o"),
-    rule("transformer.encoder.layers.{i}.post_attention_layernorm", "layers.{i}.pre_ffn"),
-    rule("transformer.encoder.layers.{i}.mlp.dense_h_to_4h", ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"], Blocks),
-    rule("transformer.encoder.layers.{i}.mlp.dense_4h_to_h", "layers.{i}.ffn.down"),
-    rule("transformer.encoder.final_layernorm", "norm"),
-    rule("transformer.output_layer", "head"),
+    *under("transformer", "", {"encoder.final_layernorm": "norm", "output_layer": "head"}),
+    *under("transformer.encoder.layers.{i}", "layers.{i}", {
+        "input_layernorm": "pre_mixer", "post_attention_layernorm": "pre_ffn",
+        "self_attention.dense": "mixer.o", "mlp.dense_4h_to_h": "ffn.down",
+    }),
+    rule("transformer.encoder.layers.{i}.self_attention.query_key_value", QKV, Blocks),
+    rule("transformer.encoder.layers.{i}.mlp.dense_h_to_4h", GATE_UP, Blocks),
 )
 
 
@@ -88,39 +84,27 @@ NORM = part(Norm, cast_after_gain=True)
 CHATGLM = Family(
     "chatglm", "ChatGLMModel",
     keys={
-        "padded_vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_layers": LayerCount(),
+        "padded_vocab_size": size("vocab"), "hidden_size": size("dim"), "num_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
-        "multi_query_attention": must_be(True),
-        "multi_query_group_num": size("mixer.kv_heads", missing=1),
-        "kv_channels": size("mixer.head_dim", missing=128),
-        "add_qkv_bias": flag("mixer.qkv_bias", missing=False),
-        "ffn_hidden_size": size("ffn.hidden"),
+        "multi_query_attention": only(True, written=True, missing=False),
+        "multi_query_group_num": size("mixer.kv_heads", missing=1), "kv_channels": size("mixer.head_dim", missing=128),
+        "add_qkv_bias": flag("mixer.qkv_bias", missing=False), "ffn_hidden_size": size("ffn.hidden"),
         "layernorm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=1e-5),
-        "seq_length": size("context", missing=2048),
-        "rope_ratio": Ratio(),
+        "seq_length": size("context", missing=2048), "rope_ratio": Ratio(),
         "original_rope": unread(True),
-        # GLM-4 says both twice
-        "vocab_size": only(field("vocab"), written=True),
+        "vocab_size": only(field("vocab"), written=True),  # GLM-4 says this and the next twice
         "num_hidden_layers": only(lambda draft: len(draft.layers), written=True),
         # other wirings of the same code, which no published model has
-        "rmsnorm": only(True, written=True),
-        "post_layer_norm": only(True, written=True),
-        "add_bias_linear": only(False, written=True),
-        "apply_residual_connection_post_layernorm": only(False, written=True),
-        "tie_word_embeddings": only(False, written=True),
-        "fp32_residual_connection": only(False),
-        "pre_seq_len": only(None),
-        "quantization_bit": only(0),
+        **dict.fromkeys(("rmsnorm", "post_layer_norm"), only(True, written=True)),
+        **dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm", "tie_word_embeddings"),
+                        only(False, written=True)),
+        "fp32_residual_connection": only(False), "pre_seq_len": only(None), "quantization_bit": only(0),
     },
     layer=part(Layer, mixer=part(Attention, rope=part(Rope, layout="interleaved", fraction=0.5)), ffn=part(MLP),
                pre_mixer=NORM, pre_ffn=NORM),
-    model=part(ModelConfig, final_norm=NORM),
-    names=(NAMES,),
+    model=part(ModelConfig, final_norm=NORM), names=(NAMES,),
     ignorable=frozenset({"transformer.rotary_pos_emb.inv_freq"}),
-    # how scores are kept from overflowing in 16 bits, which kernels run, dropout, and what only a tuned prefix reads
-    irrelevant=frozenset({"apply_query_key_layer_scaling", "attention_softmax_in_fp32", "bias_dropout_fusion",
-                          "classifier_dropout", "prefix_projection", "attn_implementation"}),
+    # how scores are kept from overflowing in 16 bits, dropout, and what only a tuned prefix reads
+    irrelevant=frozenset({"apply_query_key_layer_scaling", "classifier_dropout", "prefix_projection"}),
 )
 FAMILIES = {"chatglm": CHATGLM}

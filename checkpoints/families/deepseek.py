@@ -8,80 +8,62 @@
                                                a learned correction ("noaux_tc")     × routed_scaling_factor
 
 The first `first_k_dense_replace` layers have an MLP of `intermediate_size`, the others many small experts and
-`n_shared_experts` that every token visits, stored as one MLP of that many times the width. Latent attention:
+`n_shared_experts` that every token visits, stored as one MLP of that many times the width. Latent attention is
 nanollm/layers/latent_attention.py; its two inner norms have ε 1e-6 whatever `rms_norm_eps` is. The rotated part is
 interleaved (V3: unless `rope_interleave` is false), in V2 in float32. YaRN has two temperatures: cos and sin times
 t(mscale) / t(mscale_all_dim), as in rope.py, and the scores times t(mscale_all_dim)².
 
-Where the published code and transformers part:
+Where the published code and transformers differ:
 
 - V2 with `norm_topk_prob` true, which no checkpoint has: published, renormalised weights are not scaled; transformers
   5.23 ignores the key. This follows the published code.
-- V3's experts outside the kept groups count as −∞ in transformers and in later copies of the published file, and as 0
-  in its first, which differs only where a kept expert's corrected score is below 0. This takes −∞.
+- V3's experts outside the kept groups count as −∞ in transformers and in later copies of the published file, as here,
+  and as 0 in its first, which differs only where a kept expert's corrected score is below 0.
 
-V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, and the load says
-so. Its weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight and
-Kimi-K2 are V3 in other numbers.
+V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, which load says. Its
+weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight, Kimi-K2: V3 in
+other numbers.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.llama import ATTENTION_BIAS, GATED, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen_moe import with_experts
-from checkpoints.names.config_rows import Kinds, RopeKeys
-from checkpoints.names.config_table import (
-    ABSENT,
-    Draft,
-    Follows,
-    Part,
-    Row,
-    choice,
-    count,
-    field,
-    flag,
-    number,
-    only,
-    part,
-    size,
-)
+from checkpoints.names.config_rows import Kinds, RopeKeys, whole
+from checkpoints.names.config_table import Draft, Follows, Row, choice, count, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import temperature
-from checkpoints.names.table import Rule, override, rule
+from checkpoints.names.table import override, rule, under
 from nanollm.config import MLP, ExpertGroups, LatentAttention, MoE, Rope, Yarn
 from nanollm.errors import ConfigError
 
-SHARED: tuple[Rule, ...] = tuple(
-    rule(f"model.layers.{{i}}.mlp.shared_experts.{name}_proj", f"layers.{{i}}.ffn.shared.{name}")
-    for name in ("gate", "up", "down"))
+SHARED = under("model.layers.{i}.mlp.shared_experts", "layers.{i}.ffn.shared", GATED)
 LATENT_NAMES = override(
-    {ours: each for ours, each in LLAMA_NAMES.items() if not ours.endswith((".k", ".v"))},        # q is V2-Lite's
-    rule("model.layers.{i}.self_attn.q_a_proj", "layers.{i}.mixer.q_down"),
-    rule("model.layers.{i}.self_attn.q_a_layernorm", "layers.{i}.mixer.q_norm"),
-    rule("model.layers.{i}.self_attn.q_b_proj", "layers.{i}.mixer.q_up"),
-    rule("model.layers.{i}.self_attn.kv_a_proj_with_mqa", "layers.{i}.mixer.kv_down"),
-    rule("model.layers.{i}.self_attn.kv_a_layernorm", "layers.{i}.mixer.kv_norm"),
-    rule("model.layers.{i}.self_attn.kv_b_proj", "layers.{i}.mixer.kv_up"),
+    {ours: each for ours, each in LLAMA_NAMES.items() if not ours.endswith((".k", ".v"))},  # q is V2-Lite's
+    *under("model.layers.{i}.self_attn", "layers.{i}.mixer", {
+        "q_a_proj": "q_down", "q_a_layernorm": "q_norm", "q_b_proj": "q_up",
+        "kv_a_proj_with_mqa": "kv_down", "kv_a_layernorm": "kv_norm", "kv_b_proj": "kv_up",
+    }),
 )
 CORRECTION = rule("model.layers.{i}.mlp.gate.e_score_correction_bias", "layers.{i}.ffn.router.correction")
-# ---- which layers have experts, and which experts
 
-def first_dense(experts: Part, missing: int) -> Kinds:
-    """An MLP in the first layers, experts in the others."""
-    key = "first_k_dense_replace"
 
-    def read(r: Reader, layers: int) -> list[str]:
-        first = r.get(key, missing)
-        if type(first) is not int or first < 0:
-            raise r.error(key, "a whole number")
+class FirstDense(Kinds):
+    """How many of the first layers have an MLP; the others have experts, of which `experts` is what no key says."""
+
+    def __init__(self, missing: int, **experts: Any) -> None:
+        self.missing = missing
+        parts = {"mlp": part(MLP), "experts": part(MoE, expert=part(MLP), **experts)}
+        super().__init__("ffn", parts, self.kinds, self.keys)
+
+    def kinds(self, r: Reader, layers: int) -> list[str]:
+        first = whole(r, "first_k_dense_replace", self.missing)
         return ["mlp" if i < first else "experts" for i in range(layers)]
 
-    def write(kinds: list[str]) -> dict[str, Any]:
-        return {key: [*kinds, "experts"].index("experts")}
-
-    return Kinds("ffn", {"mlp": part(MLP), "experts": experts}, read, write)
+    def keys(self, kinds: list[str]) -> dict[str, Any]:
+        return {"first_k_dense_replace": [*kinds, "experts"].index("experts")}
 
 
 class EveryFew(Row):
@@ -95,7 +77,7 @@ class EveryFew(Row):
                 layer.set("ffn", part(MLP))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        routed = [i for i, experts in enumerate(draft.each("ffn.experts")) if experts is not ABSENT]
+        routed = [i for i, layer in enumerate(draft.layers) if layer.get("ffn").kind is MoE]
         return {key: routed[1] - routed[0] if len(routed) > 1 else 1}
 
 
@@ -107,12 +89,12 @@ class SharedExperts(Row):
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         number, one = r.size(key, self.missing, or_null=True), draft["ffn.expert"]
-        if number and one is not ABSENT:
+        if number and "ffn.expert" in draft:
             draft["ffn.shared"] = part(MLP, hidden=number * one.get("hidden"), activation=one.get("activation"))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        shared, width = draft["ffn.shared.hidden"], draft["ffn.expert.hidden"]
-        return {key: None if shared is ABSENT else shared // width}
+        shared = "ffn.shared.hidden" in draft
+        return {key: draft["ffn.shared.hidden"] // draft["ffn.expert.hidden"] if shared else None}
 
 
 class Groups(Row):
@@ -130,8 +112,9 @@ class Groups(Row):
         draft["ffn.groups"] = part(ExpertGroups, count=number, kept=kept, best=self.best) if number > 1 else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        number, kept = draft["ffn.groups.count"], draft["ffn.groups.kept"]
-        return {key: 1, "topk_group": 1} if number is ABSENT else {key: number, "topk_group": kept}
+        if "ffn.groups.count" not in draft:
+            return {key: 1, "topk_group": 1}
+        return {key: draft["ffn.groups.count"], "topk_group": draft["ffn.groups.kept"]}
 
 
 class GreedyOrGroups(Groups):
@@ -146,8 +129,6 @@ class GreedyOrGroups(Groups):
         values = super().write(draft, key)
         return values | {"topk_method": "greedy" if values[key] == 1 else "group_limited_greedy"}
 
-
-# ---- latent attention
 
 class TemperedRope(RopeKeys):
     """RoPE, and the scale of the scores: 1/√width, and with YaRN twice the temperature of mscale_all_dim."""
@@ -194,20 +175,14 @@ def solved(function: Callable[[float], float], wanted: float, heat: float, facto
     return found
 
 
-# ---- the families
-
 DEEPSEEK = LLAMA_SHAPE.but(
     "deepseek", "DeepseekForCausalLM", names=with_experts(LLAMA_NAMES, *SHARED),
     keys={
-        "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=False),
-        "first_k_dense_replace": first_dense(part(MoE, expert=part(MLP), round_weights=True), missing=0),
-        "moe_layer_freq": EveryFew(),
-        "intermediate_size": size("ffn.hidden"),
-        "moe_intermediate_size": size("ffn.expert.hidden", missing=1407),
-        "n_routed_experts": count("ffn.experts", missing=64),
-        "n_shared_experts": SharedExperts(missing=2),
-        "num_experts_per_tok": size("ffn.top_k"),
-        "norm_topk_prob": flag("ffn.renormalize", missing=False),
+        "attention_bias": ATTENTION_BIAS,
+        "first_k_dense_replace": FirstDense(missing=0, round_weights=True), "moe_layer_freq": EveryFew(),
+        "intermediate_size": size("ffn.hidden"), "moe_intermediate_size": size("ffn.expert.hidden", missing=1407),
+        "n_routed_experts": count("ffn.experts", missing=64), "n_shared_experts": SharedExperts(missing=2),
+        "num_experts_per_tok": size("ffn.top_k"), "norm_topk_prob": flag("ffn.renormalize", missing=False),
         "scoring_func": only("softmax", written=True),
     },
     irrelevant=frozenset({"aux_loss_alpha", "seq_aux", "ep_size"}),
@@ -217,44 +192,33 @@ DEEPSEEK_V2 = DEEPSEEK.but(
     layer={"mixer": part(LatentAttention, rope=part(Rope, layout="interleaved", rounds="result"))},
     keys={
         "num_key_value_heads": only(field("mixer.heads"), None, written=True),  # says nothing: no head shares keys
-        "qk_nope_head_dim": size("mixer.nope", missing=128),
-        "qk_rope_head_dim": size("mixer.rope_dim", missing=64),
-        "qk_head_dim": only(width),
-        "head_dim": only(field("mixer.rope_dim")),  # what transformers writes
-        "v_head_dim": size("mixer.value", missing=128),
-        "kv_lora_rank": size("mixer.kv_rank", missing=512),
+        "qk_nope_head_dim": size("mixer.nope", missing=128), "qk_rope_head_dim": size("mixer.rope_dim", missing=64),
+        "qk_head_dim": only(width), "head_dim": only(field("mixer.rope_dim")),  # as transformers writes them
+        "v_head_dim": size("mixer.value", missing=128), "kv_lora_rank": size("mixer.kv_rank", missing=512),
         "q_lora_rank": size("mixer.q_rank", missing=1536, null=None),
         "rope_parameters": TemperedRope(),
-        "attention_bias": only(False),
-        "mlp_bias": only(False),
-        "first_k_dense_replace": first_dense(part(MoE, expert=part(MLP), router_float32=True), missing=0),
-        "moe_layer_freq": only(1),
+        "attention_bias": only(False), "mlp_bias": only(False), "moe_layer_freq": only(1),
+        "first_k_dense_replace": FirstDense(missing=0, router_float32=True),
         "n_group": GreedyOrGroups(count=None, kept=None, best=1),
         "routed_scaling_factor": number("ffn.scale", missing=1.0),
         "ffn.scale": Follows(lambda draft: 1.0 if draft["ffn.renormalize"] else draft["ffn.scale"]),
     },
     without=("head_dim", "rope_parameters"),  # they stand behind the widths that they need
 )
-V3_EXPERTS = part(MoE, expert=part(MLP), score="sigmoid", correction=True, router_float32=True)
 DEEPSEEK_V3 = DEEPSEEK_V2.but(
     "deepseek_v3", "DeepseekV3ForCausalLM", names=with_experts(LATENT_NAMES, CORRECTION, *SHARED),
     layer={"mixer.rope.rounds": "each"},
+    missing={
+        "max_position_embeddings": 4096, "moe_intermediate_size": 2048, "n_routed_experts": 256, "n_shared_experts": 1,
+        "num_experts_per_tok": 8, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+    },
     keys={
         "rope_interleave": choice({True: "interleaved", False: "half"}, "mixer.rope.layout", missing=True),
-        "max_position_embeddings": size("context", missing=4096),
-        "first_k_dense_replace": first_dense(V3_EXPERTS, missing=3),
-        "moe_intermediate_size": size("ffn.expert.hidden", missing=2048),
-        "n_routed_experts": count("ffn.experts", missing=256),
-        "n_shared_experts": SharedExperts(missing=1),
-        "num_experts_per_tok": size("ffn.top_k", missing=8),
-        "norm_topk_prob": flag("ffn.renormalize", missing=True),
-        "scoring_func": only("sigmoid", written=True),
-        "topk_method": only("noaux_tc", written=True),
+        "first_k_dense_replace": FirstDense(missing=3, score="sigmoid", correction=True, router_float32=True),
+        "scoring_func": only("sigmoid", written=True), "topk_method": only("noaux_tc", written=True),
         "n_group": Groups(count=8, kept=4, best=2),
-        "routed_scaling_factor": number("ffn.scale", missing=2.5),
     },
     without=("mlp_bias", "ffn.scale"),
-    irrelevant=DEEPSEEK.irrelevant | {"num_nextn_predict_layers"},
-    ahead="model.layers.{i}.eh_proj.weight",
+    irrelevant=DEEPSEEK.irrelevant | {"num_nextn_predict_layers"}, ahead="model.layers.{i}.eh_proj.weight",
 )
 FAMILIES = {"deepseek": DEEPSEEK, "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3}

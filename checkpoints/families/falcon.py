@@ -1,59 +1,49 @@
 """Falcon: 7B, 40B, 180B, Falcon2-11B and the RefinedWeb models rw-1b and rw-7b.
 
-                   norms of a layer                     wiring        key/value heads          position    biases
-    7B             one, input_layernorm                 parallel      1                        RoPE        of norms only
-    40B, 180B      two, ln_attn and ln_mlp              parallel      8                        RoPE        of norms only
-    11B            one, input_layernorm                 parallel      8                        RoPE        of norms only
-    rw-1b, rw-7b   input_, post_attention_layernorm     sequential    as many as heads         ALiBi       everywhere
+                   norms of a layer                     wiring        key/value heads     position    biases
+    7B             one, input_layernorm                 parallel      1                   RoPE        of norms only
+    40B, 180B      two, ln_attn and ln_mlp              parallel      8                   RoPE        of norms only
+    11B            one, input_layernorm                 parallel      8                   RoPE        of norms only
+    rw-1b, rw-7b   input_, post_attention_layernorm     sequential    as many as heads    ALiBi       everywhere
 
-Everything else is alike: LayerNorms with bias, exact GELU in a plain MLP, the head tied, and rows of `query_key_value` by key/value head:
-the queries that read it, its key, its value. `new_decoder_architecture` is 40B's and its successors'; without it, `multi_query` and
-`parallel_attn` say the rest. ALiBi is its own kind (Alibi.coarse): made in bfloat16, and scaled with the scores.
+Everything else is alike: LayerNorms with bias, exact GELU in a plain MLP, the head tied, and rows of `query_key_value`
+by key/value head: the queries that read it, its key, its value. `new_decoder_architecture` is 40B's and 11B's; without
+it, `multi_query` and `parallel_attn` say the rest. ALiBi is of its own kind (Alibi.coarse): made in bfloat16, and
+scaled with the scores.
 
-The first uploads have model_type RefinedWeb (40B) or RefinedWebModel (the others), and n_head, n_layer, n_head_kv for today's
-num_attention_heads, num_hidden_layers, num_kv_heads. There was no key for the new architecture yet: n_head_kv told it.
-
-A table of names holds for one wiring: TWO_NORMS_NAMES for 40B's, ONE_NORM_NAMES for the rest.
+The first uploads have model_type RefinedWeb (40B) or RefinedWebModel (the others), and n_head, n_layer, n_head_kv for
+today's num_attention_heads, num_hidden_layers, num_kv_heads. n_head_kv shows the new architecture.
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.gpt2 import four_widths
-from checkpoints.families.llama import EPS, LAYER_NORM
-from checkpoints.names.config_rows import Heads, LayerCount, RopeKeys
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NORMS
+from checkpoints.names.config_rows import Heads, LayerCount, RopeKeys, four_widths
 from checkpoints.names.config_table import Draft, Row, activation, flag, number, one_name, only, part, size
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import Table, override, rule
+from checkpoints.names.table import QKV, override, rule, under
 from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Rope
 
 ONE_NORM_NAMES = override(
     {},
-    rule("transformer.word_embeddings", "embed"),
-    rule("transformer.h.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    rule("transformer.h.{i}.self_attention.query_key_value", [f"layers.{{i}}.mixer.{part}" for part in "qkv"], Groups),
+    *under("", "", {"transformer.word_embeddings": "embed", "transformer.ln_f": "norm", "lm_head": "head"}),
+    *under("transformer.h.{i}", "layers.{i}", LLAMA_NORMS),
+    rule("transformer.h.{i}.self_attention.query_key_value", QKV, Groups),
     rule("transformer.h.{i}.self_attention.dense", "layers.{i}.mixer.o"),
-    rule("transformer.h.{i}.post_attention_layernorm", "layers.{i}.pre_ffn"),
-    rule("transformer.h.{i}.mlp.dense_h_to_4h", "layers.{i}.ffn.up"),
-    rule("transformer.h.{i}.mlp.dense_4h_to_h", "layers.{i}.ffn.down"),
-    rule("transformer.ln_f", "norm"),
-    rule("lm_head", "head"),
+    *under("transformer.h.{i}.mlp", "layers.{i}.ffn", {"dense_h_to_4h": "up", "dense_4h_to_h": "down"}),
 )
 TWO_NORMS_NAMES = override(
-    ONE_NORM_NAMES,
-    rule("transformer.h.{i}.ln_attn", "layers.{i}.pre_mixer"),
-    rule("transformer.h.{i}.ln_mlp", "layers.{i}.pre_ffn"),
-)
-BUFFERS = frozenset(f"transformer.h.{{i}}.self_attention.{name}" for name in ("rotary.inv_freq", "maybe_rotary.inv_freq", "rotary_emb.inv_freq"))
-
-IRRELEVANT = frozenset({"ff_factor", "gradient_checkpointing", "rotary"})  # ffn_hidden_size says the first, alibi the last
+    ONE_NORM_NAMES, *under("transformer.h.{i}", "layers.{i}", {"ln_attn": "pre_mixer", "ln_mlp": "pre_ffn"}))
+INV_FREQ = frozenset(f"transformer.h.{{i}}.self_attention.{rotary}.inv_freq"
+                     for rotary in ("rotary", "maybe_rotary", "rotary_emb"))
 
 
 class Wiring(Row):
     """The four rows of the table above, and what lies between them where transformers can run it.
 
-    What is parallel is written as the new architecture, but for 7B with its single key/value head, which the old one has too."""
+    What is parallel is written as the new architecture, but 7B with its one norm and one key/value head as the old."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         heads, stated = draft["mixer.heads"], r.size(one_name(r, "num_kv_heads", "n_head_kv"), None)
@@ -72,13 +62,9 @@ class Wiring(Row):
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         kv_heads, parallel, two = draft["mixer.kv_heads"], draft["parallel"], draft["pre_ffn"] is not None
         new = parallel and (two or kv_heads > 1)
-        return {
-            key: new,
-            "num_kv_heads": kv_heads if new else None,
-            "num_ln_in_parallel_attn": (2 if two else 1) if new else None,
-            "parallel_attn": parallel,
-            "multi_query": kv_heads == 1,
-        }
+        counts = {"num_kv_heads": kv_heads, "num_ln_in_parallel_attn": 2 if two else 1}
+        return {key: new, "parallel_attn": parallel, "multi_query": kv_heads == 1,
+                **(counts if new else dict.fromkeys(counts))}
 
 
 class RopeOrAlibi(RopeKeys):
@@ -93,18 +79,10 @@ class RopeOrAlibi(RopeKeys):
         return super().write(draft, key) | {key: draft["mixer.alibi"] is not None}
 
 
-def names_of(config: ModelConfig) -> tuple[Table, ...]:
-    """By the wiring."""
-    first = config.layers[0]
-    return (TWO_NORMS_NAMES,) if first.parallel and first.pre_ffn else (ONE_NORM_NAMES,)
-
-
 FALCON = Family(
     "falcon", "FalconForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_hidden_layers": LayerCount(also=("n_layer",)),
+        "vocab_size": size("vocab"), "hidden_size": size("dim"), "num_hidden_layers": LayerCount(also=("n_layer",)),
         "num_attention_heads": Heads(also=("n_head",)),
         "new_decoder_architecture": Wiring(),
         "max_position_embeddings": size("context", missing=2048),
@@ -117,8 +95,10 @@ FALCON = Family(
         "apply_residual_connection_post_layernorm": only(False),
     },
     layer=part(Layer, mixer=part(Attention, rope=part(Rope)), ffn=part(MLP, gated=False), pre_mixer=LAYER_NORM),
-    model=part(ModelConfig, final_norm=LAYER_NORM),
-    names=(ONE_NORM_NAMES, TWO_NORMS_NAMES), names_of=names_of,
-    ignorable=BUFFERS, irrelevant=IRRELEVANT,
+    model=part(ModelConfig, final_norm=LAYER_NORM), names=(ONE_NORM_NAMES, TWO_NORMS_NAMES),
+    names_of=lambda config: (
+        TWO_NORMS_NAMES if config.layers[0].parallel and config.layers[0].pre_ffn else ONE_NORM_NAMES,),
+    ignorable=INV_FREQ,
+    irrelevant=frozenset({"ff_factor", "rotary"}),  # ffn_hidden_size and alibi say it
 )
 FAMILIES = dict.fromkeys(("falcon", "RefinedWeb", "RefinedWebModel"), FALCON)

@@ -1,9 +1,10 @@
-"""What there is to know about a family: the table of its config.json, what no key says, and what its tensors are called.
+"""What there is to know about a family: the table of its config.json, what no key says, and its tables of tensor names.
 
-    GRANITE = LLAMA.but("granite", "GraniteForCausalLM", keys={"attention_multiplier": number("mixer.scale", missing=1.0), …})
+    GRANITE = LLAMA.but("granite", "GraniteForCausalLM", missing={"max_position_embeddings": 2048},
+                        keys={"attention_multiplier": number("mixer.scale", missing=1.0), …})
 
-To add one: a file in this folder with FAMILIES = {model_type: Family} and a fixture in tests/fixtures. If the decoder can already
-express it, that is all. docs/fork.md has an example.
+To add one: a file in this folder with FAMILIES = {model_type: Family} and a fixture in tests/fixtures. If the decoder
+can already express it, that is all. docs/fork.md has an example.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,35 +24,44 @@ DTYPES = ("dtype", "torch_dtype")  # what the weights are, filled in when they a
 
 @dataclass(frozen=True, eq=False)
 class Family:
-    """A lineage, both ways. Several model_types may share one."""
+    """A lineage, both ways. Several model_types may share one.
+
+    left_out    of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model, and
+                is saved as FAMILIES[name]
+    ahead       a tensor, {i} its layer, of the layers behind the model's own, which predict the token after the next
+                one, and are left out
+    """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it
     keys: Keys  # config.json: key → row
     layer: Part  # a layer, as far as no key says it
-    names: tuple[Table, ...]  # of tensors; more than one where they changed over time, newest first
+    names: tuple[Table, ...]  # of tensors; several where they changed over time, the newest first, which is written
     model: Part = field(default_factory=lambda: part(ModelConfig))  # what surrounds the layers, likewise
-    names_of: Callable[[ModelConfig], tuple[Table, ...]] | None = None  # in place of `names` where they depend on the config
+    names_of: Callable[[ModelConfig], tuple[Table, ...]] | None = None  # in place of `names` where the config decides
     ignorable: frozenset[str] = frozenset()  # stored tensors that are no weights, with {i} for numbers
     irrelevant: frozenset[str] = frozenset()  # keys of this family that do not reach the logits
-    left_out: tuple[str, ...] = ()  # of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a
-    #                                 text model, and is saved as FAMILIES[name]
-    ahead: str = ""  # a tensor by which one layer more than the model has is known, {i} its number, that predicts the token
-    #                  after the next; that layer is left out
+    left_out: tuple[str, ...] = ()
+    ahead: str = ""
 
     def but(
         self, name: str, architecture: str = "", *, keys: Keys | None = None, without: tuple[str, ...] = (),
-        layer: Mapping[str, Any] | None = None, model: Mapping[str, Any] | None = None, norm: Part | None = None, **more: Any,
+        missing: Mapping[str, Any] | None = None, norm: Part | None = None, layer: Mapping[str, Any] | None = None,
+        model: Mapping[str, Any] | None = None, **more: Any,
     ) -> "Family":
-        """Another family that differs from this one in these keys, and in these fields that no key says (path → value).
+        """Another family, which differs from this one in
 
-        norm: what all norms are, the final one and those before the mixer and the feed-forward; `layer` may say otherwise."""
-        changed = {"layer": self.layer.copy(), "model": self.model.copy()}
-        norms = [("layer", {"pre_mixer": norm, "pre_ffn": norm}), ("model", {"final_norm": norm})] if norm else []
-        for owner, paths in (*norms, ("layer", layer), ("model", model)):
-            for path, value in (paths or {}).items():
-                changed[owner].set(path, value)
+        keys, without    rows of its own, and keys that it does not have
+        missing          what missing keys mean: the same rows otherwise
+        norm             what the final norm is, and those before the mixer and the feed-forward
+        layer, model     other fields that no key says: path → value
+        more             any field of Family
+        """
+        around = ({"final_norm": norm} if norm else {}) | dict(model or {})
+        inside = ({"pre_mixer": norm, "pre_ffn": norm} if norm else {}) | dict(layer or {})
         table = {key: row for key, row in self.keys.items() if key not in without} | (keys or {})
-        return replace(self, name=name, architecture=architecture or self.architecture, keys=table, **changed, **more)
+        table |= {key: table[key].where_missing(value) for key, value in (missing or {}).items()}
+        return replace(self, name=name, architecture=architecture or self.architecture, keys=table,
+                       layer=self.layer.but(inside), model=self.model.but(around), **more)
 
     def tables(self, config: ModelConfig) -> tuple[Table, ...]:
         """The tables of tensor names for a model; the first is what is written."""
@@ -63,16 +73,14 @@ class Family:
 
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """What it cannot say is found by reading it back. Raises ConfigError for a model of other parts."""
-        expected: dict[str, tuple[type, ...]] = {}
         for slot in ("mixer", "ffn"):
             choices = [row for row in self.keys.values() if isinstance(row, Kinds) and row.slot == slot]
             parts = choices[0].parts.values() if choices else [self.layer.fields[slot]]
-            expected[slot] = tuple(type(None) if each is None else each.kind for each in parts)
-        for i, layer in enumerate(config.layers):
-            for slot, kinds in expected.items():
-                found = type(getattr(layer, slot))
-                if found not in kinds:
-                    raise ConfigError(f"layers[{i}].{slot} is {found.__name__}, not {' or '.join(k.__name__ for k in kinds)}")
+            kinds = [type(None) if each is None else each.kind for each in parts]
+            for i, layer in enumerate(config.layers):
+                if (found := type(getattr(layer, slot))) not in kinds:
+                    wanted = " or ".join(kind.__name__ for kind in kinds)
+                    raise ConfigError(f"layers[{i}].{slot} is {found.__name__}, not {wanted}")
         values = {"architectures": [self.architecture], "model_type": self.name}
         return values | write_keys(self.keys, config) | dict.fromkeys((*TOKENS, *DTYPES))
 

@@ -1,47 +1,42 @@
 """Gemma: Llama's block with a scaled embedding, norms whose gain is stored as an offset from one, and GeGLU. Tied.
 
-    e = √D · E[token]
-    x += [norm] o(attention(norm(x)));  x += [norm] down(gelu(gate(h)) · up(h)),  h = norm(x)     RMS norms with gain 1 + g
+    e = √D · E[token]                                                                    RMS norms with gain 1 + g
+    x += [norm] o(attention(norm(x)));  x += [norm] down(gelu(gate(h)) · up(h)),  h = norm(x)
 
-    family                [norm]  1 / scale of the scores            soft caps        layers
-    Gemma 1, CodeGemma    –       √d                                 –                all full             arXiv 2403.08295
-    Gemma 2               yes     √query_pre_attn_scalar: 256, but   50 on scores,    sliding 4096, full,  arXiv 2408.00118
-                                  144 for 27B                        30 on logits     sliding, full …
-    Gemma 3               yes     likewise, but 168 for 27B          –                5 sliding, 1 full …  arXiv 2503.19786
+    family        [norm]  1 / scale of the scores              soft caps         layers                     arXiv
+    1, CodeGemma  –       √d                                   –                 all full                   2403.08295
+    2             yes     √query_pre_attn_scalar: 256, but     50 on scores,     sliding (4096) and full    2408.00118
+                          144 for 27B                          30 on logits      in turn
+    3             yes     likewise, but 168 for 27B            –                 5 sliding, 1 full …        2503.19786
 
-Gemma 3 also normalises every head of q and k, and has two RoPEs: the sliding layers (512 keys in 1B and 270M, 1024 above) turn
-with base 1e4 whatever the context, the full ones with base 1e6, stretched by 8 from 4B on. Heads are 256 wide, 128 in both 27B,
-whatever hidden_size is.
+Gemma 3 also normalises every head of q and k, and has two RoPEs: the sliding layers (512 keys in 1B and 270M, 1024
+above) turn with base 1e4 whatever the context, the full ones with base 1e6, stretched by 8 from 4B on. Heads are 256
+wide, 128 in both 27B, whatever hidden_size is.
 
-The product of norm and gain is rounded once, and √D is rounded to the working dtype before it multiplies (√3072 is 55.5 in
-bfloat16). The gelu is always the tanh form: "hidden_act": "gelu" in the first Gemma configs means that one too.
+The product of norm and gain is rounded once, and √D is rounded to the working dtype before it multiplies (√3072 is 55.5
+in bfloat16). The gelu is always the tanh form: "hidden_act": "gelu" in the first Gemma configs means that one too.
 
-A `gemma3` folder (4B and above) also has a vision tower. Its language model is the object "text_config", in which the hub leaves
-out what is the class default; its tensors stand under language_model, and the tower's are left out.
+A `gemma3` folder (4B and above) also has a vision tower. Its language model is the object "text_config", in which the
+hub leaves out what is the class default; its tensors stand under language_model, and the tower's are left out.
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
-from checkpoints.names.config_rows import FULL, SLIDING, DividingHeads, HeadDim, Periodic
-from checkpoints.names.config_table import Draft, Follows, Part, Row, flag, number, of_config, only, part, size
+from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.qwen import QK_NORM
+from checkpoints.names.config_rows import FULL, SLIDING, DividingHeads, Periodic
+from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, of_config, only, part, size
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.rope import read_rope, write_rope
-from checkpoints.names.table import moved, override, rule
+from checkpoints.names.table import moved, override, under
 from nanollm.config import ModelConfig, Norm, Rope
 
-GEMMA2_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.post_attention_layernorm", "layers.{i}.post_mixer"),
-    rule("model.layers.{i}.pre_feedforward_layernorm", "layers.{i}.pre_ffn"),
-    rule("model.layers.{i}.post_feedforward_layernorm", "layers.{i}.post_ffn"),
-)
-GEMMA3_NAMES = override(
-    GEMMA2_NAMES,
-    rule("model.layers.{i}.self_attn.q_norm", "layers.{i}.mixer.q_norm"),
-    rule("model.layers.{i}.self_attn.k_norm", "layers.{i}.mixer.k_norm"),
-)
+GEMMA2_NAMES = override(LLAMA_NAMES, *under("model.layers.{i}", "layers.{i}", {
+    "post_attention_layernorm": "post_mixer",
+    "pre_feedforward_layernorm": "pre_ffn", "post_feedforward_layernorm": "post_ffn",
+}))
+GEMMA3_NAMES = override(GEMMA2_NAMES, *QK_NORM)
 
 
 class QueryScalar(Row):
@@ -54,14 +49,6 @@ class QueryScalar(Row):
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         scale = draft["mixer.scale"]
         return {key: draft["mixer.head_dim"] if scale is None else round(scale**-2)}
-
-
-class EveryOther(Periodic):
-    """The hub's configs of Gemma 2 say the window twice."""
-
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        super().read(r, draft, key)
-        r.must("sliding_window_size", r.get("sliding_window", self.default))
 
 
 class TwoRopes(Row):
@@ -89,10 +76,9 @@ class TwoRopes(Row):
         for layer in draft.layers:
             if isinstance(rope := layer.get("mixer.rope"), Part):
                 ropes[SLIDING if layer.get("mixer.window") else FULL] = rope.build()
-        return {base: ropes[kind].theta for kind, (base, _) in self.BASES.items()} | {
-            "rope_scaling": write_rope(ropes[FULL])["rope_scaling"],
-            "rope_parameters": {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()},
-        }
+        new = {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()}
+        old = {base: ropes[kind].theta for kind, (base, _) in self.BASES.items()}
+        return old | {"rope_scaling": write_rope(ropes[FULL])["rope_scaling"], "rope_parameters": new}
 
 
 class WithVision(Family):
@@ -114,13 +100,10 @@ GELU, NORM = "gelu_pytorch_tanh", part(Norm, offset=1.0, cast_after_gain=True)
 UNREAD = frozenset({"cache_implementation", "_sliding_window_pattern"})
 GEMMA = LLAMA_SHAPE.but(
     "gemma", "GemmaForCausalLM", norm=NORM, layer={"ffn.activation": "gelu_tanh"},
+    missing={"num_key_value_heads": 16, "head_dim": 256, "tie_word_embeddings": True, "max_position_embeddings": 8192},
     keys={
-        "num_key_value_heads": kv_heads(missing=16),
-        "head_dim": HeadDim(missing=256),
-        "hidden_act": only(GELU, "gelu", written=True),  # two keys for one thing, of which transformers has read the one
-        "hidden_activation": only(GELU, None, written=True),  # and the other in turn: both must mean the tanh form
-        "tie_word_embeddings": flag("tied", missing=True),
-        "max_position_embeddings": size("context", missing=8192),
+        "hidden_act": only(GELU, "gelu", written=True),  # two keys for one thing, of which transformers read now one
+        "hidden_activation": only(GELU, None, written=True),  # and now the other: both must mean the tanh form
         "attention_bias": ATTENTION_BIAS,
         "use_bidirectional_attention": only(None, False),
         "embed_scale": Follows(lambda draft: draft["dim"] ** 0.5),
@@ -128,12 +111,12 @@ GEMMA = LLAMA_SHAPE.but(
 )
 GEMMA2 = GEMMA.but(
     "gemma2", "Gemma2ForCausalLM", names=(GEMMA2_NAMES,), layer={"post_mixer": NORM, "post_ffn": NORM},
+    missing={"num_key_value_heads": 4},
     keys={
         "num_attention_heads": DividingHeads(),
-        "num_key_value_heads": kv_heads(missing=4),
         "head_dim": size("mixer.head_dim", missing=256),
         "query_pre_attn_scalar": QueryScalar(),
-        "layer_types": EveryOther(2),
+        "layer_types": Periodic(2), "sliding_window_size": Repeats("sliding_window", missing=4096),
         "attn_logit_softcapping": number("mixer.softcap", missing=50.0, null=None),
         "final_logit_softcapping": number("head_softcap", missing=30.0, null=None),
     },
@@ -141,22 +124,21 @@ GEMMA2 = GEMMA.but(
 )
 GEMMA3 = GEMMA2.but(
     "gemma3_text", "Gemma3ForCausalLM", names=(GEMMA3_NAMES,), layer={"mixer.qk_norm": NORM},
+    without=("sliding_window_size",),
+    missing={"vocab_size": 262_208, "num_attention_heads": 8, "max_position_embeddings": 131_072},
     keys={
-        "vocab_size": size("vocab", missing=262_208),  # the hub's text_config leaves out what is the class default
-        "num_attention_heads": DividingHeads(missing=8),
         "num_key_value_heads": size("mixer.kv_heads", missing=4),
-        "layer_types": Periodic(6, key="sliding_window_pattern"),
+        "layer_types": Periodic(6, "sliding_window_pattern"),
         "attn_logit_softcapping": only(None),  # transformers knows the key and applies none
         "final_logit_softcapping": number("head_softcap", missing=None),
-        "max_position_embeddings": size("context", missing=131_072),
         "rope_parameters": TwoRopes(),
     },
 )
 GEMMA3_WITH_VISION = WithVision(
     GEMMA3.name, GEMMA3.architecture, keys=GEMMA3.keys, layer=GEMMA3.layer, model=GEMMA3.model,
     names=(moved(GEMMA3_NAMES, "", "language_model."), moved(GEMMA3_NAMES, "model.", "model.language_model.")),
-    irrelevant=frozenset("vision_config mm_tokens_per_image image_token_index boi_token_index eoi_token_index image_token_id boi_token_id "
-                         "eoi_token_id".split()),
+    irrelevant=frozenset({"vision_config", "mm_tokens_per_image", "image_token_index", "boi_token_index",
+                          "eoi_token_index", "image_token_id", "boi_token_id", "eoi_token_id"}),
     left_out=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
 )
 FAMILIES = {"gemma": GEMMA, "gemma2": GEMMA2, "gemma3_text": GEMMA3, "gemma3": GEMMA3_WITH_VISION}

@@ -5,37 +5,30 @@ Llama's block with these differences:
     rope     the first half of each head turns (GLM-Edge: all of it), in neighbouring pairs (0,1) (2,3) …
     biases   on q, k and v, none on o; GLM-4-32B-0414 and GLM-Edge: none
     on disk  gate and up are one matrix, gate_up_proj rows  gate … up …
-    glm4     the mixer's and the feed-forward's outputs are normalised too, before they are added: post_self_attn_layernorm,
+    glm4     the outputs of mixer and feed-forward are normalised too, before they are added: post_self_attn_layernorm,
              post_mlp_layernorm. As with Llama, post_attention_layernorm stands before the feed-forward
 
 The same weights as first uploaded, model_type chatglm, are in chatglm.py.
 """
 
-from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import flag, number, part, size
+from checkpoints.names.config_table import flag, part, size
 from checkpoints.names.ops import Blocks
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import GATE_UP, override, rule, under
 from nanollm.config import Norm
 
-GLM_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.mlp.gate_up_proj", ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"], Blocks),
-)
-GLM4_NAMES = override(
-    GLM_NAMES,
-    rule("model.layers.{i}.post_self_attn_layernorm", "layers.{i}.post_mixer"),
-    rule("model.layers.{i}.post_mlp_layernorm", "layers.{i}.post_ffn"),
-)
+GLM_NAMES = override(LLAMA_NAMES, rule("model.layers.{i}.mlp.gate_up_proj", GATE_UP, Blocks))
+GLM4_NAMES = override(GLM_NAMES, *under("model.layers.{i}", "layers.{i}", {
+    "post_self_attn_layernorm": "post_mixer", "post_mlp_layernorm": "post_ffn",
+}))
 
 GLM = LLAMA_SHAPE.but(
     "glm", "GlmForCausalLM", names=(GLM_NAMES,), layer={"mixer.rope.layout": "interleaved"},
+    missing={"rms_norm_eps": 1.5625e-7, "max_position_embeddings": 131072},
     keys={
-        "num_key_value_heads": size("mixer.kv_heads", missing=2),
-        "head_dim": size("mixer.head_dim", missing=128),
-        "rms_norm_eps": number(*EPS, missing=1.5625e-7),
+        "num_key_value_heads": size("mixer.kv_heads", missing=2), "head_dim": size("mixer.head_dim", missing=128),
         "attention_bias": flag("mixer.qkv_bias", missing=True),
-        "max_position_embeddings": size("context", missing=131072),
         "rope_parameters": RopeKeys(fraction=0.5),
     },
 )

@@ -3,36 +3,33 @@
     parallel      x + attention(norm1(x)) + mlp(norm2(x))        use_parallel_residual true: GPT-NeoX, Pythia, Dolly
     sequential    x += attention(norm1(x));  x += mlp(norm2(x))  false: RedPajama-INCITE
 
-LayerNorms with bias; biases on the MLP always, on attention by `attention_bias`; RoPE in the half layout on the first quarter of each
-head (`rotary_pct`), base `rotary_emb_base`; MLP plain, exact GELU (Pythia) or its tanh form ("gelu_fast", GPT-NeoX-20B); the head is not tied
-and is called `embed_out`. The rows of `query_key_value` are q k v of head 0, q k v of head 1 … (Groups, with as many key/value heads
-as heads). Old folders hold the causal mask, and what stood in for −∞, as tensors.
+LayerNorms with bias; biases on the MLP always, on attention by `attention_bias`; RoPE in the half layout on the first
+quarter of each head (`rotary_pct`), base `rotary_emb_base`; MLP plain, exact GELU (Pythia) or its tanh form
+("gelu_fast", GPT-NeoX-20B); the head is not tied and is called `embed_out`. The rows of `query_key_value` are q k v of
+head 0, q k v of head 1 … (Groups, with as many key/value heads as heads). Old folders hold the causal mask, and the
+number in place of −∞, as tensors.
 """
 
-from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_SHAPE
+from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NORMS, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, RopeKeys
 from checkpoints.names.config_table import activation, flag, number, part
 from checkpoints.names.ops import Groups
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import QKV, override, rule, under
 from nanollm.config import MLP
 
 NAMES = override(
     {},
-    rule("gpt_neox.embed_in", "embed"),
-    rule("gpt_neox.layers.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    rule("gpt_neox.layers.{i}.attention.query_key_value", [f"layers.{{i}}.mixer.{part}" for part in "qkv"], Groups),
+    *under("", "", {"gpt_neox.embed_in": "embed", "gpt_neox.final_layer_norm": "norm", "embed_out": "head"}),
+    *under("gpt_neox.layers.{i}", "layers.{i}", LLAMA_NORMS),
+    rule("gpt_neox.layers.{i}.attention.query_key_value", QKV, Groups),
     rule("gpt_neox.layers.{i}.attention.dense", "layers.{i}.mixer.o"),
-    rule("gpt_neox.layers.{i}.post_attention_layernorm", "layers.{i}.pre_ffn"),
-    rule("gpt_neox.layers.{i}.mlp.dense_h_to_4h", "layers.{i}.ffn.up"),
-    rule("gpt_neox.layers.{i}.mlp.dense_4h_to_h", "layers.{i}.ffn.down"),
-    rule("gpt_neox.final_layer_norm", "norm"),
-    rule("embed_out", "head"),
+    *under("gpt_neox.layers.{i}.mlp", "layers.{i}.ffn", {"dense_h_to_4h": "up", "dense_4h_to_h": "down"}),
 )
-BUFFERS = frozenset(f"gpt_neox.layers.{{i}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq"))
-IRRELEVANT = frozenset("attention_probs_dropout_prob classifier_dropout custom_pipelines gradient_checkpointing hidden_dropout_prob is_decoder".split())
+BUFFERS = frozenset(
+    f"gpt_neox.layers.{{i}}.attention.{name}" for name in ("bias", "masked_bias", "rotary_emb.inv_freq"))
 
 GPT_NEOX = LLAMA_SHAPE.but(
-    "gpt_neox", "GPTNeoXForCausalLM", names=(NAMES,), ignorable=BUFFERS, irrelevant=IRRELEVANT,
+    "gpt_neox", "GPTNeoXForCausalLM", names=(NAMES,), ignorable=BUFFERS,
     norm=LAYER_NORM, layer={"ffn": part(MLP, gated=False, bias=True)},
     keys={
         "num_attention_heads": Heads(),
@@ -43,5 +40,7 @@ GPT_NEOX = LLAMA_SHAPE.but(
         "rope_parameters": RopeKeys(fraction=0.25, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
     },
     without=("num_key_value_heads", "head_dim", "rms_norm_eps"),
+    irrelevant=frozenset({"attention_probs_dropout_prob", "classifier_dropout", "custom_pipelines",
+                          "hidden_dropout_prob", "is_decoder"}),
 )
 FAMILIES = {"gpt_neox": GPT_NEOX}

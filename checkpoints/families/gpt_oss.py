@@ -2,7 +2,7 @@
 
 Llama's block with biases on q, k, v and o, and three things of its own:
 
-    sinks      a learned score a head, in every softmax, that adds nothing: a head can look at nothing
+    sinks      a learned score a head, in every softmax, with no value: a head can attend to nothing
                (nanollm/layers/attention.py)
     windows    every other layer sees 128 tokens, the first layer included; the others see all. YaRN, whose ramp has
                ends that are not rounded
@@ -10,30 +10,25 @@ Llama's block with biases on q, k, v and o, and three things of its own:
                router has a bias too, and its softmax is over the chosen ones, which is that over all, renormalised
 
 Norms round to the working dtype after the gain, and the chosen weights are rounded to it. `hidden_act` is not read by
-the published code: the gate is always x·σ(1.702 x). On disk the experts of a layer are one tensor, transposed,
-columns gate up gate up …, and in the published folders those two matrices are 4-bit (MXFP4):
-checkpoints/storage/quantized.py makes bfloat16 of them as they are read.
+the published code: the gate is always x·σ(1.702 x). On disk the experts of a layer are one tensor, transposed, columns
+gate up gate up …, 4-bit (MXFP4) in the published folders: checkpoints/storage/quantized.py makes bfloat16 of it.
 """
 
 import dataclasses
 
-from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import RopeKeys, Windows
+from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import Periodic, RopeKeys
 from checkpoints.names.config_table import Draft, count, field, flag, number, only, part, size
 from checkpoints.names.expert_ops import Interleaved, Turned
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import EXPERTS_GATE_UP, override, rule, under
 from nanollm.config import ClippedGLU, MoE, Norm, Rope, Yarn
 
-NORM = part(Norm, cast_after_gain=True)
 GPT_OSS_NAMES = override(
     LLAMA_NAMES,
-    rule("model.layers.{i}.self_attn.sinks", "layers.{i}.mixer.sinks"),
-    rule("model.layers.{i}.mlp.router", "layers.{i}.ffn.router"),
-    rule("model.layers.{i}.mlp.experts.gate_up_proj",
-         ["layers.{i}.ffn.experts.gate", "layers.{i}.ffn.experts.up"], Interleaved),
-    rule("model.layers.{i}.mlp.experts.gate_up_proj_bias",
-         ["layers.{i}.ffn.experts.gate_bias", "layers.{i}.ffn.experts.up_bias"], Interleaved),
+    *under("model.layers.{i}", "layers.{i}", {"self_attn.sinks": "mixer.sinks", "mlp.router": "ffn.router"}),
+    rule("model.layers.{i}.mlp.experts.gate_up_proj", EXPERTS_GATE_UP, Interleaved),
+    rule("model.layers.{i}.mlp.experts.gate_up_proj_bias", [f"{name}_bias" for name in EXPERTS_GATE_UP], Interleaved),
     rule("model.layers.{i}.mlp.experts.down_proj", "layers.{i}.ffn.experts.down", Turned),
     rule("model.layers.{i}.mlp.experts.down_proj_bias", "layers.{i}.ffn.experts.down_bias"),
 )
@@ -48,30 +43,18 @@ class OpenYarn(RopeKeys):
         return rope if said else dataclasses.replace(rope, scaling=Yarn(32.0, 4096, truncate=False))
 
 
-class EveryOtherSlides(Windows):
-    """The first one, the third one, …"""
-
-    def pattern(self, r: Reader, layers: int) -> list[bool]:
-        return [i % 2 == 0 for i in range(layers)]
-
-
 GPT_OSS = LLAMA_SHAPE.but(
-    "gpt_oss", "GptOssForCausalLM", names=(GPT_OSS_NAMES,),
-    layer={"pre_mixer": NORM, "pre_ffn": NORM, "mixer.sinks": True,
+    "gpt_oss", "GptOssForCausalLM", names=(GPT_OSS_NAMES,), norm=part(Norm, cast_after_gain=True),
+    layer={"mixer.sinks": True,
            "ffn": part(MoE, expert=part(ClippedGLU), renormalize=True, router_bias=True, round_weights=True)},
-    model={"final_norm": NORM},
+    missing={"num_attention_heads": 64, "max_position_embeddings": 131072, "rms_norm_eps": 1e-5},
     keys={
-        "num_attention_heads": size("mixer.heads", missing=64),
-        "num_key_value_heads": size("mixer.kv_heads", missing=8),
-        "head_dim": size("mixer.head_dim", missing=64),
+        "num_key_value_heads": size("mixer.kv_heads", missing=8), "head_dim": size("mixer.head_dim", missing=64),
         "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
-        "max_position_embeddings": size("context", missing=131072),
         "rope_parameters": OpenYarn(theta=150_000.0),
-        "layer_types": EveryOtherSlides(default=128),
-        "rms_norm_eps": number(*EPS, missing=1e-5),
+        "layer_types": Periodic(2, default=128),
         "hidden_act": only("silu", written=True),
-        "num_local_experts": count("ffn.experts", missing=128),
-        "num_experts_per_tok": size("ffn.top_k", missing=4),
+        "num_local_experts": count("ffn.experts", missing=128), "num_experts_per_tok": size("ffn.top_k", missing=4),
         "experts_per_token": only(field("ffn.top_k")),  # the same again, in the published configs
         "intermediate_size": size("ffn.expert.hidden", missing=2880),
         "swiglu_alpha": number("ffn.expert.slope", missing=1.702),

@@ -1,36 +1,28 @@
 """InternLM, InternLM2, InternLM2.5 and InternLM3: Llama with one switch for the biases, and dynamic RoPE.
 
     InternLM     `bias` on q, k, v and o (7B true, 20B false); Llama's names
-    InternLM2    the same, with names of its own, and q, k, v fused by key/value head:
-                 wqkv rows  q q k v  q q k v  (2 queries a group); w1 is the gate, w3 the up, w2 the down projection.
-                 model_type internlm2; in the first uploads internlm
-    InternLM3    `qkv_bias` for q, k and v, `bias` for o and the MLP; transformers refuses a model in which they differ,
-                 as do we; head_dim 128
+    InternLM2    the same, with names of its own, and q, k, v fused by key/value head: wqkv rows  q q k v  q q k v  (2
+                 queries a group). model_type internlm2; in the first uploads internlm
+    InternLM3    `qkv_bias` for q, k and v, `bias` for o and the MLP, equal, as in transformers; head_dim 128
 
 All three stretch RoPE by dynamic NTK past the context they were trained for (2048; 32768). InternLM-1 says it in a key
 of its own, `rotary: {"base": 10000, "type": "dynamic"}`, and without that key its code does not stretch.
 """
 
-from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
-from checkpoints.names.config_rows import HeadDim, Heads, RopeKeys, must_be
-from checkpoints.names.config_table import Draft, field, flag, number, only, size
+from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import Heads, RopeKeys
+from checkpoints.names.config_table import Draft, field, flag, only
 from checkpoints.names.ops import Groups
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import QKV, override, rule, under
 from nanollm.config import DynamicNTK, Rope
 
 INTERNLM2_NAMES = override(
     {},
-    rule("model.tok_embeddings", "embed"),
-    rule("model.layers.{i}.attention_norm", "layers.{i}.pre_mixer"),
-    rule("model.layers.{i}.attention.wqkv", ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Groups),
-    rule("model.layers.{i}.attention.wo", "layers.{i}.mixer.o"),
-    rule("model.layers.{i}.ffn_norm", "layers.{i}.pre_ffn"),
-    rule("model.layers.{i}.feed_forward.w1", "layers.{i}.ffn.gate"),
-    rule("model.layers.{i}.feed_forward.w3", "layers.{i}.ffn.up"),
-    rule("model.layers.{i}.feed_forward.w2", "layers.{i}.ffn.down"),
-    rule("model.norm", "norm"),
-    rule("output", "head"),
+    *under("", "", {"model.tok_embeddings": "embed", "model.norm": "norm", "output": "head"}),
+    *under("model.layers.{i}", "layers.{i}", {"attention_norm": "pre_mixer", "ffn_norm": "pre_ffn"}),
+    rule("model.layers.{i}.attention.wqkv", QKV, Groups), rule("model.layers.{i}.attention.wo", "layers.{i}.mixer.o"),
+    *under("model.layers.{i}.feed_forward", "layers.{i}.ffn", {"w1": "gate", "w3": "up", "w2": "down"}),
 )
 
 
@@ -57,19 +49,14 @@ INTERNLM = LLAMA_SHAPE.but(
         "bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=True),
         "rope_parameters": Rotary(),
     },
-    irrelevant=frozenset({"attn_implementation"}),  # which kernel; the same logits
 )
 INTERNLM2 = INTERNLM.but("internlm2", "InternLM2ForCausalLM", names=(INTERNLM2_NAMES,), ignorable=frozenset())
 INTERNLM3 = LLAMA_SHAPE.but(
     "internlm3", "InternLM3ForCausalLM",
+    missing={"num_key_value_heads": 2, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 32768},
     keys={
-        "num_key_value_heads": kv_heads(missing=2),
-        "head_dim": HeadDim(missing=128),
-        "rms_norm_eps": number(*EPS, missing=1e-5),
-        "max_position_embeddings": size("context", missing=32768),
         "qkv_bias": flag("mixer.qkv_bias", "mixer.out_bias", "ffn.bias", missing=False, also=("attention_bias",)),
-        "bias": must_be(field("mixer.qkv_bias"), also=("mlp_bias",)),
+        "bias": only(field("mixer.qkv_bias"), written=True, missing=False, also=("mlp_bias",)),
     },
-    irrelevant=INTERNLM.irrelevant,
 )
 FAMILIES = {"internlm": INTERNLM, "internlm2": INTERNLM2, "internlm3": INTERNLM3}

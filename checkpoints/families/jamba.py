@@ -3,41 +3,36 @@
     layer i has attention   iff  i mod attn_layer_period   = attn_layer_offset,   else Mamba
             experts         iff  i mod expert_layer_period = expert_layer_offset  and num_experts > 1,   else one MLP
 
-No layer knows positions: the scans order the tokens (Lieber et al. 2024, arXiv 2403.19887, §6.5). Mamba's low-rank Δ,
-B and C have RMS norms of their own, with gain. The router's softmax is over all experts and the chosen weights are
-not renormalised. Jamba-v0.1, 1.5 Mini and Large, Jamba Reasoning 3B, which has no experts.
+No layer knows positions: the scans order the tokens (Lieber et al. 2024, arXiv 2403.19887, §6.5). Mamba's low-rank Δ, B
+and C have RMS norms of their own, with gain. The router's softmax is over all experts and the chosen weights are not
+renormalised. Jamba-v0.1, 1.5 Mini and Large, Jamba Reasoning 3B, which has no experts.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
-from checkpoints.families.mamba import Expand, Rank
-from checkpoints.names.config_rows import Heads, Kinds
+from checkpoints.families.llama import EPS, EXPERT, GATED, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.mamba import SCAN
+from checkpoints.names.config_rows import Expand, Heads, Kinds, Rank, ReadKinds, WriteKinds
 from checkpoints.names.config_table import count, flag, number, only, part, size
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, under
 from nanollm.config import MLP, Attention, Mamba, MoE, Norm
 from nanollm.errors import ConfigError
 
 JAMBA_NAMES = override(
     LLAMA_NAMES,
-    *(rule(f"model.layers.{{i}}.mamba.{name}", f"layers.{{i}}.mixer.{name}")
-      for name in ("in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj")),
-    *(rule(f"model.layers.{{i}}.mamba.{name}_layernorm", f"layers.{{i}}.mixer.{name}_norm")
-      for name in ("dt", "b", "c")),
-    rule("model.layers.{i}.pre_ff_layernorm", "layers.{i}.pre_ffn"),
-    *(rule(f"model.layers.{{i}}.feed_forward.{name}_proj", f"layers.{{i}}.ffn.{name}")
-      for name in ("gate", "up", "down")),
-    rule("model.layers.{i}.feed_forward.router", "layers.{i}.ffn.router"),
-    *(rule(f"model.layers.{{i}}.feed_forward.experts.{{e}}.{name}_proj.weight",
-           f"layers.{{i}}.ffn.experts.{name}", Stack) for name in ("gate", "up", "down")),
-    rule("model.final_layernorm", "norm"),
+    *under("", "", {"model.final_layernorm": "norm", "model.layers.{i}.pre_ff_layernorm": "layers.{i}.pre_ffn"}),
+    *under("model.layers.{i}.mamba", "layers.{i}.mixer", SCAN),
+    *under("model.layers.{i}.mamba", "layers.{i}.mixer", {
+        "dt_layernorm": "dt_norm", "b_layernorm": "b_norm", "c_layernorm": "c_norm",
+    }),
+    *under("model.layers.{i}.feed_forward", "layers.{i}.ffn", {**GATED, "router": "router"}),
+    *under("model.layers.{i}.feed_forward.experts.{e}", "layers.{i}.ffn.experts", EXPERT, Stack),
 )
 
 
-def places(name: str, usual: str, special: str, period: int, offset: int) -> tuple[Callable, Callable]:
+def places(name: str, usual: str, special: str, period: int, offset: int) -> tuple[ReadKinds, WriteKinds]:
     """How `Kinds` reads and writes them: layer i is special iff i mod period = offset; the numbers are the defaults."""
     period_key, offset_key = f"{name}_layer_period", f"{name}_layer_offset"
 
@@ -57,7 +52,7 @@ def places(name: str, usual: str, special: str, period: int, offset: int) -> tup
     return read, write
 
 
-def expert_places() -> tuple[Callable, Callable]:
+def expert_places() -> tuple[ReadKinds, WriteKinds]:
     """The same for experts. One expert is none: then all layers have an MLP."""
     read, write = places("expert", "mlp", "experts", 2, 1)
 
@@ -72,28 +67,22 @@ MIXERS = {"mamba": part(Mamba, inner_norm=part(Norm)), "attention": part(Attenti
 FEEDS = {"mlp": part(MLP), "experts": part(MoE, expert=part(MLP), renormalize=False, round_weights=True)}
 JAMBA = LLAMA_SHAPE.but(
     "jamba", "JambaForCausalLM", names=(JAMBA_NAMES,), ignorable=frozenset(),
+    missing={"num_key_value_heads": 8, "max_position_embeddings": 262144},
     keys={
         "attn_layer_period": Kinds("mixer", MIXERS, *places("attn", "mamba", "attention", 8, 4)),
         "expert_layer_period": Kinds("ffn", FEEDS, *expert_places()),
         "num_attention_heads": Heads(alone=False),
-        "num_key_value_heads": kv_heads(missing=8),
         "hidden_act": only("silu", written=True),  # Mamba's too
         "rms_norm_eps": number(*EPS, "mixer.inner_norm.eps", missing=1e-6),
-        "max_position_embeddings": size("context", missing=262144),
-        "num_experts": count("ffn.experts", missing=16),
-        "num_experts_per_tok": size("ffn.top_k", missing=2),
+        "num_experts": count("ffn.experts", missing=16), "num_experts_per_tok": size("ffn.top_k", missing=2),
         "mamba_expand": Expand(missing=2),
-        "mamba_d_state": size("mixer.state", missing=16),
-        "mamba_d_conv": size("mixer.conv", missing=4),
+        "mamba_d_state": size("mixer.state", missing=16), "mamba_d_conv": size("mixer.conv", missing=4),
         "mamba_dt_rank": Rank(),
-        "mamba_conv_bias": flag("mixer.conv_bias", missing=True),
-        "mamba_proj_bias": flag("mixer.bias", missing=False),
-        "mamba_inner_layernorms": only(True),
-        "sliding_window": only(None),
+        "mamba_conv_bias": flag("mixer.conv_bias", missing=True), "mamba_proj_bias": flag("mixer.bias", missing=False),
+        "mamba_inner_layernorms": only(True), "sliding_window": only(None),
     },
     without=("head_dim", "rope_parameters"),
-    irrelevant=frozenset(  # which logits, and which code makes them
-        "calc_logits_for_entire_prompt n_ctx num_logits_to_keep "
-        "use_associative_scan use_mamba_kernels use_mambapy".split()),
+    irrelevant=frozenset({"calc_logits_for_entire_prompt", "num_logits_to_keep", "n_ctx",
+                          "use_associative_scan", "use_mamba_kernels", "use_mambapy"}),
 )
 FAMILIES = {"jamba": JAMBA}

@@ -1,9 +1,9 @@
 """Llama, and the many that differ from it in numbers only.
 
-    x += o(attention(norm(x)));  x += down(silu(gate(h)) · up(h)),  h = norm(x)        RMS norms, RoPE in the half layout
+    x += o(attention(norm(x)));  x += down(silu(gate(h)) · up(h)),  h = norm(x)      RMS norms, RoPE in the half layout
 
     family                     what it takes besides Llama's own keys
-    Llama-1                    config without rope_theta, num_key_value_heads or max_position_embeddings; inv_freq on disk
+    Llama-1                    no rope_theta, num_key_value_heads or max_position_embeddings; inv_freq on disk
     Llama-2, Orca-2, XGen      –   (Orca-2: vocab 32003)
     Llama-3, 3.1, 3.2, 3.3     theta 5e5; from 3.1 on the "llama3" scaling; 3.2 1B and 3B tied
     CodeLlama                  theta 1e6
@@ -23,38 +23,29 @@ from typing import Any
 from checkpoints.families.family import Family
 from checkpoints.names.config_rows import DividingHeads, HeadDim, Heads, LayerCount, RopeKeys
 from checkpoints.names.config_table import Key, activation, field, flag, number, only, part, size
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, under
 from nanollm.config import MLP, Attention, Layer, Norm, Rope
 
-EPS = ("final_norm.eps", "pre_mixer.eps", "post_mixer.eps", "pre_ffn.eps", "post_ffn.eps", "mixer.qk_norm.eps")  # of all norms there are
+EPS = (  # of all norms there are
+    "final_norm.eps", "pre_mixer.eps", "post_mixer.eps", "pre_ffn.eps", "post_ffn.eps", "mixer.qk_norm.eps")
 
+LLAMA_NORMS = {"input_layernorm": "pre_mixer", "post_attention_layernorm": "pre_ffn"}
+HEADS = {"q_proj": "q", "k_proj": "k", "v_proj": "v", "o_proj": "o"}
+GATED = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}  # a feed-forward with a gate
+EXPERT = {f"{name}.weight": ours for name, ours in GATED.items()}  # one of many such, a tensor each
 LLAMA_NAMES = override(
     {},
-    rule("model.embed_tokens", "embed"),
-    rule("model.layers.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    rule("model.layers.{i}.self_attn.q_proj", "layers.{i}.mixer.q"),
-    rule("model.layers.{i}.self_attn.k_proj", "layers.{i}.mixer.k"),
-    rule("model.layers.{i}.self_attn.v_proj", "layers.{i}.mixer.v"),
-    rule("model.layers.{i}.self_attn.o_proj", "layers.{i}.mixer.o"),
-    rule("model.layers.{i}.post_attention_layernorm", "layers.{i}.pre_ffn"),
-    rule("model.layers.{i}.mlp.gate_proj", "layers.{i}.ffn.gate"),
-    rule("model.layers.{i}.mlp.up_proj", "layers.{i}.ffn.up"),
-    rule("model.layers.{i}.mlp.down_proj", "layers.{i}.ffn.down"),
-    rule("model.norm", "norm"),
-    rule("lm_head", "head"),
+    *under("", "", {"model.embed_tokens": "embed", "model.norm": "norm", "lm_head": "head"}),
+    *under("model.layers.{i}", "layers.{i}", LLAMA_NORMS),
+    *under("model.layers.{i}.self_attn", "layers.{i}.mixer", HEADS),
+    *under("model.layers.{i}.mlp", "layers.{i}.ffn", GATED),
 )
-YI_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.ln1", "layers.{i}.pre_mixer"),
-    rule("model.layers.{i}.ln2", "layers.{i}.pre_ffn"),
-)
+YI_NAMES = override(LLAMA_NAMES, *under("model.layers.{i}", "layers.{i}", {"ln1": "pre_mixer", "ln2": "pre_ffn"}))
 INV_FREQ = frozenset({"model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"})
 LAYER_NORM = part(Norm, kind="layer", bias=True)
 ATTENTION_BIAS = flag("mixer.qkv_bias", "mixer.out_bias", missing=False)  # one switch for q, k, v and o
-HEADS_SHARE_DIM = {  # where a head can only be dim / heads wide
-    "num_attention_heads": Heads(alone=False),
-    "head_dim": only(None, field("mixer.head_dim")),
-}
+# heads can only be dim / heads wide
+HEADS_SHARE_DIM = {"num_attention_heads": Heads(alone=False), "head_dim": only(None, field("mixer.head_dim"))}
 
 
 def kv_heads(missing: Any) -> Key:
@@ -65,12 +56,9 @@ def kv_heads(missing: Any) -> Key:
 LLAMA_SHAPE = Family(  # what all the Llama-shaped families share
     "llama", "LlamaForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim"),
-        "num_hidden_layers": LayerCount(),
+        "vocab_size": size("vocab"), "hidden_size": size("dim"), "num_hidden_layers": LayerCount(),
         "num_attention_heads": size("mixer.heads"),
-        "num_key_value_heads": kv_heads(missing=field("mixer.heads")),
-        "head_dim": HeadDim(),
+        "num_key_value_heads": kv_heads(missing=field("mixer.heads")), "head_dim": HeadDim(),
         "intermediate_size": size("ffn.hidden", "ffn.expert.hidden"),
         "hidden_act": activation("ffn.activation", "ffn.expert.activation", missing="silu"),
         "rms_norm_eps": number(*EPS, missing=1e-6),
@@ -86,12 +74,10 @@ LLAMA = LLAMA_SHAPE.but(
     "llama", names=(LLAMA_NAMES, YI_NAMES),
     keys={
         "num_attention_heads": DividingHeads(),
-        "attention_bias": ATTENTION_BIAS,
-        "mlp_bias": flag("ffn.bias", missing=False),
+        "attention_bias": ATTENTION_BIAS, "mlp_bias": flag("ffn.bias", missing=False),
         "rope_interleaved": only(False),  # SmolLM
         "quantization_bit": only(0),  # XVERSE: all its configs have it
     },
-    irrelevant=frozenset(
-        "max_sequence_length max_tokenizer_truncation is_llama_config initializer_weight _from_model_config".split()),
+    irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight"}),
 )
 FAMILIES = dict.fromkeys(("llama", "aquila", "xverse", "Yi"), LLAMA)

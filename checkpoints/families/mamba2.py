@@ -5,9 +5,8 @@
     mamba2           transformers' layout: untied unless the config says otherwise, n_groups of 8 unless it says 1
     (no model_type)  state-spaces/mamba-*, mamba2-*: sizes d_model and n_layer, and ssm_cfg, which has the arguments
                      of the mixer where they are not its defaults. `vocab_size` counts tokens: the matrices have as
-                     many rows as the next multiple of `pad_vocab_size_multiple`, 50280 for 50277 and 8. Tied.
-                     Published as pickles; what is read here is what a conversion to safetensors keeps of them, the
-                     names.
+                     many rows as the next multiple of `pad_vocab_size_multiple`, 50280 for 50277 and 8. Tied. Published
+                     as pickles; a conversion to safetensors, which is read here, keeps their names
 
 Codestral-Mamba's config says `norm_before_gate: true`, which nothing reads: the gate comes first. `time_step_limit`
 bounds Δ; an infinity, JSON's own or transformers' {"__float__": "Infinity"}, is no bound. (transformers 5.23 forgets
@@ -18,24 +17,20 @@ import math
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.families.mamba import IRRELEVANT, MAMBA, MAMBA_NAMES, Expand, Rank, whole_multiple
-from checkpoints.names.config_rows import LayerCount
-from checkpoints.names.config_table import Draft, Row, flag, number, only, part, size, write_keys
+from checkpoints.families.mamba import IRRELEVANT, MAMBA, MAMBA_NAMES
+from checkpoints.names.config_rows import Expand, LayerCount, Rank, whole_multiple
+from checkpoints.names.config_table import Draft, Keys, Row, flag, number, only, part, size, write_keys
 from checkpoints.names.reader import Reader, is_number
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, rule, under
 from nanollm.config import Layer, Mamba, Mamba2, ModelConfig, Norm
 from nanollm.errors import ConfigError
 
 INFINITY = {"__float__": "Infinity"}  # as transformers writes it
-INITIAL = frozenset(  # of ssm_cfg: first values, and which code runs
-    "A_init_range chunk_size conv_init dt_init dt_init_floor dt_max dt_min dt_scale use_fast_path "
-    "use_mem_eff_path".split())
+INITIAL = frozenset({"A_init_range", "chunk_size", "conv_init", "dt_init", "dt_init_floor", "dt_max", "dt_min",
+                     "dt_scale", "use_fast_path", "use_mem_eff_path"})  # of ssm_cfg: first values, and which code runs
 
 MAMBA2_NAMES = override(
-    MAMBA_NAMES,
-    rule("backbone.layers.{i}.mixer.dt_bias", "layers.{i}.mixer.dt_bias"),
-    rule("backbone.layers.{i}.mixer.norm", "layers.{i}.mixer.norm"),
-)
+    MAMBA_NAMES, *under("backbone.layers.{i}.mixer", "layers.{i}.mixer", {"dt_bias": "dt_bias", "norm": "norm"}))
 ORIGINAL_NAMES = override(MAMBA2_NAMES, rule("backbone.embedding", "embed"))
 
 
@@ -61,7 +56,7 @@ class StepLimits(Row):
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         value = r.get(key, [0.0, INFINITY])
-        low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (None, None)
+        low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (math.nan, math.nan)
         endless = high == INFINITY or high == math.inf
         if not is_number(low, -1e-30) or not (endless or is_number(high, low)):
             raise r.error(key, "two numbers, the least and the largest step")
@@ -73,16 +68,13 @@ class StepLimits(Row):
 
 MAMBA2 = MAMBA.but(
     "mamba2", "Mamba2ForCausalLM", names=(MAMBA2_NAMES, ORIGINAL_NAMES), layer={"mixer": part(Mamba2)},
+    missing={"tie_word_embeddings": False},
     keys={
-        "num_heads": size("mixer.heads", missing=128),
-        "head_dim": size("mixer.head_dim", missing=64),
+        "num_heads": size("mixer.heads", missing=128), "head_dim": size("mixer.head_dim", missing=64),
         "expand": ExpandHeads(),
-        "intermediate_size": only(inner),
-        "d_inner": only(inner),
-        "state_size": size("mixer.state", missing=128),
-        "n_groups": size("mixer.groups", missing=8),
+        "intermediate_size": only(inner), "d_inner": only(inner),
+        "state_size": size("mixer.state", missing=128), "n_groups": size("mixer.groups", missing=8),
         "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", "mixer.eps", missing=1e-5),
-        "tie_word_embeddings": flag("tied", missing=False),
         "time_step_limit": StepLimits(),
     },
     without=("expand", "intermediate_size", "d_inner", "time_step_rank", "ssm_cfg"),
@@ -108,26 +100,16 @@ class HeadWidth(Row):
 class Arguments(Row):
     """Which mixer, and the arguments of its published class; what is missing has that class's default."""
 
-    shared = {
-        "d_conv": size("mixer.conv", missing=4),
-        "conv_bias": flag("mixer.conv_bias", missing=True),
-        "bias": flag("mixer.bias", missing=False),
-    }
-    kinds = {
+    shared = {"d_conv": size("mixer.conv", missing=4), "conv_bias": flag("mixer.conv_bias", missing=True),
+              "bias": flag("mixer.bias", missing=False)}
+    kinds: dict[str, tuple[type, Keys]] = {
         "Mamba1": (Mamba, shared | {
-            "expand": Expand(missing=2),
-            "d_state": size("mixer.state", missing=16),
-            "dt_rank": Rank(),
+            "expand": Expand(missing=2), "d_state": size("mixer.state", missing=16), "dt_rank": Rank(),
         }),
         "Mamba2": (Mamba2, shared | {
-            "headdim": HeadWidth(),
-            "d_state": size("mixer.state", missing=128),
-            "ngroups": size("mixer.groups", missing=1),
-            "dt_limit": StepLimits(),
-            "d_ssm": only(None),
-            "D_has_hdim": only(False),
-            "rmsnorm": only(True),
-            "norm_before_gate": only(False),
+            "headdim": HeadWidth(), "d_state": size("mixer.state", missing=128), "dt_limit": StepLimits(),
+            "ngroups": size("mixer.groups", missing=1), "norm_before_gate": only(False),
+            "d_ssm": only(None), "D_has_hdim": only(False), "rmsnorm": only(True),
         }),
     }
 
@@ -141,10 +123,11 @@ class Arguments(Row):
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         found = draft["mixer"].kind
-        values = {"layer": next((name for name, (mixer, _) in self.kinds.items() if mixer is found), None)}
-        if values["layer"] is None:
+        layer = next((name for name, (mixer, _) in self.kinds.items() if mixer is found), None)
+        if layer is None:
             raise ConfigError(f"layers[0].mixer is {found.__name__}, not Mamba or Mamba2")
-        for name, row in self.kinds[values["layer"]][1].items():
+        values: dict[str, Any] = {"layer": layer}
+        for name, row in self.kinds[layer][1].items():
             values |= row.write(draft, name)
         return {key: values}
 
@@ -170,20 +153,14 @@ class Untyped(Family):
 ORIGINAL = Untyped(
     "state-spaces", "",
     keys={
-        "vocab_size": PaddedVocab(),
-        "d_model": size("dim"),
-        "n_layer": LayerCount(),
+        "vocab_size": PaddedVocab(), "d_model": size("dim"), "n_layer": LayerCount(),
         "ssm_cfg": Arguments(),
-        "tie_embeddings": flag("tied", missing=True),
-        "residual_in_fp32": flag("float32_residual", missing=True),
+        "tie_embeddings": flag("tied", missing=True), "residual_in_fp32": flag("float32_residual", missing=True),
         "rms_norm": only(True, written=True),
-        "d_intermediate": only(0),  # an MLP after each mixer
-        "attn_layer_idx": only([]),  # attention in their place
-        "attn_cfg": only({}),
+        "d_intermediate": only(0), "attn_layer_idx": only([]), "attn_cfg": only({}),  # no MLPs, no attention
     },
     layer=part(Layer, ffn=None, pre_mixer=part(Norm, eps=1e-5), pre_ffn=None),  # no key says ε
     model=part(ModelConfig, final_norm=part(Norm, eps=1e-5)),
-    names=(ORIGINAL_NAMES,),
-    irrelevant=frozenset({"fused_add_norm"}),
+    names=(ORIGINAL_NAMES,), irrelevant=frozenset({"fused_add_norm"}),
 )
 FAMILIES = {"mamba2": MAMBA2, "state-spaces": ORIGINAL}

@@ -8,12 +8,11 @@ A config.json without `sliding_window` has one of 4096: only an explicit null tu
 weights twice; `consolidated.safetensors` is the other copy, with other names and the interleaved RoPE layout.
 """
 
-from checkpoints.families.llama import LLAMA_SHAPE, kv_heads
+from checkpoints.families.llama import LLAMA_SHAPE
 from checkpoints.names.config_table import size
 
-MISTRAL = LLAMA_SHAPE.but("mistral", "MistralForCausalLM", keys={
-    "num_key_value_heads": kv_heads(missing=8),
-    "max_position_embeddings": size("context", missing=131072),
-    "sliding_window": size("mixer.window", missing=4096, null=None),
-})
+MISTRAL = LLAMA_SHAPE.but(
+    "mistral", "MistralForCausalLM", missing={"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    keys={"sliding_window": size("mixer.window", missing=4096, null=None)},
+)
 FAMILIES = {"mistral": MISTRAL}

@@ -3,31 +3,27 @@
 On disk an expert's w1 is the gate, w3 the up and w2 the down projection, one tensor each; here they are stacked.
 """
 
-from checkpoints.families.llama import EPS, LLAMA_NAMES
+from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.families.mistral import MISTRAL
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import count, number, part, size
+from checkpoints.names.config_table import count, part, size
 from checkpoints.names.ops import Stack
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, rule, under
 from nanollm.config import MLP, MoE
 
+EXPERT = {"w1.weight": "gate", "w3.weight": "up", "w2.weight": "down"}
 MIXTRAL_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.block_sparse_moe.gate", "layers.{i}.ffn.router"),
-    rule("model.layers.{i}.block_sparse_moe.experts.{e}.w1.weight", "layers.{i}.ffn.experts.gate", Stack),
-    rule("model.layers.{i}.block_sparse_moe.experts.{e}.w3.weight", "layers.{i}.ffn.experts.up", Stack),
-    rule("model.layers.{i}.block_sparse_moe.experts.{e}.w2.weight", "layers.{i}.ffn.experts.down", Stack),
+    LLAMA_NAMES, rule("model.layers.{i}.block_sparse_moe.gate", "layers.{i}.ffn.router"),
+    *under("model.layers.{i}.block_sparse_moe.experts.{e}", "layers.{i}.ffn.experts", EXPERT, Stack),
 )
 
 MIXTRAL = MISTRAL.but(
     "mixtral", "MixtralForCausalLM", names=(MIXTRAL_NAMES,),
-    layer={"ffn": part(MoE, expert=part(MLP), renormalize=True)},
+    layer={"ffn": part(MoE, expert=part(MLP), renormalize=True)}, missing={"rms_norm_eps": 1e-5},
     keys={
-        "rms_norm_eps": number(*EPS, missing=1e-5),
         "rope_parameters": RopeKeys(theta=1e6),
         "sliding_window": size("mixer.window", missing=None),
-        "num_local_experts": count("ffn.experts", missing=8),
-        "num_experts_per_tok": size("ffn.top_k", missing=2),
+        "num_local_experts": count("ffn.experts", missing=8), "num_experts_per_tok": size("ffn.top_k", missing=2),
     },
 )
 FAMILIES = {"mixtral": MIXTRAL}

@@ -3,9 +3,9 @@
     config.json     {"model_type": "nanollm", "decoder": ModelConfig.to_dict(), "was": …}
     tensors         as named_parameters() has them: embed.weight, layers.3.mixer.q.weight, …
 
-transformers does not know it; `python -m checkpoints.convert` takes it to a layout that it knows, if there is one. "was", if the model
-came from a Hugging Face folder, is what takes it back there byte for byte: its config.json, which of the family's tables its names were
-of, and which keys were passed over.
+transformers does not know it; `python -m checkpoints.convert` takes it to a layout that it knows, if there is one. If
+the model came from a Hugging Face folder, "was" takes it back there byte for byte: its config.json, which of the
+family's tables its names were of, and which keys were passed over.
 """
 
 from typing import Any
@@ -35,9 +35,9 @@ class OwnLayout(Family):
         r.get("was", None)  # says nothing about the logits
         decoder = r.get("decoder")
         runs = decoder.get("layers") if isinstance(decoder, dict) else None
-        pairs = isinstance(runs, list) and all(
-            isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 for run in runs)
-        if not pairs or sum(run[0] for run in runs) > r.most:
+        if not isinstance(runs, list) or not all(
+            isinstance(run, list) and len(run) == 2 and type(run[0]) is int and run[0] > 0 for run in runs
+        ) or sum(run[0] for run in runs) > r.most:
             raise r.error("decoder", f"a ModelConfig as to_dict writes it, of at most {r.most} layers")
         return ModelConfig.from_dict(decoder)
 

@@ -1,41 +1,37 @@
 """Phi-1, Phi-1.5 and Phi-2.
 
-    h = norm(x);  x += dense(attention(h)) + fc2(gelu_tanh(fc1(h)))        one LayerNorm a layer, which both branches read
+    h = norm(x);  x += dense(attention(h)) + fc2(gelu_tanh(fc1(h)))      one LayerNorm a layer, which both branches read
 
-Biases on everything, the head included; RoPE in the half layout on the first part of each head: a half (Phi-1 and 1.5: 32 of 64
-channels), two fifths in Phi-2 (32 of 80). `qk_layernorm` puts a LayerNorm on each query and key head; no published Phi has it. Phi-3 is a Llama,
-and its model_type another. The first uploads (model_type "phi-msft", "mixformer-sequential") have other names, and are refused.
+Biases on everything, the head included; RoPE in the half layout on the first part of each head: a half (Phi-1 and 1.5:
+32 of 64 channels), two fifths in Phi-2 (32 of 80). `qk_layernorm` puts a LayerNorm on each query and key head; no
+published Phi has it. Phi-3 is a Llama, of another model_type. The first uploads (model_type "phi-msft",
+"mixformer-sequential") have other names, and are refused.
 """
 
 from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, RopeKeys
-from checkpoints.names.config_table import activation, number, optional, part
-from checkpoints.names.table import override, rule
+from checkpoints.names.config_table import Switch, activation, number, part
+from checkpoints.names.table import override, rule, under
 from nanollm.config import MLP
 
 NAMES = override(
     {},
-    rule("model.embed_tokens", "embed"),
+    *under("", "", {"model.embed_tokens": "embed", "model.final_layernorm": "norm", "lm_head": "head"}),
     rule("model.layers.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    *(rule(f"model.layers.{{i}}.self_attn.{part}_proj", f"layers.{{i}}.mixer.{part}") for part in "qkv"),
-    *(rule(f"model.layers.{{i}}.self_attn.{part}_layernorm", f"layers.{{i}}.mixer.{part}_norm") for part in "qk"),
-    rule("model.layers.{i}.self_attn.dense", "layers.{i}.mixer.o"),
-    rule("model.layers.{i}.mlp.fc1", "layers.{i}.ffn.up"),
-    rule("model.layers.{i}.mlp.fc2", "layers.{i}.ffn.down"),
-    rule("model.final_layernorm", "norm"),
-    rule("lm_head", "head"),
+    *under("model.layers.{i}.self_attn", "layers.{i}.mixer", {
+        "q_proj": "q", "k_proj": "k", "v_proj": "v", "dense": "o", "q_layernorm": "q_norm", "k_layernorm": "k_norm",
+    }),
+    *under("model.layers.{i}.mlp", "layers.{i}.ffn", {"fc1": "up", "fc2": "down"}),
 )
 
 PHI = LLAMA_SHAPE.but(
     "phi", "PhiForCausalLM", names=(NAMES,), norm=LAYER_NORM, model={"head_bias": True},
-    layer={
-        "ffn": part(MLP, gated=False, bias=True), "mixer.qkv_bias": True, "mixer.out_bias": True,
-        "parallel": True, "pre_ffn": None,
-    },
+    layer={"mixer.qkv_bias": True, "mixer.out_bias": True, "ffn": part(MLP, gated=False, bias=True),
+           "parallel": True, "pre_ffn": None},
     keys={
         "num_attention_heads": Heads(alone=False),
         "hidden_act": activation("ffn.activation", missing="gelu_new"),
-        "qk_layernorm": optional("mixer.qk_norm", LAYER_NORM),
+        "qk_layernorm": Switch("mixer.qk_norm", LAYER_NORM),
         "layer_norm_eps": number(*EPS, missing=1e-5),
         "rope_parameters": RopeKeys(fraction=0.5),
     },

@@ -3,28 +3,28 @@
     on disk   qkv_proj rows  q q q … k v        gate_up_proj rows  gate … up …          no biases
 
     Phi-3-mini-4k, -medium-4k    a window of 2047 tokens in every layer
-    Phi-3-128k, Phi-3.5-mini     LongRoPE: one list of divisors up to `original_max_position_embeddings`, which stands beside the
-                                 object and not in it, another list beyond. The first upload calls it "su"
+    Phi-3-128k, Phi-3.5-mini     LongRoPE: one list of divisors up to `original_max_position_embeddings`, which stands
+                                 beside the object and not in it, another list beyond. The first upload calls it "su"
     Phi-4                        theta 250000, no window, no stretch
     Phi-4-mini                   LongRoPE on the first three quarters of each head (`partial_rotary_factor`); tied
 
-A window of 262144 with a context of 131072 says nothing, and is kept as it is. Phi-3-small and Phi-3.5-MoE are other models.
+A window of 262144 with a context of 131072 says nothing, and is kept as it is. Phi-3-small, Phi-3.5-MoE: other models.
 """
 
 from typing import Any
 
-from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import ABSENT, Draft, number, only, size
+from checkpoints.names.config_table import ABSENT, Draft, only, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import ORIGINAL
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import GATE_UP, QKV, override, rule
 
 PHI3_NAMES = override(
     LLAMA_NAMES,
-    rule("model.layers.{i}.self_attn.qkv_proj", ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
-    rule("model.layers.{i}.mlp.gate_up_proj", ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"], Blocks),
+    rule("model.layers.{i}.self_attn.qkv_proj", QKV, Blocks),
+    rule("model.layers.{i}.mlp.gate_up_proj", GATE_UP, Blocks),
 )
 
 
@@ -34,18 +34,15 @@ class LongRopeOnly(RopeKeys):
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         inner = r.inside("rope_scaling") or r.inside("rope_parameters")
         if inner is not None:
-            self.check(r, inner, draft["mixer.head_dim"])
+            inner.must("rope_type" if "rope_type" in inner.values else "type", "default", "longrope", "su")
+            turned = inner.number(self.fraction_key, r.number(self.fraction_key, self.fraction))
+            pairs = int(draft["mixer.head_dim"] * turned) // 2
+            for name in ("short_factor", "long_factor"):
+                found = inner.get(name, None)
+                if isinstance(found, list) and len(found) != pairs:
+                    raise inner.error(name, f"a list of {pairs} numbers, one for each pair of channels that turns, "
+                                            f"not of {len(found)}")
         super().read(r, draft, key)
-
-    def check(self, r: Reader, inner: Reader, head_dim: int) -> None:
-        kind = "rope_type" if "rope_type" in inner.values else "type"
-        inner.must(kind, "default", "longrope", "su")
-        turned = inner.number(self.fraction_key, r.number(self.fraction_key, self.fraction))
-        pairs = int(head_dim * turned) // 2
-        for key in ("short_factor", "long_factor"):
-            found = inner.get(key, None)
-            if isinstance(found, list) and len(found) != pairs:
-                raise inner.error(key, f"a list of {pairs} numbers, one for each pair of channels that turns, not of {len(found)}")
 
     def original(self, r: Reader, draft: Draft) -> int:
         return r.size(ORIGINAL, 4096)
@@ -61,18 +58,13 @@ def narrowest(draft: Draft) -> int:
 
 
 PHI3 = LLAMA_SHAPE.but(
-    "phi3", "Phi3ForCausalLM", names=(PHI3_NAMES,),
+    "phi3", "Phi3ForCausalLM", names=(PHI3_NAMES,), missing={"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
     keys={
         "head_dim": size("mixer.head_dim", missing=narrowest, null=narrowest),
-        "rms_norm_eps": number(*EPS, missing=1e-5),
-        "max_position_embeddings": size("context", missing=4096),
         "rope_parameters": LongRopeOnly(fraction=1.0),
         "sliding_window": size("mixer.window", missing=None),
-        "attention_bias": only(False),
-        "mlp_bias": only(False),
-        "lm_head_bias": only(False),
-        "full_attn_mod": only(1),  # Phi-4-mini's, as the next; nothing published reads them
-        "interpolate_factor": only(1),
+        "attention_bias": only(False), "mlp_bias": only(False), "lm_head_bias": only(False),
+        "full_attn_mod": only(1), "interpolate_factor": only(1),  # Phi-4-mini's; nothing published reads them
     },
 )
 FAMILIES = {"phi3": PHI3}

@@ -2,27 +2,24 @@
 
     norms      LayerNorm with bias; `rms_norm_eps` is their ε all the same
     biases     on q, k, v and o (`attention_bias`), and on the head (`lm_head_bias`)
-    router     SparseMixer, `sparse_route` in nanollm/layers/moe.py, with ε = `router_jitter_noise`: at inference
-               there is no noise, but ε decides which experts come near the best. The rounded weights of the two need
-               not add up to 1
-    RoPE       LongRoPE with its temperature given, once for short sequences and once for long ones; they are equal in
-               the published config
+    router     SparseMixer, `sparse_route` in nanollm/layers/moe.py, with ε = `router_jitter_noise`: at inference there
+               is no noise, but ε decides which experts come near the best. The two rounded weights need not add up to 1
+    RoPE       LongRoPE with its temperature given twice, for short sequences and for long; published, they are equal
 
-Expert names are Mixtral's. transformers 5.23 takes the short list of divisors whatever the length; the published
-code, and this, the long one for sequences beyond the original context. In training the published code draws the
-experts; see `sparse_route`.
+Expert names are Mixtral's. transformers 5.23 takes the short list of divisors whatever the length; the published code,
+and this, the long one for sequences beyond the original context. In training the published code draws experts.
 """
 
 from typing import Any
 
+from checkpoints.families.llama import LAYER_NORM
 from checkpoints.families.mixtral import MIXTRAL
 from checkpoints.names.config_rows import Heads, RopeKeys
 from checkpoints.names.config_table import Draft, count, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import ORIGINAL, read_rope
-from nanollm.config import MLP, MoE, Norm, Rope
+from nanollm.config import MLP, MoE, Rope
 
-NORM = part(Norm, kind="layer", bias=True)
 MSCALES = ("short_mscale", "long_mscale")
 
 
@@ -57,14 +54,11 @@ class OneTemperature(RopeKeys):
 
 PHIMOE = MIXTRAL.but(
     "phimoe", "PhimoeForCausalLM",
-    layer={"pre_mixer": NORM, "pre_ffn": NORM,
-           "ffn": part(MoE, expert=part(MLP), renormalize=False, top_k=2, round_weights=True)},
-    model={"final_norm": NORM},
+    norm=LAYER_NORM, layer={"ffn": part(MoE, expert=part(MLP), renormalize=False, top_k=2, round_weights=True)},
     keys={
         "num_attention_heads": Heads(alone=False, missing=32),
         "head_dim": size("mixer.head_dim", missing=field("mixer.head_dim"), null=field("mixer.head_dim")),
-        "num_local_experts": count("ffn.experts", missing=16),
-        "num_experts_per_tok": only(2, written=True),
+        "num_local_experts": count("ffn.experts", missing=16), "num_experts_per_tok": only(2, written=True),
         "router_jitter_noise": number("ffn.sparse", missing=0.01),
         "attention_bias": flag("mixer.qkv_bias", "mixer.out_bias", missing=False),
         "lm_head_bias": flag("head_bias", missing=False),

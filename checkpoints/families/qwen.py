@@ -3,32 +3,22 @@
     Qwen1.5, Qwen2, Qwen2.5    model_type qwen2: bias on q, k and v and none on o, always, and no key says so
     Qwen3                      RMS norm on every query and key head; head_dim 128 whatever hidden_size is; no bias
 
-Some layers may slide. `layer_types` says which, where it stands; before transformers 5 they were all from
-`max_window_layers` on. Either counts only with `use_sliding_window`: published configs carry a `sliding_window` of 32768
-or 131072 that means nothing. The small ones are tied. Vocabularies are padded (151936, 152064) past the last real token.
+Some layers may slide: those that `layer_types` names, or else, as before transformers 5, all from `max_window_layers`
+on. Either counts only with `use_sliding_window`: published configs carry a `sliding_window` of 32768 or 131072 that
+means nothing. The small ones are tied. Vocabularies are padded (151936, 152064) past the last real token.
 """
 
 from typing import Any
 
-from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE, kv_heads
-from checkpoints.names.config_rows import HeadDim, Windows
-from checkpoints.names.config_table import only, part, size
+from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.names.config_rows import Windows, whole
+from checkpoints.names.config_table import only, part
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, under
 from nanollm.config import Norm
 
-QWEN3_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.self_attn.q_norm", "layers.{i}.mixer.q_norm"),
-    rule("model.layers.{i}.self_attn.k_norm", "layers.{i}.mixer.k_norm"),
-)
-
-
-def max_window_layers(r: Reader, missing: int) -> int:
-    first = r.get("max_window_layers", missing)
-    if type(first) is not int or first < 0:
-        raise r.error("max_window_layers", "a whole number")
-    return first
+QK_NORM = under("model.layers.{i}.self_attn", "layers.{i}.mixer", {"q_norm": "q_norm", "k_norm": "k_norm"})
+QWEN3_NAMES = override(LLAMA_NAMES, *QK_NORM)
 
 
 class LastLayersSlide(Windows):
@@ -39,7 +29,7 @@ class LastLayersSlide(Windows):
         self.first = first
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
-        first = max_window_layers(r, self.first)
+        first = whole(r, "max_window_layers", self.first)
         return [i >= first for i in range(layers)]
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
@@ -48,19 +38,14 @@ class LastLayersSlide(Windows):
 
 QWEN2 = LLAMA_SHAPE.but(
     "qwen2", "Qwen2ForCausalLM", layer={"mixer.qkv_bias": True},
+    missing={"num_key_value_heads": 32, "max_position_embeddings": 32768},
     keys={
-        "num_key_value_heads": kv_heads(missing=32),
-        "max_position_embeddings": size("context", missing=32768),
         "use_mrope": only(False),  # positions in three dimensions, for images
         "layer_types": LastLayersSlide(switch=True),
     },
 )
 QWEN3 = QWEN2.but(
     "qwen3", "Qwen3ForCausalLM", names=(QWEN3_NAMES,), layer={"mixer.qkv_bias": False, "mixer.qk_norm": part(Norm)},
-    keys={
-        "head_dim": HeadDim(missing=128),
-        "attention_bias": ATTENTION_BIAS,
-    },
-    without=("use_mrope",),
+    missing={"head_dim": 128}, keys={"attention_bias": ATTENTION_BIAS}, without=("use_mrope",),
 )
 FAMILIES = {"qwen2": QWEN2, "qwen3": QWEN3}

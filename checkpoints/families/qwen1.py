@@ -3,52 +3,32 @@
     use_dynamic_ntk    RoPE's θ grows in steps: α = 1, 3, 7, … for sequences up to seq_length, twice, four times as long
     use_logn_attn      the query of the n-th token is multiplied by log n / log seq_length, if that is more than 1
 
-The 72B has neither, and theta 1e6. On disk w2 is the gate and w1 the up projection, and either is *half* as wide as
-the config says.
+The 72B has neither, and theta 1e6. On disk w2 is the gate and w1 the up projection, each *half* as wide as the config
+says. There are two layouts of config.json: that of August 2023 (n_embd, n_layer, n_head, ffn_hidden_size, n_positions)
+and that of a month later (hidden_size, …, as transformers has them). They differ in what missing keys mean, too.
 
-There are two layouts of config.json: that of August 2023 (n_embd, n_layer, n_head, ffn_hidden_size, n_positions) and
-that of a month later (hidden_size, …, as transformers has them). They differ in what missing keys mean, too.
-
-α follows from the length of the sequence. The published code takes that of the prompt, and keeps α while it
-generates, so what it says depends on where a prompt ended; here it is always the length of the sequence that is read
+α follows from the length of the sequence. The published code takes the length of the prompt, and keeps α while it
+generates, so its logits depend on where the prompt ended; here it is always the length of the sequence that is read
 (nanollm/layers/scaling.py).
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.names.config_rows import LayerCount, halved
-from checkpoints.names.config_table import (
-    ABSENT,
-    Draft,
-    Key,
-    Keys,
-    Row,
-    field,
-    flag,
-    number,
-    only,
-    part,
-    read_keys,
-    size,
-)
+from checkpoints.families.llama import EPS
+from checkpoints.names.config_rows import LayerCount, base, halved
+from checkpoints.names.config_table import ABSENT, Draft, Keys, Row, field, flag, number, only, part, read_keys, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import QKV, override, rule, under
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope, SteppedNTK
 
 QWEN1_NAMES = override(
     {},
-    rule("transformer.wte", "embed"),
-    rule("transformer.h.{i}.ln_1", "layers.{i}.pre_mixer"),
-    rule("transformer.h.{i}.attn.c_attn", ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
-    rule("transformer.h.{i}.attn.c_proj", "layers.{i}.mixer.o"),
-    rule("transformer.h.{i}.ln_2", "layers.{i}.pre_ffn"),
-    rule("transformer.h.{i}.mlp.w2", "layers.{i}.ffn.gate"),
-    rule("transformer.h.{i}.mlp.w1", "layers.{i}.ffn.up"),
-    rule("transformer.h.{i}.mlp.c_proj", "layers.{i}.ffn.down"),
-    rule("transformer.ln_f", "norm"),
-    rule("lm_head", "head"),
+    *under("", "", {"transformer.wte": "embed", "transformer.ln_f": "norm", "lm_head": "head"}),
+    rule("transformer.h.{i}.attn.c_attn", QKV, Blocks), rule("transformer.h.{i}.attn.c_proj", "layers.{i}.mixer.o"),
+    *under("transformer.h.{i}", "layers.{i}", {"ln_1": "pre_mixer", "ln_2": "pre_ffn"}),
+    *under("transformer.h.{i}.mlp", "layers.{i}.ffn", {"w2": "gate", "w1": "up", "c_proj": "down"}),
 )
 
 
@@ -84,37 +64,29 @@ class Stretch(Row):
         """A stretch and log n with different contexts do not read back."""
         original, logn = draft["mixer.rope.scaling.original"], draft["mixer.logn"]
         steps = original is not ABSENT
-        return {
-            key: original if steps else logn or draft["context"],
-            "use_dynamic_ntk": steps,
-            "use_logn_attn": logn is not None,
-        }
+        context = original if steps else logn or draft["context"]
+        return {key: context, "use_dynamic_ntk": steps, "use_logn_attn": logn is not None}
 
 
 def layout(dim: str, layers: str, heads: str, hidden: str, context: str, eps: float, stretched: bool) -> Keys:
     """A layout of config.json: what it calls the sizes, and what is meant by keys that are missing."""
     return {
-        "vocab_size": size("vocab"),
-        "padded_vocab_size": only(field("vocab")),
+        "vocab_size": size("vocab"), "padded_vocab_size": only(field("vocab")),
         dim: size("dim"),
         layers: LayerCount(),
         heads: size("mixer.heads"),
         "kv_channels": HeadWidth(dim, heads),
         hidden: halved("ffn.hidden", missing=22016),
         context: size("context", missing=8192),
-        "layer_norm_epsilon": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=eps),
-        "rotary_emb_base": Key(lambda r, key: r.number(key, above=1), "mixer.rope.theta", missing=10_000.0),
+        "layer_norm_epsilon": number(*EPS, missing=eps),
+        "rotary_emb_base": base("mixer.rope.theta", missing=10_000.0),
         "rope_theta": only(field("mixer.rope.theta")),  # said twice in the 72B
         "seq_length": Stretch(missing=stretched),
         "tie_word_embeddings": flag("tied", missing=False),
         "rotary_pct": only(1.0, written=True),
-        "no_bias": only(True, written=True),
-        "scale_attn_weights": only(True, written=True),
-        "pos_emb": only("rotary"),
-        "activation": only("swiglu"),
-        "apply_residual_connection_post_layernorm": only(False),
-        "n_inner": only(None),
-        "use_cache_quantization": only(False),
+        "no_bias": only(True, written=True), "scale_attn_weights": only(True, written=True),
+        "pos_emb": only("rotary"), "activation": only("swiglu"), "n_inner": only(None),
+        "apply_residual_connection_post_layernorm": only(False), "use_cache_quantization": only(False),
     }
 
 
@@ -136,8 +108,7 @@ QWEN1 = TwoLayouts(
                pre_mixer=part(Norm), pre_ffn=part(Norm)),
     names=(QWEN1_NAMES,),
     ignorable=frozenset({"transformer.h.{i}.attn.rotary_emb.inv_freq", "transformer.rotary_emb.inv_freq"}),
-    irrelevant=frozenset(
-        "attn_pdrop bf16 bias_dropout_fusion emb_dropout_prob fp16 fp32 onnx_safe params_dtype softmax_in_fp32 "
-        "tokenizer_type use_cache_kernel use_flash_attn".split()),
+    irrelevant=frozenset("emb_dropout_prob bf16 fp16 fp32 onnx_safe params_dtype softmax_in_fp32 tokenizer_type "
+                         "use_cache_kernel use_flash_attn".split()),
 )
 FAMILIES = {"qwen": QWEN1}

@@ -1,10 +1,10 @@
 """Qwen2-VL and Qwen2.5-VL: a vision tower, which is left out, and a Qwen2, which is loaded, and saved as one.
 
-Their RoPE ("mrope") turns each third or so of the channels by another coordinate of a token: time, row or column in a picture.
-For text the three are the same number, the position, and that is plain RoPE (Wang et al. 2024, arXiv 2409.12191, §2.1).
+Their RoPE ("mrope") turns each third or so of the channels by another coordinate of a token: time, row or column in a
+picture. For text all three are the position: plain RoPE (Wang et al. 2024, arXiv 2409.12191, §2.1).
 
-The hub's configs are flat, with the keys of Qwen2 and a vision_config; newer ones have them in a text_config, some have them in
-both places. What a missing key means differs from Qwen2 for four of them. Tensors have one of two sets of names:
+The hub's configs are flat, with the keys of Qwen2 and a vision_config; newer ones have them in a text_config, some have
+them in both places. Four missing keys mean something else than in Qwen2. Tensors have one of two sets of names:
 
     on the hub                        model.layers.…                   visual.…
     as the modules are called now     model.language_model.layers.…    model.visual.…
@@ -21,7 +21,8 @@ from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.table import moved
 from nanollm.config import ModelConfig
 
-TOWER = frozenset("vision_config image_token_id video_token_id vision_token_id vision_start_token_id vision_end_token_id".split())
+TOWER = frozenset({"vision_config", "image_token_id", "video_token_id", "vision_token_id", "vision_start_token_id",
+                   "vision_end_token_id"})
 
 
 class WithVision(Family):
@@ -45,7 +46,7 @@ class WithVision(Family):
 
 
 def plain(rope: Any) -> Any:
-    """The object as Qwen2 would have it: "mrope" is the default, and how the channels are shared out is for pictures."""
+    """The object as Qwen2 has it: "mrope" is the default there, and how it divides the channels is for pictures."""
     if not isinstance(rope, dict):
         return rope
     return {key: "default" if value == "mrope" else value for key, value in rope.items() if key != "mrope_section"}
@@ -59,8 +60,7 @@ QWEN2_VL = WithVision(
         "num_key_value_heads": kv_heads(missing=8),
         "layer_types": LastLayersSlide(first=80, switch=True),
     },
-    names=(LLAMA_NAMES, moved(LLAMA_NAMES, "model.", "model.language_model.")),
-    irrelevant=TOWER,
+    names=(LLAMA_NAMES, moved(LLAMA_NAMES, "model.", "model.language_model.")), irrelevant=TOWER,
     left_out=("visual.", "model.visual."),
 )
 FAMILIES = {"qwen2_vl": QWEN2_VL, "qwen2_5_vl": QWEN2_VL}

@@ -1,41 +1,35 @@
 """RecurrentGemma: Griffin's recurrent blocks, and local attention in every third place. 2B, 9B.
 
-    block_types        "recurrent", "recurrent", "attention", over and over, the last round cut off where the layers
-                       end
-    intermediate_size  counts the gate and the up projection together: the MLP is half as wide. Biases on all three,
-                       and on o
+    block_types        "recurrent", "recurrent", "attention", over and over, cut off where the layers end
+    intermediate_size  counts gate and up projection together: the MLP is half as wide. Biases on all three, and on o
     attention          multi-query, a window of 2048, and half of each head turns
-    embedding          times √hidden_size, which is rounded to bfloat16 whatever the weights are: 50.5 for 2560, not
-                       50.596
+    embedding          times √hidden_size, rounded to bfloat16 whatever the weights are: 50.5 for 2560, not 50.596
 
 As in Gemma the gains are stored less one, head and embedding are tied, and the logits have a soft cap.
 """
 
 import torch
 
-from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.llama import GATED, HEADS, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.names.config_rows import Heads, Kinds, RopeKeys, halved
 from checkpoints.names.config_table import Draft, Follows, activation, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import override, rule, under
 from nanollm.config import RGLRU, Attention, Norm, Rope
 from nanollm.errors import ConfigError
 
+BLOCK = {
+    **HEADS, "linear_x": "x_proj", "linear_y": "y_proj", "linear_out": "out_proj", "conv_1d": "conv1d",
+    "rg_lru.input_gate_weight": "input_gate.weight", "rg_lru.input_gate_bias": "input_gate.bias",
+    "rg_lru.recurrent_gate_weight": "recurrence_gate.weight", "rg_lru.recurrent_gate_bias": "recurrence_gate.bias",
+    "rg_lru.recurrent_param": "Lambda",
+}
 RECURRENT_GEMMA_NAMES = override(
-    LLAMA_NAMES,
-    rule("model.layers.{i}.temporal_pre_norm", "layers.{i}.pre_mixer"),
-    rule("model.layers.{i}.channel_pre_norm", "layers.{i}.pre_ffn"),
-    *(rule(f"model.layers.{{i}}.temporal_block.{name}_proj", f"layers.{{i}}.mixer.{name}") for name in "qkvo"),
-    *(rule(f"model.layers.{{i}}.temporal_block.linear_{name}", f"layers.{{i}}.mixer.{name}_proj")
-      for name in ("x", "y", "out")),
-    rule("model.layers.{i}.temporal_block.conv_1d", "layers.{i}.mixer.conv1d"),
-    *(rule(f"model.layers.{{i}}.temporal_block.rg_lru.{theirs}_{leaf}", f"layers.{{i}}.mixer.{ours}.{leaf}")
-      for theirs, ours in (("input_gate", "input_gate"), ("recurrent_gate", "recurrence_gate"))
-      for leaf in ("weight", "bias")),
-    rule("model.layers.{i}.temporal_block.rg_lru.recurrent_param", "layers.{i}.mixer.Lambda"),
-    *(rule(f"model.layers.{{i}}.mlp_block.{name}_proj", f"layers.{{i}}.ffn.{name}") for name in ("gate", "up", "down")),
-    rule("model.final_norm", "norm"),
+    LLAMA_NAMES, rule("model.final_norm", "norm"),
+    *under("model.layers.{i}", "layers.{i}", {"temporal_pre_norm": "pre_mixer", "channel_pre_norm": "pre_ffn"}),
+    *under("model.layers.{i}.temporal_block", "layers.{i}.mixer", BLOCK),
+    *under("model.layers.{i}.mlp_block", "layers.{i}.ffn", GATED),
 )
 
 
@@ -63,11 +57,10 @@ def root(dim: int) -> float:
     return torch.tensor(dim**0.5, dtype=torch.bfloat16).item()
 
 
-NORM = part(Norm, offset=1.0, cast_after_gain=True)
 MIXERS = {"recurrent": part(RGLRU), "attention": part(Attention, rope=part(Rope), out_bias=True)}
 RECURRENT_GEMMA = LLAMA_SHAPE.but(
     "recurrent_gemma", "RecurrentGemmaForCausalLM", names=(RECURRENT_GEMMA_NAMES,), ignorable=frozenset(),
-    layer={"pre_mixer": NORM, "pre_ffn": NORM, "ffn.bias": True}, model={"final_norm": NORM},
+    norm=part(Norm, offset=1.0, cast_after_gain=True), layer={"ffn.bias": True}, missing={"tie_word_embeddings": True},
     keys={
         "block_types": Kinds("mixer", MIXERS, read_kinds, lambda kinds: {"block_types": kinds}),
         "num_attention_heads": Heads(alone=False),
@@ -79,13 +72,11 @@ RECURRENT_GEMMA = LLAMA_SHAPE.but(
         "intermediate_size": halved("ffn.hidden", missing=7680),
         "hidden_activation": activation("ffn.activation", "mixer.activation", missing="gelu_pytorch_tanh"),
         "logits_soft_cap": number("head_softcap", missing=30.0),
-        "tie_word_embeddings": flag("tied", missing=True),
         "max_position_embeddings": size("context", missing=None),
         "rope_parameters": PlainRope(fraction=0.5),
         "embeddings_scale_by_sqrt_dim": only(True),
         "embed_scale": Follows(lambda draft: root(draft["dim"])),
     },
-    without=("hidden_act",),
-    irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
+    without=("hidden_act",), irrelevant=frozenset({"w_init_variance_scale", "final_w_init_variance_scale"}),
 )
 FAMILIES = {"recurrent_gemma": RECURRENT_GEMMA}

@@ -3,19 +3,15 @@
 The base of RoPE is 10000 where no key says it; the published config says 1e7, and a context of 524288.
 """
 
-from checkpoints.families.llama import LLAMA_SHAPE, kv_heads
-from checkpoints.names.config_rows import HeadDim
-from checkpoints.names.config_table import flag, size
+from checkpoints.families.llama import LLAMA_SHAPE
+from checkpoints.names.config_table import flag
 
 SEED_OSS = LLAMA_SHAPE.but(
     "seed_oss", "SeedOssForCausalLM", irrelevant=frozenset({"residual_dropout"}),
+    missing={"num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 524288},
     keys={
-        "num_key_value_heads": kv_heads(missing=8),
-        "head_dim": HeadDim(missing=128),
-        "max_position_embeddings": size("context", missing=524288),
         "attention_bias": flag("mixer.qkv_bias", missing=True),
-        "attention_out_bias": flag("mixer.out_bias", missing=False),
-        "mlp_bias": flag("ffn.bias", missing=False),
+        "attention_out_bias": flag("mixer.out_bias", missing=False), "mlp_bias": flag("ffn.bias", missing=False),
     },
 )
 FAMILIES = {"seed_oss": SEED_OSS}

@@ -1,48 +1,40 @@
 """StripedHyena: Hyena layers (nanollm/layers/hyena.py) with attention of Llama's shape between them.
 
-    StripedHyena-7B    Hessian and Nous; every other layer attends; key/value heads = heads / proj_groups (4); no
-                       biases in attention; RoPE theta 500000
-    Evo-1              reads DNA; layers 8, 16 and 24 attend; biases; gelu; head and embedding tied; `-131k`: RoPE
-                       angles divided by 16
+    StripedHyena-7B    Hessian and Nous; every other layer attends; key/value heads = heads / proj_groups (4); no biases
+                       in attention; RoPE theta 500000
+    Evo-1              reads DNA; layers 8, 16 and 24 attend; biases; gelu; tied; `-131k`: RoPE angles divided by 16
 
 `use_flash_rmsnorm` says which norm it is: true, as published and where it is missing, is FlashAttention's RMSNorm;
 false is the one that the repository has itself, with ε outside the root. Both have their gain under the name `scale`.
 
-`attn_layer_idxs` and `hyena_layer_idxs` must share the layers out; the published list of Hyena layers goes one beyond
-the last, which nothing builds. The projections are rounded to the weights' dtype and the filters reckoned in float32,
-as the published code does. Tensor names begin with `backbone.` on the hub; those of the first repository do not.
+Each layer is in one of `attn_layer_idxs` and `hyena_layer_idxs`; the published list of Hyena layers goes one beyond the
+last layer, which nothing builds. As in the published code the projections are rounded to the weights' dtype and the
+filters computed in float32. Tensor names begin with `backbone.` on the hub; those of the first repository do not.
 """
 
 from typing import Any
 
 from checkpoints.families.family import Family
-from checkpoints.names.config_rows import Kinds, LayerCount
+from checkpoints.families.llama import EPS
+from checkpoints.names.config_rows import Kinds, LayerCount, base
 from checkpoints.names.config_table import ABSENT, Draft, Key, Row, choice, field, flag, number, only, part, size
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule, stripped
+from checkpoints.names.table import QKV, override, rule, stripped, under
 from nanollm.config import MLP, Attention, Hyena, Layer, Linear, Norm, Rope
 
+BLOCK = {
+    "pre_norm.scale": "pre_mixer.gain", "post_norm.scale": "pre_ffn.gain",
+    "projections": "mixer.in_proj", "out_filter_dense": "mixer.out_proj",
+    "filter.short_filter_weight": "mixer.conv1d.weight", "filter.short_filter_bias": "mixer.conv1d.bias",
+    "filter.poles": "mixer.poles", "filter.residues": "mixer.residues", "filter.D": "mixer.D",
+    "inner_mha_cls.out_proj": "mixer.o", "mlp.l1": "ffn.gate", "mlp.l2": "ffn.up", "mlp.l3": "ffn.down",
+}
 NAMES = override(
     {},
-    rule("backbone.embedding_layer", "embed"),
-    rule("backbone.blocks.{i}.pre_norm.scale", "layers.{i}.pre_mixer.gain"),
-    rule("backbone.blocks.{i}.projections", "layers.{i}.mixer.in_proj"),
-    rule("backbone.blocks.{i}.filter.short_filter_weight", "layers.{i}.mixer.conv1d.weight"),
-    rule("backbone.blocks.{i}.filter.short_filter_bias", "layers.{i}.mixer.conv1d.bias"),
-    rule("backbone.blocks.{i}.filter.poles", "layers.{i}.mixer.poles"),
-    rule("backbone.blocks.{i}.filter.residues", "layers.{i}.mixer.residues"),
-    rule("backbone.blocks.{i}.filter.D", "layers.{i}.mixer.D"),
-    rule("backbone.blocks.{i}.out_filter_dense", "layers.{i}.mixer.out_proj"),
-    rule("backbone.blocks.{i}.inner_mha_cls.Wqkv",
-         ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
-    rule("backbone.blocks.{i}.inner_mha_cls.out_proj", "layers.{i}.mixer.o"),
-    rule("backbone.blocks.{i}.post_norm.scale", "layers.{i}.pre_ffn.gain"),
-    rule("backbone.blocks.{i}.mlp.l1", "layers.{i}.ffn.gate"),
-    rule("backbone.blocks.{i}.mlp.l2", "layers.{i}.ffn.up"),
-    rule("backbone.blocks.{i}.mlp.l3", "layers.{i}.ffn.down"),
-    rule("backbone.norm.scale", "norm.gain"),
-    rule("backbone.unembed", "head"),
+    *under("backbone", "", {"embedding_layer": "embed", "norm.scale": "norm.gain", "unembed": "head"}),
+    *under("backbone.blocks.{i}", "layers.{i}", BLOCK),
+    rule("backbone.blocks.{i}.inner_mha_cls.Wqkv", QKV, Blocks),
 )
 
 
@@ -78,11 +70,8 @@ class HeadsOfBoth(Row):
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """Where no layer attends, in a shape that fits."""
-        heads: dict[type, int] = {}
-        for layer in draft.layers:
-            heads.setdefault(layer.get("mixer").kind, layer.get("mixer.heads"))
-        hyena = heads.get(Hyena, heads.get(Attention))
-        attention = heads.get(Attention, hyena)
+        heads = {layer.get("mixer").kind: layer.get("mixer.heads") for layer in reversed(draft.layers)}  # of the first
+        attention, hyena = (heads.get(kind, draft["mixer.heads"]) for kind in (Attention, Hyena))
         kv_heads = attention if draft["mixer.kv_heads"] is ABSENT else draft["mixer.kv_heads"]
         return {key: attention, "proj_groups": attention // kv_heads, "column_split_hyena": hyena == attention}
 
@@ -104,34 +93,27 @@ NORMS = {True: part(Norm, cast_after_gain=True), False: part(Norm, kind="rms_out
 STRIPEDHYENA = Family(
     "stripedhyena", "StripedHyenaModelForCausalLM",
     keys={
-        "vocab_size": size("vocab"),
-        "hidden_size": size("dim", "mixer.inner"),
-        "num_layers": LayerCount(),
+        "vocab_size": size("vocab"), "hidden_size": size("dim", "mixer.inner"), "num_layers": LayerCount(),
         "attn_layer_idxs": Kinds("mixer", MIXERS, read_kinds, write_kinds),
         "num_attention_heads": HeadsOfBoth(),
         "qkv_proj_bias": flag("mixer.qkv_bias", missing=False),
         "mha_out_proj_bias": flag("mixer.out_bias", missing=False),
-        "rotary_emb_base": Key(lambda r, key: r.number(key, above=1), "mixer.rope.theta", missing=500_000.0),
+        "rotary_emb_base": base("mixer.rope.theta", missing=500_000.0),
         "use_interpolated_rotary_pos_emb": Divided(),
-        "state_size": size("mixer.state", missing=2),
-        "short_filter_length": size("mixer.conv", missing=3),
-        "num_filters": only(field("dim"), written=True),
-        "hyena_filter_groups": only(1, written=True),
+        "state_size": size("mixer.state", missing=2), "short_filter_length": size("mixer.conv", missing=3),
+        "num_filters": only(field("dim"), written=True), "hyena_filter_groups": only(1, written=True),
         "short_filter_bias": only(True, written=True),
         "inner_mlp_size": size("ffn.hidden", missing=14336),
         "mlp_activation": choice({"silu": "silu", "gelu": "gelu"}, "ffn.activation", missing="silu"),
         "use_flash_rmsnorm": Key(Reader.flag, "final_norm", "pre_mixer", "pre_ffn", missing=True,
                                  to=NORMS.__getitem__, of=lambda norm: norm.get("kind") == "rms"),
-        "eps": number("final_norm.eps", "pre_mixer.eps", "pre_ffn.eps", missing=1e-5),
+        "eps": number(*EPS, missing=1e-5),
         "final_norm": only(True, written=True),
-        "tie_embeddings": flag("tied", missing=False),
-        "max_seqlen": size("context", missing=32768),
+        "tie_embeddings": flag("tied", missing=False), "max_seqlen": size("context", missing=32768),
         "smeared_gqa": only(False),
     },
-    layer=part(Layer, ffn=part(MLP)),
-    names=(NAMES, stripped(NAMES, "backbone.")),
-    ignorable=frozenset(
-        {f"{start}blocks.{{i}}.inner_mha_cls.rotary_emb.inv_freq" for start in ("backbone.", "")}),
+    layer=part(Layer, ffn=part(MLP)), names=(NAMES, stripped(NAMES, "backbone.")),
+    ignorable=frozenset(f"{start}blocks.{{i}}.inner_mha_cls.rotary_emb.inv_freq" for start in ("backbone.", "")),
     irrelevant=frozenset(  # which code runs it, in what precision, on how many processes; and tie_embeddings counts
         "attn_block_dtype column_split depthwise_dtype hyena_block_dtype inference_mode log_intermediate_values "
         "low_mem_mode make_vocab_size_divisible_by max_batch_size mlp_dtype mlp_init_method mlp_output_init_method "

@@ -1,7 +1,6 @@
 """Yuan 2.0: Llama whose queries and keys are made from a filtered input. 2B, 51B, 102B.
 
-The filters: nanollm/layers/filtered_attention.py.
-Three things about its weights are not as their names say:
+The filters are in nanollm/layers/filtered_attention.py. Three things about its weights are not as their names say:
 
 - The activation is on `up_proj`: down(gate(x) · silu(up(x))). So `up_proj` is our gate, and `gate_proj` our up.
 - q_proj and k_proj are two halves of one matrix whose rows lie head by head, q and k in turn. With H = 4 heads:
@@ -13,12 +12,11 @@ Three things about its weights are not as their names say:
 
 Head and embedding are tied where config.json does not say otherwise. RoPE has theta 10000 and no key.
 
-Documents. With reset_attention_mask the published code looks for the token <eod> in what it reads: attention begins
-anew behind it, and the filters run on, across it. Here documents are not found but told, by the positions that a
-caller gives, and nothing looks across their border, the filters neither. So for a prompt without <eod> inside it both
-flags mean nothing, and for one with <eod> inside and no positions the published logits behind it are others. In that
-case give positions that begin at 0 again behind <eod>: what differs then is that the first two tokens of a document
-do not see the end of the one before through the filters.
+Documents. With reset_attention_mask the published code looks for the token <eod> in its input: attention begins anew
+behind it, and the filters run on across it. Here the caller's positions say where documents begin, and nothing looks
+across their border, the filters neither. So for a prompt without <eod> inside it both flags mean nothing; for one with
+<eod> inside, give positions that begin at 0 again behind it. Then the one difference from the published logits is that
+the first two tokens of a document do not see the end of the one before through the filters.
 """
 
 from collections.abc import Sequence
@@ -27,11 +25,10 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints.families.llama import LLAMA_NAMES, LLAMA_SHAPE
-from checkpoints.names.config_rows import unread
-from checkpoints.names.config_table import Draft, Row, field, flag, only, part, size
+from checkpoints.names.config_table import Draft, Row, field, only, part, size, unread
 from checkpoints.names.ops import Pieces, Shape
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule
+from checkpoints.names.table import QKV, override, rule, under
 from nanollm.config import Attention, FilteredAttention, Layer, Norm, Rope
 
 
@@ -44,6 +41,7 @@ class Pairs:
 
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        assert layer is not None and isinstance(layer.mixer, FilteredAttention)
         heads = layer.mixer.attention.heads
         q, k = (tensor.unflatten(0, (heads, -1)) for tensor in ours)
         in_turn = [rows for pair in zip(q, k, strict=True) for rows in pair]  # q0 k0 q1 k1 …
@@ -53,13 +51,11 @@ class Pairs:
 
 YUAN_NAMES = override(
     LLAMA_NAMES,
-    rule(["model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj"],
-         ["layers.{i}.mixer.q", "layers.{i}.mixer.k"], Pairs),
-    rule("model.layers.{i}.self_attn.lf_gate.conv1", "layers.{i}.mixer.first"),
-    rule("model.layers.{i}.self_attn.lf_gate.conv2", "layers.{i}.mixer.second"),
-    rule("model.layers.{i}.self_attn.lf_gate.output_layernorm", "layers.{i}.mixer.norm"),
-    rule("model.layers.{i}.mlp.up_proj", "layers.{i}.ffn.gate"),
-    rule("model.layers.{i}.mlp.gate_proj", "layers.{i}.ffn.up"),
+    rule(["model.layers.{i}.self_attn.q_proj", "model.layers.{i}.self_attn.k_proj"], QKV[:2], Pairs),
+    *under("model.layers.{i}.self_attn.lf_gate", "layers.{i}.mixer", {
+        "conv1": "first", "conv2": "second", "output_layernorm": "norm",
+    }),
+    *under("model.layers.{i}.mlp", "layers.{i}.ffn", {"up_proj": "gate", "gate_proj": "up"}),
 )
 
 
@@ -80,21 +76,17 @@ class FilteredHeads(Row):
 YUAN = LLAMA_SHAPE.but(
     "yuan", "YuanForCausalLM", names=(YUAN_NAMES,),
     layer={"mixer": part(FilteredAttention, attention=part(Attention, rope=part(Rope)), norm=part(Norm, eps=1e-6))},
+    missing={"tie_word_embeddings": True},
     keys={
         "num_attention_heads": FilteredHeads(),
-        "tie_word_embeddings": flag("tied", missing=True),
         "model_max_length": size("context", missing=8192),
         "max_position_embeddings": size("context", missing=field("context")),
         "use_shareqk": only(False),  # one matrix for q and k
         "causal_mask": only(True, written=True),
-        # about <eod> inside a prompt: see above
-        "reset_attention_mask": only(False, True, written=True),
-        "reset_position_ids": only(False, True, written=True),
-        "eod_token": unread(None),
-        "use_flash_attention": unread(False),
+        **dict.fromkeys(("reset_attention_mask", "reset_position_ids"), only(False, True, written=True)),  # see above
+        "eod_token": unread(None), "use_flash_attention": unread(False),
     },
     without=("num_key_value_heads", "head_dim", "max_position_embeddings", "rope_parameters"),
-    irrelevant=frozenset(
-        "_from_model_config attn_dropout dropout eod_token_id mask_token_id sep_token use_loss_mask".split()),
+    irrelevant=frozenset({"attn_dropout", "dropout", "eod_token_id", "mask_token_id", "sep_token", "use_loss_mask"}),
 )
 FAMILIES = {"yuan": YUAN}

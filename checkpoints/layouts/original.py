@@ -77,7 +77,7 @@ RopeLayout = Literal["half", "interleaved"]
 
 
 def find(path: Path, asked: Asked) -> Found | None:
-    """The model of a folder with a params.json, or that one of its files belongs to. Raises CheckpointError or ConfigError."""
+    """The model of a folder with a params.json, or of one of its files. Raises CheckpointError or ConfigError."""
     if path.is_file():
         named = path.name == "params.json" or path.name.startswith("consolidated")
         return find(path.parent, asked) if named else None

@@ -1,14 +1,24 @@
-"""Rows of config_table.py that say more than one field: how many layers there are and which parts they have, heads, RoPE, windows."""
+"""Rows of config_table.py in which several keys or fields are one thing.
 
+    how many layers, and of which parts    LayerCount, Kinds
+    heads                                  Heads, HeadDim, DividingHeads
+    positions                              RopeKeys; Windows, Periodic, OneWindow
+    how wide a scan is                     Expand, Rank
+    an object inside config.json           Inside
+"""
+
+import math
 from collections.abc import Callable
 from typing import Any
 
-from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, given, one_name
+from checkpoints.names.config_table import ABSENT, Draft, Key, Keys, Part, Row, one_name
 from checkpoints.names.reader import IRRELEVANT, Reader
 from checkpoints.names.rope import read_rope, write_rope
 from nanollm.config import Rope
 from nanollm.errors import ConfigError
 
+ReadKinds = Callable[[Reader, int], list[str]]
+WriteKinds = Callable[[list[str]], dict[str, Any]]
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
@@ -40,8 +50,7 @@ class Kinds(Row):
     shapes = True
 
     def __init__(
-        self, slot: str, parts: dict[str, Part], read_kinds: Callable[[Reader, int], list[str]],
-        write_kinds: Callable[[list[str]], dict[str, Any]],
+        self, slot: str, parts: dict[str, Part], read_kinds: ReadKinds, write_kinds: WriteKinds
     ) -> None:
         self.slot, self.parts, self.read_kinds, self.write_kinds = slot, parts, read_kinds, write_kinds
 
@@ -58,7 +67,7 @@ class Kinds(Row):
 
 
 class Heads(Row):
-    """The number of query heads, where no key says how wide they are: dim / heads. `alone`: as many key/value heads."""
+    """The number of query heads, each dim / heads wide. `alone`: key/value heads have no key, there are as many."""
 
     def __init__(self, also: tuple[str, ...] = (), alone: bool = True, missing: int | None = None) -> None:
         self.also, self.alone, self.missing = also, alone, missing
@@ -99,20 +108,34 @@ class HeadDim(Row):
         return "mixer.head_dim"
 
 
+class DividingHeads(Key):
+    """The number of query heads, whose width is another key's. Even so transformers wants it to divide dim."""
+
+    def __init__(self, **more: Any) -> None:
+        super().__init__(Reader.size, "mixer.heads", **more)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        dim, heads = draft["dim"], draft["mixer.heads"]
+        if heads is not ABSENT and dim % heads:
+            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
+        return super().write(draft, key)
+
+
 class RopeKeys(Row):
     """RoPE in both dialects (names/rope.py): base, part of a head that turns, scaling.
 
-    theta         the family's base
-    fraction      its part of a head that turns; None: it knows no such key, and all of it turns
+    theta, fraction            the family's base, and its part of a head that turns where their keys are missing;
+                               fraction None: there is no such key, and all of the head turns
+    theta_key, fraction_key    what the family calls the two at the top level
 
-    A family whose keys say it in other words has a subclass with a `rope` or an `original` of its own.
+    A family that says it otherwise has a subclass with its own `rope` or `original`.
     """
 
     def __init__(
-        self, theta: float = 10_000.0, fraction: float | None = None, path: str = "mixer.rope",
+        self, theta: float = 10_000.0, fraction: float | None = None,
         theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor",
     ) -> None:
-        self.theta, self.fraction, self.path = theta, fraction, path
+        self.theta, self.fraction = theta, fraction
         self.theta_key, self.fraction_key = theta_key, fraction_key
 
     def original(self, r: Reader, draft: Draft) -> int | None:
@@ -127,32 +150,30 @@ class RopeKeys(Row):
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         rope = self.rope(r, draft)
         for name in ("theta", "fraction", "scaling"):
-            draft[f"{self.path}.{name}"] = getattr(rope, name)
+            draft[f"mixer.rope.{name}"] = getattr(rope, name)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        found = next((rope for rope in draft.each(self.path) if isinstance(rope, Part)), None)
+        found = next((rope for rope in draft.each("mixer.rope") if isinstance(rope, Part)), None)
         if found is None:
             return {}
         rope: Rope = found.build()
         values = write_rope(rope)
         values[self.theta_key] = values.pop("rope_theta")
-        if self.fraction is not None:  # said though it be 1, which is not what a missing key means; inside the object there is one word
+        if self.fraction is not None:  # a 1 is written too, since a missing key means `fraction`
             values.pop("partial_rotary_factor", None)
             values[self.fraction_key] = values["rope_parameters"]["partial_rotary_factor"] = rope.fraction
         return values
 
     def says(self) -> str:
-        return f"{self.path}: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
+        return f"mixer.rope: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
 
 
 class Windows(Row):
-    """Which layers slide, and over how many keys: `sliding_window`, and `layer_types` where it stands.
+    """Which layers have a sliding window: those that `layer_types` names, or else those of the family's pattern.
 
-    default     what a missing sliding_window means
+    default     what a missing `sliding_window` means
     switch      whether the window counts only with `use_sliding_window`
-    full        what else the layers that do not slide have: path → value
-
-    A subclass says which layers slide where there is no layer_types, `pattern`, and which keys say that, `pattern_keys`.
+    full        what else is so in the layers without a window: path → value
     """
     shapes = True
 
@@ -160,9 +181,11 @@ class Windows(Row):
         self.default, self.switch, self.full = default, switch, full or {}
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
+        """Which layers slide where there is no `layer_types`."""
         raise NotImplementedError
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
+        """The keys, if there are any, that say so."""
         return {}
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
@@ -204,13 +227,13 @@ class Periodic(Windows):
         self.period, self.key = period, key
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
-        period = self.period if self.key is None else r.size(self.key, self.period)
+        period = r.size(self.key, self.period) if self.key else self.period
         if r.get("layer_types", None) is None:
-            r.must("_sliding_window_pattern", period)  # transformers writes it beside layer_types, and does not read it
+            r.must("_sliding_window_pattern", period)  # transformers writes it, and reads layer_types
         return [(i + 1) % period != 0 for i in range(layers)]
 
     def pattern_keys(self, slides: list[bool]) -> dict[str, Any]:
-        return {} if self.key is None else {self.key: [*slides, False].index(False) + 1}
+        return {self.key: [*slides, False].index(False) + 1} if self.key else {}
 
 
 class OneWindow(Row):
@@ -231,35 +254,37 @@ class OneWindow(Row):
         return "mixer.window"
 
 
-class must_be(Row):
-    """A flag that must have one value, which may be a function of the draft. A missing key means false."""
+class Expand(Row):
+    """How many times wider than the model a scan is, a whole number."""
 
-    def __init__(self, value: Any, also: tuple[str, ...] = ()) -> None:
-        self.value, self.also = value, also
+    def __init__(self, missing: int) -> None:
+        self.missing = missing
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        key, value = one_name(r, key, *self.also), given(self.value, draft)
-        if r.flag(key, False) != value:
-            raise r.error(key, f"{value}, which is what is implemented")
+        draft["mixer.inner"] = r.size(key, self.missing) * draft["dim"]
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: given(self.value, draft)}
-
-    def says(self) -> str:
-        return "must be " + ("the same" if callable(self.value) else repr(self.value))
+        return {key: whole_multiple(draft["mixer.inner"], draft["dim"])} if "mixer.inner" in draft else {}
 
 
-class DividingHeads(Key):
-    """The number of query heads, where another key says how wide they are. transformers wants dim to be a multiple of it all the same."""
+def whole_multiple(inner: int, dim: int) -> int:
+    """inner / dim. Raises ConfigError if it is no whole number."""
+    if inner % dim:
+        raise ConfigError(f"Mamba wants inner ({inner}) to be a multiple of dim ({dim})")
+    return inner // dim
 
-    def __init__(self, **more: Any) -> None:
-        super().__init__(Reader.size, "mixer.heads", **more)
 
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        dim, heads = draft["dim"], draft["mixer.heads"]
-        if heads is not ABSENT and dim % heads:
-            raise ConfigError(f"transformers wants dim ({dim}) to be a multiple of heads ({heads}) here")
-        return super().write(draft, key)
+class Rank(Key):
+    """The rank of a scan's Δ: a number, or "auto" for dim / 16 rounded up."""
+
+    def __init__(self) -> None:
+        super().__init__(Reader.size, "mixer.dt_rank", missing=lambda draft: math.ceil(draft["dim"] / 16))
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if r.get(key, "auto") == "auto":
+            draft["mixer.dt_rank"] = self.missing(draft)
+        else:
+            super().read(r, draft, key)
 
 
 class Inside(Row):
@@ -284,17 +309,17 @@ class Inside(Row):
         return "; ".join(f"{name}: {row.says()}" for name, row in self.keys.items())
 
 
-class unread(Row):
-    """A key that says nothing here; it is written because the published code asks for it."""
+def four_widths(draft: Draft) -> int:
+    """As `missing`: a feed-forward four times as wide as the model."""
+    return 4 * draft["dim"]
 
-    def __init__(self, value: Any) -> None:
-        self.value = value
 
-    def read(self, r: Reader, draft: Draft, key: str) -> None:
-        r.get(key, None)
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: self.value}
+def whole(r: Reader, key: str, missing: int) -> int:
+    """A whole number, 0 included."""
+    value = r.get(key, missing)
+    if type(value) is not int or value < 0:
+        raise r.error(key, "a whole number")
+    return value
 
 
 def halved(*paths: str, **more: Any) -> Key:
@@ -306,3 +331,8 @@ def halved(*paths: str, **more: Any) -> Key:
         return value
 
     return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)
+
+
+def base(*paths: str, **more: Any) -> Key:
+    """A finite number above 1: of RoPE's θ."""
+    return Key(lambda r, key: r.number(key, above=1), *paths, **more)

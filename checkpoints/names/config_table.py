@@ -10,22 +10,25 @@
         "pretraining_tp":       only(1),
     }
 
-Reading and writing use the same rows, as they do for the tensors (table.py): config.json → Draft → ModelConfig, and back.
+Reading and writing use the same rows, as they do for the tensors (table.py): config.json → Draft → ModelConfig, and
+back. Here are the rows of one key and one value; config_rows.py has those that take several keys or fields together.
 
-A path names a field. "dim" is one of the ModelConfig; a path that begins with a field of Layer ("mixer.heads", "pre_ffn.eps") stands for
-that field in every layer that has it: "ffn.hidden" in those with an MLP, "ffn.expert.hidden" in those with experts.
+A path names a field. "dim" is one of the ModelConfig; a path that begins with a field of Layer ("mixer.heads",
+"pre_ffn.eps") is that field in every layer that has it: "ffn.hidden" in those with an MLP, "ffn.expert.hidden" in those
+with experts.
 
 What no key says, a family says as a Part: a dataclass some of whose fields are still to come.
 
     part(Layer, mixer=part(Attention, rope=part(Rope)), ffn=part(MLP), pre_mixer=part(Norm), pre_ffn=part(Norm))
 
-`missing` and `null` are what a missing key and a null mean, in the words of config.json: a value, or a function of the draft that has
-been read so far. Rows that decide which parts there are (`shapes`) come first, then the others in the order of the table. A row that
-can say more than one field is a class of its own (config_rows.py).
+`missing` and `null` are what a missing key and a null mean, as config.json would say it: a value, or a function of the
+draft as read so far. Rows that decide which parts the layers have (`shapes`) are read first, then the others in the
+order of the table.
 """
 
+import copy
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from checkpoints.names.reader import ACTIVATIONS, NEEDED, Reader
@@ -36,7 +39,7 @@ ABSENT: Any = object()  # what no layer has
 
 
 class Part:
-    """A dataclass of nanollm.config under construction: the fields that are known, by name; other parts may be among them."""
+    """A dataclass of nanollm.config under construction: the fields that are known, by name. They may be parts too."""
 
     def __init__(self, kind: type, /, **fields: Any) -> None:
         self.kind, self.fields = kind, fields
@@ -45,7 +48,15 @@ class Part:
 
     def copy(self) -> "Part":
         """Another with the same fields, in which nothing is shared."""
-        return Part(self.kind, **{name: value.copy() if isinstance(value, Part) else value for name, value in self.fields.items()})
+        return Part(self.kind, **{name: value.copy() if isinstance(value, Part) else value
+                                  for name, value in self.fields.items()})
+
+    def but(self, fields: Mapping[str, Any]) -> "Part":
+        """Another, with these fields (path → value)."""
+        other = self.copy()
+        for path, value in fields.items():
+            other.set(path, value)
+        return other
 
     def get(self, path: str) -> Any:
         """The field at a path, its default where nothing set it; ABSENT where this part has no such field."""
@@ -68,24 +79,25 @@ class Part:
             self.fields[name] = value.copy() if isinstance(value, Part) else value
             return
         inner = self.fields.get(name, self.names[name].default)
-        if dataclasses.is_dataclass(inner) and not isinstance(inner, type):  # a default, such as Norm(): a part of its own from here on
+        if dataclasses.is_dataclass(inner):  # a default, such as Norm(): from here on a part of its own
             inner = self.fields[name] = of_config(inner)
         if isinstance(inner, Part):
             inner.set(rest, value)
 
     def build(self) -> Any:
         """The dataclass. Raises ConfigError where its own checks refuse the values."""
-        return self.kind(**{name: value.build() if isinstance(value, Part) else value for name, value in self.fields.items()})
+        return self.kind(**{name: value.build() if isinstance(value, Part) else value
+                            for name, value in self.fields.items()})
 
 
 part = Part
 
 
 def of_config(value: Any) -> Any:
-    """The inverse of `build`."""
+    """The inverse of `build`: a dataclass as a Part, with those inside it; any other value as it is."""
     if not dataclasses.is_dataclass(value):
         return value
-    return Part(type(value), **{field.name: of_config(getattr(value, field.name)) for field in dataclasses.fields(value)})
+    return Part(type(value), **{each.name: of_config(getattr(value, each.name)) for each in dataclasses.fields(value)})
 
 
 class Draft:
@@ -96,9 +108,9 @@ class Draft:
 
     @classmethod
     def of(cls, config: c.ModelConfig) -> "Draft":
-        """Of a config that is whole: to be written."""
+        """A finished config, to be written from."""
         around = dataclasses.replace(config, layers=config.layers[:1])
-        parts = {layer: of_config(layer) for layer in dict.fromkeys(config.layers)}  # equal layers share one, they are only read
+        parts = {layer: of_config(layer) for layer in dict.fromkeys(config.layers)}  # equal layers share one: only read
         return cls(of_config(around), [parts[layer] for layer in config.layers])
 
     def owners(self, path: str) -> list[Part]:
@@ -139,17 +151,24 @@ LAYER_FIELDS = {field.name for field in dataclasses.fields(c.Layer)}
 class Row:
     """One key of config.json, or several that say one thing together."""
     shapes = False  # whether it decides which parts the layers have; such rows are read first
+    missing: Any = NEEDED  # what a missing key means; not every row lets a family choose
+
+    def where_missing(self, value: Any) -> "Row":
+        """The same row for a family in which a missing key means this."""
+        row = copy.copy(self)
+        row.missing = value
+        return row
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         """Take what config.json says into the draft."""
         raise NotImplementedError
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        """What config.json says of the draft. What it cannot say is found when it is read back."""
+        """The keys that say this of the draft. A value that they cannot express is noticed when they are read back."""
         raise NotImplementedError
 
     def says(self) -> str:
-        """In the documentation: the fields, or the first line of the row's docstring."""
+        """For the documentation: the fields, or the first line of the row's docstring."""
         return (type(self).__doc__ or "").partition("\n")[0]
 
 
@@ -159,7 +178,7 @@ def given(value: Any, draft: Draft) -> Any:
 
 
 def field(path: str) -> Callable[[Draft], Any]:
-    """As `missing`: what that field is."""
+    """For `missing`, `null` and `only`: the value of that field."""
     return lambda draft: draft[path]
 
 
@@ -177,7 +196,8 @@ class Key(Row):
 
     def __init__(
         self, check: Callable[[Reader, str], Any], *paths: str, missing: Any = NEEDED, null: Any = NEEDED,
-        to: Callable[[Any], Any] = same, of: Callable[[Any], Any] = same, also: tuple[str, ...] = (), shapes: bool = False,
+        to: Callable[[Any], Any] = same, of: Callable[[Any], Any] = same, also: tuple[str, ...] = (),
+        shapes: bool = False,
     ) -> None:
         self.check, self.paths, self.missing, self.null = check, paths, missing, null
         self.to, self.of, self.also, self.shapes = to, of, also, shapes
@@ -245,7 +265,7 @@ def activation(*paths: str, missing: str, **more: Any) -> Key:
     return choice({missing: ACTIVATIONS[missing]} | ACTIVATIONS, *paths, missing=missing, **more)
 
 
-class optional(Key):
+class Switch(Key):
     """true or false: whether a part is there."""
 
     def __init__(self, path: str, there: Part, missing: bool = False) -> None:
@@ -255,24 +275,63 @@ class optional(Key):
         return {key: draft[self.paths[0]] is not None} if self.paths[0] in draft else {}
 
 
-class only(Row):
-    """The values of a key that are implemented, of which the first is what a missing key means; written if `written`."""
+class Fixed(Row):
+    """A key that is no field of ours.
 
-    def __init__(self, *values: Any, written: bool = False) -> None:
-        self.values, self.written = values, written
+    accepted   the values that are implemented, or functions of the draft; others are refused. None at all: any is
+    writes     what is written; ABSENT: it is left out
+    missing    what a missing key means: the first of `accepted`, or this
+    also       other names of the key, as in Key
+    """
+
+    def __init__(
+        self, accepted: tuple[Any, ...], writes: Any = ABSENT, missing: Any = NEEDED, also: tuple[str, ...] = ()
+    ) -> None:
+        self.accepted, self.writes, self.missing, self.also = accepted, writes, missing, also
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        r.must(key, *(given(value, draft) for value in self.values))
+        key, accepted = one_name(r, key, *self.also), [given(value, draft) for value in self.accepted]
+        if key not in r.values and self.missing is not NEEDED and self.missing not in accepted:
+            raise r.error(key, f"{accepted[0]!r}, which is what is implemented")
+        if key in r.values and accepted:
+            r.must(key, *accepted)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: given(self.values[0], draft)} if self.written else {}
+        return {} if self.writes is ABSENT else {key: given(self.writes, draft)}
 
     def says(self) -> str:
-        return "only " + " or ".join("the same" if callable(value) else repr(value) for value in self.values)
+        values = " or ".join("the same" if callable(value) else repr(value) for value in self.accepted)
+        return f"only {values}" if values else "says nothing here"
+
+
+def only(*accepted: Any, written: bool = False, **more: Any) -> Fixed:
+    """The values that are implemented. The first is what a missing key means, and what is written if `written`."""
+    return Fixed(accepted, accepted[0] if written else ABSENT, **more)
+
+
+def unread(writes: Any) -> Fixed:
+    """Whatever stands there says nothing here. It is written because the published code asks for it."""
+    return Fixed((), writes)
+
+
+class Repeats(Row):
+    """A key in published configs that transformers does not read: it must say what another one does, or be missing."""
+
+    def __init__(self, other: str, missing: Any) -> None:
+        self.other, self.missing = other, missing  # of the other one
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        r.must(key, r.get(self.other, self.missing))
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {}
+
+    def says(self) -> str:
+        return f"only what {self.other} says"
 
 
 class Follows(Row):
-    """No key: a field that follows from what was read. Its name in a table is the path."""
+    """No key but a field, which follows from what was read. In the table the path stands in place of a key."""
 
     def __init__(self, value: Callable[[Draft], Any]) -> None:
         self.value = value
@@ -288,8 +347,9 @@ class Follows(Row):
 
 
 def one_name(r: Reader, *keys: str) -> str:
-    """Of several names for one thing the first that stands. Where more stand, they must agree."""
-    present = [key for key in keys if r.get(key, None) is not None] or [key for key in keys if key in r.values] or keys[:1]
+    """Of several names for one thing the first that stands there, or else the first. All that do must agree."""
+    present = [key for key in keys if key in r.values]
+    present = [key for key in keys if r.get(key, None) is not None] or present or [keys[0]]
     for key in present[1:]:
         r.must(key, r.get(present[0]))
     return present[0]
@@ -312,7 +372,22 @@ def read_keys(keys: Keys, r: Reader, model: Part, layer: Part) -> c.ModelConfig:
 
 def write_keys(keys: Keys, config: c.ModelConfig) -> dict[str, Any]:
     """The keys of config.json for a model. Raises ConfigError for what a row has no words for."""
-    draft, values = Draft.of(config), {}
+    draft = Draft.of(config)
+    values: dict[str, Any] = {}
     for key, row in keys.items():
         values |= row.write(draft, key)
     return values
+
+
+def difference(ours: Any, read: Any, path: str) -> str:
+    """The first place where two configs part, as a sentence."""
+    pairs: list[tuple[str, Any, Any]] = []
+    if dataclasses.is_dataclass(ours) and type(ours) is type(read):
+        names = [field.name for field in dataclasses.fields(ours)]
+        pairs = [(f".{name}", getattr(ours, name), getattr(read, name)) for name in names]
+    elif isinstance(ours, tuple) and isinstance(read, tuple) and len(ours) == len(read):
+        pairs = [(f"[{i}]", *pair) for i, pair in enumerate(zip(ours, read, strict=True))]
+    for part, a, b in pairs:
+        if a != b:
+            return difference(a, b, path + part)
+    return f"{path} is {ours!r}, and would be read as {read!r}"

@@ -23,7 +23,7 @@ Shapes: E experts, F feed-forward width, D model width, H query heads, K key/val
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol, Union
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Beside:
             view.copy_(part)
 
 
-Piece = Union[Tensor, Beside]
+Piece = Tensor | Beside
 Pieces = Iterator[tuple[int, Piece]]
 Shape = tuple[int, ...]
 
@@ -112,7 +112,7 @@ class Blocks:
 class Groups(Blocks):
     """One stored tensor has the rows of q, k and v by key/value head: the queries that read it, its key, its value.
 
-    With K = 1 this is Blocks (Falcon-7B), with K = H it is q k v of each head (GPT-NeoX, BLOOM); InternLM2 is between."""
+    With K = 1 this is Blocks (Falcon-7B), with K = H it is q k v of each head (GPT-NeoX, BLOOM); between: InternLM2."""
 
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:

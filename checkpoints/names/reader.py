@@ -28,8 +28,10 @@ IRRELEVANT = frozenset("""
     bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id eos_token_id forced_bos_token_id
     forced_eos_token_id pad_token_id prefix sep_token_id suppress_tokens
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
-    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
-    remove_invalid_values repetition_penalty temperature top_k top_p typical_p
+    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences remove_invalid_values repetition_penalty temperature top_k top_p typical_p
+    _from_model_config attention_softmax_in_fp32 attn_implementation attn_pdrop bias_dropout_fusion
+    gradient_checkpointing scale_attention_softmax_in_fp32
     finetuning_task id2label label2id output_attentions output_hidden_states output_scores problem_type return_dict
     return_dict_in_generate task_specific_params tf_legacy_loss tokenizer_class use_bfloat16 chunk_size_feed_forward
 """.split())

@@ -3,9 +3,9 @@
     hub, until 2025      "rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}
     transformers 5       "rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}
 
-`type` is the older word for `rope_type`. Where both objects stand, transformers reads rope_scaling alone; the base, and the part
-of a head that turns, come from inside the object it reads, else from the top level, else from the family. We follow, and write
-both dialects.
+`type` is the older word for `rope_type`. Where both objects stand, transformers reads rope_scaling alone; the base, and
+the part of a head that turns, come from inside the object it reads, else from the top level, else from the family. We
+follow, and write both dialects.
 
 SCALINGS is the table of formulas, read in both directions. The formulas themselves are in nanollm/layers/rope.py.
 """
@@ -18,10 +18,11 @@ from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Scaling, 
 from nanollm.errors import ConfigError
 
 ORIGINAL = "original_max_position_embeddings"
-SCALINGS = {                                     # our field → their key; a field that is not named follows from the context
+SCALINGS = {  # our field → their key; a field that is not named follows from the context
     "linear": (Linear, {"factor": "factor"}),
     "dynamic": (DynamicNTK, {"factor": "factor"}),
-    "llama3": (Llama3, {"factor": "factor", "original": ORIGINAL, "low": "low_freq_factor", "high": "high_freq_factor"}),
+    "llama3": (Llama3, {"factor": "factor", "original": ORIGINAL,
+                        "low": "low_freq_factor", "high": "high_freq_factor"}),
     "yarn": (Yarn, {"factor": "factor", "original": ORIGINAL, "fast": "beta_fast", "slow": "beta_slow",
                     "truncate": "truncate", "attention_factor": "attention_factor"}),
     "longrope": (LongRope, {"short": "short_factor", "long": "long_factor", "original": ORIGINAL,
@@ -31,19 +32,21 @@ OLD_WORDS = {"su": "longrope"}                   # Phi-3 before it was named in 
 
 
 def read_rope(
-    r: Reader, theta: float, context: int, fraction: float | None = None, original: int | None = None, layout: str = "half",
+    r: Reader, theta: float, context: int, fraction: float | None = None, original: int | None = None,
     theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor",
 ) -> Rope:
-    """`theta` is the family's default base, `context` what max_position_embeddings says. `fraction` is its default part of a head that
-    turns; None: it knows no such key. `original`: the context before the stretch, for families that say it outside the object."""
+    """theta       the family's base where no key says it
+    context     what max_position_embeddings says
+    fraction    the part of a head that turns where no key says it; None: there is no such key, and all of it turns
+    original    the context before the stretch, in families that say it outside the object
+    """
     theta = r.number(theta_key, theta, above=1)
     whole = fraction is None
-    if not whole:
-        fraction = r.number(fraction_key, fraction)
+    turned = 1.0 if fraction is None else r.number(fraction_key, fraction)
     old, new = r.inside("rope_scaling"), r.inside("rope_parameters")
     inner = old or new
     if inner is None:
-        return Rope(theta, layout, 1.0 if whole else fraction)
+        return Rope(theta, fraction=turned)
     if old and new and "rope_theta" in new.values and "rope_theta" not in old.values and theta_key not in r.values:
         # transformers would fall back to the family's base in silence
         raise r.error("rope_parameters", "rope_theta beside or inside rope_scaling, which is read in place of this")
@@ -52,14 +55,15 @@ def read_rope(
     kind = inner.get("rope_type", older)
     kind = OLD_WORDS.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ("default", *SCALINGS):
-        raise ConfigError(f"{r.where}: {inner.prefix}rope_type is {brief(kind)}; expected default, {', '.join(SCALINGS)}")
+        raise ConfigError(f"{r.where}: {inner.prefix}rope_type is {brief(kind)}; "
+                          f"expected default, {', '.join(SCALINGS)}")
     scaling = None if kind == "default" else _read_scaling(inner, kind, context, original)
     if whole:
         inner.must("partial_rotary_factor", 1.0)
     else:
-        fraction = inner.number("partial_rotary_factor", fraction)
+        turned = inner.number("partial_rotary_factor", turned)
     inner.close((ORIGINAL,) if original else ())         # transformers copies it inside whatever the type is
-    return Rope(theta, layout, 1.0 if whole else fraction, scaling)
+    return Rope(theta, fraction=turned, scaling=scaling)
 
 
 def _read_scaling(inner: Reader, kind: str, context: int, original: int | None) -> Scaling:
@@ -81,7 +85,8 @@ def _read_scaling(inner: Reader, kind: str, context: int, original: int | None) 
     if cls is Yarn and "attention_factor" not in values:
         one, other = (inner.number(key, None, above=-1) for key in ("mscale", "mscale_all_dim"))        # DeepSeek
         if (one is None) != (other is None):
-            raise inner.error("mscale" if other is None else "mscale_all_dim", "mscale and mscale_all_dim together, or neither")
+            key = "mscale" if other is None else "mscale_all_dim"
+            raise inner.error(key, "mscale and mscale_all_dim together, or neither")
         if one and other:
             values["attention_factor"] = temperature(values["factor"], one) / temperature(values["factor"], other)
     if cls is LongRope:
@@ -109,8 +114,10 @@ def write_rope(rope: Rope) -> dict[str, Any]:
     for kind, (cls, keys) in SCALINGS.items():
         if type(rope.scaling) is cls:
             fields = {key: getattr(rope.scaling, field) for field, key in keys.items()}
-            given = {key: list(value) if isinstance(value, tuple) else value for key, value in fields.items() if value is not None}
+            given = {key: list(value) if isinstance(value, tuple) else value
+                     for key, value in fields.items() if value is not None}
             scaling = {"rope_type": kind, **given}
     old = {"type": scaling["rope_type"], **scaling} if rope.scaling else None
     part = {} if rope.fraction == 1 else {"partial_rotary_factor": rope.fraction}
-    return {"rope_theta": rope.theta, **part, "rope_scaling": old, "rope_parameters": {"rope_theta": rope.theta, **part, **scaling}}
+    new = {"rope_theta": rope.theta, **part, **scaling}
+    return {"rope_theta": rope.theta, **part, "rope_scaling": old, "rope_parameters": new}

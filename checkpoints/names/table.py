@@ -10,6 +10,10 @@ one place says so in one line:
 
     YI = override(LLAMA, rule("model.layers.{i}.ln1", "layers.{i}.pre_mixer"), …)
 
+Rules that share their prefixes are written together, theirs: ours.
+
+    under("model.layers.{i}.mlp", "layers.{i}.ffn", {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"})
+
 From there everything is derived:
 
     expand(table, …)             the rules for one model, with numbers in place of {i} and {e}: a list of Steps
@@ -54,11 +58,25 @@ class Rule:
 
 
 Table = dict[str, Rule]
+QKV = ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"]  # ours, where they are one tensor of theirs
+EXPERTS_GATE_UP = ["layers.{i}.ffn.experts.gate", "layers.{i}.ffn.experts.up"]
+GATE_UP = ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"]
 
 
 def rule(theirs: str | Sequence[str], ours: str | Sequence[str], op: Op = Same) -> Rule:
     """One name or several on either side, in the order in which the op takes them."""
-    return Rule(*((names,) if isinstance(names, str) else tuple(names) for names in (theirs, ours)), op)
+    def several(names: str | Sequence[str]) -> tuple[str, ...]:
+        return (names,) if isinstance(names, str) else tuple(names)
+
+    return Rule(several(theirs), several(ours), op)
+
+
+def under(theirs: str, ours: str, names: Mapping[str, str], op: Op = Same) -> list[Rule]:
+    """One rule for each pair of names (theirs: ours), which stand under these two modules; "" is the model itself."""
+    def join(module: str, name: str) -> str:
+        return f"{module}.{name}" if module else name
+
+    return [rule(join(theirs, name), join(ours, mine), op) for name, mine in names.items()]
 
 
 def override(base: Table, *rules: Rule) -> Table:

@@ -16,7 +16,6 @@ import contextlib
 import gzip
 import hashlib
 import json
-import math
 import sys
 import tempfile
 import zlib
@@ -131,12 +130,11 @@ class Facts:
 
     @property
     def held_out_targets(self) -> int:
-        """Tokens that are predicted: each but the first."""
-        return self.held_out_tokens - 1
+        """Tokens that are predicted: each but the first.
 
-    def bits_per_byte(self, loss: float) -> float:
-        """A held-out loss in nats a token, in a unit that does not depend on the tokenizer."""
-        return loss * self.held_out_targets / math.log(2) / self.held_out_bytes
+        A loss in nats × these / log(2) / held_out_bytes is in bits per byte.
+        """
+        return self.held_out_tokens - 1
 
 
 def facts(folder: Path) -> Facts | None:

@@ -78,7 +78,9 @@ class Source(Protocol):
     rows: int
 
     @property
-    def fingerprint(self) -> int: ...                           # of all that the rows are made from
+    def fingerprint(self) -> int:
+        """Of all that the rows are made from."""
+        ...
 
     def row(self, index: int) -> Row: ...
     def verify(self, vocab: int) -> None: ...

@@ -1,18 +1,19 @@
-"""One model on many processes: each rank keeps a shard of every parameter; a layer is whole while it computes (FSDP2).
+"""One model on many processes. Each keeps a shard of every parameter; a layer is whole only while it computes (FSDP2).
 
                      rank 0        rank 1                 one step, for each layer
     at rest          W[0:n/2]      W[n/2:n]               float32, with the optimizer's state beside it
-    forward          all-gather ─→ W ─→ x W               in the dtype of the products, then freed again
-    backward         all-gather ─→ W ─→ ∂W                each rank has the gradient of its own rows of the batch
+    forward          all-gather ─→ W ─→ x W               in the dtype of the products, then freed
+    backward         all-gather ─→ W ─→ ∂W                each rank has the sum over its own rows of the batch
                      reduce-scatter: ∂W summed            in float32, and each rank keeps its shard of the sum
 
-Zhao et al. 2023 (arXiv 2304.11277); Rajbhandari et al. 2019 (arXiv 1910.02054), stage 3. With `replicas` R the model is
-sharded over groups of W/R ranks, and R groups hold the same shards (HSDP): all-gathers stay inside a group, one
-all-reduce between groups is added.
+Zhao et al. 2023 (arXiv 2304.11277); Rajbhandari et al. 2019 (arXiv 1910.02054), stage 3. With `replicas` R there are R
+groups of ranks, each with a whole copy of the model (HSDP): a shard is R times as large, all-gather and reduce-scatter
+stay inside a group, and an all-reduce between the groups is added.
 
 On one rank there is nothing to shard: the model stays an ordinary module, and `cast` makes the copies in the dtype of
-the products (only --offload uses FSDP2 there too, for its copies between CPU and GPU). Gradients are summed over ranks,
-never averaged: the loss is divided by the tokens of the whole step (losses.py), so each rank computes part of a sum.
+the products. (Only --offload uses FSDP2 on one rank, for its copies between CPU and GPU.) Gradients are summed over
+ranks, never averaged: the loss is divided by the tokens of the whole step (losses.py), so what each rank computes is
+already its part of the sum.
 
 The order of wrapping matters: recomputation inside compilation inside sharding.
 """
@@ -48,7 +49,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of this run, and which of them this process is. mesh: (shard,) or (replicate, shard)."""
+    """The processes of this run, and which of them this one is. mesh: (shard,) or (replicate, shard)."""
     rank: int
     size: int
     device: torch.device
@@ -61,23 +62,19 @@ class World:
         return sums.tolist()
 
     def all_gather(self, *values: float) -> Tensor:
-        """The values of all ranks, float64 (ranks, values)."""
+        """All-gather: the values of every rank, float64 (ranks, values)."""
         rows = torch.empty(self.size, len(values), dtype=torch.float64)
         dist.all_gather(list(rows), torch.tensor(values, dtype=torch.float64))
         return rows
 
-    def all_gather_objects(self, value: object) -> list:
-        """One plain value of each rank, as a list by rank."""
-        gathered: list = [None] * self.size
+    def all_gather_objects(self, value: object) -> list[Any]:
+        """All-gather of any plain value: a list by rank."""
+        gathered: list[Any] = [None] * self.size
         dist.all_gather_object(gathered, value)
         return gathered
 
-    def broadcast(self, value: Any) -> Any:
-        """The plain value that rank 0 has."""
-        return self.all_gather_objects(value)[0]
-
     def on_all_ranks(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on every rank. An error of our own on any of them is raised on all, so that none waits for it."""
+        """Do `work` on every rank. A NanollmError on one rank is raised on all, so that none waits for it forever."""
         done = problem = None
         try:
             done = work()
@@ -88,22 +85,30 @@ class World:
                 raise found
         return done
 
+    def broadcast(self, value: Any) -> Any:
+        """The plain value that rank 0 has, on all ranks."""
+        return self.all_gather_objects(value)[0]
+
     def on_rank_0(self, work: Callable[[], Any]) -> Any:
-        """Do `work` on rank 0, while the others wait; the value is for rank 0 alone."""
+        """Do `work` on rank 0 while the others wait; None on those."""
         return self.on_all_ranks(lambda: work() if self.rank == 0 else None)
 
 
 @contextlib.contextmanager
 def world(device: str, replicas: int = 1) -> Iterator[World]:
-    """Join the ranks that torchrun started, or be the only one. Raises InputError where replicas do not divide them."""
-    environment = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in environment)
+    """Join the processes that torchrun started, or be the only one.
+
+    Raises InputError where `replicas` does not divide the number of processes.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local = int(os.environ.get("LOCAL_RANK", 0))
     if size % replicas:
         raise InputError(f"--replicas {replicas} does not divide the {size} process(es) of this run")
-    here = torch.device(f"cuda:{local_rank}" if device == "cuda" else device)
+    here = torch.device(f"cuda:{local}" if device == "cuda" else device)
     if here.type == "cuda":
         torch.cuda.set_device(here)
-    backend, timeout = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo", timedelta(minutes=30)
+    backend = "cpu:gloo,cuda:nccl" if here.type == "cuda" else "gloo"
+    timeout = timedelta(minutes=30)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
@@ -120,13 +125,12 @@ def world(device: str, replicas: int = 1) -> Iterator[World]:
 
 
 def barrier() -> None:
-    """Wait for the other ranks before leaving: one that goes while they still listen can bring them down."""
+    """Wait for the other ranks before leaving: one that ends while they still communicate can make them fail."""
     with contextlib.suppress(RuntimeError, ValueError):
         dist.monitored_barrier(timeout=timedelta(seconds=20))
 
 
 def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
-    """The ranks as a grid (size,), or (replicas, size / replicas)."""
     if replicas == 1:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
@@ -135,9 +139,10 @@ def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
 # ---- wrapping
 
 RECOMPUTE = ("none", "selective", "full")
-FUSED = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-# What "selective" saves: attention, and the choice of experts, which could differ when it is computed a second time
-SAVED = {*(f"aten::_scaled_dot_product_{name}" for name in FUSED), "nanollm::attention", "aten::topk"}
+KINDS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+SDPA = [f"aten::_scaled_dot_product_{kind}" for kind in KINDS]
+# what "selective" keeps: attention, and the choice of experts, which could come out differently the second time
+SAVED = {*SDPA, "nanollm::attention", "aten::topk"}
 
 
 def checkpoint_policy(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -148,11 +153,14 @@ def shard(
     model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *,
     recompute: str = "none", compile: bool = False, offload: bool = False,
 ) -> None:
-    """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them values where they
-    have none. On one rank, without offload, nothing is sharded, and parameters stay as they are.
+    """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them their values.
 
-    dtype is that of the products: parameters are cast to it as they are gathered; gradients are reduced in float32.
-    offload: shards and optimizer state live in the memory of the CPU."""
+    On one rank, without offload, nothing is sharded, and parameters stay as they are.
+
+    dtype      of the products: parameters are cast to it in the all-gather; gradients are reduced in float32
+    recompute  one of RECOMPUTE
+    offload    shards and optimizer state are kept in the memory of the CPU
+    """
     for layer in model.layers:
         layer.forward = recomputed(layer.forward, recompute)
         if compile:
@@ -165,67 +173,78 @@ def shard(
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
     for layer in model.layers:
-        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)     # a single shard need not be gathered twice
-    wrap(model)                                             # embedding, last norm and head stay gathered through a step
+        wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)     # not sharded: one all-gather is enough
+    wrap(model)                                             # embedding, last norm and head stay whole through a step
     register_fsdp_forward_method(model, "hidden")
-    for module in sharded_modules(model) if mesh.size() > 1 else []:        # sums, not means: see the head of the file
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)      # without it gloo is asked for an operation that it lacks
+    for module in sharded_modules(model) if mesh.size() > 1 else []:
+        module.set_gradient_divide_factor(1.0)              # sums, not means: see the head of the file
+        module.set_force_sum_reduction_for_comms(True)      # otherwise FSDP asks gloo for an operation it does not have
 
 
 @contextlib.contextmanager
 def cast(model: Decoder, dtype: torch.dtype) -> Iterator[None]:
-    """Inside the block a model that is not sharded computes with copies of its weights in dtype; gradients pass through
-    the cast to the float32 weights. Forward and backward both belong inside. A sharded model casts what it gathers, so
-    nothing is done to it."""
+    """Inside the block a model that is not sharded computes with copies of its weights in dtype.
+
+    Gradients reach the float32 weights. Forward and backward pass both belong inside. A sharded model makes such copies
+    in its all-gather, so nothing is done to it here.
+    """
     if dtype == torch.float32 or sharded_modules(model):
         yield
         return
-    copies = {p: p.to(dtype) for p in model.parameters()}   # by parameter: tied weights share one copy
-    places = [(module._parameters, name, p) for module in model.modules()
-              for name, p in module._parameters.items() if p is not None]
-    for parameters, name, p in places:
-        parameters[name] = copies[p]                        # type: ignore[assignment]
+    copies = {p: p.to(dtype) for p in model.parameters()}       # by parameter: tied weights share one copy
+    places: list[tuple[dict[str, Any], str, nn.Parameter]] = [
+        (module._parameters, name, p)
+        for module in model.modules() for name, p in module._parameters.items() if p is not None
+    ]
+    for parameters, name, weight in places:
+        parameters[name] = copies[weight]
     try:
         yield
     finally:
-        for parameters, name, p in places:
-            parameters[name] = p
+        for parameters, name, weight in places:
+            parameters[name] = weight
 
 
 def reduce_gradients(model: Decoder, now: bool) -> None:
-    """Whether the next backward pass sums gradients over ranks: with gradient accumulation, the last of a step does."""
+    """Say whether the next backward pass reduces gradients over ranks.
+
+    With gradient accumulation only the last micro-batch of a step does.
+    """
     for module in sharded_modules(model):
         module.set_requires_gradient_sync(now, recurse=False)
 
 
 def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
-    """The same function with activation checkpointing: it saves less for its backward pass, and computes it again."""
+    """The same function with activation checkpointing: it keeps less, and the backward pass computes the rest again."""
     if how == "none":
         return forward
-    run = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
-    if how == "selective":
-        return partial(run, context_fn=partial(create_selective_checkpoint_contexts, checkpoint_policy))
-    return run
+    full = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    if how == "full":
+        return full
+    return partial(full, context_fn=partial(create_selective_checkpoint_contexts, checkpoint_policy))
 
 
 def shard_placement(ranks: int, p: nn.Parameter) -> Shard | None:
-    """The dimension that a parameter is sharded along: the first (None), unless ranks do not divide stacked experts."""
+    """The dimension that a parameter is sharded along; None: the first.
+
+    Stacked experts (E, n, m) are sharded along the second where the ranks divide n and not E.
+    """
     return Shard(1) if p.ndim == 3 and p.shape[0] % ranks and p.shape[1] % ranks == 0 else None
 
 
 def sharded_modules(model: nn.Module) -> list[FSDPModule]:
-    """The modules that FSDP2 wraps, the whole model first; none on one rank."""
+    """The modules that `shard` has wrapped; none on one rank."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 @torch.no_grad()
-def clip(model: Decoder, most: float) -> float:
-    """The norm of the gradient over all ranks. Where it is above `most` the gradient is scaled down (0: never)."""
-    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]   # a router's correction has none
+def clip(model: nn.Module, most: float) -> float:
+    """The norm of the gradient over all ranks. A gradient with a larger norm than `most` is scaled to it (0: never)."""
+    gradients = [local(p.grad) for p in model.parameters() if p.grad is not None]      # a router's correction has none
     squares = torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-    if isinstance(model.embed.weight, DTensor):
-        dist.all_reduce(squares, group=model.embed.weight.device_mesh.get_group("shard"))
+    embedding = model.get_parameter("embed.weight")
+    if isinstance(embedding, DTensor):
+        dist.all_reduce(squares, group=embedding.device_mesh.get_group("shard"))
     norm = squares.sqrt().item()
     if most and norm > most:
         torch._foreach_mul_(gradients, most / norm)
@@ -240,7 +259,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_shard(full: Tensor, like: Tensor) -> Tensor:
-    """The part of `full` that this rank holds of `like`, where every rank has `full`: nothing is sent."""
+    """This rank's shard of `full`, sharded as `like` is. Every rank has `full`, so nothing is sent."""
     if not isinstance(like, DTensor):
         return full
     whole = DTensor.from_local(full, like.device_mesh, [Replicate()] * like.device_mesh.ndim, run_check=False)
@@ -249,18 +268,18 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(model: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Give a model its values: full tensors in the order of `named_parameters`, one in memory at a time. Tied weights,
-    which the meta device parts, become one parameter again."""
+    """Set the parameters of a model to full tensors in the order of `named_parameters`, one in memory at a time.
+
+    Tied weights, which are two parameters after the meta device, are made one again.
+    """
     model.tie()
     parameters = dict(model.named_parameters())
     for name, value in values:
         local(parameters[name]).copy_(local_shard(value.to(parameters[name].device), parameters[name]))
 
 
-def broadcast_parameters(
-    model: Decoder, source: Decoder | None, device: torch.device,
-) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `source`, a model that only rank 0 holds, broadcast one at a time as float32."""
+def broadcast_parameters(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of `source`, which only rank 0 has, broadcast to all ranks one at a time, as float32."""
     theirs = dict(source.named_parameters()) if source is not None else {}
     for name, parameter in model.named_parameters():
         full = torch.empty(parameter.shape, device=device)
@@ -271,11 +290,11 @@ def broadcast_parameters(
 
 
 @torch.no_grad()
-def gather(
-    model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype = torch.float32,
-) -> Decoder | None:
-    """The whole model on one device, on the ranks that `keep` it; None on others. All ranks take part in an all-gather
-    of each parameter. On one rank values that need no cast are shared with the model, not copied."""
+def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder | None:
+    """The whole model, on one device, where `keep`; None on other ranks.
+
+    All ranks take part in the all-gather of each parameter, one at a time.
+    """
     found = {}
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

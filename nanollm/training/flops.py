@@ -1,10 +1,10 @@
-"""How fast a run could be, and how fast it is: the FLOPs that a token takes, what GPUs can do, and what a step came to.
+"""How fast a run could be, and how fast it is: the FLOPs of a token, the peak of a GPU, the speed of a step.
 
-    FLOPs of a token    6 · (weights it meets) + 12 · Σ_layers H d min(T, W)    forward and backward; a third forward
+    FLOPs of a token    6 · (weights it meets) + 12 · Σ_layers H d min(T, W)    forward and backward; forward is a third
     MFU                 FLOPs of a token · tokens a second / peak               model FLOPs utilisation
 
-MFU counts what the model needs, so nothing that is computed twice, and attention as if every token saw all T of its
-row: half of that is masked, but published figures count so (Chowdhery et al. 2022, arXiv 2204.02311, appendix B;
+MFU counts what the model needs: nothing that is recomputed, and attention as if every token attended to all T of its
+row. Half of that is masked, but published figures count it too (Chowdhery et al. 2022, arXiv 2204.02311, appendix B;
 nanoGPT; torchtitan).
 
 Shapes: T tokens of the context, H heads, d head width, W window; I channels, N state, R rank of a scan.
@@ -30,32 +30,33 @@ NETWORK = 50e9              # bytes a second of each GPU's own network adapter: 
 
 
 class Device(NamedTuple):
-    """The vendor's figures: dense products, not "with sparsity"; bytes a second; one direction of a link, which is half
-    of what is advertised."""
+    """The vendor's figures: dense products, not "with sparsity"; bytes a second, and of a link in one direction."""
     memory: float           # bytes
     bfloat16: float         # FLOP/s
     float32: float          # FLOP/s without TF32, which torch leaves off
     bandwidth: float        # of the memory
-    link: float             # to the other GPUs of the machine
+    link: float             # to the other GPUs of the machine; the advertised figure adds both directions
     name: str               # as torch.cuda.get_device_name says it
 
     def between(self, ranks: int, apart: int = 1) -> float:
-        """Bytes a second and GPU in a collective of `ranks` GPUs, every `apart`-th. Rings cross from machine to machine
-        on all the adapters that a group has in one, so a group of whole machines is eight times as fast as one with a
-        single GPU in each."""
+        """Bytes a second for each GPU in a collective of `ranks` GPUs, every `apart`-th of the run.
+
+        Between machines a group uses the network adapters of all its GPUs. So a group of whole machines is eight times
+        as fast as a group with one GPU in each machine.
+        """
         in_node = min(ranks, max(1, NODE // apart))
         return self.link if ranks == in_node else min(self.link, in_node * NETWORK)
 
 
 DEVICES = {
-    # NVIDIA data sheets: H100 (SXM), H200 (SXM), HGX B200 (an eighth of it), A100 (SXM: 40 and 80 GB), L40S;
-    # RTX 4090: Ada white paper, appendix A
+    # NVIDIA data sheets: H100 (SXM), H200 (SXM), HGX B200 (an eighth of it), A100 (SXM: 40 and 80 GB), L40S.
+    # RTX 4090: Ada white paper, appendix A.
     "h100":    Device(80e9, 989.4e12, 66.9e12, 3.35e12, 450e9, "NVIDIA H100 80GB HBM3"),
     "h200":    Device(141e9, 989.4e12, 66.9e12, 4.8e12, 450e9, "NVIDIA H200"),
     "b200":    Device(180e9, 2250e12, 75e12, 7.7e12, 900e9, "NVIDIA B200"),
     "a100":    Device(80e9, 312e12, 19.5e12, 2.039e12, 300e9, "NVIDIA A100-SXM4-80GB"),
     "a100-40": Device(40e9, 312e12, 19.5e12, 1.555e12, 300e9, "NVIDIA A100-SXM4-40GB"),
-    "l40s":    Device(48e9, 362.05e12, 91.6e12, 864e9, 32e9, "NVIDIA L40S"),                 # linked by PCIe 4.0 ×16
+    "l40s":    Device(48e9, 362.05e12, 91.6e12, 864e9, 32e9, "NVIDIA L40S"),             # linked by PCIe 4.0 ×16
     "4090":    Device(24e9, 165.2e12, 82.6e12, 1.008e12, 32e9, "NVIDIA GeForce RTX 4090"),
 }
 
@@ -79,42 +80,52 @@ class Speed:
     def __init__(self, config: c.ModelConfig, options: argparse.Namespace, world: "World") -> None:
         self.tokens, self.device = options.batch_size * options.context, world.device
         peak = peak_flops(world.device, options.dtype)
-        # of the peak, for one token a second
+        # MFU at one token a second
         self.share = peak and flops_per_token(config, options.context) / (peak * world.size)
 
     def entry(self, seconds: float, waited: float) -> dict[str, float]:
-        """Of a step that took so long, and so long of it to get its rows."""
-        found = {"tokens_per_second": round(self.tokens / seconds), "data_wait": round(waited / seconds, 4),
-                 "memory_gb": round(peak_memory(self.device) / 1e9, 3)}
+        """Of a step that took `seconds`, `waited` of them for its rows."""
+        found = {
+            "tokens_per_second": round(self.tokens / seconds),
+            "data_wait": round(waited / seconds, 4),
+            "memory_gb": round(peak_memory(self.device) / 1e9, 3),
+        }
         return found if self.share is None else found | {"mfu": round(self.tokens / seconds * self.share, 4)}
 
 
 # ---- FLOPs
 
 def flops_per_token(config: c.ModelConfig, context: int) -> float:
-    """Of one token, forward and backward: 2 a multiply-add, and twice as many backward, for input and weight."""
+    """Of one token, forward and backward.
+
+    A multiply-add is 2 FLOPs; the backward pass takes twice the forward pass, for the gradients of input and weight.
+    """
     return 6.0 * _multiply_adds(config, context)
 
 
 def decode_flops(config: c.ModelConfig, context: int) -> float:
-    """Of one new token, forward only, that is the last of `context`."""
+    """Of one new token, the last of `context`, forward only."""
     return 2.0 * _multiply_adds(config, context)
 
 
 def prefill_flops(config: c.ModelConfig, context: int) -> float:
-    """Of a prompt of `context` tokens, forward only and divided by its tokens, where the t-th token sees t keys and not
-    all of them.
+    """Of a prompt of `context` tokens, forward only and divided by its tokens. The t-th token attends to t keys.
 
-    What a layer takes at the t-th token grows evenly up to its window, and evenly after it: two arithmetic series."""
+    The FLOPs of the t-th token grow linearly in t up to a layer's window, and linearly after it, so each stretch
+    between two windows is an arithmetic series.
+    """
     windows = {getattr(layer.mixer, "window", None) or 0 for layer in config.layers}
     edges = sorted({0, context} | {window for window in windows if window < context})
-    series = ((b - a) * (_multiply_adds(config, a + 1) + _multiply_adds(config, b)) for a, b in pairwise(edges))
-    return sum(series) / context
+    # a multiply-add is 2 FLOPs, and a series is n (first + last) / 2
+    flops = sum((b - a) * (_multiply_adds(config, a + 1) + _multiply_adds(config, b)) for a, b in pairwise(edges))
+    return flops / context
 
 
 def _multiply_adds(config: c.ModelConfig, context: int) -> int:
-    """Of one token forward. A tied head counts as head, experts where they are chosen; looking up, normalising,
-    rotating and activating count nothing. Each module counts its own."""
+    """Of one token, forward: the sum of what each module counts for itself.
+
+    A tied head counts as the head, an expert where it is chosen. Embedding, norms, RoPE and activations count nothing.
+    """
     layers = 0
     for layer, count in Counter(config.layers).items():
         layers += count * MODULES[type(layer.mixer)].multiply_adds(layer.mixer, config.dim, context)

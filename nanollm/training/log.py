@@ -1,4 +1,4 @@
-"""What a run reports: log.jsonl, on demand TensorBoard and Weights & Biases, a table and a picture at its end."""
+"""The log of a run: log.jsonl, TensorBoard and Weights & Biases where asked for, and the report at its end."""
 
 import contextlib
 import json
@@ -12,14 +12,19 @@ from nanollm.training.runs import STOP, write
 
 
 class Log:
-    """The log of rank 0; of any other rank a log that keeps nothing. Where the disk is full it does not raise, as the
-    other ranks would wait for ever: `request` asks all of them to stop after the next step, and `check` says why."""
+    """The log of rank 0. On other ranks it writes nothing.
+
+    A full disk raises no error in the middle of a step, because the other ranks would wait for rank 0. Instead
+    `request` asks all ranks to stop after the next step, and then `check` raises the error.
+    """
 
     def __init__(
-        self, folder: Path | None, after: int, tensorboard: bool, wandb: str | None, facts: dict[str, Any],
+        self, folder: Path | None, after: int, tensorboard: bool, wandb: str | None, facts: dict[str, Any]
     ) -> None:
-        """folder: None for other ranks. after: the step that the run goes on from; what an earlier start wrote beyond
-        it is dropped, as is half a line at the end."""
+        """folder: None on other ranks. after: the step that the run goes on from.
+
+        Entries of later steps, which an earlier start wrote, are dropped, and so is an incomplete last line.
+        """
         self.file: TextIO | None = None
         self.tensorboard: Any = None
         self.wandb: Any = None
@@ -36,7 +41,8 @@ class Log:
         if wandb:
             import wandb as weights_and_biases
             self.wandb = weights_and_biases.init(
-                project=wandb, name=folder.name, dir=str(folder), config=facts, resume="allow")
+                project=wandb, name=folder.name, dir=str(folder), config=facts, resume="allow"
+            )
 
     def __call__(self, step: int, **values: Any) -> None:
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
@@ -53,11 +59,10 @@ class Log:
 
     @property
     def request(self) -> int:
-        """What the log asks of the run: to stop, or nothing."""
         return STOP if self.problem else 0
 
     def check(self) -> None:
-        """Raises RunError if something could not be written."""
+        """Raises RunError if an entry could not be written."""
         if self.problem:
             raise RunError(f"{self.problem}; the last checkpoint is whole: make room, then --resume")
 
@@ -66,7 +71,7 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         if self.file:
-            with contextlib.suppress(OSError):                  # what a full disk refused was reported
+            with contextlib.suppress(OSError):                  # tries once more what a full disk refused
                 self.file.close()
         if self.tensorboard:
             self.tensorboard.close()
@@ -75,7 +80,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The entries of a log.jsonl, up to the first line that is not whole."""
+    """The entries of a log.jsonl, up to the first line that is incomplete."""
     entries = []
     for line in path.read_text(errors="replace").splitlines():
         try:
@@ -86,32 +91,40 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def shown(entry: dict[str, Any], held_out: float | None) -> dict[str, str]:
-    """What the progress bar shows of a step."""
-    values = {"loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"),
-              "mfu": entry.get("mfu"), "gb": entry.get("memory_gb")}
-    return {name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
-            for name, value in values.items() if value is not None}
+    """The figures of a step that the progress bar shows."""
+    values = {
+        "loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"),
+        "mfu": entry.get("mfu"), "gb": entry.get("memory_gb"),
+    }
+    return {
+        name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
+        for name, value in values.items() if value is not None
+    }
 
 
 def report(folder: Path, corpus: Corpus, title: str) -> str:
-    """The held-out loss, beside those of models that know less, as lines of text; draws loss.png."""
+    """The final held-out loss beside that of gzip and of a unigram model, as lines of text; draws loss.png."""
     log = read_log(folder / "log.jsonl")
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     held_out = [(entry["step"], entry["held_out_loss"]) for entry in log if "held_out_loss" in entry]
     facts, references, lines = corpus.facts, {}, []
     if facts and held_out:
-        references = {"unigram": facts.unigram_loss, "gzip": facts.gzip_bits_per_byte / facts.bits_per_byte(1.0)}
-        title_row = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
-        lines = [f"{title_row:<46}{'nats/token':>12}{'bits/byte':>12}"]
-        rows = (("this model", held_out[-1][1]), ("gzip -9, on the held-out text by itself", references["gzip"]),
-                ("unigram model: how frequent each token is", references["unigram"]))
-        lines += [f"  {label:<44}{loss:>12.3f}{facts.bits_per_byte(loss):>12.3f}" for label, loss in rows]
+        gzip, unigram = facts.gzip_bits_per_byte / corpus.bits_per_byte(1.0), facts.unigram_loss
+        references = {"unigram": unigram, "gzip": gzip}
+        head = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
+        lines = [f"{head:<46}{'nats/token':>12}{'bits/byte':>12}"]
+        rows = (
+            ("this model", held_out[-1][1]),
+            ("gzip -9, on the held-out text by itself", gzip),
+            ("unigram model: how frequent each token is", unigram),
+        )
+        lines += [f"  {label:<44}{loss:>12.3f}{corpus.bits_per_byte(loss):>12.3f}" for label, loss in rows]
     elif held_out:
         lines = [f"  {'held out, nats per target':<44}{held_out[-1][1]:>12.3f}"]
-    pictured = False
+    picture = " (loss.png needs: pip install matplotlib)"
     if losses:
         last = [loss for _, loss in losses[-50:]]
         lines.append(f"  {'(training, last 50 steps)':<44}{sum(last) / len(last):>12.3f}")
-        pictured = loss_curve(folder / "loss.png", losses, held_out, references, title)
-    picture = ", loss.png" if pictured else " (loss.png needs: pip install matplotlib)"
+        if loss_curve(folder / "loss.png", losses, held_out, references, title):
+            picture = ", loss.png"
     return "\n".join([*lines, f"{folder}: model, tokenizer, log.jsonl{picture}"])

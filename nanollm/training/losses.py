@@ -1,16 +1,18 @@
 """What training minimises, as sums over tokens: the trainer divides by the tokens of the whole step.
 
-    L  =  1/n Σ_t [ −log p(y_t) + z · (log Z_t)² ]  +  b · balance      n  targets of the step, of all micro-batches
+    L  =  1/n Σ_t [ −log p(y_t) + z · (log Z_t)² ]  +  b · balance
+                                                n  targets of the step, over all micro-batches and ranks
 
-    log p(y) = x_y − log Z,     log Z = logsumexp(x)        z-loss keeps log Z near 0: Chowdhery et al. 2022
-                                                            (arXiv 2204.02311) §5
-    balance  = mean over layers of  E · Σ_e f_e P_e         Fedus et al. 2021 (arXiv 2101.03961) eq. 4
+    log p(y) = x_y − log Z,     log Z = logsumexp(x)            z-loss keeps log Z near 0:
+                                                                Chowdhery et al. 2022 (arXiv 2204.02311) §5
+    balance  = mean over layers of  E · Σ_e f_e P_e             Fedus et al. 2021 (arXiv 2101.03961) eq. 4
                f_e  share of the tokens whose choices include expert e
-               P_e  mean probability of e (of sigmoids: their share of the sum)
+               P_e  mean probability of e (with sigmoid scores: their share of the sum over experts)
 
-A mean of means is not the mean: rows with few targets would weigh as much as rows with many. Sums over n are the same
-number however the step is cut into ranks and micro-batches. So is balance here: f, through which no gradient flows, is
-that of *the step before*. The f of a step itself is known only when its last micro-batch is done.
+A mean of means is not the mean: rows with few targets would weigh as much as rows with many. Sums divided by n are the
+same number however the step is cut into ranks and micro-batches. The same holds for balance here, because f is taken
+from *the step before*: it is a constant, without a gradient, and all micro-batches of a step use the same f. The f of
+the step itself is known only when the step ends.
 
 Shapes: B batch, T tokens, D width, V vocabulary, N tokens in all, E experts.
 """
@@ -27,7 +29,7 @@ from nanollm.layers.moe import MoE, Routed, probabilities
 from nanollm.model import Head
 from nanollm.ops import accelerated
 
-MOST = 2**28            # logits held at once. More are computed in pieces, and again for the gradient: V may be 100,000
+MOST = 2**28            # logits in memory at once. More are computed in pieces, and again in the backward pass
 RECENT = 128            # steps that a spike is measured against
 
 
@@ -38,73 +40,89 @@ def token_loss(head: Head, hidden: Tensor, targets: Tensor, z: float = 0.0) -> t
 
 @accelerated
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, softcap: float | None = None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, z: float = 0.0, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (n, D), weight (V, D), targets (n,) int64 with −100 for none → three float32 sums over the targets:
-    −log p(y) + z (log Z)², to be differentiated, and −log p(y) and (log Z)² by themselves, to be read. softcap: as
-    attention.py has it, on the logits."""
+    """hidden (n, D), weight (V, D), targets (n,) int64 with −100 for none → three float32 sums over the targets.
+
+    The first, −log p(y) + z (log Z)², has a gradient; −log p(y) and (log Z)² by themselves are for the log.
+    softcap: as attention.py has it, on the logits.
+    """
     def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(x, weight).float()                                    # (n, V)
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         nats = F.cross_entropy(logits, y, reduction="none")                     # 0 where there is no target
-        with torch.set_grad_enabled(z > 0 and torch.is_grad_enabled()):         # without z-loss log Z is only looked at
-            log_z = nats + logits.gather(-1, y.clamp(min=0)[:, None])[:, 0]
-            squares = (log_z.square() * (y >= 0)).sum()
+        with torch.set_grad_enabled(z > 0 and torch.is_grad_enabled()):         # without z-loss log Z is only logged
+            chosen = logits.gather(-1, y.clamp(min=0)[:, None])[:, 0]           # x_y
+            squares = ((nats + chosen).square() * (y >= 0)).sum()               # log Z = x_y − log p(y)
         return nats.sum() + z * squares, nats.detach().sum(), squares.detach()
 
     if len(hidden) <= (size := max(1, MOST // len(weight))):
         return sums(hidden, targets)
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
-    loss, nats, squares = zip(*(checkpoint(sums, *piece, use_reentrant=False) for piece in pieces), strict=True)
-    return torch.stack(loss).sum(), torch.stack(nats).sum(), torch.stack(squares).sum()
+    losses, nats, squares = zip(*(checkpoint(sums, *piece, use_reentrant=False) for piece in pieces), strict=True)
+    return sum(losses), sum(nats), sum(squares)
 
 
 class Balance:
-    """The load-balance loss of all MoE layers, and the counts behind it. Without such layers all is 0.
-    shares is what a checkpoint must keep: a row of f for each layer, as plain numbers."""
+    """The load-balance loss of every MoE layer, and the counts that it is computed from. Without MoE layers it is 0.
+
+    shares   f of the step before, a row of plain numbers for each layer: a checkpoint must keep them
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [module for module in model.modules() if isinstance(module, MoE)]
-        configs = [layer.config for layer in self.layers]
-        self.shares = [[moe.top_k / moe.experts] * moe.experts for moe in configs]      # at first all alike
-        self.chosen: list[Tensor] = []
-        self.probability: list[Tensor] = []
+        self.shares = [[m.config.top_k / m.config.experts] * m.config.experts for m in self.layers]    # at first, equal
+        self.chosen: list[Tensor] = []          # this step so far, (E,) for each layer: tokens that chose each expert
+        self.probability: list[Tensor] = []     # and sums of the probability of each expert
         self.tokens = 0
 
     def loss(self, routed: list[Routed], real: Tensor | None) -> Tensor:
-        """Sum over tokens of the balance of this micro-batch. routed: what the router of each layer gave; real (B, T):
-        False for padding."""
+        """The balance of this micro-batch, summed over its tokens.
+
+        routed: the router's output of each layer; real (N,) bool: False is padding.
+        """
         loss = routed[0].logits.new_zeros((), dtype=torch.float32)
         if not self.chosen:
-            self.chosen = [torch.zeros(len(f), dtype=torch.float64, device=loss.device) for f in self.shares]
-            self.probability = [torch.zeros_like(counts) for counts in self.chosen]
+            self.chosen = [r.logits.new_zeros(r.logits.shape[-1], dtype=torch.float64) for r in routed]
+            self.probability = [torch.zeros_like(c) for c in self.chosen]
         for i, (layer, (logits, _, chosen), f) in enumerate(zip(self.layers, routed, self.shares, strict=True)):
-            p, choice = probabilities(logits, layer.config), F.one_hot(chosen, logits.shape[-1]).sum(-2)    # (N, E)
+            p = probabilities(logits, layer.config)                             # (N, E)
+            choice = F.one_hot(chosen, logits.shape[-1]).sum(-2)                # (N, E)
             if real is not None:
-                p, choice = p * real.flatten()[:, None], choice * real.flatten()[:, None]
-            loss = loss + len(f) * (torch.tensor(f, device=p.device) * p.sum(0)).sum() / len(self.layers)
+                p, choice = p * real[:, None], choice * real[:, None]
+            loss = loss + p.shape[-1] * (torch.tensor(f, device=p.device) * p.sum(0)).sum() / len(self.layers)
             self.chosen[i] += choice.sum(0)
             self.probability[i] += p.detach().sum(0)
         self.tokens += len(routed[0].logits) if real is None else int(real.sum())
         return loss
 
-    def close(self, all_reduce: Callable[..., list[float]]) -> float:
-        """End a step: sum the counts over ranks, keep f for the next step, return the balance of this one (eq. 4)."""
+    def close(self, total: Callable[..., list[float]]) -> float:
+        """End a step: sum the counts over ranks, set the shares f for the next step.
+
+        total: `World.all_reduce`. Returns the balance of the step that ends (eq. 4).
+        """
         if not self.layers:
             return 0.0
-        sums = iter(all_reduce(self.tokens, *(x for row in (*self.chosen, *self.probability) for x in row.tolist())))
+        counts = [float(x) for row in (*self.chosen, *self.probability) for x in row.tolist()]
+        sums = iter(total(self.tokens, *counts))
         tokens = next(sums)
-        shares = [[next(sums) / tokens for _ in row] for row in self.chosen]
-        means = [[next(sums) / tokens for _ in row] for row in self.probability]
-        self.shares, self.chosen, self.probability, self.tokens = shares, [], [], 0
-        layers = zip(shares, means, strict=True)
-        return sum(len(f) * sum(a * b for a, b in zip(f, p, strict=True)) for f, p in layers) / len(shares)
+        chosen = [[next(sums) / tokens for _ in row] for row in self.chosen]
+        probability = [[next(sums) / tokens for _ in row] for row in self.probability]
+        self.shares, self.chosen, self.probability, self.tokens = chosen, [], [], 0
+        balances = [
+            len(f) * sum(a * b for a, b in zip(f, p, strict=True)) for f, p in zip(chosen, probability, strict=True)
+        ]
+        return sum(balances) / len(balances)
 
 
 def spike(recent: Sequence[tuple[float, float]], loss: float, norm: float, sigma: float) -> bool:
-    """Whether loss or gradient norm lie more than `sigma` standard deviations above their mean over the recent steps.
-    sigma 0: never."""
+    """Whether loss or gradient norm lies more than `sigma` standard deviations above its mean over the recent steps.
+
+    recent: (loss, norm) of each. sigma = 0 switches the check off.
+    """
     if not sigma or len(recent) < RECENT // 4:
         return False
-    pairs = zip((loss, norm), zip(*recent, strict=True), strict=True)
-    return any(value > statistics.fmean(past) + sigma * statistics.pstdev(past) for value, past in pairs)
+    return any(
+        value > statistics.fmean(past) + sigma * statistics.pstdev(past)
+        for value, past in zip((loss, norm), zip(*recent, strict=True), strict=True)
+    )

@@ -1,20 +1,23 @@
-"""What turns gradients into steps: which optimizer has which parameter, Muon, and the learning-rate schedule.
+"""The optimizers AdamW and Muon, which parameter goes to which, and the learning-rate schedule.
 
-    AdamW     m ← β₁m + (1 − β₁)g     v ← β₂v + (1 − β₂)g²     w ← w − η (m̂ / (√v̂ + ε) + λw)    Loshchilov & Hutter 2017
-    Muon      M ← μM + (1 − μ)G       w ← w − η (0.2 √max(n, m) · msign((1 − μ)G + μM) + λw)     Jordan et al. 2024
+    AdamW     m ← β₁m + (1 − β₁)g     v ← β₂v + (1 − β₂)g²
+              w ← w − η (m̂ / (√v̂ + ε) + λw)                                  Loshchilov & Hutter 2017
+    Muon      M ← μM + (1 − μ)G
+              w ← w − η (0.2 √max(n, m) · msign((1 − μ)G + μM) + λw)          Jordan et al. 2024
 
-msign(M) = U Vᵀ of M = U S Vᵀ is the orthogonal matrix nearest to M (n, m), so all directions of a matrix learn alike.
-It is not computed by an SVD but by a polynomial that drives all singular values towards 1 (Newton–Schulz, five times):
+For M = U S Vᵀ, msign(M) = U Vᵀ is the orthogonal matrix nearest to M (n, m): an update has the same size in every
+direction. It is computed without an SVD, by five iterations of Newton–Schulz, a polynomial that brings all singular
+values close to 1:
 
-    X ← aX + (bA + cA²)X,   A = X Xᵀ       (a, b, c) = (3.4445, −4.7750, 2.0315), X₀ = M / ‖M‖
-                                                                             kellerjordan.github.io/posts/muon
+    X ← aX + (bA + cA²)X,   A = X Xᵀ,   X₀ = M / ‖M‖          (a, b, c) = (3.4445, −4.7750, 2.0315)
+                                                              kellerjordan.github.io/posts/muon
 
-0.2 √max(n, m) makes a step as long as AdamW's commonly are, so one learning rate does for both (Liu et al. 2025, arXiv
-2502.16982 §2.2).
+The factor 0.2 √max(n, m) makes an update about as large as AdamW's, so one learning rate serves both (Liu et al. 2025,
+arXiv 2502.16982 §2.2).
 
-torch.optim.Muon computes the same for one process; a test holds this one to it. This one also takes shards (each matrix
-is gathered once and orthogonalised by one rank, in turn) and stacked experts (E, n, m), orthogonalises matrices of one
-shape as one batch, and works in float32 where the run does, so that N ranks give what one gives.
+torch.optim.Muon computes the same on one process, and a test compares the two. This one also takes shards (each matrix
+is gathered once and orthogonalised by one rank, in turn) and stacked experts (E, n, m). It orthogonalises matrices of
+one shape as one batch, and in float32 where the run is in float32, so that N ranks give the result of one.
 """
 
 import math
@@ -28,23 +31,23 @@ from torch.distributed.tensor import DTensor
 
 from nanollm.layers.linear import Linear
 from nanollm.layers.moe import Experts
-from nanollm.model import Decoder
 from nanollm.training.distributed import local, local_shard
 
 SCHEDULES = ("cosine", "linear", "wsd")
-BATCH = 2**24       # numbers in one batched product of Muon: small matrices share it, larger ones go alone
+BATCH = 2**24       # numbers in one batched product of Muon (64 MB in float32); a larger matrix is a batch of its own
 
 
-# ---- the learning-rate schedule
+# ---- the learning rate
 
 def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 0.2) -> float:
-    """The factor of the peak learning rate in step 0 … steps − 1: a function of the step, so nothing of it is saved.
+    """The learning rate of step 0 … steps − 1 as a share of the peak rate. A checkpoint needs to keep nothing of it.
 
-        cosine   ╱‾╲_    up in a line over `warmup` steps, then half a cosine to 0      Loshchilov & Hutter 2016
-        linear   ╱╲      then a line to 0                                               (arXiv 1608.03983)
-        wsd      ╱‾‾╲    then level, and a line to 0 over the last `decay` of the steps     Hu et al. 2024
-                                                                                        (arXiv 2404.06395) §4
-    The first step has 1/warmup of the rate and the last a little more than 0: none is wasted.
+        all      linear warm-up over `warmup` steps, then
+        cosine   ╱‾╲_    half a cosine to 0           Loshchilov & Hutter 2016 (arXiv 1608.03983)
+        linear   ╱╲      a line to 0
+        wsd      ╱‾‾╲    constant, then a line to 0 over the last `decay` of the steps: warm-up, stable, decay
+                                                      Hu et al. 2024 (arXiv 2404.06395) §4
+    The first step has 1/warmup of the peak and the last a little more than 0, so no step has the rate 0.
     """
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     left = (steps - step) / max(1, steps - max(warmup, 1) + 1)  # 1 where the warm-up ends, 0 just past the last step
@@ -60,22 +63,36 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 
 
 # ---- who has which parameter
 
-def build(model: Decoder, name: str, weight_decay: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """Every parameter in exactly one group. Matrices inside the layers belong to `name`, embedding and head to AdamW,
-    and both decay; gains, biases and what a scan keeps go to AdamW without decay. What AdamW has beside Muon learns 1.5
-    times as fast, which was measured to be better (group["lr_scale"])."""
+def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """Put every parameter into exactly one group, and return the optimizers.
+
+        weight matrices and experts in the layers      optimizer `name`, weight decay
+        embedding, positions and head                  AdamW, weight decay
+        gains, biases, the parameters of a scan        AdamW, none
+
+    Beside Muon, AdamW has 1.5 times the learning rate (group["lr_scale"]), which was measured to be better.
+    """
+    layers = model.get_submodule("layers")
+    owners = [m for m in layers.modules() if isinstance(m, (Linear, Experts))]
+    inside = {
+        id(p) for m in owners for key, p in m.named_parameters(recurse=False)
+        if p.ndim > 1 and not key.endswith("bias")
+    }
     matrices: list[nn.Parameter] = []
     tables: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
-    owners = [module for module in model.layers.modules() if isinstance(module, (Linear, Experts))]
-    inside = {id(p) for owner in owners for key, p in owner.named_parameters(recurse=False)
-              if p.ndim > 1 and not key.endswith("bias")}
     for key, p in model.named_parameters():
-        is_table = key in ("embed.weight", "positions.weight", "head.weight")
-        (matrices if id(p) in inside else tables if is_table else rest).append(p)
+        if id(p) in inside:
+            matrices.append(p)
+        elif key in ("embed.weight", "positions.weight", "head.weight"):
+            tables.append(p)
+        else:
+            rest.append(p)
     lr_scale = 1.5 if name == "muon" else 1.0
-    outer = [{"params": tables, "weight_decay": weight_decay, "lr_scale": lr_scale},
-             {"params": rest, "weight_decay": 0.0, "lr_scale": lr_scale}]
+    outer = [
+        {"params": tables, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": rest, "weight_decay": 0.0, "lr_scale": lr_scale},
+    ]
     optimizers: list[torch.optim.Optimizer]
     if name == "muon":
         optimizers = [Muon(matrices, weight_decay, dtype), adamw(outer)]
@@ -85,13 +102,11 @@ def build(model: Decoder, name: str, weight_decay: float, dtype: torch.dtype) ->
     return optimizers
 
 
-def adamw(groups: list[dict]) -> torch.optim.Optimizer:
-    """torch's, over the groups that have parameters."""
+def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
 
 
 def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
-    """One step of all optimizers at this learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -99,7 +114,7 @@ def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
 
 
 def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Make the state that the first step would make, zeros: from step 0 on a checkpoint has the same tensors."""
+    """Make the optimizers' state, zeros, as the first step would: a checkpoint has the same tensors at every step."""
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             names = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
@@ -108,10 +123,10 @@ def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
                 optimizer.state[p]["step"] = torch.zeros((), device=p.device)
 
 
-def tensors(model: Decoder, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a step changes, by name: parameters, and the state of the optimizers for each."""
+def tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """All that a step changes, by name: the parameters, and the optimizers' state of each."""
     names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
-    found: dict[str, Tensor] = {f"model.{name}": p for p, name in names.items()}
+    found = {f"model.{name}": p for p, name in names.items()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():
             found |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
@@ -124,62 +139,69 @@ class Muon(torch.optim.Optimizer):
     """For matrices (n, m), whole or sharded, and stacks of them (E, n, m). State: one momentum for each, in float32."""
 
     def __init__(
-        self, params: Iterable[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95,
+        self, params: Iterable[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
     ) -> None:
-        """dtype is that of the products inside msign."""
+        """dtype: of the products inside msign."""
         super().__init__(params, {"lr": 0.0, "lr_scale": 1.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
 
+    # override: torch's step also takes a closure that computes the loss again, for which Muon has no use
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:            # type: ignore[override]
-        """One step of every matrix. Matrices of one shape (n, m) or (m, n) are orthogonalised together, as one batched
-        product. Of W ranks each takes its share of them: a matrix is gathered, orthogonalised by one rank, and
-        broadcast to the others."""
-        ranks, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """One step of every matrix.
+
+        Matrices of one shape, (n, m) or (m, n), are orthogonalised together, as one batched product. With W ranks each
+        matrix is all-gathered, orthogonalised by one rank, in turn, and broadcast to the others.
+        """
+        ranks, here = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
         for group in self.param_groups:
             shapes: dict[tuple[int, ...], list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
                     shapes.setdefault((*p.shape[:-2], *sorted(p.shape[-2:])), []).append(p)
             for shape, params in shapes.items():
-                size = ranks * max(1, BATCH // math.prod(shape))                # matrices at a time, over all ranks
-                for at in range(0, len(params), size):
-                    self._step(group, params[at : at + size], ranks, rank)
+                turn = ranks * max(1, BATCH // math.prod(shape))            # matrices at a time, over all ranks
+                for at in range(0, len(params), turn):
+                    self._step(group, params[at : at + turn], ranks, here)
 
-    def _step(self, group: dict, params: list[Tensor], ranks: int, rank: int) -> None:
-        """One step of `params`, which are of one shape: rank r orthogonalises the matrices r, r + W, r + 2W …"""
+    def _step(self, group: dict[str, Any], params: list[Tensor], ranks: int, here: int) -> None:
+        """One step of `params`, which have one shape: rank r has the matrices r, r + W, r + 2W …"""
         mine = []
         for number, p in enumerate(params):
-            momentum = self._momentum(p, group["momentum"])         # an all-gather: all ranks take part
-            if number % ranks == rank:
-                mine.append(wide(momentum))
-        own = msign(torch.stack(mine), self.dtype) if mine else torch.empty(0)      # all ranks at the same time
+            ahead = self._momentum(p, group["momentum"])                       # all ranks take part in each all-gather
+            if number % ranks == here:
+                mine.append(wide(ahead))
+        ours = msign(torch.stack(mine), self.dtype) if mine else None
         for owner in range(min(ranks, len(params))):
-            owned, updates = params[owner::ranks], own
-            if owner != rank:
-                shape = (len(owned), *wide(momentum).shape)
-                updates = torch.empty(shape, dtype=self.dtype, device=momentum.device)
+            owned = params[owner::ranks]
+            if ours is not None and owner == here:
+                updates = ours
+            else:
+                updates = torch.empty(len(owned), *wide(ahead).shape, dtype=self.dtype, device=ahead.device)
             if ranks > 1:
                 dist.broadcast(updates, owner)
             for p, update in zip(owned, updates, strict=True):
-                weight, update = local(p), local_shard(update.mT if is_tall(p) else update, p)
+                weight, update = local(p), update.mT if is_tall(p) else update
                 weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(update.to(weight.device), alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
+                length = 0.2 * math.sqrt(max(p.shape[-2:]))
+                weight.add_(local_shard(update, p).to(weight.device), alpha=-group["lr"] * length)
 
-    def _momentum(self, p: Tensor, decay: float) -> Tensor:
-        """Take the gradient into the momentum, and return the momentum a step ahead (Nesterov), in full."""
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
+        """Add the gradient to the momentum; return the momentum of the step after (Nesterov), the whole matrix."""
         assert p.grad is not None
-        average, grad = local(self.state[p]["momentum"]), local(p.grad)
-        average.lerp_(grad, 1 - decay)
-        ahead = grad.lerp(average, decay)
+        state, grad = self.state[p], local(p.grad)
+        average = local(state["momentum"])
+        average.lerp_(grad, 1 - momentum)
+        ahead = grad.lerp(average, momentum)
         if not isinstance(p, DTensor):
             return ahead
-        how: dict[str, Any] = {"run_check": False, "shape": p.shape, "stride": p.stride()}
-        return DTensor.from_local(ahead, p.device_mesh, p.placements, **how).full_tensor()
+        sharded = DTensor.from_local(
+            ahead, p.device_mesh, p.placements, run_check=False, shape=p.shape, stride=p.stride()
+        )
+        return sharded.full_tensor()
 
 
 def is_tall(matrix: Tensor) -> bool:
-    """Whether (…, n, m) has n > m."""
     return matrix.shape[-2] > matrix.shape[-1]
 
 
@@ -189,13 +211,16 @@ def wide(matrix: Tensor) -> Tensor:
 
 
 def msign(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    """The equation at the head of the file: (…, n, m) → the same shape, nearly orthogonal, in dtype. CPUs, slow in
-    bfloat16, compute in float32."""
-    on_cpu = matrix.device.type == "cpu"
-    x = matrix.to(torch.promote_types(dtype, torch.float32) if on_cpu else dtype)
-    x = wide(x.reshape(-1, *matrix.shape[-2:]))
+    """The equation at the head of the file: (…, n, m) → the same shape, nearly orthogonal, in dtype.
+
+    A CPU computes in float32 instead of bfloat16, in which it is slow.
+    """
+    products = torch.promote_types(dtype, torch.float32) if matrix.device.type == "cpu" else dtype
+    x = matrix.to(products).reshape(-1, *matrix.shape[-2:])
+    tall = is_tall(x)
+    x = wide(x)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(5):
         A = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return (x.mT if is_tall(matrix) else x).reshape(matrix.shape).to(dtype).contiguous()
+    return (x.mT if tall else x).reshape(matrix.shape).to(dtype).contiguous()

@@ -1,29 +1,30 @@
-"""The loss curve, and where two models part, as pictures. matplotlib is asked for only here."""
+"""Two pictures: the loss curve, and the difference of two models by depth. Only this file imports matplotlib."""
 
 import statistics
 from pathlib import Path
 
 
 def loss_curve(
-    path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]], references: dict[str, float],
-    title: str,
+    path: Path, train: list[tuple[int, float]], held_out: list[tuple[int, float]],
+    references: dict[str, float], title: str,
 ) -> bool:
-    """Write a .png: (step, loss) of training, the same held out, horizontal lines to compare. False: there is no
-    matplotlib."""
+    """Write a .png: (step, loss) of training and of the held-out text, and up to three references as horizontal lines.
+
+    False: there is no matplotlib.
+    """
     try:
         from matplotlib.figure import Figure  # not pyplot: no window, no global state
     except ImportError:
         return False
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    steps, losses = [step for step, _ in train], [loss for _, loss in train]
+    steps, losses = zip(*train, strict=True)
     smooth = [statistics.fmean(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
     axes.plot(steps, smooth, color="tab:blue", label="training, averaged over 21 steps")
     if held_out:
-        axes.plot(
-            [step for step, _ in held_out], [loss for _, loss in held_out], color="tab:orange", marker="o",
-            markersize=4, label=f"held out, {held_out[-1][1]:.3f} at the end")
+        label = f"held out, {held_out[-1][1]:.3f} at the end"
+        axes.plot(*zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label=label)
     for (name, value), style in zip(references.items(), ("--", ":", "-."), strict=False):
         axes.axhline(value, color="tab:gray", linestyle=style, label=f"{name}, {value:.3f}")
     axes.set(title=title, xlabel="step", ylabel="loss, nats per token", xlim=(0, steps[-1]))
@@ -34,8 +35,10 @@ def loss_curve(
 
 
 def error_by_depth(path: Path, errors: list[tuple[str, float]], bound: float) -> bool:
-    """Write a .png: (what, relative difference) from the embedding to the logits, on a log scale, and the bound. False:
-    there is no matplotlib."""
+    """Write a .png: (what, relative difference) from the embedding to the logits, on a log scale, and the bound.
+
+    False: there is no matplotlib.
+    """
     try:
         from matplotlib.figure import Figure  # as above
     except ImportError:
@@ -43,8 +46,8 @@ def error_by_depth(path: Path, errors: list[tuple[str, float]], bound: float) ->
     least = min([bound, *(error for _, error in errors if error > 0)]) / 10
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    axes.plot([max(error, least) for _, error in errors], color="tab:blue", marker="o", markersize=4,
-              label=f"difference; {least:.0e} stands for none")
+    heights, label = [max(error, least) for _, error in errors], f"difference; {least:.0e} stands for none"
+    axes.plot(heights, color="tab:blue", marker="o", markersize=4, label=label)
     axes.axhline(bound, color="tab:gray", linestyle="--", label=f"bound, {bound:g}")
     axes.set(yscale="log", xlabel="depth", ylabel="largest difference over the spread")
     shown = range(0, len(errors), -(-len(errors) // 24))             # of many layers not every name fits

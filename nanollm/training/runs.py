@@ -1,10 +1,13 @@
-"""The run folder: whose it is, what was asked, what happened.
+"""The run folder: its lock, its record run.json, and what may be resumed in it. Also the signals that a run answers.
 
-    runs/demo/run.json       options, the model's config, a fingerprint of the data; versions, git state of each start
-              log.jsonl      a line a step, and one for each look at the held-out text, each sample, each checkpoint
-              steps/         checkpoints (state.py)            data/      text made ready (data/prepare.py)
-              config.json, model.safetensors, tokenizer.json …  the model as a Hugging Face folder      loss.png
-              lock           held by the run that is at work here
+    runs/demo/run.json       every option, the model's config, the data's fingerprint; for each start of the run the
+                             time, command, versions and git commit
+              log.jsonl      a line for each step, each held-out loss, each sample, each checkpoint
+              steps/         checkpoints (state.py)
+              data/          tokenized text (data/prepare.py)
+              config.json, model.safetensors, tokenizer.json …  the model as a Hugging Face folder
+              loss.png       the loss curve
+              lock           held by the process that runs here
 """
 
 import contextlib
@@ -30,7 +33,7 @@ from nanollm.training import state
 OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt",
         "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "model*.safetensors*", "log.jsonl",
         "loss.png")
-# Options that may differ when a run is resumed: they do not change what is computed, but for the order of sums
+# options that may differ on --resume: they do not change what is computed, except for the order of sums
 FREE = {"out", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile", "offload",
         "eval_every", "sample_every", "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps", "plan",
         "world_size", "mfu", "title"}
@@ -38,9 +41,11 @@ FREE = {"out", "force", "resume", "config", "device", "micro_batch", "replicas",
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder, which is made if need be and removed again if nothing was put in. Raises RunError where another
-    process holds it, a worker left over by a killed torchrun included. The lock ends with the process, however that
-    ends."""
+    """Lock the folder inside the block. It is made where it does not exist, and removed again if nothing was put in.
+
+    Raises RunError where another process has the lock, which may be a worker that a killed torchrun left behind. The
+    lock is released when the process ends, however it ends.
+    """
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -53,12 +58,12 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             file.seek(0)
             process = file.read().decode(errors="replace").strip() or "unknown"
-            raise RunError(f"{folder}: another run is at work in it (process {process}); wait for it, end it, or name "
-                           "another folder with --out") from None
+            raise RunError(f"{folder}: another run is at work in it (process {process}); "
+                           "wait for it, end it, or name another folder with --out") from None
         except OSError as error:
-            raise RunError(f"{folder}: cannot be locked: {error.strerror}; name a folder on another disk with "
-                           "--out") from None
-        with contextlib.suppress(OSError):                      # a full disk is reported when it matters
+            raise RunError(f"{folder}: cannot be locked: {error.strerror}; "
+                           "name a folder on another disk with --out") from None
+        with contextlib.suppress(OSError):                      # a full disk is reported when the run writes its record
             file.truncate(0)
             file.write(str(os.getpid()).encode())
         try:
@@ -66,56 +71,58 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             if {path.name for path in folder.iterdir()} == {"lock"}:
                 (folder / "lock").unlink()
-                with contextlib.suppress(OSError):              # another run may have moved in beside it
+                with contextlib.suppress(OSError):              # another run may have put something in
                     for path in new:
                         path.rmdir()
 
 
 def check(folder: Path, options: dict[str, Any], resume: bool, force: bool) -> None:
-    """Raise RunError unless the folder is new, or holds a run and --resume or --force says what becomes of it."""
+    """Raise RunError unless the folder is new, or holds a run and --resume or --force says what to do with it."""
     try:
         there = {path.name for path in folder.iterdir()}
-    except (FileNotFoundError, NotADirectoryError):             # the second kind is reported by `locked`
+    except (FileNotFoundError, NotADirectoryError):             # `locked` has a message for the second
         there = {folder.name} if folder.exists() else set()
     except OSError as error:
         raise RunError(f"{folder}: cannot be read: {error.strerror}; name another folder with --out") from None
-    if not there - {"lock", "data", ".run.json.tmp"}:           # the last: killed when it began
+    if not there - {"lock", "data", ".run.json.tmp"}:           # the last: of a run that was killed at its start
         return
     if not (folder / "run.json").is_file():
         raise RunError(f"{folder}: not empty, and not made by train.py; name another folder with --out")
     if resume and not force:
         compare(folder, {"options": options})
     if not resume and not force:
-        last = state.complete(folder / "steps")
-        raise RunError(f"{folder}: holds a run{f' with a checkpoint at step {int(last[-1].name)}' if last else ''}; "
+        found = state.complete(folder / "steps")
+        checkpoint = f" with a checkpoint at step {int(found[-1].name)}" if found else ""
+        raise RunError(f"{folder}: holds a run{checkpoint}; "
                        "--resume goes on with it, --force starts over, --out names another folder")
 
 
 def compare(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise RunError that lists each difference from run.json which would change the numbers of the run."""
+    """Raise RunError that lists each difference from run.json that would change what the run computes."""
     try:
-        before = json.loads((folder / "run.json").read_text())
-        changed = []
+        before, changed = json.loads((folder / "run.json").read_text()), []
         for part, values in plain(facts).items():
             for name, value in values.items():
-                if name not in FREE and before[part].get(name) != value:
-                    label = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
-                    changed.append(f"{label} {before[part].get(name)} → {value}")
+                if name not in FREE and (old := before[part].get(name)) != value:
+                    shown = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
+                    changed.append(f"{shown} {old} → {value}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{folder / 'run.json'}: not a record of train.py: {error!r}") from None
     if changed:
-        raise RunError(f"{folder}: holds another run ({'; '.join(changed)}); with --resume --force it goes on like "
-                       "that all the same")
+        raise RunError(f"{folder}: holds another run ({'; '.join(changed)}); "
+                       "with --resume --force it goes on like that all the same")
 
 
 def plain(facts: dict[str, Any]) -> dict[str, Any]:
-    """As JSON will give it back: paths are strings, tuples lists."""
+    """The facts as JSON gives them back: paths become strings, tuples lists."""
     return json.loads(json.dumps(facts, default=str))
 
 
 def clear(folder: Path) -> None:
-    """Delete what an earlier run left, so that a run that is cut short leaves no model but its own. Prepared text
-    stays, and so does run.json, which says whose folder it is until the next one replaces it."""
+    """Delete what an earlier run left, so that a run that is cut short leaves no model of another run.
+
+    The tokenized text stays. So does run.json until the next one replaces it: it marks the folder as one of train.py.
+    """
     for checkpoint in state.complete(folder / "steps"):
         state.retire(checkpoint)
     for pattern in OURS:
@@ -124,20 +131,25 @@ def clear(folder: Path) -> None:
 
 
 def record(folder: Path, facts: dict[str, Any], resume: bool) -> None:
-    """Write run.json: facts are the options, the model and the data. Starts of a resumed run are added up."""
+    """Write run.json: the facts (options, model and data), and under "starts" this start after the earlier ones."""
     path, starts = folder / "run.json", []
     if resume and path.exists():
-        with contextlib.suppress(ValueError, KeyError, TypeError):      # not a record: only --force comes this far
+        with contextlib.suppress(ValueError, KeyError, TypeError):      # not a record of train.py: only with --force
             starts = json.loads(path.read_text())["starts"]
     packages = {name: version(name) for name in ("torch", "numpy", "safetensors", "tokenizers", "triton")}
-    start = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "command": [sys.executable, *sys.argv],
-             "git": git(), "host": platform.node(), "python": platform.python_version(), "packages": packages,
-             "ranks": int(os.environ.get("WORLD_SIZE", 1))}
+    start = {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": [sys.executable, *sys.argv], "git": git(), "host": platform.node(),
+        "python": platform.python_version(), "packages": packages, "ranks": int(os.environ.get("WORLD_SIZE", 1)),
+    }
     write(path, json.dumps(plain(facts) | {"starts": [*starts, start]}, indent=2) + "\n")
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file beside its place and rename it: it is old or new, never half. Raises RunError where it cannot."""
+    """Write a draft and rename it, so that the file has its old text or all of the new.
+
+    Raises RunError where it cannot be written.
+    """
     draft = path.with_name(f".{path.name}.tmp")
     try:
         draft.write_text(text)
@@ -149,8 +161,11 @@ def write(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder for a model, whose files move into `folder` after the block. Raises RunError where they cannot."""
-    for left in folder.glob(".model.*"):                        # by a run that was killed here
+    """A temporary model folder, whose files are moved into `folder` at the end of the block.
+
+    Raises RunError where they cannot be written.
+    """
+    for left in folder.glob(".model.*"):                        # of a run that was killed at this point
         shutil.rmtree(left, ignore_errors=True)
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".model.") as draft:
@@ -158,8 +173,8 @@ def replacing(folder: Path) -> Iterator[Path]:
             for path in (Path(draft) / "model").iterdir():
                 os.replace(path, folder / path.name)
     except OSError as error:
-        raise RunError(f"{folder}: the model cannot be written: {error.strerror or error}; its last checkpoint is "
-                       "whole: make room, then --resume") from None
+        raise RunError(f"{folder}: the model cannot be written: {error.strerror or error}; "
+                       "its last checkpoint is whole: make room, then --resume") from None
 
 
 # ---- signals
@@ -168,27 +183,26 @@ SAVE, LEAVE, STOP = 1, 2, 3     # requests: of SIGUSR1, of SIGTERM, of a log tha
 
 
 class Requests:
-    """The largest request of a signal since the last step."""
+    """The largest request of a signal since the last one was served."""
 
     def __init__(self) -> None:
         self.pending = 0
 
-    def add(self, request: int) -> None:
-        """What a signal handler does."""
-        self.pending = max(self.pending, request)
-
     def served(self, request: int) -> None:
-        """All ranks have agreed on `request`. A larger one came after that, and is for the next step."""
+        """All ranks have agreed on `request`. A larger one came after that, and waits for the next step."""
         if self.pending <= request:
             self.pending = 0
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[Requests]:
-    """Inside the block a signal does not end the process, but becomes a request, which the loop serves after a step."""
-    requests = Requests()
-    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: requests.add(LEAVE)),
-              signal.SIGUSR1: signal.signal(signal.SIGUSR1, lambda *_: requests.add(SAVE))}
+    """Inside the block SIGTERM and SIGUSR1 do not end the process: they are requests, which the loop serves."""
+    requests, meaning = Requests(), {signal.SIGTERM: LEAVE, signal.SIGUSR1: SAVE}
+
+    def handle(number: int, _: object) -> None:
+        requests.pending = max(requests.pending, meaning[signal.Signals(number)])
+
+    before = {number: signal.signal(number, handle) for number in meaning}
     try:
         yield requests
     finally:
@@ -198,7 +212,7 @@ def signals() -> Iterator[Requests]:
 
 @contextlib.contextmanager
 def gc_frozen() -> Iterator[None]:
-    """Inside the block Python's garbage collector passes over older objects: in large runs that would stall steps."""
+    """Inside the block Python's garbage collector skips older objects: on large runs, visiting them stalls steps."""
     gc.collect()
     gc.freeze()
     try:
@@ -210,7 +224,7 @@ def gc_frozen() -> Iterator[None]:
 # ---- records
 
 def start(folder: Path, facts: dict[str, Any], resume: bool, force: bool) -> None:
-    """Make the folder this run's, and write run.json. A resumed run must be the one there, any other replaces it."""
+    """Compare the facts with those of the run to resume, or clear the folder for a new one; then write run.json."""
     if resume and (folder / "run.json").exists():
         if not force:
             compare(folder, facts)
@@ -231,8 +245,8 @@ def version(package: str) -> str | None:
 
 def git() -> str | None:
     """The commit of this source, with -dirty where files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
         found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,18 +1,23 @@
-"""The state of a run on disk: sharded, checksummed, without pickle, and never half there.
+"""The state of a run on disk, its checkpoints: sharded, checksummed, without pickle, and each complete or absent.
 
-    runs/demo/steps/00000200/         a checkpoint, complete or absent: it gets this name in one rename, last of all
-        rank-0.safetensors            the shards that rank 0 holds, of parameters and of the state of optimizers
+    runs/demo/steps/00000200/         a checkpoint: it gets this name in one rename, when all of it is written
+        rank-0.safetensors            the shards that rank 0 holds, of parameters and of the optimizers' state
         rank-1.safetensors
-        manifest.json                 which part of which tensor lies where, a CRC-32 a file, facts of the run
+        manifest.json                 which file has which part of which tensor, a CRC-32 for each file, and the facts
+                                      of the run that are not tensors
         manifest.crc32                of manifest.json
-    runs/demo/steps/.00000300.tmp/    one being written, or left by a process that was killed; never read
+    runs/demo/steps/.00000300.tmp/    one that is being written, or was when the process was killed: never read, and
+                                      deleted before the next one is written
 
-    write     copy shards to CPU memory │ a thread: file, fsync, CRC ‖ training │ manifest, fsync, rename, prune
-    read      manifest, CRC │ for each shard that is wanted: the files that overlap it, CRC first, then that part
+    write     copy the shards to CPU memory
+              in a thread, while training goes on: file, fsync, CRC
+              when all ranks are done: manifest, fsync, rename, delete old checkpoints
+    read      manifest and its CRC
+              for each shard that is wanted: the files that overlap it, CRC first, then that part
 
-A kill at any point leaves the checkpoints that were complete. A failure to write (a full disk) on any rank gives up
-that checkpoint on all of them and is reported; the run decides. Any number of ranks reads what any number has written:
-a shard is a box in the whole tensor, and one rank alone has whole tensors.
+Killing the run at any point leaves all complete checkpoints. If one rank fails to write (a full disk), all ranks give
+up that checkpoint, and `Saver.finish` returns the problem to the run. A run may go on with another number of ranks,
+because any rank can read any file.
 """
 
 import contextlib
@@ -40,24 +45,22 @@ Box = list[list[int]]           # [start, end) in each dimension; of a single nu
 
 
 def box(tensor: Tensor) -> Box:
-    """Which part of the whole tensor this rank holds. What is not sharded is held by every rank."""
+    """Which part of the whole tensor this rank holds. A tensor that is not sharded is held by every rank."""
     part = [[0, size] for size in tensor.shape]
     if isinstance(tensor, DTensor):
         placement, mesh = tensor.placements[-1], tensor.device_mesh
         assert isinstance(placement, Shard), tensor.placements
         total, rank = tensor.shape[placement.dim], mesh.get_local_rank(mesh.ndim - 1)
-        each = -(-total // mesh.size(-1))                       # as torch.chunk cuts: the last may have less, or none
+        each = -(-total // mesh.size(-1))           # as torch.chunk cuts: the last ranks may have less, or nothing
         part[placement.dim] = [min(total, rank * each), min(total, (rank + 1) * each)]
     return part
 
 
 def overlap(a: Box, b: Box) -> Box:
-    """The box in which both lie; of no volume where there is none."""
     return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b, strict=True)]
 
 
 def volume(part: Box) -> int:
-    """How many numbers it holds."""
     return math.prod(max(0, end - start) for start, end in part)
 
 
@@ -67,7 +70,7 @@ def within(part: Box, whole: Box) -> tuple[slice, ...]:
 
 
 def is_writer(tensor: Tensor, world: World) -> bool:
-    """Whether this rank writes its part of the tensor: of replicas, the first one's ranks do."""
+    """Whether this rank writes its part: of equal copies, the one with the lowest rank is written."""
     if not isinstance(tensor, DTensor):
         return world.rank == 0
     return tensor.device_mesh.ndim == 1 or tensor.device_mesh.get_local_rank(0) == 0
@@ -83,17 +86,17 @@ def crc(path: Path) -> int:
 
 @dataclass
 class Saver:
-    """Writes checkpoints of one run, one at a time, beside the training."""
+    """Writes checkpoints of one run, one at a time, while training goes on."""
     folder: Path                                # runs/demo/steps
     world: World
-    keep: int                                   # how many complete ones stay
+    keep: int                                   # how many complete checkpoints are kept
     thread: threading.Thread | None = None
-    result: dict[str, Any] = field(default_factory=dict)        # what this rank's thread has to say
+    result: dict[str, Any] = field(default_factory=dict)        # of this rank's thread
     step: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
 
     def begin(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
-        """Copy this rank's shards and start to write them. All ranks call it, after they have finished the last one."""
+        """Copy this rank's shards and start to write them. All ranks call it, after `finish` of the one before."""
         assert self.thread is None
         self.step, self.facts, self.result = step, facts, {"pieces": {}, "shapes": {}}
         mine: dict[str, Tensor] = {}
@@ -121,7 +124,7 @@ class Saver:
         try:
             write_shards(path, tensors)
             self.result |= {"file": path.name, "crc32": crc(path), "bytes": path.stat().st_size}
-        except Exception as error:                              # whatever it is, the main thread must hear of it
+        except Exception as error:                              # of any kind: the main thread must know it
             self.result.setdefault("error", f"{path}: {error}")
 
     @property
@@ -130,35 +133,39 @@ class Saver:
         return self.thread is not None and self.thread.is_alive()
 
     def finish(self) -> str | None:
-        """Wait for the files of all ranks and make them a checkpoint. None if there was nothing to finish or all went
-        well, else what went wrong, the same on every rank; nothing is left of it then, and older checkpoints are as
-        they were."""
+        """Wait for the files of all ranks and make them a checkpoint.
+
+        Returns None if there was nothing to finish or all went well, else the problem, the same on every rank. Then
+        nothing of this checkpoint is left, and older checkpoints are unchanged.
+        """
         if self.thread is None:
             return None
         self.thread.join()
         self.thread = None
-        results = self.world.all_gather_objects(self.result)
-        problem = next((result["error"] for result in results if "error" in result), None)
+        said = self.world.all_gather_objects(self.result)
+        problem = next((one["error"] for one in said if "error" in one), None)
         if self.world.rank == 0:
             try:
                 if problem is None:
-                    self._complete(results)
+                    self._complete(said)
             except OSError as error:
                 problem = f"{self.draft(self.step)}: {error}"
             if problem is not None:
                 shutil.rmtree(self.draft(self.step), ignore_errors=True)
-        return self.world.broadcast(problem)
+        return self.world.all_gather_objects(problem)[0]
 
-    def _complete(self, results: list[dict[str, Any]]) -> None:
+    def _complete(self, said: list[dict[str, Any]]) -> None:
         draft, whole = self.draft(self.step), self.folder / f"{self.step:08}"
-        files = [{key: result[key] for key in ("file", "bytes", "crc32", "pieces")} for result in results]
-        about = {"format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts}
-        write_manifest(draft, about | {"tensors": results[0]["shapes"], "files": files})
-        if whole.exists():                                      # a run that went back to an earlier step comes by again
+        files = [{key: one[key] for key in ("file", "bytes", "crc32", "pieces")} for one in said]
+        write_manifest(draft, {
+            "format": FORMAT, "step": self.step, "ranks": self.world.size, "facts": self.facts,
+            "tensors": said[0]["shapes"], "files": files,
+        })
+        if whole.exists():                                      # the run went back to an earlier checkpoint
             retire(whole)
         publish(draft, whole)
         for old in complete(self.folder)[: -self.keep]:
-            with contextlib.suppress(OSError):                  # the new one is whole; the next one tries again
+            with contextlib.suppress(OSError):                  # the new one is complete; the next one tries again
                 retire(old)
 
 
@@ -168,7 +175,6 @@ def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
-    """Write manifest.json, and manifest.crc32 beside it."""
     text = json.dumps(values).encode()
     for name, content in (("manifest.json", text), ("manifest.crc32", f"{zlib.crc32(text):08x}\n".encode())):
         (folder / name).write_bytes(content)
@@ -199,8 +205,8 @@ def sync(path: Path) -> None:
 # ---- reading
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints in runs/NAME/steps, the newest last."""
-    found = [path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir()]
+    """The checkpoints in runs/NAME/steps, the latest step last."""
+    found = (path for path in folder.glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
     return sorted(found, key=lambda path: int(path.name))
 
 
@@ -211,23 +217,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except OSError as error:
         raise damaged(folder, f"{Path(error.filename).name}: {error.strerror}") from None
     if stated != f"{zlib.crc32(text):08x}\n".encode():
-        raise damaged(folder, f"manifest.json has CRC-32 {zlib.crc32(text):08x}, manifest.crc32 has {stated[:20]!r}")
+        raise damaged(folder, f"manifest.json has CRC-32 {zlib.crc32(text):08x}, manifest.crc32 says {stated[:20]!r}")
     manifest = json.loads(text)
     if manifest.get("format") != FORMAT:
-        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; go "
-                       "on with the version that wrote it")
+        raise RunError(f"{folder}: manifest.json has format {manifest.get('format')}, this version reads {FORMAT}; "
+                       "go on with the version that wrote it")
     return manifest
 
 
 def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Fill this rank's shards of `tensors` in place, and return the facts. Raises RunError, before anything is filled,
-    where the checkpoint is damaged or holds other tensors than these."""
+    """Read this rank's shards into `tensors`, in place, and return the facts.
+
+    Raises RunError, before any tensor is changed, where the checkpoint is damaged or holds other tensors than these.
+    """
     manifest = read_manifest(folder)
     ours = {name: [str(tensor.dtype).removeprefix("torch."), *tensor.shape] for name, tensor in tensors.items()}
     for name in sorted({*ours, *manifest["tensors"]}):
         if ours.get(name) != manifest["tensors"].get(name):
-            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, this run has "
-                           f"{ours.get(name, 'none')}; go on with the options that it was written with")
+            raise RunError(f"{folder}: {name} is {manifest['tensors'].get(name, 'absent')} there, "
+                           f"this run has {ours.get(name, 'none')}; go on with the options that it was written with")
     wanted = {name: box(tensor) for name, tensor in tensors.items()}
     parts: dict[str, list[tuple[Box, Tensor]]] = {name: [] for name in tensors}
     for file in manifest["files"]:
@@ -241,8 +249,8 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         except OSError as error:
             raise damaged(folder, f"{path.name}: {error.strerror}") from None
         if found != file["crc32"]:
-            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, expected "
-                                  f"{file['crc32']:08x} and {file['bytes']}")
+            raise damaged(folder, f"{path.name} has CRC-32 {found:08x} and {path.stat().st_size} bytes, "
+                                  f"expected {file['crc32']:08x} and {file['bytes']}")
         with safetensors.safe_open(path, framework="pt") as stored:
             for name, part in shared.items():
                 place = within(part, file["pieces"][name])

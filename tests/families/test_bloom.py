@@ -13,11 +13,16 @@ from nanollm.model import Decoder
 from tests.fixtures import FIXTURES
 from tests.oracles import difference, reference_logits, tokens, write
 
-BLOOM = dict(model_type="bloom", apply_residual_connection_post_layernorm=False, attention_dropout=0.0, attention_softmax_in_fp32=True,
-             hidden_dropout=0.0, initializer_range=0.02, layer_norm_epsilon=1e-5, masked_softmax_fusion=True, n_embed=14336, n_layer=70,
-             num_attention_heads=112, pretraining_tp=4, slow_but_exact=False, unk_token_id=0, use_cache=True, vocab_size=250880)
-BLOOM_560M = dict(model_type="bloom", bias_dropout_fusion=True, hidden_size=1024, layer_norm_epsilon=1e-5, n_head=16, n_inner=None, n_layer=24,
-                  offset_alibi=100, seq_length=2048, skip_bias_add=True, skip_bias_add_qkv=False, vocab_size=250880)
+BLOOM = dict(
+    model_type="bloom", apply_residual_connection_post_layernorm=False, attention_dropout=0.0,
+    attention_softmax_in_fp32=True, hidden_dropout=0.0, initializer_range=0.02, layer_norm_epsilon=1e-5,
+    masked_softmax_fusion=True, n_embed=14336, n_layer=70, num_attention_heads=112, pretraining_tp=4,
+    slow_but_exact=False, unk_token_id=0, use_cache=True, vocab_size=250880,
+)
+BLOOM_560M = dict(
+    model_type="bloom", bias_dropout_fusion=True, hidden_size=1024, layer_norm_epsilon=1e-5, n_head=16, n_inner=None,
+    n_layer=24, offset_alibi=100, seq_length=2048, skip_bias_add=True, skip_bias_add_qkv=False, vocab_size=250880,
+)
 NORM = Norm("layer", 1e-5, bias=True)
 
 
@@ -26,7 +31,10 @@ def read(base: dict = BLOOM, **keys) -> ModelConfig:
 
 
 def test_published_sizes():
-    layer = Layer(Attention(112, 112, 128, alibi=Alibi(), qkv_bias=True, out_bias=True), MLP(4 * 14336, "gelu_tanh", False, True), NORM, pre_ffn=NORM)
+    layer = Layer(
+        Attention(112, 112, 128, alibi=Alibi(), qkv_bias=True, out_bias=True),
+        MLP(4 * 14336, "gelu_tanh", False, True), NORM, pre_ffn=NORM,
+    )
     assert read() == ModelConfig(250880, 14336, (layer,) * 70, NORM, tied=True, embed_norm=NORM)
     assert read(BLOOM_560M).context == 2048
     with torch.device("meta"):
@@ -39,14 +47,20 @@ def test_what_is_written_reads_back():
         assert read_config(write_config(config, FAMILIES["bloom"])[1])[1] == config
 
 
-@pytest.mark.parametrize("keys, complaint", [
-    ({"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True; expected False"),
-    ({"n_inner": 4096}, "n_inner is 4096; expected None"),
-    ({"n_head": 16}, "num_attention_heads is 112; expected 16"),
-    ({"hidden_size": 1024}, "n_embed is 14336; expected 1024"),
-    ({"num_attention_heads": 100}, "num_attention_heads is 100; expected a divisor"),
-    ({"alibi": False}, "nothing here knows what these mean: alibi"),
-])
+@pytest.mark.parametrize(
+    "keys, complaint",
+    [
+        (
+            {"apply_residual_connection_post_layernorm": True},
+            "apply_residual_connection_post_layernorm is True; expected False",
+        ),
+        ({"n_inner": 4096}, "n_inner is 4096; expected None"),
+        ({"n_head": 16}, "num_attention_heads is 112; expected 16"),
+        ({"hidden_size": 1024}, "n_embed is 14336; expected 1024"),
+        ({"num_attention_heads": 100}, "num_attention_heads is 100; expected a divisor"),
+        ({"alibi": False}, "nothing here knows what these mean: alibi"),
+    ],
+)
 def test_refusals(keys, complaint):
     with pytest.raises(ConfigError, match=complaint):
         read(**keys)

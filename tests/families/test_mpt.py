@@ -1,4 +1,5 @@
-"""MPT's config.json and its attn_config: the published sizes, and the variants that transformers passes over in silence, refused."""
+"""MPT's config.json and its attn_config: the published sizes, and the variants that transformers passes over in
+silence, refused."""
 
 import pytest
 import torch
@@ -8,28 +9,40 @@ from nanollm.config import MLP, Alibi, Attention, Layer, ModelConfig, Norm
 from nanollm.errors import ConfigError
 from nanollm.model import Decoder
 
-ATTENTION = dict(alibi=True, alibi_bias_max=8, attn_impl="torch", attn_pdrop=0, attn_type="multihead_attention", attn_uses_sequence_id=False,
-                 clip_qkv=None, prefix_lm=False, qk_ln=False, softmax_scale=None)
-MPT_7B = dict(model_type="mpt", d_model=4096, emb_pdrop=0, embedding_fraction=1.0, expansion_ratio=4, init_config={"name": "kaiming_normal_",
-              "fan_mode": "fan_in"}, init_device="cpu", learned_pos_emb=True, logit_scale=None, max_seq_len=2048, n_heads=32, n_layers=32,
-              no_bias=True, norm_type="low_precision_layernorm", resid_pdrop=0, tokenizer_name="EleutherAI/gpt-neox-20b", use_cache=False, verbose=0,
-              vocab_size=50432, attn_config=ATTENTION)
+ATTENTION = dict(
+    alibi=True, alibi_bias_max=8, attn_impl="torch", attn_pdrop=0, attn_type="multihead_attention",
+    attn_uses_sequence_id=False, clip_qkv=None, prefix_lm=False, qk_ln=False, softmax_scale=None,
+)
+MPT_7B = dict(
+    model_type="mpt", d_model=4096, emb_pdrop=0, embedding_fraction=1.0, expansion_ratio=4,
+    init_config={"name": "kaiming_normal_", "fan_mode": "fan_in"}, init_device="cpu", learned_pos_emb=True,
+    logit_scale=None, max_seq_len=2048, n_heads=32, n_layers=32, no_bias=True, norm_type="low_precision_layernorm",
+    resid_pdrop=0, tokenizer_name="EleutherAI/gpt-neox-20b", use_cache=False, verbose=0, vocab_size=50432,
+    attn_config=ATTENTION,
+)
 NORM = Norm("layer", 1e-5)
 
 
-def read(attention: dict = {}, **keys) -> ModelConfig:
-    return read_config(MPT_7B | {"attn_config": ATTENTION | attention} | keys)[1]
+def read(attention: dict | None = None, **keys) -> ModelConfig:
+    return read_config(MPT_7B | {"attn_config": ATTENTION | (attention or {})} | keys)[1]
 
 
 def test_published_sizes():
     layer = Layer(Attention(32, 32, 128, alibi=Alibi()), MLP(16384, "gelu", gated=False), NORM, pre_ffn=NORM)
-    assert read() == ModelConfig(50432, 4096, (layer,) * 32, NORM, tied=True, context=2048) == read(attn_config={}) == read(attn_config=None)
+    assert (
+        read()
+        == ModelConfig(50432, 4096, (layer,) * 32, NORM, tied=True, context=2048)
+        == read(attn_config={})
+        == read(attn_config=None)
+    )
     with torch.device("meta"):
         assert sum(p.numel() for p in Decoder(read()).parameters()) == 6_649_286_656
 
 
 def test_attention():
-    assert read({"clip_qkv": 6}).layers[0].mixer.clip == 6.0 and read({"softmax_scale": 0.1}).layers[0].mixer.scale == 0.1
+    assert (
+        read({"clip_qkv": 6}).layers[0].mixer.clip == 6.0 and read({"softmax_scale": 0.1}).layers[0].mixer.scale == 0.1
+    )
 
 
 def test_what_is_written_reads_back():

@@ -54,7 +54,7 @@ def test_where_a_norm_rounds(kind, theirs):
     ("olmo", dict(clip_qkv=0), "clip_qkv is 0; expected a finite number above 0"),
     ("olmo2", dict(clip_qkv=8.0), "nothing here knows what these mean: clip_qkv"),
     ("olmoe", dict(head_dim=16), "head_dim is 16; expected None or 8"),
-    ("hf_olmo", {}, "model_type is 'hf_olmo'; .*listed in docs/families.md"),
+    ("hf_olmo", {}, "model_type is 'hf_olmo'; .*python -m checkpoints.families lists"),
 ])
 def test_refusals(kind, keys, complaint):
     with pytest.raises(ConfigError, match=complaint):

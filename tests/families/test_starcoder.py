@@ -8,11 +8,13 @@ from nanollm.errors import ConfigError
 
 NORM = Norm("layer", eps=1e-5, bias=True)
 SIZES = "model_type vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
-HUB = dict(model_type="starcoder2", vocab_size=49152, hidden_size=3072, intermediate_size=12288, num_hidden_layers=30, num_attention_heads=24,
-           num_key_value_heads=2, activation_function="gelu", hidden_act="gelu_pytorch_tanh", layer_norm_epsilon=1e-5, norm_epsilon=1e-5,
-           norm_type="layer_norm", mlp_type="default", use_bias=True, rope_theta=999999.4420358813, sliding_window=4096,
-           max_position_embeddings=16384, scale_attn_weights=True, attention_softmax_in_fp32=True, scale_attention_softmax_in_fp32=True,
-           embedding_dropout=0.1, residual_dropout=0.1)
+HUB = dict(
+    model_type="starcoder2", vocab_size=49152, hidden_size=3072, intermediate_size=12288, num_hidden_layers=30,
+    num_attention_heads=24, num_key_value_heads=2, activation_function="gelu", hidden_act="gelu_pytorch_tanh",
+    layer_norm_epsilon=1e-5, norm_epsilon=1e-5, norm_type="layer_norm", mlp_type="default", use_bias=True,
+    rope_theta=999999.4420358813, sliding_window=4096, max_position_embeddings=16384, scale_attn_weights=True,
+    attention_softmax_in_fp32=True, scale_attention_softmax_in_fp32=True, embedding_dropout=0.1, residual_dropout=0.1,
+)
 
 
 def read(**keys):
@@ -32,8 +34,13 @@ def test_starcoder2():
         assert read_config(write_config(each, FAMILIES["starcoder2"])[1])[1] == each
 
 
-@pytest.mark.parametrize("key, value", [("norm_type", "rms_norm"), ("mlp_type", "gated"), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
-                                        ("hidden_act", "sigmoid"), ("use_bias", None)])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("norm_type", "rms_norm"), ("mlp_type", "gated"), ("layer_norm_epsilon", 1e-6), ("scale_attn_weights", False),
+        ("hidden_act", "sigmoid"), ("use_bias", None),
+    ],
+)
 def test_refused(key, value):
     with pytest.raises(ConfigError, match=f"{key} is "):
         read(**{key: value})

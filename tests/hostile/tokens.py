@@ -117,7 +117,7 @@ def added(**token: Any) -> Harm:
 
 
 NAMED = "tokenizer.json: found"
-SMALL = ("tokenizer_config", "special_tokens_map", "added_tokens", "config", "generation_config")
+SMALL = ("tokenizer_config", "special_tokens_map", "config", "generation_config")
 TOKENIZER_JSON: dict[str, Case] = {
     **{name: (put(MAIN, content), f"tokenizer.json: .*{cause}") for name, (content, cause) in JUNK.items()},
     "absent": (gone(MAIN), "expected one of tokenizer.json"),
@@ -184,13 +184,13 @@ TOKENIZER_JSON: dict[str, Case] = {
             ("tokenizer_config", {"added_tokens_decoder": {"450": "x"}}),
             ("tokenizer_config", {"add_bos_token": "yes"}),
             ("tokenizer_config", {"additional_special_tokens": {"a": 1}}), ("tokenizer_config", {"chat_template": 5}),
-            ("added_tokens", {"x": "no"}), ("added_tokens", {"x": 1.5}), ("added_tokens", {"x": 10**12}),
             ("config", {"eos_token_id": "two"}), ("config", {"eos_token_id": [True]}),
             ("config", {"eos_token_id": [10**12]}), ("generation_config", {"eos_token_id": -1}),
             ("config", {"vocab_size": "big"}), ("config", {"bos_token_id": {}}),
             ("generation_config", {"user_token_id": "195a"}),
         )
     },
+    "added_tokens.json, which nobody reads beside it": (put("added_tokens.json", "[]"), None),
     "chat_template.jinja: not UTF-8": (
         put("chat_template.jinja", b"\xff"), "chat_template.jinja: found .*expected UTF-8",
     ),
@@ -238,6 +238,17 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Case]]] = {
             "merges.txt is a git-lfs pointer": (put("merges.txt", POINTER), "vocab.json: found"),
             "the tokenizer of BERT": (small("tokenizer_config", tokenizer_class="BertTokenizer"), "BertTokenizer"),
             "an id that is a float": (put("vocab.json", '{"a": 1.5}'), "vocab.json: found"),
+            **{
+                f"added_tokens.json: {name}": (put("added_tokens.json", content), f"added_tokens.json: .*{cause}")
+                for name, (content, cause) in JUNK.items()
+                if name != "{}"
+            },
+            **{
+                f"added_tokens.json: {content}": (
+                    small("added_tokens", **content), "added_tokens.json.*found.*expected",
+                )
+                for content in ({"x": "no"}, {"x": 1.5}, {"x": 10**12})
+            },
         },
     ),
     "tekken.json": (

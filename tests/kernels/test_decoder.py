@@ -23,8 +23,7 @@ from tests.fixtures import slow_but
 from tests.kernels.checks import DEVICE, INTERPRETED
 from tests.tok_folders import byte_bpe, write
 
-GEMMA, SHIFT = Norm(offset=1.0, cast_after_gain=True), Norm("layer", bias=True)
-PLAIN = Norm()
+PLAIN, GEMMA, SHIFT = Norm(), Norm(offset=1.0, cast_after_gain=True), Norm("layer", bias=True)
 
 
 def config(mixer, ffn, norm=PLAIN, layers=1, **layer) -> ModelConfig:
@@ -213,9 +212,8 @@ def script(mode: str, name: str, *words: str) -> str:
 
 def losses(folder: Path, mode: str, *options: str) -> list[float]:
     script(mode, "train", "--out", str(folder), *options)
-    return [
-        entry["loss"] for entry in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if "loss" in entry
-    ]
+    entries = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [entry["loss"] for entry in entries if "loss" in entry]
 
 
 @pytest.mark.slow
