@@ -62,7 +62,7 @@ def step(original: Callable, optimizers: list, lr: float) -> None:
     original(optimizers, lr)
 
 
-def write_slices(original: Callable, path: Path, tensors: dict) -> None:
+def write_shards(original: Callable, path: Path, tensors: dict) -> None:
     original(path, tensors)
     if path.parent.name == f".{STEP:08}.tmp" and LAST:
         os.truncate(path, path.stat().st_size // 2)
@@ -101,7 +101,7 @@ def export(original: Callable, run: train.Run) -> None:
 
 PLACES = {
     "forward": (block.Block, "forward", forward), "optimizer": (optim, "step", step),
-    "shard": (state, "write_slices", write_slices), "manifest": (state, "write_manifest", write_manifest),
+    "shard": (state, "write_shards", write_shards), "manifest": (state, "write_manifest", write_manifest),
     "rename": (state, "publish", publish), "renamed": (state, "publish", publish),
     "pruning": (state, "retire", retire), "export": (train, "export", export),
 }

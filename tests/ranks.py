@@ -46,7 +46,7 @@ def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **ho
             nats, *_ = token_loss(model.head, model.hidden(mine[:, :-1]), mine[:, 1:])
             (nats / 128).backward()
         norm = distributed.clip(model, 1.0)
-        found += [world.total(nats.item())[0] / 128, norm]
+        found += [world.all_reduce(nats.item())[0] / 128, norm]
         optimizer.step()
         model.zero_grad()
     return found
@@ -127,7 +127,7 @@ def experts(world: World) -> dict:
     gate = dict(model.named_parameters())["layers.0.ffn.experts.gate"]
     whole = distributed.gather(model, True, torch.device("cpu"))
     return {
-        "loss": world.total(nats.item())[0] / 128, "slice": list(distributed.local(gate).shape),
+        "loss": world.all_reduce(nats.item())[0] / 128, "slice": list(distributed.local(gate).shape),
         "sum": sum(p.double().abs().sum().item() for p in whole.parameters()),
     }
 
@@ -155,8 +155,8 @@ def broken(world: World) -> dict:
         if world.rank == world.size - 1 and where == "gradient":
             hidden.register_hook(lambda g: g * torch.nan)
         nats.backward()
-        found.append([str(distributed.clip(model, 1.0)), str(world.everyone(nats.item()).sum().item())])
-    return {"all": world.tell(found)}
+        found.append([str(distributed.clip(model, 1.0)), str(world.all_gather(nats.item()).sum().item())])
+    return {"all": world.all_gather_objects(found)}
 
 
 def together(world: World) -> dict:
@@ -169,13 +169,13 @@ def together(world: World) -> dict:
         return "fine"
 
     try:
-        world.together(work)
+        world.on_all_ranks(work)
         caught = "nothing"
     except DataError as error:
         caught = str(error)
     return {
-        "caught": world.tell(caught), "first": world.tell(world.first(lambda: "once")),
-        "total": world.total(1, world.rank), "tell": world.tell(world.rank),
+        "caught": world.all_gather_objects(caught), "first": world.all_gather_objects(world.on_rank_0(lambda: "once")),
+        "total": world.all_reduce(1, world.rank), "gathered": world.all_gather_objects(world.rank),
     }
 
 

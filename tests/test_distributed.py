@@ -205,7 +205,7 @@ def test_what_is_not_finite_on_one_rank_is_seen_by_all(tmp_path):
 def test_ranks_agree(tmp_path):
     found = case("together", 2, tmp_path)
     assert found == {
-        "caught": ["the last rank's file is gone"] * 2, "first": ["once", None], "total": [2, 1], "tell": [0, 1],
+        "caught": ["the last rank's file is gone"] * 2, "first": ["once", None], "total": [2, 1], "gathered": [0, 1],
     }
 
 

@@ -22,7 +22,7 @@ def test_muon_is_that_of_torch(shape, decay):
     start, gradients = torch.randn(shape), torch.randn(5, *shape)
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     a = optim.Muon([ours], decay, torch.bfloat16)
-    optim.prepare([a])
+    optim.init_state([a])
     b = torch.optim.Muon([theirs], lr=0.02, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     for gradient in gradients:
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
@@ -66,7 +66,7 @@ def test_matrices_of_one_shape_share_a_product_and_step_as_each_would_alone(monk
 
     def step(parameters: list[torch.nn.Parameter]) -> None:
         muon = optim.Muon(parameters, 0.1, torch.float32)
-        optim.prepare([muon])
+        optim.init_state([muon])
         optim.step([muon], 0.02)
 
     found = []
@@ -101,7 +101,7 @@ def test_every_parameter_has_one_owner_and_only_matrices_decay(name, optimizer, 
             )
             assert isinstance(owner, optim.Muon) == (inside and optimizer == "muon"), names[id(p)]
             assert (group["weight_decay"] > 0) == (inside or matrix in ("embed", "positions", "head")), names[id(p)]
-            assert group["times"] == (1.5 if optimizer == "muon" and not inside else 1.0)
+            assert group["lr_scale"] == (1.5 if optimizer == "muon" and not inside else 1.0)
 
 
 def test_stacked_biases_and_corrections_are_no_matrices():
@@ -122,9 +122,9 @@ def test_state_made_beforehand_is_what_the_first_step_would_make():
     for prepared in (True, False):
         torch.manual_seed(0)
         p = torch.nn.Parameter(torch.randn(6, 5))
-        o = optim.adamw([{"params": [p], "weight_decay": 0.1, "times": 1.0}])
+        o = optim.adamw([{"params": [p], "weight_decay": 0.1, "lr_scale": 1.0}])
         if prepared:
-            optim.prepare([o])
+            optim.init_state([o])
         for _ in range(3):
             p.grad = torch.randn(6, 5)
             optim.step([o], 0.1)
@@ -153,7 +153,7 @@ def test_all_that_a_step_changes_has_a_name():
 # ---- the rate
 
 def curve(schedule: str, steps: int = 100, warmup: int = 10, decay: float = 0.2) -> list[float]:
-    return [optim.rate(step, steps, warmup, schedule, decay) for step in range(steps)]
+    return [optim.lr_factor(step, steps, warmup, schedule, decay) for step in range(steps)]
 
 
 @pytest.mark.parametrize("schedule", optim.SCHEDULES)
@@ -161,7 +161,7 @@ def test_the_rate_rises_in_a_line_and_ends_just_above_zero(schedule):
     rates = curve(schedule)
     assert rates[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)]) and max(rates) == rates[9] == 1.0
     assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 0.06
-    assert optim.rate(0, 100, 0, schedule) == 1.0 and curve(schedule, warmup=0)[0] == 1.0
+    assert optim.lr_factor(0, 100, 0, schedule) == 1.0 and curve(schedule, warmup=0)[0] == 1.0
 
 
 def test_each_curve_has_its_shape():

@@ -313,9 +313,10 @@ def test_communication_and_memory_by_hand():
         "--world-size", "8", "--batch-size", "32", "--micro-batch", "2", "--optimizer", "adamw", "--recompute", "full"
     )
     root = 2 * 128256 * 4096 + 4096
-    assert figure(text, "gathers of weights") == round(2 * (2 * (LLAMA_8B - root) + root) * 2 * 7 / 8 / 1e9, 2)
-    assert figure(text, "reduction of gradients") == round(LLAMA_8B * 4 * 7 / 8 / 1e9, 2)
-    assert figure(text, "reduction of gradients", 1) == 450 and figure(text, "reduction of gradients", 2) == round(
+    assert figure(text, "all-gather of weights") == round(2 * (2 * (LLAMA_8B - root) + root) * 2 * 7 / 8 / 1e9, 2)
+    assert figure(text, "reduce-scatter of gradients") == round(LLAMA_8B * 4 * 7 / 8 / 1e9, 2)
+    assert figure(text, "reduce-scatter of gradients", 1) == 450
+    assert figure(text, "reduce-scatter of gradients", 2) == round(
         LLAMA_8B * 3.5 / 450e9, 3
     )
     assert figure(text, "whole float32 gradients, until 2 micro-batches") == round(4 * LLAMA_8B / 1e9, 2)
@@ -331,7 +332,7 @@ def test_communication_and_memory_by_hand():
     total, of_step = (float(row[60:].split()[0]) for row in text.splitlines() if row.strip().startswith("total"))
     assert sum(parts) == pytest.approx(total, abs=0.05) and "warning" not in text
     busy = speed.flops_per_token(preset("llama-8b"), 128) * 32 * 128 / 8 / (0.4 * 989.4e12)
-    talk = sum(figure(text, line, 2) for line in ("gathers of weights", "reduction of gradients"))
+    talk = sum(figure(text, line, 2) for line in ("all-gather of weights", "reduce-scatter of gradients"))
     assert talk > busy and "NOT hidden" in text  # rows of 128 tokens are too little work for what is sent
     assert of_step == pytest.approx(talk + figure(text, "optimizer, with"), abs=0.002)
 
@@ -340,7 +341,7 @@ def test_one_micro_batch_keeps_no_whole_gradients_and_one_rank_sends_nothing():
     text = report("--world-size", "1", "--batch-size", "1", preset_name="llama")
     assert (
         "whole float32" not in text
-        and "gathers of weights" not in text
+        and "all-gather of weights" not in text
         and "Muon" not in text
         and "hidden behind" in text
     )

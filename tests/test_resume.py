@@ -71,7 +71,7 @@ def here(data: Path, out: Path, *more: str) -> str | int | None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments(data, out, more)])
         patch.setattr(
-            "nanollm.training.runs.settled", contextlib.nullcontext
+            "nanollm.training.runs.gc_frozen", contextlib.nullcontext
         )  # many runs in one process: the collector has to look
         try:
             cli.main(train.run)

@@ -36,7 +36,7 @@ class Rank(World):
     """A rank that hears of the others through `savers`, one for each."""
     savers: Sequence[state.Saver]
 
-    def tell(self, value: object) -> list:
+    def all_gather_objects(self, value: object) -> list:
         mine = self.savers[self.rank].result if self.savers else None
         return [saver.result for saver in self.savers] if value is mine is not None else [value] * self.size
 
@@ -74,7 +74,7 @@ def slices(whole: dict[str, Tensor], world: Rank) -> dict[str, Tensor]:
     dimension, copied."""
     mesh, made = world.mesh, {}
     for name, tensor in whole.items():
-        cut = distributed.cut(mesh.size(-1), tensor) or Shard(0)
+        cut = distributed.shard_placement(mesh.size(-1), tensor) or Shard(0)
         chunks = tensor.chunk(mesh.size(-1), cut.dim) if tensor.ndim else ()
         number = mesh.get_local_rank(mesh.ndim - 1)
         local = chunks[number] if number < len(chunks) else tensor[:0] if tensor.ndim else tensor
@@ -157,8 +157,8 @@ def test_of_equal_copies_one_is_written(tmp_path):
 
 def test_what_is_written_is_what_was_there_at_the_beginning(tmp_path, monkeypatch):
     """Training goes on while the thread writes."""
-    on, write = threading.Event(), state.write_slices
-    monkeypatch.setattr(state, "write_slices", lambda *args: (on.wait(60), write(*args)))
+    on, write = threading.Event(), state.write_shards
+    monkeypatch.setattr(state, "write_shards", lambda *args: (on.wait(60), write(*args)))
     savers: list[state.Saver] = []
     with rank(0, 1, savers) as world:
         tensors = slices(values(), world)
@@ -498,9 +498,9 @@ def test_a_log_goes_on_after_the_step_that_the_run_goes_on_from(tmp_path):
 def test_a_log_that_cannot_grow_is_one_error(tmp_path):
     with logs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
         log.file = open("/dev/full", "a", buffering=1)
-        assert log.wish == 0 and log.check() is None
+        assert log.request == 0 and log.check() is None
         log(1, loss=1.0)  # the other ranks have no log: it must not raise here
-        assert log.wish == runs.STOP
+        assert log.request == runs.STOP
         with pytest.raises(RunError, match="/dev/full: cannot write: No space left on device; .*--resume"):
             log.check()
 
@@ -520,17 +520,17 @@ def test_a_model_is_replaced_when_the_new_one_is_complete(tmp_path):
     assert names(tmp_path) == ["model.safetensors"] and (tmp_path / "model.safetensors").read_text() == "new"
 
 
-def test_signals_are_wishes_until_they_are_answered():
+def test_signals_are_requests_until_they_are_served():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
-    with runs.signals() as asked:
-        assert asked.wish == 0
+    with runs.signals() as requests:
+        assert requests.pending == 0
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert asked.wish == runs.LEAVE                                         # the larger wish, whichever came last
-        asked.answered(runs.SAVE)                                               # the ranks had agreed before it came
-        assert asked.wish == runs.LEAVE
-        asked.answered(runs.LEAVE)
-        assert asked.wish == 0
+        assert requests.pending == runs.LEAVE                                   # the larger one, whichever came last
+        requests.served(runs.SAVE)                                               # the ranks had agreed before it came
+        assert requests.pending == runs.LEAVE
+        requests.served(runs.LEAVE)
+        assert requests.pending == 0
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert asked.wish == runs.SAVE
+        assert requests.pending == runs.SAVE
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before

@@ -1,4 +1,4 @@
-"""train.py: the presets are the published shapes, every toy learns, what is saved is what transformers reads, bad input writes nothing."""
+"""train.py: presets are published shapes, toys learn, transformers reads what is saved, bad input writes nothing."""
 
 import contextlib
 import dataclasses
@@ -38,14 +38,25 @@ def run(*args: str | Path) -> None:
     """One run in this process; SystemExit if the command line would have ended otherwise than with 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        patch.setattr("nanollm.training.runs.settled", contextlib.nullcontext)                # many runs in one process: the collector has to look
+        patch.setattr("nanollm.training.runs.gc_frozen", contextlib.nullcontext)    # many runs leave much behind
         cli.main(train.run)
 
 
 def quick(text: Path, out: Path, *more: str) -> list[dict]:
-    run("--data", text, "--out", out, "--steps", "12", "--vocab", "300", "--context", "32", "--batch-size", "4", "--warmup", "2",
-        "--eval-every", "4", "--sample-every", "6", "--dtype", "float32", *more)
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    run("--data", text, "--out", out, "--steps", "12", "--vocab", "300", "--context", "32", "--batch-size", "4",
+        "--warmup", "2", "--eval-every", "4", "--sample-every", "6", "--dtype", "float32", *more)
+    return log_of(out)
+
+
+def log_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses_of(log: list[dict]) -> list[float]:
+    return [entry["loss"] for entry in log if "loss" in entry]
+
+
+SHORT = ("--context", "32", "--batch-size", "4", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +142,9 @@ def test_transformers_loads_the_run_folder_with_equal_logits(runs, name):
 def test_the_same_seed_gives_the_same_numbers_and_the_same_weights(runs, text, tmp_path):
     folder, log = runs("llama")
     def timeless(entries):
-        return [{key: value for key, value in entry.items() if key not in ("tokens_per_second", "data_wait", "memory_gb")} for entry in entries if "checkpoint" not in entry]
+        timed = ("tokens_per_second", "data_wait", "memory_gb")
+        return [{key: value for key, value in entry.items() if key not in timed}
+                for entry in entries if "checkpoint" not in entry]
     assert timeless(quick(text, tmp_path / "again", "--preset", "llama")) == timeless(log)
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert timeless(quick(text, tmp_path / "other", "--preset", "llama", "--seed", "1")) != timeless(log)
@@ -163,11 +176,12 @@ def test_documents_in_a_row_do_not_see_each_other(runs):
 
 def test_skipped_steps_change_no_weight_and_the_rows_after_them_are_the_same(text, tmp_path):
     log = quick(text, tmp_path / "run", "--skip-steps", "0:12", "--save-every", "12")
-    assert len([entry for entry in log if entry.get("skipped") == "--skip-steps"]) == 12 and not [entry for entry in log if "loss" in entry]
+    assert len([entry for entry in log if entry.get("skipped") == "--skip-steps"]) == 12 and not losses_of(log)
     trained, drawn = checkpoints.load(tmp_path / "run"), Decoder(presets.preset("llama", 300, 32))
-    assert all(torch.equal(a, b) for a, b in zip(trained.state_dict().values(), drawn.state_dict().values()))
+    assert all(torch.equal(a, b) for a, b in zip(trained.parameters(), drawn.parameters(), strict=True))
     part = quick(text, tmp_path / "part", "--skip-steps", "0:3", "5:6")
-    assert [entry["step"] for entry in part if "skipped" in entry] == [1, 2, 3, 6] and np.isfinite([entry["loss"] for entry in part if "loss" in entry]).all()
+    assert [entry["step"] for entry in part if "skipped" in entry] == [1, 2, 3, 6]
+    assert np.isfinite(losses_of(part)).all()
 
 
 def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text, tmp_path, monkeypatch):
@@ -179,16 +193,18 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text,
         step(optimizers, lr)
         steps.append(lr)
         if len(steps) == 3:
-            optimizers[1].param_groups[1]["params"][0].detach()[0] = torch.nan             # of a gain: all tokens pass by it
+            optimizers[1].param_groups[1]["params"][0].detach()[0] = torch.nan      # of a gain: all tokens pass by it
 
     step = optim.step
     monkeypatch.setattr(optim, "step", spoil)
     with pytest.raises(SystemExit) as error:
         quick(text, tmp_path / "run", "--save-every", "2")
     assert len(steps) == 3
-    assert all(word in error.value.code for word in ("step 4", "loss nan", "rows 12 to 15", "no weight was changed", "--skip-steps 3:4"))
+    words = ("step 4", "loss nan", "rows 12 to 15", "no weight was changed", "--skip-steps 3:4")
+    assert all(word in error.value.code for word in words)
     monkeypatch.undo()
-    assert [path.name for path in sorted((tmp_path / "run" / "steps").iterdir())] in (["00000002"], [".00000002.tmp"], [])
+    left = [path.name for path in sorted((tmp_path / "run" / "steps").iterdir())]
+    assert left in (["00000002"], [".00000002.tmp"], [])
 
 
 # ---- on from a checkpoint
@@ -196,15 +212,17 @@ def test_a_number_that_is_not_finite_stops_the_run_before_a_weight_changes(text,
 
 @pytest.mark.slow
 def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsys):
-    """Questions of a toy, learnt by heart; and the folder keeps the family, dtype and tokenizer of the one it came from."""
+    """Questions of a toy, learnt by heart. The folder keeps family, dtype and tokenizer of the one it came from."""
     from nanollm.inference.generation import generate
     from nanollm.text.chat import Conversation
-    base, chats = runs("llama")[0], {"alpha?": "beta", "beta?": "gamma", "gamma?": "delta + 1", "delta?": "return alpha"}
-    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}) + "\n" for q, a in chats.items()))
-    run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "tuned", "--steps", "60", "--context", "32", "--batch-size", "4", "--warmup", "5", "--lr", "0.005",
-        "--optimizer", "muon", "--dtype", "float32", "--sample-every", "60", "--prompt", "gamma?")
+    base = runs("llama")[0]
+    chats = {"alpha?": "beta", "beta?": "gamma", "gamma?": "delta + 1", "delta?": "return alpha"}
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats.items()]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": pair}) + "\n" for pair in turns))
+    run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "tuned", "--steps", "60", *SHORT,
+        "--warmup", "5", "--lr", "0.005", "--optimizer", "muon", "--sample-every", "60", "--prompt", "gamma?")
     said = capsys.readouterr().out
-    assert "⟦beta" in said and "4 chats in" in said                             # one of them is shown before the first step
+    assert "⟦beta" in said and "4 chats in" in said                     # one of them is shown before the first step
     model, words = checkpoints.load(tmp_path / "tuned"), tokenizer.load(tmp_path / "tuned")
     for question, answer in chats.items():
         conversation = Conversation(words)
@@ -212,7 +230,7 @@ def test_a_model_that_was_fine_tuned_on_chats_answers_them(runs, tmp_path, capsy
         ids = [*generate(model, conversation.prompt_ids(), 20, stop_ids=words.stop_ids)]
         assert ids[-1] in words.stop_ids and words.decode(ids) == answer
     assert (tmp_path / "tuned" / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-    log = [json.loads(line) for line in (tmp_path / "tuned" / "log.jsonl").read_text().splitlines()]
+    log = log_of(tmp_path / "tuned")
     assert [entry["sample"] for entry in log if "sample" in entry] == ["User: gamma?\nAssistant: delta + 1"]
 
 
@@ -220,18 +238,19 @@ def test_init_keeps_what_the_folder_is(runs, text, tmp_path):
     """More text for a bfloat16 qwen3: its tokenizer reads the text, and its dtype is written."""
     model = checkpoints.load(runs("qwen3")[0], dtype=torch.bfloat16)
     checkpoints.save(model, tmp_path / "base")
-    run("--init", tmp_path / "base", "--data", text, "--out", tmp_path / "more", "--steps", "4", "--context", "16", "--batch-size", "4", "--dtype", "float32")
+    run("--init", tmp_path / "base", "--data", text, "--out", tmp_path / "more", "--steps", "4", "--context", "16",
+        "--batch-size", "4", "--dtype", "float32")
     again = checkpoints.load(tmp_path / "more")
     assert again.config == model.config and {p.dtype for p in again.parameters()} == {torch.bfloat16}
     assert not torch.equal(again.embed.weight, model.embed.weight)
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line]
-    assert losses[0] < 3.5                                                      # it knows the text; a new model would begin at 5.7
+    assert losses_of(log_of(tmp_path / "more"))[0] < 3.5            # it knows the text; a new model would begin at 5.7
 
 
 def test_a_model_that_no_family_can_express_ends_in_a_folder_too_and_that_is_said_before_the_first_step(
         runs, text, tmp_path, capsys):
     llama, mamba = presets.preset("llama", 300, 32), presets.preset("mamba", 300)
-    narrow = dataclasses.replace(mamba.layers[0], mixer=dataclasses.replace(mamba.layers[0].mixer, inner=384, dt_rank=12))
+    mixer = dataclasses.replace(mamba.layers[0].mixer, inner=384, dt_rank=12)
+    narrow = dataclasses.replace(mamba.layers[0], mixer=mixer)
     config = dataclasses.replace(llama, layers=(llama.layers[0], narrow))
     with pytest.warns(UserWarning, match="nanollm's own layout"):
         checkpoints.save(Decoder(config), tmp_path / "base")
@@ -244,14 +263,14 @@ def test_a_model_that_no_family_can_express_ends_in_a_folder_too_and_that_is_sai
     said = capsys.readouterr().out
     assert said.index("run: will be in nanollm's own layout, which checkpoints.load") < said.index("a sample at step 1")
     again = checkpoints.load(tmp_path / "run")
-    assert again.config == config and not torch.equal(again.embed.weight, checkpoints.load(tmp_path / "base").embed.weight)
+    before = checkpoints.load(tmp_path / "base")
+    assert again.config == config and not torch.equal(again.embed.weight, before.embed.weight)
 
 
 def test_a_run_says_that_transformers_will_load_it(text, tmp_path, capsys):
-    run("--data", text, "--out", tmp_path / "run", "--steps", "1", "--vocab", "300", "--context", "32", "--dtype", "float32",
-        "--sample-every", "1")
-    said = capsys.readouterr().out
-    assert said.index("run: will be a Hugging Face folder, which transformers loads too") < said.index("a sample at step 1")
+    run("--data", text, "--out", tmp_path / "run", "--steps", "1", "--vocab", "300", *SHORT, "--sample-every", "1")
+    said, words = capsys.readouterr().out, "run: will be a Hugging Face folder, which transformers loads too"
+    assert said.index(words) < said.index("a sample at step 1")
 
 
 @pytest.mark.parametrize("more, words", [
@@ -276,7 +295,8 @@ def test_shards_of_another_tokenizer_are_refused_and_mixtures_are_trained_on(run
         run("--data", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "run")
     assert "another tokenizer" in error.value.code
     texts.prepare(texts.read(text)[:12], tmp_path / "c", vocab=None, tokenizer=tmp_path / "a", context=32)
-    run("--data", tmp_path / "a", tmp_path / "c", "--mix", "0.75", "0.25", "--out", tmp_path / "run", "--steps", "3", "--context", "32", "--batch-size", "4", "--dtype", "float32")
+    run("--data", tmp_path / "a", tmp_path / "c", "--mix", "0.75", "0.25", "--out", tmp_path / "run", *SHORT,
+        "--steps", "3")
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 3
 
 
@@ -293,19 +313,21 @@ def test_shards_that_change_under_a_run_end_it_and_no_checkpoint_has_seen_them(t
             shard.write_bytes(shard.read_bytes()[:-2] + b"\1\0")
 
     monkeypatch.setattr(optim, "step", meddle)
+    args = ("--data", tmp_path / "shards", "--out", tmp_path / "run", "--steps", "12", *SHORT, "--save-every", "4",
+            "--sample-every", "0")
     with pytest.raises(SystemExit) as error:
-        run("--data", tmp_path / "shards", "--out", tmp_path / "run", "--steps", "12", "--context", "32", "--batch-size", "4", "--dtype", "float32", "--save-every", "4", "--sample-every", "0")
+        run(*args)
     assert str(shard) in error.value.code and "changed since the run began" in error.value.code
     assert [path.name for path in sorted((tmp_path / "run" / "steps").glob("0*"))] == ["00000004"]
     monkeypatch.undo()
-    with pytest.raises(SystemExit) as error:                                    # and it cannot be gone on with: the checksum tells
-        run("--data", tmp_path / "shards", "--out", tmp_path / "run", "--steps", "12", "--context", "32", "--batch-size", "4", "--dtype", "float32", "--save-every", "4", "--sample-every", "0", "--resume")
+    with pytest.raises(SystemExit) as error:                    # and it cannot be gone on with: the checksum differs
+        run(*args, "--resume")
     assert str(shard) in error.value.code and "crc32" in error.value.code
 
 
 def test_raw_shards_need_a_vocabulary_and_give_a_model_without_tokenizer(tmp_path):
     np.random.default_rng(0).integers(0, 50, 4000).astype(np.uint16).tofile(tmp_path / "train.bin")
-    options = ("--data", tmp_path / "train.bin", "--out", tmp_path / "run", "--steps", "3", "--context", "32", "--batch-size", "4", "--dtype", "float32")
+    options = ("--data", tmp_path / "train.bin", "--out", tmp_path / "run", "--steps", "3", *SHORT)
     with pytest.raises(SystemExit) as error:
         run(*options)
     assert "train.bin: raw shards" in error.value.code and "--vocab" in error.value.code
@@ -321,7 +343,8 @@ def test_tensorboard_has_the_curves(text, tmp_path):
     log = quick(text, tmp_path / "run", "--tensorboard")
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(e["step"], pytest.approx(e["loss"])) for e in log if "loss" in e]
+    expected = [(entry["step"], pytest.approx(entry["loss"])) for entry in log if "loss" in entry]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
     assert {"lr", "gradient_norm", "held_out_loss"} <= set(events.Tags()["scalars"])
 
 
@@ -340,8 +363,10 @@ def test_weights_and_biases_gets_the_numbers_and_the_facts(text, tmp_path, monke
     stand_in.init = lambda **how: seen.append(how) or Run()
     monkeypatch.setitem(sys.modules, "wandb", stand_in)
     log = quick(text, tmp_path / "run", "--wandb", "toys")
-    assert seen[0]["project"] == "toys" and seen[0]["name"] == "run" and seen[0]["config"]["options"]["steps"] == 12 and seen[-1] == "finished"
-    assert [(step, values["loss"]) for step, values in seen[1:-1] if "loss" in values] == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert seen[0]["project"] == "toys" and seen[0]["name"] == "run" and seen[-1] == "finished"
+    assert seen[0]["config"]["options"]["steps"] == 12
+    found = [(step, values["loss"]) for step, values in seen[1:-1] if "loss" in values]
+    assert found == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
 
 
 # ---- the run folder
@@ -350,21 +375,25 @@ def test_weights_and_biases_gets_the_numbers_and_the_facts(text, tmp_path, monke
 def test_a_run_is_gone_on_with_or_replaced_only_when_that_is_said(text, tmp_path):
     folder, log = tmp_path / "run", quick(text, tmp_path / "run")
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "lock")
-    for more, words in (((), "holds a run with a checkpoint at step 12; --resume"), (("--resume", "--seed", "5"), "--seed 0 → 5"), (("--resume", "--lr", "1"), "--lr 0.007 → 1.0")):
+    for more, words in (
+        ((), "holds a run with a checkpoint at step 12; --resume"), (("--resume", "--seed", "5"), "--seed 0 → 5"),
+        (("--resume", "--lr", "1"), "--lr 0.007 → 1.0"),
+    ):
         with pytest.raises(SystemExit) as error:
             quick(text, folder, *more)
         assert words in error.value.code
     assert sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "lock") == before
-    assert len([entry for entry in quick(text, folder, "--resume") if "loss" in entry]) == 12          # done: nothing is done again
-    other = quick(text, folder, "--seed", "5", "--force")
-    assert [entry["loss"] for entry in other if "loss" in entry] != [entry["loss"] for entry in log if "loss" in entry]
+    assert len(losses_of(quick(text, folder, "--resume"))) == 12                # done: nothing is done again
+    assert losses_of(quick(text, folder, "--seed", "5", "--force")) != losses_of(log)
 
 
 def test_the_run_folder_says_how_it_was_made(runs):
     record = json.loads((runs("qwen3")[0] / "run.json").read_text())
-    assert record["options"]["lr"] == 0.007 and record["options"]["dtype"] == "float32" and record["model"]["vocab"] == 300
+    assert record["options"]["lr"] == 0.007 and record["options"]["dtype"] == "float32"
+    assert record["model"]["vocab"] == 300
     assert record["data"]["fingerprint"] > 0 and record["starts"][0]["packages"]["torch"] == torch.__version__
-    assert record["starts"][0]["git"] and "--preset" in record["starts"][0]["command"] and record["starts"][0]["ranks"] == 1
+    start = record["starts"][0]
+    assert start["git"] and "--preset" in start["command"] and start["ranks"] == 1
 
 
 def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
@@ -413,11 +442,17 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, cap
 
 def test_a_toml_file_says_the_same_as_the_command_line_and_the_command_line_wins(tmp_path):
     file = tmp_path / "run.toml"
-    file.write_text('preset = "mixtral"\nbatch-size = 64\nskip_steps = ["1:2", "5:9"]\ncompile = true\noffload = false\nlr = 1e-3\n')
+    file.write_text('preset = "mixtral"\nbatch-size = 64\nskip_steps = ["1:2", "5:9"]\n'
+                    'compile = true\noffload = false\nlr = 1e-3\n')
     found = options.parse("", ["--config", str(file), "--batch-size", "8"])
-    assert vars(found) == vars(options.parse("", f"--config {file} --preset mixtral --batch-size 8 --skip-steps 1:2 5:9 --compile --lr 0.001".split()))
-    assert found.skip_steps == [(1, 2), (5, 9)] and found.compile and not found.offload and found.out == Path("runs/mixtral")
-    for text, words in (("step = 5", "unknown option step; did you mean --steps?"), ("[train]\nsteps = 5", "unknown option train"), ("[steps]\na = 5", "is a table")):
+    args = f"--config {file} --preset mixtral --batch-size 8 --skip-steps 1:2 5:9 --compile --lr 0.001"
+    assert vars(found) == vars(options.parse("", args.split()))
+    assert found.skip_steps == [(1, 2), (5, 9)] and found.compile and not found.offload
+    assert found.out == Path("runs/mixtral")
+    for text, words in (
+        ("step = 5", "unknown option step; did you mean --steps?"), ("[train]\nsteps = 5", "unknown option train"),
+        ("[steps]\na = 5", "is a table"),
+    ):
         file.write_text(text)
         with pytest.raises(InputError, match=words.replace("?", "[?]")) as error:
             options.parse("", ["--config", str(file)])
@@ -440,11 +475,14 @@ def settled(*args: object) -> dict:
 @pytest.mark.parametrize("args, expected", [
     ([], {"optimizer": "muon", "lr": 0.007, "context": 128, "batch_size": 16, "micro_batch": None, "warmup": 20}),
     (["--preset", "mamba-toy"], {"lr": 0.007, "context": 128}),
-    (["--preset", "llama-8b"], {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.1, "context": 4096, "batch_size": 256, "micro_batch": 1, "steps": 4, "warmup": 1}),
+    (["--preset", "llama-8b"], {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.1, "context": 4096,
+                                "batch_size": 256, "micro_batch": 1, "steps": 4, "warmup": 1}),
     (["--preset", "mamba-130m"], {"lr": 3e-4, "context": 4096}),
-    (["--init", "base"], {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "context": 2048, "batch_size": 16, "micro_batch": 1, "steps": 63, "warmup": 2}),
+    (["--init", "base"], {"optimizer": "adamw", "lr": 2e-5, "weight_decay": 0.0, "context": 2048, "batch_size": 16,
+                          "micro_batch": 1, "steps": 63, "warmup": 2}),
     (["--init", "base", "--chat", "chats.jsonl"], {"lr": 2e-5, "steps": 188, "warmup": 6}),
-    (["--init", "base", "--lr", "0", "--context", "64", "--steps", "7", "--warmup", "0", "--optimizer", "muon"], {"lr": 0.0, "context": 64, "steps": 7, "warmup": 0, "optimizer": "muon"}),
+    (["--init", "base", "--lr", "0", "--context", "64", "--steps", "7", "--warmup", "0", "--optimizer", "muon"],
+     {"lr": 0.0, "context": 64, "steps": 7, "warmup": 0, "optimizer": "muon"}),
     (["--preset", "llama-8b", "--lr", "0.001", "--micro-batch", "4"], {"lr": 0.001, "micro_batch": 4, "context": 4096}),
 ])
 def test_defaults_follow_the_preset_and_init_and_what_is_given_wins(args, expected):
@@ -472,12 +510,14 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(tmp_path):
 
 
 def test_fine_tuning_takes_the_steps_and_the_context_of_its_data_and_model(runs, text, tmp_path):
-    run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0")
+    args = ("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32",
+            "--sample-every", "0")
+    run(*args)
     record = json.loads((tmp_path / "more" / "run.json").read_text())["options"]
     rows = sum(source.rows for source in open_folder(tmp_path / "more" / "data", 32)[:1])
-    assert record["context"] == 32 and record["lr"] == 2e-5 and record["steps"] == -(-rows // 16) == len(
-        [line for line in (tmp_path / "more" / "log.jsonl").read_text().splitlines() if '"loss"' in line])
-    run("--init", runs("llama")[0], "--data", text, "--out", tmp_path / "more", "--dtype", "float32", "--sample-every", "0", "--resume")
+    assert record["context"] == 32 and record["lr"] == 2e-5
+    assert record["steps"] == -(-rows // 16) == len(losses_of(log_of(tmp_path / "more")))
+    run(*args, "--resume")
 
 
 @pytest.mark.parametrize("able, seconds, expected", [
@@ -498,16 +538,20 @@ def test_a_product_takes_time():
 
 def test_every_help_entry_begins_with_its_noun():
     """And states the default of each kind of run. "how many steps", "go on …", "of the weights" are no nouns."""
-    entries = {action.option_strings[-1]: action.help for action in options.build_parser("")._actions if action.dest != "help"}
-    assert not [name for name, help in entries.items() if help.split()[0].rstrip(":") in ("of", "how", "go", "with", "what", "under", "on", "a", "the", "most", "so")]
+    actions = options.build_parser("")._actions
+    entries = {action.option_strings[-1]: action.help for action in actions if action.dest != "help"}
+    no_nouns = ("of", "how", "go", "with", "what", "under", "on", "a", "the", "most", "so")
+    assert not [name for name, help in entries.items() if help.split()[0].rstrip(":") in no_nouns]
     assert "gradient accumulation" in entries["--micro-batch"] and "activation checkpointing" in entries["--recompute"]
     assert "default 0.007; published presets: 0.0003; --init: 2e-05" in entries["--lr"]
 
 
 def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
     help = forked.start(1, train.run, "--help").end()
-    assert help.codes == [0] and all(word in help.out for word in ("python train.py", "--data", "--preset", "mamba", "default"))
-    bad = subprocess.run([sys.executable, ROOT / "train.py", "--data", tmp_path / "none"], capture_output=True, text=True, cwd=tmp_path)
+    words = ("python train.py", "--data", "--preset", "mamba", "default")
+    assert help.codes == [0] and all(word in help.out for word in words)
+    command = [sys.executable, ROOT / "train.py", "--data", tmp_path / "none"]
+    bad = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert bad.returncode == 1 and bad.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 

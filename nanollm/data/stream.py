@@ -53,6 +53,11 @@ class Batch(NamedTuple):
     targets: Tensor             # (B, T) int64, −100 where there is nothing to predict
     positions: Tensor | None    # (B, T) int64, None where no document begins inside a row: attention is then causal
 
+    @property
+    def real(self) -> Tensor | None:
+        """(B, T) bool, False where a row is padded; None where no position says so, and all tokens are real."""
+        return None if self.positions is None else self.positions >= 0
+
     def to(self, device: torch.device) -> "Batch":
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.tokens.to(device), self.targets.to(device), positions)

@@ -100,13 +100,14 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
     vocab: the size of the BPE that is trained where no tokenizer is given. Raises DataError.
     """
     if options.chat:
-        return world.together(lambda: open_chats(options))
+        return world.on_all_ranks(lambda: open_chats(options))
     folders = options.data
     if not all(path.suffix == ".bin" or data.is_shard_folder(path) for path in folders) or not folders:
-        world.first(lambda: prepare(options, vocab))
+        world.on_rank_0(lambda: prepare(options, vocab))
         folders = [options.out / "data"]
-    corpus = world.together(lambda: open_shards(options, folders))
-    world.first(lambda: [source.verify(corpus.vocab) for source in (*corpus.stream.sources, corpus.held_out) if source])
+    corpus = world.on_all_ranks(lambda: open_shards(options, folders))
+    sources = [source for source in (*corpus.stream.sources, corpus.held_out) if source]
+    world.on_rank_0(lambda: [source.verify(corpus.vocab) for source in sources])
     return corpus
 
 

@@ -55,39 +55,43 @@ class World:
     device: torch.device
     mesh: DeviceMesh
 
-    def total(self, *values: float) -> list[float]:
+    def all_reduce(self, *values: float) -> list[float]:
         """Each value summed over ranks, in float64: the same on every rank."""
         sums = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(sums)
         return sums.tolist()
 
-    def everyone(self, *values: float) -> Tensor:
+    def all_gather(self, *values: float) -> Tensor:
         """All-gather: the values of every rank, float64 (ranks, values)."""
         rows = torch.empty(self.size, len(values), dtype=torch.float64)
         dist.all_gather(list(rows), torch.tensor(values, dtype=torch.float64))
         return rows
 
-    def tell(self, value: object) -> list[Any]:
+    def all_gather_objects(self, value: object) -> list[Any]:
         """All-gather of any plain value: a list by rank."""
-        said: list[Any] = [None] * self.size
-        dist.all_gather_object(said, value)
-        return said
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
-    def together(self, work: Callable[[], Any]) -> Any:
+    def on_all_ranks(self, work: Callable[[], Any]) -> Any:
         """Do `work` on every rank. A NanollmError on one rank is raised on all, so that none waits for it forever."""
         done = problem = None
         try:
             done = work()
         except NanollmError as error:
             problem = error
-        for found in self.tell(problem):
+        for found in self.all_gather_objects(problem):
             if found is not None:
                 raise found
         return done
 
-    def first(self, work: Callable[[], Any]) -> Any:
+    def broadcast(self, value: Any) -> Any:
+        """The plain value that rank 0 has, on all ranks."""
+        return self.all_gather_objects(value)[0]
+
+    def on_rank_0(self, work: Callable[[], Any]) -> Any:
         """Do `work` on rank 0 while the others wait; None on those."""
-        return self.together(lambda: work() if self.rank == 0 else None)
+        return self.on_all_ranks(lambda: work() if self.rank == 0 else None)
 
 
 @contextlib.contextmanager
@@ -111,16 +115,16 @@ def world(device: str, replicas: int = 1) -> Iterator[World]:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield World(rank, size, here, build_mesh(here.type, size, replicas))
-        part()
+        barrier()
     except NanollmError as error:
-        if not error.alone:                                     # raised on every rank, see `together`
-            part()
+        if not error.alone:                                     # raised on every rank, see `on_all_ranks`
+            barrier()
         raise
     finally:
         dist.destroy_process_group()
 
 
-def part() -> None:
+def barrier() -> None:
     """Wait for the other ranks before leaving: one that ends while they still communicate can make them fail."""
     with contextlib.suppress(RuntimeError, ValueError):
         dist.monitored_barrier(timeout=timedelta(seconds=20))
@@ -138,11 +142,11 @@ RECOMPUTE = ("none", "selective", "full")
 KINDS = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 SDPA = [f"aten::_scaled_dot_product_{kind}" for kind in KINDS]
 # what "selective" keeps: attention, and the choice of experts, which could come out differently the second time
-KEPT = {*SDPA, "nanollm::attention", "aten::topk"}
+SAVED = {*SDPA, "nanollm::attention", "aten::topk"}
 
 
-def kept(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op.name() in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+def checkpoint_policy(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op.name() in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def shard(
@@ -164,7 +168,7 @@ def shard(
     if mesh.size() == 1 and not offload:
         return
     wrap = partial(
-        fully_shard, mesh=mesh, shard_placement_fn=partial(cut, mesh.size(-1)),
+        fully_shard, mesh=mesh, shard_placement_fn=partial(shard_placement, mesh.size(-1)),
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
@@ -172,7 +176,7 @@ def shard(
         wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)     # not sharded: one all-gather is enough
     wrap(model)                                             # embedding, last norm and head stay whole through a step
     register_fsdp_forward_method(model, "hidden")
-    for module in slices(model) if mesh.size() > 1 else []:
+    for module in sharded_modules(model) if mesh.size() > 1 else []:
         module.set_gradient_divide_factor(1.0)              # sums, not means: see the head of the file
         module.set_force_sum_reduction_for_comms(True)      # otherwise FSDP asks gloo for an operation it does not have
 
@@ -184,7 +188,7 @@ def cast(model: Decoder, dtype: torch.dtype) -> Iterator[None]:
     Gradients reach the float32 weights. Forward and backward pass both belong inside. A sharded model makes such copies
     in its all-gather, so nothing is done to it here.
     """
-    if dtype == torch.float32 or slices(model):
+    if dtype == torch.float32 or sharded_modules(model):
         yield
         return
     copies = {p: p.to(dtype) for p in model.parameters()}       # by parameter: tied weights share one copy
@@ -206,7 +210,7 @@ def reduce_gradients(model: Decoder, now: bool) -> None:
 
     With gradient accumulation only the last micro-batch of a step does.
     """
-    for module in slices(model):
+    for module in sharded_modules(model):
         module.set_requires_gradient_sync(now, recurse=False)
 
 
@@ -217,10 +221,10 @@ def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor
     full = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
     if how == "full":
         return full
-    return partial(full, context_fn=partial(create_selective_checkpoint_contexts, kept))
+    return partial(full, context_fn=partial(create_selective_checkpoint_contexts, checkpoint_policy))
 
 
-def cut(ranks: int, p: nn.Parameter) -> Shard | None:
+def shard_placement(ranks: int, p: nn.Parameter) -> Shard | None:
     """The dimension that a parameter is sharded along; None: the first.
 
     Stacked experts (E, n, m) are sharded along the second where the ranks divide n and not E.
@@ -228,7 +232,7 @@ def cut(ranks: int, p: nn.Parameter) -> Shard | None:
     return Shard(1) if p.ndim == 3 and p.shape[0] % ranks and p.shape[1] % ranks == 0 else None
 
 
-def slices(model: nn.Module) -> list[FSDPModule]:
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
     """The modules that `shard` has wrapped; none on one rank."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
@@ -274,7 +278,7 @@ def fill(model: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
         local(parameters[name]).copy_(local_shard(value.to(parameters[name].device), parameters[name]))
 
 
-def from_first(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def broadcast_parameters(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
     """The parameters of `source`, which only rank 0 has, broadcast to all ranks one at a time, as float32."""
     theirs = dict(source.named_parameters()) if source is not None else {}
     for name, parameter in model.named_parameters():

@@ -14,8 +14,8 @@ from nanollm.training.runs import STOP, write
 class Log:
     """The log of rank 0. On other ranks it writes nothing.
 
-    A full disk raises no error in the middle of a step, because the other ranks would wait for rank 0. Instead `wish`
-    asks all ranks to stop after the next step, and then `check` raises the error.
+    A full disk raises no error in the middle of a step, because the other ranks would wait for rank 0. Instead
+    `request` asks all ranks to stop after the next step, and then `check` raises the error.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Log:
             self.wandb.log(numbers, step=step)
 
     @property
-    def wish(self) -> int:
+    def request(self) -> int:
         return STOP if self.problem else 0
 
     def check(self) -> None:

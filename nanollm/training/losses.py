@@ -99,7 +99,7 @@ class Balance:
     def close(self, total: Callable[..., list[float]]) -> float:
         """End a step: sum the counts over ranks, set the shares f for the next step.
 
-        total: `World.total`. Returns the balance of the step that ends (eq. 4).
+        total: `World.all_reduce`. Returns the balance of the step that ends (eq. 4).
         """
         if not self.layers:
             return 0.0

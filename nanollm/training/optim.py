@@ -39,7 +39,7 @@ BATCH = 2**24       # numbers in one batched product of Muon (64 MB in float32);
 
 # ---- the learning rate
 
-def rate(step: int, steps: int, warmup: int, schedule: str, decay: float = 0.2) -> float:
+def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 0.2) -> float:
     """The learning rate of step 0 … steps − 1 as a share of the peak rate. A checkpoint needs to keep nothing of it.
 
         all      linear warm-up over `warmup` steps, then
@@ -70,7 +70,7 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
         embedding, positions and head                  AdamW, weight decay
         gains, biases, the parameters of a scan        AdamW, none
 
-    Beside Muon, AdamW has 1.5 times the learning rate (group["times"]), which was measured to be better.
+    Beside Muon, AdamW has 1.5 times the learning rate (group["lr_scale"]), which was measured to be better.
     """
     layers = model.get_submodule("layers")
     owners = [m for m in layers.modules() if isinstance(m, (Linear, Experts))]
@@ -88,17 +88,17 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
             tables.append(p)
         else:
             rest.append(p)
-    times = 1.5 if name == "muon" else 1.0
+    lr_scale = 1.5 if name == "muon" else 1.0
     outer = [
-        {"params": tables, "weight_decay": weight_decay, "times": times},
-        {"params": rest, "weight_decay": 0.0, "times": times},
+        {"params": tables, "weight_decay": weight_decay, "lr_scale": lr_scale},
+        {"params": rest, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     optimizers: list[torch.optim.Optimizer]
     if name == "muon":
         optimizers = [Muon(matrices, weight_decay, dtype), adamw(outer)]
     else:
-        optimizers = [adamw([{"params": matrices, "weight_decay": weight_decay, "times": 1.0}, *outer])]
-    prepare(optimizers)
+        optimizers = [adamw([{"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0}, *outer])]
+    init_state(optimizers)
     return optimizers
 
 
@@ -109,11 +109,11 @@ def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
 def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["times"]
+            group["lr"] = lr * group["lr_scale"]
         optimizer.step()
 
 
-def prepare(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
     """Make the optimizers' state, zeros, as the first step would: a checkpoint has the same tensors at every step."""
     for optimizer in optimizers:
         for p in (p for group in optimizer.param_groups for p in group["params"]):
@@ -142,7 +142,7 @@ class Muon(torch.optim.Optimizer):
         self, params: Iterable[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
     ) -> None:
         """dtype: of the products inside msign."""
-        super().__init__(params, {"lr": 0.0, "times": 1.0, "weight_decay": weight_decay, "momentum": momentum})
+        super().__init__(params, {"lr": 0.0, "lr_scale": 1.0, "weight_decay": weight_decay, "momentum": momentum})
         self.dtype = dtype
 
     # override: torch's step also takes a closure that computes the loss again, for which Muon has no use
@@ -168,7 +168,7 @@ class Muon(torch.optim.Optimizer):
         """One step of `params`, which have one shape: rank r has the matrices r, r + W, r + 2W …"""
         mine = []
         for number, p in enumerate(params):
-            ahead = self._ahead(p, group["momentum"])                       # all ranks take part in each all-gather
+            ahead = self._momentum(p, group["momentum"])                       # all ranks take part in each all-gather
             if number % ranks == here:
                 mine.append(wide(ahead))
         ours = msign(torch.stack(mine), self.dtype) if mine else None
@@ -186,7 +186,7 @@ class Muon(torch.optim.Optimizer):
                 length = 0.2 * math.sqrt(max(p.shape[-2:]))
                 weight.add_(local_shard(update, p).to(weight.device), alpha=-group["lr"] * length)
 
-    def _ahead(self, p: Tensor, momentum: float) -> Tensor:
+    def _momentum(self, p: Tensor, momentum: float) -> Tensor:
         """Add the gradient to the momentum; return the momentum of the step after (Nesterov), the whole matrix."""
         assert p.grad is not None
         state, grad = self.state[p], local(p.grad)

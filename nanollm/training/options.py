@@ -2,9 +2,12 @@
 
     python train.py --config run.toml --lr 0.001            what is on the command line wins
 
-    run.toml     preset = "llama"              an option without its dashes, with - or _; true for a switch; a list for several values
-                 data = ["web", "books"]
+    run.toml     preset = "llama"              an option without its dashes, with - or _; true for a switch
+                 data = ["web", "books"]       a list for several values
                  batch-size = 64
+
+Where an option is given in neither, DEFAULTS has its value: by the kind of run, as a toy and a model of 8 billion
+parameters have little in common.
 """
 
 import argparse
@@ -51,7 +54,7 @@ def rate(text: str) -> float:
 def span(text: str) -> tuple[int, int]:
     a, colon, b = text.partition(":")
     if not colon or not a.isdigit() or not b.isdigit() or int(a) >= int(b):
-        raise argparse.ArgumentTypeError(f"{text}: expected a:b with a < b, which passes over the rows of steps a+1 … b")
+        raise argparse.ArgumentTypeError(f"{text}: expected a:b with a < b, which skips steps a+1 … b")
     return int(a), int(b)
 
 
@@ -67,7 +70,6 @@ DEFAULTS: dict[str, tuple] = {
     "steps":        (550,     None,                None),       # None: one epoch of the data; of --chat three
     "warmup":       (20,      None,                None),       # None: 3 % of the steps
 }
-KINDS = ("a toy", "a published preset", "--init")
 
 
 def kind(options: argparse.Namespace) -> int:
@@ -75,9 +77,10 @@ def kind(options: argparse.Namespace) -> int:
     return 2 if options.init else 0 if options.preset.endswith("-toy") or f"{options.preset}-toy" in PRESETS else 1
 
 
-def default(name: str, **words: str) -> str:
-    """How --help states a row of DEFAULTS; words for a value that is None."""
-    values = [words.get("none") if value is None else f"{value:g}" if isinstance(value, float) else str(value) for value in DEFAULTS[name]]
+def default(name: str, none: str = "") -> str:
+    """How --help states a row of DEFAULTS, with `none` for a value that is None."""
+    values = [none if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+              for value in DEFAULTS[name]]
     if values[1] == values[2]:
         return f"default {values[0]}; published presets and --init: {values[1]}"
     return f"default {values[0]}; published presets: {values[1]}; --init: {values[2]}"
@@ -88,31 +91,31 @@ def build_parser(description: str) -> Parser:
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("the model and its data").add_argument
     add("--preset", default="llama", metavar="NAME",
-        help=f"shape of a new model, a toy or a published one (default llama, which is llama-toy): {', '.join(PRESETS)}")
+        help=f"shape of a new model, toy or published (default llama, which is llama-toy): {', '.join(PRESETS)}")
     add("--init", type=Path, metavar="FOLDER",
-        help="pretrained model to start from: weights, config and tokenizer of a Hugging Face folder; for fine-tuning")
+        help="pretrained model to start from, for fine-tuning: config, weights and tokenizer of a folder")
     add("--data", type=Path, nargs="+", default=[], metavar="PATH",
         help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
              "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
     add("--mix", type=rate, nargs="+", metavar="W",
         help="mixture weights, one for each --data of shards (default: in proportion to their size)")
     add("--chat", type=Path, metavar="FILE",
-        help="chats for supervised fine-tuning (SFT), loss on the answers only: .jsonl of messages, alpaca, sharegpt or "
-             "prompt/completion")
+        help="chats for supervised fine-tuning (SFT), loss on the answers only: .jsonl of messages, alpaca, sharegpt "
+             "or prompt/completion")
     add("--template", metavar="NAME_OR_FILE",
         help=f"chat template for a model that has none: a file (Jinja), or one of {', '.join(TEMPLATES)}")
     add("--tokenizer", type=Path, metavar="FOLDER",
         help="tokenizer for --data: a folder with its files (default: a BPE trained on the text, or that of --init)")
     add("--vocab", type=whole, metavar="N",
-        help="vocabulary size of the BPE that is trained (default: the preset's); of raw .bin files, the size they were "
-             "made with")
+        help="vocabulary size of the BPE that is trained (default: the preset's); of raw .bin files, the size they "
+             "were made with")
     add = parser.add_argument_group("the run folder").add_argument
     add("--out", type=Path, metavar="FOLDER",
         help="run folder: checkpoints, log, model (default runs/demo; with --preset runs/NAME, with --init "
              "runs/FOLDER-tuned)")
     add("--resume", action="store_true",
-        help="continuation of the run in the run folder, from its newest checkpoint, or from step 0 where there is none; "
-             "its defaults are those that it began with")
+        help="continuation of the run in the run folder, from its newest checkpoint, or from step 0 where there is "
+             "none; its defaults are those that it began with")
     add("--force", action="store_true",
         help="overwriting of the run in that folder; with --resume: continuation although options differ")
     add("--config", type=Path, metavar="FILE", help="options as a TOML file; those on the command line win")
@@ -144,7 +147,7 @@ def build_parser(description: str) -> Parser:
         help="load-balance loss: its weight, where the model has experts (default 0.01)")
     add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
         help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
-    add("--seed", type=int, default=0, metavar="N", help="random seed of the first weights and of the order of rows (default 0)")
+    add("--seed", type=int, default=0, metavar="N", help="random seed of weights and of the order of rows (default 0)")
     add("--skip-sigma", type=rate, default=0.0, metavar="K",
         help="threshold of loss spikes: steps whose loss or gradient norm is more than K standard deviations above "
              "the last 128 are skipped (default 0: none; often 6)")
@@ -157,12 +160,13 @@ def build_parser(description: str) -> Parser:
         help="dtype of matrix products (mixed precision); weights, gradients and optimizer stay float32 (default auto: "
              "bfloat16 where the device is faster at it)")
     add("--replicas", type=whole, default=1, metavar="R",
-        help="replicas of the sharded model (HSDP) under torchrun: R groups of ranks, each with a whole model (default 1)")
+        help="replicas of the sharded model (HSDP): R groups of ranks, each with a whole model in shards (default 1)")
     add("--recompute", choices=RECOMPUTE, default="none",
-        help="activation checkpointing: activations that the backward pass computes again instead of keeping: none, all "
-             "but attention, or all (default none)")
+        help="activation checkpointing: activations that the backward pass computes again instead of keeping: none, "
+             "all but attention, or all (default none)")
     add("--compile", action="store_true", help="torch.compile for each layer")
-    add("--offload", action="store_true", help="CPU offload: weights, gradients and optimizer state live in the memory of the CPU")
+    add("--offload", action="store_true",
+        help="CPU offload: weights, gradients and optimizer state live in the memory of the CPU")
     add = parser.add_argument_group("evaluation, samples, checkpoints").add_argument
     add("--eval-every", type=whole, default=100, metavar="N",
         help="steps between evaluations of the held-out (validation) loss (default 100)")
@@ -183,7 +187,8 @@ def build_parser(description: str) -> Parser:
 
 
 def parse(description: str, args: list[str] | None = None) -> argparse.Namespace:
-    """The options of one run, defaults resolved. Raises InputError for those that do not go together; argparse ends the process for others."""
+    """The options of one run, with defaults, as far as they depend on no file. Raises InputError for those that do not
+    go together; argparse ends the process for others."""
     args, parser = sys.argv[1:] if args is None else args, build_parser(description)
     early = Parser(add_help=False)
     early.add_argument("--config", type=Path)
@@ -195,22 +200,23 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         raise InputError("--chat and --data are two kinds of training; give one of them")
     if options.mix and len(options.mix) != len(options.data):
         raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
-    name = options.init.name + "-tuned" if options.init else "demo" if options.preset == parser.get_default("preset") else options.preset
-    options.out = options.out or Path("runs") / name
+    name = "demo" if options.preset == parser.get_default("preset") else options.preset
+    options.out = options.out or Path("runs") / (f"{options.init.name}-tuned" if options.init else name)
     settle(options)
     if not options.plan:
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
     source = [path.name for path in ([options.chat] if options.chat else options.data)]
-    options.title = f"{options.init.name if options.init else options.preset} on {', '.join(source) or 'the standard library'}"
+    model = options.init.name if options.init else options.preset
+    options.title = f"{model} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
         options.prompt = "def " if not (options.data or options.chat) else ""
     return options
 
 
 def settle(options: argparse.Namespace) -> None:
-    """Give the options of DEFAULTS that were not given their values: a resumed run's own, or the table's. What depends on a model or on
-    data that is not read yet stays None: see `fit_context` and `fit_steps`."""
+    """Set the options of DEFAULTS that were not given: to a resumed run's own, or to the table's. What depends on a
+    model or on data that is not read yet stays None: see `fit_context` and `fit_steps`."""
     own = recorded(options.out) if options.resume and not options.plan else {}
     own.pop("micro_batch", None)                            # was resolved for the ranks that there were
     for name, values in DEFAULTS.items():
@@ -253,8 +259,8 @@ def check_device(name: str) -> None:
 
 
 def fast_dtype(device: str) -> str:
-    """The dtype in which matrix products are fastest. A CPU with instructions for bfloat16 may still be slower in it (Intel's without
-    AMX are, by half; AMD's are twice as fast), so there one product is timed in each."""
+    """The dtype in which matrix products are fastest. A CPU with instructions for bfloat16 may still be slower in it
+    (Intel's without AMX are, by half; AMD's are twice as fast), so there one product is timed in each."""
     if device.startswith("cuda"):
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     able = torch.cpu.get_capabilities() if device == "cpu" else {}
@@ -279,7 +285,8 @@ def product_seconds(dtype: torch.dtype) -> float:
 
 
 def rows_at_once(batch: int, micro: int | None, ranks: int) -> int:
-    """Rows of one forward pass, all of a rank's where `micro` is not given. Raises InputError where a step's rows do not come out even."""
+    """Rows of one forward pass, all of a rank's where `micro` is not given. Raises InputError where a step's rows do
+    not come out even."""
     micro = micro or batch // ranks or 1
     if batch % (micro * ranks):
         raise InputError(f"--batch-size {batch} is not a multiple of {ranks} rank(s) × --micro-batch {micro}")
@@ -287,7 +294,8 @@ def rows_at_once(batch: int, micro: int | None, ranks: int) -> int:
 
 
 def from_toml(path: Path, parser: Parser) -> list[str]:
-    """A TOML file as the arguments that say the same, so that they are checked alike. Raises InputError, which names the file and the key."""
+    """A TOML file as the arguments that mean the same, so that they are checked alike. Raises InputError, which names
+    the file and the key."""
     try:
         values = tomllib.loads(path.read_text())
     except OSError as error:

@@ -179,38 +179,39 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 # ---- signals
 
-SAVE, LEAVE, STOP = 1, 2, 3     # what SIGUSR1 and SIGTERM ask for, and what a log that cannot be written does
+SAVE, LEAVE, STOP = 1, 2, 3     # requests: of SIGUSR1, of SIGTERM, of a log that cannot be written. The largest counts
 
 
-class Asked:
-    """The most that a signal has asked of this process since the last answer."""
+class Requests:
+    """The largest request of a signal since the last one was served."""
 
     def __init__(self) -> None:
-        self.wish = 0
+        self.pending = 0
 
-    def answered(self, wish: int) -> None:
-        if self.wish <= wish:                   # a signal that came after the ranks agreed on `wish` waits a step
-            self.wish = 0
+    def served(self, request: int) -> None:
+        """All ranks have agreed on `request`. A larger one came after that, and waits for the next step."""
+        if self.pending <= request:
+            self.pending = 0
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Asked]:
-    """Inside the block SIGTERM and SIGUSR1 do not end the process: the loop reads what they ask for after each step."""
-    asked, wishes = Asked(), {signal.SIGTERM: LEAVE, signal.SIGUSR1: SAVE}
+def signals() -> Iterator[Requests]:
+    """Inside the block SIGTERM and SIGUSR1 do not end the process: they are requests, which the loop serves."""
+    requests, meaning = Requests(), {signal.SIGTERM: LEAVE, signal.SIGUSR1: SAVE}
 
     def handle(number: int, _: object) -> None:
-        asked.wish = max(asked.wish, wishes[signal.Signals(number)])
+        requests.pending = max(requests.pending, meaning[signal.Signals(number)])
 
-    before = {number: signal.signal(number, handle) for number in wishes}
+    before = {number: signal.signal(number, handle) for number in meaning}
     try:
-        yield asked
+        yield requests
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def settled() -> Iterator[None]:
+def gc_frozen() -> Iterator[None]:
     """Inside the block Python's garbage collector skips older objects: on large runs, visiting them stalls steps."""
     gc.collect()
     gc.freeze()

@@ -69,7 +69,7 @@ def within(part: Box, whole: Box) -> tuple[slice, ...]:
     return tuple(slice(start - first, end - first) for (start, end), (first, _) in zip(part, whole, strict=True))
 
 
-def keeper(tensor: Tensor, world: World) -> bool:
+def is_writer(tensor: Tensor, world: World) -> bool:
     """Whether this rank writes its part: of equal copies, the one with the lowest rank is written."""
     if not isinstance(tensor, DTensor):
         return world.rank == 0
@@ -102,7 +102,7 @@ class Saver:
         mine: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             self.result["shapes"][name] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
-            if keeper(tensor, self.world) and volume(box(tensor)):
+            if is_writer(tensor, self.world) and volume(box(tensor)):
                 mine[name] = local(tensor).detach().to("cpu", copy=True).contiguous()
                 self.result["pieces"][name] = box(tensor)
         draft = self.draft(step)
@@ -113,7 +113,7 @@ class Saver:
                 draft.mkdir(parents=True)
             except OSError as error:
                 self.result["error"] = f"{draft}: {error.strerror}"
-        self.world.tell(None)                                   # no rank writes before the folder is there
+        self.world.all_gather_objects(None)                     # a barrier: no rank writes before the folder is there
         self.thread = threading.Thread(target=self._write, args=(draft / f"rank-{self.world.rank}.safetensors", mine))
         self.thread.start()
 
@@ -122,7 +122,7 @@ class Saver:
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
         try:
-            write_slices(path, tensors)
+            write_shards(path, tensors)
             self.result |= {"file": path.name, "crc32": crc(path), "bytes": path.stat().st_size}
         except Exception as error:                              # of any kind: the main thread must know it
             self.result.setdefault("error", f"{path}: {error}")
@@ -142,7 +142,7 @@ class Saver:
             return None
         self.thread.join()
         self.thread = None
-        said = self.world.tell(self.result)
+        said = self.world.all_gather_objects(self.result)
         problem = next((one["error"] for one in said if "error" in one), None)
         if self.world.rank == 0:
             try:
@@ -152,7 +152,7 @@ class Saver:
                 problem = f"{self.draft(self.step)}: {error}"
             if problem is not None:
                 shutil.rmtree(self.draft(self.step), ignore_errors=True)
-        return self.world.tell(problem)[0]
+        return self.world.all_gather_objects(problem)[0]
 
     def _complete(self, said: list[dict[str, Any]]) -> None:
         draft, whole = self.draft(self.step), self.folder / f"{self.step:08}"
@@ -169,7 +169,7 @@ class Saver:
                 retire(old)
 
 
-def write_slices(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file(tensors, path)
     sync(path)
 
