@@ -11,8 +11,9 @@ Where Triton finds a GPU the tests run on it, else in Triton's interpreter.
 """
 
 import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,13 @@ DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LIMIT = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}                # results
 LIMIT_GRADIENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def in_turn(cases: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Each case with a dtype behind it: float32, and one of the 16-bit types in turn, as both take the same path."""
+    narrow = itertools.cycle((torch.float16, torch.bfloat16))
+    whole = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [(*case, dtype) for case in whole for dtype in (torch.float32, next(narrow))]
 
 
 def between_nans(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import kernels
 from kernels import common
 from kernels.attention import attention_op, forward_kernel
 from kernels.attention_backward import attention_backward_op, delta_kernel, keys_kernel, queries_kernel, spans_kernel
-from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, programs_from
+from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, in_turn, programs_from
 
 SMALL = {"QUERIES": 32, "KEYS": 32, "num_warps": 4, "num_stages": 1}
 
@@ -135,8 +135,8 @@ def test_soft_cap_and_alibi(small, softcap, slopes, dtype):
     check(1, 2, 1, 40, 40, 32, dtype, mask_of(*causal(40), torch.rand(2) if slopes else None), softcap)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("H, K, d", [(2, 2, 64), (2, 2, 80), (4, 2, 32), (8, 1, 128), (1, 1, 256), (1, 1, 8)])
+@pytest.mark.parametrize("H, K, d, dtype", in_turn([
+    (2, 2, 64), (2, 2, 80), (4, 2, 32), (8, 1, 128), (1, 1, 256), (1, 1, 8)]), ids=str)
 def test_head_widths_and_groups(small, H, K, d, dtype):
     check(1, H, K, 33, 33, d, dtype, mask_of(*causal(33, window=20)))
 

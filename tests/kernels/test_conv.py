@@ -6,7 +6,7 @@ import torch
 import kernels
 from kernels.conv import backward_kernel, conv_backward_op, conv_op, forward_kernel
 from nanollm.layers import mamba
-from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, programs_from
+from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, in_turn, programs_from
 
 
 def real_launches():
@@ -34,10 +34,9 @@ def inputs(batch, I, T, width, dtype=torch.float32, positions=False, seed=0):
     return x, weight.to(dtype), bias.to(dtype), before.to(dtype), place
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch, I, T, width", [
+@pytest.mark.parametrize("batch, I, T, width, dtype", in_turn([
     (1, 96, 1, 4), (2, 20, 2, 4), (1, 128, 15, 4), (2, 64, 16, 3), (1, 129, 17, 2), (1, 40, 35, 4), (1, 40, 18, 1),
-    (1, 24, 33, 8)], ids=str)
+    (1, 24, 33, 8)]), ids=str)
 @pytest.mark.parametrize("positions", [False, True])
 def test_conv(batch, I, T, width, positions, dtype):
     agree(kernels.causal_conv, mamba.causal_conv, *inputs(batch, I, T, width, dtype, positions))

@@ -12,7 +12,18 @@ from kernels.common import tuned
 from kernels.duality import gradient_kernel, output_kernel, ssd_backward_op, ssd_op, walk_kernel
 from kernels.duality import ssd as kernel
 from nanollm.layers.ssd import ssd, ssd_sequential
-from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, in_float64, programs_from, run
+from tests.kernels.checks import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    agree,
+    compiles,
+    far,
+    in_float64,
+    in_turn,
+    programs_from,
+    run,
+)
 
 
 def real_launches():
@@ -63,16 +74,14 @@ def test_lengths(dtype, T):
     agree_ssd(*inputs(T, dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("H, G, P, N, batch", [
+@pytest.mark.parametrize("H, G, P, N, batch, dtype", in_turn([
     (4, 2, 32, 16, 1), (3, 3, 16, 64, 1), (2, 1, 64, 32, 2), (2, 2, 24, 40, 1), (1, 1, 1, 1, 2), (1, 1, 80, 128, 1),
-], ids=str)
+]), ids=str)
 def test_heads_groups_and_widths(H, G, P, N, batch, dtype):
     agree_ssd(*inputs(40, dtype, H, G, P, N, batch))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("places", [(0,), (1, 31, 63), (32, 64), (5, 6, 40, 66), range(70)], ids=str)
+@pytest.mark.parametrize("places, dtype", in_turn([[0], [1, 31, 63], [32, 64], [5, 6, 40, 66], range(70)]), ids=str)
 def test_documents(places, dtype):
     agree_ssd(*inputs(70, dtype), begin(70, *places))
 

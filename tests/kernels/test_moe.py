@@ -12,7 +12,7 @@ from kernels.moe import by_expert, expert_mlp_backward_op, expert_mlp_op, tile_t
 from nanollm.config import MLP, MoE
 from nanollm.layers import moe
 from nanollm.ops import using
-from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, programs_from
+from tests.kernels.checks import DEVICE, DTYPES, INTERPRETED, agree, compiles, far, in_turn, programs_from
 
 
 def real_launches():
@@ -48,10 +48,9 @@ SHAPES = [(1, 1, 1, 64, 64), (1, 2, 4, 96, 64), (15, 1, 1, 64, 96), (16, 1, 1, 6
           (150, 2, 2, 96, 64), (30, 4, 4, 64, 72)]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_expert_mlp(shape, dtype):
-    agree(kernels.expert_mlp, moe.expert_mlp, *inputs(*shape, dtype), "silu")
+@pytest.mark.parametrize("N, k, E, D, F, dtype", in_turn(SHAPES), ids=str)
+def test_expert_mlp(N, k, E, D, F, dtype):
+    agree(kernels.expert_mlp, moe.expert_mlp, *inputs(N, k, E, D, F, dtype), "silu")
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))

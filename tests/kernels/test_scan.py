@@ -7,7 +7,7 @@ import kernels
 from kernels.scan import forward_kernel, scan_backward_op, scan_op
 from kernels.scan_backward import backward_kernel
 from nanollm.layers import scan
-from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, programs_from
+from tests.kernels.checks import DTYPES, INTERPRETED, agree, compiles, far, in_turn, programs_from
 
 WHOLE_BLOCK = 64                            # channels of a program at N ≤ 16
 
@@ -52,11 +52,10 @@ def documents(batch, T):
     return begins, real
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("batch, T, I, N", [
+@pytest.mark.parametrize("batch, T, I, N, dtype", in_turn([
     (1, 1, 20, 16), (2, 15, 8, 4), (1, 16, WHOLE_BLOCK, 16), (1, 17, WHOLE_BLOCK + 1, 16), (2, 3, 33, 4),
     (1, 35, 12, 16),
-], ids=str)
+]), ids=str)
 def test_scan(batch, T, I, N, dtype):
     agree(kernels.mamba_scan, scan.mamba_scan, *inputs(batch, T, I, N, dtype))
 
