@@ -302,7 +302,7 @@ def test_transformers_reads_the_same(name, tmp_path):
     found = load_gguf_checkpoint(path, return_tensors=True, model_to_load=theirs)[
         "tensors"
     ]  # what from_pretrained calls, which wants accelerate too
-    assert theirs.load_state_dict(found, strict=True).missing_keys == (
+    assert theirs.load_state_dict(found, strict=False).missing_keys == (
         ["lm_head.weight"] if config.tie_word_embeddings else []
     )
     model, x = checkpoints.load(path), tokens(fixture)

@@ -80,8 +80,8 @@ def test_greedy_tokens_with_the_cache(pair):
 
 @torch.inference_mode()
 def test_a_batch_generates_what_each_prompt_would(pair):
-    """Alone a prompt is given what a full pass chooses, as the test above shows: here one pass a prompt judges the batch.
-    Where angles follow the length each prompt is answered alone."""
+    """Alone a prompt is given what a full pass chooses, as the test above shows: here one pass a prompt judges the
+    batch. Where angles follow the length each prompt is answered alone."""
     fixture, _, ours = pair
     prompts = [tokens(fixture, 1, n, seed=n)[0].tolist() for n in (3, 14, 7)]
     found = generate_batch(ours, prompts, 24)

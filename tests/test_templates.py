@@ -27,7 +27,7 @@ from nanollm.text.render import render
 from nanollm.text.templates import INFILL, PROOFS, RAN, READ, TEMPLATES, choose, infill, suggested
 from nanollm.text.tokenizer import Tokenizer, load
 from nanollm.training.corpus import open_chats
-from nanollm.training.options import build_parser
+from nanollm.training.options import parse
 from tests.tok_folders import begin_with, byte_bpe, sentencepiece_model, write
 
 SYSTEM = {"role": "system", "content": "Be brief."}
@@ -578,9 +578,10 @@ def test_training_leaves_the_template_and_its_stops(tmp_path: Path) -> None:
         write(tmp_path / "init"), ("</s>", "<|im_end|>", "<s>"), "<s>", generation_config={"eos_token_id": 450},
         tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "bos_token": "<s>"},
     )
-    options = build_parser("").parse_args(
-        ["--init", str(init), "--chat", str(tmp_path / "chats.jsonl"), "--template", "chatml"]
-    )
+    options = parse("", [
+        "--init", str(init), "--chat", str(tmp_path / "chats.jsonl"), "--template", "chatml",
+        "--context", "128", "--out", str(tmp_path / "run"),
+    ])
     corpus = open_chats(options)
     corpus.copy_tokenizer(tmp_path)
     trained = load(tmp_path)
@@ -593,7 +594,9 @@ def test_training_leaves_the_template_and_its_stops(tmp_path: Path) -> None:
 
 def test_training_on_plain_text_needs_no_template(model: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi there", "completion": " Hello!"}))
-    corpus = open_chats(build_parser("").parse_args(["--init", str(model), "--chat", str(tmp_path / "pairs.jsonl")]))
+    corpus = open_chats(parse("", [
+        "--init", str(model), "--chat", str(tmp_path / "pairs.jsonl"), "--context", "128", "--out", str(tmp_path / "run"),
+    ]))
     corpus.copy_tokenizer(tmp_path)
     assert load(tmp_path).chat_template is None and corpus.prompt("Hi")[-1:] == load(tmp_path).encode("Hi")[-1:]
 
