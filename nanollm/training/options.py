@@ -115,7 +115,8 @@ def build_parser(description: str) -> Parser:
              "runs/FOLDER-tuned)")
     add("--resume", action="store_true",
         help="continuation of the run in the run folder, from its newest checkpoint, or from step 0 where there is "
-             "none; its defaults are those that it began with")
+             "none. Repeat the run's command with it; optimizer, learning rate, weight decay, context, batch size, "
+             "steps, warm-up and dtype may be left out")
     add("--force", action="store_true",
         help="overwriting of the run in that folder; with --resume: continuation although options differ")
     add("--config", type=Path, metavar="FILE", help="options as a TOML file; those on the command line win")

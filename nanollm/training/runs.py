@@ -33,7 +33,8 @@ from nanollm.training import state
 OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt",
         "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "model*.safetensors*", "log.jsonl",
         "loss.png")
-# options that may differ on --resume: they do not change what is computed, except for the order of sums
+# Options that may differ on --resume. All but skip_steps change no number except by the order of sums; skip_steps is
+# there to leave out the rows that made a run diverge.
 FREE = {"out", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile", "offload",
         "eval_every", "sample_every", "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps", "plan",
         "world_size", "mfu", "title"}
