@@ -1,7 +1,7 @@
 # On a machine with nothing but Python >= 3.10:
 #     make demo       train a small model on Python's standard library, then let it write
-#     make test       every claim once: 5 minutes on two cores
-#     make test-all   every test that needs no GPU: 15 minutes on two cores
+#     make test       every claim once: 2 to 5 minutes on two cores
+#     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
 PYTHON ?= python3
 BIN := .venv/bin
@@ -9,7 +9,7 @@ BIN := .venv/bin
 .PHONY: demo test test-all lint bench clean
 
 demo: $(BIN)/ready
-	$(BIN)/python train.py --resume --steps 300 --sample-every 50
+	$(BIN)/python train.py --resume --steps 250 --sample-every 50
 	$(BIN)/python generate.py --model runs/demo --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1
 
 test: $(BIN)/ready
