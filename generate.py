@@ -19,13 +19,12 @@ from collections.abc import Iterator
 import torch
 
 import checkpoints
-from checkpoints.layouts.hub import local_folder, local_path
+from checkpoints.layouts.hub import local_path
 from nanollm.cli import Parser, main
 from nanollm.inference.generation import Session, generate_batch, stream_text
 from nanollm.inference.quantize import quantize
 from nanollm.model import Decoder
 from nanollm.text import templates
-from nanollm.text import tokenizer as tokenizers
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
 
@@ -174,7 +173,7 @@ def read_line() -> str:
 def run() -> None:
     args = parse()
     path = local_path(args.model)
-    tokenizer = tokenizers.load(local_folder(path))
+    tokenizer = checkpoints.tokenizer(path)
     model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=args.device, ignore=args.ignore)
     if args.quantize:
         quantize(model, QUANTIZE[args.quantize])

@@ -34,8 +34,9 @@ from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.model import Decoder
+from nanollm.text.tokenizer import Tokenizer
 
-__all__ = ["load", "save", "Origin"]
+__all__ = ["load", "save", "tokenizer", "Origin"]
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
@@ -60,6 +61,11 @@ def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
     found = layouts.describe(hub.local_path(source, ("config.json",)))
     return config_of(found)[1]
+
+
+def tokenizer(source: str | Path) -> Tokenizer:
+    """The tokenizer of a model in a folder or on the hub; of a GGUF the one inside the file. Raises TokenizerError."""
+    return layouts.read_tokenizer(hub.local_path(source))
 
 
 def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000) -> None:

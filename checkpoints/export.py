@@ -26,7 +26,7 @@ from torch import Tensor
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
 from checkpoints.families.family import TOKENS
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.layouts import hub
+from checkpoints.layouts import gguf_tokens, hub
 from checkpoints.layouts.original import (
     NAMES,
     SINGLE,
@@ -43,7 +43,7 @@ from checkpoints.source import Source
 from checkpoints.storage import pickles, writing
 from checkpoints.storage.files import Stored
 from nanollm.config import Attention, ModelConfig, Rope
-from nanollm.errors import ConfigError
+from nanollm.errors import ConfigError, TokenizerError
 
 FORMATS = ("hf", "nanollm", "meta", "mistral")
 
@@ -57,6 +57,7 @@ class Origin:
     family: Family
     names: table.Table
     ignore: tuple[str, ...]
+    inside: Path | None = None                   # the file that has a tokenizer inside, a GGUF
 
 
 def origin_of(source: Source) -> Origin:
@@ -65,7 +66,8 @@ def origin_of(source: Source) -> Origin:
     Raises ConfigError if what it says is no such thing."""
     was = source.values.get("was") if source.family is NANOLLM else None
     if was is None:
-        return Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore)
+        return Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore,
+                      source.inside)
     r = Reader(was if isinstance(was, dict) else {}, str(source.folder / "config.json"), prefix="was.")
     values, table_number, ignore = r.get("config"), r.get("names"), r.get("ignore")
     if not isinstance(values, dict) or not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
@@ -188,8 +190,15 @@ def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict
 
 
 def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
-    """The tokenizer and what else belongs to the model, from where it came from."""
+    """The tokenizer and what else belongs to the model, from where it came from: out of a GGUF that has one inside."""
     if origin and not origin.folder.is_dir():
         warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer", stacklevel=2)
+    elif origin and origin.inside:
+        try:
+            if gguf_tokens.write(origin.inside, draft):
+                return
+        except TokenizerError as error:
+            warnings.warn(f"{folder} is written without tokenizer: {error}", stacklevel=2)
+            return
     for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)] if origin else []:
         shutil.copyfile(path, draft / path.name)

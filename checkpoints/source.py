@@ -41,6 +41,7 @@ class Source:
     steps: list[table.Step]
     stored: dict[str, files.Stored]
     ignore: tuple[str, ...]
+    inside: Path | None                          # the file that has a tokenizer inside, a GGUF
 
     @property
     def config(self) -> ModelConfig:
@@ -91,7 +92,7 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     kind, config = config_of(found, ignore)
     stored = _language_model(stored, kind, config, found.folder)
     model, names, steps = _plan(kind, found, config, stored, ignore)
-    return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore)
+    return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore, found.inside)
 
 
 def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Family, ModelConfig]:

@@ -23,7 +23,7 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 import checkpoints
 from checkpoints import convert, layouts
 from checkpoints.families import read_config
-from checkpoints.layouts import gguf_names
+from checkpoints.layouts import gguf_files
 from checkpoints.layouts.found import Asked
 from checkpoints.layouts.gguf_names import read_metadata
 from checkpoints.layouts.original import with_rope_layout
@@ -415,7 +415,7 @@ def mixed(tmp_path_factory):
 
 def test_the_container_is_what_the_package_reads(mixed):
     path, theirs = mixed
-    stored = gguf_names.find(path, Asked()).stored
+    stored = gguf_files.find(path, Asked()).stored
     assert list(stored) == list(theirs) and {one.kind for one in stored.values()} == set(ALL)
     for name, one in stored.items():
         there = theirs[name]
@@ -440,7 +440,7 @@ def test_the_container_is_what_the_package_reads(mixed):
 
 def test_dequantised_bit_for_bit_wherever_a_run_begins(mixed):
     path, theirs = mixed
-    for name, one in gguf_names.find(path, Asked()).stored.items():
+    for name, one in gguf_files.find(path, Asked()).stored.items():
         whole = torch.from_numpy(gguf.dequantize(theirs[name].data, theirs[name].tensor_type).copy()).flatten()
         count = whole.numel()
         for first, length in (
@@ -457,7 +457,7 @@ def test_dequantised_bit_for_bit_wherever_a_run_begins(mixed):
 
 
 def test_only_the_blocks_of_a_run_are_read(mixed, monkeypatch):
-    stored, read = gguf_names.find(mixed[0], Asked()).stored, []
+    stored, read = gguf_files.find(mixed[0], Asked()).stored, []
     plain = files.Stored.read_run
     monkeypatch.setattr(
         files.Stored, "read_run", lambda self, first, run: (read.append((first, run.numel())), plain(self, first, run))
@@ -485,7 +485,7 @@ def test_one_dtype_for_a_model(mixed, made, tmp_path):
 def test_quantised_gemma_norms_keep_their_precision(made):
     """The 1 that was added is taken away in float32, before anything is rounded."""
     path, model, _ = made("gemma2")
-    gain, stored = model.model.norm.weight, gguf_names.find(path, Asked()).stored["output_norm.weight"]
+    gain, stored = model.model.norm.weight, gguf_files.find(path, Asked()).stored["output_norm.weight"]
     run = torch.empty(len(gain), dtype=torch.bfloat16)
     stored.read_run(0, run)
     assert torch.equal(run, (gain + 1 - 1).bfloat16()) and not torch.equal(run, (gain + 1).bfloat16() - 1)
@@ -758,7 +758,7 @@ def test_cut_short_or_flipped_anywhere(made, tmp_path):
     """Whatever a byte of the header says, or wherever the file ends: an error of ours, or a model that was
     planned; and soon."""
     whole, path = made("llama")[0].read_bytes(), tmp_path / "x.gguf"
-    end = min(one.start for one in gguf_names.find(made("llama")[0], Asked()).stored.values())
+    end = min(one.start for one in gguf_files.find(made("llama")[0], Asked()).stored.values())
 
     def harm() -> None:
         draw = np.random.default_rng(0)
@@ -777,7 +777,7 @@ def test_cut_short_or_flipped_anywhere(made, tmp_path):
 def test_truncated_after_it_was_planned(made, tmp_path):
     path = tmp_path / "x.gguf"
     path.write_bytes(made("llama")[0].read_bytes())
-    stored = gguf_names.find(path, Asked()).stored["output.weight"]
+    stored = gguf_files.find(path, Asked()).stored["output.weight"]
     path.write_bytes(path.read_bytes()[: stored.start + 100])
     with pytest.raises(CheckpointError, match="truncated while it was read: expected 400 bytes, found 100"):
         stored.read_run(0, torch.empty(100))

@@ -33,7 +33,7 @@ ARROWS = {
     "checkpoints.names": "nanollm.config",
     "checkpoints.storage": "names",
     "checkpoints.families": "names nanollm.cli nanollm.config",
-    "checkpoints.layouts": "families names storage nanollm.config nanollm.layers",
+    "checkpoints.layouts": "families names storage nanollm.config nanollm.layers nanollm.text",
     "checkpoints.source": "families layouts names storage nanollm.config nanollm.model",
     "checkpoints.export": "families layouts names source storage nanollm.config",
     "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",

@@ -5,7 +5,7 @@
                                      pytorch_model.bin, likewise: pickles, only where allowed
     meta       params.json           consolidated.00.pth …: pickles, one a model-parallel rank       original.py
     mistral    params.json           consolidated.safetensors                                        original.py
-    gguf       itself                *.gguf                                                          gguf_names.py
+    gguf       itself                *.gguf, or its parts *-00001-of-00002.gguf …                     gguf_files.py
 
 A folder may hold the same weights twice, or under a name of its own (model.pt). The layout further up is read, unless a
 file of another one is given in place of the folder. Each layout has one function, `find`, which hands over one thing: a
@@ -14,18 +14,21 @@ Found (found.py), or None where the path is not its own. hub.py fetches what is 
 
 from pathlib import Path
 
-from checkpoints.layouts import gguf_names, huggingface, original
+from checkpoints.layouts import gguf_files, gguf_tokens, huggingface, original
 from checkpoints.layouts.found import Asked, Found
+from checkpoints.storage import gguf
 from nanollm.errors import CheckpointError
+from nanollm.text import tokenizer
+from nanollm.text.tokenizer import Tokenizer
 
-__all__ = ["Asked", "Found", "describe", "find"]
+__all__ = ["Asked", "Found", "describe", "find", "read_tokenizer"]
 
 NOTHING_SPECIAL = Asked()
 
 
 def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     """What is in a folder, or belongs to a file. Raises CheckpointError or ConfigError."""
-    for layout in (huggingface, original, gguf_names):
+    for layout in (huggingface, original, gguf_files):
         found = layout.find(path, asked)
         if found is not None:
             return found
@@ -44,3 +47,15 @@ def describe(path: Path) -> Found:
     if config.suffix == ".json" and not other and config.exists() and not any(each.exists() for each in weights):
         return huggingface.described(config, NOTHING_SPECIAL, {})
     return find(path)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder, or of the folder of a file; of a GGUF the one inside it, if there is one.
+
+    Raises TokenizerError."""
+    folder = path if path.is_dir() else path.parent
+    own = path != folder and gguf.is_gguf(path)
+    described = any((folder / name).exists() for name in ("config.json", "params.json"))
+    file = path if own else gguf_files.model_in(folder) if path == folder and not described else None
+    inside = gguf_tokens.load(gguf_files.first_part(file)) if file else None
+    return inside or tokenizer.load(folder)

@@ -29,3 +29,4 @@ class Found:
     tables: tuple[Table, ...] = ()  # the names in this layout; none: the family's own
     pairs: bool = False  # RoPE rotates neighbouring channels, as stored in this layout
     ignorable: frozenset[str] = frozenset()  # tensors of this layout that are no weights
+    inside: Path | None = None  # the file that has a tokenizer inside, as a GGUF does; None: it lies in the folder

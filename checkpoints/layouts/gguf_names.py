@@ -1,16 +1,20 @@
 """What a GGUF says of a model: its keys as a config.json would have them, and the names of its tensors.
 
-The file itself: storage/gguf.py.
+Which files: gguf_files.py. The container: storage/gguf.py. The tokenizer inside: gguf_tokens.py.
 
     architecture    model_type         RoPE turns    besides Llama's tensors
     llama           llama, mistral     neighbours    rope_freqs: the divisors of "llama3", instead of its formula
+                    mixtral                          experts of a layer in one tensor (E, F, D); before 2024 one each
     qwen2           qwen2              halves        –
+    qwen2moe        qwen2_moe          halves        experts, and a shared one
     qwen3           qwen3              halves        norms of heads
+    qwen3moe        qwen3_moe          halves        norms of heads, experts
     gemma           gemma              halves        –                              gains of norms have 1 added
     gemma2          gemma2             halves        norms after both parts         likewise
     gemma3          gemma3_text        halves        both                           likewise
     phi2            phi                halves        –
     phi3            phi3               halves        fused matrices; rope_factors_long and _short: LongRoPE's lists
+    gpt-oss         gpt_oss            halves        sinks, experts with biases; YaRN's ramp is not rounded
 
 Rows of q and k of a `llama` are stored in Meta's order (layouts/original.py), whoever trained it; they are read as they
 lie. Numbers are float32 there: 1e-05 is what it was before it was rounded.
@@ -28,25 +32,21 @@ split, and what tools add) say nothing about the logits.
 
 Source: llama.cpp as llama-cpp-python 0.3.36 carries it: conversion/ of each model, src/llama-model.cpp,
 gguf-py/gguf/tensor_mapping.py.
-Shapes: V vocabulary, D model width, H query heads, d head width, r of its channels that turn.
+Shapes: V vocabulary, D model width, H query heads, d head width, r of its channels that turn, E experts, F their width.
 """
 
 import math
-import reprlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from checkpoints.layouts.found import Asked, Found
 from checkpoints.layouts.original import HIGH, LOW, ORIGINAL, SCALED
 from checkpoints.names.config_rows import FULL, SLIDING
-from checkpoints.names.ops import Blocks
+from checkpoints.names.ops import Blocks, Stack
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table, override, rule
-from checkpoints.storage import gguf
 from checkpoints.storage.files import Stored
 from checkpoints.storage.gguf import shortest
 from nanollm.config import Llama3, Rope
@@ -75,6 +75,28 @@ PHI3_NAMES = override(
     rule("blk.{i}.attn_qkv", ["layers.{i}.mixer.q", "layers.{i}.mixer.k", "layers.{i}.mixer.v"], Blocks),
     rule("blk.{i}.ffn_up", ["layers.{i}.ffn.gate", "layers.{i}.ffn.up"], Blocks),
 )
+EXPERTS = (
+    rule("blk.{i}.ffn_gate_inp", "layers.{i}.ffn.router"),
+    *(rule(f"blk.{{i}}.ffn_{part}_exps.weight", f"layers.{{i}}.ffn.experts.{part}") for part in ("gate", "up", "down")),
+)
+SHARED_GATE = "ffn_gate_inp_shexp.weight"
+SHARED_EXPERT = (
+    *(rule(f"blk.{{i}}.ffn_{part}_shexp", f"layers.{{i}}.ffn.shared.{part}") for part in ("gate", "up", "down")),
+    rule(f"blk.{{i}}.{SHARED_GATE.removesuffix('.weight')}", "layers.{i}.ffn.shared_gate"),
+)
+EACH_EXPERT = (
+    EXPERTS[0],
+    *(rule(f"blk.{{i}}.ffn_{part}.{{e}}.weight", f"layers.{{i}}.ffn.experts.{part}", Stack)
+      for part in ("gate", "up", "down")),
+)
+GPT_OSS_NAMES = override(
+    NAMES,
+    *EXPERTS,
+    *(rule(f"blk.{{i}}.ffn_{part}_exps.bias", f"layers.{{i}}.ffn.experts.{part}_bias")
+      for part in ("gate", "up", "down")),
+    rule("blk.{i}.attn_sinks.weight", "layers.{i}.mixer.sinks"),
+    rule("blk.{i}.post_attention_norm", "layers.{i}.pre_ffn"),
+)
 RMS, LAYER = "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"
 FREQS, LONG, SHORT = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"
 # of training, of how text is embedded, and of a layout that has been the only one since 2023
@@ -87,39 +109,11 @@ Tensors = Mapping[str, Stored]
 class Architecture:
     """How a GGUF of this general.architecture is read."""
     families: tuple[str, ...]                    # model_types that share it; the first unless another is asked for
-    names: Table
+    names: tuple[Table, ...]                     # one of them has the tensors
     more: Callable[[Reader, Values, int, Tensors], Values]       # the keys of config.json beside those that all have
     vectors: frozenset[str] = frozenset()        # stored beside the weights, and read with the keys
     pairs: bool = False                          # RoPE turns neighbours
     norms_plus: float = 0.0                      # added to the gains of norms
-
-
-def find(path: Path, asked: Asked) -> Found | None:
-    """The model of a *.gguf file, or of a folder that has one. Raises ConfigError or CheckpointError."""
-    if path.is_dir():
-        inside = sorted(path.glob("*.gguf"))
-        if len(inside) > 1:
-            names = ", ".join(one.name for one in inside[:8])
-            raise CheckpointError(f"{path}: {len(inside)} GGUF files; give one of them: {names}")
-        return find(inside[0], asked) if inside else None
-    if path.suffix != ".gguf":
-        return None
-    gguf.package(path)
-    metadata, entries, data = gguf.read_header(path)
-    kind = metadata.get("general.architecture")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        supported = ", ".join(ARCHITECTURES)
-        raise ConfigError(f"{path}: general.architecture is {reprlib.repr(kind)}; supported are {supported}")
-    if metadata.get("general.type", "model") != "model":
-        raise ConfigError(f"{path}: general.type is {reprlib.repr(metadata['general.type'])}; expected a model")
-    if metadata.get("split.count", 0) not in (0, 1):
-        raise CheckpointError(f"{path}: one of {reprlib.repr(metadata['split.count'])} files of a model; "
-                              f"put them together first: llama-gguf-split --merge {path.name} whole.gguf")
-    architecture = ARCHITECTURES[kind]
-    stored = gguf.places(path, entries, data, metadata.get("general.alignment", 32), architecture.norms_plus)
-    values = read_metadata(metadata, kind, asked.family, stored, str(path), asked.ignore)
-    return Found(path.parent, "gguf", values, str(path), stored, (architecture.names,), architecture.pairs,
-                 architecture.vectors)
 
 
 def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tensors, where: str,
@@ -243,6 +237,22 @@ def sliding(r: Reader, values: Values, period: int, default: int) -> Values:
     return {"sliding_window": size or 4096, "layer_types": [SLIDING if size and slides else FULL for slides in pattern]}
 
 
+def routed(r: Reader) -> Values:
+    return {"num_local_experts": r.count("expert_count"), "num_experts_per_tok": r.size("expert_used_count")}
+
+
+def expert_width(stored: Tensors, name: str) -> int | None:
+    """F of an expert, which files before April 2024 say by a tensor's shape only."""
+    return stored[name].shape[-2] if name in stored and len(stored[name].shape) > 1 else None
+
+
+def qwen_experts(r: Reader, stored: Tensors) -> Values:
+    width = r.size("expert_feed_forward_length", expert_width(stored, "blk.0.ffn_up_exps.weight"))
+    said = routed(r)
+    return {"num_experts": said["num_local_experts"], "num_experts_per_tok": said["num_experts_per_tok"],
+            "moe_intermediate_size": width}
+
+
 def scalar(values: Values, d: int, layers_of_27b: int) -> int:
     """query_pre_attn_scalar."""
     return values["hidden_size"] // values["num_attention_heads"] if values["num_hidden_layers"] == layers_of_27b else d
@@ -251,15 +261,19 @@ def scalar(values: Values, d: int, layers_of_27b: int) -> int:
 # ---- architectures
 
 def llama(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    """Also what is Llama under another name, and Mistral."""
-    r.must("expert_count", 0)
-    r.must("expert_used_count", 0)
+    """Also what is Llama under another name, Mistral, and with experts Mixtral."""
+    moe = values["model_type"] == "mixtral" or values["model_type"] == "llama" and r.get("expert_count", 0) != 0
+    if not moe:
+        r.must("expert_count", 0)
+        r.must("expert_used_count", 0)
     rope = scaling(r, values, "yarn")
     if FREQS in stored:
         if rope is not None:
             raise r.error("rope.scaling.factor", f"no other scaling beside {FREQS}")
         rope = llama3(r, d, stored)
     more = whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r), "rope_scaling": rope}
+    if moe:
+        return more | routed(r) | {"model_type": "mixtral", "sliding_window": window(r)}
     if values["model_type"] == "mistral":
         return more | {"sliding_window": window(r)}
     no_window(r, ", or --family mistral")
@@ -275,6 +289,28 @@ def qwen2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 def qwen3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
     return qwen2(r, values, d, stored) | {"attention_bias": biases(stored)}
+
+
+def qwen2moe(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """Beside the routed experts one that every token takes; the chosen weights are not normalised."""
+    shared = r.size("expert_shared_feed_forward_length", expert_width(stored, "blk.0.ffn_up_shexp.weight"))
+    return qwen2(r, values, d, stored) | qwen_experts(r, stored) | {
+        "norm_topk_prob": False, "shared_expert_intermediate_size": shared}
+
+
+def qwen3moe(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    return qwen3(r, values, d, stored) | qwen_experts(r, stored) | {"norm_topk_prob": True}
+
+
+def gpt_oss(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """Every other layer slides, the first one too."""
+    rope = scaling(r, values, "yarn")
+    return whole_heads(r, d) | routed(r) | {
+        "rms_norm_eps": r.number(RMS), "rope_theta": theta(r),
+        "rope_scaling": rope and rope | ({"truncate": False} if rope["rope_type"] == "yarn" else {}),
+        "sliding_window": r.size("attention.sliding_window"), "attention_bias": biases(stored),
+        "intermediate_size": r.size("expert_feed_forward_length"),
+    }
 
 
 def gemma(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
@@ -325,12 +361,17 @@ def phi3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 
 ARCHITECTURES = {
-    "llama": Architecture(("llama", "mistral"), NAMES, llama, frozenset({FREQS}), pairs=True),
-    "qwen2": Architecture(("qwen2",), NAMES, qwen2),
-    "qwen3": Architecture(("qwen3",), override(NAMES, *HEAD_NORMS), qwen3),
-    "gemma": Architecture(("gemma",), NAMES, gemma, norms_plus=1.0),
-    "gemma2": Architecture(("gemma2",), GEMMA2_NAMES, gemma2, norms_plus=1.0),
-    "gemma3": Architecture(("gemma3_text",), override(GEMMA2_NAMES, *HEAD_NORMS), gemma3, norms_plus=1.0),
-    "phi2": Architecture(("phi",), NAMES, phi2),
-    "phi3": Architecture(("phi3",), PHI3_NAMES, phi3, frozenset({LONG, SHORT})),
+    "llama": Architecture(("llama", "mistral", "mixtral"),
+                          (NAMES, override(NAMES, *EXPERTS), override(NAMES, *EACH_EXPERT)), llama, frozenset({FREQS}),
+                          pairs=True),
+    "qwen2": Architecture(("qwen2",), (NAMES,), qwen2),
+    "qwen2moe": Architecture(("qwen2_moe",), (override(NAMES, *EXPERTS, *SHARED_EXPERT),), qwen2moe),
+    "qwen3": Architecture(("qwen3",), (override(NAMES, *HEAD_NORMS),), qwen3),
+    "qwen3moe": Architecture(("qwen3_moe",), (override(NAMES, *HEAD_NORMS, *EXPERTS),), qwen3moe),
+    "gemma": Architecture(("gemma",), (NAMES,), gemma, norms_plus=1.0),
+    "gemma2": Architecture(("gemma2",), (GEMMA2_NAMES,), gemma2, norms_plus=1.0),
+    "gemma3": Architecture(("gemma3_text",), (override(GEMMA2_NAMES, *HEAD_NORMS),), gemma3, norms_plus=1.0),
+    "phi2": Architecture(("phi",), (NAMES,), phi2),
+    "phi3": Architecture(("phi3",), (PHI3_NAMES,), phi3, frozenset({LONG, SHORT})),
+    "gpt-oss": Architecture(("gpt_oss",), (GPT_OSS_NAMES,), gpt_oss),
 }

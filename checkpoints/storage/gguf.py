@@ -13,23 +13,27 @@
     F16 BF16           1            2      itself
     Q8_0              32           34      d q            d float16, q 8 bits
     Q4_0              32           18      d (q − 8)      q 4 bits
+    Q4_1              32           20      d q + m        q 4 bits; d, m float16
     Q4_K             256          144      d s q − e m    q 4 bits; d, e float16; s, m 6 bits, for each 32
     Q6_K             256          210      d s (q − 32)   q 6 bits; s 8 bits, for each 16
+    and all others that the `gguf` package unpacks: Q5_0, Q5_1, Q2_K, Q3_K, Q5_K, IQ…, TQ…, MXFP4
 
-The numbers are those of the `gguf` package, which has the sizes of the blocks and unpacks them; a model reads as
-bfloat16 if a tensor is quantised. The header is read here, as in files.py: the package's GGUFReader makes an object of
-every token (19 s and 1.5 GB for the 262,144 of Gemma 3 and their merges, measured), and trusts the counts that it
-finds. Here nothing is taken that is not in the file, tokens and merges are passed over, and a whole model is checked
-before a byte of its weights is read.
+The numbers are those of the package, which has the sizes of the blocks and unpacks them; a model reads as bfloat16 if a
+tensor is quantised. The header is read here, as in files.py: the package's GGUFReader makes an object of every token
+(19 s and 1.5 GB for the 262,144 of Gemma 3 and their merges, measured), and trusts the counts that it finds. Here
+nothing is taken that is not in the file, tokens and merges stay there until someone wants them (`read_list`), and a
+whole model is checked before a byte of its weights is read.
 
 Format: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
 What keys and tensors mean: layouts/gguf_names.py
 """
 
+import functools
 import math
 import mmap
 import reprlib
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -43,7 +47,7 @@ from checkpoints.storage import files
 from checkpoints.storage.files import Stored
 from nanollm.errors import CheckpointError
 
-READ = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K")
+MAGIC = b"GGUF"
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 FLOAT32, TEXT, ARRAY = 6, 8, 9
 # far beyond any model's, and yet read in a second
@@ -55,12 +59,28 @@ LONGEST_LIST = 10_000                            # numbers of an array that are 
 
 
 @dataclass(frozen=True)
+class Listed:
+    """An array that stays in the file: texts, or more numbers than LONGEST_LIST. `read_list` has its values."""
+    kind: int                                    # type of an element
+    count: int
+    at: int                                      # byte where the elements start
+
+
+@dataclass(frozen=True)
 class Entry:
     """A tensor as the header has it."""
     name: str
     shape: tuple[int, ...]                       # (out, in), as everywhere else
     kind: int                                    # its type
     offset: int                                  # from the start of the data
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says before its data."""
+    metadata: dict[str, Any]
+    entries: list[Entry]
+    data: int                                    # byte where the tensors start
 
 
 @dataclass(frozen=True)
@@ -96,18 +116,48 @@ def package(path: Path) -> ModuleType:
     return gguf
 
 
-def places(path: Path, entries: list[Entry], data: int, alignment: int, norms_plus: float) -> dict[str, Stored]:
-    """Where each tensor lies. Raises CheckpointError unless they follow one another to the end of the file."""
-    quants = package(path)
-    kinds = {int(kind): kind.name for kind in quants.GGMLQuantizationType}
-    found = {kinds.get(entry.kind) for entry in entries}
-    dtype = torch.float32 if found == {"F32"} else torch.float16 if found <= {"F32", "F16"} else torch.bfloat16
+def is_gguf(path: Path) -> bool:
+    """Whether a file begins as GGUF does, whatever it is called."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == MAGIC
+    except OSError:
+        return False
+
+
+@functools.cache
+def unpacked() -> dict[int, str]:
+    """Number and name of each type that the package can unpack."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+    found = {}
+    for kind in GGMLQuantizationType:
+        with np.errstate(all="ignore"):
+            try:
+                quants.dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            except (NotImplementedError, KeyError):
+                continue
+        found[int(kind)] = kind.name
+    return found
+
+
+def dtype_of(entries: Iterable[Entry]) -> torch.dtype:
+    """What a model with these tensors reads as: float32 or float16 if it is stored so, else bfloat16."""
+    found = {unpacked().get(entry.kind) for entry in entries}
+    return torch.float32 if found == {"F32"} else torch.float16 if found <= {"F32", "F16"} else torch.bfloat16
+
+
+def places(path: Path, header: Header, dtype: torch.dtype, norms_plus: float) -> dict[str, Stored]:
+    """Where each tensor of a file lies. Raises CheckpointError unless they follow one another to its end."""
+    quants, kinds, data = package(path), unpacked(), header.data
+    alignment = header.metadata.get("general.alignment", 32)
     stored: dict[str, Stored] = {}
     end, size = 0, path.stat().st_size
-    for entry in entries:
-        if kinds.get(entry.kind) not in READ:
-            kind = kinds.get(entry.kind, f"of type {entry.kind}")
-            raise CheckpointError(f"{path}: {entry.name} is {kind}; read are {', '.join(READ)}")
+    for entry in header.entries:
+        if entry.kind not in kinds:
+            named = {int(kind): kind.name for kind in quants.GGMLQuantizationType}
+            kind = named.get(entry.kind, f"of type {entry.kind}")
+            raise CheckpointError(f"{path}: {entry.name} is {kind}, which the installed gguf package does not unpack; "
+                                  f"it does {', '.join(kinds.values())}")
         elements, nbytes = quants.GGML_QUANT_SIZES[quants.GGMLQuantizationType(entry.kind)]
         if entry.shape[-1] % elements:
             raise CheckpointError(f"{path}: {entry.name} {entry.shape} is {kinds[entry.kind]}; "
@@ -175,7 +225,7 @@ class Cursor:
         self.skip(at + 8 - self.at)              # refuses
 
     def value(self, key: str, kind: int) -> Any:
-        """The value of a key; None for what is passed over, arrays of text and long ones."""
+        """The value of a key; a Listed for arrays of text and long ones."""
         if kind == TEXT:
             return self.text(LONGEST_TEXT)
         if kind == ARRAY:
@@ -185,8 +235,8 @@ class Cursor:
         value, = self.take(SCALARS[kind])
         return shortest(value) if kind == FLOAT32 else value
 
-    def array(self, key: str, kind: int, count: int) -> list[Any] | None:
-        """The numbers of an array; None for texts, and for more than LONGEST_LIST.
+    def array(self, key: str, kind: int, count: int) -> list[Any] | Listed:
+        """The numbers of an array, up to LONGEST_LIST of them; else where it is.
 
         Raises CheckpointError for arrays of arrays, and too many texts."""
         if kind == TEXT:
@@ -194,21 +244,36 @@ class Cursor:
             if self.texts > MOST_TEXTS:
                 raise CheckpointError(f"{self.where}: {key} brings the texts in arrays to {self.texts}; "
                                       f"at most {MOST_TEXTS} expected")
+            start = self.at
             self.skip_texts(count)
-            return None
+            return Listed(kind, count, start)
         if kind not in SCALARS:
             raise CheckpointError(f"{self.where}: {key} is an array of type {kind}; numbers or text expected")
         form = SCALARS[kind][1]
         start = self.skip(count * struct.calcsize(f"<{form}"))
-        return list(struct.unpack_from(f"<{count}{form}", self.data, start)) if count <= LONGEST_LIST else None
+        if count > LONGEST_LIST:
+            return Listed(kind, count, start)
+        return list(struct.unpack_from(f"<{count}{form}", self.data, start))
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], list[Entry], int]:
-    """Keys, tensors, and where the data start. Raises CheckpointError, naming the cause, on a damaged file."""
+def read_list(path: Path, values: list[Any] | Listed) -> list[Any]:
+    """The values of an array, as the header of this file has it. Raises CheckpointError for text that is not UTF-8."""
+    if isinstance(values, list):
+        return values
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        cursor = Cursor(data, str(path))
+        cursor.at = values.at
+        if values.kind == TEXT:
+            return [cursor.text(LONGEST_TEXT) for _ in range(values.count)]
+        return list(cursor.take(f"<{values.count}{SCALARS[values.kind][1]}"))
+
+
+def read_header(path: Path) -> Header:
+    """Keys and tensors. Raises CheckpointError, naming the cause, on a damaged file."""
     try:
         with open(path, "rb") as file:
             head = file.read(256)
-            if head[:4] != b"GGUF":
+            if head[:4] != MAGIC:
                 kind = files.what_it_is(head) or f"a file that starts with {head[:4]!r}"
                 raise CheckpointError(f"{path}: not GGUF, but {kind}")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -217,7 +282,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], list[Entry], int]:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _walk(cursor: Cursor) -> tuple[dict[str, Any], list[Entry], int]:
+def _walk(cursor: Cursor) -> Header:
     _, version = cursor.take("<4sI")
     if version not in (2, 3):
         big = " (big-endian)" if version >= 1 << 24 else ""
@@ -237,7 +302,7 @@ def _walk(cursor: Cursor) -> tuple[dict[str, Any], list[Entry], int]:
     if type(alignment) is not int or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
         raise CheckpointError(f"{cursor.where}: general.alignment is {reprlib.repr(alignment)}; "
                               f"expected a power of two up to {1 << 20}")
-    return metadata, entries, -(-cursor.at // alignment) * alignment
+    return Header(metadata, entries, -(-cursor.at // alignment) * alignment)
 
 
 def _entry(cursor: Cursor) -> Entry:
