@@ -88,15 +88,24 @@ MODELS = {
     "phi3": FIXTURES["phi-3-mini-4k"],
     "phi3-long": FIXTURES["phi-3.5-mini"],
     "phi3-partial": FIXTURES["phi-4-mini"],
+    "mixtral": FIXTURES["mixtral-8x7b"],
+    "qwen2moe": FIXTURES["qwen1.5-moe"],
+    "qwen3moe": FIXTURES["qwen3-moe"],
+    "gpt-oss": like("gpt-oss-20b", swiglu_limit=7.0),
 }
-ARCHITECTURE = {"mistral": "llama", "gemma3_text": "gemma3", "phi": "phi2"}      # model_types that are called otherwise
+ARCHITECTURE = {  # of model_types that are called otherwise
+    "mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3", "phi": "phi2", "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe", "gpt_oss": "gpt-oss",
+}
 PARTS = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.dense": "attn_output", "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down", "mlp.gate_up_proj": "ffn_up", "mlp.fc1": "ffn_up",
     "mlp.fc2": "ffn_down", "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
+    "post_attention_layernorm": "ffn_norm", "mlp.gate": "ffn_gate_inp", "mlp.router": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp", "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp", "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
 }
 FOUR_NORMS = {
     "post_attention_layernorm": "post_attention_norm", "pre_feedforward_layernorm": "ffn_norm",
@@ -113,13 +122,21 @@ OUTSIDE = {
 def gguf_tensors(model) -> dict[str, torch.Tensor]:
     config, found = model.config, {}
     parts = PARTS | (FOUR_NORMS if config.model_type in ("gemma2", "gemma3_text") else {})
+    if config.model_type == "gpt_oss":
+        parts = parts | {"post_attention_layernorm": "post_attention_norm"}
     for name, tensor in model.state_dict().items():
+        if experts := re.fullmatch(r"model\.layers\.(\d+)\.mlp\.experts\.(gate_up|down)_proj(_bias)?", name):
+            found |= expert_tensors(config.model_type, tensor, *experts.groups())
+            continue
+        if name.endswith("sinks"):
+            found[f"blk.{name.split('.')[2]}.attn_sinks.weight"] = tensor.clone()
+            continue
         module, leaf = name.rsplit(".", 1)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         inside = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
         new = f"blk.{inside[1]}.{parts[inside[2]]}" if inside else OUTSIDE[module]
-        if config.model_type in ("llama", "mistral") and new.endswith(("attn_q", "attn_k")):
+        if config.model_type in ("llama", "mistral", "mixtral") and new.endswith(("attn_q", "attn_k")):
             heads = config.num_attention_heads if new.endswith("q") else config.num_key_value_heads
             d = len(tensor) // heads  # pair j: rows j and j + d/2 of a head there, 2j and 2j + 1 here
             tensor = tensor[[h * d + half * d // 2 + j for h in range(heads) for j in range(d // 2) for half in (0, 1)]]
@@ -134,6 +151,17 @@ def gguf_tensors(model) -> dict[str, torch.Tensor]:
     if said.get("rope_type") == "longrope":
         found |= {f"rope_factors_{which}.weight": torch.tensor(said[f"{which}_factor"]) for which in ("long", "short")}
     return found
+
+
+def expert_tensors(kind, tensor, layer, part, bias) -> dict[str, torch.Tensor]:
+    """Of a layer one tensor (E, F, D) a part. transformers has gate above up; gpt-oss columns gate up gate up …"""
+    leaf = "bias" if bias else "weight"
+    if kind == "gpt_oss" and not bias:
+        tensor = tensor.transpose(1, 2)
+    if part == "down":
+        return {f"blk.{layer}.ffn_down_exps.{leaf}": tensor.contiguous()}
+    gate, up = (tensor[:, 0::2], tensor[:, 1::2]) if kind == "gpt_oss" else tensor.chunk(2, dim=1)
+    return {f"blk.{layer}.ffn_{which}_exps.{leaf}": half.contiguous() for which, half in (("gate", gate), ("up", up))}
 
 
 def llama3_divisor(said, d, j) -> float:
@@ -184,7 +212,16 @@ def add_keys(w: gguf.GGUFWriter, config) -> None:
         return
     w.add_key_length(d)
     w.add_value_length(d)
-    if kind in ("llama", "mistral"):
+    if experts := getattr(config, "num_local_experts", None) or getattr(config, "num_experts", None):
+        w.add_expert_count(experts)
+        w.add_expert_used_count(config.num_experts_per_tok)
+    if kind in ("qwen2_moe", "qwen3_moe"):
+        w.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if kind == "qwen2_moe":
+        w.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if kind == "gpt_oss":
+        w.add_expert_feed_forward_length(config.intermediate_size)
+    if kind in ("llama", "mistral", "mixtral"):
         w.add_vocab_size(config.vocab_size)
         w.add_rope_dimension_count(d)
     if kind.startswith("gemma"):
@@ -234,6 +271,8 @@ def write_gguf(path, model, change=lambda w, tensors: None, kinds=lambda name: K
 
 def packed(values: np.ndarray, kind: Kind) -> np.ndarray:
     """The package quantises; what it cannot, is drawn."""
+    if values.ndim == 3 and kind != Kind.F32:
+        return np.stack([packed(one, kind) for one in values])
     if kind not in (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K):
         return gguf.quantize(values, kind)
     elements, nbytes = gguf.GGML_QUANT_SIZES[kind]
@@ -315,7 +354,8 @@ def test_transformers_reads_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama-biases", "llama-3.1", "llama-yarn", "qwen3", "gemma2", "gemma3", "phi2", "phi3-partial"]
+    "name", ["llama-biases", "llama-3.1", "llama-yarn", "qwen3", "gemma2", "gemma3", "phi2", "phi3-partial", "mixtral",
+             "qwen2moe", "qwen3moe", "gpt-oss"]
 )
 def test_saved_as_a_folder(name, made, tmp_path):
     """Rows of q and k go back to where Hugging Face has them, and transformers misses nothing."""
@@ -426,11 +466,11 @@ def test_the_container_is_what_the_package_reads(mixed):
         )
         assert (one.start, one.size) == (there.data_offset, there.n_bytes)
     fields = {key: field for key, field in gguf.GGUFReader(path).fields.items() if not key.startswith("GGUF.")}
-    metadata = ours.read_header(path)[0]
+    metadata = ours.read_header(path).metadata
     assert metadata.keys() == fields.keys() and len(fields) > 15
     for key, field in fields.items():
         if field.types[:2] == [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType.STRING]:
-            assert metadata[key] is None
+            assert ours.read_list(path, metadata[key]) == field.contents()
         else:
             found, there = np.array(metadata[key]), np.array(field.contents())
             assert np.array_equal(
@@ -454,6 +494,33 @@ def test_dequantised_bit_for_bit_wherever_a_run_begins(mixed):
                     name, first, length,
                 )
         assert len(whole.unique()) > 10 or whole.ndim == 1
+
+
+def test_every_type_that_the_package_unpacks(tmp_path):
+    """Two rows of random blocks of each type: bit for bit what the package makes of them."""
+    draw, kinds = np.random.default_rng(0), []
+    w = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for kind, name in ours.unpacked().items():
+        _, nbytes = gguf.GGML_QUANT_SIZES[Kind(kind)]
+        blocks = draw.integers(0, 256, (2, 256 * nbytes), np.uint8)
+        if name in ("F32", "F16"):
+            blocks = blocks.view({"F32": np.float32, "F16": np.float16}[name])
+        w.add_tensor(name, blocks, raw_dtype=Kind(kind))
+        kinds.append(name)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    usual = "Q4_0 Q4_1 Q5_0 Q5_1 Q8_0 Q2_K Q3_K Q4_K Q5_K Q6_K IQ4_NL IQ4_XS IQ3_S IQ2_XXS IQ1_S TQ1_0 MXFP4 BF16"
+    assert set(usual.split()) < set(kinds)
+    stored = ours.places(tmp_path / "x.gguf", ours.read_header(tmp_path / "x.gguf"), torch.bfloat16, 0.0)
+    for one in gguf.GGUFReader(tmp_path / "x.gguf").tensors:
+        with np.errstate(all="ignore"):
+            there = torch.from_numpy(gguf.dequantize(one.data, one.tensor_type).copy())
+        run = torch.empty(there.numel())
+        stored[one.name].read_run(0, run)
+        assert stored[one.name].shape == there.shape
+        assert torch.equal(run.view(torch.int32), there.flatten().view(torch.int32)), one.name
 
 
 def test_only_the_blocks_of_a_run_are_read(mixed, monkeypatch):
@@ -506,7 +573,7 @@ def nan(w, tensors):
 
 REFUSED = {  # of which model, what is changed, the words
     "an unknown key": ("llama", lambda w, t: w.add_logit_scale(0.5), r"llama\.logit_scale = 0\.5"),
-    "experts": ("llama", lambda w, t: w.add_expert_count(8), r"llama\.expert_count is 8; expected 0"),
+    "experts": ("llama", lambda w, t: w.add_expert_count(8), r"llama\.expert_used_count is missing"),
     "no key": ("llama", without("llama.block_count"), r"llama\.block_count is missing"),
     "experts that are used": (
         "llama", lambda w, t: w.add_expert_used_count(2), r"llama\.expert_used_count is 2; expected 0",
@@ -599,12 +666,12 @@ REFUSED = {  # of which model, what is changed, the words
     ),
     "one of several files": (
         "llama", lambda w, t: w.add_uint16("split.count", 3),
-        r"one of 3 files of a model; .* llama-gguf-split --merge x\.gguf",
+        r"one of 3 files of a model; expected a name such as model-00001-of-00002\.gguf",
     ),
     "an adapter": ("llama", lambda w, t: w.add_type("adapter"), r"general\.type is 'adapter'; expected a model"),
     "another architecture": (
         "llama", lambda w, t: w.add_string("general.architecture", "mamba"),
-        r"general\.architecture is 'mamba'; supported are llama, qwen2",
+        r"general\.architecture is 'mamba'; supported are llama, qwen2, qwen2moe",
     ),
     "no embedding": ("llama", lambda w, t: t.pop("token_embd.weight"), r"no tensor token_embd\.weight"),
     "a tensor too few": ("llama", lambda w, t: t.pop("blk.1.ffn_up.weight"), r"(?s)1 missing.*blk\.1\.ffn_up\.weight"),
@@ -631,21 +698,21 @@ def test_refused(case, made, tmp_path):
 
 def test_refused_by_type_family_and_package(made, tmp_path, monkeypatch):
     path, model, _ = made("llama")
-    fifth = write_gguf(
-        tmp_path / "x.gguf", write(BLOCKY, tmp_path / "hf"),
-        kinds=lambda name: Kind.Q5_K if "ffn_down" in name else Kind.Q8_0,
-    )
-    with pytest.raises(
-        CheckpointError,
-        match=r"x\.gguf: blk\.0\.ffn_down\.weight is Q5_K; read are F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q6_K",
-    ):
-        checkpoints.load(fifth)
-    with pytest.raises(ConfigError, match="--family qwen2: architecture llama is read as llama or mistral"):
+    w = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    w.add_tensor("token_embd.weight", np.zeros((4, 64), np.int8))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    with pytest.raises(CheckpointError, match=r"x\.gguf: token_embd\.weight is I8, which the installed gguf package "
+                                              "does not unpack; it does F32, F16, Q4_0, Q4_1"):
+        checkpoints.load(tmp_path / "x.gguf")
+    with pytest.raises(ConfigError, match="--family qwen2: architecture llama is read as llama or mistral or mixtral"):
         load(path, "qwen2")
     (tmp_path / "two").mkdir()
     for name in "ab":
         (tmp_path / "two" / f"{name}.gguf").write_bytes(path.read_bytes())
-    with pytest.raises(CheckpointError, match="2 GGUF files; give one of them: a.gguf, b.gguf"):
+    with pytest.raises(CheckpointError, match="2 GGUF models; give one of them: a.gguf, b.gguf"):
         checkpoints.load(tmp_path / "two")
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(CheckpointError, match=re.escape('pip install "nanollm[gguf]"')):
@@ -725,7 +792,7 @@ DAMAGED = {
         r"w \(33,\) is Q8_0; expected rows of whole blocks of 32",
     ),
     "an unknown type": (
-        header(NAMED, tensors=text(b"w") + struct.pack("<IQIQ", 1, 32, 99, 0)), "w is of type 99; read are",
+        header(NAMED, tensors=text(b"w") + struct.pack("<IQIQ", 1, 32, 99, 0)), "w is of type 99, which",
     ),
 }
 
@@ -791,4 +858,5 @@ def test_a_large_vocabulary_is_passed_over(tmp_path):
     ]
     types = text(b"tokenizer.ggml.token_type") + struct.pack("<IIQ262144i", 9, 5, 262_144, *[1] * 262_144)
     (tmp_path / "x.gguf").write_bytes(header(*texts, types))
-    assert within(1, lambda: ours.read_header(tmp_path / "x.gguf")[0])["tokenizer.ggml.token_type"] is None
+    types = within(1, lambda: ours.read_header(tmp_path / "x.gguf")).metadata["tokenizer.ggml.token_type"]
+    assert (types.kind, types.count) == (5, 262_144)

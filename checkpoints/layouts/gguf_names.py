@@ -362,7 +362,7 @@ def phi3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 ARCHITECTURES = {
     "llama": Architecture(("llama", "mistral", "mixtral"),
-                          (NAMES, override(NAMES, *EXPERTS), override(NAMES, *EACH_EXPERT)), llama, frozenset({FREQS}),
+                          (override(NAMES, *EXPERTS), override(NAMES, *EACH_EXPERT)), llama, frozenset({FREQS}),
                           pairs=True),
     "qwen2": Architecture(("qwen2",), (NAMES,), qwen2),
     "qwen2moe": Architecture(("qwen2_moe",), (override(NAMES, *EXPERTS, *SHARED_EXPERT),), qwen2moe),
