@@ -8,6 +8,9 @@ them, those of the published tokenizers, which cut the same:
     Digits        each digit alone, or each run of them
 
 Source: llama.cpp as llama-cpp-python 0.3.36 carries it, src/llama-vocab.cpp; the comments there quote most originals.
+Both were compared on 233 texts in many scripts: the same ids for every name, but for five, where these are the
+published ones. llama.cpp has no combining marks (\p{M}) for gpt-4o and tekken, keeps runs of digits for deepseek-llm,
+takes no wide space for deepseek-coder, and cuts the text of falcon before it is spelled in bytes, not after.
 """
 
 from typing import Any, NamedTuple
@@ -64,15 +67,17 @@ WORDS_V3 = (
 )
 HAN, BLOOM = "[一-龥ࠀ-一가-퟿]+", r" ?[^(\s|[.,!?…。，、।۔،])]+"
 LETTERS_LLM = (                                  # of DeepSeek-LLM: letters that have two cases
-    "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼ"
-    "ℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
+    "[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝὟ-"
+    "\u1f7dᾀ-ᾴᾶ-ᾼ\u1fbeῂ-ῄῆ-ῌῐ-\u1fd3ῖ-\u1fdbῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\u2126ℨ\u212a-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ"
+    "-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+"
 )
+SIGNS_LLM = "[!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"      # punctuation, ASCII and full width
 GPT2_CUT, DIGITS_CUT = (spelled(True),), (digits(True), spelled(True))
 NAMED: dict[str, Pre] = {  # names that mean the same stand in one line
-    "gpt-2 phi-2 gigachat a.x-4.0 mellum modern-bert jais trillion granite-docling": Pre(GPT2_CUT),
+    "gpt-2 phi-2 exaone4 gigachat a.x-4.0 mellum modern-bert jais trillion granite-docling": Pre(GPT2_CUT),
     "mpt olmo": Pre(GPT2_CUT, nfc=True),
     "starcoder refact smollm codeshell minerva-7b mellum2": Pre(DIGITS_CUT),
-    "command-r exaone exaone4": Pre(DIGITS_CUT, nfc=True),
+    "command-r exaone": Pre(DIGITS_CUT, nfc=True),
     "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2": Pre(cut(LLAMA3), whole=True, bos=True),
     "dbrx smaug-bpe chatglm-bpe": Pre(cut(LLAMA3)),
     "glm4 glm5": Pre(cut(LLAMA3), whole=True),
@@ -81,7 +86,7 @@ NAMED: dict[str, Pre] = {  # names that mean the same stand in one line
     "qwen35": Pre(cut(QWEN35), nfc=True),
     "gpt-4o llama4 kanana2 minimax-m2": Pre(cut(O200K), whole=True),
     "tekken": Pre(cut(TEKKEN), whole=True, bos=True),
-    "deepseek-llm": Pre((*cut("[\r\n]", rf"\s?{LETTERS_LLM}", r"\s?[!-/:-~！-／：-～‘-‟　-。]+", r"\s+$", HAN)[:-1],
+    "deepseek-llm": Pre((*cut("[\r\n]", rf"\s?{LETTERS_LLM}", rf"\s?{SIGNS_LLM}", r"\s+$", HAN)[:-1],
                          digits(True), spelled(False))),
     "deepseek-coder": Pre((*cut("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN)[:-1], digits(True), spelled(False))),
     "deepseek-v3 hunyuan-dense joyai-llm hy_v4": Pre(cut(r"\p{N}{1,3}", HAN_V3, WORDS_V3)),

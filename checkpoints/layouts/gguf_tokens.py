@@ -102,14 +102,15 @@ class Vocabulary:
         self.tokens: list[str] = self.array("tokens", str)
         self.types: list[int] = self.array("token_type", int, len(self.tokens), NORMAL)
         # rows that pad the embedding are no tokens
-        self.vocab = {token: id for id, token in enumerate(self.tokens)
-                      if self.types[id] != UNUSED or token != f"[PAD{id}]"}
+        kept = [(token, id) for id, token in enumerate(self.tokens)
+                if self.types[id] != UNUSED or token != f"[PAD{id}]"]
+        self.vocab = dict(kept)
+        if len(self.vocab) < len(kept):
+            twice = next(token for token, id in kept if self.vocab[token] != id)
+            raise self.error("tokens", f"{reprlib.repr(twice)} twice", "each text once")
         named = {name: metadata.get(f"{HERE}{short}_token_id") for name, short in NAMES.items()}
         self.named = {name: self.tokens[id] for name, id in named.items()
                       if type(id) is int and id < len(self.tokens)}
-        if len(self.vocab) < sum(token != f"[PAD{id}]" or self.types[id] != UNUSED
-                                 for id, token in enumerate(self.tokens)):
-            raise self.error("tokens", "a text twice", "each text once")
 
     def error(self, key: str, found: str, expected: str) -> TokenizerError:
         return TokenizerError(f"{self.path}: {HERE}{key} has {found}; expected {expected}")
