@@ -28,9 +28,10 @@ from tests.test_gguf import write_gguf
 DATA = Path(mistral_common.__file__).parent / "data"
 TEXTS = [
     "Hello world", "  leading and   runs\n\n\n of \t\t space  ", "I've he'll WE'RE don't 'tis", "12345 3.14159 ٣٤٥ ½",
-    "你好，世界！我想在apple工作1314151天～", "日本語のテキスト カタカナ", "한국어 문장입니다", "Привет, мир!", "مرحبا بالعالم ۔",
-    "हिन्दी में कुछ पाठ", "🚀 (normal) 😶‍🌫️ ✅ 🦙🦙", "def f(x):\n    return x**2\n\tif x: pass\r\n\r\n", "é e\u0301 ﬁ ＡＢＣ",
-    "</s><s>[INST]", "a" * 50, "\x00\x01\x1b[31m", "\u00a0nbsp\u2003em\u3000ideo", "\n", " ", "", "x \n y", "ก็ภาษาไทย", "𐐷",
+    "你好，世界！我想在apple工作1314151天～", "日本語のテキスト カタカナ", "한국어 문장입니다", "Привет, мир!",
+    "مرحبا بالعالم ۔", "हिन्दी में कुछ पाठ", "🚀 (normal) 😶‍🌫️ ✅ 🦙🦙", "def f(x):\n    return x**2\n\tif x: pass\r\n\r\n",
+    "é e\u0301 ﬁ ＡＢＣ", "</s><s>[INST]", "a" * 50, "\x00\x01\x1b[31m", "\u00a0nbsp\u2003em\u3000ideo",
+    "\n", " ", "", "x \n y", "ก็ภาษาไทย", "𐐷",
     *("".join(random.Random(n).choices("ab cXY1 23\n\t.,'é你🙂-_▁\r", k=n % 40 + 1)) for n in range(100)),
 ]
 

@@ -61,6 +61,10 @@ class Stored:
         Packed weights have none of their own."""
         return self.dtype
 
+    def packed(self, first: int, run: Tensor) -> tuple[int, memoryview]:
+        """The byte of the file where a run that begins with the first-th element goes, and what is written there."""
+        return self.start + first * self.dtype.itemsize, as_bytes(run)
+
     def read_run(self, first: int, run: Tensor) -> None:
         """Fill `run`, contiguous, on the CPU and of `run_dtype`, with the elements from the first-th on.
 

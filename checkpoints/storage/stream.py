@@ -20,7 +20,8 @@ from torch import Tensor
 
 from checkpoints.names.ops import Beside, Piece
 from checkpoints.names.table import Step, short
-from checkpoints.storage.files import Stored, as_bytes, same_bits
+from checkpoints.storage.files import Stored, same_bits
+from checkpoints.storage.gguf_writing import Room
 from nanollm.errors import CheckpointError
 
 RUN = 1 << 19                                    # elements of a run: the processor's cache holds it from read to write
@@ -97,7 +98,7 @@ class Writer:
         if stored.file != self.path:
             self._close()
             self.path, self.file, self.cached = stored.file, os.open(stored.file, os.O_WRONLY), 0
-        left, place = as_bytes(run), stored.start + first * stored.dtype.itemsize
+        place, left = stored.packed(first, run)
         while left:                              # a call may write less than it was given
             done = os.pwrite(self.file, left, place)
             left, place = left[done:], place + done
@@ -152,6 +153,8 @@ def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Writer) -> 
 
 def same(source: Stored, target: Stored, ring: Ring) -> bool:
     """Whether `copy` would change nothing."""
+    if isinstance(target, Room):
+        return all(target.holds(first, run) for first, run in ring.runs_of(source, target.dtype))
     pairs = zip(ring.runs_of(source, target.dtype), ring.runs_of(target, target.dtype), strict=True)
     return all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
 
@@ -181,8 +184,12 @@ def same_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str,
     places = dict.fromkeys(step.theirs, 0)
     for name, piece in step.pieces(parameters):
         for part in runs(piece):
-            ours = (part.dense() if isinstance(part, Beside) else part).contiguous().view(-1)
-            theirs = torch.empty(part.numel(), dtype=stored[name].dtype)
-            stored[name].read_run(places[name], theirs)
+            target, first = stored[name], places[name]
+            ours = (part.dense() if isinstance(part, Beside) else part).to(target.dtype).contiguous().view(-1)
             places[name] += part.numel()
+            if isinstance(target, Room):
+                yield name, target.holds(first, ours)
+                continue
+            theirs = torch.empty(part.numel(), dtype=target.dtype)
+            target.read_run(first, theirs)
             yield name, same_bits(ours, theirs)

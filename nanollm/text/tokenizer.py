@@ -109,6 +109,11 @@ class Tokenizer:
         """Decodes one id at a time. `continues`: the ids go on from earlier text, so a leading space is a real one."""
         return Stream(self, skip_special, continues)
 
+    @property
+    def backend(self) -> "SentencePiece | Tokenizers":
+        """What does the work, for who writes the tokenizer in another form."""
+        return self._backend
+
     def _bytes_of(self, id: int, skip_special: bool) -> bytes:
         """Ids that the embedding has and the tokenizer lacks (padding, holes) show as U+FFFD."""
         id = int(id)                                      # a tensor's element, too

@@ -1,0 +1,127 @@
+"""A tokenizer as the keys of a GGUF: gguf_tokens.py, the other way.
+
+    byte-level BPE      tokens, types, merges, and the name of the pre-tokenizer that cuts as this one does
+    sentencepiece       tokens, types, scores. A tokenizer.json with ▁ and bytes <0x41> has merges in place of scores:
+                        the score of a union is then minus the place of its merge, which orders the unions alike
+
+Rows of the embedding without a token become [PAD7] …, unused. What a GGUF cannot say is refused.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from checkpoints.layouts.gguf_pretokenizers import PRE, Step
+from checkpoints.layouts.gguf_tokens import BYTE_TOKEN, CONTROL, HERE, NAMES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from nanollm.errors import TokenizerError
+from nanollm.text.tokenizer import SentencePiece, Tokenizer, Tokenizers
+from nanollm.text.tokenizer_files import GPT2
+
+Keys = dict[str, Any]
+
+
+def keys_of(tokenizer: Tokenizer, rows: int) -> Keys:
+    """The keys, for an embedding with so many rows. Raises TokenizerError."""
+    backend = tokenizer.backend
+    where = str(tokenizer.files[0])
+    if tokenizer.vocab_size > rows:
+        raise TokenizerError(f"{where}: ids up to {tokenizer.vocab_size - 1}; the model has {rows} rows for them")
+    tokens: dict[int, tuple[str, int, float]]    # id → text, type, score
+    if isinstance(backend, SentencePiece):
+        keys, tokens = {f"{HERE}model": "llama", f"{HERE}pre": "default"}, dict(pieces(backend))
+    else:
+        keys, tokens = of_json(backend, where)
+    for id in range(rows):
+        tokens.setdefault(id, (f"[PAD{id}]", UNUSED, -10_000.0))
+    texts, types, scores = (list(each) for each in zip(*(tokens[id] for id in range(rows)), strict=True))
+    keys |= {f"{HERE}tokens": texts, f"{HERE}token_type": types}
+    if keys[f"{HERE}model"] == "llama":
+        keys |= {f"{HERE}scores": scores, f"{HERE}add_space_prefix": bool(backend.strips)}
+    return keys | around(tokenizer, where) | names(tokenizer)
+
+
+def names(tokenizer: Tokenizer) -> Keys:
+    """Ids of the tokens with a name, and the chat template."""
+    ids = {short: tokenizer.special_tokens.get(tokenizer.named_tokens.get(name, "")) for name, short in NAMES.items()}
+    keys: Keys = {f"{HERE}{short}_token_id": id for short, id in ids.items() if id is not None}
+    others = [id for id in tokenizer.stop_ids if id != tokenizer.eos_id]
+    if tokenizer.eos_id is None and others:
+        keys[f"{HERE}eos_token_id"] = others.pop(0)
+    if others:
+        keys[f"{HERE}eot_token_id"] = others[-1]
+    return keys | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
+
+
+def around(tokenizer: Tokenizer, where: str) -> Keys:
+    """Whether BOS and EOS are put around a text. Raises TokenizerError where something else is."""
+    before, after = list(tokenizer.prefix), list(tokenizer.backend.suffix)
+    for ids, one, name in ((before, tokenizer.bos_id, "BOS"), (after, tokenizer.eos_id, "EOS")):
+        if ids not in ([], [one]):
+            raise TokenizerError(f"{where}: puts the tokens {ids} around a text; a GGUF can only say {name} ({one})")
+    return {f"{HERE}add_bos_token": bool(before), f"{HERE}add_eos_token": bool(after)}
+
+
+def pieces(backend: SentencePiece) -> Iterator[tuple[int, tuple[str, int, float]]]:
+    """Of a sentencepiece model, and the tokens that were added to it."""
+    model = backend.model
+    for id in range(backend.pieces):
+        types = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_unused, UNUSED),
+                 (model.is_byte, BYTE_TOKEN))
+        kind = next((kind for known, kind in types if known(id)), NORMAL)
+        yield id, (model.id_to_piece(id), kind, model.get_score(id))
+    for id, text in backend.added.items():
+        if id >= backend.pieces or model.id_to_piece(id) != text:
+            yield id, (text, CONTROL if text in backend.special else USER_DEFINED, -1000.0)
+
+
+def of_json(backend: Tokenizers, where: str) -> tuple[Keys, dict[int, tuple[str, int, float]]]:
+    """Of a tokenizer of the tokenizers library. Raises TokenizerError."""
+    spec = json.loads(backend.backend.to_str())
+    model = spec["model"]
+    if model["type"] != "BPE" or not (backend.byte_level or backend.byte_fallback):
+        raise TokenizerError(f"{where}: a {model['type']} tokenizer has no GGUF; expected a byte-level BPE, or one of "
+                             "sentencepiece's with <0x41> for bytes")
+    merges = [" ".join(pair) if isinstance(pair, list) else pair for pair in model["merges"]]
+    place = {merge.replace(" ", "", 1): float(-at) for at, merge in reversed([*enumerate(merges)])}
+    tokens = {}
+    for text, id in model["vocab"].items():
+        byte = not backend.byte_level and len(text) == 6 and text.startswith("<0x")
+        kind = BYTE_TOKEN if byte else UNKNOWN if text == model["unk_token"] else NORMAL
+        tokens[id] = text, kind, place.get(text, float(-len(merges)))
+    for id, text in backend.added.items():
+        kind = CONTROL if text in backend.special else USER_DEFINED
+        tokens[id] = text, UNKNOWN if text == model["unk_token"] else kind, -1000.0
+    if not backend.byte_level:
+        return {f"{HERE}model": "llama", f"{HERE}pre": "default"}, tokens
+    return {f"{HERE}model": "gpt2", f"{HERE}pre": pre_of(spec, where), f"{HERE}merges": merges}, tokens
+
+
+def pre_of(spec: Step, where: str) -> str:
+    """The name of llama.cpp's pre-tokenizer that cuts as this one does. Raises TokenizerError if it has none."""
+    found = spec["pre_tokenizer"] or {}
+    steps = plain(found.get("pretokenizers", [found]))
+    nfc = "NFC" in json.dumps(spec["normalizer"])
+    alike = [name for name, pre in PRE.items() if plain(list(pre.steps)) == steps]
+    if not alike:
+        raise TokenizerError(f"{where}: llama.cpp has no pre-tokenizer that cuts text as this one does: {steps}")
+    whole = bool(spec["model"].get("ignore_merges"))
+    return min(alike, key=lambda name: (PRE[name].whole != whole, PRE[name].nfc != nfc))
+
+
+def plain(steps: list[Step]) -> list[tuple[Any, ...]]:
+    """The steps of a pre-tokenizer without what does not cut, so that two that cut alike are equal."""
+    found: list[tuple[Any, ...]] = []
+    for step in steps:
+        match step.get("type"):
+            case "Split":                        # to keep what matches, or to cut around it, is the same here
+                found.append(("Split", *step["pattern"].values()))
+            case "ByteLevel":
+                if step.get("use_regex", True):
+                    found.append(("Split", GPT2))
+                if step.get("add_prefix_space"):
+                    found.append(("a space first",))
+            case "Digits":
+                found.append(("Digits", step.get("individual_digits", False)))
+            case kind:
+                found.append((kind, json.dumps(step, sort_keys=True)))
+    return found
