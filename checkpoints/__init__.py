@@ -58,7 +58,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
 
 def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
-    found = layouts.describe(hub.local_path(source, ("config.json",)))
+    found = layouts.describe(hub.local_path(source, weights=False))
     return config_of(found)[1]
 
 

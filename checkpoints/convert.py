@@ -13,6 +13,7 @@ an infinity ends it.
 
 import argparse
 import contextlib
+import math
 import re
 import shutil
 import time
@@ -35,7 +36,7 @@ from nanollm import cli
 from nanollm.errors import CheckpointError, InputError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
@@ -200,11 +201,12 @@ def _name(op: object) -> str:
 
 
 def size(text: str) -> int:
-    """Bytes from a text such as 5GB, 500MB or 1GiB. Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if not found or float(found[1]) * UNITS[(found[2] or "").upper()] < 1:
-        raise InputError(f"--shard-size {text}: expected a size, such as 5GB, 500MB or 2GiB")
-    return int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    """Bytes from a text such as 5GB, 5G, 500MB, 1TB or 1GiB. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    count = float(found[1]) * (1024 if found[3] else 1000) ** PREFIXES[found[2].upper()] if found else 0
+    if count < 1 or math.isinf(count):
+        raise InputError(f"--shard-size {text}: expected a size, such as 5GB, 500M, 2GiB or a number of bytes")
+    return int(count)
 
 
 def run() -> None:
@@ -229,7 +231,7 @@ def run() -> None:
         help="permission to read .bin and .pth files, from people you trust, though none of what they name is run")
     args = parser.parse_args()
     shard_bytes = size(args.shard_size)
-    path = hub.local_path(args.source, hub.wanted(args.allow_pickle))
+    path = hub.local_path(args.source, args.allow_pickle)
     source = open_source(path, args.ignore, args.family, args.allow_pickle)
     conversion = plan(source, args.to, DTYPES[args.dtype])
     total = conversion.written.nbytes

@@ -238,7 +238,7 @@ def run() -> None:
         help="config key or tensor, of those that reading complains of, to pass over; may be repeated")
     add("--allow-pickle", action="store_true", help="permission to read .bin and .pth files, from people you trust")
     args = parser.parse_args()
-    path = hub.local_path(args.source, hub.wanted(args.allow_pickle))
+    path = hub.local_path(args.source, args.allow_pickle)
     report = look(path, args.ignore, args.family, args.allow_pickle)
     print((facts if args.json else describe)(report, args.tensors))
     if report.reason is not None:

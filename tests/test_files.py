@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints.layouts import hub
 from checkpoints.storage import files, pickles, stream, writing
 from nanollm.errors import CheckpointError
 
@@ -68,14 +67,6 @@ def test_a_file_cut_while_it_is_read(tmp_path):
         stored["a"].read_run(0, torch.empty(2, 3))
 
 
-def test_links_of_the_hub_cache_are_read(tmp_path):
-    snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "0abc", tmp_path / "models--o--n" / "blobs"
-    snapshot.mkdir(parents=True), blobs.mkdir()
-    save_file({"a": torch.ones(2)}, blobs / "sha")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/sha")
-    assert files.read_folder(snapshot).keys() == {"a"}
-
-
 def test_other_layouts_are_not_guessed_at(tmp_path):
     with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
         files.read_folder(tmp_path)
@@ -94,29 +85,6 @@ def test_equal_bytes(tmp_path):
     )
     stored = files.read_header(tmp_path / "x")
     assert [files.equal_bytes(stored["a"], stored[name], most=5) for name in "abcd"] == [True, True, False, False]
-
-
-def test_hub_names(tmp_path, monkeypatch):
-    assert hub.local_folder(tmp_path) == tmp_path
-    with pytest.raises(CheckpointError, match="no such folder, and not a hub name"):
-        hub.local_folder("models/of/mine")
-    asked = {}
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path)
-    )
-    assert hub.local_folder("owner/name-1.5") == tmp_path
-    assert asked["name"] == "owner/name-1.5" and not any(
-        "bin" in one or one == "*.safetensors" for one in asked["allow_patterns"]
-    )
-
-    def offline(name, **more):
-        raise ConnectionError("offline mode is enabled\nmore")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(
-        CheckpointError, match="owner/name: no such folder, and the hub does not .* offline mode is enabled$"
-    ):
-        hub.local_folder("owner/name")
 
 
 # ---- writing

@@ -159,7 +159,7 @@ def find(source: str) -> Found:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    found = layouts.describe(path if path.exists() else hub.local_path(source, ("config.json",)))
+    found = layouts.describe(path if path.exists() else hub.local_path(source, weights=False))
     config, values, stored = config_of(found)[1], found.values, found.stored
     held: Counter[torch.dtype] = Counter()                  # bytes
     for tensor in stored.values():
