@@ -8,11 +8,13 @@
 
 SRC is a model folder, a name on the Hugging Face hub, or a file that describes a model: a config.json, a params.json,
 a *.gguf. DST appears whole, with the tokenizer files of SRC, or not at all. Every value is checked on its way: a NaN or
-an infinity ends it.
+an infinity ends it. Without --dtype each tensor keeps the dtype that it has in SRC, and config.json says which one the
+model is computed in, as in SRC (source.py).
 """
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import re
 import shutil
@@ -72,12 +74,19 @@ class Conversion:
 
 
 def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None) -> Conversion:
-    """What becomes what. Raises ConfigError if the layout cannot express the model."""
+    """What becomes what; dtype None: each tensor keeps its own. Raises ConfigError if the layout cannot express the
+    model."""
     parameters = source.parameters()
-    dtypes = {name: source.dtype(name, dtype) for name in parameters}
+    dtypes = {name: source.dtype(name, dtype) for name in parameters} if dtype else source.stored_dtypes
     origin = export.origin_of(source)
-    written = export.plan_export(source.config, parameters, dtypes, origin, to)
-    return Conversion(source, origin, written, dtypes, list(moves(source.steps, written.steps)))
+    working = dtype or source.working_dtype
+    written = export.plan_export(source.config, parameters, dtypes, origin, to, working)
+    moved = list(moves(source.steps, written.steps))
+    if dtype is None:                            # also where tensors of several dtypes are one parameter: experts
+        alike = {there: (source.stored[here].dtype, written.tensors[there][1])
+                 for move in moved if move.straight for here, there in move.pairs()}
+        written = dataclasses.replace(written, tensors=written.tensors | alike)
+    return Conversion(source, origin, written, dtypes, moved)
 
 
 def moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:

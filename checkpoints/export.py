@@ -12,9 +12,9 @@ other is written by its family, or else by the first family that can say all of 
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,7 @@ from checkpoints.layouts.original import (
 )
 from checkpoints.names import table
 from checkpoints.names.reader import Reader
-from checkpoints.source import Source
+from checkpoints.source import Source, majority
 from checkpoints.storage import pickles, writing
 from checkpoints.storage.files import Stored
 from nanollm.config import Attention, ModelConfig, Rope
@@ -109,8 +109,9 @@ def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, 
 
 
 def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype],
-                origin: Origin | None, to: str = "hf") -> Export:
-    """What will be written. `parameters` may be on the meta device; `dtypes` are what they are written as.
+                origin: Origin | None, to: str = "hf", working: torch.dtype | None = None) -> Export:
+    """What will be written. `parameters` may be on the meta device; `dtypes` are what they are written as, `working`
+    what config.json says that the model is computed in, by default what most of the weights are.
 
     Raises ConfigError where the format `to` cannot express the model."""
     if to == "hf":
@@ -119,12 +120,11 @@ def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: M
         values, names = _nanollm(config, origin)
     else:
         values, names = _original(config, origin, to)
-    kinds: Counter[str] = Counter()
-    for name, parameter in parameters.items():
-        kinds[table.short(dtypes[name])] += parameter.numel()
-    values |= {key: kinds.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in values}
+    working = working or majority(torch.empty(one.shape, dtype=dtypes[name], device="meta")
+                                  for name, one in parameters.items())
+    values |= {key: table.short(working) for key in ("dtype", "torch_dtype") if key in values}
     steps = (steps_of if to in ("meta", "mistral") else table.expand)(names, parameters, config)
-    tensors = {theirs: (dtypes[step.ours[0]], shape)
+    tensors = {theirs: (functools.reduce(torch.promote_types, [dtypes[name] for name in step.ours]), shape)
                for step in steps for theirs, shape in step.shapes(parameters).items()}
     return Export(to, values, steps, tensors)
 

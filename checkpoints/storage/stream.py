@@ -181,8 +181,8 @@ def same_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str,
     places = dict.fromkeys(step.theirs, 0)
     for name, piece in step.pieces(parameters):
         for part in runs(piece):
-            ours = (part.dense() if isinstance(part, Beside) else part).contiguous().view(-1)
             theirs = torch.empty(part.numel(), dtype=stored[name].dtype)
+            ours = (part.dense() if isinstance(part, Beside) else part).to(theirs.dtype).contiguous().view(-1)
             stored[name].read_run(places[name], theirs)
             places[name] += part.numel()
             yield name, same_bits(ours, theirs)
