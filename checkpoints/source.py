@@ -34,7 +34,7 @@ from torch import nn
 from checkpoints import layouts
 from checkpoints.families import Family, read_config
 from checkpoints.layouts.original import with_rope_layout
-from checkpoints.names import table
+from checkpoints.names import prefixes, table
 from checkpoints.storage import files, quantized, stream
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError
@@ -133,8 +133,9 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     if not stored:
         raise CheckpointError(f"{found.folder}: no tensors in any file")
     kind, config = config_of(found, ignore)
+    stored = prefixes.unwrapped(stored, found.tables or kind.tables(config), str(found.folder))
     stored = _language_model(stored, kind, config, found.folder)
-    model, names, steps = _plan(kind, found, config, stored, ignore)
+    stored, model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore)
 
 
@@ -161,18 +162,30 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
 
 
 def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored],
-          ignore: tuple[str, ...]) -> tuple[Decoder, table.Table, list[table.Step]]:
-    """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
+          ignore: tuple[str, ...]) -> tuple[dict[str, files.Stored], Decoder, table.Table, list[table.Step]]:
+    """The tensors, the model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
     model = _on_meta(config, found.where)
     parameters = dict(model.named_parameters())
 
     def lacking(names: table.Table) -> int:
         return len(table.missing(table.expand(names, parameters, config), stored))
 
-    names = min(found.tables or family.tables(config), key=lacking)
+    tables, where = found.tables or family.tables(config), str(found.folder)
+    names = min(tables, key=lacking)
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
+    if lacking(names):
+        needed = {name for step in table.expand(names, parameters, config) for name in step.theirs}
+        whole = prefixes.of_whole_model(stored, needed, embed, where)
+        if whole.keys() != stored.keys() and not config.tied and head not in whole:
+            raise CheckpointError(f"{where}: a base model that was saved alone, without {head}, which config.json does "
+                                  "not tie to the embedding; transformers would draw a random one. "
+                                  "Save the model with its head")
+        stored = whole
+        prefixes.need_one_way(stored, needed, tables, where)
+    if config.tied and head in stored and embed not in stored:   # safetensors' save_model keeps one name of the two
+        stored = {embed if name == head else name: one for name, one in stored.items()}
     if config.tied and head in stored:           # stored although tied: a copy is passed over, another head is kept
-        if embed in stored and files.equal_bytes(stored[head], stored[embed]):
+        if files.equal_bytes(stored[head], stored[embed]):
             ignore = (*ignore, head)
         else:
             warnings.warn(f"{found.folder}: tied by config.json, but {head} is not the embedding; "
@@ -180,8 +193,8 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)
-    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, str(found.folder))
-    return model, names, steps
+    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, where)
+    return stored, model, names, steps
 
 
 def _on_meta(config: ModelConfig, where: str) -> Decoder:

@@ -119,7 +119,7 @@ def test_what_a_config_says(values, dtype):
 
 
 def test_an_island_stays_as_it_is_stored(tmp_path):
-    """The correction of a router: transformers keeps it in float32 (_keep_in_fp32_modules_strict), and so is it here."""
+    """The correction of a router: transformers keeps it in float32 (_keep_in_fp32_modules_strict), and so do we."""
     fixture = FIXTURES["moonlight"]
     name = next(one for one in _names(fixture, tmp_path / "names") if "e_score_correction_bias" in one)
     tensors = mixed(tmp_path / "in", name, torch.bfloat16, torch.float32, fixture, torch_dtype="bfloat16")
