@@ -142,9 +142,9 @@ def one_thread() -> Iterator[None]:
 
 
 def need_room(folder: Path, size: int) -> None:
-    """Raises CheckpointError if the disk has less room than this."""
-    parent = next(one for one in folder.absolute().parents if one.exists())
-    free = shutil.disk_usage(parent).free
+    """Raises CheckpointError if the disk that the folder is on, or will be on, has less room than this."""
+    folder = folder.absolute()
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
     if free < size:
         raise CheckpointError(f"{folder}: {size:,} bytes to write, and {free:,} free on that disk; nothing was written")
 
