@@ -43,9 +43,10 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
          ignore: Collection[str] = ()) -> Decoder:
     """The model in a folder or on the hub, in eval mode.
 
-    dtype None keeps each tensor as it is stored; what is stored in fewer than 16 bits becomes bfloat16. Of a multimodal
-    model it is the language model, and a warning says what was left out. Layouts other than Hugging Face's are read too
-    (checkpoints/layouts); pickles are not, see `python -m checkpoints.convert`.
+    dtype None is what config.json says, or else what most of the weights are stored in (source.py); what is stored in
+    fewer than 16 bits becomes bfloat16. Of a multimodal model it is the language model, and a warning says what was
+    left out. Layouts other than Hugging Face's are read too (checkpoints/layouts); pickles are not, see `python -m
+    checkpoints.convert`.
 
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
     nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats."""
@@ -59,7 +60,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
 
 def config(source: str | Path) -> ModelConfig:
     """What the model in a folder or on the hub is, without its weights. Raises ConfigError or CheckpointError."""
-    found = layouts.describe(hub.local_path(source, ("config.json",)))
+    found = layouts.describe(hub.local_path(source, weights=False))
     return config_of(found)[1]
 
 

@@ -153,7 +153,7 @@ def weights(a: Source, b: Source) -> Iterator[Weight]:
 def _values(steps: list[Step], source: Source) -> dict[str, Tensor]:
     """The parameters of a few steps, as they are stored."""
     shapes = source.parameters()
-    found = {name: torch.empty(shapes[name].shape, dtype=source.dtype(name, None))
+    found = {name: torch.empty(shapes[name].shape, dtype=source.stored_dtypes[name])
              for step in steps for name in step.ours}
     for step in steps:
         stream.load_step(step, source.stored, found)

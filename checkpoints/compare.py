@@ -219,7 +219,7 @@ def said(source: Source) -> str:
 
 
 def opened(source: str, args: argparse.Namespace) -> Source:
-    path = hub.local_path(source, hub.wanted(args.allow_pickle))
+    path = hub.local_path(source, args.allow_pickle)
     return open_source(path, args.ignore, allow_pickle=args.allow_pickle)
 
 

@@ -2,17 +2,21 @@
 
     python -m checkpoints.convert SRC DST                              to a Hugging Face folder
     python -m checkpoints.convert SRC DST --to meta                    … to params.json and consolidated.00.pth (Llama)
+    python -m checkpoints.convert SRC DST --to gguf --dtype q8_0       … to model.gguf, which llama.cpp runs
     python -m checkpoints.convert SRC DST --dtype bfloat16 --verify    cast, and compare what was written with SRC
     python -m checkpoints.convert SRC DST --dry-run                    what would become what; nothing is written
     python -m checkpoints.convert SRC DST --allow-pickle               SRC has pickles (.bin, .pth), and you trust it
 
 SRC is a model folder, a name on the Hugging Face hub, or a file that describes a model: a config.json, a params.json,
 a *.gguf. DST appears whole, with the tokenizer files of SRC, or not at all. Every value is checked on its way: a NaN or
-an infinity ends it.
+an infinity ends it. Without --dtype each tensor keeps the dtype that it has in SRC, and config.json says which one the
+model is computed in, as in SRC (source.py).
 """
 
 import argparse
 import contextlib
+import dataclasses
+import math
 import re
 import shutil
 import time
@@ -35,7 +39,8 @@ from nanollm import cli
 from nanollm.errors import CheckpointError, InputError
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+Q8_0 = "q8_0"
+PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,20 @@ class Conversion:
     moves: list[Move]
 
 
-def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None) -> Conversion:
-    """What becomes what. Raises ConfigError if the layout cannot express the model."""
+def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quantized: str | None = None) -> Conversion:
+    """What becomes what; dtype None: each tensor keeps its own. Raises ConfigError if the layout cannot express the
+    model."""
     parameters = source.parameters()
-    dtypes = {name: source.dtype(name, dtype) for name in parameters}
+    dtypes = {name: source.dtype(name, dtype) for name in parameters} if dtype else source.stored_dtypes
     origin = export.origin_of(source)
-    written = export.plan_export(source.config, parameters, dtypes, origin, to)
-    return Conversion(source, origin, written, dtypes, list(moves(source.steps, written.steps)))
+    working = dtype or source.working_dtype
+    written = export.plan_export(source.config, parameters, dtypes, origin, to, working, quantized)
+    moved = list(moves(source.steps, written.steps))
+    if dtype is None and to != "gguf":           # also where tensors of several dtypes are one parameter: experts
+        alike = {there: (source.stored[here].dtype, written.tensors[there][1])
+                 for move in moved if move.straight for here, there in move.pairs()}
+        written = dataclasses.replace(written, tensors=written.tensors | alike)
+    return Conversion(source, origin, written, dtypes, moved)
 
 
 def moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:
@@ -113,11 +125,14 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
                 _move(move, conversion, places, ring, out)
                 done(move.size(places))
         if verify:                               # the folder as anyone would find it
-            places = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
+            again = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
+            if written.to != "gguf":             # whose places know how their numbers were packed
+                places = again
             for move in conversion.moves:
                 _compare(move, conversion, places, ring)
                 done(move.size(places))
-        export.copy_companions(conversion.origin, draft, folder)
+        if written.to != "gguf":                 # which has its tokenizer inside
+            export.copy_companions(conversion.origin, draft, folder)
 
 
 @contextlib.contextmanager
@@ -132,9 +147,9 @@ def one_thread() -> Iterator[None]:
 
 
 def need_room(folder: Path, size: int) -> None:
-    """Raises CheckpointError if the disk has less room than this."""
-    parent = next(one for one in folder.absolute().parents if one.exists())
-    free = shutil.disk_usage(parent).free
+    """Raises CheckpointError if the disk that the folder is on, or will be on, has less room than this."""
+    folder = folder.absolute()
+    free = shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
     if free < size:
         raise CheckpointError(f"{folder}: {size:,} bytes to write, and {free:,} free on that disk; nothing was written")
 
@@ -200,11 +215,12 @@ def _name(op: object) -> str:
 
 
 def size(text: str) -> int:
-    """Bytes from a text such as 5GB, 500MB or 1GiB. Raises InputError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)?", text.strip(), re.IGNORECASE | re.ASCII)
-    if not found or float(found[1]) * UNITS[(found[2] or "").upper()] < 1:
-        raise InputError(f"--shard-size {text}: expected a size, such as 5GB, 500MB or 2GiB")
-    return int(float(found[1]) * UNITS[(found[2] or "").upper()])
+    """Bytes from a text such as 5GB, 5G, 500MB, 1TB or 1GiB. Raises InputError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE | re.ASCII)
+    count = float(found[1]) * (1024 if found[3] else 1000) ** PREFIXES[found[2].upper()] if found else 0
+    if count < 1 or math.isinf(count):
+        raise InputError(f"--shard-size {text}: expected a size, such as 5GB, 500M, 2GiB or a number of bytes")
+    return int(count)
 
 
 def run() -> None:
@@ -215,9 +231,11 @@ def run() -> None:
     add("source", metavar="SRC", help="model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
     add("destination", metavar="DST", type=Path, help="folder to write, which does not exist yet, or is empty")
     add("--to", choices=export.FORMATS, default="hf",
-        help="layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral)")
-    add("--dtype", choices=DTYPES, default="auto",
-        help="dtype of the weights; auto keeps what is stored, and makes bfloat16 of 8 and 4 bits")
+        help="layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral), gguf "
+        "(llama.cpp)")
+    add("--dtype", choices=(*DTYPES, Q8_0), default="auto",
+        help="dtype of the weights; auto keeps what is stored, and makes bfloat16 of 8 and 4 bits; "
+        "q8_0, 8 bits in blocks of 32, is GGUF's")
     add("--shard-size", default="5GB", metavar="SIZE",
         help="size of a file, at most, where the layout knows shards (default 5GB)")
     add("--family", metavar="MODEL_TYPE", help="model_type, for a folder that does not say, or says something else")
@@ -229,9 +247,14 @@ def run() -> None:
         help="permission to read .bin and .pth files, from people you trust, though none of what they name is run")
     args = parser.parse_args()
     shard_bytes = size(args.shard_size)
-    path = hub.local_path(args.source, hub.wanted(args.allow_pickle))
+    if args.dtype == Q8_0 and args.to != "gguf":
+        parser.error("--dtype q8_0 goes with --to gguf")
+    if args.destination.suffix == ".gguf":
+        parser.error(f"DST {args.destination}: expected a folder, in which model.gguf is written")
+    path = hub.local_path(args.source, args.allow_pickle)
     source = open_source(path, args.ignore, args.family, args.allow_pickle)
-    conversion = plan(source, args.to, DTYPES[args.dtype])
+    quantized = "Q8_0" if args.dtype == Q8_0 else None
+    conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized)
     total = conversion.written.nbytes
     print(f"{source.folder} ({source.family.name}, {source.layout}) → {args.destination} ({args.to}): "
           f"{len(conversion.written.tensors):,} tensors, {total:,} bytes")

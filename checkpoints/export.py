@@ -5,6 +5,7 @@
     nanollm   config.json          the same files, with our own names         nanollm: any model that can be built here
     meta      params.json          consolidated.00.pth                        Meta's published code; Llama
     mistral   params.json          consolidated.safetensors                   Mistral's published code; Mistral, Mixtral
+    gguf      model.gguf           the same file (layouts/gguf_export.py)     llama.cpp
 
 nanollm loads them all. A model that came from a Hugging Face folder keeps its config.json, but for what changed. Any
 other is written by its family, or else by the first family that can say all of it.
@@ -12,9 +13,9 @@ other is written by its family, or else by the first family that can say all of 
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import warnings
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from checkpoints import layouts
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
 from checkpoints.families.family import TOKENS
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.layouts import gguf_tokens, hub
+from checkpoints.layouts import gguf_export, gguf_tokens, hub
 from checkpoints.layouts.original import (
     NAMES,
     SINGLE,
@@ -39,13 +41,13 @@ from checkpoints.layouts.original import (
 )
 from checkpoints.names import table
 from checkpoints.names.reader import Reader
-from checkpoints.source import Source
-from checkpoints.storage import pickles, writing
+from checkpoints.source import Source, majority
+from checkpoints.storage import gguf_writing, pickles, writing
 from checkpoints.storage.files import Stored
 from nanollm.config import Attention, ModelConfig, Rope
 from nanollm.errors import ConfigError, TokenizerError
 
-FORMATS = ("hf", "nanollm", "meta", "mistral")
+FORMATS = ("hf", "nanollm", "meta", "mistral", "gguf")
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,31 @@ class Export:
         return writing.lay_out(draft, self.tensors, shard_bytes)
 
 
+@dataclass(frozen=True)
+class GgufExport(Export):
+    """A model as one file for llama.cpp."""
+    described: gguf_export.Described
+    kinds: Mapping[str, str]                     # tensor → its type in the file
+    origin: Origin | None
+    rows: int                                    # of the embedding
+
+    @property
+    def nbytes(self) -> int:
+        return sum(gguf_writing.nbytes(self.kinds[name], shape) for name, (_, shape) in self.tensors.items())
+
+    def lay_out(self, draft: Path, shard_bytes: int) -> dict[str, Stored]:
+        tokenizer = None
+        try:
+            if self.origin:
+                tokenizer = layouts.read_tokenizer(self.origin.inside or self.origin.folder)
+        except TokenizerError as error:
+            none = f"model.gguf is written without a tokenizer, so llama.cpp cannot run it: {error}"
+            warnings.warn(none, stacklevel=3)
+        name = self.origin.folder.resolve().name if self.origin else self.described.kind
+        shapes = {name: shape for name, (_, shape) in self.tensors.items()}
+        return gguf_export.lay_out(draft, self.described, name, tokenizer, self.kinds, shapes, self.rows)
+
+
 def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, str]:
     """The layout that `save` writes, "hf" or "nanollm", and why it is our own, in words, where it is."""
     try:
@@ -111,22 +138,26 @@ def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, 
 
 
 def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype],
-                origin: Origin | None, to: str = "hf") -> Export:
-    """What will be written. `parameters` may be on the meta device; `dtypes` are what they are written as.
+                origin: Origin | None, to: str = "hf", working: torch.dtype | None = None,
+                quantized: str | None = None) -> Export:
+    """What will be written. `parameters` may be on the meta device; `dtypes` are what they are written as, `working`
+    what config.json says that the model is computed in, by default what most of the weights are; `quantized` the type
+    of a GGUF's matrices, where it is none of torch's.
 
     Raises ConfigError where the format `to` cannot express the model."""
+    if to == "gguf":
+        return _gguf(config, parameters, dtypes, origin, quantized)
     if to == "hf":
         values, names = _hf(config, origin)
     elif to == "nanollm":
         values, names = _nanollm(config, origin)
     else:
         values, names = _original(config, origin, to)
-    kinds: Counter[str] = Counter()
-    for name, parameter in parameters.items():
-        kinds[table.short(dtypes[name])] += parameter.numel()
-    values |= {key: kinds.most_common(1)[0][0] for key in ("dtype", "torch_dtype") if key in values}
+    working = working or majority(torch.empty(one.shape, dtype=dtypes[name], device="meta")
+                                  for name, one in parameters.items())
+    values |= {key: table.short(working) for key in ("dtype", "torch_dtype") if key in values}
     steps = (steps_of if to in ("meta", "mistral") else table.expand)(names, parameters, config)
-    tensors = {theirs: (dtypes[step.ours[0]], shape)
+    tensors = {theirs: (functools.reduce(torch.promote_types, [dtypes[name] for name in step.ours]), shape)
                for step in steps for theirs, shape in step.shapes(parameters).items()}
     return Export(to, values, steps, tensors)
 
@@ -187,6 +218,23 @@ def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict
     if again != kept:
         raise ConfigError(f"params.json cannot say what the model is: {difference(kept, again, 'config')}")
     return params, for_heads_in(NAMES, rope_layout(config), "interleaved")
+
+
+def _gguf(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype],
+          origin: Origin | None, quantized: str | None) -> Export:
+    half = with_rope_layout(config, "half")
+    known = origin.family if origin and origin.family is not NANOLLM else None
+    family, values = write_config(half, known)
+    described = gguf_export.describe(config, family, values, str(origin.folder) if origin else "model")
+    steps = table.expand(described.names, parameters, config)
+    kinds: dict[str, str] = {}
+    tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    for step in steps:
+        wanted = quantized or gguf_export.KINDS[dtypes[step.ours[0]]]
+        for name, shape in step.shapes(parameters).items():
+            kinds[name] = gguf_writing.kind_of(name, shape, wanted)
+            tensors[name] = gguf_writing.DTYPES[kinds[name]], shape
+    return GgufExport("gguf", described.keys, steps, tensors, described, kinds, origin, config.vocab)
 
 
 def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:

@@ -31,7 +31,7 @@ import json
 import math
 import sys
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,7 +42,7 @@ from checkpoints.layouts import hub, original
 from checkpoints.layouts.found import LARGEST_CONFIG
 from checkpoints.names import table
 from checkpoints.show import amount, billions
-from checkpoints.source import understand
+from checkpoints.source import Source, said_dtype, understand
 from checkpoints.storage import files, pickles
 from checkpoints.storage.files import Stored
 from nanollm import cli
@@ -50,6 +50,7 @@ from nanollm.errors import NanollmError
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 LISTED = 8                                       # files that are listed one by one
+SHOWN = 4                                        # patterns of names in a note
 
 
 @dataclass
@@ -90,6 +91,7 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
         report.notes += [str(one.message) for one in told]
         report.family = source.family.name
         report.parameters = sum(parameter.numel() for parameter in source.parameters().values())
+        report.notes += _casts(source)
     except NanollmError as error:
         report.reason = str(error)
     if not report.stored:
@@ -97,6 +99,26 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
     if report.family == "nanollm":
         report.layout = "nanollm"
     return report
+
+
+def _casts(source: Source) -> Iterator[str]:
+    """The dtype that load() gives the model, and each other one that tensors are stored in, with what becomes of it."""
+    working, others = source.working_dtype, defaultdict(list)
+    for step in source.steps:
+        kept = source.dtype(step.ours[0], None)
+        for name in step.theirs:
+            if (found := source.stored[name].dtype) not in (working, kept) or kept != working:
+                others[found, kept].append(name)
+    by = "config.json says so" if said_dtype(source.values) else "most of the weights are"
+    for (found, kept), names in others.items():
+        becomes = "stay so" if kept == found else f"become {table.short(kept)} in memory"
+        patterns: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            patterns[folding.pattern(name)].append(name)
+        listed = [folding.folded(each) for each in patterns.values()]
+        more = f" and {len(listed) - SHOWN} more patterns" if len(listed) > SHOWN else ""
+        yield (f"the model is {table.short(working)}, as {by}; {len(names)} tensors are stored in {table.short(found)} "
+               f"and {becomes}: {', '.join(listed[:SHOWN])}{more}")
 
 
 def which_layout(path: Path) -> str:
@@ -238,7 +260,7 @@ def run() -> None:
         help="config key or tensor, of those that reading complains of, to pass over; may be repeated")
     add("--allow-pickle", action="store_true", help="permission to read .bin and .pth files, from people you trust")
     args = parser.parse_args()
-    path = hub.local_path(args.source, hub.wanted(args.allow_pickle))
+    path = hub.local_path(args.source, args.allow_pickle)
     report = look(path, args.ignore, args.family, args.allow_pickle)
     print((facts if args.json else describe)(report, args.tensors))
     if report.reason is not None:

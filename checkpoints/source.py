@@ -7,11 +7,23 @@
 What comes out fits: every parameter has its tensor and every tensor its parameter, in the right shape. If not, the
 error has the whole list. load() fills a model from it, convert.py writes another folder from it, inspect.py and
 compare.py look at it.
+
+A folder may hold tensors of several dtypes: a float32 head in a bfloat16 model. Which one the model is computed in is
+one rule, for all that read folders:
+
+    1. what config.json says (`dtype`, `torch_dtype`), as transformers takes it
+    2. where it says nothing, the dtype of most elements of the matrices
+
+Every parameter is cast to it, but for the float32 islands, which their modules name (FLOAT32): these stay as stored.
+convert.py casts nothing that it was not asked to: what it writes is each tensor in its own dtype.
 """
 
 import dataclasses
+import functools
+import math
 import warnings
-from collections.abc import Collection
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +34,7 @@ from torch import nn
 from checkpoints import layouts
 from checkpoints.families import Family, read_config
 from checkpoints.layouts.original import with_rope_layout
-from checkpoints.names import table
+from checkpoints.names import prefixes, table
 from checkpoints.storage import files, quantized, stream
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError
@@ -51,17 +63,31 @@ class Source:
         """Names and shapes, each parameter once: of tied ones the first."""
         return dict(self.model.named_parameters())
 
+    @functools.cached_property
+    def working_dtype(self) -> torch.dtype:
+        """What the model is computed in, where nothing else is asked for: the rule at the head of the file."""
+        said = said_dtype(self.values)
+        return said or majority(self.stored[name] for step in self.steps for name in step.theirs)
+
+    @functools.cached_property
+    def stored_dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype of each parameter on disk; of one whose parts are stored in several, one that holds them all."""
+        found: dict[str, torch.dtype] = {}
+        for step in self.steps:
+            kinds = {self.stored[name].dtype for name in step.theirs}
+            found |= dict.fromkeys(step.ours, functools.reduce(torch.promote_types, kinds))
+        return found
+
     def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
-        """What a parameter is kept as: as stored, or as wanted, but float32 at least where its module needs that."""
-        step = next(step for step in self.steps if name in step.ours)
-        if wanted is None:
-            return self.stored[step.theirs[0]].dtype
+        """What a parameter is kept as: the working dtype, or the wanted one. An island stays as it is stored, and is
+        float32 at least where a dtype is wanted."""
         owner, _, leaf = name.rpartition(".")
-        wide = leaf in getattr(self.model.get_submodule(owner), "FLOAT32", ())
-        return torch.promote_types(wanted, torch.float32) if wide else wanted
+        if leaf not in getattr(self.model.get_submodule(owner), "FLOAT32", ()):
+            return wanted or self.working_dtype
+        return torch.promote_types(wanted, torch.float32) if wanted else self.stored_dtypes[name]
 
     def fill(self, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Decoder:
-        """The model, which has been on the meta device, in memory and in eval mode. dtype None: as stored."""
+        """The model, which has been on the meta device, in memory and in eval mode. dtype None: the working dtype."""
         for name, parameter in self.parameters().items():
             owner, _, leaf = name.rpartition(".")
             kept = torch.empty(parameter.shape, dtype=self.dtype(name, dtype), device=device)
@@ -71,6 +97,24 @@ class Source:
         for step in self.steps:
             stream.load_step(step, self.stored, parameters)
         return self.model.eval()
+
+
+def said_dtype(values: Mapping[str, Any]) -> torch.dtype | None:
+    """The dtype that a config.json says, of a multimodal model that of its language model; None: none that is read."""
+    names = {table.short(dtype): dtype for dtype in table.READABLE}
+    places = [each for each in (values, values.get("text_config")) if isinstance(each, dict)]
+    told = [each.get(key) for each in places for key in ("dtype", "torch_dtype")]
+    found = (names.get(word.removeprefix("torch.")) for word in told if isinstance(word, str))
+    return next((dtype for dtype in found if dtype is not None), None)
+
+
+def majority(tensors: Iterable[table.Header]) -> torch.dtype:
+    """The dtype of most elements of the matrices; where there are none, of all."""
+    elements: Counter[torch.dtype] = Counter()
+    for one in sorted(tensors, key=lambda one: len(one.shape) < 2):
+        if len(one.shape) >= 2 or not elements:
+            elements[one.dtype] += math.prod(one.shape)
+    return elements.most_common(1)[0][0]
 
 
 def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None,
@@ -90,8 +134,9 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     if not stored:
         raise CheckpointError(f"{found.folder}: no tensors in any file")
     kind, config = config_of(found, ignore)
+    stored = prefixes.unwrapped(stored, found.tables or kind.tables(config), str(found.folder))
     stored = _language_model(stored, kind, config, found.folder)
-    model, names, steps = _plan(kind, found, config, stored, ignore)
+    stored, model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore, found.inside)
 
 
@@ -118,18 +163,30 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
 
 
 def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dict[str, files.Stored],
-          ignore: tuple[str, ...]) -> tuple[Decoder, table.Table, list[table.Step]]:
-    """The model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
+          ignore: tuple[str, ...]) -> tuple[dict[str, files.Stored], Decoder, table.Table, list[table.Step]]:
+    """The tensors, the model without memory, and how it will be filled. Raises CheckpointError if it cannot be."""
     model = _on_meta(config, found.where)
     parameters = dict(model.named_parameters())
 
     def lacking(names: table.Table) -> int:
         return len(table.missing(table.expand(names, parameters, config), stored))
 
-    names = min(found.tables or family.tables(config), key=lacking)
+    tables, where = found.tables or family.tables(config), str(found.folder)
+    names = min(tables, key=lacking)
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
+    if lacking(names):
+        needed = {name for step in table.expand(names, parameters, config) for name in step.theirs}
+        whole = prefixes.of_whole_model(stored, needed, embed, where)
+        if whole.keys() != stored.keys() and not config.tied and head not in whole:
+            raise CheckpointError(f"{where}: a base model that was saved alone, without {head}, which config.json does "
+                                  "not tie to the embedding; transformers would draw a random one. "
+                                  "Save the model with its head")
+        stored = whole
+        prefixes.need_one_way(stored, needed, tables, where)
+    if config.tied and head in stored and embed not in stored:   # safetensors' save_model keeps one name of the two
+        stored = {embed if name == head else name: one for name, one in stored.items()}
     if config.tied and head in stored:           # stored although tied: a copy is passed over, another head is kept
-        if embed in stored and files.equal_bytes(stored[head], stored[embed]):
+        if files.equal_bytes(stored[head], stored[embed]):
             ignore = (*ignore, head)
         else:
             warnings.warn(f"{found.folder}: tied by config.json, but {head} is not the embedding; "
@@ -137,8 +194,8 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)
-    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, str(found.folder))
-    return model, names, steps
+    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, where)
+    return stored, model, names, steps
 
 
 def _on_meta(config: ModelConfig, where: str) -> Decoder:

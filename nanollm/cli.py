@@ -1,9 +1,11 @@
-"""What all commands share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1."""
+"""What all commands share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1, and so
+does a file that the system does not let us read or write; a warning is one line too."""
 
 import argparse
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,16 +32,27 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
+def one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+             line: str | None = None) -> str:
+    """A warning without the line of our code that gave it; one of Python's own kinds keeps its name and place."""
+    if category is UserWarning:
+        return f"warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+
+
 def main(run: Callable[[], None]) -> None:
-    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end.
+    """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end, a warning `warning: …`.
 
     Where all ranks of a run fail alike, only the first prints the error.
     """
     ending: str | int = 0
+    warnings.formatwarning = one_line
     try:
         run()
     except NanollmError as error:
         ending = f"error: {error}" if error.alone or os.environ.get("RANK", "0") == "0" else 1
+    except PermissionError as error:
+        ending = f"error: {error.filename or 'a file'}: {error.strerror or 'permission denied'}"
     except KeyboardInterrupt:
         ending = 130
     except BrokenPipeError:                                # `… | head` has seen enough

@@ -104,7 +104,8 @@ LOADED = [key for key, group in GROUPS.items() if group.use is checkpoints.load 
 def test_no_memory_is_taken_for_what_does_not_fit(key, goods, tmp_path, monkeypatch):
     """Here whoever takes memory for a parameter, begins to fill a model, or reads a tensor fails the test: but
     for values
-    that are not finite. (Mistral's own layout does not say whether the head is the embedding: they are compared.)"""
+    that are not finite. (Mistral's own layout does not say whether the head is the embedding: they are compared; so
+    are two tensors of one name.)"""
     def refuse(*args, **more):
         pytest.fail("memory was taken before the plan held")
 
@@ -116,7 +117,7 @@ def test_no_memory_is_taken_for_what_does_not_fit(key, goods, tmp_path, monkeypa
         return found if found.is_meta else refuse()
 
     for number, (harm, cause) in enumerate(GROUPS[key].cases.values()):
-        if cause is not None and "NaN or an infinity" not in cause:
+        if cause is not None and "NaN or an infinity" not in cause and "other values" not in cause:
             folder = prepared(harm, tmp_path / str(number), goods(key))
             with monkeypatch.context() as watched, pytest.raises(NanollmError):
                 watched.setattr(torch, "empty", empty)

@@ -393,10 +393,11 @@ def test_shards(tmp_path):
 
 
 def test_sizes():
-    assert [convert.size(text) for text in ("5GB", "500 MB", "2GiB", "1.5kB", "7", "7B")] == [
-        5 * 10**9, 5 * 10**8, 2**31, 1500, 7, 7,
+    texts = ("5GB", "500 MB", "2GiB", "1.5kB", "7", "7B", "5G", "1TB", "2T", "500M", "3GI", "5000000000")
+    assert [convert.size(text) for text in texts] == [
+        5 * 10**9, 5 * 10**8, 2**31, 1500, 7, 7, 5 * 10**9, 10**12, 2 * 10**12, 5 * 10**8, 3 * 2**30, 5 * 10**9,
     ]
-    for text in ("", "GB", "5 TB", "-1GB", "0", "1e9"):
+    for text in ("", "GB", "5 PB", "-1GB", "0", "1e9", "9" * 400):
         with pytest.raises(InputError, match="--shard-size .*expected a size"):
             convert.size(text)
 

@@ -4,12 +4,15 @@ Damaged and hostile ones are in tests/hostile/."""
 
 import json
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints.layouts import hub
+from checkpoints import convert
 from checkpoints.storage import files, pickles, stream, writing
 from nanollm.errors import CheckpointError
 
@@ -68,14 +71,6 @@ def test_a_file_cut_while_it_is_read(tmp_path):
         stored["a"].read_run(0, torch.empty(2, 3))
 
 
-def test_links_of_the_hub_cache_are_read(tmp_path):
-    snapshot, blobs = tmp_path / "models--o--n" / "snapshots" / "0abc", tmp_path / "models--o--n" / "blobs"
-    snapshot.mkdir(parents=True), blobs.mkdir()
-    save_file({"a": torch.ones(2)}, blobs / "sha")
-    (snapshot / "model.safetensors").symlink_to("../../blobs/sha")
-    assert files.read_folder(snapshot).keys() == {"a"}
-
-
 def test_other_layouts_are_not_guessed_at(tmp_path):
     with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
         files.read_folder(tmp_path)
@@ -94,29 +89,6 @@ def test_equal_bytes(tmp_path):
     )
     stored = files.read_header(tmp_path / "x")
     assert [files.equal_bytes(stored["a"], stored[name], most=5) for name in "abcd"] == [True, True, False, False]
-
-
-def test_hub_names(tmp_path, monkeypatch):
-    assert hub.local_folder(tmp_path) == tmp_path
-    with pytest.raises(CheckpointError, match="no such folder, and not a hub name"):
-        hub.local_folder("models/of/mine")
-    asked = {}
-    monkeypatch.setattr(
-        "huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path)
-    )
-    assert hub.local_folder("owner/name-1.5") == tmp_path
-    assert asked["name"] == "owner/name-1.5" and not any(
-        "bin" in one or one == "*.safetensors" for one in asked["allow_patterns"]
-    )
-
-    def offline(name, **more):
-        raise ConnectionError("offline mode is enabled\nmore")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(
-        CheckpointError, match="owner/name: no such folder, and the hub does not .* offline mode is enabled$"
-    ):
-        hub.local_folder("owner/name")
 
 
 # ---- writing
@@ -145,3 +117,105 @@ def test_a_failure_leaves_nothing(tmp_path, failure, seen):
         (draft / "half").write_text("x")
         raise failure
     assert os.listdir(tmp_path) == []
+
+
+@pytest.fixture
+def other_disk():
+    """An empty folder on another file system."""
+    shared = Path("/dev/shm")
+    if not shared.is_dir() or shared.stat().st_dev == Path(tempfile.gettempdir()).stat().st_dev:
+        pytest.skip("no second file system")
+    with tempfile.TemporaryDirectory(dir=shared) as folder:
+        yield Path(folder)
+
+
+def fill(destination, content="1"):
+    with writing.new_folder(destination) as draft:
+        for name in ("config.json", "z.safetensors"):
+            (draft / name).write_text(content)
+        (draft / "additional_chat_templates").mkdir()
+        (draft / "additional_chat_templates" / "x.jinja").write_text(content)
+
+
+def need_filled(folder):
+    assert sorted(os.listdir(folder)) == ["additional_chat_templates", "config.json", "z.safetensors"]
+    assert (folder / "additional_chat_templates/x.jinja").read_text() == "1"
+
+
+def test_a_link_to_an_empty_folder_on_another_disk(tmp_path, other_disk, monkeypatch):
+    """It stays a link, and the room is asked of the disk that it leads to."""
+    (tmp_path / "out").symlink_to(other_disk)
+    fill(tmp_path / "out")
+    need_filled(other_disk)
+    assert (tmp_path / "out").is_symlink() and os.listdir(tmp_path) == ["out"]
+    asked = []
+    real = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(os.stat(path).st_dev) or real(path))
+    for folder in (tmp_path / "out", tmp_path / "out" / "new" / "er", tmp_path / "there" / "not"):
+        convert.need_room(folder, 1)
+    assert asked == [other_disk.stat().st_dev] * 2 + [tmp_path.stat().st_dev]
+
+
+def test_an_empty_folder_that_cannot_be_replaced(tmp_path, monkeypatch):
+    """A mount point is busy, and the parent may be someone else's: nothing is made beside DST or takes its place."""
+    (tmp_path / "out").mkdir()
+    before, replace, mkdir = (tmp_path / "out").stat().st_ino, os.replace, Path.mkdir
+
+    def busy(path, target):
+        if Path(target) == tmp_path / "out":
+            raise OSError(16, "Device or resource busy", str(target))
+        replace(path, target)
+
+    def not_ours(path, *args, **more):
+        if path.parent == tmp_path:
+            raise PermissionError(13, "Permission denied", str(path))
+        mkdir(path, *args, **more)
+
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(Path, "mkdir", not_ours)
+    fill(tmp_path / "out")
+    need_filled(tmp_path / "out")
+    assert (tmp_path / "out").stat().st_ino == before
+    with pytest.raises(CheckpointError, match="new: cannot write: .*Permission denied"):
+        fill(tmp_path / "new")
+
+
+@pytest.mark.parametrize("at", range(3))
+def test_a_failure_while_files_are_moved_up(at, tmp_path, monkeypatch):
+    """Up to the last rename nothing looks like a model; after a failure nothing is left."""
+    (tmp_path / "out").mkdir()
+    seen, replace = [], os.replace
+
+    def failing(path, target):
+        assert not (tmp_path / "out/config.json").exists()
+        seen.append(Path(target).name)
+        if len(seen) > at:
+            raise OSError(28, "No space left on device")
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(CheckpointError, match="out: cannot write: .*No space left"):
+        fill(tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == [] and len(seen) == at + 1 and (at < 2 or seen[-1] == "config.json")
+    monkeypatch.undo()
+    fill(tmp_path / "out")
+    need_filled(tmp_path / "out")
+
+
+def test_what_a_killed_process_left_inside(tmp_path):
+    """A draft that no one holds is taken away; one that is being written is not."""
+    (tmp_path / "out" / ".out.12345678.tmp").mkdir(parents=True)
+    fill(tmp_path / "out")
+    need_filled(tmp_path / "out")
+    (tmp_path / "busy").mkdir()
+    with writing.new_folder(tmp_path / "busy") as draft:
+        with pytest.raises(CheckpointError, match="busy: exists and is not an empty folder"):
+            fill(tmp_path / "busy")
+        (draft / "config.json").write_text("1")
+    assert os.listdir(tmp_path / "busy") == ["config.json"]
+
+
+def test_a_link_to_nothing_is_no_destination(tmp_path):
+    (tmp_path / "out").symlink_to("nowhere")
+    with pytest.raises(CheckpointError, match="out: a link to nowhere, where there is nothing; make that folder"):
+        fill(tmp_path / "out")

@@ -211,11 +211,13 @@ def test_dtype(tmp_path):
     tensors = load_file(tmp_path / "in/model.safetensors")
     mixed = {name: tensor if "A_log" in name else tensor.bfloat16() for name, tensor in tensors.items()}
     save_file(mixed, tmp_path / "in/model.safetensors", {"format": "pt"})
-    model = checkpoints.load(tmp_path / "in")                                     # as stored, each tensor for itself
-    assert {p.dtype for n, p in model.named_parameters() if "A_log" in n} == {torch.float32}
-    assert {p.dtype for n, p in model.named_parameters() if "A_log" not in n} == {torch.bfloat16}
+    assert {p.dtype for p in checkpoints.load(tmp_path / "in").parameters()} == {torch.float32}    # config.json says so
+    said = json.loads((tmp_path / "in/config.json").read_text())
+    (tmp_path / "in/config.json").write_text(json.dumps(said | {"dtype": "bfloat16"}))
+    model, theirs = checkpoints.load(tmp_path / "in"), reload(tmp_path / "in", dtype="auto")
+    assert {p.dtype for p in model.parameters()} == {p.dtype for p in theirs.parameters()} == {torch.bfloat16}
     checkpoints.save(model, tmp_path / "out")
-    assert same_tensors(mixed, all_tensors(tmp_path / "out"))
+    assert same_tensors({name: one.bfloat16() for name, one in mixed.items()}, all_tensors(tmp_path / "out"))
     assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
     assert {p.dtype for p in checkpoints.load(tmp_path / "in", dtype=torch.float64).parameters()} == {torch.float64}
 

@@ -4,8 +4,8 @@
     hf         config.json           model.safetensors, or the shards that its index names           huggingface.py
                                      pytorch_model.bin, likewise: pickles, only where allowed
     meta       params.json           consolidated.00.pth …: pickles, one a model-parallel rank       original.py
-    mistral    params.json           consolidated.safetensors                                        original.py
-    gguf       itself                *.gguf, or its parts *-00001-of-00002.gguf …                     gguf_files.py
+    mistral    params.json           consolidated.safetensors, or the shards that its index names    original.py
+    gguf       itself                *.gguf, or its parts *-00001-of-00002.gguf …                    gguf_files.py
 
 A folder may hold the same weights twice, or under a name of its own (model.pt). The layout further up is read, unless a
 file of another one is given in place of the folder. Each layout has one function, `find`, which hands over one thing: a
@@ -17,6 +17,7 @@ from pathlib import Path
 from checkpoints.layouts import gguf_files, gguf_tokens, huggingface, original
 from checkpoints.layouts.found import Asked, Found
 from checkpoints.storage import gguf
+from checkpoints.storage.files import refused_in_words
 from nanollm.errors import CheckpointError
 from nanollm.text import tokenizer
 from nanollm.text.tokenizer import Tokenizer
@@ -26,6 +27,7 @@ __all__ = ["Asked", "Found", "describe", "find", "read_tokenizer"]
 NOTHING_SPECIAL = Asked()
 
 
+@refused_in_words()
 def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     """What is in a folder, or belongs to a file. Raises CheckpointError or ConfigError."""
     for layout in (huggingface, original, gguf_files):
@@ -38,11 +40,12 @@ def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     return huggingface.of_folder(path, asked)  # which says what the folder lacks
 
 
+@refused_in_words()
 def describe(path: Path) -> Found:
     """The same for who wants no weights: without tensors where a config.json is given, or stands beside pickles, which
     stay closed."""
     config = path / "config.json" if path.is_dir() else path
-    weights = [path / name for name in (*huggingface.WEIGHTS, original.SINGLE)]
+    weights = [path / name for name in (*huggingface.WEIGHTS, original.SINGLE, original.INDEX)]
     other = config.name == "params.json" or config.name.endswith(".index.json")
     if config.suffix == ".json" and not other and config.exists() and not any(each.exists() for each in weights):
         return huggingface.described(config, NOTHING_SPECIAL, {})

@@ -28,6 +28,7 @@ from checkpoints.names.table import Table
 from checkpoints.storage import gguf_writing
 from checkpoints.storage.files import Stored, as_bytes
 from nanollm.config import Attention, ModelConfig, Rope
+from nanollm.config.parts import RopeLayout
 from nanollm.errors import ConfigError
 from nanollm.layers.rope import frequencies
 from nanollm.text.tokenizer import Tokenizer
@@ -81,7 +82,7 @@ def describe(config: ModelConfig, family: Family, values: Values, where: str) ->
     architecture = ARCHITECTURES[kind]
     keys, vectors = keys_of(config, values, kind)
     layout = rope_layout(config)
-    wanted = "interleaved" if architecture.pairs else "half"
+    wanted: RopeLayout = "interleaved" if architecture.pairs else "half"
     found = Described(kind, keys, vectors, for_heads_in(architecture.names[0], layout, wanted))
     again = read_back(found, config, family, where)
     kept = with_rope_layout(config, "half")

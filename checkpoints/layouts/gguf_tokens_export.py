@@ -26,6 +26,7 @@ def keys_of(tokenizer: Tokenizer, rows: int) -> Keys:
     where = str(tokenizer.files[0])
     if tokenizer.vocab_size > rows:
         raise TokenizerError(f"{where}: ids up to {tokenizer.vocab_size - 1}; the model has {rows} rows for them")
+    keys: Keys
     tokens: dict[int, tuple[str, int, float]]    # id → text, type, score
     if isinstance(backend, SentencePiece):
         keys, tokens = {f"{HERE}model": "llama", f"{HERE}pre": "default"}, dict(pieces(backend))

@@ -1,4 +1,5 @@
-"""The layouts in which Meta and Mistral publish: params.json beside consolidated.*.pth or consolidated.safetensors.
+"""The layouts in which Meta and Mistral publish: params.json beside consolidated.*.pth or consolidated.safetensors, or
+the shards of the latter and their index.
 
     params.json                         Meta                                        Mistral
     dim n_layers n_heads n_kv_heads     as they say; n_kv_heads missing: n_heads    all stand there
@@ -49,6 +50,7 @@ from nanollm.config import MLP, Attention, Llama3, ModelConfig, MoE, Rope
 from nanollm.errors import CheckpointError, ConfigError
 
 SINGLE = "consolidated.safetensors"
+INDEX = "consolidated.safetensors.index.json"
 DIALECTS = ("llama", "mistral", "mixtral")
 NAMES = override(
     {},
@@ -85,8 +87,8 @@ def find(path: Path, asked: Asked) -> Found | None:
     if not where.exists() and not any(path.glob("consolidated*")):
         return None
     params = files.read_json(where, largest=LARGEST_CONFIG)
-    if (path / SINGLE).exists():
-        stored, layout = files.read_header(files.inside(path, SINGLE, "params.json")), "mistral"
+    if any((path / name).exists() for name in (SINGLE, INDEX)):
+        stored, layout = files.read_shards(path, SINGLE, INDEX, files.read_header, ".safetensors"), "mistral"
     else:
         stored, layout = merged(pickles.read_ranks(path, asked.allow_pickle), params, str(path)), "meta"
     family = asked.family or dialect(params, layout)

@@ -186,9 +186,6 @@ def check(
                 shapes.append(f"{name}: {found} stored, {want} by config.json")
             if stored[name].dtype not in READABLE:
                 types.append(f"{name}: {short(stored[name].dtype)} stored, floats of 16 bits or more expected")
-        kinds = sorted({short(stored[name].dtype) for name in present})
-        if len(kinds) > 1:
-            types.append(f"{step.ours[0]} has parts of several dtypes: {', '.join(kinds)}")
     spare = unexpected(steps, stored, ignorable, ignore)
     problems = [_list(*kind) for kind in (
         ("missing", missing(steps, stored)),

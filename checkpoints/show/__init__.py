@@ -29,7 +29,7 @@ from checkpoints.layouts import hub
 from checkpoints.names import table
 from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
-from checkpoints.source import config_of
+from checkpoints.source import config_of, said_dtype
 from nanollm import presets
 from nanollm.config import ModelConfig, MoE
 from nanollm.errors import ConfigError, InputError
@@ -159,17 +159,13 @@ def find(source: str) -> Found:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    found = layouts.describe(path if path.exists() else hub.local_path(source, ("config.json",)))
+    found = layouts.describe(path if path.exists() else hub.local_path(source, weights=False))
     config, values, stored = config_of(found)[1], found.values, found.stored
     held: Counter[torch.dtype] = Counter()                  # bytes
     for tensor in stored.values():
         held[tensor.dtype] += tensor.size
-    names = {table.short(dtype): dtype for dtype in table.READABLE}
-    places = [each for each in (values, values.get("text_config")) if isinstance(each, dict)]
-    told = (each.get(key) for each in places for key in ("dtype", "torch_dtype"))
-    said = next((word for word in told if isinstance(word, str)), "")
     usual = next((dtype for dtype, _ in held.most_common() if dtype in table.READABLE), torch.bfloat16)
     parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
     used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
     where = f" in {len(stored):,} tensors and {len(used)} file(s)"
-    return Found(config, names.get(said, usual), parts + where if stored else None)
+    return Found(config, said_dtype(values) or usual, parts + where if stored else None)

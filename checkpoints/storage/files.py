@@ -12,16 +12,24 @@ the error says what it is. A model is `model.safetensors`, or the shards that `m
 other files in the folder are never guessed at, because repositories keep the same weights twice
 (`consolidated.safetensors`).
 
+A link is followed wherever it leads, as it was made on this machine: the hub's cache keeps files so, and people keep
+shards on another disk. What stands at its end must be a regular file. A *name in an index* was written by whoever made
+the model, so it must be the plain name of a file in the folder.
+
 Format: https://github.com/huggingface/safetensors/blob/v0.5.3/README.md#format
 """
 
 import contextlib
+import errno
 import gc
 import io
 import json
 import math
+import os
 import re
 import reprlib
+import stat
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -44,6 +52,8 @@ DTYPES = {
 }
 
 ENTRY = {"dtype", "shape", "data_offsets"}       # of a tensor in a header
+KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
+         (stat.S_ISBLK, "a device"))
 
 
 @dataclass(frozen=True)
@@ -91,12 +101,38 @@ def uncollected() -> Iterator[None]:
 
 def read_json(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
     """The object in a JSON file. Raises CheckpointError if there is none, or if it is not one, or names a key twice."""
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
+    need_file(path)
     if path.stat().st_size > largest:
         raise CheckpointError(f"{path}: {path.stat().st_size} bytes, too large for what it should be")
     with _open(path) as file:
         return parse_json(file.read(), str(path))
+
+
+@contextlib.contextmanager
+def refused_in_words() -> Iterator[None]:
+    """What the system refuses inside the block (no permission, a name too long) becomes a CheckpointError."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+
+def need_file(path: Path, because: str = "") -> None:
+    """Raises CheckpointError, with what is there instead, if the path, all links followed, is no regular file."""
+    try:
+        found = path.stat()
+    except PermissionError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    except OSError as error:
+        if not path.is_symlink():
+            raise CheckpointError(f"{path}: {'missing' if because else 'no such file'}{because}") from error
+        loop = error.errno == errno.ELOOP
+        end = "a link that leads back to itself" if loop else f"a link to {os.readlink(path)}, where there is nothing"
+        raise CheckpointError(f"{path}: {end}{because}") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = next((name for is_it, name in KINDS if is_it(found.st_mode)), "something else")
+        link = "a link to " if path.is_symlink() else ""
+        raise CheckpointError(f"{path}: {link}{kind}, where a file is expected{because}")
 
 
 def _open(path: Path) -> io.BufferedReader:
@@ -141,6 +177,7 @@ def what_it_is(head: bytes) -> str | None:
 
 def read_header(path: Path) -> dict[str, Stored]:
     """Names, shapes and places of the tensors in one file. Raises CheckpointError, with the cause, on a damaged one."""
+    need_file(path)
     size = path.stat().st_size
     if size == 0:
         raise CheckpointError(f"{path}: empty")
@@ -214,19 +251,16 @@ def read_folder(folder: Path) -> dict[str, Stored]:
 def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], dict[str, Stored]],
                 suffix: str) -> dict[str, Stored]:
     """All tensors of the file `single`, or of the shards that the file `index` names; `read` gives those of a file."""
-    if (folder / single).exists():
+    if os.path.lexists(folder / single):
         return read(inside(folder, single, single, suffix))
-    if not (folder / index).exists():
+    if not os.path.lexists(folder / index):
         raise CheckpointError(f"{folder}: {_why_no_weights(folder)}")
-    places = read_json(folder / index).get("weight_map")
-    if not isinstance(places, dict) or not places:
-        raise CheckpointError(f"{folder / index}: weight_map should give a file for each tensor")
+    places = shard_names(folder / index)
     stored: dict[str, Stored] = {}
-    for shard in dict.fromkeys(map(str, places.values())):
-        for name, one in read(inside(folder, shard, index, suffix)).items():
-            if name in stored:
-                raise CheckpointError(f"{folder}: {name} is in two shards, {stored[name].file.name} and {shard}")
-            stored[name] = one
+    for shard in dict.fromkeys(places.values()):
+        found = read(inside(folder, shard, index, suffix))
+        _same_in_both(folder, stored, found)
+        stored |= {name: one for name, one in found.items() if name not in stored or places.get(name) == shard}
     lost = [name for name, shard in places.items() if name not in stored or stored[name].file.name != shard]
     if lost:
         first = f"{lost[0]}, in {places[lost[0]]}"
@@ -235,17 +269,34 @@ def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], di
     return stored
 
 
+def shard_names(index: Path) -> dict[str, str]:
+    """The file of each tensor, as an index says, unchecked. Raises CheckpointError."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise CheckpointError(f"{index}: weight_map should give a file for each tensor")
+    return {name: str(shard) for name, shard in places.items()}
+
+
+def _same_in_both(folder: Path, stored: dict[str, Stored], found: dict[str, Stored]) -> None:
+    """Tensors of a shard that an earlier one has too: copies are passed over with a warning, others are an error."""
+    twice = [name for name in found if name in stored]
+    for name in twice:
+        one, other = stored[name], found[name]
+        if not equal_bytes(one, other):
+            raise CheckpointError(f"{folder}: {name} is in two shards, {one.file.name} and {other.file.name}, "
+                                  "with other values in each; delete the shard that does not belong here")
+    if twice:
+        files = f"{stored[twice[0]].file.name} and {found[twice[0]].file.name}"
+        warnings.warn(f"{folder}: {len(twice)} tensors are in two shards with the same bytes ({twice[0]}, in {files}); "
+                      "one copy is read", stacklevel=2)
+
+
 def inside(folder: Path, name: str, said_by: str, suffix: str = ".safetensors") -> Path:
-    """A weights file of `folder`, which may be a link only within it, or into the blobs of a hub download."""
+    """A weights file of `folder`, or where a link of that name leads. Raises CheckpointError for any other name."""
     if not re.fullmatch(r"[\w.-]{1,200}" + re.escape(suffix), name, re.ASCII):
         raise CheckpointError(f"{folder}: {said_by} names {name!r}; a plain file name ending in {suffix} expected")
-    path, home = folder / name, folder.resolve()
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing, though {said_by} needs it")
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    if not any(path.resolve().is_relative_to(one) for one in homes):
-        raise CheckpointError(f"{path}: a link that leaves the folder; copy the file here instead")
-    return path
+    need_file(folder / name, f"; {said_by} needs it")
+    return folder / name
 
 
 def _why_no_weights(folder: Path) -> str:

@@ -37,7 +37,7 @@ class Room(Stored):
             return self.start + first * self.dtype.itemsize, as_bytes(values)
         from gguf import GGMLQuantizationType, quants
         blocks = quants.quantize(values.numpy().reshape(1, -1), GGMLQuantizationType.Q8_0)
-        return self.start + first // BLOCK * (BLOCK + 2), memoryview(blocks.reshape(-1))
+        return self.start + first // BLOCK * (BLOCK + 2), blocks.reshape(-1).data
 
     def holds(self, first: int, run: Tensor) -> bool:
         """Whether the file has there what `packed` says."""

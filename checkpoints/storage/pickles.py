@@ -71,11 +71,12 @@ def read_folder(folder: Path, allowed: bool) -> dict[str, Stored]:
 
 def read_file(path: Path, allowed: bool) -> dict[str, Stored]:
     """All tensors of one file, whatever its name. Raises CheckpointError."""
+    files.need_file(path)
     need_allowed(path.parent, path.name, allowed)
     return read_header(path)
 
 
-def need_allowed(folder: Path, name: str, allowed: bool) -> None:
+def need_allowed(folder: Path | str, name: str, allowed: bool) -> None:
     if not allowed:
         raise CheckpointError(f"{folder}: only pickled weights ({name}); {HOW}")
 

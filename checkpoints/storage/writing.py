@@ -1,7 +1,11 @@
 """Writing a model folder, so that half of one never exists.
 
-Everything goes into a hidden sibling of the destination, is forced to disk, and takes its name in one rename at the
-end. A full disk or an interrupt leaves what was there before; a process that is killed leaves the sibling as well,
+Everything goes into a hidden folder beside the destination, is forced to disk, and takes its name in one rename at the
+end. Where the destination is there already, and empty, the hidden folder is inside it: it may be a mount, or a link to
+another disk, or stand in a folder that is not ours to write in. Then the files are moved up at the end, each by a
+rename, and what describes the model (config.json, params.json) last: before that no one takes the folder for a model.
+
+A full disk or an interrupt leaves what was there before; a process that is killed leaves the hidden folder as well,
 which the next one with the same destination takes away. What is being written is locked, so that no one else takes it
 away.
 
@@ -11,6 +15,7 @@ one file holding the same tensors is the same file, byte for byte.
 """
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -30,31 +35,70 @@ if sys.platform != "win32":                      # there, drafts that a killed p
     import fcntl
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DESCRIPTIONS = ("config.json", "params.json")    # without one of them no folder is a model
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @contextlib.contextmanager
 def new_folder(destination: Path) -> Iterator[Path]:
-    """A folder to write in, which becomes `destination` at the end of the block, or vanishes if the block fails."""
+    """A folder to write in, whose files stand in `destination` at the end of the block; it vanishes if the block fails.
+
+    Raises CheckpointError if `destination` is neither absent nor an empty folder, or cannot be written."""
     destination = destination.absolute()
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
-        raise CheckpointError(f"{destination}: exists and is not an empty folder; nothing is overwritten")
-    for left in destination.parent.glob(f".{destination.name}.*.tmp"):
-        with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left)
-    draft = destination.parent / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        draft.mkdir(parents=True)
-        with _locked(draft):
-            yield draft
-            for path in [*draft.iterdir(), draft]:
-                _to_disk(path)
-            os.replace(draft, destination)
-        _to_disk(destination.parent)
+        home = _home_of_drafts(destination)
+        draft = home / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            draft.mkdir(parents=True)
+            with _locked(draft):
+                yield draft
+                for path in [*_files_in(draft), draft]:
+                    _to_disk(path)
+                if home == destination:
+                    _move_up(draft)
+                else:
+                    os.replace(draft, destination)
+            _to_disk(home)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot write: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _home_of_drafts(destination: Path) -> Path:
+    """The folder in which to write: `destination` if it is there, else the one that it will be in. What killed
+    processes left is taken away. Raises CheckpointError if there is something else in the way."""
+    if destination.is_symlink() and not destination.exists():
+        raise CheckpointError(f"{destination}: a link to {os.readlink(destination)}, where there is nothing; "
+                              "make that folder, or take the link away")
+    home = destination if destination.is_dir() else destination.parent
+    for left in home.glob(f".{glob.escape(destination.name)}.*.tmp"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+        raise CheckpointError(f"{destination}: exists and is not an empty folder; nothing is overwritten")
+    return home
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """All files and folders below, those inside a folder before it."""
+    return sorted(folder.rglob("*"), key=lambda path: -len(path.parts))
+
+
+def _move_up(draft: Path) -> None:
+    """What is in the draft, into the folder that it is in: all of it, or nothing if the system refuses one."""
+    moved: list[Path] = []
+    try:
+        for path in sorted(draft.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
+            os.replace(path, draft.parent / path.name)
+            moved.append(draft.parent / path.name)
+    except BaseException:
+        for path in reversed(moved):             # what describes the model first
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ def random_residues(value: Tensor, stream: torch.Generator, depth: int) -> Tenso
 class Hyena(nn.Module):
     """The mixer drawn at the head of the file."""
     INIT = {"poles": in_the_disc, "residues": random_residues, "D": one, "out_proj.weight": residual}
+    FLOAT32 = frozenset({"poles", "residues"})      # as in the published code: powers of a rounded pole drift away
 
     def __init__(self, config: HyenaConfig, dim: int) -> None:
         super().__init__()

@@ -58,7 +58,7 @@ def dangling(folder: Path) -> None:
 SHAPE, RANGE, TOO_MANY = "of another shape", "from 1 to", "nothing here knows what these mean"
 CONFIGS: dict[str, Case] = {
     "absent": (gone(CONFIG), "config.json: no such file"),
-    "a link to nothing": (dangling, "config.json: no such file"),
+    "a link to nothing": (dangling, "config.json: a link to nothing, where there is nothing"),
     **{name: (put(CONFIG, text), f"config.json: .*{cause}") for name, (text, cause) in ENDS.items()},
     "{}": (put(CONFIG, "{}"), "model_type is None; .* lists the"),
     # which model
@@ -264,11 +264,11 @@ META: dict[str, Case] = {
         lambda folder: (folder / "consolidated.02.pth").write_bytes((folder / "consolidated.01.pth").read_bytes()),
         SHAPE,
     ),
-    "a rank that is a link out of the folder": (
+    "a rank that is a link to another kind of file": (
         lambda folder: [
-            (folder / "consolidated.01.pth").unlink(), (folder / "consolidated.01.pth").symlink_to("/etc/passwd"),
+            (folder / "consolidated.01.pth").unlink(), (folder / "consolidated.01.pth").symlink_to("params.json"),
         ],
-        "a link that leaves the folder",
+        "not tensors as torch.save writes them",
     ),
     "a rank of another shape": (
         ranks(lambda found: found.update({"layers.0.attention.wq.weight": torch.ones(8, 8)})),

@@ -75,11 +75,14 @@ FILES: dict[str, Case] = {
     "gguf": (put(SAFE, b"GGUF\x03\x00\x00\x00" + bytes(60)), "GGUF"),
     "JSON": (put(SAFE, '{"error": "Repository not found"}'), "not safetensors"),
     "zeros": (put(SAFE, bytes(4096)), "the header does not start with {"),
-    "a folder": (of_another_kind(os.mkdir), "model.safetensors: missing"),
-    "a pipe that nobody writes to": (of_another_kind(os.mkfifo), "model.safetensors: missing"),
-    "a link to itself": (of_another_kind(lambda path: path.symlink_to(path)), "neither model.safetensors nor"),
-    "a link out of the folder": (
-        of_another_kind(lambda path: path.symlink_to("/etc/passwd")), "a link that leaves the folder",
+    "a folder": (of_another_kind(os.mkdir), "model.safetensors: a folder, where a file is expected"),
+    "a pipe that nobody writes to": (of_another_kind(os.mkfifo), "model.safetensors: a pipe, where a file is"),
+    "a link to itself": (of_another_kind(lambda path: path.symlink_to(path)), "a link that leads back to itself"),
+    "a link to another kind of file": (
+        of_another_kind(lambda path: path.symlink_to("config.json")), "not safetensors|header",
+    ),
+    "a link to a device": (
+        of_another_kind(lambda path: path.symlink_to("/dev/zero")), "a link to a device, where a file is expected",
     ),
     # the length of the header
     "huge header": (of(b"{}", length=2**63), "too large"),
@@ -211,10 +214,14 @@ def link(target: str) -> Harm:
     return harm
 
 
-def twice(folder: Path) -> None:
-    """Both shards have the first tensor."""
+def twice(folder: Path, more: float = 1.0) -> None:
+    """Both shards have the first tensor, the second one with other values."""
     name, tensor = next(iter(good.tensors().items()))
-    good.weights(lambda found: found.update({name: tensor}), "model-2.safetensors")(folder)
+    good.weights(lambda found: found.update({name: tensor + more}), "model-2.safetensors")(folder)
+
+
+def twice_the_same(folder: Path) -> None:
+    twice(folder, 0.0)
 
 
 def pipe_outside(folder: Path) -> None:
@@ -249,9 +256,9 @@ INDICES: dict[str, Case] = {
     "another suffix": (places(extra="model-1.bin"), PLAIN),
     "a number": (places(extra=3), PLAIN),
     "null": (places(extra=None), PLAIN),
-    "a link out of the folder": (link("../outside.safetensors"), "a link that leaves the folder"),
-    "a link to an absolute path": (link("/etc/passwd"), "a link that leaves the folder"),
-    "a link to nothing": (link("nothing"), "missing"),
+    "a link to a folder": (link("."), "link.safetensors: a link to a folder, where a file is expected"),
+    "a link to another kind of file": (link("config.json"), "link.safetensors: (not safetensors|truncated)"),
+    "a link to nothing": (link("nothing"), "link.safetensors: a link to nothing, where there is nothing"),
     "a shard that is missing": (places(extra="model-3.safetensors"), "model-3.safetensors: missing"),
     "a shard that was not downloaded": (
         put("model-2.safetensors", POINTER), "model-2.safetensors: not safetensors, but a git-lfs pointer",
@@ -263,7 +270,7 @@ INDICES: dict[str, Case] = {
         places(extra="model-1.safetensors"), "1 tensors are not in the shard.*extra, in model-1",
     ),
     "tensors in the other shard": (edited(INDEX, swapped), "21 tensors are not in the shard"),
-    "a tensor in two shards": (twice, "model.embed_tokens.weight is in two shards"),
+    "two tensors of one name": (twice, "model.embed_tokens.weight is in two shards, .* with other values"),
     "a shard that it does not name": (
         edited(
             INDEX,
@@ -288,6 +295,7 @@ INDICES: dict[str, Case] = {
     "a total_size that is wrong": (edited(INDEX, lambda values: values.update(metadata={"total_size": 1})), None),
     "a tensor that it does not list": (places(**{HEAD: ...}), None),
     "the whole model beside the shards": (whole_and_sharded, None),
+    "a tensor in two shards": (twice_the_same, None),
 }
 
 GROUPS = {
