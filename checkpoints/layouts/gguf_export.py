@@ -23,12 +23,11 @@ from torch import Tensor
 from checkpoints.families import Family, difference, read_config
 from checkpoints.layouts import gguf_tokens_export
 from checkpoints.layouts.gguf_names import ARCHITECTURES, FREQS, LAYER, LONG, RMS, SHORT, Architecture, read_metadata
-from checkpoints.layouts.original import for_heads_in, rope_layout, with_rope_layout
+from checkpoints.layouts.original import RopeLayout, for_heads_in, rope_layout, with_rope_layout
 from checkpoints.names.table import Table
 from checkpoints.storage import gguf_writing
 from checkpoints.storage.files import Stored, as_bytes
 from nanollm.config import Attention, ModelConfig, Rope
-from nanollm.config.parts import RopeLayout
 from nanollm.errors import ConfigError
 from nanollm.layers.rope import frequencies
 from nanollm.text.tokenizer import Tokenizer
@@ -84,7 +83,10 @@ def describe(config: ModelConfig, family: Family, values: Values, where: str) ->
     layout = rope_layout(config)
     wanted: RopeLayout = "interleaved" if architecture.pairs else "half"
     found = Described(kind, keys, vectors, for_heads_in(architecture.names[0], layout, wanted))
-    again = read_back(found, config, family, where)
+    try:
+        again = read_back(found, config, family, "its keys")
+    except ConfigError as error:
+        raise ConfigError(f"{where}: a GGUF cannot say what the model is: {error}") from None
     kept = with_rope_layout(config, "half")
     if as_stored(again) != as_stored(kept):
         raise ConfigError(f"{where}: a GGUF cannot say what the model is: {difference(kept, again, 'config')}")
@@ -124,6 +126,8 @@ def keys_of(config: ModelConfig, values: Values, kind: str) -> tuple[Values, dic
         value = next((values[name] for name in names if values.get(name) is not None), None)
         if value is not None:
             keys[key] = float(np.float32(value)) if isinstance(value, float) else value
+    if not any(isinstance(layer.mixer, Attention) and layer.mixer.window for layer in config.layers):
+        keys.pop("attention.sliding_window", None)
     if kind == "gpt-oss":
         keys["expert_feed_forward_length"] = values["intermediate_size"]
     elif values.get("moe_intermediate_size"):
