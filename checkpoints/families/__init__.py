@@ -52,6 +52,7 @@ def read_config(
     except ConfigError as error:  # a combination that the dataclasses refuse does not know its file
         raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from None
     reader.close(family.irrelevant)
+    reader.warn()
     return family, config
 
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.names.ops import Op, Piece, Same, Shape
+from checkpoints.names.reader import ignoring
 from nanollm.config import Layer, ModelConfig
 from nanollm.errors import CheckpointError
 
@@ -192,7 +193,7 @@ def check(
     spare = unexpected(steps, stored, ignorable, ignore)
     problems = [_list(*kind) for kind in (
         ("missing", missing(steps, stored)),
-        ("unexpected (to pass over one of them: ignore=[\"its.name\"])", spare),
+        (f"unexpected (to pass over one of them: {ignoring(spare[:1])})", spare),
         ("of another shape", shapes),
         ("of another type", types),
     ) if kind[1]]
