@@ -1,9 +1,11 @@
-"""What all commands share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1."""
+"""What all commands share: an unknown option comes with a suggestion, a warning is one line, bad input ends in one line
+and exit code 1."""
 
 import argparse
 import difflib
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +32,11 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
+def one_line(message: Warning | str, *where: Any, **more: Any) -> None:
+    """In place of warnings.showwarning: what the warning says, without the line of code that gave it."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def main(run: Callable[[], None]) -> None:
     """Run a script: an error of our own becomes one line on standard error, Ctrl-C a quiet end.
 
@@ -37,9 +44,13 @@ def main(run: Callable[[], None]) -> None:
     """
     ending: str | int = 0
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.showwarning = one_line  # type: ignore[assignment]  # it has no use for the other arguments
+            run()
     except NanollmError as error:
         ending = f"error: {error}" if error.alone or os.environ.get("RANK", "0") == "0" else 1
+    except PermissionError as error:
+        ending = f"error: {error.filename or 'a file'}: {error.strerror}"
     except KeyboardInterrupt:
         ending = 130
     except BrokenPipeError:                                # `… | head` has seen enough

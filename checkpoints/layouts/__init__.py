@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checkpoints.layouts import gguf_names, huggingface, original
 from checkpoints.layouts.found import Asked, Found
+from checkpoints.storage import foreign
 from nanollm.errors import CheckpointError
 
 __all__ = ["Asked", "Found", "describe", "find"]
@@ -25,6 +26,15 @@ NOTHING_SPECIAL = Asked()
 
 def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     """What is in a folder, or belongs to a file. Raises CheckpointError or ConfigError."""
+    try:
+        return _find(path, asked)
+    except OSError as error:                     # of a folder or file that may not be entered, listed or opened
+        raise CheckpointError(f"{error.filename or path}: cannot be read: {error.strerror or error}") from None
+
+
+def _find(path: Path, asked: Asked) -> Found:
+    if path.is_file() and (kind := foreign.file(path)):
+        raise CheckpointError(f"{path}: {kind}")
     for layout in (huggingface, original, gguf_names):
         found = layout.find(path, asked)
         if found is not None:
@@ -32,6 +42,8 @@ def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     if path.is_file():
         raise CheckpointError(f"{path}: a model folder expected, or one of its files: config.json, params.json, "
                               "*.gguf, *.safetensors, *.bin, *.pt")
+    if path.is_dir() and (kind := foreign.folder(path)):
+        raise CheckpointError(f"{path}: {kind}")
     return huggingface.of_folder(path, asked)  # which says what the folder lacks
 
 
