@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.names.ops import Op, Piece, Same, Shape
-from checkpoints.names.reader import ignoring
 from nanollm.config import Layer, ModelConfig
 from nanollm.errors import CheckpointError
 
@@ -193,7 +192,7 @@ def check(
     spare = unexpected(steps, stored, ignorable, ignore)
     problems = [_list(*kind) for kind in (
         ("missing", missing(steps, stored)),
-        (f"unexpected (to pass over one of them: {ignoring(spare[:1])})", spare),
+        ("unexpected (to pass over one of them: --ignore NAME)", spare),
         ("of another shape", shapes),
         ("of another type", types),
     ) if kind[1]]
