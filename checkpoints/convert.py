@@ -20,6 +20,7 @@ import math
 import re
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +126,9 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
                 _move(move, conversion, places, ring, out)
                 done(move.size(places))
         if verify:                               # the folder as anyone would find it
-            again = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what there was to say of it was said of the source
+                again = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
             if written.to != "gguf":             # whose places know how their numbers were packed
                 places = again
             for move in conversion.moves:

@@ -203,7 +203,7 @@ LINEAGES = f"tensors that do not fit, in each of {len(OF_LINEAGES)} lineages"
 SECTIONS: dict[str, list[str]] = {  # title → the groups that are counted together, or one that is seeded
     GROUPS["safetensors"].title: ["safetensors"], SEEDED["mutated safetensors"].title: ["mutated safetensors"],
     GROUPS["indices"].title: ["indices"], GROUPS["config"].title: ["config"], SEEDED["sweep"].title: ["sweep"],
-    LINEAGES: OF_LINEAGES,
+    GROUPS["foreign"].title: ["foreign"], LINEAGES: OF_LINEAGES,
     GROUPS["own"].title: ["own"], SEEDED["sweep own"].title: ["sweep own"],
     GROUPS["no pickles"].title: ["no pickles"], GROUPS["pickles"].title: ["pickles"],
     SEEDED["mutated pickles"].title: ["mutated pickles"], GROUPS["meta"].title: ["meta"],

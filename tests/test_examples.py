@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import checkpoints
+from nanollm.errors import CheckpointError
 from nanollm.inference.generation import generate
 from nanollm.text import tokenizer
 from nanollm.text.chat import Conversation
 from tests.fixtures import FIXTURES
-from tests.oracles import write
+from tests.oracles import difference, make_loud, write
 from tests.tok_folders import byte_bpe
 from tests.toys import grammar
 
@@ -70,6 +72,34 @@ def test_finetune_teaches_an_answer(folder, tmp_path, capsys):
     assert model.embed.weight.dtype == torch.bfloat16                        # as it was stored
     answer = [*generate(model, Conversation(words, talk[:1]).prompt_ids(), 20, stop_ids=words.stop_ids)]
     assert words.decode(answer) == talk[1]["content"] and answer[-1] in words.stop_ids
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpt_becomes_a_gpt2(bias, tmp_path, capsys):
+    """GPT-2 as nanoGPT stores it: matrices turned over, torch.compile's prefix, and no biases where it has none."""
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        vocab_size=131, n_embd=48, n_layer=2, n_head=4, n_positions=64, activation_function="gelu")).eval()
+    make_loud(theirs)
+    if not bias:
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
+    turned = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+    weights = {f"_orig_mod.{name}": tensor.T if name.endswith(turned) else tensor
+               for name, tensor in theirs.state_dict().items() if bias or not name.endswith("bias")}
+    sizes = dict(n_layer=2, n_head=4, n_embd=48, block_size=64, bias=bias, vocab_size=131, dropout=0.0)
+    torch.save({"model": weights, "optimizer": torch.optim.AdamW(theirs.parameters()).state_dict(),
+                "model_args": sizes, "iter_num": 7, "best_val_loss": torch.tensor(1.0), "config": {}},
+               tmp_path / "ckpt.pt")
+    with pytest.raises(CheckpointError, match="nanoGPT's checkpoint.*python examples/from_nanogpt.py .*ckpt.pt OUT"):
+        checkpoints.load(tmp_path / "ckpt.pt")
+    run(capsys, "from_nanogpt.py", tmp_path / "ckpt.pt", tmp_path / "out")
+    x = torch.randint(131, (2, 48), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        reference = theirs(x).logits
+        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert difference(checkpoints.load(tmp_path / "out")(x), reference) < 1e-5
+        assert difference(again(x).logits, reference) < 1e-5
 
 
 def test_surgery_changes_what_it_is_asked_to_and_nothing_else(folder, tmp_path, capsys):

@@ -10,6 +10,7 @@ import pkgutil
 from collections.abc import Collection
 from typing import Any
 
+from checkpoints.families.elsewhere import ELSEWHERE
 from checkpoints.families.family import Family, difference
 from checkpoints.families.nanollm import NANOLLM
 from checkpoints.names.reader import Reader, brief
@@ -40,6 +41,8 @@ def read_config(
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
     kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
+    if isinstance(kind, str) and kind in ELSEWHERE:
+        raise ConfigError(f"{where}: model_type is {brief(kind)}: {ELSEWHERE[kind]}")
     if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         hint = f"near it are {', '.join(near)}; " if near else ""
@@ -52,6 +55,7 @@ def read_config(
     except ConfigError as error:  # a combination that the dataclasses refuse does not know its file
         raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from None
     reader.close(family.irrelevant)
+    reader.warn()
     return family, config
 
 

@@ -95,8 +95,8 @@ CHATGLM = Family(
         "num_hidden_layers": only(lambda draft: len(draft.layers), written=True),
         # other wirings of the same code, which no published model has
         **dict.fromkeys(("rmsnorm", "post_layer_norm"), only(True, written=True)),
-        **dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm", "tie_word_embeddings"),
-                        only(False, written=True)),
+        **dict.fromkeys(("add_bias_linear", "apply_residual_connection_post_layernorm"), only(False, written=True)),
+        "tie_word_embeddings": only(False, True, written=True),  # the published code never ties; the head is stored
         "fp32_residual_connection": only(False), "pre_seq_len": only(None), "quantization_bit": only(0),
     },
     layer=part(Layer, mixer=part(Attention, rope=part(Rope, layout="interleaved", fraction=0.5)), ffn=part(MLP),

@@ -1,4 +1,4 @@
-"""DeepSeekMoE-16B, DeepSeek-V2 and V2-Lite, DeepSeek-V3 and R1.
+"""DeepSeekMoE-16B, DeepSeek-V2 and V2-Lite, DeepSeek-V3 and R1, Kimi-K2.
 
     model_type     attention        scores     experts chosen                        weights                    block
     deepseek       Llama's          softmax    the k best                            as they are                Llama's
@@ -21,8 +21,8 @@ Where the published code and transformers differ:
   and as 0 in its first, which differs only where a kept expert's corrected score is below 0.
 
 V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, which load says. Its
-weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight, Kimi-K2: V3 in
-other numbers.
+weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight is V3 in other
+numbers, and so is Kimi-K2, whose model_type is kimi_k2: the published code is V3's, and so are its defaults.
 """
 
 import math
@@ -221,4 +221,4 @@ DEEPSEEK_V3 = DEEPSEEK_V2.but(
     without=("mlp_bias", "ffn.scale"),
     irrelevant=DEEPSEEK.irrelevant | {"num_nextn_predict_layers"}, ahead="model.layers.{i}.eh_proj.weight",
 )
-FAMILIES = {"deepseek": DEEPSEEK, "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3}
+FAMILIES = {"deepseek": DEEPSEEK, "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3, "kimi_k2": DEEPSEEK_V3}

@@ -27,7 +27,7 @@ from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen import QK_NORM
 from checkpoints.names.config_rows import FULL, SLIDING, DividingHeads, Periodic
 from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, of_config, only, part, size
-from checkpoints.names.reader import IRRELEVANT, Reader
+from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
 from checkpoints.names.table import moved, override, under
 from nanollm.config import ModelConfig, Norm, Rope
@@ -64,7 +64,7 @@ class TwoRopes(Row):
             own = each.inside(kind) if each else None
             given = {**(own.values if own else {}), **(scaling.values if scaling and kind == FULL else {})}
             values = {"rope_theta": r.number(base, theta, above=1), "rope_parameters": given}
-            inner = Reader(values, r.where, r.ignore, r.most, f"{r.prefix}{kind}.")
+            inner = r.of(values, f"{r.prefix}{kind}.")
             ropes[kind] = of_config(read_rope(inner, theta, draft["context"]))
         if each:
             each.close()
@@ -91,7 +91,7 @@ class WithVision(Family):
         text.must("model_type", "gemma3_text")
         text.must("final_logit_softcapping", None)  # the multimodal class applies none
         config = super().read(text)
-        text.close(IRRELEVANT | UNREAD)
+        text.close(UNREAD)
         r.must("tie_word_embeddings", config.tied)
         return config
 

@@ -40,7 +40,6 @@ GPT_NEOX = LLAMA_SHAPE.but(
         "rope_parameters": RopeKeys(fraction=0.25, theta_key="rotary_emb_base", fraction_key="rotary_pct"),
     },
     without=("num_key_value_heads", "head_dim", "rms_norm_eps"),
-    irrelevant=frozenset({"attention_probs_dropout_prob", "classifier_dropout", "custom_pipelines",
-                          "hidden_dropout_prob", "is_decoder"}),
+    irrelevant=frozenset({"attention_probs_dropout_prob", "classifier_dropout", "hidden_dropout_prob"}),
 )
 FAMILIES = {"gpt_neox": GPT_NEOX}

@@ -111,7 +111,7 @@ class Arguments(Row):
     }
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        ssm = r.inside(key) or Reader({}, r.where, r.ignore, r.most, f"{key}.")
+        ssm = r.inside(key) or r.of({}, f"{key}.")
         mixer, keys = self.kinds[ssm.must("layer", *self.kinds)]
         draft["mixer"] = part(mixer)
         for name, row in keys.items():

@@ -9,10 +9,13 @@ weights twice; `consolidated.safetensors` is the other copy, with other names an
 """
 
 from checkpoints.families.llama import LLAMA_SHAPE
-from checkpoints.names.config_table import size
+from checkpoints.names.config_table import only, size
 
 MISTRAL = LLAMA_SHAPE.but(
     "mistral", "MistralForCausalLM", missing={"num_key_value_heads": 8, "max_position_embeddings": 131072},
-    keys={"sliding_window": size("mixer.window", missing=4096, null=None)},
+    keys={
+        "sliding_window": size("mixer.window", missing=4096, null=None),
+        "attention_bias": only(False),  # a Llama's key, in configs of merged models; there are no biases
+    },
 )
 FAMILIES = {"mistral": MISTRAL}

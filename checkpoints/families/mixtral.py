@@ -6,7 +6,7 @@ On disk an expert's w1 is the gate, w3 the up and w2 the down projection, one te
 from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.families.mistral import MISTRAL
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import count, part, size
+from checkpoints.names.config_table import count, only, part, size
 from checkpoints.names.ops import Stack
 from checkpoints.names.table import override, rule, under
 from nanollm.config import MLP, MoE
@@ -24,6 +24,7 @@ MIXTRAL = MISTRAL.but(
         "rope_parameters": RopeKeys(theta=1e6),
         "sliding_window": size("mixer.window", missing=None),
         "num_local_experts": count("ffn.experts", missing=8), "num_experts_per_tok": size("ffn.top_k", missing=2),
+        "moe_frequency": only(1),  # Neuron's: every layer has experts
     },
 )
 FAMILIES = {"mixtral": MIXTRAL}

@@ -38,7 +38,7 @@ class OneTemperature(RopeKeys):
                 raise inner.error("long_mscale", f"short_mscale ({short}): two temperatures are not implemented")
             rest = {name: value for name, value in inner.values.items() if name not in MSCALES}
             values[key] = rest | {"attention_factor": short}
-        plain = Reader(values, r.where, r.ignore, r.most)
+        plain = r.of(values)
         rope = read_rope(plain, self.theta, draft["context"], original=plain.size(ORIGINAL, None))
         r.seen |= plain.seen
         return rope
@@ -64,6 +64,6 @@ PHIMOE = MIXTRAL.but(
         "lm_head_bias": flag("head_bias", missing=False),
         "rope_parameters": OneTemperature(theta=1e6),
     },
-    irrelevant=frozenset({"input_jitter_noise"}),
+    irrelevant=frozenset({"input_jitter_noise", "expert_dropout"}),
 )
 FAMILIES = {"phimoe": PHIMOE}

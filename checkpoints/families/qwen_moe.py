@@ -18,7 +18,7 @@ from typing import Any
 from checkpoints.families.llama import EXPERT, GATED, LLAMA_NAMES
 from checkpoints.families.qwen import QWEN2, QWEN3, QWEN3_NAMES
 from checkpoints.names.config_rows import Kinds, OneWindow, Windows, whole
-from checkpoints.names.config_table import Part, activation, count, flag, part, size
+from checkpoints.names.config_table import Part, activation, count, flag, only, part, size
 from checkpoints.names.expert_ops import GateUp
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
@@ -93,6 +93,8 @@ QWEN3_MOE = QWEN3.but(
         "mlp_only_layers": sparse_steps(part(MoE, expert=part(MLP), round_weights=True)),
         "num_experts": count("ffn.experts", missing=128, also=("num_local_experts",)),
         "layer_types": OneWindow(),
+        # Qwen3-Coder and Megatron's exports say what no key decides here
+        "qkv_bias": only(False), "use_qk_norm": only(True), "shared_expert_intermediate_size": only(0, None),
     },
     irrelevant=frozenset({"max_window_layers"}),  # it stands in published configs, and nobody reads it
 )

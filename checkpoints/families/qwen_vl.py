@@ -33,12 +33,12 @@ class WithVision(Family):
         source.must("model_type", *(kind + end for kind in ("qwen2_vl", "qwen2_5_vl") for end in ("", "_text")))
         tied = r.flag("tie_word_embeddings", False) or source.flag("tie_word_embeddings", False)
         ropes = {key: plain(source.get(key, None)) for key in ("rope_scaling", "rope_parameters")}
-        inner = Reader(source.values | {"tie_word_embeddings": tied} | ropes, r.where, r.ignore, r.most, source.prefix)
+        inner = source.of(source.values | {"tie_word_embeddings": tied} | ropes)
         config = super().read(inner)
         if text is None:
             r.seen |= inner.seen
             return config
-        inner.close(IRRELEVANT | TOWER)
+        inner.close(TOWER)
         for key in sorted(text.values.keys() & r.values.keys() - IRRELEVANT - TOWER - {"tie_word_embeddings"}):
             r.must(key, text.values[key])  # said in both places, and the same
         return config

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from checkpoints.layouts import gguf_files, gguf_tokens, huggingface, original
 from checkpoints.layouts.found import Asked, Found
-from checkpoints.storage import gguf
+from checkpoints.storage import foreign, gguf
 from checkpoints.storage.files import refused_in_words
 from nanollm.errors import CheckpointError
 from nanollm.text import tokenizer
@@ -30,6 +30,8 @@ NOTHING_SPECIAL = Asked()
 @refused_in_words()
 def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     """What is in a folder, or belongs to a file. Raises CheckpointError or ConfigError."""
+    if path.is_file() and (kind := foreign.file(path)):
+        raise CheckpointError(f"{path}: {kind}")
     for layout in (huggingface, original, gguf_files):
         found = layout.find(path, asked)
         if found is not None:
@@ -37,6 +39,8 @@ def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     if path.is_file():
         raise CheckpointError(f"{path}: a model folder expected, or one of its files: config.json, params.json, "
                               "*.gguf, *.safetensors, *.bin, *.pt")
+    if path.is_dir() and (kind := foreign.folder(path)):
+        raise CheckpointError(f"{path}: {kind}")
     return huggingface.of_folder(path, asked)  # which says what the folder lacks
 
 

@@ -148,6 +148,7 @@ def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tenso
     r.must("attention.causal", True)
     values |= architecture.more(r, values, d, stored)
     r.close(SAY_NOTHING)
+    r.warn()
     return values
 
 

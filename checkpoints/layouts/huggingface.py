@@ -8,8 +8,9 @@ import dataclasses
 from pathlib import Path
 
 from checkpoints.layouts.found import LARGEST_CONFIG, Asked, Found
-from checkpoints.storage import files, pickles
+from checkpoints.storage import files, foreign, pickles
 from checkpoints.storage.files import Stored
+from nanollm.errors import CheckpointError
 
 WEIGHTS = (files.SINGLE, files.INDEX)
 PICKLES = (pickles.SINGLE, pickles.INDEX)
@@ -38,6 +39,8 @@ def of_folder(folder: Path, asked: Asked) -> Found:
 
 def described(where: Path, asked: Asked, stored: dict[str, Stored]) -> Found:
     """What a config.json says, for these tensors."""
+    if not where.is_file():
+        raise CheckpointError(f"{where}: no such file; {foreign.no_config(where.parent)}")
     values = files.read_json(where, largest=LARGEST_CONFIG)
     kind = {} if asked.family is None else {"model_type": asked.family}
     return Found(where.parent, "hf", {**values, **kind}, str(where), stored)

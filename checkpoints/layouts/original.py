@@ -160,6 +160,7 @@ def read_params(params: dict[str, Any], where: str, dialect: str, rows: int, tie
         "tie_word_embeddings": r.flag("tied_embeddings", tied),
     } | (_read_meta(r, dim, heads, rows) if dialect == "llama" else _read_mistral(r, dialect))
     r.close({"max_batch_size", "model_type"})
+    r.warn()
     return values
 
 

@@ -151,6 +151,10 @@ class RopeKeys(Row):
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         rope = self.rope(r, draft)
+        for general, own, value in (("rope_theta", self.theta_key, rope.theta),
+                                    ("partial_rotary_factor", self.fraction_key, rope.fraction)):
+            if general != own:
+                r.must(general, value, None)     # transformers' name beside the family's own: they must agree
         for name in ("theta", "fraction", "scaling"):
             draft[f"mixer.rope.{name}"] = getattr(rope, name)
 
@@ -296,7 +300,7 @@ class Inside(Row):
         self.keys, self.irrelevant = keys, irrelevant
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        inner = r.inside(key) or Reader({}, r.where, prefix=f"{r.prefix}{key}.")
+        inner = r.inside(key) or r.of({}, f"{r.prefix}{key}.")
         for name, row in self.keys.items():
             row.read(inner, draft, name)
         inner.close(IRRELEVANT | self.irrelevant)

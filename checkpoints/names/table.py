@@ -189,7 +189,7 @@ def check(
     spare = unexpected(steps, stored, ignorable, ignore)
     problems = [_list(*kind) for kind in (
         ("missing", missing(steps, stored)),
-        ("unexpected (to pass over one of them: ignore=[\"its.name\"])", spare),
+        ("unexpected (to pass over one of them: --ignore NAME)", spare),
         ("of another shape", shapes),
         ("of another type", types),
     ) if kind[1]]

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.serialization import skip_data
 
-from checkpoints.storage import files
+from checkpoints.storage import files, foreign
 from checkpoints.storage.files import Stored
 from nanollm.errors import CheckpointError
 
@@ -72,6 +72,8 @@ def read_folder(folder: Path, allowed: bool) -> dict[str, Stored]:
 def read_file(path: Path, allowed: bool) -> dict[str, Stored]:
     """All tensors of one file, whatever its name. Raises CheckpointError."""
     files.need_file(path)
+    if not allowed and (kind := holds(path)):
+        raise CheckpointError(f"{path}: {kind}")
     need_allowed(path.parent, path.name, allowed)
     return read_header(path)
 
@@ -95,9 +97,30 @@ def read_ranks(folder: Path, allowed: bool) -> list[dict[str, Stored]]:
 
 # ---- one file
 
-@files.uncollected()
 def read_header(path: Path) -> dict[str, Stored]:
     """Names, shapes and places of the tensors in one file. Raises CheckpointError for any other, or harmful, file."""
+    try:
+        return _tensors(path)
+    except CheckpointError:
+        if kind := holds(path):                  # a sound file of another program's
+            raise CheckpointError(f"{path}: {kind}") from None
+        raise
+
+
+def holds(path: Path) -> str | None:
+    """What another program's file is, by the words in its pickle, of which nothing is run; None: no idea."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entry = next(one for one in archive.infolist() if one.filename.partition("/")[2] == "data.pkl")
+            steps = pickletools.genops(archive.read(entry) if entry.file_size <= LARGEST_PROGRAM else b"")
+            words = [argument for _, argument, _ in itertools.islice(steps, LONGEST_PROGRAM) if type(argument) is str]
+    except Exception:                            # not an archive, or damaged in any way: that is said elsewhere
+        return None
+    return foreign.pickle(path, words)
+
+
+@files.uncollected()
+def _tensors(path: Path) -> dict[str, Stored]:
     program, places = _open_archive(path)
     if harmful := _foreign(program):
         called = ", ".join(harmful[:5])

@@ -19,6 +19,7 @@ Shapes: N outputs, K inputs, E experts, R rows of an expert's matrix.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,25 @@ from checkpoints.names.reader import Reader, brief
 from checkpoints.storage.files import Stored
 from nanollm.errors import CheckpointError, ConfigError
 
+WRITE = ('python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained(\'FOLDER\'{options})'
+         '.save_pretrained(\'OUT\'{saved})"')
+UPLOAD = "Take the unquantised upload, of which this was made"
+# what others call their ways of storing fewer bits: the name that people know, and what works to undo it
+METHODS = {
+    "bitsandbytes": ("bitsandbytes", "Where bitsandbytes and accelerate are installed: " + WRITE.format(
+        options=").dequantize(", saved=", save_original_format=False") + "; or take the unquantised upload"),
+    "compressed-tensors": ("compressed-tensors", "Where compressed-tensors is installed: " + WRITE.format(
+        options=", quantization_config=t.CompressedTensorsConfig(dequantize=True)", saved="")
+        + "; or take the unquantised upload"),
+    "gptq": ("GPTQ", UPLOAD), "awq": ("AWQ", UPLOAD), "auto-round": ("AutoRound", UPLOAD),
+    "modelopt": ("NVIDIA's ModelOpt", UPLOAD), "fbgemm_fp8": ("FBGEMM's fp8", UPLOAD),
+    "mlx": ("MLX", "On a Mac: mlx_lm.convert --hf-path FOLDER --mlx-path OUT --dequantize; "
+                   "or take the unquantised upload"),
+}
+MARKS = {  # how such a tensor's name ends, where config.json does not say it
+    ".qweight": "GPTQ or AWQ", ".weight_packed": "compressed-tensors", ".weight.absmax": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+}
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
@@ -45,35 +65,53 @@ class Packed(Stored):
 
 def plain_config(values: dict[str, Any], where: str = "config.json") -> tuple[dict[str, Any], tuple[int, int] | None]:
     """config.json without its quantization_config, and the blocks of fp8 weights. Raises ConfigError for others."""
-    found = values.get("quantization_config")
-    if "quantization_config" not in values:
-        return values, None
-    plain = {key: value for key, value in values.items() if key != "quantization_config"}
-    if found is None:
+    mlx = values.get("quantization")
+    if isinstance(mlx, dict) and "bits" in mlx:
+        raise _unread(where, "quantization", mlx, "mlx")
+    key = next((key for key in ("quantization_config", "compression_config") if values.get(key) is not None), None)
+    plain = {name: value for name, value in values.items() if name != "quantization_config"}
+    if key is None:
         return plain, None
+    found, block = values[key], None
     if not isinstance(found, dict):
-        raise ConfigError(f"{where}: quantization_config is {brief(found)}; expected an object")
-    r = Reader(found, where, prefix="quantization_config.")
-    method, block = r.get("quant_method", None), None
+        raise ConfigError(f"{where}: {key} is {brief(found)}; expected an object")
+    r = Reader(found, where, prefix=f"{key}.")
+    method, producer = r.get("quant_method", None), found.get("producer")
     if method not in ("fp8", "mxfp4"):
-        raise ConfigError(f"{where}: quantization_config.quant_method is {brief(method)}; read are fp8 in blocks, and "
-                          "mxfp4. Take weights that are not quantised, or write them once with transformers: "
-                          "model.dequantize(), then model.save_pretrained(folder)")
-    if method == "fp8":
-        r.must("fmt", "e4m3")
-        r.must("activation_scheme", "dynamic")           # with another, activations have stored scales
-        sizes = r.get("weight_block_size")
-        pair = isinstance(sizes, list) and len(sizes) == 2
-        if not pair or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-            raise r.error("weight_block_size", "two whole numbers, rows and columns that share a scale")
-        block = (sizes[0], sizes[1])
-    r.close(("modules_to_not_convert", "scale_fmt", "dequantize"))
+        named = producer.get("name") if method is None and isinstance(producer, dict) else method
+        raise _unread(where, f"{key}.quant_method", method, named)
+    try:
+        block = _block(r) if method == "fp8" else None
+        r.close(("modules_to_not_convert", "scale_fmt", "dequantize"))
+    except ConfigError as error:
+        raise ConfigError(f"{error}. Read are fp8 in blocks, and mxfp4. {UPLOAD}") from None
     return plain, block
+
+
+def _block(r: Reader) -> tuple[int, int]:
+    """Rows and columns that share a scale of fp8. Raises ConfigError where scales are stored in another way."""
+    r.must("fmt", "e4m3")
+    r.must("activation_scheme", "dynamic")               # with another, activations have stored scales
+    sizes = r.get("weight_block_size")
+    pair = isinstance(sizes, list) and len(sizes) == 2
+    if not pair or not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+        raise r.error("weight_block_size", "two whole numbers, rows and columns that share a scale")
+    return sizes[0], sizes[1]
+
+
+def _unread(where: str, key: str, value: Any, method: Any) -> ConfigError:
+    name, undo = METHODS.get(method, (brief(method), UPLOAD)) if isinstance(method, str) else ("an unknown way", UPLOAD)
+    return ConfigError(f"{where}: {key} is {brief(value)}: weights quantised by {name}, which are not read here; read "
+                       f"are fp8 in blocks, and mxfp4. {undo.replace('FOLDER', str(Path(where).parent))}")
 
 
 def plain_tensors(stored: Mapping[str, Stored], block: tuple[int, int] | None,
                   where: str = "weights") -> dict[str, Stored]:
     """Every tensor by the name of what it stands for. `block` is that of `plain_config`; None: nothing is fp8."""
+    for mark, method in MARKS.items():
+        if marked := next((name for name in stored if name.endswith(mark)), None):
+            raise CheckpointError(f"{where}: {marked}: weights quantised by {method}, which are not read here. "
+                                  f"{UPLOAD}")
     plain = dict(stored)
     for name, one in stored.items():
         if block and name.endswith(".weight_scale_inv") and (weight := name.removesuffix("_scale_inv")) in stored:

@@ -1,5 +1,7 @@
 """ChatGLM's keys: the two meanings of rope_ratio, and the variants that are refused."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -8,8 +10,9 @@ import checkpoints
 from checkpoints.families import read_config, write_config
 from checkpoints.families.chatglm import CHATGLM
 from nanollm.config import Linear, ModelConfig, Rope
-from nanollm.errors import ConfigError
+from nanollm.errors import CheckpointError, ConfigError
 from tests.fixtures.chatglm import FIXTURES
+from tests.oracles import difference, reference_logits, tokens
 from tests.oracles import write as write_folder
 
 VALUES = dict(
@@ -60,7 +63,7 @@ def test_a_ratio_that_cannot_be_understood_is_refused_with_both_meanings(name):
     [
         ("rmsnorm", False), ("post_layer_norm", False), ("add_bias_linear", True),
         ("apply_residual_connection_post_layernorm", True), ("fp32_residual_connection", True), ("pre_seq_len", 128),
-        ("quantization_bit", 4), ("tie_word_embeddings", True), ("multi_query_attention", False),
+        ("quantization_bit", 4), ("multi_query_attention", False),
         ("num_hidden_layers", 3), ("vocab_size", 98), ("rope_ratio_scales", "angles"), ("rope_theta", 1e4),
         ("position_encoding_2d", True),
     ],
@@ -68,6 +71,22 @@ def test_a_ratio_that_cannot_be_understood_is_refused_with_both_meanings(name):
 def test_refusals(key, value):
     with pytest.raises(ConfigError, match=f"{key} (is|=) {value!r}"):
         read(**{key: value})
+
+
+def test_a_head_of_its_own_is_kept_where_config_json_says_tied(tmp_path):
+    """As fine-tuning tools write it. The published code has no get_output_embeddings, so that nothing is ever tied."""
+    fixture = FIXTURES["chatglm2-6b"]
+    theirs = write_folder(fixture, tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": True}))
+    x = tokens(fixture)
+    with torch.inference_mode():
+        assert difference(checkpoints.load(tmp_path)(x), reference_logits(fixture, theirs, x)) < fixture.bound
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["transformer.output_layer.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="1 missing:\n    transformer.output_layer.weight"):
+        checkpoints.load(tmp_path)
 
 
 def test_written_anew_it_says_what_the_ratio_scales():

@@ -126,13 +126,30 @@ CONFIGS: dict[str, Case] = {
     "a bias that is 1": (keys(attention_bias=1), "attention_bias is 1; expected true or false"),
     "biases that are not there": (keys(attention_bias=True), "8 missing"),
     "tied is a text": (keys(tie_word_embeddings="false"), "tie_word_embeddings is 'false'"),
-    "an unknown key": (keys(clip_qkv=8.0), r'clip_qkv = 8.0.*ignore=\["clip_qkv"\]'),
+    "an unknown key": (keys(clip_qkv=8.0), r"clip_qkv = 8.0.*--ignore clip_qkv"),
     "a thousand unknown keys": (keys(**{f"key_{n}": n for n in range(1000)}), TOO_MANY),
     "an unknown key of a megabyte": (keys(**{"x" * 1_000_000: 1}), TOO_MANY),
     "an unknown key that is half a character": (keys(**{"\ud800": 1}), r"\\ud800 = 1"),
     "an unknown key that is deep": (keys(mystery=nested(DEEPEST)), "mystery = "),
     # quantised
-    "an unknown quantization": (keys(quantization_config={"quant_method": "awq"}), "quant_method is 'awq'"),
+    "AWQ": (keys(quantization_config={"quant_method": "awq"}), "quant_method is 'awq': .*by AWQ.*unquantised upload"),
+    "GPTQ": (keys(quantization_config={"quant_method": "gptq", "bits": 4}), "by GPTQ, .*unquantised upload"),
+    "bitsandbytes": (
+        keys(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+        r"by bitsandbytes, .*\.dequantize\(\)\.save_pretrained\('OUT', save_original_format=False\)",
+    ),
+    "compressed-tensors": (
+        keys(quantization_config={"quant_method": "compressed-tensors"}), r"CompressedTensorsConfig\(dequantize=True\)",
+    ),
+    "compressed-tensors by an older key": (
+        keys(compression_config={"quant_method": "compressed-tensors"}), "compression_config.quant_method is",
+    ),
+    "ModelOpt": (keys(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}), "NVIDIA's ModelOpt"),
+    "ModelOpt, by its producer": (
+        keys(quantization_config={"quant_algo": "FP8", "producer": {"name": "modelopt"}}), "NVIDIA's ModelOpt",
+    ),
+    "MLX": (keys(quantization={"group_size": 64, "bits": 4}), "quantization is .* by MLX, .*--dequantize"),
+    "an unknown quantization": (keys(quantization_config={"quant_method": "mine"}), "quantised by 'mine'"),
     "a quantization that is a list": (keys(quantization_config=[1] * 100_000), "quantization_config is"),
     "a quantization that is deep": (
         keys(quantization_config={"quant_method": nested(DEEPEST - 50)}), "quant_method is",
@@ -146,6 +163,10 @@ CONFIGS: dict[str, Case] = {
     "fp8 of another format": (
         keys(quantization_config={"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}),
         "fmt is 'e5m2'",
+    ),
+    "fp8 with stored scales of activations": (
+        keys(quantization_config={"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static"}),
+        "activation_scheme is 'static'; .*unquantised upload",
     ),
     # legal
     "code of its own, which is not run": (keys(auto_map={"AutoModelForCausalLM": "modeling.Mine"}), None),

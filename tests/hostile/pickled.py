@@ -241,8 +241,8 @@ ALLOWED: dict[str, Case] = {
     "a name that is half a character": (
         running(named(b"N", b"X\x03\0\0\0\xed\xa0\x80")), r"\\ud800: a tensor expected",
     ),
-    "an optimizer": (saved(lambda tensors: {"state": {0: {"step": 1}}, "param_groups": []}), BY_NAME),
-    "a whole module": (lambda folder: torch.save(torch.nn.Linear(2, 2), folder / BIN), "the instruction NEWOBJ"),
+    "an optimizer": (saved(lambda tensors: {"state": {0: {"step": 1}}, "param_groups": []}), "an optimizer's state"),
+    "a whole module": (lambda folder: torch.save(torch.nn.Linear(2, 2), folder / BIN), "a whole module"),
     "quantised by torch": (
         running(named(function("torch._utils", "_rebuild_qtensor") + b")R")),
         CALLS.format("torch._utils._rebuild_qtensor"),

@@ -1,0 +1,19 @@
+"""Published model_types that are no decoders of text: what each is, for whoever tries one.
+
+transformers' own lists say the same: MODEL_FOR_MASKED_LM_MAPPING_NAMES and MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+(tests/test_foreign.py).
+"""
+
+ENCODER = ("an encoder, which turns a text into vectors and has no next token; sentence-transformers, or transformers' "
+           "AutoModel, runs it")
+BOTH = "an encoder with a decoder, which reads one sequence and writes another; transformers runs it"
+ELSEWHERE = {
+    **dict.fromkeys("""
+        albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm flaubert
+        jina_embeddings_v3 longformer mobilebert modernbert mpnet nomic_bert roberta xlm-roberta xlm-roberta-xl
+    """.split(), ENCODER),
+    **dict.fromkeys("""
+        bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5
+    """.split(), BOTH),
+    "whisper": "a model that writes down speech; transformers runs it",
+}

@@ -1,0 +1,113 @@
+"""Folders of other programs (tests/hostile/foreign.py has each by its message): what is advised works, and is true of
+the libraries that are installed."""
+
+import inspect
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers.models.auto import modeling_auto
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as QUANTIZERS
+from transformers.quantizers.base import HfQuantizer
+
+import checkpoints
+from checkpoints.families import FAMILIES, read_config
+from checkpoints.families.elsewhere import BOTH, ELSEWHERE, ENCODER
+from checkpoints.names.reader import DEFAULTS, IRRELEVANT
+from checkpoints.source import open_source
+from checkpoints.storage import quantized
+from nanollm import cli
+from nanollm.errors import CheckpointError, ConfigError
+from tests.hostile import good
+
+
+def advised(error: pytest.ExceptionInfo, start: str) -> str:
+    """The command in a message, from `start` up to what is set off from it."""
+    text = str(error.value).partition(start)[2]
+    return start + text.partition(" (or")[0].partition(";")[0]
+
+
+def test_shards_of_fsdp_become_a_folder_by_the_command_that_is_advised(tmp_path):
+    """torch.distributed.checkpoint writes them here in one process; its own command puts them together."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")          # torch's: that there is one process
+        torch.distributed.checkpoint.save({"model": good.tensors()}, checkpoint_id=tmp_path / "shards")
+    with pytest.raises(CheckpointError, match="shards them among ranks") as error:
+        checkpoints.load(tmp_path / "shards")
+    command, out = advised(error, "mkdir"), tmp_path / "OUT"
+    subprocess.run(command.replace("python", sys.executable), shell=True, cwd=tmp_path, check=True, capture_output=True)
+    good.write_json(out / "config.json", good.CONFIG)
+    found = good.read_whole(out).stored
+    assert {name: one.shape for name, one in found.items()} == {
+        name: tensor.shape for name, tensor in good.tensors().items()}
+
+
+def test_what_is_advised_of_quantised_folders_is_what_transformers_can_undo():
+    """`dequantize` of the model is there for bitsandbytes, and an option at loading for compressed-tensors; the methods
+    for which an unquantised upload is advised have neither. (save_original_format=False: a model that was dequantised
+    cannot be written in the form that it was read in.)"""
+    def undone(kind: str) -> bool:
+        return QUANTIZERS[kind]._dequantize is not HfQuantizer._dequantize
+
+    assert undone("bitsandbytes_4bit") and undone("bitsandbytes_8bit")
+    assert not any(undone(kind) for kind in ("gptq", "awq", "auto-round", "fbgemm_fp8", "compressed-tensors"))
+    assert "modelopt" not in QUANTIZERS
+    assert "save_original_format" in inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
+    assert "dequantize" in inspect.signature(transformers.CompressedTensorsConfig.__init__).parameters
+    for kind, (_, undo) in quantized.METHODS.items():
+        assert undo.endswith("upload") or undo == quantized.UPLOAD, kind
+
+
+def test_no_decoder_is_called_something_else():
+    """transformers' own lists of encoders, and of encoders with a decoder."""
+    kinds = {what: {kind for kind, said in ELSEWHERE.items() if said == what} for what in (ENCODER, BOTH)}
+    assert kinds[ENCODER] <= modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.keys() | {"jina_embeddings_v3"}
+    assert kinds[BOTH] <= modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.keys()
+    assert not ELSEWHERE.keys() & FAMILIES.keys()
+
+
+def test_an_unknown_family_is_told_the_nearest_and_where_the_list_is():
+    with pytest.raises(ConfigError) as error:
+        read_config({"model_type": "qwen4"})
+    assert str(error.value) == (
+        "config.json: model_type is 'qwen4'; near it are qwen, qwen3, qwen2; "
+        f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
+
+
+def test_what_every_config_of_transformers_has_is_known():
+    fields = transformers.PretrainedConfig().to_dict().keys()
+    assert fields <= IRRELEVANT | DEFAULTS.keys()
+
+
+def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
+    good.hugging_face(tmp_path)
+
+    def denied(path: Path, *more: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    said = f"{tmp_path}: cannot be read: Permission denied"
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError, match=said):
+        patch.setattr(Path, "is_dir", denied)
+        checkpoints.load(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        cli.main(lambda: denied(tmp_path))
+    assert end.value.code == f"error: {tmp_path}: Permission denied"
+
+
+def test_a_warning_is_one_line_of_a_command(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        cli.main(lambda: warnings.warn("passed over: x", stacklevel=2))
+    assert capsys.readouterr().err == "warning: passed over: x\n"
+
+
+def test_a_reader_of_pickles_still_reads_weights_that_hold_such_words(tmp_path):
+    """A word of another program's that is a tensor's name does not make a sound file foreign."""
+    good.pickled(tmp_path)
+    tensors = good.tensors() | {"iter_num": torch.ones(1), "model_args": torch.ones(1)}
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    assert open_source(tmp_path, ["iter_num", "model_args"], allow_pickle=True).steps
