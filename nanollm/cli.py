@@ -32,12 +32,10 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {near[0]}?" if near else "; --help lists them"
 
 
-def one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int,
-             line: str | None = None) -> str:
-    """A warning without the line of our code that gave it; one of Python's own kinds keeps its name and place."""
-    if category is UserWarning:
-        return f"warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+def one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:
+    """In place of warnings.showwarning: without the line of our code that gave it, but for Python's own kinds."""
+    where = "warning" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}"
+    print(f"{where}: {message}", file=sys.stderr, flush=True)
 
 
 def main(run: Callable[[], None]) -> None:
@@ -46,9 +44,10 @@ def main(run: Callable[[], None]) -> None:
     Where all ranks of a run fail alike, only the first prints the error.
     """
     ending: str | int = 0
-    warnings.formatwarning = one_line
     try:
-        run()
+        with warnings.catch_warnings():
+            warnings.showwarning = one_line      # type: ignore[assignment]
+            run()
     except NanollmError as error:
         ending = f"error: {error}" if error.alone or os.environ.get("RANK", "0") == "0" else 1
     except PermissionError as error:
