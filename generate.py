@@ -46,6 +46,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--suffix", metavar="TEXT",
                         help="text after the middle, to fill in the middle; with one --prompt and --template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
+                        help="beginning-of-sequence token before each --prompt, or none; without the option as the "
+                        "tokenizer's files say")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
                         help="most tokens of an answer, a prompt or turn (default 256)")
     parser.add_argument("--context", type=int, default=4096, metavar="N",
@@ -84,6 +87,8 @@ def parse() -> argparse.Namespace:
         parser.error("--suffix goes with one --prompt, and with a --template that says how to infill")
     if args.template and not args.chat and args.suffix is None:
         parser.error("--template goes with --chat or --suffix; a --prompt is continued as it stands")
+    if args.bos is not None and (args.chat or args.suffix is not None):
+        parser.error("--bos and --no-bos go with --prompt; a template says itself how a text begins")
     return args
 
 
@@ -126,7 +131,7 @@ def sampling(args: argparse.Namespace) -> dict:
 def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.suffix is None:
-        prompts = [tokenizer.encode(text) for text in texts]
+        prompts = [tokenizer.encode(text, bos=args.bos) for text in texts]
     else:
         prompts = [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
     warn(tokenizer, prompts[0])
@@ -141,7 +146,7 @@ def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> 
     answers = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
     seconds = time.perf_counter() - start
     for prompt, answer in zip(args.prompt, answers, strict=True):
-        print(f"--- {prompt}\n{''.join(stream_text([tokenizer.decode(answer)], args.stop))}")
+        print(f"--- {prompt}\n{''.join(stream_text([tokenizer.decode(answer, continues=True)], args.stop))}")
     total = sum(map(len, answers))
     note(f"[{total} tokens for {len(prompts)} prompts, {total / seconds:.1f} tokens/s in all]")
 

@@ -189,7 +189,11 @@ def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict
 
 def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
     """The tokenizer and what else belongs to the model, from where it came from."""
-    if origin and not origin.folder.is_dir():
+    if origin is None:
+        return
+    if not origin.folder.is_dir():
         warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer", stacklevel=2)
-    for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)] if origin else []:
-        shutil.copyfile(path, draft / path.name)
+    for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)]:
+        to = draft / path.relative_to(origin.folder)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to)

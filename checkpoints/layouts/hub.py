@@ -12,8 +12,8 @@ from nanollm.errors import CheckpointError
 
 COMPANIONS = (                                   # what belongs to a model beside its weights and config.json
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json",
+    "tokenizer.model", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "additional_chat_templates/*.jinja", "chat_template.json",
 )
 WANTED = ("config.json", SINGLE, INDEX, "model-*-of-*.safetensors", *COMPANIONS)
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin", "pytorch_model.bin.index.json")
