@@ -96,10 +96,11 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def warn(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """What looks wrong about BOS and the stop tokens."""
+def warn(tokenizer: Tokenizer, ids: list[int], bos: bool | None = None) -> None:
+    """What looks wrong about BOS and the stop tokens. bos: what --bos or --no-bos decided, if one was given."""
     for warning in [*tokenizer.doctor(), *tokenizer.warnings(ids)]:
-        note(f"warning: {warning}")
+        if bos is None or "--bos" not in warning:       # the advice was heard
+            note(f"warning: {warning}")
 
 
 def say(tokenizer: Tokenizer, tokens: Iterator[int], stop: list[str], continues: bool) -> list[int]:
@@ -134,7 +135,7 @@ def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> 
         prompts = [tokenizer.encode(text, bos=args.bos) for text in texts]
     else:
         prompts = [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
-    warn(tokenizer, prompts[0])
+    warn(tokenizer, prompts[0], args.bos)
     if len(prompts) == 1:
         print(args.prompt[0] if args.prompt[0] != "-" else "", end="")
         session = Session(model, len(prompts[0]) + args.max_new_tokens)
