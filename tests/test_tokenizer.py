@@ -27,6 +27,7 @@ from nanollm.errors import TokenizerError
 from nanollm.text import tokenizer_ranks
 from nanollm.text.tokenizer import Tokenizer, load
 from nanollm.text.tokenizer_ranks import GPT2, LLAMA3
+from tests.clock import within
 from tests.tok_folders import (
     CORPUS,
     MISTRAL,
@@ -555,7 +556,8 @@ def test_added_tokens_outside_tokenizer_json(tmp_path: Path) -> None:
 PHI = ["<|end|>", "<|user|>", "<|assistant|>", "<|endoftext|>"]
 
 
-@pytest.mark.parametrize("beside", ["nothing", "named", "stop ids", "added_tokens.json", "a stale added_tokens.json"])
+@pytest.mark.parametrize("beside", ["nothing", "named", "stop ids", "added_tokens.json", "a stale added_tokens.json",
+                                    "other flags"])
 def test_what_tokenizer_json_says_of_a_token_stands(tmp_path: Path, beside: str) -> None:
     """Its flags, whatever names it or lists it again: Phi-3's <|end|> takes the newline behind it, with stop ids
     too."""
@@ -569,6 +571,8 @@ def test_what_tokenizer_json_says_of_a_token_stands(tmp_path: Path, beside: str)
         "stop ids": {"generation_config": {"eos_token_id": [eos, assistant, end]}},
         "added_tokens.json": {"added_tokens": dict(zip(PHI, (end, user, assistant, eos), strict=True))},
         "a stale added_tokens.json": {"added_tokens": {"<|user|>": 7, "<|gone|>": 9_999}},
+        "other flags": {"tokenizer_config": FAST | {"added_tokens_decoder": {
+            str(backend.token_to_id(text)): {"content": text, "special": True} for text in PHI}}},
     }
     write(tmp_path, **files[beside])
     ours, text = load(tmp_path), "<|user|>\nHi<|end|>\n<|assistant|>\n"
@@ -576,6 +580,17 @@ def test_what_tokenizer_json_says_of_a_token_stands(tmp_path: Path, beside: str)
     assert ids == [user, *backend.encode("Hi").ids, end, assistant], "no newline is left"
     assert ours.encode(text, special=True, bos=False) == ids
     assert ours.special_tokens == dict(zip(PHI, (end, user, assistant, eos), strict=True))
+
+
+def test_thousands_of_added_tokens_are_loaded_at_once(tmp_path: Path) -> None:
+    """Gemma 3 has 6,415, each listed twice. Added one by one they take half a minute."""
+    backend = byte_bpe()
+    backend.add_tokens([AddedToken(f"<unused{i}>", special=i % 2 == 0) for i in range(6500)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    listed = {str(450 + i): {"content": f"<unused{i}>", "special": True} for i in range(6500)}
+    write(tmp_path, tokenizer_config=FAST | {"eos_token": "<unused1>", "added_tokens_decoder": listed})
+    ours = within(1.5, lambda: load(tmp_path), time.process_time)
+    assert ours.encode("a<unused6499>") == backend.encode("a<unused6499>").ids and ours.eos_id == 451
 
 
 def test_tokens_added_to_a_vocabulary_keep_their_id_and_flags(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@
 The second line makes streaming simple and exact: a character may be spread over several tokens, never over half a byte,
 so an incremental UTF-8 decoder fed with bᵢ hands out each character once, when it is whole. Ill-formed bytes become
 U+FFFD, one for each maximal subpart (Unicode §3.9), as in tokenizers' byte-level decoder; sentencepiece writes one for
-each byte.
+each byte, and tokenizers' ByteFallback replaces a run of byte tokens as a whole, where any part of it is ill-formed.
 
 **Special tokens in user text are an attack**: "</s>" typed by a user must not end the turn. `encode` reads text as
 text; only `special=True`, for rendered chat templates, reads "</s>" as its id. tokenizers has a switch for this;
