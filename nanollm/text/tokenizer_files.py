@@ -80,11 +80,13 @@ def _from_model(path: Path, declared: Declared) -> Model:
 def _from_ranks(path: Path, declared: Declared) -> Model:
     data, ranks = path.read_bytes(), {}
     need(data, path, "an empty file", "ranks in base64")
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.splitlines(), 1):      # 200 000 of them: a message is made only where one is due
         token, _, rank = line.partition(b" ")
-        need(rank.isdigit(), path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
+        if not rank.isdigit():
+            need(False, path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
         ranks[base64.b64decode(token, validate=True)] = int(rank)
-        need(len(ranks) == number, path, f"line {number}: {line!r}", "a token that no line above has")
+        if len(ranks) < number:
+            need(False, path, f"line {number}: {line!r}", "a token that no line above has")
     known = published(len(ranks), path)
     need(declared.added or not known.listed, declared.where, "no added_tokens_decoder",
          f"one, for the special tokens of {declared.kind or known.name}")
@@ -143,11 +145,9 @@ def _from_tekken(path: Path, declared: Declared) -> Model:
 def _rank_model(ranks: dict[bytes, int], special: dict[str, int], path: Path) -> models.BPE:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     need(not missing, path, f"no rank for the bytes {missing}", "a rank for each of the 256 bytes")
-    spelled = {token: "".join(map(_CHAR.__getitem__, token)) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += [(spelled[left], spelled[right]) for left, right in splits if left in ranks and right in ranks]
+    spelled = {token: token.decode("latin-1").translate(_CHAR) for token in ranks}
+    merges = [(left, right) for token in sorted(ranks, key=ranks.__getitem__) for i in range(1, len(token))
+              if (left := spelled.get(token[:i])) and (right := spelled.get(token[i:]))]
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | special
     need(len({*vocab.values()}) == len(ranks) + len(special), path, "an id given twice", "each of them once")
     return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)      # tiktoken, too, looks up whole words first
