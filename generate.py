@@ -45,6 +45,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--suffix", metavar="TEXT",
                         help="text after the middle, to fill in the middle; with one --prompt and --template")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
+                        help="beginning-of-sequence token before each --prompt, or none; without the option as the "
+                        "tokenizer's files say")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
                         help="most tokens of an answer, a prompt or turn (default 256)")
     parser.add_argument("--context", type=int, default=4096, metavar="N",
@@ -83,6 +86,8 @@ def parse() -> argparse.Namespace:
         parser.error("--suffix goes with one --prompt, and with a --template that says how to infill")
     if args.template and not args.chat and args.suffix is None:
         parser.error("--template goes with --chat or --suffix; a --prompt is continued as it stands")
+    if args.bos is not None and (args.chat or args.suffix is not None):
+        parser.error("--bos and --no-bos go with --prompt; a template says itself how a text begins")
     return args
 
 
@@ -90,10 +95,11 @@ def note(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def warn(tokenizer: Tokenizer, ids: list[int]) -> None:
-    """What looks wrong about BOS and the stop tokens."""
+def warn(tokenizer: Tokenizer, ids: list[int], bos: bool | None = None) -> None:
+    """What looks wrong about BOS and the stop tokens. bos: what --bos or --no-bos decided, if one was given."""
     for warning in [*tokenizer.doctor(), *tokenizer.warnings(ids)]:
-        note(f"warning: {warning}")
+        if bos is None or "--bos" not in warning:       # the advice was heard
+            note(f"warning: {warning}")
 
 
 def say(tokenizer: Tokenizer, tokens: Iterator[int], stop: list[str], continues: bool) -> list[int]:
@@ -125,10 +131,10 @@ def sampling(args: argparse.Namespace) -> dict:
 def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
     texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
     if args.suffix is None:
-        prompts = [tokenizer.encode(text) for text in texts]
+        prompts = [tokenizer.encode(text, bos=args.bos) for text in texts]
     else:
         prompts = [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
-    warn(tokenizer, prompts[0])
+    warn(tokenizer, prompts[0], args.bos)
     if len(prompts) == 1:
         print(args.prompt[0] if args.prompt[0] != "-" else "", end="")
         session = Session(model, len(prompts[0]) + args.max_new_tokens)
@@ -140,7 +146,7 @@ def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> 
     answers = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
     seconds = time.perf_counter() - start
     for prompt, answer in zip(args.prompt, answers, strict=True):
-        print(f"--- {prompt}\n{''.join(stream_text([tokenizer.decode(answer)], args.stop))}")
+        print(f"--- {prompt}\n{''.join(stream_text([tokenizer.decode(answer, continues=True)], args.stop))}")
     total = sum(map(len, answers))
     note(f"[{total} tokens for {len(prompts)} prompts, {total / seconds:.1f} tokens/s in all]")
 

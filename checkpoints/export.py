@@ -239,14 +239,18 @@ def _gguf(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping
 
 def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
     """The tokenizer and what else belongs to the model, from where it came from: out of a GGUF that has one inside."""
-    if origin and not origin.folder.is_dir():
+    if origin is None:
+        return
+    if not origin.folder.is_dir():
         warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer", stacklevel=2)
-    elif origin and origin.inside:
+    if origin.inside:
         try:
             if gguf_tokens.write(origin.inside, draft):
                 return
         except TokenizerError as error:
             warnings.warn(f"{folder} is written without tokenizer: {error}", stacklevel=2)
             return
-    for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)] if origin else []:
-        shutil.copyfile(path, draft / path.name)
+    for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)]:
+        to = draft / path.relative_to(origin.folder)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to)

@@ -78,8 +78,9 @@ are in `nanollm/text/templates.py`, as the folders ship none.
 PROVED = """
 ## Tokenizers and templates
 
-No published tokenizer is here but Mistral's. What is compared is each *kind*, on trained miniatures, with the library
-that defines it (`tests/test_tokenizer.py`):
+What is compared is each *kind*, on trained miniatures, with the library that defines it (`tests/test_tokenizer.py`),
+and published files that packages ship: Mistral's, DeepSeek-V3's, those of Llama 3 and 4 and of Qwen-1
+(`tests/test_real_tokenizers.py`, which names the packages; the extras `test` and `published` bring all but Qwen's):
 
 {tokenizers}
 
@@ -99,7 +100,8 @@ TOKENIZERS = {
     "metaspace BPE": ("in tokenizer.json: the same", "test_ids_and_text_equal_transformers"),
     "sentencepiece": (
         "BPE and unigram: ids and text equal the sentencepiece library's", "test_sentencepiece_equals_sentencepiece"),
-    "tiktoken ranks": ("ids equal tiktoken's", "test_ranks_equal_tiktoken"),
+    "tiktoken ranks": (
+        "each published file is known by its number of ranks; ids equal tiktoken's", "test_ranks_equal_tiktoken"),
     "GPT-2 in code": ("ids equal those of tiktoken's own gpt2 with the extra tokens", "test_xgen_equals_tiktoken"),
     "ranks and prefix in code": (
         "special tokens are those that the folder declares", "test_glm4_declares_its_special_tokens"),

@@ -25,6 +25,7 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
 from nanollm.errors import TokenizerError
 from nanollm.text import render as rendering
+from nanollm.text import templates
 from nanollm.text.chat import Conversation
 from nanollm.text.render import render
 from nanollm.text.tokenizer import load
@@ -164,6 +165,67 @@ def test_text_equals_transformers(folder: Path, template: str, chats: str) -> No
                 continue
             assert render(TEMPLATES[template], CHATS[chats], add_generation_prompt=generate, bos_token="<s>",
                           eos_token="</s>", tools=tools) == expected
+
+
+NAMED = {"default": "{{ messages[0].content }} plain", "tool_use": "{{ messages[0].content }} {{ tools | length }}",
+         "rag": "{{ documents }}"}
+WAYS = {  # how a folder says several templates: (tokenizer_config.json's, chat_template.jinja, the folder of the others)
+    "a list": ([{"name": name, "template": text} for name, text in NAMED.items()], None, {}),
+    "a list of one": ([{"name": "default", "template": "x"}], None, {}),
+    "a dict": (NAMED, None, {}),
+    "files": (None, NAMED["default"], {"tool_use": NAMED["tool_use"], "rag": "{{ documents }}"}),
+    "files over a list": ([{"name": "tool_use", "template": "old"}], NAMED["default"], {}),
+    "files over a text": ("old", None, {"tool_use": NAMED["tool_use"]}),
+    "a file named default": (None, "old", {"default": "{{ messages[0].content }}"}),
+    "a text": (NAMED["default"], None, {}),
+    "tool_use alone": ([{"name": "tool_use", "template": NAMED["tool_use"]}], None, {}),
+    "rag alone": ({"rag": "x"}, None, {}),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_named_templates_are_chosen_as_transformers_chooses(folder: Path, tmp_path: Path, way: str) -> None:
+    said, file, others = WAYS[way]
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    write(tmp_path, tokenizer_config=config | ({} if said is None else {"chat_template": said}))
+    if file is not None:
+        (tmp_path / "chat_template.jinja").write_text(file)
+    for name, text in others.items():
+        (tmp_path / "additional_chat_templates").mkdir(exist_ok=True)
+        (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(text)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), load(tmp_path)
+    assert ours.encode("hello") == theirs.encode("hello"), "for prompts, every such folder loads"
+    for tools in (None, [], TOOLS):
+        try:
+            expected = theirs.get_chat_template(tools=tools)
+        except ValueError:                                  # "multiple chat templates with no default specified"
+            with pytest.raises(TokenizerError, match=f"chat templates named {'|'.join(ours.chat_templates)}, and none"):
+                Conversation(ours, [USER], tools=tools)
+            continue
+        assert ours.template_for(tools) == expected
+        ids = theirs.apply_chat_template([USER], tools=tools, add_generation_prompt=True, return_dict=False)
+        assert Conversation(ours, [USER], tools=tools).prompt_ids() == ids
+    templates.write(ours, tmp_path)                         # what is written is read as the same, by both
+    theirs, again = transformers.AutoTokenizer.from_pretrained(tmp_path), load(tmp_path)
+    assert again.chat_templates == ours.chat_templates
+    whole = theirs.chat_template
+    assert ours.chat_templates == (whole if isinstance(whole, dict) else {"default": whole})
+    assert {*again.files} == {path for path in tmp_path.rglob("*") if path.is_file()}
+
+
+def test_a_template_that_is_named_is_the_only_one(folder: Path, tmp_path: Path) -> None:
+    ours = load(folder)
+    ours.chat_templates = {**NAMED}
+    templates.choose(ours, "chatml")
+    assert ours.template_for(TOOLS) == ours.template_for(None) == templates.TEMPLATES["chatml"].jinja
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text("the old folder's")
+    templates.write(ours, tmp_path)
+    assert [path.name for path in tmp_path.rglob("*")] == ["chat_template.jinja"]
+    ours.chat_templates = {"../outside": "x"}
+    with pytest.raises(TokenizerError, match="'../outside'.*a path, expected a name"):
+        templates.write(ours, tmp_path)
 
 
 def test_most_comparisons_are_of_text() -> None:
@@ -345,7 +407,7 @@ def test_a_forked_process_starts_its_own_child() -> None:
 @pytest.mark.slow
 def test_an_orphan_ends_by_itself() -> None:
     """The parent is killed while a template runs: nobody is left to kill the child but the kernel."""
-    program = ("import threading, time; from nanollm.text import render as rendering; rendering.TIME_LIMIT = 1.0; rendering.render('', []);"
+    program = ("import threading, time; from nanollm.text import render as rendering, templates; rendering.TIME_LIMIT = 1.0; rendering.render('', []);"
                "print(rendering._renderer.child.pid, flush=True); rendering.WALL_LIMIT = 60;"
                f"rendering.render({ATTACKS['nested ranges'][0]!r}, [])")
     parent = subprocess.Popen(

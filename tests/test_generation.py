@@ -4,9 +4,11 @@ Its processes are forked (forked.py); tests/kernels/test_decoder.py starts it fr
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import tokenizers
 import torch
 import transformers
@@ -20,8 +22,10 @@ from nanollm.inference.generation import PREFILL, Session, feed, generate, gener
 from nanollm.inference.quantize import quantize
 from nanollm.inference.sample import keep_likely, sample
 from nanollm.model import Decoder
+from nanollm.text import tokenizer
 from tests import forked
 from tests.oracles import Fixture, difference, make_loud, write
+from tests.tok_folders import WORDS, metaspace_bpe, sentencepiece_model
 
 # ---- sample.py
 
@@ -206,6 +210,51 @@ def test_batch_and_stdin(folder):
         text="dog",
     )
     assert done.codes == [0] and done.out.count("---") == 2 and "for 2 prompts" in done.err, done.err
+
+
+@pytest.mark.parametrize("kind", ["tokenizer.model", "tokenizer.json"])
+def test_an_answer_begins_alike_alone_and_in_a_batch(kind, tmp_path):
+    """With the space that its first token has, where a text of its own would lose it; as the library decodes prompt
+    and answer together."""
+    theirs: sentencepiece.SentencePieceProcessor | tokenizers.Tokenizer
+    if kind == "tokenizer.model":
+        (tmp_path / kind).write_bytes(data := sentencepiece_model())
+        theirs = sentencepiece.SentencePieceProcessor(model_proto=data)
+    else:
+        (theirs := metaspace_bpe()).save(str(tmp_path / kind))
+    write(Fixture("llama", {"vocab_size": tokenizer.load(tmp_path).vocab_size}), tmp_path)
+    words, model = tokenizer.load(tmp_path), checkpoints.load(tmp_path)
+    rest = {}
+    for prompt in WORDS[:30]:
+        ids = words.encode(prompt)
+        new = [*generate(model, ids, 2, stop_ids=words.stop_ids)]
+        text = theirs.decode(ids + new)
+        if not {"\ufffd", "⁇"} & {*text}:                   # of which libraries write different numbers
+            rest[prompt] = text.removeprefix(prompt)
+    prompts = sorted(rest, key=lambda prompt: not rest[prompt].startswith(" "))[:5]
+    assert rest[prompts[0]].startswith(" "), "the example needs an answer that begins with a space"
+    asked = [word for prompt in prompts for word in ("--prompt", prompt)]
+    together = cli("--model", str(tmp_path), *asked, "--max-new-tokens", "2").out
+    assert together == "".join(f"--- {prompt}\n{rest[prompt]}\n" for prompt in prompts)
+    alone = cli("--model", str(tmp_path), "--prompt", prompts[0], "--max-new-tokens", "2").out
+    assert alone == f"{prompts[0]}{rest[prompts[0]]}\n"
+
+
+def test_bos_is_put_before_a_prompt_when_asked(folder, tmp_path):
+    """DeepSeek-V3's files: add_bos_token, and a tokenizer.json that adds none. What to do is said, and works."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(said | {"bos_token": "<|im_start|>",
+                                                                       "add_bos_token": True}))
+    words, model = tokenizer.load(tmp_path), checkpoints.load(tmp_path)
+    bare = words.encode("the fox", bos=False)
+    for option, ids, warned in (([], bare, True), (["--bos"], [words.bos_id, *bare], False),
+                                (["--no-bos"], bare, False)):
+        done = cli("--model", str(tmp_path), "--prompt", "the fox", "--max-new-tokens", "8", *option)
+        new = generate(model, ids, 8, stop_ids=words.stop_ids)
+        assert done.out == "the fox" + words.decode(new, continues=True) + "\n", done.err
+        assert ("add_bos_token" in done.err and "--bos" in done.err) == warned
+    assert cli("--model", str(tmp_path), "--chat", "--bos").codes == [2]
 
 
 def test_chat(folder):

@@ -280,12 +280,14 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
     write(FIXTURES["llama-3"], tmp_path / "in")
     for name in ("tokenizer.json", "qwen.tiktoken", "chat_template.jinja", "notes.txt", "modeling_llama.py"):
         (tmp_path / "in" / name).write_text(name)
+    (tmp_path / "in" / "additional_chat_templates").mkdir()
+    (tmp_path / "in" / "additional_chat_templates" / "tool_use.jinja").write_text("named")
     model = checkpoints.load(tmp_path / "in")
     checkpoints.save(model, tmp_path / "out")
-    copied = {path.name for path in (tmp_path / "out").iterdir()}
+    copied = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert copied == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "qwen.tiktoken",
-        "chat_template.jinja",
+        "chat_template.jinja", "additional_chat_templates/tool_use.jinja",
     }
     shutil.rmtree(tmp_path / "in")
     with pytest.warns(UserWarning, match="gone, so .* is written without tokenizer"):

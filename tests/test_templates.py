@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 import pytest
 import sentencepiece
+import transformers
 
 import checkpoints
 import generate
-from nanollm.data import sft
+from nanollm.data import prepare, sft
 from nanollm.errors import TokenizerError
 from nanollm.model import Decoder
 from nanollm.presets import preset
@@ -592,6 +593,36 @@ def test_training_leaves_the_template_and_its_stops(tmp_path: Path) -> None:
     ]
 
 
+def test_training_takes_and_leaves_named_templates(tmp_path: Path) -> None:
+    """A chat with tools is learnt, and later asked for, with "tool_use", as transformers picks it; so in a folder of
+    shards, too."""
+    named = {"default": TEMPLATES["chatml"].jinja, "tool_use": "{{ tools | tojson }}" + TEMPLATES["chatml"].jinja}
+    init = bytes_folder(write(tmp_path / "init"), ("<|im_start|>", "<|im_end|>"), tokenizer_config={
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "chat_template": [{"name": name, "template": text} for name, text in named.items()]})
+    tools = [{"type": "function", "function": {"name": "rain"}}]
+    (tmp_path / "chats.jsonl").write_text("\n".join(
+        json.dumps({"messages": CHAT[:2]} | more) for more in ({}, {"tools": tools})))
+    corpus = open_chats(parse("", ["--init", str(init), "--chat", str(tmp_path / "chats.jsonl"), "--context", "256",
+                                   "--out", str(tmp_path / "run")]))
+    ours, theirs = load(init), transformers.AutoTokenizer.from_pretrained(init)
+    for chat in sft.read(tmp_path / "chats.jsonl"):
+        example, = sft.examples(ours, chat)
+        prompt = theirs.apply_chat_template(CHAT[:1], tools=chat.tools, add_generation_prompt=True, return_dict=False)
+        assert example.tokens[~example.answer].tolist() == prompt
+    (tmp_path / "trained").mkdir()
+    corpus.copy_tokenizer(tmp_path / "trained")
+    for folder in (tmp_path / "trained", tmp_path / "data"):
+        if folder.name == "data":                           # from files, which the first folder has by now
+            (tmp_path / "text").mkdir()
+            for i in range(9):
+                (tmp_path / "text" / f"{i}.txt").write_text(f"{i} quick brown foxes\n" * 99)
+            prepare.prepare(prepare.read(tmp_path / "text"), folder, vocab=None, tokenizer=tmp_path / "trained",
+                            context=16)
+        assert load(folder).chat_templates == named
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == named
+
+
 def test_training_on_plain_text_needs_no_template(model: Path, tmp_path: Path) -> None:
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi there", "completion": " Hello!"}))
     corpus = open_chats(parse("", [
@@ -605,6 +636,8 @@ def test_training_on_plain_text_needs_no_template(model: Path, tmp_path: Path) -
     (["--prompt", "x", "--template", "vicuna"], "--template goes with --chat or --suffix"),
     (["--chat", "--suffix", "x", "--template", "codellama"], "--suffix goes with one --prompt"),
     (["--prompt", "x", "--suffix", "x"], "with a --template that says how"),
+    (["--chat", "--no-bos"], "--bos and --no-bos go with --prompt"),
+    (["--prompt", "x", "--suffix", "x", "--template", "codellama", "--bos"], "--bos and --no-bos go with --prompt"),
 ])
 def test_options_that_do_not_go_together(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str

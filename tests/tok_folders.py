@@ -13,6 +13,8 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from nanollm.text.tokenizer_ranks import RANKS, Ranks
+
 MISTRAL = Path(mistral_common.__file__).parent / "data"       # real files: sentencepiece v1 to v7, and tekken
 
 WORDS = (
@@ -96,6 +98,25 @@ def ranks_of(tok: tokenizers.Tokenizer) -> dict[bytes, int]:
     """The vocabulary of a byte-level BPE as tiktoken's ranks: its ids are already in merge order."""
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     return {bytes(byte_of[c] for c in token): id for token, id in tok.get_vocab(with_added_tokens=False).items()}
+
+
+# Rank files are known by their size, and the published ones are large. These sizes stand for them in the tests.
+SMALL = {"Llama 3": 450, "Qwen": 449, "GLM-4": 448, "Llama 4": 447, "gpt-oss": 446, "cl100k": 445, "StableLM 2": 445,
+         "Kimi K2": 444}
+
+
+def small(known: Ranks, size: int) -> Ranks:
+    """The same row for a file of `size` ranks: its special tokens follow those."""
+    return known._replace(size=size, special={text: id - known.size + size for text, id in known.special.items()})
+
+
+PUBLISHED = {known.name: known for known in RANKS}
+RANKS += [small(PUBLISHED[name], size) for name, size in SMALL.items()]
+
+
+def small_ranks(name: str) -> dict[bytes, int]:
+    """As many ranks as stand for that file."""
+    return {token: rank for token, rank in ranks_of(byte_bpe()).items() if rank < SMALL[name]}
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> None:

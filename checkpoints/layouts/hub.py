@@ -27,7 +27,7 @@ from nanollm.errors import CheckpointError
 
 COMPANIONS = (                                   # what belongs to a model beside its weights and config.json
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "tokenizer.model", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja",
+    "tokenizer.model", "*.tiktoken", "tiktoken.model", "tekken.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja",
 )
 NAME = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w.-][\w./-]*\.gguf))?", re.ASCII)     # owner/name, and a file of it

@@ -174,8 +174,8 @@ def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, t
             trained.encode_special_tokens = True        # a text that spells the mark does not become one
             save_tokenizer(trained, Path(draft))
         used = given or nanollm.text.tokenizer.load(draft)
-        sources = [*used.files, used.files[0].with_name("generation_config.json")]
-        files = {path.name: path.read_bytes() for path in sources if path.exists()}
+        sources = [*used.files, used.folder / "generation_config.json"]
+        files = {path.relative_to(used.folder): path.read_bytes() for path in sources if path.exists()}
         made_with, end = digest(used), used.bos_id if used.eos_id is None else used.eos_id
     if end is None:
         raise DataError(f"{tokenizer}: found no eos_token and no bos_token, expected one, to stand between documents")
@@ -199,8 +199,9 @@ def prepare(documents: Sequence[Document], folder: Path, *, vocab: int | None, t
             for number, piece in enumerate(stream):
                 write_shard(folder / f"{name}-{number:05}.bin", piece, end=end, digest=made_with)
                 counts[name] += np.bincount(piece, minlength=used.vocab_size)
-        for name, content in files.items():
-            write_file(folder / name, content)
+        for path, content in files.items():
+            (folder / path).parent.mkdir(exist_ok=True)
+            write_file(folder / path, content)
         found = asdict(count(parts, counts, end))
         meta = {"format": 1, "fingerprint": fingerprint, "vocab": used.vocab_size, "tokenizer_sha256": made_with,
                 "facts": found}

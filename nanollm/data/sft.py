@@ -229,11 +229,12 @@ def examples(tokenizer: Tokenizer, chat: Chat) -> list[Example]:
 
 def _ids(tokenizer: Tokenizer, chat: Chat, i: int) -> tuple[list[int], list[int]]:
     """The ids that ask for message i, and the ids of all messages up to it."""
-    if tokenizer.chat_template is None and not chat.plain:
-        raise TokenizerError(f"{chat.where}: {no_template(tokenizer.about)}; or put a chat_template.jinja into the "
+    template = tokenizer.template_for(chat.tools)
+    if template is None and not chat.plain:
+        raise TokenizerError(f"{chat.where}: {no_template(tokenizer)}; or put a chat_template.jinja into the "
                              "folder, or give each item as a prompt and a completion, both text")
     try:
-        if tokenizer.chat_template is None:
+        if template is None:
             prompt, completion = (message["content"] for message in chat.messages)
             return tokenizer.encode(prompt), tokenizer.encode(prompt + completion)
         asking, said = (Conversation(tokenizer, chat.messages[:upto], chat.tools) for upto in (i, i + 1))

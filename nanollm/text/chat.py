@@ -20,14 +20,17 @@ from nanollm.text.tokenizer import CLOSE, OPEN, Tokenizer
 
 @dataclass
 class Conversation:
-    """The messages so far, {"role": …, "content": …}. `tools` are JSON schemas, for templates that show them."""
+    """The messages so far, {"role": …, "content": …}. `tools` are JSON schemas, for templates that show them.
+
+    Raises TokenizerError where the tokenizer has no template for such a chat.
+    """
     tokenizer: Tokenizer
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
-        if self.tokenizer.chat_template is None:
-            raise TokenizerError(f"{no_template(self.tokenizer.about)}; or put a chat_template.jinja into the folder, "
+        if self.tokenizer.template_for(self.tools) is None:
+            raise TokenizerError(f"{no_template(self.tokenizer)}; or put a chat_template.jinja into the folder, "
                                  "or give --prompt without --chat")
 
     def add(self, role: str, content: str) -> None:
@@ -37,7 +40,7 @@ class Conversation:
         """The ids that ask for the next message of the assistant. `extra` are further variables of the template."""
         special = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
         pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        template = self.tokenizer.chat_template
+        template = self.tokenizer.template_for(self.tools)
         assert template is not None, "__post_init__ refuses a tokenizer without one"
         text = render(template, _mark(self.messages, pattern), tools=_mark(self.tools, pattern),
                       **(self.tokenizer.named_tokens | extra))

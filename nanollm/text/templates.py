@@ -24,11 +24,13 @@ holds what that code returned, and `PROOFS` is what docs/families.md prints.
 
 import difflib
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.text.tokenizer_declared import NAMED_TEMPLATES
 
 RAN, READ = "ran the published function", "read only"
 
@@ -239,12 +241,26 @@ def suggested(about: str) -> str | None:
     return None
 
 
-def no_template(about: str) -> str:
-    """What to say where a folder ships no template."""
-    name = suggested(about)
+def no_template(tokenizer: Tokenizer) -> str:
+    """What to say where a folder ships no template for a chat."""
+    about, name = tokenizer.about, suggested(tokenizer.about)
     hint = f" (it says {about!r}, whose chat models were published with {name})" if name else ""
-    return ("the model's folder has no chat template, and chats differ from model to model: name one with --template, "
-            f"as published{hint}: {', '.join(TEMPLATES)}; or give it a file")
+    lacks = "has no chat template, and chats differ from model to model"
+    if others := ", ".join(tokenizer.chat_templates):
+        lacks = f"has chat templates named {others}, and none named default for this chat"
+    return (f"the model's folder {lacks}: name one with --template, as published{hint}: {', '.join(TEMPLATES)}; "
+            "or give it a file")
+
+
+def write(tokenizer: Tokenizer, folder: Path) -> None:
+    """The tokenizer's chat templates as files of `folder`, as transformers writes them, in place of those in it."""
+    shutil.rmtree(folder / NAMED_TEMPLATES, ignore_errors=True)
+    for name, source in tokenizer.chat_templates.items():
+        if name != Path(name).name:                       # it comes from a file that anybody may have written
+            raise TokenizerError(f"chat template {name!r}: found a path, expected a name")
+        path = folder / "chat_template.jinja" if name == "default" else folder / NAMED_TEMPLATES / f"{name}.jinja"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source, encoding="utf-8")
 
 
 def infill(tokenizer: Tokenizer, name: str, before: str, after: str) -> list[int]:

@@ -6,7 +6,7 @@
 The second line makes streaming simple and exact: a character may be spread over several tokens, never over half a byte,
 so an incremental UTF-8 decoder fed with bᵢ hands out each character once, when it is whole. Ill-formed bytes become
 U+FFFD, one for each maximal subpart (Unicode §3.9), as in tokenizers' byte-level decoder; sentencepiece writes one for
-each byte.
+each byte, and tokenizers' ByteFallback replaces a run of byte tokens as a whole, where any part of it is ill-formed.
 
 **Special tokens in user text are an attack**: "</s>" typed by a user must not end the turn. `encode` reads text as
 text; only `special=True`, for rendered chat templates, reads "</s>" as its id. tokenizers has a switch for this;
@@ -31,7 +31,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanollm.errors import TokenizerError
-from nanollm.text.tokenizer_declared import Declared, chat_template, need
+from nanollm.text.tokenizer_declared import Declared, chat_templates, need
 from nanollm.text.tokenizer_files import BYTE, FILES, Model, one_error, read_model
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode keeps them out of interchanged text for good
@@ -49,9 +49,11 @@ class Tokenizer:
     vocab_size       largest id + 1                        special_tokens   {text: id}
     bos_id, eos_id   an id, or None                        named_tokens     {"bos_token": text, …}
     prefix           the ids that every text begins with   about            model_type and names, as the files say
-    stop_ids         every id that a file calls an end     files            the paths to copy on export
-    chat_template    its source, or None; a named one (`templates.py`) may have texts that end an answer, `stop_texts`,
-                     and `chat_begins`: then the prefix is put before a chat, which otherwise writes it itself
+    stop_ids         every id that a file calls an end     files            the paths in `folder` to copy on export
+    chat_templates   {name: source}; "default", and often "tool_use" for chats with tools
+    stop_texts       texts that end an answer              chat_begins      the prefix is put before a chat, which
+                                                                            otherwise writes it itself
+    The last two are of published templates that the user names (`templates.py`).
     """
 
     def __init__(self, folder: Path) -> None:
@@ -72,9 +74,25 @@ class Tokenizer:
         self.prefix, self.about = tuple(self._backend.prefix), declared.about
         self._stops = declared.all_stops(self.special_tokens)
         self.stop_ids = tuple(sorted(set().union(*self._stops.values())))
-        self.chat_template, self.chat_begins = chat_template(folder, declared), False
+        self.chat_templates, self.chat_begins = chat_templates(folder, declared), False
         self.stop_texts: tuple[str, ...] = ()
+        self.folder = folder
         self.files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template for chats without tools. Set, it is the only one."""
+        return self.chat_templates.get("default")
+
+    @chat_template.setter
+    def chat_template(self, source: str | None) -> None:
+        self.chat_templates = {} if source is None else {"default": source}
+
+    def template_for(self, tools: Any) -> str | None:
+        """The source that writes a chat with these tools (None: without), as transformers' `get_chat_template` picks
+        it."""
+        name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
+        return self.chat_templates.get(name)
 
     def encode(self, text: str, *, bos: bool | None = None, special: bool = False,
                continues: bool = False) -> list[int]:
@@ -100,13 +118,17 @@ class Tokenizer:
             raise TokenizerError(f"{where}: found no bos_token, expected one, because encode was asked for BOS")
         return (self._backend.prefix or [self.bos_id]) + ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """The text of `ids`, with special tokens left out or spelled out."""
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True, continues: bool = False) -> str:
+        """The text of `ids`, with special tokens left out or spelled out.
+
+        continues  True: the ids go on from earlier text, so the space they begin with is a real one. False: they are
+                   a text, before which sentencepiece put a space that was not there.
+        """
         text = b"".join(self._bytes_of(id, skip_special) for id in ids).decode("utf-8", "replace")
-        return text.removeprefix(" ") if self._backend.strips else text
+        return text.removeprefix(" ") if self._backend.strips and not continues else text
 
     def stream(self, *, skip_special: bool = True, continues: bool = False) -> "Stream":
-        """Decodes one id at a time. `continues`: the ids go on from earlier text, so a leading space is a real one."""
+        """`decode`, one id at a time."""
         return Stream(self, skip_special, continues)
 
     @property
@@ -142,14 +164,16 @@ class Tokenizer:
         if len({frozenset(ids) for ids in stops.values()}) > 1:
             said = ", ".join(f"{file} {sorted(ids)}" for file, ids in stops.items())
             found.append(f"The files name different stop ids: {said}. Each of them stops.")
+        templates = "".join(self.chat_templates.values())
         for text in TURN_ENDS:
-            if text in (self.chat_template or "") and self.special_tokens.get(text, -1) not in (-1, *self.stop_ids):
+            if text in templates and self.special_tokens.get(text, -1) not in (-1, *self.stop_ids):
                 found.append(f"The chat template ends turns with {text}, which is no stop id: chats may run on.")
         for name, text in self.named_tokens.items():
             if text not in self.special_tokens:
                 found.append(f"{name} {text!r} is not in the vocabulary.")
         if self._declared.flag("add_bos_token") and self.bos_id not in self._backend.prefix:
-            found.append("tokenizer_config.json says add_bos_token, but tokenizer.json decides, and adds none.")
+            found.append("tokenizer_config.json says add_bos_token, but tokenizer.json decides, and adds none. If the "
+                         "model was trained with it, put it first: --bos, or encode(text, bos=True).")
         if self._declared.rows and self.vocab_size > self._declared.rows:
             found.append(f"The tokenizer has ids up to {self.vocab_size - 1}, "
                          f"the model only {self._declared.rows} rows.")

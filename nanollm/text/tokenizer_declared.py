@@ -3,7 +3,8 @@
     tokenizer_config.json, special_tokens_map.json   special tokens by name, added tokens, switches, the class
     added_tokens.json                                added tokens, text → id; not read beside a tokenizer.json
     config.json, generation_config.json              ids that end a generation; ids of the speakers' tokens, if any
-    chat_template.jinja, or tokenizer_config.json    how a chat is written
+    chat_template.jinja, or tokenizer_config.json    how a chat is written; several ways of it have names, those of
+    additional_chat_templates/NAME.jinja             "tool_use" among them
 
 Some published tokenizers keep a part of it in their Python code only. That part is here as data, by the name of their
 class (`IN_CODE`), and counts only where the files are silent.
@@ -19,6 +20,7 @@ from tokenizers import AddedToken
 from nanollm.errors import TokenizerError
 
 NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+NAMED_TEMPLATES = "additional_chat_templates"            # a folder in the model's folder
 SPEAKERS = ("user_token", "assistant_token")              # generation_config.json has their ids: "user_token_id": 195
 
 
@@ -80,10 +82,11 @@ class Declared:
         self.config = read_json(folder / "special_tokens_map.json") | read_json(self.where)
         self.kind = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
         self.begins = False                               # with BOS, where no switch says so: set by a reader
-        self.named = {name: self._text(self.config[name]) for name in NAMES if self.config.get(name) is not None}
+        self.ends: tuple[str, ...] = ()                   # what ends a generation beside EOS: set by a reader
+        self.named = {name: self._text(self.config[name]) for name in NAMES if not self._none(self.config.get(name))}
         extra = self.config.get("additional_special_tokens") or []
         need(isinstance(extra, list), self.where, repr(extra), "additional_special_tokens to be a list")
-        self.special = {*self.named.values(), *map(self._text, extra)}
+        self.special = {*self.named.values(), *(self._text(token) for token in extra if not self._none(token))}
 
         self.added: dict[int, AddedToken] = {}
         # beside a tokenizer.json it is a leftover, as for transformers: that file has its own list
@@ -117,6 +120,10 @@ class Declared:
         self.in_code = IN_CODE.get(kind, IN_CODE.get(self.kind, InCode()))
         self.special |= {*self.in_code.special, *self.in_code.follow}
 
+    def _none(self, token: Any) -> bool:
+        """Whether a name stands for no token: null, or "" as in early conversions of LLaMA."""
+        return (token.get("content") if isinstance(token, dict) and "content" in token else token) in (None, "")
+
     def _text(self, token: Any) -> str:                   # "<s>" or {"content": "<s>", "special": true, …}
         text: Any = token.get("content") if isinstance(token, dict) else token
         need(isinstance(text, str) and text, self.where, repr(token), "the text of a token")
@@ -147,23 +154,31 @@ class Declared:
 
     def all_stops(self, ids: dict[str, int]) -> dict[str, set[int]]:
         """Who says that which ids end a generation. Each of them does."""
-        said = {"the tokenizer": [self.named.get("eos_token")], f"the code of {self.kind}": self.in_code.stops}
+        said = {"the tokenizer": (self.named.get("eos_token"), *self.ends),
+                f"the code of {self.kind}": self.in_code.stops}
         found = {who: {ids[text] for text in texts if text in ids} for who, texts in said.items()}
         return {who: stops for who, stops in found.items() if stops} | self.stops
 
 
-def chat_template(folder: Path, declared: Declared) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json's: one source, or of several named ones that called "default"."""
-    file = folder / "chat_template.jinja"
-    if file.exists():
-        try:
-            return file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(f"{file}: found {what_is(file.read_bytes())}, expected UTF-8 text ({error})") from None
-    template = declared.config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        need("default" in named, declared.where, f"chat templates named {[*named]}", "one named 'default'")
-        template = named["default"]
-    need(template is None or isinstance(template, str), declared.where, repr(template), "chat_template to be text")
-    return template
+def chat_templates(folder: Path, declared: Declared) -> dict[str, str]:
+    """The chat templates by name; one without a name is "default". Files win over tokenizer_config.json, all of them
+    over all of it: transformers, `PreTrainedTokenizerBase._from_pretrained`."""
+    files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
+    files |= {path.stem: path for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))}
+    if files:
+        return {name: _read(path) for name, path in files.items()}
+    said = declared.config.get("chat_template")
+    if isinstance(said, list):                            # [{"name": …, "template": …}, …]
+        need(all(isinstance(one, dict) for one in said), declared.where, repr(said), "a list of named chat templates")
+        said = {one.get("name"): one.get("template") for one in said}
+    named = said if isinstance(said, dict) else {} if said is None else {"default": said}
+    need(all(isinstance(text, str) for pair in named.items() for text in pair), declared.where, repr(said),
+         "chat_template to be text, or texts by name")
+    return named
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(f"{file}: found {what_is(file.read_bytes())}, expected UTF-8 text ({error})") from None

@@ -3,14 +3,18 @@
     file in the folder, first match wins              run by
     tokenizer.json                                    tokenizers
     tokenizer.model   Llama-1/2, Mistral, Gemma       sentencepiece
-    tokenizer.model   Llama-3, GLM-4: base64 ranks    tokenizers' BPE
-    *.tiktoken        Qwen-1: base64 ranks            tokenizers' BPE
+    tokenizer.model   Llama 3 and 4, GLM-4: ranks     tokenizers' BPE
+    *.tiktoken        Qwen-1, gpt-oss …: ranks        tokenizers' BPE
+    tiktoken.model    Kimi K2: ranks                  tokenizers' BPE
     vocab.json and merges.txt   GPT-2, Qwen2          tokenizers' BPE
     vocab.json        XGen: GPT-2's, read as ranks    tokenizers' BPE
-    tekken.json       Mistral-Nemo: base64 ranks      tokenizers' BPE
+    tekken.json       Mistral-Nemo: ranks             tokenizers' BPE
 
 The byte alphabet (GPT-2, `encoder.py`) gives each of the 256 bytes a visible character, so that byte strings can be
 stored as text: " é" is the bytes 20 C3 A9, written "ĠÃ©".
+
+A file of ranks has in each line a token in base64 and its rank, which is its id. Whose it is, and so the pattern and
+the special tokens, its number of ranks tells (tokenizer_ranks.py).
 
 Ranks come without merges, because they imply them (tiktoken, `_educational.py`): of all neighbours, those join first
 whose union has the lowest rank. So each way of splitting a token into two tokens is a merge, at the rank of the union.
@@ -30,33 +34,17 @@ from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from nanollm.errors import TokenizerError
-from nanollm.text.tokenizer_declared import Declared, need, read_json, token_id, what_is
+from nanollm.text.tokenizer_declared import NAMED_TEMPLATES, Declared, need, read_json, token_id, what_is
+from nanollm.text.tokenizer_ranks import GPT2, QWEN, TEKKEN_SPECIALS, XGEN_SPECIALS, published
 
-FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "vocab.json", "merges.txt", "tekken.json",
-         "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "vocab.json", "merges.txt",
+         "tekken.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
+         "chat_template.jinja", f"{NAMED_TEMPLATES}/*.jinja")
 
-# Where text is cut before merging; no merge crosses a cut.
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-          r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-QWEN = LLAMA3.replace("{1,3}", "")                        # digits one at a time
 VOCAB_CLASSES = {"": GPT2, "GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "GPTNeoXTokenizer": GPT2,
                  "Qwen2Tokenizer": QWEN}
 XGEN = "XgenTokenizer"                                    # GPT-2's vocabulary, and what its Python code adds
-
-# Special tokens that a format keeps in Python code rather than in a file. Those of ranks follow the last rank.
-LLAMA3_SPECIALS = (
-    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>", "<|start_header_id|>", "<|end_header_id|>",
-    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", *(f"<|reserved_special_token_{i}|>" for i in range(3, 248)))
-QWEN_SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 XGEN_RUNS = (*(" " * n for n in range(31, 1, -1)), *("\t" * n for n in range(9, 1, -1)))     # ranks after GPT-2's
-XGEN_SPECIALS = ("<fim_prefix> <fim_middle> <fim_suffix> <fim_pad> <filename> <gh_stars> <issue_start> "
-                 "<issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> "
-                 "<empty_output> <commit_before> <commit_msg> <commit_after> <reponame>").split()
-TEKKEN_SPECIALS = ("<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] "
-                   "[TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX] [SYSTEM_PROMPT] "
-                   "[/SYSTEM_PROMPT] [TOOL_CONTENT]").split()
 
 _VISIBLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _CHAR = {b: chr(b) for b in _VISIBLE} | {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - {*_VISIBLE}))}
@@ -76,9 +64,9 @@ def _from_json(path: Path, declared: Declared) -> Model:
 def _from_model(path: Path, declared: Declared) -> Model:
     """sentencepiece twice: as it is, and without the space that it puts before a text."""
     data = path.read_bytes()
-    declared.begins = True                                # Llama-1/2/3 and Mistral, unless add_bos_token says otherwise
     if re.match(rb"[A-Za-z0-9+/=]+ \d+\s", data):
         return _from_ranks(path, declared)
+    declared.begins = True                                # Llama-1/2 and Mistral, unless add_bos_token says otherwise
     need(data, path, "an empty file", "a sentencepiece model, or ranks in base64")     # sentencepiece accepts it
     # Protobuf merges a message that is given twice; the last value wins: normalizer_spec { add_dummy_prefix: false }
     no_space = b"\x1a\x02\x18\x00"
@@ -92,21 +80,24 @@ def _from_model(path: Path, declared: Declared) -> Model:
 def _from_ranks(path: Path, declared: Declared) -> Model:
     data, ranks = path.read_bytes(), {}
     need(data, path, "an empty file", "ranks in base64")
-    for number, line in enumerate(data.splitlines(), 1):
+    for number, line in enumerate(data.splitlines(), 1):      # 200 000 of them: a message is made only where one is due
         token, _, rank = line.partition(b" ")
-        need(rank.isdigit(), path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
+        if not rank.isdigit():
+            need(False, path, f"line {number}: {line!r}", "a token in base64, a space, its rank")
         ranks[base64.b64decode(token, validate=True)] = int(rank)
-        need(len(ranks) == number, path, f"line {number}: {line!r}", "a token that no line above has")
-    need(declared.added or not declared.in_code.begin, declared.where, "no added_tokens_decoder",
-         f"one, for the special tokens of {declared.kind}")
-    qwen = path.suffix == ".tiktoken"
-    names, first = QWEN_SPECIALS if qwen else LLAMA3_SPECIALS, 1 + max(ranks.values())
-    special = {token.content: id for id, token in declared.added.items()} or {t: first + i for i, t in enumerate(names)}
-    if not declared.added:
-        declared.special |= special.keys()
-        own = {"eos_token": names[0]} if qwen else {"bos_token": names[0], "eos_token": names[1]}
-        declared.named = own | declared.named
-    return _byte_level(_rank_model(ranks, special, path), QWEN if qwen else LLAMA3)
+        if len(ranks) < number:
+            need(False, path, f"line {number}: {line!r}", "a token that no line above has")
+    known = published(len(ranks), path)
+    need(declared.added or not known.listed, declared.where, "no added_tokens_decoder",
+         f"one, for the special tokens of {declared.kind or known.name}")
+    listed = {token.content: id for id, token in declared.added.items()}
+    taken = {*listed.values()}                            # where the folder says otherwise, it is right
+    own = {text: id for text, id in known.special.items() if id not in taken and text not in listed}
+    declared.special |= own.keys()
+    declared.begins, declared.ends = known.bos is not None, known.ends
+    names = {"bos_token": known.bos, "eos_token": known.eos}
+    declared.named = {name: text for name, text in names.items() if text in own | listed} | declared.named
+    return _byte_level(_rank_model(ranks, own | listed, path), known.pattern)
 
 
 def _from_vocab(path: Path, declared: Declared) -> Model:
@@ -154,11 +145,9 @@ def _from_tekken(path: Path, declared: Declared) -> Model:
 def _rank_model(ranks: dict[bytes, int], special: dict[str, int], path: Path) -> models.BPE:
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     need(not missing, path, f"no rank for the bytes {missing}", "a rank for each of the 256 bytes")
-    spelled = {token: "".join(map(_CHAR.__getitem__, token)) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token))]
-        merges += [(spelled[left], spelled[right]) for left, right in splits if left in ranks and right in ranks]
+    spelled = {token: token.decode("latin-1").translate(_CHAR) for token in ranks}
+    merges = [(left, right) for token in sorted(ranks, key=ranks.__getitem__) for i in range(1, len(token))
+              if (left := spelled.get(token[:i])) and (right := spelled.get(token[i:]))]
     vocab = {spelled[token]: rank for token, rank in ranks.items()} | special
     need(len({*vocab.values()}) == len(ranks) + len(special), path, "an id given twice", "each of them once")
     return models.BPE(vocab=vocab, merges=merges, ignore_merges=True)      # tiktoken, too, looks up whole words first
@@ -183,6 +172,7 @@ READERS: dict[str, tuple[Callable[[Path, Declared], Model], str]] = {
     "tokenizer.json": (_from_json, "a file of the tokenizers library"),
     "tokenizer.model": (_from_model, "a sentencepiece model, or ranks in base64"),
     "*.tiktoken": (_from_ranks, "ranks in base64"),
+    "tiktoken.model": (_from_ranks, "ranks in base64"),
     "vocab.json": (_from_vocab, "a BPE vocabulary, with merges.txt beside it"),
     "tekken.json": (_from_tekken, "tekken's config and vocab"),
 }

@@ -30,7 +30,6 @@ class Corpus:
     stream: Stream
     held_out: Source | None
     tokenizer: Tokenizer | None                 # None for raw .bin files without one: ids cannot become text
-    folder: Path | None                         # of the tokenizer's files, which are copied beside the model
     vocab: int
     chat: bool
     facts: text.Facts | None
@@ -52,12 +51,13 @@ class Corpus:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return
-        assert self.folder is not None
-        for path in [*tokenizer.files, self.folder / "generation_config.json"]:
+        for path in [*tokenizer.files, tokenizer.folder / "generation_config.json"]:
             if path.exists():
-                shutil.copyfile(path, folder / path.name)
-        if self.chat and tokenizer.chat_template is not None:
-            (folder / "chat_template.jinja").write_text(tokenizer.chat_template)
+                to = folder / path.relative_to(tokenizer.folder)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
+        if self.chat and tokenizer.chat_templates:
+            templates.write(tokenizer, folder)
             file = folder / "generation_config.json"
             config = json.loads(file.read_text()) if file.exists() else {}
             file.write_text(json.dumps(config | {"eos_token_id": list(tokenizer.stop_ids)}, indent=2) + "\n")
@@ -149,7 +149,7 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     held_out = next((held for _, held in pairs if held), None)
     if len(pairs) > 1:
         notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")
-    return Corpus(stream, held_out, reader, words, vocab, False, facts, tuple(notes))
+    return Corpus(stream, held_out, reader, vocab, False, facts, tuple(notes))
 
 
 def open_chats(options: argparse.Namespace) -> Corpus:
@@ -174,4 +174,4 @@ def open_chats(options: argparse.Namespace) -> Corpus:
     if train.dropped:
         notes.append(f"{train.dropped} examples are longer than --context {options.context} and are left out")
     stream = Stream([train], None, options.seed)
-    return Corpus(stream, held_out, reader, options.init, reader.vocab_size, True, None, tuple(notes))
+    return Corpus(stream, held_out, reader, reader.vocab_size, True, None, tuple(notes))

@@ -10,7 +10,7 @@ from nanollm.text import tokenizer
 from nanollm.text.render import render
 from tests.hostile.files import POINTER
 from tests.hostile.good import Case, Group, Harm, edited, gone, put
-from tests.tok_folders import byte_bpe, ranks_of, sentencepiece_model, write, write_ranks
+from tests.tok_folders import byte_bpe, ranks_of, sentencepiece_model, small_ranks, write, write_ranks
 
 # ---- tokenizers
 
@@ -42,7 +42,7 @@ def ranks_folder(folder: Path) -> None:
 
 
 def tiktoken_folder(folder: Path) -> None:
-    write_ranks(folder / "qwen.tiktoken", _ranks())
+    write_ranks(folder / "qwen.tiktoken", small_ranks("Qwen"))
 
 
 def vocab_folder(folder: Path) -> None:
@@ -178,18 +178,21 @@ TOKENIZER_JSON: dict[str, Case] = {
         f"{file}.json: {content}": (small(file, **content), f"{file}.json.*found.*expected")
         for file, content in (
             ("tokenizer_config", {"bos_token": 7}), ("tokenizer_config", {"eos_token": {"special": True}}),
-            ("tokenizer_config", {"bos_token": ""}), ("tokenizer_config", {"added_tokens_decoder": [1]}),
+            ("tokenizer_config", {"added_tokens_decoder": [1]}),
             ("tokenizer_config", {"added_tokens_decoder": {"-1": {"content": "x"}}}),
             ("tokenizer_config", {"added_tokens_decoder": {"99999999999": {"content": "x"}}}),
             ("tokenizer_config", {"added_tokens_decoder": {"450": "x"}}),
             ("tokenizer_config", {"add_bos_token": "yes"}),
             ("tokenizer_config", {"additional_special_tokens": {"a": 1}}), ("tokenizer_config", {"chat_template": 5}),
+            ("tokenizer_config", {"chat_template": ["x"]}), ("tokenizer_config", {"chat_template": [{"name": "a"}]}),
+            ("tokenizer_config", {"chat_template": {"a": 1}}),
             ("config", {"eos_token_id": "two"}), ("config", {"eos_token_id": [True]}),
             ("config", {"eos_token_id": [10**12]}), ("generation_config", {"eos_token_id": -1}),
             ("config", {"vocab_size": "big"}), ("config", {"bos_token_id": {}}),
             ("generation_config", {"user_token_id": "195a"}),
         )
     },
+    "tokenizer_config.json: a name for no token": (small("tokenizer_config", bos_token=""), None),
     "added_tokens.json, which nobody reads beside it": (put("added_tokens.json", "[]"), None),
     "chat_template.jinja: not UTF-8": (
         put("chat_template.jinja", b"\xff"), "chat_template.jinja: found .*expected UTF-8",
@@ -216,6 +219,10 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str, dict[str, Case]]] = {
                     folder / "tokenizer.model", {one: rank for one, rank in _ranks().items() if one != b"\x80"}
                 ),
                 "no rank for the bytes",
+            ),
+            "as many ranks as nobody has": (
+                lambda folder: write_ranks(folder / "tokenizer.model", _ranks() | {b"a new one": 450}),
+                "found 451 ranks",
             ),
             "a rank given twice": (
                 lambda folder: write_ranks(folder / "tokenizer.model", _ranks() | {b"the": 5}), "given twice",
