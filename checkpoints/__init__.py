@@ -84,4 +84,4 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
         with stream.Writer() as out:
             for step in written.steps:
                 stream.save_step(step, parameters, stored, out)
-        copy_companions(origin, draft, Path(folder))
+        copy_companions(origin, draft, Path(folder), written)

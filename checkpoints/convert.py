@@ -127,7 +127,7 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
             for move in conversion.moves:
                 _compare(move, conversion, places, ring)
                 done(move.size(places))
-        export.copy_companions(conversion.origin, draft, folder)
+        export.copy_companions(conversion.origin, draft, folder, written)
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
-"""What all commands share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1, and so
-does a file that the system does not let us read or write; a warning is one line too."""
+"""What all commands share: an unknown option comes with a suggestion, bad input ends in one line and exit code 1, and
+so does a file that the system does not let us read or write; a warning is one line too."""
 
 import argparse
 import difflib
