@@ -5,9 +5,9 @@ end. Where the destination is there already, and empty, the hidden folder is ins
 another disk, or stand in a folder that is not ours to write in. Then the files are moved up at the end, each by a
 rename, and what describes the model (config.json, params.json) last: before that no one takes the folder for a model.
 
-A full disk or an interrupt leaves what was there before. A process that is killed leaves the hidden folder as well, which
-the next one with the same destination takes away, with what had been moved up already. What is being written is locked,
-so that no one else takes it away.
+A full disk or an interrupt leaves what was there before. A process that is killed leaves the hidden folder as well,
+which the next one with the same destination takes away, with what had been moved up already. What is being written is
+locked, so that no one else takes it away.
 
 A file is laid out first: its header, and as much room as its tensors need. The place of each tensor is then a Stored,
 like one that is read, and they are filled in any order. The order inside a file is that of the safetensors library, so
