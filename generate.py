@@ -64,7 +64,8 @@ def parse() -> argparse.Namespace:
     choice.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="text at which the answer ends; may be given several times")
     machine = parser.add_argument_group("where it runs")
-    machine.add_argument("--dtype", choices=DTYPES, default="auto", help="dtype of the weights; auto: as stored")
+    machine.add_argument("--dtype", choices=DTYPES, default="auto",
+                         help="dtype of the weights; auto: as config.json says")
     machine.add_argument("--quantize", choices=QUANTIZE,
                          help="bits of a weight in the layers' matrices: half or a quarter of the memory, faster on a "
                          "GPU, slower on a CPU")

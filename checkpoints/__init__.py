@@ -13,9 +13,10 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
                  them, writing.py makes a folder or none at all
     layouts/     which files of a folder are the model, and what they say it is; hub.py fetches them
     names/       table.py which tensor is which parameter, both ways; ops.py, expert_ops.py how it is arranged;
+                 prefixes.py what tools put before the names;
                  reader.py, rope.py config.json, every key accounted for
     families/    one file a lineage
-    source.py    a folder, understood and planned          export.py    what is written
+    source.py    a folder, understood and planned          export.py, companions.py    what is written
     commands     python -m checkpoints.convert   .inspect   .compare   .show
 """
 
@@ -90,4 +91,4 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
         with stream.Writer() as out:
             for step in written.steps:
                 stream.save_step(step, parameters, stored, out)
-        copy_companions(origin, draft, Path(folder))
+        copy_companions(origin, draft, Path(folder), written)

@@ -135,7 +135,7 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
                 _compare(move, conversion, places, ring)
                 done(move.size(places))
         if written.to != "gguf":                 # which has its tokenizer inside
-            export.copy_companions(conversion.origin, draft, folder)
+            export.copy_companions(conversion.origin, draft, folder, written)
 
 
 @contextlib.contextmanager
@@ -231,13 +231,14 @@ def run() -> None:
     parser = cli.Parser(prog="python -m checkpoints.convert", description=__doc__,
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("source", metavar="SRC", help="model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
+    add("source", metavar="SRC",
+        help="model folder, owner/name or owner/name/FILE.gguf on the hub, or a config.json, params.json or *.gguf")
     add("destination", metavar="DST", type=Path, help="folder to write, which does not exist yet, or is empty")
     add("--to", choices=export.FORMATS, default="hf",
         help="layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral), gguf "
         "(llama.cpp)")
     add("--dtype", choices=(*DTYPES, Q8_0), default="auto",
-        help="dtype of the weights; auto keeps what is stored, and makes bfloat16 of 8 and 4 bits; "
+        help="dtype of the weights; auto keeps what is stored, tensor by tensor, and makes bfloat16 of 8 and 4 bits; "
         "q8_0, 8 bits in blocks of 32, is GGUF's")
     add("--shard-size", default="5GB", metavar="SIZE",
         help="size of a file, at most, where the layout knows shards (default 5GB)")

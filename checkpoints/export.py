@@ -14,7 +14,6 @@ other is written by its family, or else by the first family that can say all of 
 import contextlib
 import dataclasses
 import functools
-import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,11 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints import layouts
+from checkpoints import companions, layouts
 from checkpoints.families import FAMILIES, Family, difference, read_config, write_config
 from checkpoints.families.family import TOKENS
 from checkpoints.families.nanollm import NANOLLM
-from checkpoints.layouts import gguf_export, gguf_tokens, hub
+from checkpoints.layouts import gguf_export, gguf_tokens
 from checkpoints.layouts.original import (
     NAMES,
     SINGLE,
@@ -60,6 +59,7 @@ class Origin:
     names: table.Table
     ignore: tuple[str, ...]
     inside: Path | None = None                   # the file that has a tokenizer inside, a GGUF
+    used: frozenset[str] = frozenset()           # the files in which its tensors are
 
 
 def origin_of(source: Source) -> Origin:
@@ -67,9 +67,10 @@ def origin_of(source: Source) -> Origin:
 
     Raises ConfigError if what it says is no such thing."""
     was = source.values.get("was") if source.family is NANOLLM else None
+    used = frozenset(part.file.name for one in source.stored.values() for part in getattr(one, "parts", (one,)))
     if was is None:
         return Origin(source.folder, source.layout, source.values, source.family, source.names, source.ignore,
-                      source.inside)
+                      source.inside, used)
     r = Reader(was if isinstance(was, dict) else {}, str(source.folder / "config.json"), prefix="was.")
     values, table_number, ignore = r.get("config"), r.get("names"), r.get("ignore")
     if not isinstance(values, dict) or not isinstance(ignore, list) or not all(isinstance(key, str) for key in ignore):
@@ -78,7 +79,7 @@ def origin_of(source: Source) -> Origin:
     tables = family.tables(config)
     if type(table_number) is not int or not 0 <= table_number < len(tables):
         raise r.error("names", f"a number below {len(tables)}, of one of the tables of {family.name}")
-    return Origin(source.folder, "hf", values, family, tables[table_number], tuple(ignore))
+    return Origin(source.folder, "hf", values, family, tables[table_number], tuple(ignore), used=used)
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,9 @@ def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: M
         values, names = _original(config, origin, to)
     working = working or majority(torch.empty(one.shape, dtype=dtypes[name], device="meta")
                                   for name, one in parameters.items())
+    if values.pop("auto_map", None) is not None and origin is not None:
+        warnings.warn(f"{origin.folder}: auto_map is left out of config.json, as the .py files that it names are not "
+                      "copied", stacklevel=2)
     values |= {key: table.short(working) for key in ("dtype", "torch_dtype") if key in values}
     steps = (steps_of if to in ("meta", "mistral") else table.expand)(names, parameters, config)
     tensors = {theirs: (functools.reduce(torch.promote_types, [dtypes[name] for name in step.ours]), shape)
@@ -177,6 +181,7 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
     if origin.layout != "hf":
         half = with_rope_layout(config, "half")
         family, values = write_config(half, origin.family)
+        values |= companions.token_ids(origin.folder, origin.layout, origin.values, config.vocab)
         return values, for_heads_in(family.tables(half)[0], rope_layout(config), "half")
     if origin.family.left_out:                   # a text model now, and a config.json that claims no tower
         family, values = write_config(config, FAMILIES[origin.family.name])
@@ -213,7 +218,9 @@ def _original(config: ModelConfig, origin: Origin | None, to: str) -> tuple[dict
         raise ConfigError(f"a {family.name} model has no {to} layout; it is one of {' and '.join(expected)}")
     params = write_params(with_rope_layout(config, "interleaved"), family.name)
     again = read_config(read_params(params, f"as {to}", family.name, config.vocab, config.tied))[1]
-    # params.json does not say the context
+    if again.context != config.context:
+        warnings.warn(f"params.json has no key for the context of Meta's models: it is {config.context} here, and "
+                      f"whoever reads it will take it for {again.context}", stacklevel=2)
     kept = dataclasses.replace(with_rope_layout(config, "half"), context=again.context)
     if again != kept:
         raise ConfigError(f"params.json cannot say what the model is: {difference(kept, again, 'config')}")
@@ -237,12 +244,14 @@ def _gguf(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping
     return GgufExport("gguf", described.keys, steps, tensors, described, kinds, origin, config.vocab)
 
 
-def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
-    """The tokenizer and what else belongs to the model, from where it came from: out of a GGUF that has one inside."""
+def copy_companions(origin: Origin | None, draft: Path, folder: Path, written: Export) -> None:
+    """The tokenizer and what else belongs to the model, from where it came from. Warnings say what stays behind."""
     if origin is None:
         return
     if not origin.folder.is_dir():
         warnings.warn(f"{origin.folder}: gone, so {folder} is written without tokenizer", stacklevel=2)
+        return
+    ids = {key: written.values[key] for key in TOKENS if written.values.get(key) is not None}
     if origin.inside:
         try:
             if gguf_tokens.write(origin.inside, draft):
@@ -250,7 +259,6 @@ def copy_companions(origin: Origin | None, draft: Path, folder: Path) -> None:
         except TokenizerError as error:
             warnings.warn(f"{folder} is written without tokenizer: {error}", stacklevel=2)
             return
-    for path in [path for pattern in hub.COMPANIONS for path in origin.folder.glob(pattern)]:
-        to = draft / path.relative_to(origin.folder)
-        to.parent.mkdir(exist_ok=True)
-        shutil.copyfile(path, to)
+    companions.copy(origin.folder, origin.layout, draft, {} if origin.layout == "hf" else ids)
+    if behind := companions.left_behind(origin.folder, origin.used):
+        warnings.warn(f"{origin.folder}: not copied to {folder}: {behind}", stacklevel=2)

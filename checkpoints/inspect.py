@@ -22,8 +22,9 @@ The exit code is 0 if the folder would load, and 1 if not; then `loads` has what
 be listed still is. FOLDER is whatever load() takes. Pickles (.bin, .pth) are read with --allow-pickle only. Without it,
 each is named, and which functions it calls beside what tensors need; nothing of it is run.
 
-Two things are read beside headers: a head that is stored although tied is compared with the embedding, and norms that
-every rank's file has with each other, as load() does to know what the model is.
+Three things are read beside headers: a head that is stored although tied is compared with the embedding, norms that
+every rank's file has with each other, and a tensor that is in two shards with its copy, as load() does to know what the
+model is. Where tensors are stored in another dtype than load() gives the model, `notes` has which.
 """
 
 import argparse

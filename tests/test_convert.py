@@ -33,6 +33,7 @@ from tests.oracles import Fixture, difference, reference_logits, rope, tokens, w
 from tests.test_roundtrip import all_tensors, reload, same_tensors
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.filterwarnings("ignore:params.json has no key for the context:UserWarning")
 
 
 def converted(source, folder, to="hf", dtype=None, verify=True, allow_pickle=False, **more):
@@ -340,6 +341,7 @@ def test_pickles_where_they_are_allowed(name, parts, tmp_path):
     assert same_tensors(tensors, all_tensors(tmp_path / "out"))
 
 
+@pytest.mark.filterwarnings("ignore:.*other weights:UserWarning")
 def test_a_file_in_place_of_its_folder(tmp_path):
     """Where a folder holds the weights twice, or under another name."""
     write(FIXTURES["llama-3"], tmp_path / "in")

@@ -5,6 +5,7 @@ Damaged and hostile ones are in tests/hostile/."""
 import json
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -213,6 +214,36 @@ def test_what_a_killed_process_left_inside(tmp_path):
             fill(tmp_path / "busy")
         (draft / "config.json").write_text("1")
     assert os.listdir(tmp_path / "busy") == ["config.json"]
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_killed_while_files_are_moved_up(at, tmp_path):
+    """The next one takes away what it finds of it, unless the last file, which makes it a model, was in its place."""
+    out, replace = tmp_path / "out", os.replace
+    out.mkdir()
+    pid = os.fork()
+    if not pid:
+        seen = []
+
+        def killing(path, target):
+            if len(seen) == at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            seen.append(replace(path, target))
+
+        os.replace, shutil.rmtree = killing, lambda *args, **more: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            fill(out)
+        finally:
+            os._exit(0)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert len([name for name in os.listdir(out) if not name.endswith(".tmp")]) == at
+    assert (out / "config.json").exists() == (at == 3)
+    if at == 3:
+        with pytest.raises(CheckpointError, match="nothing is overwritten"):
+            fill(out)
+    else:
+        fill(out)
+    need_filled(out)
 
 
 def test_a_link_to_nothing_is_no_destination(tmp_path):

@@ -87,7 +87,8 @@ def test_shards_that_transformers_wrote(name, tmp_path):
     save_file(
         {"layers.0.attention.wq.weight": torch.ones(3)}, tmp_path / "in/consolidated.safetensors"
     )  # Mistral's other copy
-    checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"not copied to .*: other weights .*\(consolidated.safetensors\)"):
+        checkpoints.save(checkpoints.load(tmp_path / "in"), tmp_path / "out")
     (tmp_path / "in/consolidated.safetensors").unlink()
     assert same_tensors(all_tensors(tmp_path / "in"), all_tensors(tmp_path / "out"))
 
@@ -283,7 +284,8 @@ def test_the_tokenizer_goes_with_the_model(tmp_path):
     (tmp_path / "in" / "additional_chat_templates").mkdir()
     (tmp_path / "in" / "additional_chat_templates" / "tool_use.jinja").write_text("named")
     model = checkpoints.load(tmp_path / "in")
-    checkpoints.save(model, tmp_path / "out")
+    with pytest.warns(UserWarning, match=r"not copied to .*: code \(modeling_llama.py\)"):
+        checkpoints.save(model, tmp_path / "out")
     copied = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert copied == {
         "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "qwen.tiktoken",

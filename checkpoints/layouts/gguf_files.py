@@ -14,6 +14,7 @@ import reprlib
 import warnings
 from pathlib import Path
 
+from checkpoints.layouts import gguf_tokens
 from checkpoints.layouts.found import Asked, Found
 from checkpoints.layouts.gguf_names import ARCHITECTURES, SHARED_GATE, read_metadata
 from checkpoints.storage import gguf
@@ -52,6 +53,7 @@ def find(path: Path, asked: Asked) -> Found | None:
         if name.endswith(SHARED_GATE) and len(one.shape) == 1:
             stored[name] = dataclasses.replace(one, shape=(1, *one.shape))
     values = read_metadata(head.metadata, kind, asked.family, stored, str(first), asked.ignore)
+    values |= gguf_tokens.ids(head.metadata)
     return Found(first.parent, "gguf", values, str(first), stored, architecture.names, architecture.pairs,
                  architecture.vectors, first)
 

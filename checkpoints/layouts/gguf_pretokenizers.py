@@ -15,7 +15,7 @@ takes no wide space for deepseek-coder, and cuts the text of falcon before it is
 
 from typing import Any, NamedTuple
 
-from nanollm.text.tokenizer_files import GPT2, LLAMA3, QWEN
+from nanollm.text.tokenizer_ranks import GPT2, LLAMA3, O200K, QWEN
 
 Step = dict[str, Any]                            # of a pre-tokenizer, as tokenizer.json has it
 
@@ -43,11 +43,6 @@ def digits(alone: bool) -> Step:
     return {"type": "Digits", "individual_digits": alone}
 
 
-O200K = (  # words with their capitals, contractions kept with the word
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 TEKKEN = O200K.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "").replace("{1,3}", "")
 QWEN35 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+"

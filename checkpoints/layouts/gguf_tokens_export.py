@@ -15,7 +15,7 @@ from checkpoints.layouts.gguf_pretokenizers import PRE, Step
 from checkpoints.layouts.gguf_tokens import BYTE_TOKEN, CONTROL, HERE, NAMES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer import SentencePiece, Tokenizer, Tokenizers
-from nanollm.text.tokenizer_files import GPT2
+from nanollm.text.tokenizer_ranks import GPT2
 
 Keys = dict[str, Any]
 
@@ -42,7 +42,7 @@ def keys_of(tokenizer: Tokenizer, rows: int) -> Keys:
 
 
 def names(tokenizer: Tokenizer) -> Keys:
-    """Ids of the tokens with a name, and the chat template."""
+    """Ids of the tokens with a name, and the chat templates."""
     ids = {short: tokenizer.special_tokens.get(tokenizer.named_tokens.get(name, "")) for name, short in NAMES.items()}
     keys: Keys = {f"{HERE}{short}_token_id": id for short, id in ids.items() if id is not None}
     others = [id for id in tokenizer.stop_ids if id != tokenizer.eos_id]
@@ -50,7 +50,10 @@ def names(tokenizer: Tokenizer) -> Keys:
         keys[f"{HERE}eos_token_id"] = others.pop(0)
     if others:
         keys[f"{HERE}eot_token_id"] = others[-1]
-    return keys | ({"tokenizer.chat_template": tokenizer.chat_template} if tokenizer.chat_template else {})
+    templates = tokenizer.chat_templates
+    if more := [name for name in templates if name != "default"]:
+        keys |= {"tokenizer.chat_templates": more} | {f"tokenizer.chat_template.{name}": templates[name] for name in more}
+    return keys | ({"tokenizer.chat_template": templates["default"]} if "default" in templates else {})
 
 
 def around(tokenizer: Tokenizer, where: str) -> Keys:

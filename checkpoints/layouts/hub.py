@@ -94,8 +94,8 @@ def expanded(source: str | Path) -> Path:
 
 
 def ggufs_of(there: Collection[str]) -> list[str]:
-    """GGUF files that are a model each: of one that is split the first piece."""
-    return sorted(one for one in there if one.endswith(".gguf") and split(one, there)[0] == one)
+    """GGUF files that are a model each: of one that is split the first piece; no vision towers (mmproj)."""
+    return sorted(one for one in there if one.endswith(".gguf") and split(one, there)[0] == one and "mmproj" not in one)
 
 
 def split(file: str, there: Collection[str]) -> list[str]:

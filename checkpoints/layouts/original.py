@@ -51,6 +51,7 @@ from nanollm.errors import CheckpointError, ConfigError
 
 SINGLE = "consolidated.safetensors"
 INDEX = "consolidated.safetensors.index.json"
+MISTRAL_CONTEXT = 32_768                         # where Mistral's params.json has no max_seq_len
 DIALECTS = ("llama", "mistral", "mixtral")
 NAMES = override(
     {},
@@ -196,13 +197,14 @@ def _read_mistral(r: Reader, dialect: str) -> dict[str, Any]:
     if r.get("sliding_window", None) is not None and r.get("_sliding_window", None) is not None:
         raise r.error("_sliding_window", "not to stand beside sliding_window")
     window = r.size("sliding_window", None) or r.size("_sliding_window", None)
+    context = r.size("max_seq_len", None) or r.size("max_position_embeddings", None) or MISTRAL_CONTEXT
     values = {
         "vocab_size": r.size("vocab_size"),
         "head_dim": r.size("head_dim"),
         "intermediate_size": r.size("hidden_dim"),
         "rope_theta": r.number("rope_theta", None, above=1) or (1e6 if window is None else 1e4),
         "sliding_window": window,
-        "max_position_embeddings": r.size("max_seq_len", None) or r.size("max_position_embeddings", None) or 32_768,
+        "max_position_embeddings": context,
     }
     moe = r.inside("moe")
     if (moe is not None) != (dialect == "mixtral"):
@@ -280,7 +282,8 @@ def steps_of(names: Table, parameters: Mapping[str, Tensor], config: ModelConfig
 def write_params(config: ModelConfig, kind: str) -> dict[str, Any]:
     """params.json of a dialect, for a model whose RoPE turns neighbours: what the published code takes, and no more.
 
-    It has no key for the length of the context, or for a tied head. What else it cannot say shows when it is read back.
+    Meta's has no key for the length of the context, neither for a tied head. What else it cannot say shows when it is
+    read back.
     Raises ConfigError for other layers than it has keys for."""
     layer = config.layers[0]
     attention, ffn = layer.mixer, layer.ffn
@@ -300,7 +303,8 @@ def write_params(config: ModelConfig, kind: str) -> dict[str, Any]:
     if kind != "llama":
         moe = {"moe": {"num_experts": ffn.experts, "num_experts_per_tok": ffn.top_k}} if isinstance(ffn, MoE) else {}
         own = {"head_dim": attention.head_dim, "hidden_dim": expert.hidden, "sliding_window": attention.window}
-        return shared | own | moe
+        length = {} if config.context in (None, MISTRAL_CONTEXT) else {"max_seq_len": config.context}
+        return shared | own | length | moe
     scaling = attention.rope.scaling
     stretched = {"use_scaled_rope": True, "rope_scaling_factor": scaling.factor} if isinstance(scaling, Llama3) else {}
     return shared | _width_in_words(config.dim, expert.hidden) | stretched

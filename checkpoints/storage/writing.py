@@ -5,9 +5,9 @@ end. Where the destination is there already, and empty, the hidden folder is ins
 another disk, or stand in a folder that is not ours to write in. Then the files are moved up at the end, each by a
 rename, and what describes the model (config.json, params.json) last: before that no one takes the folder for a model.
 
-A full disk or an interrupt leaves what was there before; a process that is killed leaves the hidden folder as well,
-which the next one with the same destination takes away. What is being written is locked, so that no one else takes it
-away.
+A full disk or an interrupt leaves what was there before. A process that is killed leaves the hidden folder as well,
+which the next one with the same destination takes away, with what had been moved up already. What is being written is
+locked, so that no one else takes it away.
 
 A file is laid out first: its header, and as much room as its tensors need. The place of each tensor is then a Stored,
 like one that is read, and they are filled in any order. The order inside a file is that of the safetensors library, so
@@ -35,6 +35,7 @@ if sys.platform != "win32":                      # there, drafts that a killed p
     import fcntl
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MOVING = ".moving"                               # in a draft: the names of what is about to be moved up, a line each
 DESCRIPTIONS = ("config.json", "params.json")    # without one of them no folder is a model
 Tensors = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
@@ -74,6 +75,10 @@ def _home_of_drafts(destination: Path) -> Path:
     home = destination if destination.is_dir() else destination.parent
     for left in home.glob(f".{glob.escape(destination.name)}.*.tmp"):
         with contextlib.suppress(OSError), _locked(left):
+            whole = any((home / name).exists() for name in DESCRIPTIONS)
+            if home == destination and (left / MOVING).exists() and not whole:
+                names = (left / MOVING).read_text().split("\n")
+                _remove([home / name for name in names if name not in ("", ".", "..") and "/" not in name])
             shutil.rmtree(left)
     if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
         raise CheckpointError(f"{destination}: exists and is not an empty folder; nothing is overwritten")
@@ -87,18 +92,24 @@ def _files_in(folder: Path) -> list[Path]:
 
 def _move_up(draft: Path) -> None:
     """What is in the draft, into the folder that it is in: all of it, or nothing if the system refuses one."""
-    moved: list[Path] = []
+    paths, moved = sorted(draft.iterdir(), key=lambda path: path.name in DESCRIPTIONS), []
+    (draft / MOVING).write_text("\n".join(path.name for path in paths))
+    _to_disk(draft)
     try:
-        for path in sorted(draft.iterdir(), key=lambda path: path.name in DESCRIPTIONS):
+        for path in paths:
             os.replace(path, draft.parent / path.name)
             moved.append(draft.parent / path.name)
     except BaseException:
-        for path in reversed(moved):             # what describes the model first
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+        _remove(moved[::-1])                     # what describes the model first
         raise
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
