@@ -52,7 +52,8 @@ def names(tokenizer: Tokenizer) -> Keys:
         keys[f"{HERE}eot_token_id"] = others[-1]
     templates = tokenizer.chat_templates
     if more := [name for name in templates if name != "default"]:
-        keys |= {"tokenizer.chat_templates": more} | {f"tokenizer.chat_template.{name}": templates[name] for name in more}
+        keys["tokenizer.chat_templates"] = more
+        keys |= {f"tokenizer.chat_template.{name}": templates[name] for name in more}
     return keys | ({"tokenizer.chat_template": templates["default"]} if "default" in templates else {})
 
 
