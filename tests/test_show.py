@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import pytest
@@ -542,6 +543,7 @@ def test_a_folder_a_file_and_a_preset(tmp_path, monkeypatch, capsys):
     assert json.loads(shown(monkeypatch, capsys, "llama-8b", "--json"))["parameters"] == 8_030_261_248
 
 
+@pytest.mark.filterwarnings("ignore:params.json has no key for the context:UserWarning")
 def test_every_layout(tmp_path):
     """The same model, but for the channels that turn together, which the layouts hold in another order."""
     config = ModelConfig(97, 48, (LLAMA,) * 3, context=32_768)
@@ -577,7 +579,8 @@ def test_a_config_whose_weights_are_pickles_or_in_eight_bits_is_shown(tmp_path):
 
 def test_a_name_on_the_hub_has_its_config_fetched_and_no_weights(tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text(json.dumps(VALUES))
-    asked = {}
+    asked, files = {}, [SimpleNamespace(rfilename=name) for name in ("config.json", "model.safetensors")]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda self, name: SimpleNamespace(siblings=files))
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda name, **more: asked.update(more, name=name) or str(tmp_path)
     )
