@@ -171,7 +171,7 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
     def lacking(names: table.Table) -> int:
         return len(table.missing(table.expand(names, parameters, config), stored))
 
-    tables, where = found.tables or family.tables(config), str(found.folder)
+    tables, where = found.tables or family.tables(config), str(found.inside or found.folder)
     names = min(tables, key=lacking)
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
     if lacking(names):

@@ -31,7 +31,7 @@ import checkpoints
 from nanollm.errors import NanollmError
 from nanollm.text import render as rendering
 from tests.clock import ROUNDS, slowness
-from tests.hostile import GROUPS, configs, files, pickled
+from tests.hostile import GROUPS, configs, files, ggufs, pickled
 from tests.hostile.good import Group
 from tests.record import here_and_now, lettered, places
 
@@ -170,6 +170,7 @@ SEEDED = {
         "a pickle, mutated, where it is allowed",
         lambda root: loads(pickled.mutated_programs(root, 300), pickled.good.read_whole), folder=True,
     ),
+    "mutated gguf": Seeded("a GGUF file, mutated", lambda root: loads(ggufs.mutations(root, 400), ggufs.read)),
     "sweep": Seeded("a key of config.json replaced, in each lineage", lambda root: configs.sweep(root, 60)),
     "sweep own": Seeded(
         "a place of our own layout replaced, in each lineage", lambda root: configs.sweep(root, 30, own=True)
@@ -208,6 +209,8 @@ SECTIONS: dict[str, list[str]] = {  # title → the groups that are counted toge
     GROUPS["no pickles"].title: ["no pickles"], GROUPS["pickles"].title: ["pickles"],
     SEEDED["mutated pickles"].title: ["mutated pickles"], GROUPS["meta"].title: ["meta"],
     GROUPS["mistral"].title: ["mistral"], SEEDED["sweep params"].title: ["sweep params"],
+    GROUPS["gguf"].title: ["gguf"], GROUPS["gguf parts"].title: ["gguf parts"],
+    SEEDED["mutated gguf"].title: ["mutated gguf"],
     **{
         group.title: [key]
         for key, group in GROUPS.items()

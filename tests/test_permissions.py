@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import tempfile
-import warnings
 from pathlib import Path
 
 import pytest
@@ -88,12 +87,7 @@ def test_writing(model, monkeypatch):
     assert {path.name for path in model.parent.iterdir()} == {"model", "mine"}
 
 
-def test_what_a_warning_looks_like():
-    assert cli.one_line(UserWarning("x: left out"), UserWarning, "a.py", 7) == "warning: x: left out\n"
-    assert cli.one_line("old", DeprecationWarning, "a.py", 7) == "a.py:7: DeprecationWarning: old\n"
-    before = warnings.formatwarning
-    try:
-        cli.main(lambda: None)
-        assert warnings.formatwarning is cli.one_line
-    finally:
-        warnings.formatwarning = before
+def test_what_a_warning_looks_like(capsys):
+    cli.one_line(UserWarning("x: left out"), UserWarning, "a.py", 7)
+    cli.one_line("old", DeprecationWarning, "a.py", 7)
+    assert capsys.readouterr().err == "warning: x: left out\na.py:7: DeprecationWarning: old\n"

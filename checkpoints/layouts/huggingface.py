@@ -39,7 +39,7 @@ def of_folder(folder: Path, asked: Asked) -> Found:
 
 def described(where: Path, asked: Asked, stored: dict[str, Stored]) -> Found:
     """What a config.json says, for these tensors."""
-    if not where.is_file():
+    if not where.exists() and not where.is_symlink():
         raise CheckpointError(f"{where}: no such file; {foreign.no_config(where.parent)}")
     values = files.read_json(where, largest=LARGEST_CONFIG)
     kind = {} if asked.family is None else {"model_type": asked.family}
