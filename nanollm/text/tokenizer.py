@@ -161,7 +161,7 @@ class Tokenizer:
         if not stops:
             found.append("No stop id: no file names an end-of-sequence token, "
                          "so generation ends only at its length limit.")
-        if len({frozenset(ids) for ids in stops.values()}) > 1:
+        if stops and set().union(*stops.values()) not in stops.values():    # else one file has them all
             said = ", ".join(f"{file} {sorted(ids)}" for file, ids in stops.items())
             found.append(f"The files name different stop ids: {said}. Each of them stops.")
         templates = "".join(self.chat_templates.values())
