@@ -197,6 +197,9 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     options = parser.parse_args([*from_toml(file, parser), *args] if file else args)
     if options.chat and not options.init:
         raise InputError("--chat fine-tunes a model that exists: name its folder with --init")
+    if options.init and options.init.is_file() and not options.plan:
+        raise InputError(f"--init {options.init}: a file; fine-tuning starts from a folder: "
+                         f"python -m checkpoints.convert {options.init} FOLDER")
     if options.chat and options.data:
         raise InputError("--chat and --data are two kinds of training; give one of them")
     if options.mix and len(options.mix) != len(options.data):
