@@ -128,7 +128,9 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
         if verify:                               # the folder as anyone would find it
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what there was to say of it was said of the source
-                again = open_source(draft, conversion.origin.ignore, allow_pickle=written.to == "meta").stored
+                # a GGUF of Mistral's with a window is a Llama's unless it is told
+                family = conversion.origin.family.name if written.to == "gguf" else None
+                again = open_source(draft, conversion.origin.ignore, family, written.to == "meta").stored
             if written.to != "gguf":             # whose places know how their numbers were packed
                 places = again
             for move in conversion.moves:

@@ -61,7 +61,7 @@ def test_what_the_converter_writes(name, tmp_path):
 def test_a_window_is_told_to_the_family_that_reads_it(tmp_path):
     """No other key says it, as llama.cpp ignores it; --family mistral takes it."""
     write(MODELS["mistral-window"], tmp_path / "hf")
-    path = export(tmp_path / "hf", tmp_path / "out", verify=False)
+    path = export(tmp_path / "hf", tmp_path / "out")
     assert open_source(path, family="mistral").config.layers[0].mixer.window == 9
 
 
