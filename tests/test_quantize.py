@@ -7,6 +7,7 @@ import torch
 
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Rope
 from nanollm.errors import InputError
+from nanollm.inference import cpu_products
 from nanollm.inference.generation import generate
 from nanollm.inference.quantize import (
     QuantizedLinear,
@@ -205,3 +206,70 @@ def test_the_group_is_the_largest_that_divides_all():
         for m in quantize(decoder(), 4).modules()
         if isinstance(m, QuantizedLinear)
     } == {64}
+
+
+# ---- torch's packed products on a CPU
+
+SHAPES = [(64, 256), (48, 128), (16, 384)]
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.bfloat16, 0.03), (torch.float16, 4e-3)])
+@pytest.mark.parametrize("bits, group", FORMATS)
+def test_packed_products_are_the_definition(bits, group, dtype, most):
+    """For one row, a few, and many; with a bias, in a batch of sequences."""
+    assert cpu_products.has(8) and cpu_products.has(4)
+    for N, K in SHAPES:
+        packed, scale, zero = quantize_weight(torch.randn(N, K), bits, group)
+        module, bias = QuantizedLinear(packed.clone(), scale, zero, torch.randn(N).to(dtype)), torch.randn(N).to(dtype)
+        module.bias = bias
+        for shape in ((1, 1, K), (3, K), (2, 70, K)):
+            x = torch.randn(shape).to(dtype)
+            exact = x.double() @ dequantize(packed, scale, zero).double().T + bias.double()
+            with torch.inference_mode():
+                found = module(x)
+            assert found.dtype == dtype and found.shape == (*shape[:-1], N)
+            assert (found.double() - exact).abs().max() < most * exact.std()
+        assert module.packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
+
+
+def test_the_order_of_torchs_kernel_is_undone():
+    """state_dict, copies and casts have our codes; what was computed before is computed again."""
+    weight = quantize_weight(torch.randn(32, 128), 4, 32)
+    module, x = QuantizedLinear(*(part.clone() for part in weight)), torch.randn(2, 128)
+    with torch.inference_mode():
+        before = module(x)
+    assert module.packed.dtype == torch.uint8
+    assert torch.equal(module.state_dict()["packed"], weight[0])
+    with torch.inference_mode():
+        assert torch.equal(module(x), before)
+        narrow = module.bfloat16()(x.bfloat16())
+    assert torch.equal(module.restore() or module.packed, weight[0]) and module.scale.dtype == torch.float32
+    assert (narrow.float() - before).abs().max() < 0.05 * before.std()
+
+
+@pytest.mark.parametrize("bits, N, K, group", [(8, 16, 24, 24), (4, 24, 64, 32), (4, 16, 64, 16)])
+def test_shapes_that_torch_has_no_kernel_for(bits, N, K, group):
+    """8 bits with K = 24 read past the end of a row (torch 2.13, bfloat16)."""
+    assert not cpu_products.fits(bits, N, K, group)
+
+
+@pytest.mark.parametrize("broken", ["missing", "wrong"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_kernel_that_is_not_what_it_was_is_not_used(bits, broken, monkeypatch):
+    def instead(*args):
+        if broken == "missing":
+            raise AttributeError("no such operation")
+        return torch.zeros(len(args[0]), len(args[1]))
+
+    name = f"rows{bits}"
+    monkeypatch.setattr(cpu_products, name, instead)
+    cpu_products.has.cache_clear()
+    try:
+        assert not cpu_products.has(bits)
+        module, x = QuantizedLinear(*quantize_weight(torch.randn(32, 128), bits, 32)), torch.randn(2, 128)
+        with torch.inference_mode():
+            found = module(x)
+        expected = x @ dequantize(module.packed, module.scale, module.zero).T
+        assert torch.allclose(found, expected, atol=1e-5)
+    finally:
+        cpu_products.has.cache_clear()

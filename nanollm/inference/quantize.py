@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.errors import InputError
+from nanollm.inference import cpu_products as cpu
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
 from nanollm.ops import accelerated
@@ -71,7 +72,11 @@ def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | No
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear whose weight is quantised. Nothing in it is trained."""
+    """A Linear whose weight is quantised. Nothing in it is trained.
+
+    On a CPU it runs torch's packed kernels (cpu_products.py). Of 4 bits they want the codes in an order of their own,
+    which then takes the place of ours: `restore` puts ours back, before the module is moved or saved.
+    """
     packed: Tensor
     scale: Tensor
     zero: Tensor | None
@@ -81,12 +86,40 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         for name, value in (("packed", packed), ("scale", scale), ("zero", zero), ("bias", bias)):
             self.register_buffer(name, value)
+        self.outputs, self.inputs = len(packed), packed.shape[1] * (1 if zero is None else 8)
+        self.group = self.inputs // scale.shape[1]
+        self.scales: Tensor | None = None        # as torch's kernel wants them; of 4 bits packed is in its order then
+        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.restore())
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, K) → (…, N)
+        bits = 8 if self.zero is None else 4
+        if x.is_cpu and not torch.is_grad_enabled() and cpu.fits(bits, self.outputs, self.inputs, self.group):
+            y = self._rows(x.reshape(-1, self.inputs).contiguous()).view(*x.shape[:-1], self.outputs)
+            return y if self.bias is None else y + self.bias
+        self.restore()
         return quantized_linear(x, self.packed, self.scale, self.zero, self.bias)
+
+    def _rows(self, x: Tensor) -> Tensor:                       # (M, K) → (M, N), without the bias
+        if self.scales is None or self.scales.dtype != x.dtype:
+            self.restore()
+            if self.zero is None:
+                self.scales = cpu.scales8(self.scale, x.dtype)
+            else:
+                self.packed = cpu.order4(unpack(self.packed))
+                self.scales = cpu.scales4(self.scale, self.zero, x.dtype)
+        if self.zero is None:
+            return cpu.rows8(x, self.packed, self.scales)
+        return cpu.rows4(x, self.packed, self.group, self.scales)
+
+    def restore(self) -> None:
+        """Our order of the codes."""
+        if self.scales is not None and self.zero is not None:
+            self.packed = pack(cpu.codes4(self.packed, self.group))
+        self.scales = None
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
         """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
+        self.restore()
         scale = self.scale
         super()._apply(fn, recurse)
         if self.scale.dtype != torch.float32:
@@ -94,11 +127,8 @@ class QuantizedLinear(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        (N, words), groups = self.packed.shape, self.scale.shape[1]
-        if self.zero is None:
-            return f"in_features={words}, out_features={N}, bits=8, bias={self.bias is not None}"
-        K, group = 8 * words, 8 * words // groups
-        return f"in_features={K}, out_features={N}, bits=4, group={group}, bias={self.bias is not None}"
+        bits = "bits=8" if self.zero is None else f"bits=4, group={self.group}"
+        return f"in_features={self.inputs}, out_features={self.outputs}, {bits}, bias={self.bias is not None}"
 
 
 def quantize(model: Decoder, bits: int = 8, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Decoder:
