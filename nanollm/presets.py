@@ -41,11 +41,11 @@ llama3 = partial(transformer, context=131072, theta=5e5)            # what the m
 qwen3 = partial(transformer, qk_norm=True, eps=1e-6, theta=1e6)
 
 PRESETS = {     # vocabulary, width, layers; heads, key/value heads, feed-forward width
-    "llama-toy":    partial(transformer, 4096, 192, 4, 3, 1, 512, context=128),
-    "qwen3-toy":    partial(qwen3, 4096, 192, 4, 4, 1, 512, context=128, head_dim=64),
-    "mistral-toy":  partial(transformer, 4096, 192, 4, 3, 1, 512, context=128, window=64),
-    "mixtral-toy":  partial(transformer, 4096, 192, 4, 3, 1, 256, context=128, experts=4),
-    "mamba-toy":    partial(mamba, 4096, 128, 4, state=4),
+    "llama-toy":    partial(transformer, 4096, 128, 4, 4, 2, 320, context=128),
+    "qwen3-toy":    partial(qwen3, 4096, 128, 4, 6, 2, 320, context=128, head_dim=32),
+    "mistral-toy":  partial(transformer, 4096, 128, 4, 4, 2, 320, context=128, window=64),
+    "mixtral-toy":  partial(transformer, 4096, 128, 4, 4, 2, 160, context=128, experts=4),
+    "mamba-toy":    partial(mamba, 4096, 96, 4, state=4),
     "llama-1b":     partial(llama3, 128256, 2048, 16, 32, 8, 8192, scaling=Llama3(32.0, 8192), tied=True),  # Llama-3.2
     "llama-8b":     partial(llama3, 128256, 4096, 32, 32, 8, 14336, scaling=Llama3(8.0, 8192)),             # Llama-3.1
     "qwen3-0.6b":   partial(qwen3, 151936, 1024, 28, 16, 8, 3072, context=40960, head_dim=128, tied=True),
