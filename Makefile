@@ -11,7 +11,7 @@ BIN := .venv/bin
 .PHONY: demo chat test test-all lint published bench clean
 
 demo: $(BIN)/ready
-	$(BIN)/python train.py --resume --steps 250 --sample-every 50
+	$(BIN)/python train.py --resume --sample-every 50
 	$(BIN)/python generate.py --model runs/demo --prompt "def " --max-new-tokens 120 --temperature 0.7 --seed 1
 
 chat: $(BIN)/smollm2

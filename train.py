@@ -320,7 +320,7 @@ def run() -> None:
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))           # what it holds by now
         here = build(options, world)
         facts = {"options": dict(vars(options)), "model": here.model.config.to_dict(),
-                 "data": {"fingerprint": here.corpus.stream.fingerprint}}
+                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "muon": optim.constants(options.optimizer)}
         world.on_rank_0(lambda: runs.start(folder, facts, resume, force))
         if resume:
             restore(here)

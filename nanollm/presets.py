@@ -4,8 +4,9 @@
     preset("llama-8b")              the shape of Llama-3.1-8B; its weights come from checkpoints.load
     preset("llama-8b", vocab=5000)  the same around another tokenizer
 
-The five toys cost about the same to train and differ as their families do: Qwen3 normalises each query and key head,
-Mistral slides a window over the last tokens, Mixtral has experts in place of the MLP, Mamba scans instead of attending.
+The five toys cost about the same to train (Mamba half as much again as Llama) and differ as their families do: Qwen3
+normalises each query and key head, Mistral slides a window over the last tokens, Mixtral has experts in place of the
+MLP, Mamba scans instead of attending. All that attend are grouped: two query heads or three share a key/value head.
 """
 
 import difflib
@@ -41,11 +42,11 @@ llama3 = partial(transformer, context=131072, theta=5e5)            # what the m
 qwen3 = partial(transformer, qk_norm=True, eps=1e-6, theta=1e6)
 
 PRESETS = {     # vocabulary, width, layers; heads, key/value heads, feed-forward width
-    "llama-toy":    partial(transformer, 4096, 192, 4, 3, 1, 512, context=128),
-    "qwen3-toy":    partial(qwen3, 4096, 192, 4, 4, 1, 512, context=128, head_dim=64),
-    "mistral-toy":  partial(transformer, 4096, 192, 4, 3, 1, 512, context=128, window=64),
-    "mixtral-toy":  partial(transformer, 4096, 192, 4, 3, 1, 256, context=128, experts=4),
-    "mamba-toy":    partial(mamba, 4096, 128, 4, state=4),
+    "llama-toy":    partial(transformer, 4096, 128, 4, 4, 2, 320, context=128),
+    "qwen3-toy":    partial(qwen3, 4096, 128, 4, 6, 2, 320, context=128, head_dim=32),
+    "mistral-toy":  partial(transformer, 4096, 128, 4, 4, 2, 320, context=128, window=64),
+    "mixtral-toy":  partial(transformer, 4096, 128, 4, 4, 2, 160, context=128, experts=4),
+    "mamba-toy":    partial(mamba, 4096, 80, 3, state=4),
     "llama-1b":     partial(llama3, 128256, 2048, 16, 32, 8, 8192, scaling=Llama3(32.0, 8192), tied=True),  # Llama-3.2
     "llama-8b":     partial(llama3, 128256, 4096, 32, 32, 8, 14336, scaling=Llama3(8.0, 8192)),             # Llama-3.1
     "qwen3-0.6b":   partial(qwen3, 151936, 1024, 28, 16, 8, 3072, context=40960, head_dim=128, tied=True),

@@ -23,7 +23,7 @@ def test_muon_is_that_of_torch(shape, decay):
     ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
     a = optim.Muon([ours], decay, torch.bfloat16)
     optim.init_state([a])
-    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    b = torch.optim.Muon([theirs], lr=0.02, weight_decay=decay, momentum=0.9, adjust_lr_fn="match_rms_adamw")
     for gradient in gradients:
         ours.grad, theirs.grad = gradient.clone(), gradient.clone()
         optim.step([a], 0.02)
@@ -101,7 +101,7 @@ def test_every_parameter_has_one_owner_and_only_matrices_decay(name, optimizer, 
             )
             assert isinstance(owner, optim.Muon) == (inside and optimizer == "muon"), names[id(p)]
             assert (group["weight_decay"] > 0) == (inside or matrix in ("embed", "positions", "head")), names[id(p)]
-            assert group["lr_scale"] == (1.5 if optimizer == "muon" and not inside else 1.0)
+            assert group["lr_scale"] == (8.0 if optimizer == "muon" and not inside else 1.0)
 
 
 def test_stacked_biases_and_corrections_are_no_matrices():

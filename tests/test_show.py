@@ -627,6 +627,6 @@ def test_an_error_is_one_line(tmp_path):
         [sys.executable, "-m", "checkpoints.show", str(tmp_path)], cwd=Path(__file__).parent.parent,
         capture_output=True, text=True,
     )
-    assert (
-        done.returncode == 1 and done.stderr == f"error: {tmp_path / 'config.json'}: no such file\n" and not done.stdout
-    )
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == (f"error: {tmp_path / 'config.json'}: no such file; a model folder expected: config.json "
+                           "beside model.safetensors\n")

@@ -352,6 +352,20 @@ def test_a_run_is_compared_with_what_it_was(tmp_path):
             runs.compare(tmp_path, change)
 
 
+def test_a_model_of_another_shape_is_refused_in_one_line_that_does_not_advise_force(tmp_path):
+    """As a toy has it that a later version changed. What the older version did not record counts as a difference."""
+    large, small = ({"dim": dim, "layers": [[count, {"is": "Layer"}]]} for dim, count in ((192, 4), (128, 6)))
+    runs.record(tmp_path, {"options": OPTIONS, "model": large}, resume=False)
+    with pytest.raises(RunError) as error:
+        runs.compare(tmp_path, {"options": OPTIONS, "model": small, "muon": {"momentum": 0.9}})
+    assert str(error.value) == (
+        f"{tmp_path}: holds another run (model.dim 192 → 128; other model.layers; muon.momentum None → 0.9); "
+        "--force starts over, --out names another folder"
+    )
+    with pytest.raises(RunError, match=r"\(muon.momentum None → 0.9\); with --resume --force"):
+        runs.compare(tmp_path, {"options": OPTIONS, "model": large, "muon": {"momentum": 0.9}})
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"options": 3}', "\x00"])
 def test_what_is_not_a_record_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)

@@ -377,7 +377,7 @@ def test_a_run_is_gone_on_with_or_replaced_only_when_that_is_said(text, tmp_path
     before = sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*") if path.name != "lock")
     for more, words in (
         ((), "holds a run with a checkpoint at step 12; --resume"), (("--resume", "--seed", "5"), "--seed 0 → 5"),
-        (("--resume", "--lr", "1"), "--lr 0.007 → 1.0"),
+        (("--resume", "--lr", "1"), "--lr 0.012 → 1.0"),
     ):
         with pytest.raises(SystemExit) as error:
             quick(text, folder, *more)
@@ -389,8 +389,8 @@ def test_a_run_is_gone_on_with_or_replaced_only_when_that_is_said(text, tmp_path
 
 def test_the_run_folder_says_how_it_was_made(runs):
     record = json.loads((runs("qwen3")[0] / "run.json").read_text())
-    assert record["options"]["lr"] == 0.007 and record["options"]["dtype"] == "float32"
-    assert record["model"]["vocab"] == 300
+    assert record["options"]["lr"] == 0.012 and record["options"]["dtype"] == "float32"
+    assert record["model"]["vocab"] == 300 and record["muon"] == {"momentum": 0.9, "lr_scale": 8.0}
     assert record["data"]["fingerprint"] > 0 and record["starts"][0]["packages"]["torch"] == torch.__version__
     start = record["starts"][0]
     assert start["git"] and "--preset" in start["command"] and start["ranks"] == 1
@@ -473,8 +473,8 @@ def settled(*args: object) -> dict:
 
 
 @pytest.mark.parametrize("args, expected", [
-    ([], {"optimizer": "muon", "lr": 0.007, "context": 128, "batch_size": 16, "micro_batch": None, "warmup": 20}),
-    (["--preset", "mamba-toy"], {"lr": 0.007, "context": 128}),
+    ([], {"optimizer": "muon", "lr": 0.012, "context": 128, "batch_size": 16, "micro_batch": None, "warmup": 20}),
+    (["--preset", "mamba-toy"], {"lr": 0.012, "context": 128}),
     (["--preset", "llama-8b"], {"optimizer": "adamw", "lr": 3e-4, "weight_decay": 0.1, "context": 4096,
                                 "batch_size": 256, "micro_batch": 1, "steps": 4, "warmup": 1}),
     (["--preset", "mamba-130m"], {"lr": 3e-4, "context": 4096}),
@@ -504,9 +504,9 @@ def test_a_resumed_run_keeps_the_defaults_that_it_began_with(tmp_path):
     found = settled("--out", tmp_path, "--resume", "--lr", "0.25")
     assert found["lr"] == 0.25 and found["micro_batch"] is None                 # given; and of other ranks, perhaps
     assert all(found[name] == own[name] for name in ("steps", "context", "optimizer", "dtype"))
-    assert settled("--out", tmp_path)["lr"] == 0.007
+    assert settled("--out", tmp_path)["lr"] == 0.012
     (tmp_path / "run.json").write_text("not a record")                          # which runs.check says
-    assert settled("--out", tmp_path, "--resume")["lr"] == 0.007
+    assert settled("--out", tmp_path, "--resume")["lr"] == 0.012
 
 
 def test_fine_tuning_takes_the_steps_and_the_context_of_its_data_and_model(runs, text, tmp_path):
@@ -543,7 +543,7 @@ def test_every_help_entry_begins_with_its_noun():
     no_nouns = ("of", "how", "go", "with", "what", "under", "on", "a", "the", "most", "so")
     assert not [name for name, help in entries.items() if help.split()[0].rstrip(":") in no_nouns]
     assert "gradient accumulation" in entries["--micro-batch"] and "activation checkpointing" in entries["--recompute"]
-    assert "default 0.007; published presets: 0.0003; --init: 2e-05" in entries["--lr"]
+    assert "default 0.012; published presets: 0.0003; --init: 2e-05" in entries["--lr"]
 
 
 def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
@@ -557,8 +557,8 @@ def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_beats_gzip_far(tmp_path):
-    """The default run, with a quarter of its steps."""
-    run("--out", tmp_path / "demo", "--steps", "140", "--eval-every", "140")
+    """The default run, with two sevenths of its steps."""
+    run("--out", tmp_path / "demo", "--steps", "100", "--eval-every", "100")
     log = [json.loads(line) for line in (tmp_path / "demo" / "log.jsonl").read_text().splitlines()]
     facts = json.loads((tmp_path / "demo" / "data" / "meta.json").read_text())["facts"]
     held_out = [entry for entry in log if "held_out_loss" in entry][-1]

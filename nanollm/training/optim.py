@@ -12,8 +12,8 @@ values close to 1:
     X ← aX + (bA + cA²)X,   A = X Xᵀ,   X₀ = M / ‖M‖          (a, b, c) = (3.4445, −4.7750, 2.0315)
                                                               kellerjordan.github.io/posts/muon
 
-The factor 0.2 √max(n, m) makes an update about as large as AdamW's, so one learning rate serves both (Liu et al. 2025,
-arXiv 2502.16982 §2.2).
+The factor 0.2 √max(n, m) makes an update about as large as AdamW's, so one learning rate serves both in a large model
+(Liu et al. 2025, arXiv 2502.16982 §2.2). In a small one AdamW's parameters gain from a larger rate: see `build`.
 
 torch.optim.Muon computes the same on one process, and a test compares the two. This one also takes shards (each matrix
 is gathered once and orthogonalised by one rank, in turn) and stacked experts (E, n, m). It orthogonalises matrices of
@@ -34,6 +34,8 @@ from nanollm.layers.moe import Experts
 from nanollm.training.distributed import local, local_shard
 
 SCHEDULES = ("cosine", "linear", "wsd")
+MUON_MOMENTUM = 0.9
+ADAMW_BESIDE_MUON = 8.0     # AdamW's learning rate beside Muon, as a multiple of Muon's; measured, see `build`
 BATCH = 2**24       # numbers in one batched product of Muon (64 MB in float32); a larger matrix is a batch of its own
 
 
@@ -70,7 +72,9 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
         embedding, positions and head                  AdamW, weight decay
         gains, biases, the parameters of a scan        AdamW, none
 
-    Beside Muon, AdamW has 1.5 times the learning rate (group["lr_scale"]), which was measured to be better.
+    Beside Muon, AdamW has ADAMW_BESIDE_MUON times the learning rate (group["lr_scale"]). Measured on the toy Llama,
+    320 steps, seed 1, in bits per byte held out: 1.751; with 1.5 times the rate 1.799; with a momentum of 0.95, torch's
+    default, 1.773. No other scale, and no larger model or longer run, was measured.
     """
     layers = model.get_submodule("layers")
     owners = [m for m in layers.modules() if isinstance(m, (Linear, Experts))]
@@ -88,7 +92,7 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
             tables.append(p)
         else:
             rest.append(p)
-    lr_scale = 1.5 if name == "muon" else 1.0
+    lr_scale = ADAMW_BESIDE_MUON if name == "muon" else 1.0
     outer = [
         {"params": tables, "weight_decay": weight_decay, "lr_scale": lr_scale},
         {"params": rest, "weight_decay": 0.0, "lr_scale": lr_scale},
@@ -100,6 +104,11 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
         optimizers = [adamw([{"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0}, *outer])]
     init_state(optimizers)
     return optimizers
+
+
+def constants(name: str) -> dict[str, float]:
+    """What this file fixes for a run with the optimizer `name`, for run.json: a resumed run has to have the same."""
+    return {"momentum": MUON_MOMENTUM, "lr_scale": ADAMW_BESIDE_MUON} if name == "muon" else {}
 
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -139,7 +148,7 @@ class Muon(torch.optim.Optimizer):
     """For matrices (n, m), whole or sharded, and stacks of them (E, n, m). State: one momentum for each, in float32."""
 
     def __init__(
-        self, params: Iterable[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = 0.95
+        self, params: Iterable[Tensor], weight_decay: float, dtype: torch.dtype, momentum: float = MUON_MOMENTUM
     ) -> None:
         """dtype: of the products inside msign."""
         super().__init__(params, {"lr": 0.0, "lr_scale": 1.0, "weight_decay": weight_decay, "momentum": momentum})

@@ -62,12 +62,12 @@ def span(text: str) -> tuple[int, int]:
 #                     a toy   a published preset   --init
 DEFAULTS: dict[str, tuple] = {
     "optimizer":    ("muon",  "adamw",             "adamw"),
-    "lr":           (0.007,   0.0003,              0.00002),
+    "lr":           (0.012,   0.0003,              0.00002),
     "weight_decay": (0.0,     0.1,                 0.0),
     "context":      (128,     4096,                2048),       # at most the model's own
     "batch_size":   (16,      256,                 16),
     "micro_batch":  (None,    1,                   1),          # None: all rows of a rank
-    "steps":        (550,     None,                None),       # None: one epoch of the data; of --chat three
+    "steps":        (350,     None,                None),       # None: one epoch of the data; of --chat three
     "warmup":       (20,      None,                None),       # None: 3 % of the steps
 }
 
