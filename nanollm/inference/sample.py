@@ -144,12 +144,12 @@ def processed(logits: Tensor, sampling: Sampling, prompts: Sequence[Sequence[int
         logits = logits - s.presence_penalty * (count > 0) - s.frequency_penalty * count
     if s.no_repeat_ngram or s.banned or s.min_new_tokens:
         logits = logits.clone()
-        words = s.words()
+        words, stops = s.words(), [token for token in stop_ids if 0 <= token < logits.shape[-1]]
         for row, prompt, answer in zip(logits, prompts, answers, strict=True):
             said = [*prompt, *answer]
             row[[*ends_of_ngrams(said, s.no_repeat_ngram), *ends_of_words(said, words)]] = -torch.inf
             if len(answer) < s.min_new_tokens:
-                row[[*stop_ids]] = -torch.inf
+                row[stops] = -torch.inf
     if s.temperature == 0:
         return logits
     return keep_likely(logits / s.temperature, s.top_k, s.top_p, s.min_p)
