@@ -1,4 +1,4 @@
-"""Sampling against transformers' own filters, sessions, batches, stop strings; and generate.py as a person runs it.
+"""The decoding loop: sessions, batches, stop strings; and generate.py as a person runs it.
 
 Its processes are forked (forked.py); tests/kernels/test_decoder.py starts it from a command line.
 """
@@ -12,7 +12,6 @@ import sentencepiece
 import tokenizers
 import torch
 import transformers
-from transformers.generation import logits_process as filters
 
 import checkpoints
 import generate as script
@@ -20,47 +19,11 @@ from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, Rope
 from nanollm.errors import InputError
 from nanollm.inference.generation import PREFILL, Session, feed, generate, generate_batch, new_cache, stream_text
 from nanollm.inference.quantize import quantize
-from nanollm.inference.sample import keep_likely, sample
 from nanollm.model import Decoder
 from nanollm.text import tokenizer
 from tests import forked
 from tests.oracles import Fixture, difference, make_loud, write
 from tests.tok_folders import WORDS, metaspace_bpe, sentencepiece_model
-
-# ---- sample.py
-
-@pytest.mark.parametrize(
-    "ours, theirs",
-    [
-        (dict(top_k=5), [filters.TopKLogitsWarper(5)]), (dict(top_k=500), [filters.TopKLogitsWarper(500)]),
-        (dict(top_p=0.7), [filters.TopPLogitsWarper(0.7)]), (dict(top_p=1e-9), [filters.TopPLogitsWarper(1e-9)]),
-        (dict(min_p=0.2), [filters.MinPLogitsWarper(0.2)]),
-        (
-            dict(top_k=9, top_p=0.8, min_p=0.1),
-            [filters.TopKLogitsWarper(9), filters.TopPLogitsWarper(0.8), filters.MinPLogitsWarper(0.1)],
-        ),
-    ],
-)
-def test_filters_keep_what_transformers_keeps(ours, theirs):
-    logits = 3 * torch.randn(40, 101)
-    expected = logits
-    for each in theirs:
-        expected = each(None, expected)
-    assert torch.equal(keep_likely(logits, **ours), expected)
-
-
-def test_draws_follow_the_probabilities_and_the_seed():
-    logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
-    def draw(seed, **filters):
-        return sample(
-            logits.expand(20_000, 4), 0.5, generator=torch.Generator().manual_seed(seed), **filters
-        )
-    shares = draw(0).bincount(minlength=4) / 20_000
-    assert (shares - (logits[0] / 0.5).softmax(-1)).abs().max() < 0.015
-    assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
-    assert set(draw(0, top_k=2).tolist()) == {0, 1}
-    assert sample(logits).tolist() == [1]
-
 
 # ---- generation.py
 

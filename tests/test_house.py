@@ -192,7 +192,7 @@ PUBLIC = {
     "nanollm.text.tokenizer.load": "(folder: str | pathlib.Path) -> 'Tokenizer'",
     "nanollm.model.Decoder": "(config: nanollm.config.ModelConfig, seed: int = 0) -> None",
     "nanollm.model.Decoder.forward": "(self, tokens: torch.Tensor, positions: torch.Tensor | None = None, cache: nanollm.cache.Cache | None = None) -> torch.Tensor",
-    "nanollm.inference.generation.generate": "(model: nanollm.model.Decoder, prompt: collections.abc.Sequence[int], max_new_tokens: int, *, stop_ids: collections.abc.Iterable[int] = (), seed: int | None = None, **sampling: Any) -> collections.abc.Iterator[int]",
+    "nanollm.inference.generation.generate": "(model: nanollm.model.Decoder, prompt: collections.abc.Sequence[int], max_new_tokens: int, sampling: nanollm.inference.sample.Sampling | None = None, *, stop_ids: collections.abc.Iterable[int] = (), stop: collections.abc.Callable[[], collections.abc.Callable[[int], bool]] | None = None, logprobs: int | None = None, **options: Any) -> nanollm.inference.answer.Stream",
 }
 
 

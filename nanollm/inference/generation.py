@@ -1,92 +1,174 @@
 """The decoding loop: read the prompt once, then one token at a time, each from the logits of the last.
 
-    for token in generate(model, prompt_ids, max_new_tokens=64):      # a generator: stream it, stop when you like
-    generate_batch(model, [ids, other_ids], max_new_tokens=64)        # ragged prompts, no padding tokens
+    for token in generate(model, prompt_ids, 64, temperature=0.7):    # an iterator: stream it, stop when you like
+    generate_batch(model, [ids, other_ids], 64)                       # ragged prompts, no padding tokens
     Session(model, length=4096)                                       # keeps its cache between the turns of a chat
 
-Rows of a batch do not see each other, and a row that has stopped is fed padding (position −1), which changes nothing:
-a batch gives the tokens that each prompt would give alone.
+What all three take: `sampling`, or its fields by name (sample.py); stop_ids, tokens that end an answer and belong to
+it; stop, which makes a function for each answer that is told each token and says whether it ends there, for stop texts
+`lambda: StopText(tokenizer.stream(), ["\\n\\n"])`; logprobs, how many of the likeliest tokens are told at each
+place beside the chosen one (answer.py), None for no log-probabilities at all.
+
+Rows of a batch do not see each other, and a row that has stopped is fed padding (position −1), which changes nothing.
+In float32, greedy, a batch gives the tokens that each prompt would give alone. In bfloat16 and float16 it need not: a
+product of several rows is summed in another order than one of a single row, and a sum rounded to 8 or 11 bits can tip
+a close choice. What is drawn with a seed depends on the whole batch in any dtype: the rows share one source of draws.
+
+Models may be used from several threads at once; a session belongs to one.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from nanollm.cache import Cache
 from nanollm.errors import InputError
-from nanollm.inference.sample import sample
+from nanollm.inference.answer import Answer, Ended, Stream, logprobs_of
+from nanollm.inference.sample import Sampling, next_tokens, settings
 from nanollm.model import Decoder
 
 PREFILL = 2048          # prompt tokens in one forward pass: bounds the memory of activations, not the result
+Stop = Callable[[int], bool]            # is told each new token of one answer; True ends it
 
 
 class Session:
-    """One sequence and its cache. A prompt that begins with all that was fed before is read only from there on."""
+    """One sequence and its cache. A prompt that begins with all that was fed before is read only from there on.
+
+    Whatever ends an answer, and wherever (an interrupt, no memory), the next one is right: where a step did not come to
+    its end, the session begins anew.
+    """
 
     def __init__(self, model: Decoder, length: int) -> None:
         """length: the most tokens, prompts and answers together."""
         self.model, self.length = model, length
-        self.fed: list[int] = []
         self.cache = new_cache(model, 1, length)
+        self.fed: list[int] = []                                # what the cache holds; empty: of no more use
+        self.newest: Answer | None = None                       # the only one that may go on
 
-    def generate(self, prompt: Sequence[int], max_new_tokens: int, *, stop_ids: Iterable[int] = (),
-                 seed: int | None = None, **sampling: Any) -> Iterator[int]:
-        """Yield new tokens until a stop token (which is yielded too), max_new_tokens, or the end of the session.
+    def generate(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None, *,
+                 stop_ids: Iterable[int] = (), stop: Callable[[], Stop] | None = None, logprobs: int | None = None,
+                 **options: Any) -> Stream:
+        """The new tokens, until a stop (whose token is among them), max_new_tokens, or the end of the session.
 
-        sampling: temperature, top_k, top_p, min_p of `sample`. Raises InputError for an empty prompt, one that is too
-        long, or a token that the model does not have.
+        Raises InputError for an empty prompt, one that is too long, a token that the model does not have, or an option
+        out of its range; and from an answer that is asked to go on after a newer one of this session has begun.
         """
         check_prompt(prompt, self.model.config.vocab)
         if len(prompt) > self.length:
             raise InputError(f"the prompt has {len(prompt)} tokens, this session holds {self.length}")
-        if not self.fed or list(prompt[: len(self.fed)]) != self.fed or len(prompt) == len(self.fed):
-            self.fed, self.cache = [], new_cache(self.model, 1, self.length)
-        stop, draw = set(stop_ids), generator_for(self.model, seed)
-        new, room = list(prompt[len(self.fed) :]), min(max_new_tokens, self.length - len(prompt))
-        for _ in range(room):
-            logits = feed(self.model, torch.tensor([new], device=self.model.embed.weight.device), None, self.cache)
-            self.fed += new
-            new = sample(logits, generator=draw, **sampling).tolist()
-            yield new[0]
-            if new[0] in stop:
-                return
+        chosen = settings(sampling, options)
+        chosen.check(self.model.config.vocab)
+        answer, room = Answer(), self.length - len(prompt)
+        finish = Finish(stop_ids, stop, min(max_new_tokens, room), "length" if max_new_tokens <= room else "context")
+        return Stream(answer, self._answer(answer, list(prompt), chosen, finish, logprobs))
+
+    def _answer(self, answer: Answer, prompt: list[int], sampling: Sampling, finish: "Finish",
+                logprobs: int | None) -> Generator[int, None, None]:
+        try:
+            self.newest = answer
+            if not self.fed or prompt[: len(self.fed)] != self.fed or len(prompt) == len(self.fed):
+                self._begin()
+            known, draw = self.fed, sampling.generator(self.cache.device)
+            new = prompt[len(known) :]
+            finish(answer)
+            while answer.ended is None:
+                if self.newest is not answer:
+                    raise InputError("a newer answer of this session has begun, so this one cannot go on; "
+                                     "take one session for each of two answers at a time")
+                self.fed = []                   # until the step is done: an exception may come between any two lines
+                logits = feed(self.model, torch.tensor([new], device=self.cache.device), None, self.cache)
+                known += new
+                self.fed = known
+                tokens, scores = next_tokens(logits, sampling, [prompt], [answer.tokens], finish.ids, draw)
+                new = tokens.tolist()
+                answer.tokens += new
+                if logprobs is not None:
+                    answer.logprobs += logprobs_of(logits, scores, tokens, logprobs)
+                finish(answer)
+                yield new[0]
+        finally:
+            answer.ended = answer.ended or "interrupted"
+
+    def _begin(self) -> None:
+        """Forget all that was fed. The old memory is given back before the new is asked for."""
+        self.fed = []
+        self.cache.states = []
+        self.cache = new_cache(self.model, 1, self.length)
 
 
-def generate(model: Decoder, prompt: Sequence[int], max_new_tokens: int, *, stop_ids: Iterable[int] = (),
-             seed: int | None = None, **sampling: Any) -> Iterator[int]:
-    """Yield the tokens that follow the prompt, one by one; `Session.generate` with a session of just that length."""
-    session = Session(model, len(prompt) + max_new_tokens)
-    return session.generate(prompt, max_new_tokens, stop_ids=stop_ids, seed=seed, **sampling)
+class Finish:
+    """Says of one answer, after each token, whether and why it ends there."""
+
+    def __init__(self, stop_ids: Iterable[int], stop: Callable[[], Stop] | None, most: int, full: Ended) -> None:
+        """most: tokens; full: why an answer with so many ends."""
+        self.ids, self.stop, self.most, self.full = set(stop_ids), stop and stop(), most, full
+
+    def __call__(self, answer: Answer) -> None:
+        """Set `answer.ended` where it ends. To be called for each token, and once before the first."""
+        last = answer.tokens[-1] if answer.tokens else None
+        stops = last is not None and self.stop is not None and self.stop(last)  # hears of every token
+        if stops or last in self.ids:
+            answer.ended = "stop"
+        elif len(answer.tokens) >= self.most:
+            answer.ended = self.full
 
 
-def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int, *,
-                   stop_ids: Iterable[int] = (), seed: int | None = None, **sampling: Any) -> list[list[int]]:
-    """The tokens that follow each prompt, all prompts at once. Greedy rows equal `generate`'s, token for token."""
+def generate(model: Decoder, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None, *,
+             stop_ids: Iterable[int] = (), stop: Callable[[], Stop] | None = None, logprobs: int | None = None,
+             **options: Any) -> Stream:
+    """The tokens that follow the prompt, one by one; `Session.generate` with a session of just that length."""
+    return Session(model, len(prompt) + max_new_tokens).generate(
+        prompt, max_new_tokens, sampling, stop_ids=stop_ids, stop=stop, logprobs=logprobs, **options)
+
+
+def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                   sampling: Sampling | None = None, **how: Any) -> list[list[int]]:
+    """The tokens that follow each prompt, all prompts at once; `answer_batch` without the rest of what it tells."""
+    return [answer.tokens for answer in answer_batch(model, prompts, max_new_tokens, sampling, **how)]
+
+
+def answer_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int,
+                 sampling: Sampling | None = None, *, samples: int = 1, stop_ids: Iterable[int] = (),
+                 stop: Callable[[], Stop] | None = None, logprobs: int | None = None, **options: Any) -> list[Answer]:
+    """Answers to all prompts at once, `samples` to each: those to the first prompt, those to the second, …
+
+    Greedy answers in float32 equal `generate`'s, token for token; the head of the file says what holds elsewhere.
+    """
+    vocab, chosen = model.config.vocab, settings(sampling, options)
+    chosen.check(vocab)
+    if samples < 1:
+        raise InputError(f"samples {samples}: expected at least 1")
     for prompt in prompts:
-        check_prompt(prompt, model.config.vocab)
-    device, longest = model.embed.weight.device, max(len(prompt) for prompt in prompts)
-    cache = new_cache(model, len(prompts), longest + max_new_tokens)
-    tokens = torch.tensor([[*prompt] + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
-    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)[:, None]
+        check_prompt(prompt, vocab)
+    rows = [list(prompt) for prompt in prompts for _ in range(samples)]
+    if not rows:
+        return []
+    device, longest, stops = model.embed.weight.device, max(map(len, rows)), set(stop_ids)
+    cache, draw = new_cache(model, len(rows), longest + max_new_tokens), chosen.generator(device)
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
+    lengths = torch.tensor([len(row) for row in rows], device=device)[:, None]
     columns = torch.arange(longest, device=device)
     positions = torch.where(columns < lengths, columns, -1)                     # (B, T), −1 behind the end of a row
-    stop, draw = torch.tensor(sorted(set(stop_ids)), device=device, dtype=torch.long), generator_for(model, seed)
-    running = torch.ones(len(prompts), dtype=torch.bool, device=device)
-    steps: list[Tensor] = []                                                    # (B,) each, −1 where a row had stopped
-    for _ in range(max_new_tokens):
-        new = sample(feed(model, tokens, positions, cache), generator=draw, **sampling)
-        steps.append(torch.where(running, new, -1))
-        running = running & ~torch.isin(new, stop)
-        if not running.any():
-            break
-        tokens = new[:, None]
-        positions = torch.where(running[:, None], cache.lengths[:, None], -1)
-    if not steps:
-        return [[] for _ in prompts]
-    return [[token for token in row if token >= 0] for row in torch.stack(steps, 1).tolist()]
+    answers = [Answer() for _ in rows]
+    finishes = [Finish(stops, stop, max_new_tokens, "length") for _ in rows]
+    for answer, finish in zip(answers, finishes, strict=True):
+        finish(answer)
+    while live := [row for row, answer in enumerate(answers) if answer.ended is None]:
+        logits = feed(model, tokens, positions, cache)[live]                    # what padding gives is drawn by no one
+        new, scores = next_tokens(logits, chosen, [rows[row] for row in live], [answers[row].tokens for row in live],
+                                  stops, draw)
+        likely = logprobs_of(logits, scores, new, logprobs) if logprobs is not None else []
+        for at, (row, token) in enumerate(zip(live, new.tolist(), strict=True)):
+            answers[row].tokens.append(token)
+            answers[row].logprobs += likely[at : at + 1]
+            finishes[row](answers[row])
+        tokens = torch.tensor([answer.tokens[-1:] for answer in answers], device=device)
+        running = torch.tensor([[answer.ended is None] for answer in answers], device=device)
+        positions = torch.where(running, cache.lengths[:, None], -1)
+    return answers
 
 
 @contextmanager
@@ -108,7 +190,7 @@ def matrix_vector(weight: Tensor) -> Iterator[None]:
 @torch.inference_mode()
 def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache) -> Tensor:
     """Run tokens (B, T) through the model; logits (B, V) of each row's last real token (of the last column if none)."""
-    if tokens.numel() == 1:
+    if tokens.numel() == 1 and not cache.ropes:     # with those one new token may have the whole sequence read again
         with matrix_vector(model.embed.weight):
             return model(tokens, positions, cache)[:, -1]
     last = None
@@ -135,10 +217,6 @@ def new_cache(model: Decoder, batch: int, length: int) -> Cache:
     return Cache(model.config, batch, length, model.embed.weight.dtype, model.embed.weight.device)
 
 
-def generator_for(model: Decoder, seed: int | None) -> torch.Generator | None:
-    return None if seed is None else torch.Generator(model.embed.weight.device).manual_seed(seed)
-
-
 def check_prompt(prompt: Sequence[int], vocab: int) -> None:
     """Raise InputError for an empty prompt or a token outside the vocabulary."""
     if len(prompt) == 0:
@@ -147,6 +225,32 @@ def check_prompt(prompt: Sequence[int], vocab: int) -> None:
     if wrong is not None:
         raise InputError(f"token {wrong} is outside the model's vocabulary of {vocab}: "
                          "tokenizer and weights do not belong together")
+
+
+class TextStream(Protocol):
+    """Turns tokens into text as they come: `Tokenizer.stream()`."""
+
+    def push(self, id: int) -> str:
+        """The text that this token completes."""
+        ...
+
+
+class StopText:
+    """Ends an answer whose text has one of the stop strings: `StopText(tokenizer.stream(), ["\\n\\n"])`.
+
+    The answer keeps the token that completed the string; `stream_text` cuts the text off before the string.
+    """
+
+    def __init__(self, stream: TextStream, texts: Sequence[str]) -> None:
+        if "" in texts:
+            raise InputError("a stop text is empty; expected at least one character")
+        self.stream, self.texts, self.tail = stream, texts, ""
+        self.kept = max(map(len, texts), default=1) - 1         # characters that may be the start of a string
+
+    def __call__(self, token: int) -> bool:
+        tail = self.tail + self.stream.push(token)
+        self.tail = tail[max(len(tail) - self.kept, 0) :]
+        return any(text in tail for text in self.texts)
 
 
 def stream_text(pieces: Iterable[str], stop: Sequence[str] = ()) -> Iterator[str]:

@@ -49,7 +49,8 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, s
     if mask is CAUSAL:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if isinstance(mask, Tensor):
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        least = torch.finfo(scores.dtype).min            # not −∞: a query that sees nothing (padding) would become NaN
+        scores = scores.masked_fill(~mask, least) if mask.dtype == torch.bool else (scores + mask).clamp(min=least)
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], -1)
     return scores.softmax(-1, dtype=torch.float32)[..., : v.shape[-2]].to(q.dtype) @ v
