@@ -44,9 +44,10 @@ class Head(Linear):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.dim, config.vocab, config.head_bias)
         self.scale, self.softcap, self.unit = config.head_scale, config.head_softcap, config.unit_head
+        self.reader: nn.Module | None = None                    # of W x + b, where inference has packed W
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, D) → (…, V)
-        logits = F.linear(x, self.rows(), self.bias)
+        logits = F.linear(x, self.rows(), self.bias) if self.reader is None else self.reader(x)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
@@ -69,7 +70,6 @@ class Head(Linear):
 
 class Decoder(nn.Module):
     """A stack of blocks. It owns no buffers and no cache: everything but the weights follows from config and inputs."""
-
     def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         """The weights are drawn from `seed`, unless the model stands on the meta device to be filled later."""
         super().__init__()

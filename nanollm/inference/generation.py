@@ -14,11 +14,11 @@ In float32, greedy, a batch gives the tokens that each prompt would give alone. 
 product of several rows is summed in another order than one of a single row, and a sum rounded to 8 or 11 bits can tip
 a close choice. What is drawn with a seed depends on the whole batch in any dtype: the rows share one source of draws.
 
-Models may be used from several threads at once; a session belongs to one.
+Models may be used from several threads at once; a session belongs to one. On a CPU a model decodes faster after
+`prepare(model)` (prepare.py).
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -171,28 +171,9 @@ def answer_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_token
     return answers
 
 
-@contextmanager
-def matrix_vector(weight: Tensor) -> Iterator[None]:
-    """For one token in bfloat16 on a CPU, torch's own matrix-vector product in place of oneDNN's.
-
-    It reads the weights 1.5 × as fast; oneDNN's is made for many rows (benchmarks/generate.md). Both sum in float32.
-    Elsewhere this changes nothing.
-    """
-    before = torch.backends.mkldnn.enabled
-    enabled = before and not (weight.is_cpu and weight.dtype == torch.bfloat16)
-    torch.backends.mkldnn.enabled = enabled  # type: ignore[assignment]  # torch declares its descriptor, not the bool
-    try:
-        yield
-    finally:
-        torch.backends.mkldnn.enabled = before
-
-
 @torch.inference_mode()
 def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache) -> Tensor:
     """Run tokens (B, T) through the model; logits (B, V) of each row's last real token (of the last column if none)."""
-    if tokens.numel() == 1 and not cache.ropes:     # with those one new token may have the whole sequence read again
-        with matrix_vector(model.embed.weight):
-            return model(tokens, positions, cache)[:, -1]
     last = None
     for at in range(0, tokens.shape[1], PREFILL):
         part = slice(at, at + PREFILL)
