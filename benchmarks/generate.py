@@ -2,13 +2,14 @@
 
     python benchmarks/generate.py                    both shapes, float32 and bfloat16; a table and one JSON line
     python benchmarks/generate.py --write            … and keep the table as benchmarks/generate.md
+    python benchmarks/generate.py --real FILE.gguf   a real model: ours in 16, 8 and 4 bits, transformers, llama.cpp
 
 Decoding one sequence reads every weight once a token, so memory bandwidth is the floor. "of bandwidth" is the bytes of
 weights and cached keys and values read a second over what this machine reads from a large array, measured in between.
 The two run in turn, round by round; the ratio is the median of the rounds' ratios, so a drifting machine cancels out.
 
-Part of the lead in bfloat16 is one switch (`generation.matrix_vector`). "same switch" is the decode ratio against
-transformers with that switch thrown for it by hand, so the reader can tell which part.
+Our model is prepared, as generate.py does it (nanollm/inference/prepare.py). llama.cpp runs where llama-cpp-python is
+installed: the file itself, and what `checkpoints.convert --to gguf` makes of it in BF16 and Q8_0.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -25,7 +27,11 @@ import transformers
 from tqdm import tqdm
 
 import checkpoints
-from nanollm.inference.generation import Session, matrix_vector
+from checkpoints import convert
+from checkpoints.source import open_source
+from nanollm.inference.generation import Session
+from nanollm.inference.prepare import prepare
+from nanollm.inference.quantize import quantize
 
 COMMON = dict(rms_norm_eps=1e-5, tie_word_embeddings=True, max_position_embeddings=4096)
 SHAPES = {
@@ -84,17 +90,16 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
         reference.save_pretrained(folder)
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         model = checkpoints.load(folder)
+    held = sum(p.nbytes for p in model.parameters())                                    # tied: the embedding is the head
+    prepare(model)
     prompt = torch.randint(0, keys["vocab_size"], (1, prompt_tokens))
     widths = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in model.config.layers)
     cached = widths * (prompt_tokens + new / 2)
-    read = sum(p.nbytes for p in model.parameters()) + cached * dtype.itemsize         # tied: the embedding is the head
+    read = held + cached * dtype.itemsize
     pairs, bandwidths = [], [bandwidth()]
     ours(model, prompt, 8), theirs(reference, prompt, 8)                                # warm up
     for _ in tqdm(range(rounds), desc=f"{name} {str(dtype)[6:]}", leave=False):
-        mine, other = ours(model, prompt, new), theirs(reference, prompt, new)
-        with matrix_vector(reference.lm_head.weight):
-            switched = theirs(reference, prompt[:, :8], new)        # a short prompt: the switch is bad for long ones
-        pairs.append((mine, other, switched))
+        pairs.append((ours(model, prompt, new), theirs(reference, prompt, new)))
         bandwidths.append(bandwidth())
     median, read_speed = statistics.median, statistics.median(bandwidths)
     prefill, prefill_theirs = (prompt_tokens / median(pair[who][0] for pair in pairs) for who in (0, 1))
@@ -102,10 +107,9 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
     return {
         "model": name, "dtype": str(dtype)[6:],
         "prefill": prefill, "prefill transformers": prefill_theirs,
-        "prefill ratio": median(b[0] / a[0] for a, b, _ in pairs),
+        "prefill ratio": median(b[0] / a[0] for a, b in pairs),
         "decode": 1 / step, "decode transformers": 1 / step_theirs,
-        "decode ratio": median(b[1] / a[1] for a, b, _ in pairs),
-        "decode ratio, same switch": median(c[1] / a[1] for a, _, c in pairs),
+        "decode ratio": median(b[1] / a[1] for a, b in pairs),
         "GB/s": read / step / 1e9, "of bandwidth": read / step / read_speed,
         "of bandwidth transformers": read / step_theirs / read_speed, "bandwidth GB/s": read_speed / 1e9,
     }
@@ -113,14 +117,70 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
 
 def table(rows: list[dict]) -> str:
     """Markdown, prefill and decode in tokens a second."""
-    lines = ["| model | dtype | prefill | transformers | ratio | decode | transformers | ratio | same switch | GB/s "
-             "| of bandwidth | transformers |",
-             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| model | dtype | prefill | transformers | ratio | decode | transformers | ratio | GB/s | of bandwidth "
+             "| transformers |",
+             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for r in rows:
         lines.append(f"| {r['model']} | {r['dtype']} | {r['prefill']:.0f} | {r['prefill transformers']:.0f} "
                      f"| **{r['prefill ratio']:.2f}** | {r['decode']:.1f} | {r['decode transformers']:.1f} "
-                     f"| **{r['decode ratio']:.2f}** | {r['decode ratio, same switch']:.2f} | {r['GB/s']:.1f} "
+                     f"| **{r['decode ratio']:.2f}** | {r['GB/s']:.1f} "
                      f"| {r['of bandwidth']:.0%} | {r['of bandwidth transformers']:.0%} |")
+    return "\n".join(lines)
+
+
+# ---- a real model
+
+def llama_cpp(path: Path, prompt: list[int], new: int) -> Callable[[], tuple[float, float]] | None:
+    """Seconds until the first token, and a token after it, in llama.cpp; None where it is not installed."""
+    try:
+        from llama_cpp import Llama
+    except ImportError:
+        return None
+    threads = torch.get_num_threads()
+    model = Llama(str(path), n_ctx=len(prompt) + new, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run() -> tuple[float, float]:
+        model.reset()
+        start = time.perf_counter()
+        tokens = model.generate(prompt, temp=0.0, top_k=1, repeat_penalty=1.0)
+        times = [time.perf_counter() for _, _ in zip(range(new), tokens, strict=False)]
+        return times[0] - start, (times[-1] - times[0]) / (new - 1)
+
+    return run
+
+
+def real(path: Path, prompt_tokens: int, new: int, rounds: int) -> str:
+    """Ours in 16, 8 and 4 bits, transformers, and llama.cpp's BF16, Q8_0 and the file itself, in turn: a table."""
+    ids = torch.randint(0, 40_000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
+    runs: dict[str, Callable[[], tuple[float, float]] | None] = {}
+    for bits in (16, 8, 4):
+        model = checkpoints.load(path, dtype=torch.bfloat16)
+        if bits < 16:
+            quantize(model, bits)
+        prepare(model, None if bits == 16 else 8)
+        runs[f"nanollm, {bits} bits"] = lambda model=model: ours(model, ids, new)
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints.save(checkpoints.load(path, dtype=torch.bfloat16), f"{folder}/hf")
+        reference = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype=torch.bfloat16).eval()
+        runs["transformers, bfloat16"] = lambda: theirs(reference, ids, new)
+        for name, kind in (("BF16", None), ("Q8_0", "Q8_0")):
+            convert.convert(convert.plan(open_source(path), "gguf", torch.bfloat16 if kind is None else None, kind),
+                            Path(folder) / name)
+            runs[f"llama.cpp, {name}"] = llama_cpp(Path(folder) / name / "model.gguf", ids[0].tolist(), new)
+        runs[f"llama.cpp, {path.name}"] = llama_cpp(path, ids[0].tolist(), new)
+        there = {name: run for name, run in runs.items() if run is not None}
+        for run in there.values():
+            run()
+        seconds = {name: [] for name in there}
+        for _ in tqdm(range(rounds), desc=path.stem, leave=False):
+            for name, run in there.items():
+                seconds[name].append(run())
+    first = seconds["nanollm, 16 bits"]
+    lines = ["| | prefill, tokens/s | decode, tokens/s | decode, of ours in 16 bits |", "|---|--:|--:|--:|"]
+    for name, found in seconds.items():
+        prefill, step = (statistics.median(column) for column in zip(*found, strict=True))
+        ratio = statistics.median(a[1] / b[1] for a, b in zip(first, found, strict=True))
+        lines.append(f"| {name} | {prompt_tokens / prefill:.0f} | {1 / step:.1f} | {ratio:.2f} |")
     return "\n".join(lines)
 
 
@@ -141,10 +201,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--model", choices=SHAPES, action="append", help="default: both")
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="default: both")
+    parser.add_argument("--real", type=Path, metavar="FILE.gguf", help="measure this model, and nothing else")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/generate.md")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    if args.real:
+        table_of_real = real(args.real, args.prompt_tokens, args.new_tokens, args.rounds)
+        print(f"{args.real.name}: prompt of {args.prompt_tokens} tokens, then {args.new_tokens} new ones; medians of "
+              f"{args.rounds} rounds in turn. {machine()}.\n\n{table_of_real}")
+        return
     rows = [bench(name, DTYPES[dtype], args.prompt_tokens, args.new_tokens, args.rounds)
             for name in args.model or SHAPES for dtype in args.dtype or DTYPES]
     reads = statistics.median(r["bandwidth GB/s"] for r in rows)

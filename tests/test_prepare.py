@@ -1,4 +1,4 @@
-"""A model made ready for a CPU gives the logits that it gave: shapes of attention and MLPs, dtypes, quantised models."""
+"""A model made ready for a CPU gives the logits that it gave: kinds of attention and MLPs, dtypes, quantised ones."""
 
 import copy
 import threading
