@@ -90,7 +90,7 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
         reference.save_pretrained(folder)
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         model = checkpoints.load(folder)
-    held = sum(p.nbytes for p in model.parameters())                                    # tied: the embedding is the head
+    held = sum(p.nbytes for p in model.parameters())                                    # tied: one matrix
     prepare(model)
     prompt = torch.randint(0, keys["vocab_size"], (1, prompt_tokens))
     widths = sum(2 * layer.mixer.kv_heads * layer.mixer.head_dim for layer in model.config.layers)
