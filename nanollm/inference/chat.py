@@ -53,11 +53,14 @@ class Chat:
 
     def run(self) -> None:
         """Until Ctrl-D, /exit, or the end of the input."""
-        keyboard = terminal.Keyboard()
+        keyboard, told = terminal.Keyboard(), ""
         if keyboard.edited:
-            note('/help lists the commands. Ctrl-C ends an answer, Ctrl-D the chat. Several lines: between two """')
+            told = '/help lists the commands. Ctrl-C ends an answer, Ctrl-D the chat. Several lines: between two """'
         while True:
-            try:
+            try:                                           # all that takes time is in here, where Ctrl-C does no harm
+                if told:
+                    note(told)
+                told = ""
                 text = keyboard.message()
                 if text is None or text.strip() == "/exit":
                     if text is None and keyboard.edited:
@@ -68,9 +71,9 @@ class Chat:
                 elif text.strip():
                     self.ask(text.strip())
             except KeyboardInterrupt:
-                note("\nCtrl-D or /exit leaves the chat.")
+                told = "\nCtrl-D or /exit leaves the chat."
             except NanollmError as error:
-                note(f"error: {error}")
+                told = f"error: {error}"
 
     def ask(self, text: str) -> None:
         """A question, and its answer. Where there is none the question is taken back."""
