@@ -26,6 +26,7 @@ from tqdm import tqdm
 from nanollm.errors import InputError, NanollmError
 from nanollm.inference.answer import finish_reason, until
 from nanollm.inference.generation import generate_batch
+from nanollm.inference.terminal import note
 from nanollm.model import Decoder
 from nanollm.text.chat import Conversation, messages_of
 from nanollm.text.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ def finished(path: Path, jobs: Sequence[Job]) -> int:
 
     Raises InputError where anything in it belongs to other prompts; then the file is as it was.
     """
-    if not path.exists():
+    if not path.is_file():                                 # none yet; or /dev/stdout, of which nothing can be read
         return 0
     done, expected = 0, "go on with the prompts that it was made from, or give another --out"
     data = _read(path)
@@ -116,6 +117,9 @@ def answer_jobs(model: Decoder, tokenizer: Tokenizer, jobs: Sequence[Job], done:
                     file.write(json_line(job.line | {"answer": text, "finish_reason": reason}))
                 file.flush()
                 bar.update(len(batch))
+    except KeyboardInterrupt:
+        note(f"[stopped; the same command goes on where {out} ends]")
+        raise
     except OSError as error:
         raise InputError(f"{out}: {error.strerror}; the same command goes on where the file ends") from None
 
