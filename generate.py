@@ -1,28 +1,39 @@
-"""Prompt in, text out, streamed.
+"""Text out of a model: a prompt that goes on, a question, a conversation, a file of prompts.
 
-    python generate.py --model FOLDER --prompt "def fibonacci(n):"          one prompt
-    python generate.py --model FOLDER --prompt "One" --prompt "Two"         several at once, as one batch
-    python generate.py --model FOLDER --chat                                a conversation, with the model's template
-    python generate.py --model FOLDER --chat --template vicuna              with a published one, if the folder has none
-    python generate.py --model FOLDER --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
+    python generate.py --model MODEL --prompt "def fibonacci(n):"          one prompt, continued
+    python generate.py --model MODEL --prompt "One" --prompt "Two"         several at once, as one batch
+    python generate.py --model MODEL --ask "What is a monad?"              one question: the answer alone
+    cat notes.txt | python generate.py --model MODEL --ask -               the same, from standard input
+    python generate.py --model MODEL --chat                                a conversation; /help lists its commands
+    python generate.py --model MODEL --chat --template vicuna              with a published template
+    python generate.py --model MODEL --prompts IN.jsonl --out OUT.jsonl    a file of prompts or chats, in batches
+    python generate.py --model MODEL --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
 
-FOLDER is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
-files. train.py writes one. A name like Qwen/Qwen2.5-0.5B-Instruct, which is no folder here, is downloaded from the hub.
-Text goes to standard output, everything else to standard error.
+MODEL is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
+files. train.py writes one. So is a FILE.gguf, and a name like Qwen/Qwen2.5-0.5B-Instruct, which is downloaded from the
+hub. Text goes to standard output, everything else to standard error. What each way prints: docs/generate.md.
 """
 
 import argparse
-import sys
+import json
 import time
-from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import torch
 
 import checkpoints
 from checkpoints.layouts.hub import local_path
 from nanollm.cli import Parser, main
-from nanollm.inference.generation import Session, generate_batch, stream_text
+from nanollm.errors import InputError
+from nanollm.inference import batches, settings
+from nanollm.inference.chat import Chat
+from nanollm.inference.context import default_context, past_context
+from nanollm.inference.generation import Session, generate_batch
+from nanollm.inference.prepare import prepare
 from nanollm.inference.quantize import quantize
+from nanollm.inference.terminal import note, show, silent, standard_input
+from nanollm.inference.written import Written, finish_reason, until, warn
 from nanollm.model import Decoder
 from nanollm.text import templates
 from nanollm.text.chat import Conversation
@@ -30,30 +41,46 @@ from nanollm.text.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZE = {"int8": 8, "int4": 4}
+LARGE = 1 << 31
+BOUNDS = {"max_new_tokens": (1, LARGE), "context": (2, LARGE), "batch_size": (1, 1 << 16), "temperature": (0, 100),
+          "top_k": (1, LARGE), "top_p": (0, 1), "min_p": (0, 1), "seed": (-(1 << 63), (1 << 63) - 1)}
+COLDEST = 1e-6          # a temperature below, which divides the logits, would make them infinite
 
 
 def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, metavar="FOLDER_OR_HUB_ID",
-                        help="model folder, or owner/name on the Hugging Face hub")
-    parser.add_argument("--prompt", action="append", metavar="TEXT",
-                        help="text to continue; several times for a batch; - reads standard input")
-    parser.add_argument("--chat", action="store_true", help="conversation in turns; an empty line or Ctrl-D ends it")
+    parser.add_argument("--model", required=True, metavar="MODEL",
+                        help="model folder, FILE.gguf, or owner/name on the Hugging Face hub")
+    ways = parser.add_argument_group("what is asked: one of these").add_mutually_exclusive_group(required=True)
+    ways.add_argument("--prompt", action="append", metavar="TEXT",
+                      help="text to continue; several times for a batch; - reads standard input")
+    ways.add_argument("--ask", metavar="TEXT", help="question, asked through the chat template; - reads standard input")
+    ways.add_argument("--chat", action="store_true", help="conversation in turns; Ctrl-D ends it")
+    ways.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
+                      help='file with {"prompt": TEXT} or {"messages": […]} in each line; goes with --out')
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
+                        help="file for the same lines with answer and finish_reason; lines that it has are passed over")
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="lines of --prompts at once (default 8)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a result, for --prompt and --ask")
+    parser.add_argument("--system", metavar="TEXT", help="system message, with --ask and --chat")
     parser.add_argument("--template", metavar="NAME_OR_FILE",
-                        help="chat template in place of the folder's, with --chat: a file (Jinja) or one of "
+                        help="chat template in place of the model's: a file (Jinja) or one of "
                         f"{', '.join(templates.TEMPLATES)}; with --suffix: one of {', '.join(templates.INFILL)}")
     parser.add_argument("--suffix", metavar="TEXT",
                         help="text after the middle, to fill in the middle; with one --prompt and --template")
-    parser.add_argument("--system", metavar="TEXT", help="system message, with --chat")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
                         help="beginning-of-sequence token before each --prompt, or none; without the option as the "
                         "tokenizer's files say")
+    parser.add_argument("--special", action="store_true",
+                        help="read special tokens in a prompt, such as <|im_end|>; without it they are plain text")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N",
-                        help="most tokens of an answer, a prompt or turn (default 256)")
-    parser.add_argument("--context", type=int, default=4096, metavar="N",
-                        help="most tokens of a whole conversation, with --chat (default 4096)")
-    choice = parser.add_argument_group("how the next token is chosen")
-    choice.add_argument("--temperature", type=float, default=0.0, metavar="T",
+                        help="most tokens of an answer (default 256)")
+    parser.add_argument("--context", type=int, metavar="N",
+                        help="most tokens that a --chat reads, the answer included (default: the model's own context, "
+                        "as far as a cache of 1 GiB holds it)")
+    choice = parser.add_argument_group("how the next token is chosen; --ask and --chat begin with the values of "
+                                       "generation_config.json")
+    choice.add_argument("--temperature", type=float, metavar="T",
                         help="divisor of the logits: 0 takes the likeliest token (default); 1 draws as the model says")
     choice.add_argument("--top-k", type=int, metavar="K", help="number of likeliest tokens to draw among")
     choice.add_argument("--top-p", type=float, metavar="P",
@@ -67,124 +94,157 @@ def parse() -> argparse.Namespace:
     machine.add_argument("--dtype", choices=DTYPES, default="auto",
                          help="dtype of the weights; auto: as config.json says")
     machine.add_argument("--quantize", choices=QUANTIZE,
-                         help="bits of a weight in the layers' matrices: half or a quarter of the memory, faster on a "
-                         "GPU, slower on a CPU")
+                         help="bits of a weight in the layers' matrices: half or a quarter of the memory, and faster")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="device: cpu, cuda, cuda:1 …")
     machine.add_argument("--ignore", action="append", default=[], metavar="NAME",
                          help="config key or tensor, of those that loading complains of, to pass over; may be repeated")
     args = parser.parse_args()
-    large = 1 << 31
-    bounds = {"max_new_tokens": (1, large), "context": (2, large), "temperature": (0, 100), "top_k": (1, large),
-              "top_p": (0, 1), "min_p": (0, 1)}
-    for name, (low, high) in bounds.items():
-        value = getattr(args, name)
-        if value is not None and not low <= value <= high:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
-    if args.chat == bool(args.prompt):
-        parser.error("give either --prompt TEXT or --chat")
-    if args.suffix is not None and (args.chat or len(args.prompt) > 1 or not args.template):
-        parser.error("--suffix goes with one --prompt, and with a --template that says how to infill")
-    if args.template and not args.chat and args.suffix is None:
-        parser.error("--template goes with --chat or --suffix; a --prompt is continued as it stands")
-    if args.bos is not None and (args.chat or args.suffix is not None):
-        parser.error("--bos and --no-bos go with --prompt; a template says itself how a text begins")
+    check(parser, args)
     return args
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def check(parser: Parser, args: argparse.Namespace) -> None:
+    """End with an error where a value is out of bounds, or an option goes with another way of asking."""
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(args, name)
+        if value is not None and not low <= value <= high:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
+    if args.temperature is not None and 0 < args.temperature < COLDEST:
+        parser.error(f"--temperature {args.temperature}: expected {COLDEST} to 100, or 0, the likeliest token")
+    if "" in args.stop:
+        parser.error("--stop '': every text has that in it; expected text")
+    wrong = {
+        "--prompts FILE.jsonl and --out FILE.jsonl go together": (args.prompts is None) != (args.out is None),
+        "--out is the file of --prompts; expected another": args.out is not None and args.out == args.prompts,
+        "--prompt - twice: standard input can be read once": (args.prompt or []).count("-") > 1,
+        "--system goes with --ask and --chat; a prompt is continued as it stands, a file has its own messages":
+            args.system is not None and bool(args.prompt or args.prompts),
+        "--json goes with --prompt and --ask; --prompts writes JSON anyway":
+            args.json and bool(args.chat or args.prompts),
+        "--suffix goes with one --prompt, and with a --template that says how to infill":
+            args.suffix is not None and (len(args.prompt or []) != 1 or not args.template),
+        "--template goes with --ask, --chat, --prompts or --suffix; a --prompt is continued as it stands":
+            args.template is not None and bool(args.prompt) and args.suffix is None,
+        "--bos and --no-bos go with --prompt; a template says itself how a text begins":
+            args.bos is not None and (not args.prompt or args.suffix is not None),
+        "--special goes with --prompt and --prompts; a message of a chat is always plain text":
+            args.special and (bool(args.ask is not None or args.chat) or args.suffix is not None),
+    }
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            parser.error(message)
 
 
-def warn(tokenizer: Tokenizer, ids: list[int], bos: bool | None = None) -> None:
-    """What looks wrong about BOS and the stop tokens. bos: what --bos or --no-bos decided, if one was given."""
-    for warning in [*tokenizer.doctor(), *tokenizer.warnings(ids)]:
-        if bos is None or "--bos" not in warning:       # the advice was heard
-            note(f"warning: {warning}")
+def sampling(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+    """How tokens are drawn: as the options say; where they do not, --ask and --chat as generation_config.json does."""
+    given = {name: getattr(args, name) for name in settings.NAMES if getattr(args, name) is not None}
+    drawn = settings.choose(given, path if args.chat or args.ask is not None else None) | {"seed": args.seed}
+    options = [name for name in drawn if name != "temperature" and getattr(args, name) is not None]
+    if options and drawn["temperature"] == 0:
+        idle = [f"--{name.replace('_', '-')}" for name in options]
+        note(f"warning: at temperature 0 {', '.join(idle)} changes nothing; give --temperature, too")
+    if args.context is not None and not args.chat:
+        note("warning: --context changes nothing without --chat; --max-new-tokens bounds an answer")
+    return drawn
 
 
-def say(tokenizer: Tokenizer, tokens: Iterator[int], stop: list[str], continues: bool) -> list[int]:
-    """Print the tokens' text as it comes, and the speed; return the tokens. continues: they go on from printed text."""
-    new: list[int] = []
-    times = [time.perf_counter()]
-
-    def pieces() -> Iterator[str]:
-        stream = tokenizer.stream(continues=continues)
-        for token in tokens:
-            times.append(time.perf_counter())
-            new.append(token)
-            yield stream.push(token)
-        yield stream.finish()
-
-    for text in stream_text(pieces(), stop):
-        print(text, end="", flush=True)
-    print(flush=True)
-    if len(new) > 1:                                    # the first token pays for the prompt
-        rate = (len(new) - 1) / (times[-1] - times[1])
-        note(f"[{len(new)} tokens; the first after {times[1] - times[0]:.2f} s, then {rate:.1f} tokens/s]")
-    return new
+def asked(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """What was asked, as --json repeats it, and the ids that the model reads, of each --prompt or of --ask."""
+    texts = [standard_input() if text == "-" else text for text in args.prompt or [args.ask]]
+    if args.ask is not None:
+        conversation = opened(args, tokenizer)
+        conversation.add("user", texts[0].strip())
+        return [{"messages": conversation.messages}], [conversation.prompt_ids()]
+    facts: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+    if args.suffix is not None:
+        return [facts[0] | {"suffix": args.suffix}], [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
+    return facts, [tokenizer.encode(text, bos=args.bos, special=args.special) for text in texts]
 
 
-def sampling(args: argparse.Namespace) -> dict:
-    return dict(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p, seed=args.seed)
+def one(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, drawn: dict[str, Any]) -> None:
+    """--ask, or one --prompt: its text streams."""
+    (fact,), (ids,) = asked(args, tokenizer)
+    warn(tokenizer, ids, args.bos)
+    if args.prompt and args.prompt[0] != "-" and not args.json:
+        show(args.prompt[0])
+    session = Session(model, len(ids) + args.max_new_tokens)
+    tokens = session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **drawn)
+    answer = Written().write(tokens, tokenizer, [*args.stop, *tokenizer.stop_texts], continues=args.ask is None,
+                            show=silent if args.json else show)
+    show(as_json(fact, ids, answer.tokens, answer.text, answer.finish_reason) if args.json else "\n")
+    cut = answer.finish_reason == "length" and args.ask is not None
+    note(f"[{answer.speed}{f'; cut at --max-new-tokens {args.max_new_tokens}' if cut else ''}]")
+    note_past(model, len(ids) + len(answer.tokens))
 
 
-def complete(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
-    texts = [sys.stdin.read() if prompt == "-" else prompt for prompt in args.prompt]
-    if args.suffix is None:
-        prompts = [tokenizer.encode(text, bos=args.bos) for text in texts]
-    else:
-        prompts = [templates.infill(tokenizer, args.template, texts[0], args.suffix)]
+def several(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, drawn: dict[str, Any]) -> None:
+    """More than one --prompt: as one batch."""
+    facts, prompts = asked(args, tokenizer)
     warn(tokenizer, prompts[0], args.bos)
-    if len(prompts) == 1:
-        print(args.prompt[0] if args.prompt[0] != "-" else "", end="")
-        session = Session(model, len(prompts[0]) + args.max_new_tokens)
-        stop = [*args.stop, *tokenizer.stop_texts]
-        tokens = session.generate(prompts[0], args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
-        say(tokenizer, tokens, stop, continues=True)
-        return
     start = time.perf_counter()
-    answers = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
-    seconds = time.perf_counter() - start
-    for prompt, answer in zip(args.prompt, answers, strict=True):
-        print(f"--- {prompt}\n{''.join(stream_text([tokenizer.decode(answer, continues=True)], args.stop))}")
-    total = sum(map(len, answers))
-    note(f"[{total} tokens for {len(prompts)} prompts, {total / seconds:.1f} tokens/s in all]")
+    rows = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **drawn)
+    rate = sum(map(len, rows)) / (time.perf_counter() - start)
+    for fact, name, ids, new in zip(facts, args.prompt, prompts, rows, strict=True):
+        text, stopped = until(tokenizer.decode(new, continues=True), args.stop)
+        reason = "stop" if stopped else finish_reason(new, tokenizer.stop_ids)
+        show(as_json(fact, ids, new, text, reason) if args.json else f"--- {name}\n{text}\n")
+    note(f"[{sum(map(len, rows))} tokens for {len(rows)} prompts, {rate:.1f} tokens/s in all]")
+    note_past(model, max(len(ids) + len(new) for ids, new in zip(prompts, rows, strict=True)))
 
 
-def chat(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer) -> None:
-    if args.template:
-        templates.choose(tokenizer, args.template)
-    conversation, session = Conversation(tokenizer), Session(model, args.context)
-    stop = [*args.stop, *tokenizer.stop_texts]
-    if args.system:
-        conversation.add("system", args.system)
-    note("An empty line ends the conversation.")
-    while text := read_line():
-        conversation.add("user", text)
-        ids = conversation.prompt_ids()
-        if len(conversation.messages) <= 2:
-            warn(tokenizer, ids)
-        tokens = session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **sampling(args))
-        answer = say(tokenizer, tokens, stop, continues=False)
-        conversation.add("assistant", "".join(stream_text([tokenizer.decode(answer)], stop)).strip())
+def as_json(fact: dict[str, Any], ids: list[int], new: list[int], text: str, reason: str) -> str:
+    """A line for --json, in ASCII, which every terminal and every program reads."""
+    return json.dumps(fact | {"answer": text, "finish_reason": reason, "prompt_tokens": len(ids),
+                              "tokens": len(new)}) + "\n"
 
 
-def read_line() -> str:
+def note_past(model: Decoder, tokens: int) -> None:
+    if told := past_context(model.config, tokens):
+        note(f"[{told}]")
+
+
+def opened(args: argparse.Namespace, tokenizer: Tokenizer) -> Conversation:
+    """A conversation with no question yet."""
+    conversation = Conversation(tokenizer)
+    conversation.set_system(args.system or "")
+    return conversation
+
+
+def device(name: str) -> torch.device:
+    """Raises InputError where this machine, or this build of torch, has none of that name, or it computes nothing."""
     try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
+        found = torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:       # torch's word for a build without CUDA is an AssertionError
+        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    if found.type == "meta":
+        raise InputError("--device meta: it computes nothing")
+    return found
 
 
 def run() -> None:
     args = parse()
-    path = local_path(args.model)
-    tokenizer = checkpoints.tokenizer(path)
-    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=args.device, ignore=args.ignore)
+    place, path = device(args.device), local_path(args.model)
+    tokenizer, drawn = checkpoints.tokenizer(path), sampling(args, path)
+    if args.template and args.suffix is None:
+        templates.choose(tokenizer, args.template)
+    jobs = batches.read_jobs(args.prompts, tokenizer, args.special) if args.prompts else []
+    done = batches.finished(args.out, jobs) if args.prompts else 0
+    if args.prompts and done == len(jobs):
+        return note(f"[{args.out} has all {done} answers]")
+    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore)
     if args.quantize:
         quantize(model, QUANTIZE[args.quantize])
-    (chat if args.chat else complete)(args, model, tokenizer)
+    prepare(model, head_bits=8 if args.quantize else None)
+    if args.prompts:
+        batches.answer_jobs(model, tokenizer, jobs, done, args.out, args.batch_size, args.max_new_tokens,
+                            [*args.stop, *tokenizer.stop_texts], drawn)
+    elif args.chat:
+        context = args.context or default_context(model.config, model.embed.weight.dtype)
+        Chat(model, opened(args, tokenizer), context=context, max_new_tokens=args.max_new_tokens, stop=args.stop,
+             sampling=drawn).run()
+    else:
+        (several if len(args.prompt or []) > 1 else one)(args, model, tokenizer, drawn)
 
 
 if __name__ == "__main__":

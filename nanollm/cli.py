@@ -3,6 +3,7 @@ and exit code 1, and so does a file that the system does not let us read or writ
 
 import argparse
 import difflib
+import io
 import os
 import sys
 import warnings
@@ -43,6 +44,9 @@ def main(run: Callable[[], None]) -> None:
 
     Where all ranks of a run fail alike, only the first prints the error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):           # a terminal that has no é is shown \xe9
+            stream.reconfigure(errors="backslashreplace")
     ending: str | int = 0
     try:
         with warnings.catch_warnings():

@@ -128,16 +128,21 @@ def serve() -> None:
 
 def become(function: Callable[[], None], arguments: list[str], environment: dict[str, str], folder: Path) -> None:
     """In the new process: the place, the words and the files that a script started from a shell would have."""
-    gc.freeze()  # the collector need not look at, and so copy, what was imported
-    multiprocessing.set_start_method(None, force=True)          # what it starts itself it starts as any process would
-    os.environ.update(environment)
-    os.chdir(ROOT)
     for number, (name, how) in enumerate(
         (("in", os.O_RDONLY), ("out", os.O_WRONLY | os.O_APPEND), ("err", os.O_WRONLY | os.O_APPEND))
     ):
         file = os.open(folder / name, how)
         os.dup2(file, number)
         os.close(file)
+    run_as_script(function, arguments, environment)
+
+
+def run_as_script(function: Callable[[], None], arguments: list[str], environment: dict[str, str]) -> None:
+    """The same, once 0, 1 and 2 are its files."""
+    gc.freeze()  # the collector need not look at, and so copy, what was imported
+    multiprocessing.set_start_method(None, force=True)          # what it starts itself it starts as any process would
+    os.environ.update(environment)
+    os.chdir(ROOT)
     sys.stdin = open(0, closefd=False)
     sys.argv = [f"{function.__module__}.py", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -23,10 +23,10 @@ from mistral_common.protocol.instruct.messages import AssistantMessage, UserMess
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 
-from nanollm.errors import TokenizerError
+from nanollm.errors import InputError, TokenizerError
 from nanollm.text import render as rendering
 from nanollm.text import templates
-from nanollm.text.chat import Conversation
+from nanollm.text.chat import Conversation, read_chat, write_chat
 from nanollm.text.render import render
 from nanollm.text.tokenizer import load
 from tests.clock import within
@@ -443,3 +443,58 @@ def test_turns_share_a_process_and_cost_milliseconds(monkeypatch) -> None:
     )  # a process for each turn would take ten
     assert hundred == [text] * 100
     assert json.loads(json.dumps(messages)) == messages, "and the messages are as they were"
+
+
+# ---- what generate.py --chat does with a conversation
+
+def test_the_oldest_turns_are_left_out_until_the_rest_fits(with_template) -> None:
+    """As few as possible; what is written is what transformers writes of the rest, and the system message."""
+    path = with_template(TEMPLATES["llama 2"])
+    theirs, words = transformers.AutoTokenizer.from_pretrained(path), load(path)
+    chat = Conversation(words)
+    chat.set_system("Be kind.")
+    for number in range(9):
+        chat.add("user", f"question {number} " + "hello world " * number)
+        chat.add("assistant", "brown fox")
+    chat.add("user", "and now?")
+
+    def rest(left_out: int) -> list[int]:
+        messages = [chat.messages[0], *chat.messages[1 + 2 * left_out :]]
+        return theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+    sizes = [len(rest(left_out)) for left_out in range(10)]
+    assert sizes == sorted(sizes, reverse=True)
+    for context in (sizes[0] + 20, sizes[0] + 19, sizes[3] + 20, sizes[9] + 20, sizes[9] + 1):
+        chat.left_out = 0
+        expected = next((left_out for left_out, size in enumerate(sizes) if size + 20 <= context), 9)
+        assert chat.fitted_ids(context, 20) == rest(expected) and chat.left_out == expected
+    with pytest.raises(InputError, match=f"are {sizes[9]} tokens, and the context holds {sizes[9]} with"):
+        chat.fitted_ids(sizes[9], 20)
+    assert chat.undo() == "and now?" and chat.left_out == 0 and len(chat.turns) == 9
+
+
+def test_a_chat_in_a_file(tmp_path: Path) -> None:
+    """What is written is read again; a file that is no chat stays; bad files are named."""
+    path = tmp_path / "chat.json"
+    for chat in ("turns", "tools"):
+        write_chat(path, CHATS[chat])
+        assert read_chat(path) == CHATS[chat] and path.read_text().count("\n") == 1
+    path.write_text(json.dumps(CHATS["turns"]))
+    assert read_chat(path) == CHATS["turns"], "the list alone"
+    for text in ("", "{", '"hello"', '{"messages": 3}', '[{"role": 3}]', "[[]]", '[{"role": "user", "content": 3}]'):
+        path.write_text(text)
+        with pytest.raises(InputError, match="chat.json"):
+            read_chat(path)
+        with pytest.raises(InputError, match="is no chat"):
+            write_chat(path, CHATS["turns"])
+        assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGINT") or os.name != "posix", reason="a terminal sends SIGINT to all in it")
+def test_ctrl_c_does_not_end_the_process_that_runs_templates() -> None:
+    render("", [])
+    child = rendering._renderer.child
+    assert child is not None
+    child.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    assert render("{{ 1 + 1 }}", []) == "2" and rendering._renderer.child is child

@@ -28,7 +28,7 @@ ARROWS = {
     "nanollm.presets": "config",
     "nanollm.text": "",
     "nanollm.data": "cli text",
-    "nanollm.inference": "cache layers model ops",
+    "nanollm.inference": "cache config layers model ops text",
     "nanollm.training": "cli config data layers model ops presets text",
     "checkpoints.names": "nanollm.config",
     "checkpoints.storage": "names",
@@ -51,7 +51,8 @@ LIBRARIES = {  # of a package, beside torch, numpy and the standard library
 ITS_OWN = {  # of a file
     "nanollm/text/tokenizer.py": {"tokenizers"}, "nanollm/text/tokenizer_files.py": {"tokenizers", "sentencepiece"},
     "nanollm/text/tokenizer_declared.py": {"tokenizers"}, "nanollm/text/render.py": {"jinja2"},
-    "nanollm/data/prepare.py": {"tokenizers", "tqdm"}, "nanollm/training/plot.py": {"matplotlib"},
+    "nanollm/data/prepare.py": {"tokenizers", "tqdm"}, "nanollm/inference/batches.py": {"tqdm"},
+    "nanollm/training/plot.py": {"matplotlib"},
     "nanollm/training/state.py": {"safetensors"}, "nanollm/training/options.py": {"tomli"},
     "nanollm/training/log.py": {"wandb"},
     "checkpoints/compare.py": {"transformers"},  # it compares with them, and imports them inside

@@ -95,8 +95,8 @@ def test_logits_are_transformers(path, model, tokenizer, theirs):
 def test_a_chat(path):
     """The command of `make chat`."""
     command = [sys.executable, "generate.py", "--model", str(path), "--chat", "--max-new-tokens", "40"]
-    found = subprocess.run(command, input=f"{QUESTIONS[0]}\n\n", capture_output=True, text=True, cwd=ROOT, check=True)
-    assert found.stdout == "> The capital of France is Paris.\n> "
+    found = subprocess.run(command, input=f"{QUESTIONS[0]}\n", capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout == "The capital of France is Paris.\n"
     assert "warning" not in found.stderr and "Traceback" not in found.stderr
 
 

@@ -9,8 +9,9 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import sentencepiece
@@ -20,6 +21,8 @@ import checkpoints
 import generate
 from nanollm.data import prepare, sft
 from nanollm.errors import TokenizerError
+from nanollm.inference import terminal
+from nanollm.inference.generation import Session
 from nanollm.model import Decoder
 from nanollm.presets import preset
 from nanollm.text import templates
@@ -537,25 +540,27 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str, lines: tuple[str, ...] = ()) -> None:
-    said = iter([*lines, ""])
-    monkeypatch.setattr(generate, "read_line", lambda: next(said))
+    said = iter([*lines, None])
+    monkeypatch.setattr(terminal.Keyboard, "message", lambda self: next(said))
     monkeypatch.setattr(sys, "argv", ["generate.py", *arguments, "--max-new-tokens", "4", "--device", "cpu"])
     generate.run()
 
 
 def test_chat_with_a_named_template(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the model is asked, the ids that stop it, and the texts that stop it."""
-    asked: list[str] = []
-    monkeypatch.setattr(
-        generate, "say",
-        lambda tokenizer, tokens, stop, continues: (
-            asked.append((tokenizer.stop_ids, stop)) or tokenizer.encode("Hello!###Human")
-        ),
-    )
-    monkeypatch.setattr(
-        generate.Session, "generate",
-        lambda self, ids, *rest, **options: asked.append(load(model).decode(ids, skip_special=False)),
-    )
+    asked: list[object] = []
+    write = written.Written.write
+
+    def noted(self: written.Written, tokens: Iterator[int], words: Tokenizer, stop: list[str], **options: Any) -> None:
+        asked.append((words.stop_ids, stop))
+        write(self, tokens, words, stop, **options)
+
+    def said(self: Session, ids: list[int], *rest: Any, **options: Any) -> Iterator[int]:
+        asked.insert(len(asked) - 1, load(model).decode(ids, skip_special=False))
+        yield from load(model).encode("Hello!###Human")
+
+    monkeypatch.setattr(written.Written, "write", noted)
+    monkeypatch.setattr(Session, "generate", said)
     run(
         monkeypatch, "--model", str(model), "--chat", "--template", "aquila-chat", "--system", "Be brief.",
         lines=("Hi there", "And then?"),
@@ -633,7 +638,7 @@ def test_training_on_plain_text_needs_no_template(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prompt", "x", "--template", "vicuna"], "--template goes with --chat or --suffix"),
+    (["--prompt", "x", "--template", "vicuna"], "--template goes with --ask, --chat, --prompts or --suffix"),
     (["--chat", "--suffix", "x", "--template", "codellama"], "--suffix goes with one --prompt"),
     (["--prompt", "x", "--suffix", "x"], "with a --template that says how"),
     (["--chat", "--no-bos"], "--bos and --no-bos go with --prompt"),

@@ -6,13 +6,24 @@
 A user who types "<|im_end|>" must not end the turn. `Conversation.prompt_ids` therefore puts special tokens inside the
 messages between two Unicode noncharacters, OPEN and CLOSE, which survive the template; the tokenizer encodes what they
 enclose as plain text.
+
+A chat that outgrows the model's context loses its oldest turns. A turn is a question and all that follows it up to the
+next; what stands before the first one, the system message, stays:
+
+    system   question answer   question answer   question          three turns, of which the last wants its answer
+    system                     question answer   question          left_out = 1: what `prompt_ids` writes
 """
 
+import bisect
+import contextlib
+import json
+import os
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-from nanollm.errors import TokenizerError
+from nanollm.errors import InputError, TokenizerError
 from nanollm.text.render import render
 from nanollm.text.templates import no_template
 from nanollm.text.tokenizer import CLOSE, OPEN, Tokenizer
@@ -27,14 +38,55 @@ class Conversation:
     tokenizer: Tokenizer
     messages: list[dict[str, Any]] = field(default_factory=list)
     tools: list[dict[str, Any]] | None = None
+    left_out: int = 0             # turns, the oldest ones, that are kept here and no longer written
 
     def __post_init__(self) -> None:
         if self.tokenizer.template_for(self.tools) is None:
             raise TokenizerError(f"{no_template(self.tokenizer)}; or put a chat_template.jinja into the folder, "
-                                 "or give --prompt without --chat")
+                                 "or give --prompt, which is continued as it stands")
 
     def add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
+
+    @property
+    def turns(self) -> list[int]:
+        """The index of each question, which is where a turn begins."""
+        return [index for index, message in enumerate(self.messages) if message["role"] == "user"]
+
+    def undo(self) -> str | None:
+        """Take the last turn back; return its question, or None where there is none."""
+        if not self.turns:
+            return None
+        last = self.turns[-1]
+        question = self.messages[last]["content"]
+        del self.messages[last:]
+        self.left_out = 0                                  # there may be room again
+        return question
+
+    def set_system(self, text: str) -> None:
+        """The system message, in place of the one there is; "" for none."""
+        self.messages = [message for message in self.messages if message["role"] != "system"]
+        if text:
+            self.messages.insert(0, {"role": "system", "content": text})
+
+    def fitted_ids(self, context: int, room: int) -> list[int]:
+        """`prompt_ids`, and with them `room` tokens for the answer, in a context of so many tokens.
+
+        As few of the oldest turns as possible are left out, never the last. Where that one leaves less room than was
+        asked for, the answer gets what there is. Raises InputError where it leaves none.
+        """
+        def fits(left_out: int) -> bool:
+            self.left_out = left_out
+            return len(self.prompt_ids()) + room <= context
+
+        last = max(0, len(self.turns) - 1)
+        choices = range(min(self.left_out, last), last)
+        self.left_out = choices.start + bisect.bisect_left(choices, True, key=fits)
+        ids = self.prompt_ids()
+        if len(ids) >= context:
+            raise InputError(f"the last message and what stands before the first are {len(ids):,} tokens, and the "
+                             f"context holds {context:,} with the answer")
+        return ids
 
     def prompt_ids(self, **extra: Any) -> list[int]:
         """The ids that ask for the next message of the assistant. `extra` are further variables of the template."""
@@ -42,7 +94,10 @@ class Conversation:
         pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
         template = self.tokenizer.template_for(self.tools)
         assert template is not None, "__post_init__ refuses a tokenizer without one"
-        text = render(template, _mark(self.messages, pattern), tools=_mark(self.tools, pattern),
+        turns, written = self.turns, self.messages
+        if self.left_out:
+            written = self.messages[: turns[0]] + self.messages[turns[self.left_out] :]
+        text = render(template, _mark(written, pattern), tools=_mark(self.tools, pattern),
                       **(self.tokenizer.named_tokens | extra))
         ids = self.tokenizer.encode(text, bos=False, special=True)
         return [*self.tokenizer.prefix, *ids] if self.tokenizer.chat_begins else ids
@@ -55,3 +110,47 @@ def _mark(value: Any, pattern: re.Pattern[str]) -> Any:
     if isinstance(value, dict):
         return {key: _mark(item, pattern) for key, item in value.items()}
     return [_mark(item, pattern) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+# ---- chats as files: {"messages": [{"role": "user", "content": "Hi"}, …]}, as train.py --chat reads them
+
+def read_chat(path: Path) -> list[dict[str, Any]]:
+    """The messages of a file that `write_chat` wrote, or of any one chat in JSON. Raises InputError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: no chat: found what is not JSON ({error!s:.80})") from None
+    return messages_of(value, str(path))
+
+
+def write_chat(path: Path, messages: list[dict[str, Any]]) -> None:
+    """As one line of JSON, whole or not at all. A file that is no chat is not overwritten. Raises InputError."""
+    if path.exists():
+        try:
+            read_chat(path)
+        except InputError:
+            raise InputError(f"{path}: it exists and is no chat; give another name") from None
+    draft = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        draft.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+        os.replace(draft, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def messages_of(value: Any, where: str) -> list[dict[str, Any]]:
+    """The messages of a chat in JSON: {"messages": […]} or the list alone. Raises InputError, which begins with
+    `where`."""
+    messages = value.get("messages") if isinstance(value, dict) else value
+    if not isinstance(messages, list):
+        raise InputError(f'{where}: found {str(value)[:80]}, expected {{"messages": [{{"role": …, "content": …}}, …]}}')
+    for number, message in enumerate(messages, 1):
+        role = message.get("role") if isinstance(message, dict) else None
+        if not isinstance(role, str) or not isinstance(message.get("content", ""), (str, list, type(None))):
+            raise InputError(f"{where}: message {number}: found {str(message)[:80]}, "
+                             'expected {"role": "user", "content": "…"} or the like')
+    return messages

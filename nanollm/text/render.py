@@ -136,6 +136,7 @@ atexit.register(_renderer.close)
 
 def _serve() -> None:
     """Answers requests from stdin, a line each, until it closes. The first line holds the limits."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)           # Ctrl-C in a terminal is sent to this process, too
     limits = json.loads(sys.stdin.readline())
     with contextlib.suppress(ImportError, ValueError, OSError):        # Windows has none, macOS refuses this one
         import resource

@@ -1,0 +1,192 @@
+"""A conversation in a terminal: read a message, write the answer, and so on; what begins with / is a command.
+
+    message ──→ Conversation (text/chat.py) ──fitted_ids──→ Session ──→ Written ──→ Conversation
+
+Nothing that a person types ends it but Ctrl-D and /exit. A message that cannot be answered (too long for the context,
+refused by the template) is taken back, with the reason; Ctrl-C ends an answer, and what there is of it stays in the
+conversation. Where the context is full the oldest turns are no longer read, which is said.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanollm.errors import InputError, NanollmError
+from nanollm.inference import terminal
+from nanollm.inference.context import past_context
+from nanollm.inference.generation import Session
+from nanollm.inference.terminal import note
+from nanollm.inference.written import Written, warn
+from nanollm.model import Decoder
+from nanollm.text.chat import Conversation, read_chat, write_chat
+
+COMMANDS = {
+    "/help": "these lines",
+    "/clear": "forget the conversation, but not the system message",
+    "/undo": "take the last question and its answer back",
+    "/retry": "answer the last question again",
+    "/system TEXT": "put TEXT in place of the system message; without TEXT there is none",
+    "/save FILE": "write the conversation as a line of JSON, as train.py --chat reads it",
+    "/load FILE": "go on with a conversation from a file",
+    "/stats": "tokens in the context, and the speed of the last answer",
+    "/exit": "leave, as Ctrl-D does",
+}
+COMMAND = re.compile(r"(/[a-z]+)(?:[ \t]+(.*?))?[ \t]*")     # of one line; /usr/bin is none, and goes to the model
+
+
+class Chat:
+    """The conversation, the model that answers, and what the last answer took."""
+
+    def __init__(self, model: Decoder, conversation: Conversation, *, context: int, max_new_tokens: int,
+                 stop: Sequence[str], sampling: dict[str, Any]) -> None:
+        """context: tokens of the conversation that the model reads, its answer included.
+
+        sampling: of `Session.generate`; a seed counts one up with each answer, so that /retry draws another.
+        """
+        self.model, self.conversation, self.tokenizer = model, conversation, conversation.tokenizer
+        self.context, self.max_new_tokens, self.sampling = context, max_new_tokens, sampling
+        self.stop = [*stop, *self.tokenizer.stop_texts]
+        self.session, self.last = Session(model, context), Written()
+        self.answers, self.past = 0, False                 # past: it was said that the model's own context is passed
+
+    def run(self) -> None:
+        """Until Ctrl-D, /exit, or the end of the input."""
+        keyboard, told = terminal.Keyboard(), ""
+        if keyboard.edited:
+            told = '/help lists the commands. Ctrl-C ends an answer, Ctrl-D the chat. Several lines: between two """'
+        while True:
+            try:                                           # all that takes time is in here, where Ctrl-C does no harm
+                if told:
+                    note(told)
+                told = ""
+                text = keyboard.message()
+                if text is None or text.strip() == "/exit":
+                    if text is None and keyboard.edited:
+                        note("")                           # the shell's prompt begins on a line of its own
+                    return
+                if command := COMMAND.fullmatch(text):
+                    self.obey(command[1], command[2] or "")
+                elif text.strip():
+                    self.ask(text.strip())
+            except KeyboardInterrupt:
+                told = "\nCtrl-D or /exit leaves the chat."
+            except NanollmError as error:
+                told = f"error: {error}"
+
+    def ask(self, text: str) -> None:
+        """A question, and its answer. Where there is none the question is taken back."""
+        self.conversation.add("user", text)
+        try:
+            answered = self.answer()
+        except (NanollmError, KeyboardInterrupt):
+            self.conversation.undo()
+            raise
+        if not answered:
+            self.conversation.undo()
+            note("[stopped before the answer began; the question is taken back]")
+
+    def answer(self) -> bool:
+        """Answer the question at the end of the conversation. False: Ctrl-C came before a word of it."""
+        before, room = self.conversation.left_out, min(self.max_new_tokens, self.context // 4)
+        ids = self.conversation.fitted_ids(self.context, room)
+        if (left_out := self.conversation.left_out) > before:
+            note(f"[the context of {self.context:,} tokens is full: of {len(self.conversation.turns)} turns the oldest "
+                 f"{left_out} {'is' if left_out == 1 else 'are'} no longer read]")
+        if self.answers == 0:
+            warn(self.tokenizer, ids)
+        self.last = answer = Written()
+        seed = self.sampling["seed"]
+        sampling = self.sampling | {"seed": seed if seed is None else seed + self.answers}
+        try:
+            with terminal.ctrl_c_noted() as interrupted:
+                tokens = self.session.generate(ids, self.max_new_tokens, stop_ids=self.tokenizer.stop_ids, **sampling)
+                answer.write(tokens, self.tokenizer, self.stop, continues=False, show=terminal.show,
+                             interrupted=interrupted)
+        except KeyboardInterrupt:                          # the second, in the middle of a step
+            self.session = Session(self.model, self.context)
+        terminal.show("\n")
+        self.answers += 1
+        if answer.finish_reason == "interrupted" and not answer.text.strip():
+            return False
+        self.conversation.add("assistant", answer.text.strip())
+        note(f"[{answer.speed}{self.why_cut(answer)}]")
+        past = past_context(self.model.config, len(ids) + len(answer.tokens))
+        if past and not self.past:
+            note(f"[{past}]")
+            self.past = True
+        return True
+
+    def why_cut(self, answer: Written) -> str:
+        """What to say of an answer that is not whole."""
+        if answer.finish_reason == "interrupted":
+            return "; cut by Ctrl-C, kept as it is: /retry answers again"
+        if answer.finish_reason == "length":
+            limit = f"--max-new-tokens {self.max_new_tokens}"
+            return f"; cut at {limit if len(answer.tokens) == self.max_new_tokens else 'the end of the context'}"
+        return ""
+
+    def obey(self, name: str, argument: str) -> None:
+        """A command. Raises InputError for one that there is not, or that lacks its file."""
+        names = {command.split()[0]: command for command in COMMANDS}
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise InputError(f"{name}: no such command{hint}; /help lists them. "
+                             "A message that begins with a space may have / after it")
+        if names[name].endswith("FILE") and not argument:
+            raise InputError(f"{name}: expected {names[name]}")
+        do: Callable[[str], None] = getattr(self, f"do_{name[1:]}")
+        do(argument)
+
+    def do_help(self, _: str) -> None:
+        for command, what in COMMANDS.items():
+            note(f"{command:<14}{what}")
+
+    def do_clear(self, _: str) -> None:
+        system = self.system
+        self.conversation.messages, self.conversation.left_out = [], 0
+        self.conversation.set_system(system)
+        note("[the conversation begins anew]")
+
+    def do_undo(self, _: str) -> None:
+        question = self.conversation.undo()
+        note("[there is nothing to take back]" if question is None else f"[taken back: {str(question)[:60]}]")
+
+    def do_retry(self, _: str) -> None:
+        turns, messages = self.conversation.turns, self.conversation.messages
+        if not turns:
+            raise InputError("/retry: there is no question yet")
+        if self.sampling["temperature"] == 0:
+            note("[at temperature 0 the answer will be the same]")
+        old = messages[turns[-1] + 1 :]
+        del messages[turns[-1] + 1 :]
+        answered = False
+        try:
+            answered = self.answer()
+        finally:
+            if not answered:
+                messages += old
+
+    def do_system(self, text: str) -> None:
+        self.conversation.set_system(text)
+        note(f"[system message: {text or 'none'}]")
+
+    def do_save(self, file: str) -> None:
+        write_chat(Path(file).expanduser(), self.conversation.messages)
+        note(f"[{len(self.conversation.messages)} messages are in {file}]")
+
+    def do_load(self, file: str) -> None:
+        self.conversation.messages, self.conversation.left_out = read_chat(Path(file).expanduser()), 0
+        note(f"[{len(self.conversation.messages)} messages from {file}]")
+
+    def do_stats(self, _: str) -> None:
+        used = len(self.conversation.prompt_ids()) if self.conversation.messages else 0
+        note(f"[{used:,} of {self.context:,} tokens in the context, turns: {len(self.conversation.turns)}; "
+             f"the last answer: {self.last.speed if self.last.times else 'none yet'}]")
+
+    @property
+    def system(self) -> str:
+        """The system message, or ""."""
+        return next((one["content"] for one in self.conversation.messages if one["role"] == "system"), "")

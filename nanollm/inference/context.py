@@ -1,0 +1,46 @@
+"""How long a chat may be, where nobody says: as long as the model was trained for, if its cache is not too large.
+
+    Llama-3.1-8B     128 KiB of keys and values a token in bfloat16    8,192 of its 131,072 tokens
+    SmolLM2-135M      22.5 KiB a token                                 all 2,048
+    GPT-2             36 KiB a token                                   all 1,024
+"""
+
+import bisect
+import itertools
+
+import torch
+
+from nanollm.cache import Cache
+from nanollm.config import ModelConfig
+
+MEMORY = 1 << 30        # bytes of the cache
+UNKNOWN = 4096          # tokens, where config.json does not say what the model was trained for
+
+
+def cache_bytes(config: ModelConfig, length: int, dtype: torch.dtype) -> int:
+    """The memory of the cache of one conversation; nothing is allocated."""
+    states = Cache(config, 1, length, dtype, "meta").states
+    held = itertools.chain.from_iterable(vars(state).values() for state in states)
+    return sum(each.numel() * each.element_size() for each in held if isinstance(each, torch.Tensor))
+
+
+def own_context(config: ModelConfig) -> int | None:
+    """The positions that the model was trained for, or has a table of; None where config.json names neither."""
+    return min((size for size in (config.context, config.positions) if size is not None), default=None)
+
+
+def default_context(config: ModelConfig, dtype: torch.dtype) -> int:
+    """The model's own context, or as much of it as MEMORY holds; at least 2 tokens."""
+    own = own_context(config) or UNKNOWN
+    if cache_bytes(config, own, dtype) <= MEMORY:
+        return own
+    lengths = range(2, own)
+    return lengths[max(0, bisect.bisect(lengths, MEMORY, key=lambda length: cache_bytes(config, length, dtype)) - 1)]
+
+
+def past_context(config: ModelConfig, tokens: int) -> str | None:
+    """What to say where so many tokens are more than the model was trained for."""
+    own = own_context(config)
+    if own is None or tokens <= own:
+        return None
+    return f"{tokens:,} tokens are more than the {own:,} that the model was trained for: its answers get worse"

@@ -1,0 +1,218 @@
+"""generate.py beyond one prompt: --ask, --json, files of prompts, generation_config.json, and what was a traceback.
+
+The models are scripted (terminals.py): they say "Yes", and end.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import checkpoints
+import generate as script
+from nanollm.cache import Cache
+from nanollm.errors import InputError
+from nanollm.inference.batches import finished, read_jobs
+from nanollm.inference.context import MEMORY, cache_bytes, default_context, past_context
+from nanollm.inference.settings import read_settings
+from nanollm.inference.written import until
+from nanollm.presets import PRESETS, preset, transformer
+from tests import forked
+from tests.terminals import scripted
+
+QUESTION = [{"role": "user", "content": "really?"}]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scripted(tmp_path_factory.mktemp("model"), ["Y", "e", "s"], context=64)
+
+
+def cli(*arguments: object, text: str = "") -> forked.Ended:
+    done = forked.start(1, script.run, *arguments, stdin=text).end()
+    assert "Traceback" not in done.said, done.said
+    return done
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_ask_prints_the_answer_alone(folder: Path) -> None:
+    for arguments, text in ((["--ask", "really?"], ""), (["--ask", "-"], "really?\n")):
+        done = cli("--model", folder, *arguments, text=text)
+        assert done.codes == [0] and done.out == "Yes\n" and "4 tokens" in done.err, done.said
+    cut = cli("--model", folder, "--ask", "really?", "--max-new-tokens", 2)
+    assert cut.out == "Ye\n" and "cut at --max-new-tokens 2]" in cut.err
+    assert "more than the 64 that the model was trained for" in cli("--model", folder, "--ask", "x9 " * 40).err
+
+
+def test_json(folder: Path) -> None:
+    """One object a result; the ids of the chat are transformers'."""
+    done = cli("--model", folder, "--ask", "really?", "--system", "Be kind.", "--json")
+    messages = [{"role": "system", "content": "Be kind."}, *QUESTION]
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert json.loads(done.out) == {"messages": messages, "answer": "Yes", "finish_reason": "stop",
+                                    "prompt_tokens": len(ids), "tokens": 4}
+    both = cli("--model", folder, "--prompt", "a\n", "--prompt", "é\n", "--json", "--max-new-tokens", 2)
+    assert [json.loads(line) for line in both.out.splitlines()] == [
+        {"prompt": text, "answer": "Ye", "finish_reason": "length", "prompt_tokens": len(theirs(text)["input_ids"]),
+         "tokens": 2} for text in ("a\n", "é\n")]
+
+
+def test_special_tokens_in_a_prompt(folder: Path) -> None:
+    """As text, or with --special as tokens: as many as transformers counts, which always reads them."""
+    prompt = "<|im_start|>user\nHi<|im_end|>\n"
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    counts = {option: json.loads(cli("--model", folder, "--prompt", prompt, "--json", *option).out)["prompt_tokens"]
+              for option in ((), ("--special",))}
+    assert counts["--special",] == len(theirs(prompt)["input_ids"]) < counts[()]
+
+
+def test_a_file_of_prompts(folder: Path, tmp_path: Path) -> None:
+    """Prompts and chats, other keys kept; a run that was stopped anywhere goes on, to the same file."""
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    asked = [{"prompt": "a\n"}, {"messages": QUESTION, "id": 7}, {"id": "é", "prompt": "longer than the first\n"},
+             {"prompt": "no line ends here"}, {"messages": QUESTION}]
+    file.write_text("\n".join(map(json.dumps, asked)) + "\n\n")
+    run = ("--model", folder, "--prompts", file, "--out", out, "--batch-size", 2, "--max-new-tokens", 5, "--stop", "es")
+    assert cli(*run).codes == [0]
+    whole = out.read_bytes()
+    said = {"answer": "Y", "finish_reason": "stop"}
+    assert lines(out)[:3] == [one | said for one in asked[:3]] and lines(out)[4] == asked[4] | said
+    assert lines(out)[3]["finish_reason"] in ("stop", "length") and "é" in whole.decode()
+    for size in (0, 10, len(whole) // 2, whole.rindex(b"\n", 0, -1) + 1, len(whole)):
+        out.write_bytes(whole[:size])
+        done = cli(*run)
+        assert done.codes == [0] and out.read_bytes() == whole, done.said
+    assert "has all 5 answers" in done.err
+
+
+def test_a_file_of_answers_to_other_prompts_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    file, out, words = tmp_path / "in.jsonl", tmp_path / "out.jsonl", checkpoints.tokenizer(folder)
+    file.write_text('{"prompt": "a"}\n')
+    for there in ('{"prompt": "b", "answer": "", "finish_reason": "stop"}\n', '{"prompt": "a"}\n', "a text", "a\nb\n",
+                  '{"prompt": "a", "answer": "", "finish_reason": "stop"}\n{"prompt"'):
+        out.write_text(there)
+        with pytest.raises(InputError, match="out.jsonl"):
+            finished(out, read_jobs(file, words))
+        assert out.read_text() == there
+
+
+@pytest.mark.parametrize("line, message", [
+    ("{", "not JSON"), ("[]", "expected an object"), ('{"id": 1}', "found id"), ('{"prompt": 3}', "expected text"),
+    ('{"prompt": "a", "messages": []}', "found prompt, messages"), ('{"prompt": "a", "answer": ""}', "it has answer"),
+    ('{"messages": "a"}', 'expected {"messages"'), ('{"messages": [{"content": "a"}]}', "message 1"),
+    ('{"prompt": "\\ud800"}', "lone surrogate"), ('{"prompt": ""}', "the prompt is empty"),
+])
+def test_a_bad_line_is_named_before_the_first_answer(folder: Path, tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(Exception, match="in.jsonl, line 2: ") as error:
+        read_jobs(file, checkpoints.tokenizer(folder))
+    assert message in str(error.value)
+
+
+# ---- generation_config.json
+
+@pytest.mark.parametrize("said", [
+    {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "top_k": 20, "min_p": 0.05}, {},
+    {"temperature": 0.6, "top_k": 20}, {"do_sample": False}, {"do_sample": True, "top_p": 1.0, "top_k": 0},
+])
+def test_settings_are_what_transformers_reads(said: dict, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    values = read_settings(tmp_path).values
+    if not theirs.do_sample:
+        assert values == {}
+        return
+    filled = theirs._get_default_generation_params() | {"min_p": None}
+    for name, nothing in (("temperature", 1.0), ("top_k", 0), ("top_p", 1.0), ("min_p", None)):
+        there = getattr(theirs, name)
+        there = nothing if there is None else there
+        assert values.get(name, nothing) == there and name in filled
+
+
+def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
+    """Said on standard error; an option wins over the file; temperature 0 ends it all; a --prompt stays greedy."""
+    folder = scripted(tmp_path, ["Y", "e", "s"], do_sample=True, temperature=0.001, top_p=0.9, repetition_penalty=1.3)
+    done = cli("--model", folder, "--ask", "really?")
+    assert done.out == "Yes\n" and "[generation_config.json: temperature 0.001, top_p 0.9; " in done.err, done.said
+    assert "repetition_penalty 1.3, which is not followed" in done.err
+    assert "[generation_config.json: top_p 0.9; " in cli("--model", folder, "--ask", "x", "--temperature", 0.002).err
+    for arguments in (["--ask", "x", "--temperature", 0], ["--prompt", "x\n"]):
+        assert "generation_config" not in cli("--model", folder, *arguments).err
+
+
+def test_options_that_change_nothing_are_named(folder: Path) -> None:
+    told = cli("--model", folder, "--prompt", "a\n", "--top-p", 0.9, "--seed", 1, "--context", 99).err
+    assert "at temperature 0 --top-p, --seed changes nothing" in told and "--context changes nothing" in told
+
+
+# ---- context
+
+def test_the_context_is_the_models_or_what_a_cache_of_a_gibibyte_holds() -> None:
+    for name in PRESETS:
+        config = preset(name)
+        context = default_context(config, torch.bfloat16)
+        assert cache_bytes(config, context, torch.bfloat16) <= MEMORY
+        assert context == (config.context or 4096) or cache_bytes(config, context + 1, torch.bfloat16) > MEMORY
+    assert default_context(preset("llama-8b"), torch.bfloat16) == 8191       # 128 KiB a token, and one slot more
+    config = transformer(50, 32, 2, 4, 2, 48, context=64)
+    held = [vars(state) for state in Cache(config, 1, 64, torch.float32).states]
+    assert cache_bytes(config, 64, torch.float32) == sum(
+        each.nbytes for state in held for each in state.values() if isinstance(each, torch.Tensor))
+    assert past_context(config, 64) is None and "65 tokens are more than the 64" in str(past_context(config, 65))
+
+
+def test_until() -> None:
+    assert until("one two three", ["three", "two"]) == ("one ", True) and until("one", ["x"]) == ("one", False)
+
+
+# ---- no tracebacks
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--prompt", "x", "--temperature", "1e-38"], "--temperature 1e-38: expected 1e-06 to 100, or 0"),
+    (["--prompt", "x", "--temperature", "nan"], "--temperature nan: expected 0 to 100"),
+    (["--prompt", "x", "--seed", "1e20"], "invalid int value"),
+    (["--prompt", "x", "--seed", str(10**20)], "--seed 100000000000000000000: expected"),
+    (["--prompt", "x", "--device", "cuda:77"], "--device cuda:77: "),
+    (["--prompt", "x", "--device", "nix"], "--device nix: "),
+    (["--prompt", "x", "--device", "meta"], "it computes nothing"), (["--prompt", "x", "--stop", ""], "--stop ''"),
+    (["--prompt", "-", "--prompt", "-"], "standard input can be read once"),
+    (["--prompt", "x", "--system", "y"], "--system goes with --ask and --chat"),
+    (["--chat", "--json"], "--json goes with"), (["--prompts", "x.jsonl"], "go together"),
+    (["--ask", "x", "--chat"], "not allowed with"), (["--ask", "x", "--special"], "--special goes with"),
+    (["--prompts", "none.jsonl", "--out", "out.jsonl"], "none.jsonl: No such file"),
+    (["--prompt", "\udcff"], "lone surrogate"),
+])
+def test_bad_input_is_one_line(folder: Path, arguments: list[str], message: str) -> None:
+    done = cli("--model", folder, *arguments)
+    assert done.codes[0] in (1, 2) and message in done.err and done.out == "", done.said
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess:
+    """With what forked processes have no way of: streams that are closed, or of another encoding."""
+    command = command.replace("GENERATE", f"{sys.executable} generate.py --model {folder}")
+    return subprocess.run(["bash", "-c", command], cwd=Path(script.__file__).parent, capture_output=True,
+                          env=os.environ | environment, timeout=120)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command, out, message", [
+    (r"printf 'caf\xe9' | GENERATE --ask -", b"", b"found the byte 0xe9 at 3, expected UTF-8"),
+    (r"printf 'one\n\xff\ntwo\n' | GENERATE --chat", b"Yes\nYes\n", b"found the byte 0xff at 0"),
+    ("GENERATE --prompt $'\\u00e9\\n'", b"\\xe9\nYes\n", b"tokens/s"), ("GENERATE --ask - <&-", b"", b"it is closed"),
+    ("GENERATE --chat <&-", b"", b""), ("GENERATE --ask x >&-", b"", b"4 tokens"),
+    ("GENERATE --ask x 2>&-", b"Yes\n", b""), ("GENERATE --ask x | true", b"", b""),
+    ("GENERATE --prompts <(echo '{\"prompt\": \"a\"}') --out /dev/full", b"", b"/dev/full: No space left"),
+])
+def test_streams_of_all_kinds(folder: Path, command: str, out: bytes, message: bytes) -> None:
+    done = shell(command, folder, PYTHONIOENCODING="ascii", PYTHONUTF8="0", LC_ALL="C.UTF-8")
+    assert done.stdout == out and message in done.stderr and b"Traceback" not in done.stderr, done
