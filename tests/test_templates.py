@@ -21,7 +21,7 @@ import checkpoints
 import generate
 from nanollm.data import prepare, sft
 from nanollm.errors import TokenizerError
-from nanollm.inference import terminal
+from nanollm.inference import terminal, written
 from nanollm.inference.generation import Session
 from nanollm.model import Decoder
 from nanollm.presets import preset
