@@ -140,7 +140,7 @@ def sampling(args: argparse.Namespace, path: Path) -> dict[str, Any]:
     """How tokens are drawn: as the options say; where they do not, --ask and --chat as generation_config.json does."""
     given = {name: getattr(args, name) for name in settings.NAMES if getattr(args, name) is not None}
     drawn = settings.choose(given, path if args.chat or args.ask is not None else None) | {"seed": args.seed}
-    options = [name for name in drawn if name != "temperature" and getattr(args, name) is not None]
+    options = [name for name in drawn if name != "temperature" and getattr(args, name, None) is not None]
     if options and drawn["temperature"] == 0:
         idle = [f"--{name.replace('_', '-')}" for name in options]
         note(f"warning: at temperature 0 {', '.join(idle)} changes nothing; give --temperature, too")

@@ -2,8 +2,8 @@
 
     {"do_sample": true, "temperature": 0.6, "top_p": 0.9}        Llama-3.1-8B-Instruct
 
-`do_sample` absent or false is greedy, as in transformers. What the file does not say is not filled in; transformers
-would draw among 50 tokens (top_k) where it names no other number.
+`do_sample` absent or false is greedy, as in transformers; a repetition penalty holds then too. What the file does not
+say is not filled in; transformers would draw among 50 tokens (top_k) where it names no other number.
 """
 
 from pathlib import Path
@@ -14,9 +14,11 @@ from nanollm.text.tokenizer_declared import read_json
 
 NAMES = ("temperature", "top_k", "top_p", "min_p")
 NAME = "generation_config.json"
-READ = {"temperature": (1e-6, 100.0), "top_k": (1, 1 << 31), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0)}
+PENALTY = "repetition_penalty"
+READ = {PENALTY: (1e-6, 100.0), "temperature": (1e-6, 100.0), "top_k": (1, 1 << 31), "top_p": (1e-9, 1.0),
+        "min_p": (0.0, 1.0)}
 # values that change nothing; another would change the text, and is not followed here
-NEUTRAL = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0, "num_beams": 1,
+NEUTRAL = {"no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0, "num_beams": 1,
            "typical_p": 1, "top_h": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "penalty_alpha": 0, "guidance_scale": 1,
            "bad_words_ids": 0, "suppress_tokens": 0, "begin_suppress_tokens": 0, "sequence_bias": 0,
            "forced_bos_token_id": 0, "forced_eos_token_id": 0, "stop_strings": 0, "exponential_decay_length_penalty": 0}
@@ -24,20 +26,20 @@ NEUTRAL = {"repetition_penalty": 1, "no_repeat_ngram_size": 0, "min_new_tokens":
 
 class Settings(NamedTuple):
     """What the file says."""
-    values: dict[str, Any]         # of NAMES, those that change something
-    passed_over: list[str]         # "repetition_penalty 1.1", …
+    values: dict[str, Any]         # fields of Sampling (sample.py), those that change something
+    passed_over: list[str]         # "no_repeat_ngram_size 3", …
 
 
 def read_settings(folder: Path) -> Settings:
     """Of a model's folder; empty where the file is missing. Raises TokenizerError where it is not JSON."""
     said = read_json(folder / NAME)
     passed = [f"{name} {said[name]}" for name, neutral in NEUTRAL.items() if (said.get(name) or neutral) != neutral]
-    if said.get("do_sample") is not True or said.get("temperature") == 0:
-        return Settings({}, passed)
-    values: dict[str, Any] = {"temperature": 1.0}
-    for name, (low, high) in READ.items():
+    drawn = said.get("do_sample") is True and said.get("temperature") != 0
+    values: dict[str, Any] = {"temperature": 1.0} if drawn else {}
+    nothing = ((PENALTY, 1), ("top_k", 0), ("top_p", 1), ("min_p", 0))                        # change nothing
+    for name, (low, high) in READ.items() if drawn else [(PENALTY, READ[PENALTY])]:
         value = said.get(name)
-        if value is None or (name, value) in (("top_k", 0), ("top_p", 1), ("min_p", 0)):      # nothing is left out
+        if value is None or (name, value) in nothing:
             continue
         kinds = int if name == "top_k" else (int, float)
         if isinstance(value, kinds) and not isinstance(value, bool) and low <= value <= high:
