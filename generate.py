@@ -29,7 +29,7 @@ from nanollm.errors import InputError
 from nanollm.inference import batches, settings
 from nanollm.inference.chat import Chat
 from nanollm.inference.context import default_context, past_context
-from nanollm.inference.generation import Session, generate_batch
+from nanollm.inference.generation import Session, StopText, generate_batch
 from nanollm.inference.prepare import prepare
 from nanollm.inference.quantize import quantize
 from nanollm.inference.terminal import note, show, silent, standard_input
@@ -183,7 +183,8 @@ def several(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, draw
     facts, prompts = asked(args, tokenizer)
     warn(tokenizer, prompts[0], args.bos)
     start = time.perf_counter()
-    rows = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **drawn)
+    rows = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids,
+                          stop=lambda: StopText(tokenizer.stream(continues=True), args.stop), **drawn)
     rate = sum(map(len, rows)) / (time.perf_counter() - start)
     for fact, name, ids, new in zip(facts, args.prompt, prompts, rows, strict=True):
         text, stopped = until(tokenizer.decode(new, continues=True), args.stop)

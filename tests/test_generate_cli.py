@@ -124,11 +124,13 @@ def test_a_bad_line_is_named_before_the_first_answer(folder: Path, tmp_path: Pat
 @pytest.mark.parametrize("said", [
     {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "top_k": 20, "min_p": 0.05}, {},
     {"temperature": 0.6, "top_k": 20}, {"do_sample": False}, {"do_sample": True, "top_p": 1.0, "top_k": 0},
+    {"repetition_penalty": 1.1}, {"do_sample": True, "repetition_penalty": 1.2}, {"repetition_penalty": 1.0},
 ])
 def test_settings_are_what_transformers_reads(said: dict, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
-    values = read_settings(tmp_path).values
+    values = dict(read_settings(tmp_path).values)
+    assert values.pop("repetition_penalty", 1.0) == (theirs.repetition_penalty or 1.0)     # greedy has it too
     if not theirs.do_sample:
         assert values == {}
         return
@@ -141,11 +143,14 @@ def test_settings_are_what_transformers_reads(said: dict, tmp_path: Path) -> Non
 
 def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
     """Said on standard error; an option wins over the file; temperature 0 ends it all; a --prompt stays greedy."""
-    folder = scripted(tmp_path, ["Y", "e", "s"], do_sample=True, temperature=0.001, top_p=0.9, repetition_penalty=1.3)
+    folder = scripted(tmp_path, ["Y", "e", "s"], do_sample=True, temperature=0.001, top_p=0.9, repetition_penalty=1.3,
+                      num_beams=2)
     done = cli("--model", folder, "--ask", "really?")
-    assert done.out == "Yes\n" and "[generation_config.json: temperature 0.001, top_p 0.9; " in done.err, done.said
-    assert "repetition_penalty 1.3, which is not followed" in done.err
-    assert "[generation_config.json: top_p 0.9; " in cli("--model", folder, "--ask", "x", "--temperature", 0.002).err
+    assert done.out == "Yes\n"
+    assert "[generation_config.json: temperature 0.001, top_p 0.9, repetition_penalty 1.3; " in done.err
+    assert "num_beams 2, which is not followed" in done.err
+    told = cli("--model", folder, "--ask", "x", "--temperature", 0.002).err
+    assert "[generation_config.json: top_p 0.9, repetition_penalty 1.3; " in told
     for arguments in (["--ask", "x", "--temperature", 0], ["--prompt", "x\n"]):
         assert "generation_config" not in cli("--model", folder, *arguments).err
 

@@ -49,7 +49,7 @@ LIBRARIES = {  # of a package, beside torch, numpy and the standard library
     "nanollm": set(), "checkpoints": {"safetensors", "huggingface_hub", "tqdm", "gguf"}, "kernels": {"triton"},
 }
 ITS_OWN = {  # of a file
-    "nanollm/text/tokenizer.py": {"tokenizers"}, "nanollm/text/tokenizer_files.py": {"tokenizers", "sentencepiece"},
+    "checkpoints/layouts/gguf_tokens_export.py": {"tokenizers"}, "nanollm/text/tokenizer.py": {"tokenizers"}, "nanollm/text/tokenizer_files.py": {"tokenizers", "sentencepiece"},
     "nanollm/text/tokenizer_declared.py": {"tokenizers"}, "nanollm/text/render.py": {"jinja2"},
     "nanollm/data/prepare.py": {"tokenizers", "tqdm"}, "nanollm/inference/batches.py": {"tqdm"},
     "nanollm/training/plot.py": {"matplotlib"},

@@ -4,12 +4,16 @@
     sentencepiece       tokens, types, scores. A tokenizer.json with ▁ and bytes <0x41> has merges in place of scores:
                         the score of a union is then minus the place of its merge, which orders the unions alike
 
-Rows of the embedding without a token become [PAD7] …, unused. What a GGUF cannot say is refused.
+Rows of the embedding without a token become [PAD7] …, unused; tokens without a row are left out, with a warning. What
+a GGUF cannot say is refused, but for flags of added tokens, of which a warning is given.
 """
 
 import json
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from tokenizers import AddedToken
 
 from checkpoints.layouts.gguf_pretokenizers import PRE, Step
 from checkpoints.layouts.gguf_tokens import BYTE_TOKEN, CONTROL, HERE, NAMES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -24,14 +28,15 @@ def keys_of(tokenizer: Tokenizer, rows: int) -> Keys:
     """The keys, for an embedding with so many rows. Raises TokenizerError."""
     backend = tokenizer.backend
     where = str(tokenizer.files[0])
-    if tokenizer.vocab_size > rows:
-        raise TokenizerError(f"{where}: ids up to {tokenizer.vocab_size - 1}; the model has {rows} rows for them")
     keys: Keys
     tokens: dict[int, tuple[str, int, float]]    # id → text, type, score
     if isinstance(backend, SentencePiece):
         keys, tokens = {f"{HERE}model": "llama", f"{HERE}pre": "default"}, dict(pieces(backend))
     else:
         keys, tokens = of_json(backend, where)
+    if beyond := [text for id, (text, _, _) in sorted(tokens.items()) if id >= rows]:
+        warnings.warn(f"{where}: left out of the GGUF, as the model has {rows} rows and none for them: "
+                      f"{', '.join(map(repr, beyond[:5]))}{' …' if len(beyond) > 5 else ''}", stacklevel=2)
     for id in range(rows):
         tokens.setdefault(id, (f"[PAD{id}]", UNUSED, -10_000.0))
     texts, types, scores = (list(each) for each in zip(*(tokens[id] for id in range(rows)), strict=True))
@@ -39,6 +44,15 @@ def keys_of(tokenizer: Tokenizer, rows: int) -> Keys:
     if keys[f"{HERE}model"] == "llama":
         keys |= {f"{HERE}scores": scores, f"{HERE}add_space_prefix": bool(backend.strips)}
     return keys | around(tokenizer, where) | names(tokenizer)
+
+
+def warn_of_flags(added: Mapping[int, AddedToken], where: str) -> None:
+    """A GGUF cannot say that a token takes the spaces beside it, or stands for a whole word only."""
+    flagged = [token.content for _, token in sorted(added.items()) if token.lstrip or token.rstrip or token.single_word]
+    if flagged:
+        warnings.warn(f"{where}: a GGUF cannot say lstrip, rstrip and single_word of {', '.join(flagged[:5])}"
+                      f"{' …' if len(flagged) > 5 else ''}: texts with spaces beside them get other ids there",
+                      stacklevel=2)
 
 
 def names(tokenizer: Tokenizer) -> Keys:
@@ -81,6 +95,7 @@ def pieces(backend: SentencePiece) -> Iterator[tuple[int, tuple[str, int, float]
 
 def of_json(backend: Tokenizers, where: str) -> tuple[Keys, dict[int, tuple[str, int, float]]]:
     """Of a tokenizer of the tokenizers library. Raises TokenizerError."""
+    warn_of_flags(backend.backend.get_added_tokens_decoder(), where)
     spec = json.loads(backend.backend.to_str())
     model = spec["model"]
     if model["type"] != "BPE" or not (backend.byte_level or backend.byte_fallback):

@@ -15,8 +15,8 @@ from nanollm.text.tokenizer_declared import read_json
 NAMES = ("temperature", "top_k", "top_p", "min_p")
 NAME = "generation_config.json"
 PENALTY = "repetition_penalty"
-READ = {PENALTY: (1e-6, 100.0), "temperature": (1e-6, 100.0), "top_k": (1, 1 << 31), "top_p": (1e-9, 1.0),
-        "min_p": (0.0, 1.0)}
+READ = {"temperature": (1e-6, 100.0), "top_k": (1, 1 << 31), "top_p": (1e-9, 1.0), "min_p": (0.0, 1.0),
+        PENALTY: (1e-6, 100.0)}
 # values that change nothing; another would change the text, and is not followed here
 NEUTRAL = {"no_repeat_ngram_size": 0, "min_new_tokens": 0, "min_length": 0, "num_beams": 1,
            "typical_p": 1, "top_h": 0, "epsilon_cutoff": 0, "eta_cutoff": 0, "penalty_alpha": 0, "guidance_scale": 1,
