@@ -208,8 +208,14 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     if args.real:
         table_of_real = real(args.real, args.prompt_tokens, args.new_tokens, args.rounds)
-        print(f"{args.real.name}: prompt of {args.prompt_tokens} tokens, then {args.new_tokens} new ones; medians of "
-              f"{args.rounds} rounds in turn. {machine()}.\n\n{table_of_real}")
+        text = (f"{args.real.name}: prompt of {args.prompt_tokens} tokens, then {args.new_tokens} new ones; medians of "
+                f"{args.rounds} rounds in turn. {machine()}.\n\n{table_of_real}\n")
+        print(text)
+        if args.write:
+            head = (f"# A real model beside transformers and llama.cpp\n\nWritten by `python benchmarks/generate.py --real "
+                    f"FILE.gguf --prompt-tokens {args.prompt_tokens} --new-tokens {args.new_tokens} --rounds {args.rounds} "
+                    "--write`.\n\n")
+            Path(__file__).with_name("generate_real.md").write_text(head + text)
         return
     rows = [bench(name, DTYPES[dtype], args.prompt_tokens, args.new_tokens, args.rounds)
             for name in args.model or SHAPES for dtype in args.dtype or DTYPES]
