@@ -212,9 +212,9 @@ def main() -> None:
                 f"{args.rounds} rounds in turn. {machine()}.\n\n{table_of_real}\n")
         print(text)
         if args.write:
-            head = (f"# A real model beside transformers and llama.cpp\n\nWritten by `python benchmarks/generate.py --real "
-                    f"FILE.gguf --prompt-tokens {args.prompt_tokens} --new-tokens {args.new_tokens} --rounds {args.rounds} "
-                    "--write`.\n\n")
+            asked = f"--prompt-tokens {args.prompt_tokens} --new-tokens {args.new_tokens} --rounds {args.rounds}"
+            head = ("# A real model beside transformers and llama.cpp\n\n"
+                    f"Written by `python benchmarks/generate.py --real FILE.gguf {asked} --write`.\n\n")
             Path(__file__).with_name("generate_real.md").write_text(head + text)
         return
     rows = [bench(name, DTYPES[dtype], args.prompt_tokens, args.new_tokens, args.rounds)
