@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from checkpoints import layouts
-from checkpoints.export import Origin, copy_companions, layout_for, origin_of, plan_export
+from checkpoints.export import Origin, copy_companions, layout_for, need_companions, origin_of, plan_export
 from checkpoints.layouts import hub
 from checkpoints.names import table
 from checkpoints.source import config_of, open_source
@@ -84,6 +84,7 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
     if reason:
         own = f"{folder}: written in nanollm's own layout, which transformers does not read: {reason}"
         warnings.warn(own, stacklevel=2)
+    need_companions(origin)
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
     written = plan_export(model.config, parameters, dtypes, origin, layout)
     with writing.new_folder(Path(folder)) as draft:

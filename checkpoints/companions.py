@@ -6,6 +6,8 @@
     left behind   code (*.py), and with it the key auto_map that names it; weights that were not read. One warning each
 """
 
+import errno
+import os
 import shutil
 import warnings
 from collections.abc import Collection, Mapping
@@ -15,20 +17,30 @@ from typing import Any
 from checkpoints.families.family import TOKENS
 from checkpoints.layouts import hub
 from checkpoints.storage import files, writing
-from nanollm.errors import NanollmError
+from nanollm.errors import CheckpointError, NanollmError
 
 GENERATION, TOKENIZER = "generation_config.json", "tokenizer_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 
 
 def found_in(folder: Path, layout: str) -> dict[str, Path]:
-    """The files that go with the model: their names in the new folder, and where they are."""
-    found = {path.relative_to(folder).as_posix(): path
-             for pattern in hub.COMPANIONS for path in sorted(folder.glob(pattern)) if path.is_file()}
+    """The files that go with the model, links to nothing among them: their names in the new folder, and where they are.
+    """
+    found = {path.relative_to(folder).as_posix(): path for pattern in hub.COMPANIONS
+             for path in (sorted(folder.glob(pattern)) if "*" in pattern else [folder / pattern])
+             if os.path.lexists(path)}           # glob itself passes over a link to nothing
     above = folder.absolute().parent / "tokenizer.model"
     if layout == "meta" and not {"tokenizer.model", "tokenizer.json"} & found.keys() and above.is_file():
         found["tokenizer.model"] = above         # Llama 1 and 2: one tokenizer beside the folders of all sizes
     return found
+
+
+def need_readable(folder: Path, layout: str) -> None:
+    """Raises CheckpointError if one of them is no file (a pipe, a folder, a link to nothing), or cannot be read."""
+    for path in found_in(folder, layout).values():
+        files.need_file(path)
+        if not os.access(path, os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise CheckpointError(f"{path}: cannot be read: {os.strerror(errno.EACCES)}")
 
 
 def token_ids(folder: Path, layout: str, values: Mapping[str, Any], vocab: int) -> dict[str, Any]:

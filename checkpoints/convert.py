@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import re
 import shutil
 import time
@@ -78,10 +79,11 @@ class Conversion:
 
 def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quantized: str | None = None) -> Conversion:
     """What becomes what; dtype None: each tensor keeps its own. Raises ConfigError if the layout cannot express the
-    model."""
+    model, CheckpointError if a file that goes with it cannot be read."""
     parameters = source.parameters()
     dtypes = {name: source.dtype(name, dtype) for name in parameters} if dtype else source.stored_dtypes
     origin = export.origin_of(source)
+    export.need_companions(origin)
     working = dtype or source.working_dtype
     written = export.plan_export(source.config, parameters, dtypes, origin, to, working, quantized)
     moved = list(moves(source.steps, written.steps))
@@ -235,7 +237,7 @@ def run() -> None:
     add = parser.add_argument
     add("source", metavar="SRC",
         help="model folder, owner/name or owner/name/FILE.gguf on the hub, or a config.json, params.json or *.gguf")
-    add("destination", metavar="DST", type=Path, help="folder to write, which does not exist yet, or is empty")
+    add("destination", metavar="DST", help="folder to write, which does not exist yet, or is empty")
     add("--to", choices=export.FORMATS, default="hf",
         help="layout to write: hf (default), nanollm (our own names), meta (Llama), mistral (Mistral, Mixtral), gguf "
         "(llama.cpp)")
@@ -255,24 +257,30 @@ def run() -> None:
     shard_bytes = size(args.shard_size)
     if args.dtype == Q8_0 and args.to != "gguf":
         parser.error("--dtype q8_0 goes with --to gguf")
-    if args.destination.suffix == ".gguf":
-        parser.error(f"DST {args.destination}: expected a folder, in which model.gguf is written")
+    for name, given in (("SRC", args.source), ("DST", args.destination)):
+        if not given.strip():
+            raise InputError(f"{name} is empty")
+    target = Path(args.destination)
+    if target.suffix == ".gguf":
+        parser.error(f"DST {target}: expected a folder, in which model.gguf is written")
     path = hub.local_path(args.source, args.allow_pickle)
+    if path.is_dir() and Path(os.path.realpath(path)) in Path(os.path.realpath(target)).parents:
+        raise InputError(f"DST {target} is inside SRC {path}; expected a folder outside it")
     source = open_source(path, args.ignore, args.family, args.allow_pickle)
     quantized = "Q8_0" if args.dtype == Q8_0 else None
     conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized)
     total = conversion.written.nbytes
-    print(f"{source.folder} ({source.family.name}, {source.layout}) → {args.destination} ({args.to}): "
+    print(f"{source.folder} ({source.family.name}, {source.layout}) → {target} ({args.to}): "
           f"{len(conversion.written.tensors):,} tensors, {total:,} bytes")
     if args.dry_run:
         print("\n".join(describe(conversion)))
         return
     start = time.perf_counter()
     with tqdm(total=total * (1 + args.verify), unit="B", unit_scale=True, disable=None) as bar:
-        convert(conversion, args.destination, shard_bytes, args.verify, bar.update)
+        convert(conversion, target, shard_bytes, args.verify, bar.update)
     seconds = time.perf_counter() - start
     checked = "; every value is finite" + (", and read back equal" if args.verify else "")
-    print(f"{args.destination}: written in {seconds:.1f} s, {total / seconds / 1e6:,.0f} MB/s{checked}")
+    print(f"{target}: written in {seconds:.1f} s, {total / seconds / 1e6:,.0f} MB/s{checked}")
 
 
 if __name__ == "__main__":

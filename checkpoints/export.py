@@ -244,6 +244,13 @@ def _gguf(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping
     return GgufExport("gguf", described.keys, steps, tensors, described, kinds, origin, config.vocab)
 
 
+def need_companions(origin: Origin | None) -> None:
+    """Raises CheckpointError if a file that `copy_companions` would copy is none, or cannot be read: to be asked before
+    the first weight is written."""
+    if origin is not None and not origin.inside and origin.folder.is_dir():
+        companions.need_readable(origin.folder, origin.layout)
+
+
 def copy_companions(origin: Origin | None, draft: Path, folder: Path, written: Export) -> None:
     """The tokenizer and what else belongs to the model, from where it came from. Warnings say what stays behind."""
     if origin is None:

@@ -38,7 +38,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from checkpoints import folding, layouts
+from checkpoints import companions, folding, layouts
 from checkpoints.layouts import hub, original
 from checkpoints.layouts.found import LARGEST_CONFIG
 from checkpoints.names import table
@@ -47,7 +47,7 @@ from checkpoints.source import Source, said_dtype, understand
 from checkpoints.storage import files, pickles
 from checkpoints.storage.files import Stored
 from nanollm import cli
-from nanollm.errors import NanollmError
+from nanollm.errors import CheckpointError, NanollmError
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 LISTED = 8                                       # files that are listed one by one
@@ -93,6 +93,7 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
         report.family = source.family.name
         report.parameters = sum(parameter.numel() for parameter in source.parameters().values())
         report.notes += _casts(source)
+        report.notes += _unreadable(source)
     except NanollmError as error:
         report.reason = str(error)
     if not report.stored:
@@ -100,6 +101,16 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
     if report.family == "nanollm":
         report.layout = "nanollm"
     return report
+
+
+def _unreadable(source: Source) -> list[str]:
+    """A tokenizer file or the like, beside the weights, that is no file or is closed to us: load() needs none."""
+    try:
+        if not source.inside:
+            companions.need_readable(source.folder, source.layout)
+    except CheckpointError as error:
+        return [f"{error}; convert refuses it"]
+    return []
 
 
 def _casts(source: Source) -> Iterator[str]:

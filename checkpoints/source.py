@@ -128,7 +128,10 @@ def open_source(path: Path, ignore: Collection[str] = (), family: str | None = N
 
 
 def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
-    """The same for what was found already."""
+    """The same for what was found already. An adapter beside the weights is warned of: transformers would apply it."""
+    if found.layout == "hf" and (found.folder / "adapter_config.json").exists():
+        warnings.warn(f"{found.folder}: adapter_config.json lies beside the weights: it is not applied; transformers "
+                      "applies it where peft is installed. Merge it, or move it away", stacklevel=2)
     values, block = quantized.plain_config(found.values, found.where)
     stored = quantized.plain_tensors(found.stored, block, str(found.folder))
     if not stored:

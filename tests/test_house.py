@@ -39,7 +39,7 @@ ARROWS = {
     "checkpoints.export": "companions families layouts names source storage nanollm.config",
     "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
     "checkpoints.convert": "export layouts names source storage nanollm.cli",
-    "checkpoints.inspect": "folding layouts names show source storage nanollm.cli",
+    "checkpoints.inspect": "companions folding layouts names show source storage nanollm.cli",
     "checkpoints.tracing": "names storage nanollm.config nanollm.model",
     "checkpoints.folding": "",
     "checkpoints.between": "convert folding layouts names show source storage tracing nanollm.config",

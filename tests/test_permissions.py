@@ -11,6 +11,8 @@ import pytest
 
 import checkpoints
 from checkpoints import convert, inspect
+from checkpoints.source import open_source
+from checkpoints.storage import writing
 from nanollm import cli
 from nanollm.errors import CheckpointError
 from tests.fixtures import FIXTURES
@@ -63,7 +65,8 @@ def test_reading(which, model, monkeypatch, capfd):
     with nobody(), pytest.raises(CheckpointError, match="cannot be read: Permission denied") as error:
         checkpoints.load(model)
     assert "\n" not in str(error.value) and str(model.parent) in str(error.value)
-    for run, name, arguments in ((inspect.run, "inspect", [model]), (convert.run, "convert", [model, model / "out"])):
+    out = model.parent / "out"
+    for run, name, arguments in ((inspect.run, "inspect", [model]), (convert.run, "convert", [model, out])):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
         with nobody(), pytest.raises(SystemExit) as end:
             cli.main(run)
@@ -85,6 +88,24 @@ def test_writing(model, monkeypatch):
         checkpoints.save(loaded, model.parent / "mine")
     assert (model.parent / "mine/model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert {path.name for path in model.parent.iterdir()} == {"model", "mine"}
+
+
+def test_a_companion_is_asked_for_before_the_first_weight(model):
+    (model / "merges.txt").write_text("")
+    (model / "merges.txt").chmod(0)
+    loaded, source = checkpoints.load(model), open_source(model)
+    for use in (lambda: convert.plan(source), lambda: checkpoints.save(loaded, model.parent / "out")):
+        with nobody(), pytest.raises(CheckpointError, match="merges.txt: cannot be read: Permission denied"):
+            use()
+
+
+def test_the_folder_that_takes_nothing_is_named(model):
+    out = model.parent / "closed" / "a" / "b"
+    (model.parent / "closed").mkdir(mode=0o555)
+    with nobody(), pytest.raises(CheckpointError) as error, writing.new_folder(out):
+        pytest.fail("the block ran")
+    assert str(error.value) == (f"{out}: cannot write: the folder {model.parent / 'closed'} is not writable "
+                                "(Permission denied)")
 
 
 def test_what_a_warning_looks_like(capsys):

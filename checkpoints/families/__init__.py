@@ -40,15 +40,7 @@ def read_config(
     """A config.json as a ModelConfig, and its family. `most` bounds layers and experts.
 
     Raises ConfigError on an unknown model_type, an impossible value, or a key that nothing read."""
-    kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
-    if isinstance(kind, str) and kind in ELSEWHERE:
-        raise ConfigError(f"{where}: model_type is {brief(kind)}: {ELSEWHERE[kind]}")
-    if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
-        near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
-        hint = f"near it are {', '.join(near)}; " if near else ""
-        raise ConfigError(f"{where}: model_type is {brief(kind)}; {hint}"
-                          f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
-    family = family_called(kind)
+    family = family_of(values, where)
     reader = Reader(values, where, ignore, most)
     try:
         config = family.read(reader)
@@ -57,6 +49,19 @@ def read_config(
     reader.close(family.irrelevant)
     reader.warn()
     return family, config
+
+
+def family_of(values: dict[str, Any], where: str = "config.json") -> Family:
+    """The family that a config.json names. Raises ConfigError on a model_type that is not read."""
+    kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
+    if isinstance(kind, str) and kind in ELSEWHERE:
+        raise ConfigError(f"{where}: model_type is {brief(kind)}: {ELSEWHERE[kind]}")
+    if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
+        near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
+        hint = f"near it are {', '.join(near)}; " if near else ""
+        raise ConfigError(f"{where}: model_type is {brief(kind)}; {hint}"
+                          f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
+    return family_called(kind)
 
 
 def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Family, dict[str, Any]]:

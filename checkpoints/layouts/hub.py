@@ -11,9 +11,12 @@ of the repository itself: the list of its files, and the index of the weights, i
                             the one *.gguf
     owner/name/FILE.gguf    that file, where there are several
 
+A name that can only be meant as a path (./x, a/b/c, x.gguf, or x/y where x is a folder here) is never asked of the hub.
+
 Pickles are fetched only where they may be read. Without a network, what an earlier call has fetched is used.
 """
 
+import difflib
 import glob
 import re
 from collections.abc import Callable, Collection
@@ -38,11 +41,20 @@ def local_path(source: str | Path, allow_pickle: bool = False, weights: bool = T
     """The folder, or the file in it that describes a model. Of a name on the hub, what a model needs is fetched;
     without `weights` config.json alone, if there is one.
 
-    Raises CheckpointError if `source` is neither, nor a model that the hub, or its cache here, can give."""
+    Raises CheckpointError if `source` is neither, nor a model that the hub, or its cache here, can give. Only what
+    cannot be a path that someone mistyped is asked of the hub."""
+    if not str(source).strip():
+        raise CheckpointError(f"the name of the model is empty ({str(source)!r}); expected a folder, a file, or "
+                              "owner/name on the hub")
     with refused_in_words():
         path = expanded(source)
-        if path.exists():
+        if path.is_dir():
             return path
+        if path.exists():
+            files.need_file(path)                # not a pipe: to open it would be to wait
+            return path
+        if looks_local(str(source)):
+            raise CheckpointError(f"{source}: no such folder or file; {nearest(path)}")
     named = NAME.fullmatch(source) if isinstance(source, str) else None
     if named is None:
         raise CheckpointError(f"{source}: no such folder, and not a hub name of the form owner/name")
@@ -77,6 +89,25 @@ def local_path(source: str | Path, allow_pickle: bool = False, weights: bool = T
         chosen = wanted(here, folder.joinpath, f"{name}, as far as it is in {folder} (the hub: {reason})")
     alone = next((one for one in chosen if one.endswith(".gguf")), None)
     return folder if alone is None else folder / alone
+
+
+def looks_local(source: str) -> bool:
+    """Whether a name can only be meant as a path: by how it begins or ends, by its slashes, or because its first part
+    is a folder here."""
+    first, slash, rest = source.partition("/")
+    of_hub = NAME.fullmatch(source)
+    file = source.endswith((".gguf", ".safetensors", ".json", ".bin", ".pt", ".pth")) and not (of_hub and of_hub[2])
+    more = "/" in rest and not (of_hub and of_hub[2])
+    return source.startswith((".", "/", "~")) or more or file or bool(slash) and Path(first).is_dir()
+
+
+def nearest(path: Path) -> str:
+    """What is where a path leads off, in words: the names that are like the missing one, or else the first ones."""
+    there = next(one for one in path.absolute().parents if one.is_dir())
+    names = sorted(one.name for one in there.iterdir() if not one.name.startswith("."))
+    missing = path.absolute().relative_to(there).parts[0]
+    shown = difflib.get_close_matches(missing, names, 3) or names[:8]
+    return f"{there} has {', '.join(shown) or 'nothing in it'}{' …' if len(names) > len(shown) else ''}"
 
 
 def local_folder(source: str | Path, allow_pickle: bool = False) -> Path:

@@ -5,8 +5,10 @@ wrote with our own names has this layout too; its model_type is nanollm.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 
+from checkpoints.families import family_of
 from checkpoints.layouts.found import LARGEST_CONFIG, Asked, Found
 from checkpoints.storage import files, foreign, pickles
 from checkpoints.storage.files import Stored
@@ -32,7 +34,10 @@ def find(path: Path, asked: Asked) -> Found | None:
 def of_folder(folder: Path, asked: Asked) -> Found:
     """The model of a folder. Raises CheckpointError with what it lacks."""
     found = described(folder / "config.json", asked, {})  # a config.json that cannot be read is said first
-    safe = any((folder / name).exists() for name in WEIGHTS) or not pickles.there(folder)
+    pickled = pickles.there(folder)
+    safe = any((folder / name).exists() for name in WEIGHTS) or not pickled
+    if not pickled and not any(os.path.lexists(folder / name) for name in WEIGHTS):
+        family_of(found.values, found.where)  # where there are no weights, a model that is not read is said first
     stored = files.read_folder(folder) if safe else pickles.read_folder(folder, asked.allow_pickle)
     return dataclasses.replace(found, stored=stored)
 

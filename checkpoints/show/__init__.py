@@ -153,13 +153,12 @@ class Found(NamedTuple):
 
 def find(source: str) -> Found:
     """A preset, or what a folder, a config.json or the hub has. Raises ConfigError or CheckpointError."""
-    path = Path(source)
-    if not path.exists() and "/" not in source:
+    if source.strip() and "/" not in source and not Path(source).exists():
         try:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    found = layouts.describe(path if path.exists() else hub.local_path(source, weights=False))
+    found = layouts.describe(hub.local_path(source, weights=False))
     config, values, stored = config_of(found)[1], found.values, found.stored
     held: Counter[torch.dtype] = Counter()                  # bytes
     for tensor in stored.values():

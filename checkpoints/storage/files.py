@@ -44,6 +44,7 @@ from nanollm.errors import CheckpointError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors|pytorch_model-\d{5}-of-\d{5}\.bin)", re.ASCII)
 LARGEST_HEADER = 25_000_000                      # bytes, room for 200,000 tensors; parsed, JSON takes 25 times its size
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
@@ -300,6 +301,12 @@ def inside(folder: Path, name: str, said_by: str, suffix: str = ".safetensors") 
 
 
 def _why_no_weights(folder: Path) -> str:
+    shards = sorted(path.name for path in folder.iterdir() if SHARD.fullmatch(path.name))
+    if shards:
+        index = INDEX if shards[0].endswith(".safetensors") else "pytorch_model.bin.index.json"
+        return (f"{shards[0]}{f' … {shards[-1]} are shards' if len(shards) > 1 else ' is a shard'} of a model, and "
+                f"{index}, which says what is in each, is missing; it lies in the repository that they came from: "
+                "download it into the folder")
     suffixes = (".bin", ".pt", ".pth", ".gguf", ".safetensors")
     others = sorted(path.name for path in folder.iterdir() if path.suffix in suffixes)
     return f"neither {SINGLE} nor {INDEX}" + (f"; {', '.join(others)} follow another layout" if others else "")

@@ -168,7 +168,10 @@ def _open_archive(path: Path) -> tuple[list[tuple[str, Any]], dict[str, tuple[in
     except (zipfile.BadZipFile, NotImplementedError, EOFError, OSError, ValueError, RuntimeError,
             struct.error) as error:
         with open(path, "rb") as file:
-            kind = files.what_it_is(file.read(256))
+            head = file.read(256)
+        if head.startswith(b"PK\x03\x04"):
+            raise CheckpointError(f"{path}: a truncated or damaged zip archive; download it again") from None
+        kind = files.what_it_is(head)
         raise CheckpointError(f"{path}: not tensors as torch.save writes them since 1.6: {kind or error}") from None
 
 
@@ -337,7 +340,10 @@ def lay_out(path: Path, tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]])
     """Write a file whose tensors have names, shapes and places, and as yet no values; whoever calls this fills them.
 
     No memory is taken: what torch.empty gives is not touched. The checksums in the archive are not those of the values;
-    torch ignores them."""
-    with skip_data():
-        torch.save({name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}, path)
+    torch ignores them. Raises OSError if the system does not take the bytes."""
+    try:
+        with skip_data():
+            torch.save({name: torch.empty(shape, dtype=dtype) for name, (dtype, shape) in tensors.items()}, path)
+    except RuntimeError as error:                # torch's word for a full disk, a quota, or `ulimit -f`
+        raise OSError(f"{path.name}: the system takes no more bytes ({str(error).splitlines()[0]})") from error
     return read_header(path)

@@ -50,7 +50,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
         home = _home_of_drafts(destination)
         draft = home / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
-            draft.mkdir(parents=True)
+            _make(draft, destination)
             with _locked(draft):
                 yield draft
                 for path in [*_files_in(draft), draft]:
@@ -64,6 +64,16 @@ def new_folder(destination: Path) -> Iterator[Path]:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(f"{destination}: cannot write: {error}") from error
+
+
+def _make(draft: Path, destination: Path) -> None:
+    """The hidden folder. Raises CheckpointError with the folder, of those that are there, that takes none."""
+    try:
+        draft.mkdir(parents=True)
+    except PermissionError as error:
+        there = next(one for one in draft.parents if one.exists())
+        raise CheckpointError(f"{destination}: cannot write: the folder {there} is not writable "
+                              f"({error.strerror})") from error
 
 
 def _home_of_drafts(destination: Path) -> Path:

@@ -31,7 +31,7 @@ import tokenizers
 from tokenizers import AddedToken
 
 from nanollm.errors import TokenizerError
-from nanollm.text.tokenizer_declared import Declared, chat_templates, need
+from nanollm.text.tokenizer_declared import Declared, chat_templates, need, need_file
 from nanollm.text.tokenizer_files import BYTE, FILES, Model, one_error, read_model
 
 OPEN, CLOSE = "\ufdd0", "\ufdd1"  # noncharacters: Unicode keeps them out of interchanged text for good
@@ -58,6 +58,9 @@ class Tokenizer:
 
     def __init__(self, folder: Path) -> None:
         need(folder.is_dir(), folder, "no such folder", "a folder with tokenizer files")
+        for pattern in FILES:
+            for path in folder.glob(pattern):
+                need_file(path)
         self._declared = declared = Declared(folder)
 
         def backend(model: Model, path: Path) -> SentencePiece | Tokenizers:

@@ -55,8 +55,14 @@ def what_is(data: bytes) -> str:
     return named[0] if named else f"{len(data)} bytes beginning {data[:24]!r}" if data else "an empty file"
 
 
+def need_file(path: Path) -> None:
+    """Raises TokenizerError for what is there but no file: opening a pipe would wait for ever."""
+    need(path.is_file() or not path.exists(), path, "a folder" if path.is_dir() else "a pipe or a device", "a file")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in `path`; {} where there is no such file."""
+    need_file(path)
     data = path.read_bytes() if path.exists() else b"{}"
     try:
         value = json.loads(data)
