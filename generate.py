@@ -24,7 +24,7 @@ import torch
 
 import checkpoints
 from checkpoints.layouts.hub import local_path
-from nanollm.cli import Parser, main
+from nanollm.cli import LARGE, SEEDS, Parser, main
 from nanollm.errors import InputError
 from nanollm.inference import batches, settings
 from nanollm.inference.chat import Chat
@@ -41,9 +41,8 @@ from nanollm.text.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 QUANTIZE = {"int8": 8, "int4": 4}
-LARGE = 1 << 31
 BOUNDS = {"max_new_tokens": (1, LARGE), "context": (2, LARGE), "batch_size": (1, 1 << 16), "temperature": (0, 100),
-          "top_k": (1, LARGE), "top_p": (0, 1), "min_p": (0, 1), "seed": (-(1 << 63), (1 << 63) - 1)}
+          "top_k": (1, LARGE), "top_p": (0, 1), "min_p": (0, 1), "seed": SEEDS}
 COLDEST = 1e-6          # a temperature below, which divides the logits, would make them infinite
 
 
@@ -64,8 +63,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="one JSON object a result, for --prompt and --ask")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --ask and --chat")
     parser.add_argument("--template", metavar="NAME_OR_FILE",
-                        help="chat template in place of the model's: a file (Jinja) or one of "
-                        f"{', '.join(templates.TEMPLATES)}; with --suffix: one of {', '.join(templates.INFILL)}")
+                        help="chat template in place of the model's: a file (Jinja), a name of the model's own, or "
+                        f"one of {', '.join(templates.TEMPLATES)}; "
+                        f"with --suffix: one of {', '.join(templates.INFILL)}")
     parser.add_argument("--suffix", metavar="TEXT",
                         help="text after the middle, to fill in the middle; with one --prompt and --template")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction,
@@ -206,9 +206,10 @@ def note_past(model: Decoder, tokens: int) -> None:
 
 
 def opened(args: argparse.Namespace, tokenizer: Tokenizer) -> Conversation:
-    """A conversation with no question yet."""
+    """A conversation with no question yet. Raises TokenizerError where its template is broken."""
     conversation = Conversation(tokenizer)
     conversation.set_system(args.system or "")
+    conversation.try_out()
     return conversation
 
 
@@ -233,6 +234,7 @@ def run() -> None:
     done = batches.finished(args.out, jobs) if args.prompts else 0
     if args.prompts and done == len(jobs):
         return note(f"[{args.out} has all {done} answers]")
+    conversation = opened(args, tokenizer) if args.chat else None
     model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore)
     if args.quantize:
         quantize(model, QUANTIZE[args.quantize])
@@ -240,9 +242,9 @@ def run() -> None:
     if args.prompts:
         batches.answer_jobs(model, tokenizer, jobs, done, args.out, args.batch_size, args.max_new_tokens,
                             [*args.stop, *tokenizer.stop_texts], drawn)
-    elif args.chat:
+    elif conversation is not None:
         context = args.context or default_context(model.config, model.embed.weight.dtype)
-        Chat(model, opened(args, tokenizer), context=context, max_new_tokens=args.max_new_tokens, stop=args.stop,
+        Chat(model, conversation, context=context, max_new_tokens=args.max_new_tokens, stop=args.stop,
              sampling=drawn).run()
     else:
         (several if len(args.prompt or []) > 1 else one)(args, model, tokenizer, drawn)

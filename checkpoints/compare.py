@@ -33,6 +33,7 @@ its code from the hub is run.
 """
 
 import argparse
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,7 @@ from nanollm.errors import CheckpointError, ConfigError, InputError
 from nanollm.training import plot
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
+MOST = 1 << 16                  # random tokens of a run: both models keep what every layer makes of them
 INSTALL = "comparing with transformers needs it: pip install \"nanollm[test]\""
 
 
@@ -76,7 +78,7 @@ def transformers_side(folder: Path, dtype: torch.dtype) -> tuple[Side, str, list
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True)
     except Exception as error:                   # an unknown family, a missing key or file: they have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise CheckpointError(f"{folder}: transformers does not read it: {reason}. "
                               "Give a second folder to compare with") from None
     if hasattr(model.config, "rescale_every"):
@@ -181,16 +183,29 @@ def _row(group: list[Weight]) -> tuple[str, str, str, str, str]:
 # ---- the command
 
 def random_tokens(vocab: int, batch: int, tokens: int, seed: int) -> Tensor:
-    """(batch, tokens) int64, the same for a seed on every machine. Raises InputError."""
-    if batch < 1 or tokens < 1:
-        raise InputError(f"--batch {batch} --tokens {tokens}: expected at least 1 of each")
+    """(batch, tokens) int64, the same for a seed on every machine."""
     return torch.randint(0, vocab, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def need_bounds(context: int | None, batch: int, tokens: int) -> None:
+    """Raises InputError for more tokens than the model's context, or more than MOST in all; nothing is in memory then.
+    """
+    most = context or MOST
+    if batch < 1 or not 1 <= tokens <= most:
+        raise InputError(f"--batch {batch} --tokens {tokens}: expected at least 1 row of 1 to {most} tokens")
+    if batch * tokens > MOST:
+        raise InputError(f"--batch {batch} --tokens {tokens}: expected at most {MOST} tokens in all rows together")
 
 
 def against_transformers(source: Source, args: argparse.Namespace, dtype: torch.dtype, bound: float) -> Report:
     """One folder."""
-    theirs, version, notes = transformers_side(source.folder, dtype)
+    need_bounds(source.config.positions or source.config.context, args.batch, args.tokens)
+    if source.layout != "hf":
+        raise CheckpointError(f"{source.folder}: transformers does not read this layout ({source.layout}): convert it "
+                              f"first: python -m checkpoints.convert {shlex.quote(args.source)} FOLDER; or give a "
+                              "second folder to compare with")
     tokens = random_tokens(source.config.vocab, args.batch, args.tokens, args.seed)
+    theirs, version, notes = transformers_side(source.folder, dtype)
     outline = tracing.outline(source.steps, len(source.config.layers))
     blocks = [part for part in outline if part.ours[0].startswith("layers.")]
     parts = {block.ours[0]: tracing.parts_of(source.steps, block) for block in blocks}
@@ -205,6 +220,8 @@ def in_our_decoder(a: Source, b: Source, args: argparse.Namespace, dtype: torch.
         one, other = getattr(a.config, field), getattr(b.config, field)
         if one != other:
             raise ConfigError(f"{b.folder}: {field} is {other}, and {one} in {a.folder}: they cannot run side by side")
+    for source in (a, b):
+        need_bounds(source.config.positions or source.config.context, args.batch, args.tokens)
     tokens = random_tokens(a.config.vocab, args.batch, args.tokens, args.seed)
     outline, parts = between.same_names(a, b)
     one, other = (tracing.side(source.fill(dtype)) for source in (a, b))
@@ -231,10 +248,11 @@ def run() -> None:
     add("source", metavar="FOLDER", help="model folder, owner/name on the hub, or a config.json, params.json or *.gguf")
     add("other", metavar="OTHER", nargs="?", help="another one, to compare with in place of transformers")
     add("--run", action="store_true", help="run of both models, of two folders, beside the comparison of their weights")
-    add("--tokens", type=int, default=48, metavar="N",
+    add("--tokens", type=cli.whole(), default=48, metavar="N",
         help="number of random tokens in a row (default 48); to check a window, more than it")
-    add("--batch", type=int, default=2, metavar="N", help="number of rows (default 2)")
-    add("--seed", type=int, default=0, metavar="N", help="seed that the tokens are drawn from (default 0)")
+    add("--batch", type=cli.whole(), default=2, metavar="N", help="number of rows (default 2)")
+    add("--seed", type=cli.whole(*cli.SEEDS), default=0, metavar="N",
+        help="seed that the tokens are drawn from (default 0)")
     add("--dtype", choices=[name for name in DTYPES if name != "auto"], default="float32",
         help="dtype of both models (default float32)")
     add("--bound", type=float, metavar="X", help="largest relative difference that is called equal (default as above)")

@@ -38,10 +38,11 @@ from checkpoints.source import Source, open_source
 from checkpoints.storage import stream, writing
 from checkpoints.storage.files import Stored
 from nanollm import cli
-from nanollm.errors import CheckpointError, InputError
+from nanollm.errors import CheckpointError, InputError, counted
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Q8_0 = "q8_0"
+ONE_FILE = ("meta", "mistral", "gguf")          # layouts that are written without shards
 PREFIXES = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
 
 
@@ -244,7 +245,7 @@ def run() -> None:
     add("--dtype", choices=(*DTYPES, Q8_0), default="auto",
         help="dtype of the weights; auto keeps what is stored, tensor by tensor, and makes bfloat16 of 8 and 4 bits; "
         "q8_0, 8 bits in blocks of 32, is GGUF's")
-    add("--shard-size", default="5GB", metavar="SIZE",
+    add("--shard-size", metavar="SIZE",
         help="size of a file, at most, where the layout knows shards (default 5GB)")
     add("--family", metavar="MODEL_TYPE", help="model_type, for a folder that does not say, or says something else")
     add("--ignore", action="append", default=[], metavar="NAME",
@@ -254,7 +255,9 @@ def run() -> None:
     add("--allow-pickle", action="store_true",
         help="permission to read .bin and .pth files, from people you trust, though none of what they name is run")
     args = parser.parse_args()
-    shard_bytes = size(args.shard_size)
+    shard_bytes = size("5GB" if args.shard_size is None else args.shard_size)
+    if args.shard_size is not None and args.to in ONE_FILE:
+        warnings.warn(f"--shard-size does nothing with --to {args.to}, which is one file", stacklevel=2)
     if args.dtype == Q8_0 and args.to != "gguf":
         parser.error("--dtype q8_0 goes with --to gguf")
     for name, given in (("SRC", args.source), ("DST", args.destination)):
@@ -271,7 +274,7 @@ def run() -> None:
     conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized)
     total = conversion.written.nbytes
     print(f"{source.folder} ({source.family.name}, {source.layout}) → {target} ({args.to}): "
-          f"{len(conversion.written.tensors):,} tensors, {total:,} bytes")
+          f"{counted(len(conversion.written.tensors), 'tensor')}, {total:,} bytes")
     if args.dry_run:
         print("\n".join(describe(conversion)))
         return

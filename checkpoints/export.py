@@ -266,6 +266,8 @@ def copy_companions(origin: Origin | None, draft: Path, folder: Path, written: E
         except TokenizerError as error:
             warnings.warn(f"{folder} is written without tokenizer: {error}", stacklevel=2)
             return
+        if not companions.found_in(origin.folder, origin.layout).keys() & {"tokenizer.json", "tokenizer.model"}:
+            warnings.warn(f"{folder} is written without tokenizer: {origin.inside} has none inside", stacklevel=2)
     companions.copy(origin.folder, origin.layout, draft, {} if origin.layout == "hf" else ids)
     if behind := companions.left_behind(origin.folder, origin.used):
         warnings.warn(f"{origin.folder}: not copied to {folder}: {behind}", stacklevel=2)

@@ -47,7 +47,7 @@ from checkpoints.source import Source, said_dtype, understand
 from checkpoints.storage import files, pickles
 from checkpoints.storage.files import Stored
 from nanollm import cli
-from nanollm.errors import CheckpointError, NanollmError
+from nanollm.errors import CheckpointError, NanollmError, counted
 
 SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 LISTED = 8                                       # files that are listed one by one
@@ -94,6 +94,10 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
         report.parameters = sum(parameter.numel() for parameter in source.parameters().values())
         report.notes += _casts(source)
         report.notes += _unreadable(source)
+        eos = source.values.get("eos_token_id")
+        report.notes += [f"eos_token_id is {one}, beyond the {source.config.vocab:,} rows of the embedding: "
+                         "it never ends a text" for one in (eos if isinstance(eos, list) else [eos])
+                         if type(one) is int and one >= source.config.vocab]
     except NanollmError as error:
         report.reason = str(error)
     if not report.stored:
@@ -123,14 +127,17 @@ def _casts(source: Source) -> Iterator[str]:
                 others[found, kept].append(name)
     by = "config.json says so" if said_dtype(source.values) else "most of the weights are"
     for (found, kept), names in others.items():
-        becomes = "stay so" if kept == found else f"become {table.short(kept)} in memory"
+        one = len(names) == 1
+        becomes = "stay" + "s" * one + " so" if kept == found else (
+            f"become{'s' * one} {table.short(kept)} in memory")
         patterns: dict[str, list[str]] = defaultdict(list)
         for name in names:
             patterns[folding.pattern(name)].append(name)
         listed = [folding.folded(each) for each in patterns.values()]
         more = f" and {len(listed) - SHOWN} more patterns" if len(listed) > SHOWN else ""
-        yield (f"the model is {table.short(working)}, as {by}; {len(names)} tensors are stored in {table.short(found)} "
-               f"and {becomes}: {', '.join(listed[:SHOWN])}{more}")
+        yield (f"the model is {table.short(working)}, as {by}; {counted(len(names), 'tensor')} "
+               f"{'is' if one else 'are'} stored in {table.short(found)} and {becomes}: "
+               f"{', '.join(listed[:SHOWN])}{more}")
 
 
 def which_layout(path: Path) -> str:

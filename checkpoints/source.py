@@ -37,7 +37,7 @@ from checkpoints.layouts.original import with_rope_layout
 from checkpoints.names import prefixes, table
 from checkpoints.storage import files, quantized, stream
 from nanollm.config import ModelConfig
-from nanollm.errors import CheckpointError, ConfigError
+from nanollm.errors import CheckpointError, ConfigError, counted
 from nanollm.model import Decoder
 
 
@@ -158,7 +158,7 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
     mark = family.ahead.replace("{i}", str(len(config.layers)))
     spare = (*family.left_out, *([mark.rsplit(".", 2)[0] + "."] if mark in stored else []))
     towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
-    told = [f"{prefix}… ({len(tower)} tensors, {sum(one.size for one in tower):,} bytes)"
+    told = [f"{prefix}… ({counted(len(tower), 'tensor')}, {sum(one.size for one in tower):,} bytes)"
             for prefix, tower in towers.items() if tower]
     if told:
         warnings.warn(f"{folder}: the language model is loaded; left out: {', '.join(told)}", stacklevel=2)
@@ -181,9 +181,9 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
         needed = {name for step in table.expand(names, parameters, config) for name in step.theirs}
         whole = prefixes.of_whole_model(stored, needed, embed, where)
         if whole.keys() != stored.keys() and not config.tied and head not in whole:
-            raise CheckpointError(f"{where}: a base model that was saved alone, without {head}, which config.json does "
-                                  "not tie to the embedding; transformers would draw a random one. "
-                                  "Save the model with its head")
+            raise CheckpointError(f"{where}: a base model that was saved alone, without {head}, which "
+                                  f"{found.said_by} does not tie to the embedding; transformers would draw a random one"
+                                  ". Save the model with its head")
         stored = whole
         prefixes.need_one_way(stored, needed, tables, where)
     if config.tied and head in stored and embed not in stored:   # safetensors' save_model keeps one name of the two
@@ -192,12 +192,12 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
         if files.equal_bytes(stored[head], stored[embed]):
             ignore = (*ignore, head)
         else:
-            warnings.warn(f"{found.folder}: tied by config.json, but {head} is not the embedding; "
+            warnings.warn(f"{where}: tied by {found.said_by}, but {head} is not the embedding; "
                           "it is kept, and the model is untied", stacklevel=2)
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)
-    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, where)
+    table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, where, found.said_by)
     return stored, model, names, steps
 
 

@@ -5,6 +5,7 @@ import argparse
 import difflib
 import io
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,12 +13,17 @@ from typing import Any
 
 from nanollm.errors import NanollmError
 
+LARGE = 1 << 31                 # of a number of tokens, rows or steps: sizes beyond it overflow 64 bits when multiplied
+SEEDS = (-(1 << 63), (1 << 63) - 1)
+
 
 class Parser(argparse.ArgumentParser):
     """argparse that does not guess: options are written out, and a misspelt one is answered with the nearest."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **options)
+        # what begins like a negative number is a value, -5GB too: its option says what is wrong with it
+        self._negative_number_matcher = re.compile(r"-\.?\d")
 
     def parse_args(  # type: ignore[override]  # argparse also takes a namespace of another class; nobody here has one
         self, args: Sequence[str] | None = None, namespace: None = None
@@ -31,6 +37,18 @@ class Parser(argparse.ArgumentParser):
         known = [known for action in self._actions for known in action.option_strings]
         near = difflib.get_close_matches(option, known, 1)
         return f"; did you mean {near[0]}?" if near else "; --help lists them"
+
+
+def whole(low: int = 1, high: int = LARGE) -> Callable[[str], int]:
+    """The type of an option that is a whole number, for argparse, which ends the process for one out of bounds."""
+    def read(text: str) -> int:
+        value = int(text.replace("_", ""))
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text}: expected a whole number from {low} to {high}")
+        return value
+
+    read.__name__ = "int"                                  # argparse says: invalid int value
+    return read
 
 
 def one_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, *more: Any) -> None:

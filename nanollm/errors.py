@@ -17,6 +17,11 @@ class NanollmError(Exception):
         super().__init__("\n".join(_cut(_spelled(_cut(line))) for line in message.split("\n")[:MOST]))
 
 
+def counted(count: int, noun: str) -> str:
+    """A number and what is counted, for a message: 1 tensor, 2,048 tensors."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def _cut(line: str) -> str:
     return line if len(line) <= WIDEST else f"{line[: WIDEST // 2]} … {line[-WIDEST // 2 + 3 :]}"
 

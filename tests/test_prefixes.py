@@ -92,7 +92,8 @@ def test_a_base_model_with_its_head(tmp_path):
 
 # ---- prefixes
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod."])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "base_model.model.", "module._orig_mod.",
+                                    "_fsdp_wrapped_module."])
 def test_a_prefix_of_all_tensors(prefix, tmp_path):
     model = write(UNTIED, tmp_path / "in")
     whole = load_file(tmp_path / "in/model.safetensors")
@@ -110,6 +111,16 @@ def test_the_language_model_of_a_multimodal_one(tmp_path):
         ours = checkpoints.load(tmp_path / "in")
     assert ["model.language_model. is taken off" in str(one.message) for one in told] == [True, False]
     assert difference(ours(tokens(TIED)), reference_logits(TIED, model, tokens(TIED))) < 1e-5
+
+
+@pytest.mark.parametrize("inner", ["_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"])
+@pytest.mark.parametrize("part", ["model.", "layers.1."])
+def test_a_wrapper_inside_the_names(inner, part, tmp_path):
+    """Of the whole model below its head, and of one layer."""
+    model = write(UNTIED, tmp_path / "in")
+    count = sum(part in name for name in load_file(tmp_path / "in/model.safetensors"))
+    renamed(tmp_path / "in", lambda name: name.replace(part, f"{part}{inner}."))
+    need_logits(tmp_path / "in", UNTIED, model, f"{inner}. is taken out of {count} names of tensors")
 
 
 def test_a_prefix_of_some_tensors(tmp_path):
@@ -130,7 +141,7 @@ def test_copies_in_two_shards(tmp_path):
     tensors = load_file(tmp_path / "in" / other)
     copy = load_file(tmp_path / "in" / index[name])[name]
     save_file(tensors | {name: copy}, tmp_path / "in" / other, {"format": "pt"})
-    need_logits(tmp_path / "in", UNTIED, model, f"1 tensors are in two shards with the same bytes ({name}, in ")
+    need_logits(tmp_path / "in", UNTIED, model, f"in two shards with the same bytes: 1 tensor ({name}, in ")
     save_file(tensors | {name: copy + 1}, tmp_path / "in" / other, {"format": "pt"})
     with pytest.raises(CheckpointError, match=f"{name} is in two shards, .*, with other values in each"):
         checkpoints.load(tmp_path / "in")

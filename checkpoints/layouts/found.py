@@ -30,3 +30,8 @@ class Found:
     pairs: bool = False  # RoPE rotates neighbouring channels, as stored in this layout
     ignorable: frozenset[str] = frozenset()  # tensors of this layout that are no weights
     inside: Path | None = None  # the file that has a tokenizer inside, as a GGUF does; None: it lies in the folder
+
+    @property
+    def said_by(self) -> str:
+        """What describes the model, in an error: a GGUF has keys, other layouts a file."""
+        return "its keys" if self.inside else Path(self.where).name

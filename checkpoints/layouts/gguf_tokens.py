@@ -58,6 +58,7 @@ def load(path: Path) -> Tokenizer | None:
         folder.cleanup()
         return None
     found = tokenizer.load(folder.name)
+    found.template_files = dict.fromkeys(found.chat_templates, path)     # for errors: not the folder that will be gone
     weakref.finalize(found, folder.cleanup)
     return found
 

@@ -2,23 +2,29 @@
 
     module.                  DataParallel, DistributedDataParallel, DeepSpeed      module.model.norm.weight
     _orig_mod.               torch.compile                                         _orig_mod.model.norm.weight
+    _fsdp_wrapped_module.    FullyShardedDataParallel                              _fsdp_wrapped_module.lm_head.weight
     base_model.model.        PEFT                                                  base_model.model.model.norm.weight
     model.language_model.    the language model inside a multimodal one            model.language_model.norm.weight
     language_model.          the same, in older folders                            language_model.model.norm.weight
 
-A prefix is taken off where *every* tensor has it and the family's own names do not begin with it. A model that was
+A prefix is taken off where *every* tensor has it and the family's own names do not begin with it. Inside a name
+torch's own wrappers are taken out, where no two names become one. A model that was
 saved without its head (transformers' AutoModel, embedding models) lacks the first part of every name: layers.0… in
 place of model.layers.0…. One warning names what was done.
 """
 
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import TypeVar
 
 from checkpoints.names.table import Table
-from nanollm.errors import CheckpointError
+from nanollm.errors import CheckpointError, counted
 
-WRAPPERS = ("module.", "_orig_mod.", "base_model.model.", "model.language_model.", "language_model.")
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.model.",
+            "model.language_model.", "language_model.")
+# torch's wrappers of parts of a model: model.layers.0._orig_mod.mlp.up_proj.weight
+INNER = re.compile(r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 One = TypeVar("One")
 
 
@@ -34,7 +40,14 @@ def unwrapped(stored: Mapping[str, One], tables: Collection[Table], where: str) 
     while taken := next((each for each in foreign(tables) if all(name.startswith(each) for name in found)), None):
         found, off = {name.removeprefix(taken): one for name, one in found.items()}, off + taken
     if off:
-        warnings.warn(f"{where}: {off} is taken off the names of all {len(found)} tensors", stacklevel=2)
+        warnings.warn(f"{where}: {off} is taken off the names of all {counted(len(found), 'tensor')}", stacklevel=2)
+    bare = {INNER.sub("", name): one for name, one in found.items()}
+    if bare.keys() != found.keys() and len(bare) == len(found):
+        changed = [name for name in found if INNER.search(name)]
+        what = ", ".join(dict.fromkeys(part for name in changed for part in INNER.findall(name)))
+        warnings.warn(f"{where}: {what} is taken out of {counted(len(changed), 'name')} of tensors ({changed[0]})",
+                      stacklevel=2)
+        return bare
     return found
 
 

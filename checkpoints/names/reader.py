@@ -63,6 +63,7 @@ ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh", "relu2": "relu2",
 }
+UNKNOWN = 10_000                                 # layers or experts, where no tensors are known that bound them
 LARGEST = 2**31                                  # of one size; products of sizes are compared with the files
 NEEDED: Any = object()                           # in place of a default
 SHORT = reprlib.Repr()  # of a value in an error: a list may hold a million, or be as deep as JSON can be
@@ -75,7 +76,7 @@ class Reader:
     known."""
 
     def __init__(
-        self, values: dict[str, Any], where: str = "config.json", ignore: Collection[str] = (), most: int = 10_000,
+        self, values: dict[str, Any], where: str = "config.json", ignore: Collection[str] = (), most: int = UNKNOWN,
         prefix: str = "",
     ) -> None:
         self.values, self.where, self.ignore, self.most, self.prefix = values, where, ignore, most, prefix
@@ -104,7 +105,11 @@ class Reader:
 
     def count(self, key: str, default: Any = NEEDED) -> Any:
         """A size that is also a number of tensors on disk."""
-        return self.size(key, default, most=self.most)
+        try:
+            return self.size(key, default, most=self.most)
+        except ConfigError as error:
+            known = "" if self.most == UNKNOWN else ", the number of tensors in the files"
+            raise ConfigError(f"{error}{known}") from None
 
     def number(self, key: str, default: Any = NEEDED, above: float = 0.0) -> Any:
         """A float above a bound. With a default of None, None."""

@@ -172,6 +172,7 @@ def check(
     ignorable: Iterable[str] = (),
     ignore: Iterable[str] = (),
     where: str = "weights",
+    said_by: str = "config.json",
 ) -> None:
     """Raise one CheckpointError with every tensor that is missing, unexpected, of another shape or of another type.
 
@@ -183,7 +184,7 @@ def check(
         for name in present:
             want, found = expected[name], stored[name].shape
             if want != found:
-                shapes.append(f"{name}: {found} stored, {want} by config.json")
+                shapes.append(f"{name}: {found} stored, {want} by {said_by}")
             if stored[name].dtype not in READABLE:
                 types.append(f"{name}: {short(stored[name].dtype)} stored, floats of 16 bits or more expected")
     spare = unexpected(steps, stored, ignorable, ignore)
@@ -194,7 +195,8 @@ def check(
         ("of another type", types),
     ) if kind[1]]
     if problems:
-        raise CheckpointError(f"{where}: the tensors are not what config.json says\n" + "\n".join(problems))
+        say = "says" if said_by.endswith(".json") else "say"
+        raise CheckpointError(f"{where}: the tensors are not what {said_by} {say}\n" + "\n".join(problems))
 
 
 def short(dtype: torch.dtype) -> str:

@@ -31,8 +31,9 @@ from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
 from checkpoints.source import config_of, said_dtype
 from nanollm import presets
+from nanollm.cli import LARGE
 from nanollm.config import ModelConfig, MoE
-from nanollm.errors import ConfigError, InputError
+from nanollm.errors import ConfigError, InputError, counted
 from nanollm.layers import MODULES
 from nanollm.training import flops as speed
 
@@ -112,8 +113,8 @@ def describe(config: ModelConfig, context: int | None = None, dtype: torch.dtype
 
 def _measured(config: ModelConfig, context: int | None, dtype: torch.dtype) -> tuple[list[Kind], int, Costs]:
     context = usual_context(config) if context is None else context
-    if context < 1 or context > (config.positions or context):
-        raise InputError(f"--context {context}: expected 1 to {config.positions or 'any number of'} tokens")
+    if not 1 <= context <= (config.positions or LARGE):
+        raise InputError(f"--context {context}: expected 1 to {config.positions or LARGE} tokens")
     try:
         kinds = kinds_of(config)
     except RuntimeError as error:                           # torch's word for sizes whose product exceeds 64 bits
@@ -166,5 +167,5 @@ def find(source: str) -> Found:
     usual = next((dtype for dtype, _ in held.most_common() if dtype in table.READABLE), torch.bfloat16)
     parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
     used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
-    where = f" in {len(stored):,} tensors and {len(used)} file(s)"
+    where = f" in {counted(len(stored), 'tensor')} and {len(used)} file(s)"
     return Found(config, said_dtype(values) or usual, parts + where if stored else None)

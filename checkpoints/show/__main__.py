@@ -12,7 +12,7 @@ def run() -> None:
                         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="FOLDER",
                         help="model folder, config.json, params.json or *.gguf, owner/name on the hub, or preset")
-    parser.add_argument("--context", type=int, metavar="N",
+    parser.add_argument("--context", type=cli.whole(), metavar="N",
                         help=f"number of tokens that the costs are for (default {show.CONTEXT}, or as many as the "
                         "model was trained for)")
     parser.add_argument("--json", action="store_true", help="the same for machines")

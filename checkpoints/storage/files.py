@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.errors import CheckpointError
+from nanollm.errors import CheckpointError, counted
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -52,6 +52,7 @@ DTYPES = {
     "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
 }
 
+AGAIN = "; download it again"                    # what helps where bytes were lost on the way
 ENTRY = {"dtype", "shape", "data_offsets"}       # of a tensor in a header
 KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"),
          (stat.S_ISBLK, "a device"))
@@ -85,7 +86,7 @@ class Stored:
             found = file.readinto(as_bytes(run))
         if found != run.nbytes:
             raise CheckpointError(f"{self.file}: truncated while it was read: "
-                                  f"expected {run.nbytes} bytes, found {found}")
+                                  f"expected {run.nbytes} bytes, found {found}{AGAIN}")
 
 
 @contextlib.contextmanager
@@ -156,7 +157,7 @@ def parse_json(text: bytes, where: str) -> dict[str, Any]:
     except RecursionError:
         raise CheckpointError(f"{where}: JSON nested too deeply") from None
     except ValueError as error:                  # not UTF-8, not JSON, a number of ten thousand digits
-        raise CheckpointError(f"{where}: {what_it_is(text) or f'not JSON ({error})'}") from None
+        raise CheckpointError(f"{where}: {what_it_is(text) or f'not JSON ({error}){AGAIN}'}") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{where}: a JSON object expected, found {type(value).__name__}")
     return value
@@ -181,7 +182,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     need_file(path)
     size = path.stat().st_size
     if size == 0:
-        raise CheckpointError(f"{path}: empty")
+        raise CheckpointError(f"{path}: empty{AGAIN}")
     with _open(path) as file:
         head = file.read(256)
         length = int.from_bytes(head[:8], "little")
@@ -205,17 +206,17 @@ def read_header(path: Path) -> dict[str, Stored]:
         end = one.start + one.size
     if end != size:
         how = "truncated" if end > size else "bytes after the last tensor"
-        raise CheckpointError(f"{path}: {how}: expected {end} bytes, found {size}")
+        raise CheckpointError(f"{path}: {how}: expected {end} bytes, found {size}{AGAIN}")
     return stored
 
 
 def _why_no_header(length: int, size: int) -> str:
     if size < 8:
-        return f"truncated: {size} bytes, not even the length of a header"
+        return f"truncated: {size} bytes, not even the length of a header{AGAIN}"
     if length > LARGEST_HEADER:
         return f"not safetensors: a header of {length} bytes is too large"
     if length > size - 8:
-        return f"truncated in the header: expected at least {8 + length} bytes, found {size}"
+        return f"truncated in the header: expected at least {8 + length} bytes, found {size}{AGAIN}"
     return "not safetensors: the header does not start with {"
 
 
@@ -265,7 +266,7 @@ def read_shards(folder: Path, single: str, index: str, read: Callable[[Path], di
     lost = [name for name, shard in places.items() if name not in stored or stored[name].file.name != shard]
     if lost:
         first = f"{lost[0]}, in {places[lost[0]]}"
-        raise CheckpointError(f"{folder / index}: {len(lost)} tensors are not in the shard it names; "
+        raise CheckpointError(f"{folder / index}: not in the shard it names: {counted(len(lost), 'tensor')}; "
                               f"the first is {first}")
     return stored
 
@@ -288,8 +289,8 @@ def _same_in_both(folder: Path, stored: dict[str, Stored], found: dict[str, Stor
                                   "with other values in each; delete the shard that does not belong here")
     if twice:
         files = f"{stored[twice[0]].file.name} and {found[twice[0]].file.name}"
-        warnings.warn(f"{folder}: {len(twice)} tensors are in two shards with the same bytes ({twice[0]}, in {files}); "
-                      "one copy is read", stacklevel=2)
+        warnings.warn(f"{folder}: in two shards with the same bytes: {counted(len(twice), 'tensor')} ({twice[0]}, "
+                      f"in {files}); one copy is read", stacklevel=2)
 
 
 def inside(folder: Path, name: str, said_by: str, suffix: str = ".safetensors") -> Path:

@@ -168,7 +168,7 @@ def places(path: Path, header: Header, dtype: torch.dtype, norms_plus: float) ->
         length = math.prod(entry.shape) // elements * nbytes
         if data + end + length > size:
             raise CheckpointError(f"{path}: truncated: {entry.name} ends at byte {data + end + length}, "
-                                  f"the file at {size}")
+                                  f"the file at {size}{files.AGAIN}")
         if entry.name in stored:
             raise CheckpointError(f"{path}: {entry.name} appears twice")
         plus = norms_plus if entry.name.endswith("norm.weight") else 0.0
@@ -195,7 +195,8 @@ class Cursor:
         """Where it was."""
         if count > len(self.data) - self.at:
             raise CheckpointError(f"{self.where}: truncated in the header: "
-                                  f"{count} bytes expected at byte {self.at}, the file has {len(self.data)}")
+                                  f"{count} bytes expected at byte {self.at}, "
+                                  f"the file has {len(self.data)}{files.AGAIN}")
         self.at += count
         return self.at - count
 
@@ -273,6 +274,8 @@ def read_header(path: Path) -> Header:
     try:
         with open(path, "rb") as file:
             head = file.read(256)
+            if not head:
+                raise CheckpointError(f"{path}: empty{files.AGAIN}")
             if head[:4] != MAGIC:
                 kind = files.what_it_is(head) or f"a file that starts with {head[:4]!r}"
                 raise CheckpointError(f"{path}: not GGUF, but {kind}")

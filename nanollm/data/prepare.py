@@ -296,11 +296,11 @@ def run() -> None:
                         help="text (default: the source of Python's standard library)")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to make")
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--vocab", type=int, metavar="N", help="train a byte-level BPE of so many tokens")
+    add("--vocab", type=cli.whole(), metavar="N", help="train a byte-level BPE of so many tokens")
     add("--tokenizer", type=Path, metavar="FOLDER", help="take the tokenizer of this model folder")
-    parser.add_argument("--context", type=int, default=1024, metavar="T",
+    parser.add_argument("--context", type=cli.whole(), default=1024, metavar="T",
                         help="fewer tokens than one context of T are an error (default 1024)")
-    parser.add_argument("--shard-tokens", type=int, default=100_000_000, metavar="N",
+    parser.add_argument("--shard-tokens", type=cli.whole(), default=100_000_000, metavar="N",
                         help="tokens a file (default 100 million)")
     options = parser.parse_args()
     if len(options.input) > 1:                          # names are told apart, because the split depends on them

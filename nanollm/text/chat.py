@@ -48,6 +48,14 @@ class Conversation:
     def add(self, role: str, content: str) -> None:
         self.messages.append({"role": role, "content": content})
 
+    def try_out(self) -> None:
+        """Raises TokenizerError where the template cannot write the first question, before anybody asks one."""
+        self.add("user", "Hi")
+        try:
+            self.prompt_ids()
+        finally:
+            self.undo()
+
     @property
     def turns(self) -> list[int]:
         """The index of each question, which is where a turn begins."""
@@ -97,8 +105,12 @@ class Conversation:
         turns, written = self.turns, self.messages
         if self.left_out:
             written = self.messages[: turns[0]] + self.messages[turns[self.left_out] :]
-        text = render(template, _mark(written, pattern), tools=_mark(self.tools, pattern),
-                      **(self.tokenizer.named_tokens | extra))
+        try:
+            text = render(template, _mark(written, pattern), tools=_mark(self.tools, pattern),
+                          **(self.tokenizer.named_tokens | extra))
+        except TokenizerError as error:
+            file = self.tokenizer.template_files.get(self.tokenizer.template_name(self.tools))
+            raise TokenizerError(f"{file}: {error}" if file else str(error)) from None
         ids = self.tokenizer.encode(text, bos=False, special=True)
         return [*self.tokenizer.prefix, *ids] if self.tokenizer.chat_begins else ids
 

@@ -24,6 +24,7 @@ holds what that code returned, and `PROOFS` is what docs/families.md prints.
 
 import difflib
 import re
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -207,10 +208,17 @@ INFILL = {
 
 
 def choose(tokenizer: Tokenizer, choice: str | Path, *, to_file: bool = False) -> None:
-    """Give the tokenizer the template `choice`: a name above, else a file. Raises TokenizerError if it is neither.
+    """Give the tokenizer the template `choice`: one of its own that has this name, or a name above, else a file. Raises
+    TokenizerError if it is none of these.
 
     to_file    the template will be written into a folder: then the prefix is a part of its text, as in other folders
     """
+    if own := tokenizer.chat_templates.get(str(choice)):
+        file = tokenizer.template_files.get(str(choice))
+        tokenizer.chat_template = own
+        if file:
+            tokenizer.template_files = {"default": file}
+        return
     if named := TEMPLATES.get(str(choice)):
         texts = {id: text for text, id in tokenizer.special_tokens.items()}
         written = "".join(texts[id] for id in tokenizer.prefix) if to_file and named.begins else ""
@@ -219,11 +227,13 @@ def choose(tokenizer: Tokenizer, choice: str | Path, *, to_file: bool = False) -
         return
     try:
         tokenizer.chat_template, tokenizer.chat_begins = Path(choice).read_text(encoding="utf-8"), False
+        tokenizer.template_files = {"default": Path(choice)}
     except (OSError, UnicodeDecodeError) as error:
-        near = difflib.get_close_matches(str(choice), TEMPLATES, 1)
+        known = [*tokenizer.chat_templates, *TEMPLATES]
+        near = difflib.get_close_matches(str(choice), known, 1)
         reason = getattr(error, "strerror", None) or error
         raise TokenizerError(f"--template {choice}: neither a file that can be read ({reason}) nor one of "
-                             f"{', '.join(TEMPLATES)}" + (f"; did you mean {near[0]}?" if near else "")) from None
+                             f"{', '.join(known)}" + (f"; did you mean {near[0]}?" if near else "")) from None
 
 
 def stop_at(tokenizer: Tokenizer, stops: tuple[str, ...]) -> None:
@@ -246,8 +256,11 @@ def no_template(tokenizer: Tokenizer) -> str:
     about, name = tokenizer.about, suggested(tokenizer.about)
     hint = f" (it says {about!r}, whose chat models were published with {name})" if name else ""
     lacks = "has no chat template, and chats differ from model to model"
-    if others := ", ".join(tokenizer.chat_templates):
-        lacks = f"has chat templates named {others}, and none named default for this chat"
+    if others := list(tokenizer.chat_templates):
+        options = " or ".join(f"--template {shlex.quote(other)}" for other in others)
+        return (f"the model's folder has chat templates named {', '.join(others)}, and none named default for this "
+                f"chat: name one with {options}; or one that was published{hint}: {', '.join(TEMPLATES)}; "
+                "or give it a file")
     return (f"the model's folder {lacks}: name one with --template, as published{hint}: {', '.join(TEMPLATES)}; "
             "or give it a file")
 

@@ -30,7 +30,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from nanollm.errors import TokenizerError
+from nanollm.errors import TokenizerError, counted
 from nanollm.text.tokenizer_declared import Declared, chat_templates, need, need_file
 from nanollm.text.tokenizer_files import BYTE, FILES, Model, one_error, read_model
 
@@ -77,7 +77,8 @@ class Tokenizer:
         self.prefix, self.about = tuple(self._backend.prefix), declared.about
         self._stops = declared.all_stops(self.special_tokens)
         self.stop_ids = tuple(sorted(set().union(*self._stops.values())))
-        self.chat_templates, self.chat_begins = chat_templates(folder, declared), False
+        self.chat_templates, self.template_files = chat_templates(folder, declared)
+        self.chat_begins = False
         self.stop_texts: tuple[str, ...] = ()
         self.folder = folder
         self.files = [path for pattern in FILES for path in sorted(folder.glob(pattern))]
@@ -89,13 +90,16 @@ class Tokenizer:
 
     @chat_template.setter
     def chat_template(self, source: str | None) -> None:
-        self.chat_templates = {} if source is None else {"default": source}
+        self.chat_templates, self.template_files = {} if source is None else {"default": source}, {}
 
     def template_for(self, tools: Any) -> str | None:
         """The source that writes a chat with these tools (None: without), as transformers' `get_chat_template` picks
         it."""
-        name = "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
-        return self.chat_templates.get(name)
+        return self.chat_templates.get(self.template_name(tools))
+
+    def template_name(self, tools: Any) -> str:
+        """The name of that template."""
+        return "tool_use" if tools is not None and "tool_use" in self.chat_templates else "default"
 
     def encode(self, text: str, *, bos: bool | None = None, special: bool = False,
                continues: bool = False) -> list[int]:
@@ -177,9 +181,13 @@ class Tokenizer:
         if self._declared.flag("add_bos_token") and self.bos_id not in self._backend.prefix:
             found.append("tokenizer_config.json says add_bos_token, but tokenizer.json decides, and adds none. If the "
                          "model was trained with it, put it first: --bos, or encode(text, bos=True).")
+        for file, ids in self._declared.stops.items():
+            if beyond := sorted(id for id in ids if id >= max(self.vocab_size, self._declared.rows)):
+                found.append(f"{file} names the stop id {beyond[0]}, and the ids end at "
+                             f"{max(self.vocab_size, self._declared.rows) - 1}: it never stops a text.")
         if self._declared.rows and self.vocab_size > self._declared.rows:
             found.append(f"The tokenizer has ids up to {self.vocab_size - 1}, "
-                         f"the model only {self._declared.rows} rows.")
+                         f"the model only {counted(self._declared.rows, 'row')}.")
         return found
 
 

@@ -5,6 +5,7 @@
     config.json, generation_config.json              ids that end a generation; ids of the speakers' tokens, if any
     chat_template.jinja, or tokenizer_config.json    how a chat is written; several ways of it have names, those of
     additional_chat_templates/NAME.jinja             "tool_use" among them
+    chat_template.json                               the same, as processors write it; where there is no other
 
 Some published tokenizers keep a part of it in their Python code only. That part is here as data, by the name of their
 class (`IN_CODE`), and counts only where the files are silent.
@@ -67,7 +68,8 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path}: found {what_is(data)}, expected JSON ({error!s:.80})") from None
+        raise TokenizerError(f"{path}: found {what_is(data)}, expected JSON ({error!s:.80}); "
+                             "download it again") from None
     need(isinstance(value, dict), path, repr(value), "a JSON object")
     return value
 
@@ -166,21 +168,27 @@ class Declared:
         return {who: stops for who, stops in found.items() if stops} | self.stops
 
 
-def chat_templates(folder: Path, declared: Declared) -> dict[str, str]:
-    """The chat templates by name; one without a name is "default". Files win over tokenizer_config.json, all of them
-    over all of it: transformers, `PreTrainedTokenizerBase._from_pretrained`."""
+def chat_templates(folder: Path, declared: Declared) -> tuple[dict[str, str], dict[str, Path]]:
+    """The chat templates by name, and their files; one without a name is "default". Files win over
+    tokenizer_config.json, all of them over all of it: transformers, `PreTrainedTokenizerBase._from_pretrained`.
+
+    chat_template.json, which transformers reads for processors (`ProcessorMixin.get_processor_dict`), is the last.
+    """
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").exists() else {}
     files |= {path.stem: path for path in sorted((folder / NAMED_TEMPLATES).glob("*.jinja"))}
     if files:
-        return {name: _read(path) for name, path in files.items()}
-    said = declared.config.get("chat_template")
+        return {name: _read(path) for name, path in files.items()}, files
+    where, said = declared.where, declared.config.get("chat_template")
+    if said is None:
+        where = folder / "chat_template.json"
+        said = read_json(where).get("chat_template")
     if isinstance(said, list):                            # [{"name": …, "template": …}, …]
-        need(all(isinstance(one, dict) for one in said), declared.where, repr(said), "a list of named chat templates")
+        need(all(isinstance(one, dict) for one in said), where, repr(said), "a list of named chat templates")
         said = {one.get("name"): one.get("template") for one in said}
     named = said if isinstance(said, dict) else {} if said is None else {"default": said}
-    need(all(isinstance(text, str) for pair in named.items() for text in pair), declared.where, repr(said),
+    need(all(isinstance(text, str) for pair in named.items() for text in pair), where, repr(said),
          "chat_template to be text, or texts by name")
-    return named
+    return named, dict.fromkeys(named, where)
 
 
 def _read(file: Path) -> str:

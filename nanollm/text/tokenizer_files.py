@@ -39,7 +39,7 @@ from nanollm.text.tokenizer_ranks import GPT2, QWEN, TEKKEN_SPECIALS, XGEN_SPECI
 
 FILES = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "tiktoken.model", "vocab.json", "merges.txt",
          "tekken.json", "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json",
-         "chat_template.jinja", f"{NAMED_TEMPLATES}/*.jinja")
+         "chat_template.jinja", "chat_template.json", f"{NAMED_TEMPLATES}/*.jinja")
 
 VOCAB_CLASSES = {"": GPT2, "GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "GPTNeoXTokenizer": GPT2,
                  "Qwen2Tokenizer": QWEN}

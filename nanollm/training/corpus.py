@@ -17,7 +17,7 @@ from nanollm.data import prepare as text
 from nanollm.data import sft
 from nanollm.data import stream as data
 from nanollm.data.stream import Batch, Source, Stream
-from nanollm.errors import DataError
+from nanollm.errors import DataError, counted
 from nanollm.text import templates, tokenizer
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
@@ -142,10 +142,11 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
                         "name its folder with --tokenizer, or its size with --vocab")
     stream = Stream([train for train, _ in pairs], options.mix, options.seed)
     facts = text.facts(folders[0]) if len(folders) == 1 and folders[0].is_dir() else None
-    notes = [f"{source.name}: {source.rows:,} rows of {options.context} tokens" for source in stream.sources]
+    notes = [f"{source.name}: {counted(source.rows, 'row')} of {options.context} tokens" for source in stream.sources]
     if facts:
         size = f"{facts.train_bytes / 1e6:.1f} MB, {facts.train_tokens / 1e6:.2f} M tokens"
-        notes = [f"{facts.train_documents} documents, {size}; {facts.held_out_documents} more documents held out"]
+        notes = [f"{counted(facts.train_documents, 'document')}, {size}; "
+                 f"{counted(facts.held_out_documents, 'more document')} held out"]
     held_out = next((held for _, held in pairs if held), None)
     if len(pairs) > 1:
         notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")
@@ -167,8 +168,8 @@ def open_chats(options: argparse.Namespace) -> Corpus:
             source.verify(reader.vocab_size)
     colour = sys.stdout.isatty()
     notes = [
-        f"{len(chats)} chats in {train.rows} rows of {options.context} tokens, {len(held)} held out; "
-        f"one of them, what is learnt in {'green' if colour else '⟦ ⟧'}:",
+        f"{counted(len(chats), 'chat')} in {counted(train.rows, 'row')} of {options.context} tokens, "
+        f"{len(held)} held out; one of them, what is learnt in {'green' if colour else '⟦ ⟧'}:",
         sft.picture(reader, made[0][0], colour=colour),
     ]
     if train.dropped:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from nanollm import cli
 from nanollm.cli import Parser
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
@@ -33,15 +34,7 @@ else:
     import tomli as tomllib
 
 
-def whole(text: str) -> int:
-    value = int(text.replace("_", ""))
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a whole number above 0")
-    return value
-
-
-def whole_or_0(text: str) -> int:
-    return 0 if text == "0" else whole(text)
+whole, whole_or_0 = cli.whole(), cli.whole(0)
 
 
 def rate(text: str) -> float:
@@ -103,7 +96,8 @@ def build_parser(description: str) -> Parser:
         help="chats for supervised fine-tuning (SFT), loss on the answers only: .jsonl of messages, alpaca, sharegpt "
              "or prompt/completion")
     add("--template", metavar="NAME_OR_FILE",
-        help=f"chat template for a model that has none: a file (Jinja), or one of {', '.join(TEMPLATES)}")
+        help=f"chat template for a model that has none: a file (Jinja), a name of its own, "
+             f"or one of {', '.join(TEMPLATES)}")
     add("--tokenizer", type=Path, metavar="FOLDER",
         help="tokenizer for --data: a folder with its files (default: a BPE trained on the text, or that of --init)")
     add("--vocab", type=whole, metavar="N",
@@ -148,7 +142,8 @@ def build_parser(description: str) -> Parser:
         help="load-balance loss: its weight, where the model has experts (default 0.01)")
     add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
         help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
-    add("--seed", type=int, default=0, metavar="N", help="random seed of weights and of the order of rows (default 0)")
+    add("--seed", type=cli.whole(*cli.SEEDS), default=0, metavar="N",
+        help="random seed of weights and of the order of rows (default 0)")
     add("--skip-sigma", type=rate, default=0.0, metavar="K",
         help="threshold of loss spikes: steps whose loss or gradient norm is more than K standard deviations above "
              "the last 128 are skipped (default 0: none; often 6)")

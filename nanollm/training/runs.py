@@ -31,7 +31,7 @@ from nanollm.errors import RunError
 from nanollm.training import state
 
 OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt",
-        "added_tokens.json", "special_tokens_map.json", "chat_template.jinja", "model*.safetensors*", "log.jsonl",
+        "added_tokens.json", "special_tokens_map.json", "chat_template.*", "model*.safetensors*", "log.jsonl",
         "loss.png")
 # Options that may differ on --resume. All but skip_steps change no number except by the order of sums; skip_steps is
 # there to leave out the rows that made a run diverge.

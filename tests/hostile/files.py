@@ -267,9 +267,9 @@ INDICES: dict[str, Case] = {
         lambda folder: os.truncate(folder / "model-2.safetensors", 2000), "model-2.safetensors: truncated",
     ),
     "a tensor absent from its shard": (
-        places(extra="model-1.safetensors"), "1 tensors are not in the shard.*extra, in model-1",
+        places(extra="model-1.safetensors"), "not in the shard it names: 1 tensor;.*extra, in model-1",
     ),
-    "tensors in the other shard": (edited(INDEX, swapped), "21 tensors are not in the shard"),
+    "tensors in the other shard": (edited(INDEX, swapped), "not in the shard it names: 21 tensors"),
     "two tensors of one name": (twice, "model.embed_tokens.weight is in two shards, .* with other values"),
     "a shard that it does not name": (
         edited(
