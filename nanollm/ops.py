@@ -51,6 +51,11 @@ def _checked(mode: str) -> str:
 _mode = _checked(os.environ.get("NANOLLM_KERNELS", "auto"))
 
 
+def mode() -> str:
+    """That which holds now."""
+    return _mode
+
+
 @contextmanager
 def using(mode: str) -> Iterator[None]:
     """Choose inside the block what `accelerated` functions run; raises InputError for anything but the three modes."""

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanollm import ops
 from nanollm.inference.quantize import QuantizedLinear, quantize_weight
 from nanollm.layers.attention import Attention
 from nanollm.layers.linear import Linear
@@ -99,10 +100,11 @@ def has_packing(dtype: torch.dtype) -> bool:
 
 @torch.no_grad()
 def prepare(model: Decoder, head_bits: int | None = None) -> Decoder:
-    """Make a model ready in place, and return it. On another device than a CPU nothing is done.
+    """Make a model ready in place, and return it. On another device than a CPU, or where kernels were asked for by
+    NANOLLM_KERNELS=triton, nothing is done.
 
     head_bits: 8 for a head in 8 bits, of an otherwise quantised model; None leaves its weight as it is."""
-    if not model.embed.weight.is_cpu:
+    if not model.embed.weight.is_cpu or ops.mode() == "triton":
         return model
     for module in model.modules():
         if isinstance(module, Attention):
