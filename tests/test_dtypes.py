@@ -57,8 +57,8 @@ def test_one_part_in_another_dtype(part, most, other, tmp_path):
         assert difference(ours(x), expected) < FIXTURE.bound
     else:
         assert torch.equal(ours(x), expected)
-    note = f"the model is {short}, as config.json says so; 1 tensors are stored in {str(other).removeprefix('torch.')}"
-    assert f"{note} and become {short} in memory: {name}" in look(tmp_path / "in").notes
+    note = f"the model is {short}, as config.json says so; 1 tensor is stored in {str(other).removeprefix('torch.')}"
+    assert f"{note} and becomes {short} in memory: {name}" in look(tmp_path / "in").notes
     convert(plan(open_source(tmp_path / "in")), tmp_path / "out", verify=True)
     assert same_tensors(tensors, all_tensors(tmp_path / "out"))
     assert json.loads((tmp_path / "out/config.json").read_text())["torch_dtype"] == short
@@ -127,7 +127,7 @@ def test_an_island_stays_as_it_is_stored(tmp_path):
     kept = {name: p.dtype for name, p in ours.named_parameters() if name.endswith("correction")}
     assert torch.float32 in kept.values() and theirs.get_parameter_or_buffer(name).dtype == torch.float32
     assert torch.equal(ours(x), reference_logits(fixture, theirs, x, "sdpa"))
-    assert any("1 tensors are stored in float32 and stay so" in note for note in look(tmp_path / "in").notes)
+    assert any("1 tensor is stored in float32 and stays so" in note for note in look(tmp_path / "in").notes)
     checkpoints.save(ours, tmp_path / "out")
     assert same_tensors(tensors, all_tensors(tmp_path / "out"))
 

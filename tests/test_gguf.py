@@ -739,7 +739,7 @@ NAMED = text(b"general.architecture") + struct.pack("<I", 8) + text(b"llama")
 KEY = text(b"llama.block_count")
 HUGE = 2**63
 DAMAGED = {
-    "empty": (b"", "not GGUF, but a file that starts with b''"),
+    "empty": (b"", "empty; download it again"),
     "a pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "not GGUF, but a git-lfs pointer"),
     "no header": (b"GGUF\3\0", "truncated in the header: 8 bytes expected at byte 0"),
     "the first version": (header(version=1), "version 1; expected 2 or 3"),

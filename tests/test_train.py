@@ -410,7 +410,7 @@ def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
 @pytest.mark.parametrize("args, code, words", [
     (["--step", "5"], 2, "did you mean --steps?"),
     (["--learning-rate", "5"], 2, "unknown option --learning-rate"),
-    (["--steps", "0"], 2, "above 0"),
+    (["--steps", "0"], 2, "a whole number from 1"),
     (["--lr", "nan"], 2, "--lr"),
     (["--optimizer", "sgd"], 2, "muon"),
     (["--preset", "lama"], 1, "did you mean llama"),

@@ -103,7 +103,7 @@ def overwritten_by_the_next(path: Path) -> None:
 T = "tokenizer.ggml."
 CASES: dict[str, Case] = {
     "as it is": (lambda folder: None, None),
-    "empty": (put(FILE, ""), "model.gguf: not GGUF"),
+    "empty": (put(FILE, ""), "model.gguf: empty; download it again"),
     "a git-lfs pointer": (put(FILE, POINTER), "not GGUF, but a git-lfs pointer"),
     "cut in the header": (bytes_changed(lambda data: data[:200]), "truncated in the header"),
     "cut in the data": (bytes_changed(lambda data: data[:-64]), "truncated: .* ends at byte"),
@@ -147,7 +147,7 @@ SPLIT: dict[str, Case] = {
     "a part is missing": (part(1, Path.unlink), "one of 3 files of a model; beside it there is no .*-00002-of-00003"),
     "the first part is missing": (part(0, Path.unlink), "beside it there is no .*-00001-of-00003"),
     "a part in place of another": (part(1, overwritten_by_the_next), "split.no is 2; expected 1"),
-    "a part that is empty": (part(2, lambda path: path.write_bytes(b"")), "-00003-of-00003.gguf: not GGUF"),
+    "a part that is empty": (part(2, lambda path: path.write_bytes(b"")), "-00003-of-00003.gguf: empty"),
     "a part that is cut": (part(2, lambda path: path.write_bytes(path.read_bytes()[:-64])), "truncated"),
     "another model beside": (lambda folder: whole(folder), "2 GGUF models; give one of them"),
 }
