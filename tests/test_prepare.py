@@ -48,7 +48,7 @@ def test_logits_are_those_of_the_model(dtype, more):
     assert isinstance(ready.layers[0].mixer.q, Part) and isinstance(ready.layers[0].mixer.k, Part)
     assert isinstance(ready.layers[0].mixer.q.whole.product, PackedLinear) == packed
     assert isinstance(ready.layers[1].ffn.down, PackedLinear) == packed
-    assert (ready.head.reader is not None) == packed
+    assert (ready.head.packed is not None) == packed
 
 
 @torch.inference_mode()
@@ -60,7 +60,7 @@ def test_quantised_models_too(dtype, bits, head_bits):
     before = model(prompt())
     ready = prepare(model, head_bits)
     assert isinstance(ready.layers[0].mixer.q.whole.product, QuantizedLinear)
-    assert (isinstance(ready.head.reader, QuantizedLinear)) == (head_bits == 8)
+    assert (isinstance(ready.head.packed, QuantizedLinear)) == (head_bits == 8)
     assert difference(ready(prompt()), before) < (0.05 if head_bits or dtype == torch.bfloat16 else 1e-5)
 
 
@@ -109,7 +109,7 @@ def test_without_torchs_packing_weights_are_side_by_side_all_the_same(broken, mo
         model = decoder(torch.bfloat16)
         before = model(prompt())
         ready = prepare(model)
-        assert isinstance(ready.layers[0].mixer.q, Part) and ready.head.reader is None
+        assert isinstance(ready.layers[0].mixer.q, Part) and ready.head.packed is None
         assert not any(isinstance(module, PackedLinear) for module in ready.modules())
         assert difference(ready(prompt()).float(), before.float()) < 0.05
     finally:

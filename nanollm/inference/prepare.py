@@ -15,7 +15,7 @@ where it is missing, fails or differs, weights stay as they are, side by side.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,11 @@ class PackedLinear(nn.Module):
         return f"in_features={self.inputs}, out_features={self.outputs}, bias={self.bias is not None}"
 
 
-class SideBySide:
+class SideBySide(nn.Module):
     """Several Linears of one input as one product. Whoever asks first computes it; the others take their part of it."""
 
     def __init__(self, product: nn.Module, sizes: Sequence[int]) -> None:
+        super().__init__()
         self.product, self.sizes = product, list(sizes)
         self.last: tuple[Tensor, tuple[Tensor, ...]] | None = None             # an input, and what came of it
 
@@ -106,32 +107,32 @@ def prepare(model: Decoder, head_bits: int | None = None) -> Decoder:
     head_bits: 8 for a head in 8 bits, of an otherwise quantised model; None leaves its weight as it is."""
     if not model.embed.weight.is_cpu or ops.mode() == "triton":
         return model
-    for module in model.modules():
-        if isinstance(module, Attention):
-            _together(module, "q", "k", "v")
-            _ready(module, "o")
-        elif isinstance(module, MLP):
-            if module.gate is None:
-                _ready(module, "up")
-            else:
-                _together(module, "gate", "up")
-            _ready(module, "down")
+    for owner in side_by_side(model):
+        for name, module in list(owner.named_modules(remove_duplicate=False)):
+            if type(module) is Linear and has_packing(module.weight.dtype):
+                owner.set_submodule(name, PackedLinear(module.weight.detach(), module.bias))
     head = model.head
     if head_bits is not None:
         bias = None if head.bias is None else head.bias.detach()
-        head.reader = QuantizedLinear(*quantize_weight(head.rows(), head_bits), bias)
+        head.packed = QuantizedLinear(*quantize_weight(head.rows(), head_bits), bias)
     elif has_packing(head.weight.dtype):
-        head.reader = PackedLinear(head.rows().detach(), head.bias)
+        head.packed = PackedLinear(head.rows().detach(), head.bias)
         if not model.config.tied:
             head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)      # it is read no more
     return model
 
 
-def _ready(owner: nn.Module, name: str) -> None:
-    """Pack the Linear of this name."""
-    module = owner.get_submodule(name)
-    if type(module) is Linear and has_packing(module.weight.dtype):
-        setattr(owner, name, PackedLinear(module.weight.detach(), module.bias))
+@torch.no_grad()
+def side_by_side(model: Decoder) -> Iterator[nn.Module]:
+    """Put q, k, v and gate, up side by side, in one Attention or MLP after the other, and hand each over."""
+    for module in list(model.modules()):
+        if isinstance(module, Attention):
+            _together(module, "q", "k", "v")
+            yield module
+        elif isinstance(module, MLP):
+            if module.gate is not None:
+                _together(module, "gate", "up")
+            yield module
 
 
 def _together(owner: nn.Module, *names: str) -> None:
@@ -139,8 +140,6 @@ def _together(owner: nn.Module, *names: str) -> None:
     parts = [owner.get_submodule(name) for name in names]
     joined = _join(parts)
     if joined is None:                                          # of several kinds: some were left out when quantising
-        for name in names:
-            _ready(owner, name)
         return
     sizes = [part.outputs if isinstance(part, QuantizedLinear) else len(part.get_parameter("weight")) for part in parts]
     whole = SideBySide(joined, sizes)
@@ -155,8 +154,6 @@ def _join(parts: Sequence[nn.Module]) -> nn.Module | None:
     if len(linears) == len(parts):
         weight = torch.cat([part.weight for part in linears])
         bias = _biases([part.bias for part in linears])
-        if has_packing(weight.dtype):
-            return PackedLinear(weight, bias)
         whole = Linear(weight.shape[1], len(weight), bias is not None, device="meta")
         whole.weight = nn.Parameter(weight, requires_grad=False)
         if bias is not None:
