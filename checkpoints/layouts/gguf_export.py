@@ -24,11 +24,13 @@ from checkpoints.families import Family, difference, read_config
 from checkpoints.layouts import gguf_tokens_export
 from checkpoints.layouts.gguf_names import ARCHITECTURES, FREQS, LAYER, LONG, RMS, SHORT, Architecture, read_metadata
 from checkpoints.layouts.original import RopeLayout, for_heads_in, rope_layout, with_rope_layout
-from checkpoints.names.table import Table
+from checkpoints.names import table
+from checkpoints.names.table import Step
 from checkpoints.storage import gguf_writing
 from checkpoints.storage.files import Stored, as_bytes
+from checkpoints.storage.gguf import shortest
 from nanollm.config import Attention, ModelConfig, Rope
-from nanollm.errors import ConfigError
+from nanollm.errors import CheckpointError, ConfigError
 from nanollm.layers.rope import frequencies
 from nanollm.text.tokenizer import Tokenizer
 
@@ -61,61 +63,61 @@ class Held(Stored):
 
 @dataclass(frozen=True)
 class Described:
-    """A model as a GGUF says it."""
+    """A model as a GGUF describes it."""
     kind: str                                    # general.architecture
-    keys: Values
+    keys: Values                                 # of the architecture, without its name in front
     vectors: Mapping[str, Held]                  # tensors that are no weights
-    names: Table
+    steps: list[Step]                            # which tensors are which parameters
 
     @property
     def architecture(self) -> Architecture:
+        """How a file of this kind is read."""
         return ARCHITECTURES[self.kind]
 
 
-def describe(config: ModelConfig, family: Family, values: Values, where: str) -> Described:
-    """Keys and names for a model, whose config.json would have these `values`. Raises ConfigError."""
+def describe(config: ModelConfig, parameters: Mapping[str, Tensor], family: Family, values: Values,
+             where: str) -> Described:
+    """Keys and tensors for a model whose config.json would have these `values`; `parameters` may be on the meta device.
+
+    Raises ConfigError where a GGUF cannot say what the model is."""
     kind = next((kind for kind, each in ARCHITECTURES.items() if family.name in each.families), None)
     if kind is None:
         known = ", ".join(name for each in ARCHITECTURES.values() for name in each.families)
         raise ConfigError(f"{where}: a {family.name} model is not written as GGUF; those are {known}")
     architecture = ARCHITECTURES[kind]
     keys, vectors = keys_of(config, values, kind)
-    layout = rope_layout(config)
     wanted: RopeLayout = "interleaved" if architecture.pairs else "half"
-    found = Described(kind, keys, vectors, for_heads_in(architecture.names[0], layout, wanted))
+    names = for_heads_in(architecture.names[0], rope_layout(config), wanted)
     try:
-        again = read_back(found, config, family, "its keys")
-    except ConfigError as error:
-        raise ConfigError(f"{where}: a GGUF cannot say what the model is: {error}") from None
-    kept = with_rope_layout(config, "half")
-    if as_stored(again) != as_stored(kept):
+        found = Described(kind, keys, vectors, table.expand(names, parameters, config))
+        kept, again = (as_stored(one) for one in (with_rope_layout(config, "half"),
+                                                  read_back(found, parameters, family, "its keys")))
+    except (ConfigError, CheckpointError) as error:
+        raise ConfigError(f"{where}: a GGUF cannot say what the model is: {str(error).strip()}") from None
+    if again != kept:
         raise ConfigError(f"{where}: a GGUF cannot say what the model is: {difference(kept, again, 'config')}")
     return found
 
 
-def read_back(found: Described, config: ModelConfig, family: Family, where: str) -> ModelConfig:
-    """The model that the keys describe. Raises ConfigError."""
-    biased = any(isinstance(layer.mixer, Attention) and layer.mixer.qkv_bias for layer in config.layers)
-    stored: dict[str, Stored] = {"token_embd.weight": Held(Path(), torch.float32, (config.vocab, config.dim), 0, 0,
-                                                          torch.empty(0)), **found.vectors}
-    stored |= {name: stored["token_embd.weight"] for name, there in (
-        ("output.weight", not config.tied), ("blk.0.attn_q.bias", biased),
-        ("blk.0.ffn_gate.bias", getattr(config.layers[0].ffn, "bias", False))) if there}
-    spare = {str(number): stored["token_embd.weight"] for number in range(10_000)}      # as many as there may be layers
-    values = read_metadata({f"{found.kind}.{key}": value for key, value in found.keys.items()}, found.kind, family.name,
-                           spare | stored, where)
-    return read_config(values, where)[1]
+def read_back(found: Described, parameters: Mapping[str, Tensor], family: Family, where: str) -> ModelConfig:
+    """The model that a file with these keys and tensors would be read as. Raises ConfigError or CheckpointError."""
+    stored: dict[str, Stored] = dict(found.vectors)
+    for step in found.steps:
+        for name, shape in step.shapes(parameters).items():
+            stored[name] = Stored(Path(), torch.float32, shape, 0, 0)       # no file yet: its shape is what counts
+    metadata = {f"{found.kind}.{key}": value for key, value in found.keys.items()}
+    return read_config(read_metadata(metadata, found.kind, family.name, stored, where), where)[1]
 
 
 def as_stored(config: Any) -> Any:
-    """The same config with its numbers in 32 bits."""
+    """The same config with its numbers as float32 keeps them: 0.3 stays 0.3, and a third loses half of its digits."""
     if isinstance(config, float):
-        return float(np.float32(config))
+        return shortest(config)
     if isinstance(config, tuple):
         return tuple(map(as_stored, config))
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {field.name: as_stored(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        return type(config).__name__, tuple(fields.items())
+        return dataclasses.replace(config, **fields)
     return config
 
 
