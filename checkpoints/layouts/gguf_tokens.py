@@ -152,8 +152,8 @@ class Vocabulary:
         if lost:
             raise self.error("merges", f"{' '.join(lost)!r}, of which a part or the union is no token", "tokens")
         model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": pre.whole,
-                 "vocab": self.vocab, "merges": merges}
+                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                 "ignore_merges": pre.ignore_merges, "vocab": self.vocab, "merges": merges}
         decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
         return self._json(model, {"type": "NFC"} if pre.nfc else None,
                           {"type": "Sequence", "pretokenizers": list(pre.steps)}, decoder, pre.bos)

@@ -124,8 +124,8 @@ def pre_of(spec: Step, where: str) -> str:
     alike = [name for name, pre in PRE.items() if plain(list(pre.steps)) == steps]
     if not alike:
         raise TokenizerError(f"{where}: llama.cpp has no pre-tokenizer that cuts text as this one does: {steps}")
-    whole = bool(spec["model"].get("ignore_merges"))
-    return min(alike, key=lambda name: (PRE[name].whole != whole, PRE[name].nfc != nfc))
+    ignores = bool(spec["model"].get("ignore_merges"))
+    return min(alike, key=lambda name: (PRE[name].ignore_merges != ignores, PRE[name].nfc != nfc))
 
 
 def plain(steps: list[Step]) -> list[tuple[Any, ...]]:

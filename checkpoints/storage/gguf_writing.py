@@ -25,7 +25,7 @@ BLOCK = 32                                       # numbers that share a scale in
 
 
 @dataclass(frozen=True)
-class Room(Stored):
+class Target(Stored):
     """Where a tensor goes. dtype is that of a run before it is packed."""
     kind: str                                    # of DTYPES
     plus: float                                  # added to every number: 1 to the gains of Gemma's norms
@@ -69,7 +69,7 @@ def lay_out(path: Path, architecture: str, keys: Mapping[str, Any], kinds: Mappi
         kind, size = kinds[entry.name], nbytes(kinds[entry.name], entry.shape)
         start, end = header.data + entry.offset, header.data + entry.offset + size
         plus = norms_plus if entry.name.endswith("norm.weight") else 0.0
-        places[entry.name] = Room(path, DTYPES[kind], entry.shape, start, size, kind, plus)
+        places[entry.name] = Target(path, DTYPES[kind], entry.shape, start, size, kind, plus)
     with open(path, "r+b") as file:
         file.truncate(-(-end // 32) * 32)
     return places
