@@ -92,6 +92,7 @@ class Export:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
         return sum(writing.nbytes(*one) for one in self.tensors.values())
 
     def lay_out(self, draft: Path, shard_bytes: int) -> dict[str, Stored]:
@@ -114,9 +115,11 @@ class GgufExport(Export):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors in their types of GGUF."""
         return sum(gguf_writing.nbytes(self.kinds[name], shape) for name, (_, shape) in self.tensors.items())
 
     def lay_out(self, draft: Path, shard_bytes: int) -> dict[str, Stored]:
+        """Write model.gguf up to its tensors, with the tokenizer inside. Where each tensor goes."""
         tokenizer = None
         try:
             if self.origin:

@@ -108,6 +108,7 @@ class Blocked(Stored):
 
 
 def package(path: Path) -> ModuleType:
+    """The gguf package. Raises CheckpointError, which says how to install it, where it is missing."""
     try:
         import gguf
     except ImportError:
@@ -201,9 +202,11 @@ class Cursor:
         return self.at - count
 
     def take(self, form: str) -> tuple[Any, ...]:
+        """The next values, of this form of the struct module."""
         return struct.unpack_from(form, self.data, self.skip(struct.calcsize(form)))
 
     def text(self, most: int = LONGEST_NAME) -> str:
+        """The next text. Raises CheckpointError if it is longer than `most` bytes."""
         length, = self.take("<Q")
         start = self.skip(length)
         if length > most:

@@ -76,6 +76,7 @@ def lay_out(path: Path, architecture: str, keys: Mapping[str, Any], kinds: Mappi
 
 
 def nbytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this type and shape."""
     count = math.prod(shape)
     return count // BLOCK * (BLOCK + 2) if kind == "Q8_0" else count * DTYPES[kind].itemsize
 

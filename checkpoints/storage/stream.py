@@ -133,6 +133,7 @@ class Ring:
         self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(count)])
 
     def run(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a run of so many elements."""
         return next(self.memory)[: count * dtype.itemsize].view(dtype)
 
     def runs_of(self, stored: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
