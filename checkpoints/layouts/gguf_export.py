@@ -1,8 +1,9 @@
 """A model as a GGUF, which llama.cpp runs: its keys, its tensors and its tokenizer in one file, model.gguf.
 
-The keys say what a config.json would: KEYS has them for all architectures, and what is not a plain number (a scaling of
-RoPE, how much of a head turns) is worked out below. They are then read back (gguf_names.py): a model that does not come
-out as it went in is refused, with what a GGUF cannot say of it. What is 32 bits wide in the file is compared so.
+The keys say what a config.json would: KEYS has those that are plain numbers, and `keys_of` works out the others (a
+scaling of RoPE, how much of a head turns). Before anything is written, keys and tensors are read back (gguf_names.py).
+A model that does not come back as it was is refused, and the error names what a GGUF cannot say. Numbers are compared
+as float32, which is what the file holds.
 
     Llama, Mistral, Mixtral     rows of q and k in the order in which neighbours turn
     Gemma                       1 is added to the gains of norms
@@ -37,7 +38,7 @@ from nanollm.text.tokenizer import Tokenizer
 FILE = "model.gguf"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}                       # general.file_type
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-KEYS = {  # of the architecture's namespace: config.json's keys, of which the first that is there is taken
+KEYS = {  # key of the architecture: keys of config.json, of which the first that is there is taken
     "block_count": ("num_hidden_layers",), "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",), "attention.head_count": ("num_attention_heads",),
     "feed_forward_length": ("intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size"),
@@ -54,7 +55,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Held(Stored):
-    """A small tensor that is worked out here, as if it were stored."""
+    """A small tensor that is computed here, in place of a stored one."""
     values: Tensor
 
     def read_run(self, first: int, run: Tensor) -> None:
@@ -86,7 +87,7 @@ def describe(config: ModelConfig, parameters: Mapping[str, Tensor], family: Fami
         raise ConfigError(f"{where}: a {family.name} model is not written as GGUF; those are {known}")
     architecture = ARCHITECTURES[kind]
     keys, vectors = keys_of(config, values, kind)
-    wanted: RopeLayout = "interleaved" if architecture.pairs else "half"
+    wanted: RopeLayout = "interleaved" if architecture.interleaved else "half"
     names = for_heads_in(architecture.names[0], rope_layout(config), wanted)
     try:
         found = Described(kind, keys, vectors, table.expand(names, parameters, config))
@@ -166,15 +167,16 @@ def keys_of(config: ModelConfig, values: Values, kind: str) -> tuple[Values, dic
 def lay_out(folder: Path, found: Described, name: str, tokenizer: Tokenizer | None, kinds: Mapping[str, str],
             shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, Stored]:
     """Write model.gguf up to its tensors, and those that are no weights. Where the others go."""
-    most = max(kinds.values(), key=lambda kind: sum(math.prod(shapes[one]) for one in kinds if kinds[one] == kind))
-    keys: Values = {"general.type": "model", "general.name": name, "general.file_type": FILE_TYPES[most],
+    # the type that most numbers have
+    file_type = max(kinds.values(), key=lambda kind: sum(math.prod(shapes[one]) for one in kinds if kinds[one] == kind))
+    keys: Values = {"general.type": "model", "general.name": name, "general.file_type": FILE_TYPES[file_type],
                     "general.quantization_version": 2}
     keys |= {f"{found.kind}.{key}": value for key, value in found.keys.items()}
     keys |= gguf_tokens_export.keys_of(tokenizer, rows) if tokenizer else {"tokenizer.ggml.model": "no_vocab"}
     all_kinds = {**{one: "F32" for one in found.vectors}, **kinds}
     all_shapes = {**{one: held.shape for one, held in found.vectors.items()}, **shapes}
     places = gguf_writing.lay_out(folder / FILE, found.kind, keys, all_kinds, all_shapes,
-                                  found.architecture.norms_plus)
+                                  found.architecture.norm_offset)
     with open(folder / FILE, "r+b") as file:
         for one, held in found.vectors.items():
             file.seek(places.pop(one).start)
