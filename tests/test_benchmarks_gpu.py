@@ -292,6 +292,14 @@ def test_the_shapes_are_those_of_the_models():
     assert counts == {"Llama-3.2-1B": 1_235_814_400, "Qwen2.5-0.5B": 494_032_768, "Llama-3-8B": 8_030_261_248}
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what to do without a GPU")
+def test_without_a_gpu_it_says_so(tmp_path):
+    done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path)], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 1 and "needs an NVIDIA GPU" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_a_wrong_option_is_told(tmp_path):
     wrong = (["--parts", "facts,nothing"], "there is no 'nothing'"), (["--minutes", "0"], "more than 0")
     for options, words in wrong:

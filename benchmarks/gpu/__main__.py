@@ -133,6 +133,12 @@ class Session:
         self.report.write()
 
 
+def has_gpu() -> bool:
+    import torch  # a dry run's own process does without
+
+    return torch.cuda.is_available() and torch.version.cuda is not None
+
+
 def stop(number: int, frame: object) -> None:
     """SIGTERM, as Ctrl-C."""
     raise KeyboardInterrupt
@@ -143,6 +149,8 @@ def main() -> None:
     if options.child:
         from benchmarks.gpu.items import be_child  # it imports torch
         be_child(options.child, options.out, options.deadline, options.dry_run)
+    if not options.dry_run and not has_gpu():
+        sys.exit("benchmarks.gpu needs an NVIDIA GPU, and torch sees none here; --dry-run runs it in tiny shapes on a CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
     parts = [PartState(name, PARTS[name][1]) for name in options.chosen]
