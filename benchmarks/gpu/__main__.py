@@ -150,7 +150,7 @@ def main() -> None:
         from benchmarks.gpu.items import be_child  # it imports torch
         be_child(options.child, options.out, options.deadline, options.dry_run)
     if not options.dry_run and not has_gpu():
-        sys.exit("benchmarks.gpu needs an NVIDIA GPU, and torch sees none here; --dry-run runs it in tiny shapes on a CPU")
+        sys.exit("benchmarks.gpu needs an NVIDIA GPU, and torch sees none here; --dry-run runs tiny shapes on a CPU")
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, stop)
     parts = [PartState(name, PARTS[name][1]) for name in options.chosen]
