@@ -236,6 +236,7 @@ def said(source: Source) -> str:
 
 
 def opened(source: str, args: argparse.Namespace) -> Source:
+    """The folder, file or name on the hub, with what the command line says of it."""
     path = hub.local_path(source, args.allow_pickle)
     return open_source(path, args.ignore, allow_pickle=args.allow_pickle)
 

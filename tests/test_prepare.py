@@ -6,7 +6,9 @@ import threading
 import pytest
 import torch
 
+import checkpoints
 from nanollm.config import MLP, Attention, LatentAttention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.errors import CheckpointError
 from nanollm.inference import prepare as inference
 from nanollm.inference.generation import generate
 from nanollm.inference.prepare import PackedLinear, Part, prepare
@@ -44,7 +46,8 @@ def test_logits_are_those_of_the_model(dtype, more):
     before = difference(model(prompt()).double(), exact)
     ready = prepare(model)
     assert difference(ready(prompt()).double(), exact) < max(1.5 * before, 1e-6) < DTYPES[dtype] * 4
-    packed = dtype != torch.float32
+    packed = inference.has_packing(dtype)                   # which is the processor's: 16 bits want AVX-512
+    assert packed or dtype != torch.bfloat16 or not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     assert isinstance(ready.layers[0].mixer.q, Part) and isinstance(ready.layers[0].mixer.k, Part)
     assert isinstance(ready.layers[0].mixer.q.whole.product, PackedLinear) == packed
     assert isinstance(ready.layers[1].ffn.down, PackedLinear) == packed
@@ -94,6 +97,38 @@ def test_threads_share_a_prepared_model():
         thread.join()
     assert found == expected
     assert all(module.whole.last is None for module in model.modules() if isinstance(module, Part))
+
+
+RUN_ONLY = {
+    "prepared": prepare, "8 bits": quantize, "4 bits": lambda model: quantize(model, 4),
+    "4 bits, prepared": lambda model: prepare(quantize(model, 4), head_bits=8),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("made", RUN_ONLY)
+def test_what_is_packed_is_not_saved(made, tied, tmp_path):
+    """The weights are no parameters any more, so what could be written would lack them."""
+    layer = Layer(Attention(4, 2, 32, Rope()), MLP(192))
+    model = Decoder(ModelConfig(vocab=80, dim=128, layers=(layer,) * 2, context=64, tied=tied)).eval()
+    names = [name for name, _ in model.named_parameters()]
+    checkpoints.save(model, tmp_path / "before")
+    left = {name: one for name, one in RUN_ONLY[made](model.bfloat16()).named_parameters() if one.numel()}
+    lost = [name for name in names if name not in left]
+    named = rf"{len(names)} parameters .* {len(lost)} are missing .* first is {lost[0]}\. .* save before prepare"
+    with pytest.raises(CheckpointError, match=named):
+        checkpoints.save(model, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["before"]
+
+
+def test_an_empty_head_is_not_saved(monkeypatch, tmp_path):
+    """Where nothing but the head was packed: its name is still there."""
+    monkeypatch.setattr(inference, "has_packing", lambda dtype: True)       # also on a processor that has none
+    monkeypatch.setattr(inference, "pack", lambda weight: weight)
+    model = Decoder(ModelConfig(80, 128, LAYERS[3:4])).eval().bfloat16()
+    with pytest.raises(CheckpointError, match=r" 1 are missing or have another shape, the first is head\.weight"):
+        checkpoints.save(prepare(model), tmp_path / "out")
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("broken", ["missing", "wrong"])
