@@ -237,7 +237,7 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bo
 
 
 aten = torch.ops.aten
-WRITTEN_OUT = {
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.mm.default: row_product,
     aten.addmm.default: row_product_plus,
     aten._scaled_dot_product_flash_attention_for_cpu.default: attend_one,
