@@ -1,6 +1,8 @@
 """Quantised weights: how far a weight moves, how far the logits do, and what is left alone."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
@@ -243,8 +245,51 @@ def test_the_order_of_torchs_kernel_is_undone():
     with torch.inference_mode():
         assert torch.equal(module(x), before)
         narrow = module.bfloat16()(x.bfloat16())
-    assert torch.equal(module.restore() or module.packed, weight[0]) and module.scale.dtype == torch.float32
+    assert torch.equal(module.restore(), weight[0]) and module.scale.dtype == torch.float32
     assert (narrow.float() - before).abs().max() < 0.05 * before.std()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_loaded_into_a_module_that_has_run(bits):
+    first, second = (QuantizedLinear(*quantize_weight(torch.randn(32, 128), bits, 32)) for _ in range(2))
+    x = torch.randn(2, 128)
+    with torch.inference_mode():
+        first(x)
+        first.load_state_dict(second.state_dict())
+        assert torch.equal(first(x), second(x))
+
+
+def test_threads_share_a_module_from_its_first_call_on(monkeypatch):
+    """The codes are in torch's order, their scales are not ready, and the others call; one of them in another dtype."""
+    scales, started = cpu_products.scales4, threading.Event()
+
+    def slow(*given):
+        started.set()
+        time.sleep(0.1)
+        return scales(*given)
+
+    weight = quantize_weight(torch.randn(32, 128), 4, 32)
+    x = torch.randn(2, 128)
+    with torch.inference_mode():
+        expected = QuantizedLinear(*(part.clone() for part in weight))(x)
+    module, found = QuantizedLinear(*weight), {}
+    monkeypatch.setattr(cpu_products, "scales4", slow)
+
+    def call(name, dtype):
+        with torch.inference_mode():
+            found[name] = module(x.to(dtype)).float()
+
+    threads = [threading.Thread(target=call, args=(name, dtype))
+               for name, dtype in (("first", torch.float32), ("second", torch.float32), ("third", torch.bfloat16))]
+    threads[0].start()
+    assert started.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["first"], expected) and torch.equal(found["second"], expected)
+    assert (found["third"] - expected).abs().max() < 0.05 * expected.std()
+    assert torch.equal(module.restore(), weight[0])
 
 
 @pytest.mark.parametrize("bits, N, K, group", [(8, 16, 24, 24), (4, 24, 64, 32), (4, 16, 64, 16)])

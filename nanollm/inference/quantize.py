@@ -15,6 +15,7 @@ Shapes: N outputs, K inputs, G groups of K/G inputs.
     packed (N, K) int8 or (N, K/8) int32;   s (N, 1) or (N, G) float32;   z (N, G) int8, or None for 8 bits.
 """
 
+import threading
 from collections.abc import Callable, Collection
 
 import torch
@@ -29,6 +30,7 @@ from nanollm.ops import accelerated
 
 GROUPS = (32, 64, 128)
 LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
+ORDERING = threading.Lock()     # held while codes are put into another order: one for all, as a module must be copied
 
 
 def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -75,7 +77,8 @@ class QuantizedLinear(nn.Module):
     """A Linear whose weight is quantised. Nothing in it is trained.
 
     On a CPU it runs torch's packed kernels (cpu_products.py). Of 4 bits they want the codes in an order of their own,
-    which then takes the place of ours: `restore` puts ours back, before the module is moved or saved.
+    which then takes the place of ours: `restore` puts ours back, before the module is moved, saved or loaded. Threads
+    may share a module: the first one orders, the others wait for it.
     """
     packed: Tensor
     scale: Tensor
@@ -88,34 +91,41 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, value)
         self.outputs, self.inputs = len(packed), packed.shape[1] * (1 if zero is None else 8)
         self.group = self.inputs // scale.shape[1]
-        self.scales: Tensor | None = None        # as torch's kernel wants them; of 4 bits packed is in its order then
+        # packed and scales as torch's kernel wants them: one attribute, so that a thread sees both or neither
+        self.ordered: tuple[Tensor, Tensor] | None = None
         self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.restore())
+        self.register_load_state_dict_pre_hook(lambda module, *_: module.restore())
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, K) → (…, N)
         bits = 8 if self.zero is None else 4
         if x.is_cpu and not torch.is_grad_enabled() and cpu.fits(bits, self.outputs, self.inputs, self.group):
             y = self._rows(x.reshape(-1, self.inputs).contiguous()).view(*x.shape[:-1], self.outputs)
             return y if self.bias is None else y + self.bias
-        self.restore()
-        return quantized_linear(x, self.packed, self.scale, self.zero, self.bias)
+        return quantized_linear(x, self.restore(), self.scale, self.zero, self.bias)
 
     def _rows(self, x: Tensor) -> Tensor:                       # (M, K) → (M, N), without the bias
-        if self.scales is None or self.scales.dtype != x.dtype:
-            self.restore()
-            if self.zero is None:
-                self.scales = cpu.scales8(self.scale, x.dtype)
-            else:
-                self.packed = cpu.order4(unpack(self.packed))
-                self.scales = cpu.scales4(self.scale, self.zero, x.dtype)
+        ordered = self.ordered
+        if ordered is None or ordered[1].dtype != x.dtype:
+            ordered = self._order(x.dtype)
         if self.zero is None:
-            return cpu.rows8(x, self.packed, self.scales)
-        return cpu.rows4(x, self.packed, self.group, self.scales)
+            return cpu.rows8(x, *ordered)
+        return cpu.rows4(x, ordered[0], self.group, ordered[1])
 
-    def restore(self) -> None:
-        """Our order of the codes."""
-        if self.scales is not None and self.zero is not None:
-            self.packed = pack(cpu.codes4(self.packed, self.group))
-        self.scales = None
+    def _order(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with ORDERING:
+            if self.ordered is None and self.zero is not None:
+                self.packed = cpu.order4(unpack(self.packed))
+            scales = cpu.scales8(self.scale, dtype) if self.zero is None else cpu.scales4(self.scale, self.zero, dtype)
+            self.ordered = self.packed, scales
+            return self.ordered
+
+    def restore(self) -> Tensor:
+        """Put the codes back in our order, and return them."""
+        with ORDERING:
+            if self.ordered is not None and self.zero is not None:
+                self.packed = pack(cpu.codes4(self.packed, self.group))
+            self.ordered = None
+            return self.packed
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
         """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
