@@ -33,7 +33,7 @@ from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
 GROUPS = (32, 64, 128)
-SLAB = 1 << 22                  # numbers that are quantised at a time: what that takes besides is some 100 MB
+SLAB = 1 << 20                  # numbers that are quantised at a time, which takes some 20 MB besides
 LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
 BITS = {"int8": 8, "int4": 4}   # by the names that commands have for them
 Some = TypeVar("Some", Tensor, Tensor | None)
