@@ -6,7 +6,7 @@
 Shapes: E experts, N outputs, K inputs.
 """
 
-from collections import defaultdict
+import math
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -15,29 +15,46 @@ from torch import Tensor
 from checkpoints.names.table import Step
 from checkpoints.storage import stream
 from checkpoints.storage.files import Stored
-from nanollm.inference.quantize import Plan, Quantised, quantize_weight, stacked
+from nanollm.inference.quantize import Plan, Quantised, quantize_into, room
+
+Shape = tuple[int, ...]
+
+
+class Scratch:
+    """Memory for the weights of one step before they are quantised, used again and again: between what is kept, holes
+    of that size would stay."""
+
+    def __init__(self, device: str | torch.device) -> None:
+        self.device, self.memory = device, torch.empty(0, dtype=torch.uint8, device=device)
+
+    def tensors(self, shapes: Mapping[str, Shape], dtype: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+        sizes = {name: math.prod(shape) * dtype(name).itemsize for name, shape in shapes.items()}
+        starts = {name: -(-size // 64) * 64 for name, size in sizes.items()}            # aligned for any dtype
+        if sum(starts.values()) > len(self.memory):
+            self.memory = torch.empty(sum(starts.values()), dtype=torch.uint8, device=self.device)
+        parts = self.memory[: sum(starts.values())].split(list(starts.values()))
+        return {name: part[: sizes[name]].view(dtype(name)).view(shapes[name])
+                for name, part in zip(shapes, parts, strict=True)}
 
 
 def load_step(step: Step, plan: Plan, weights: Collection[str], stored: Mapping[str, Stored],
               parameters: Mapping[str, Tensor], dtype: Callable[[str], torch.dtype],
-              device: str | torch.device) -> dict[str, Quantised]:
+              scratch: Scratch) -> dict[str, Quantised]:
     """Of the parameters of one step, `weights` quantised; the others are filled.
 
     `parameters` has the weights on the meta device; `dtype` says what each would be kept as."""
-    here = [name for name in step.ours if name in weights]
-
-    def empty(name: str, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=dtype(name), device=device)
-
-    shapes = {name: tuple(parameters[name].shape) for name in here}
-    if len(shapes[here[0]]) == 2:
-        filled = {**parameters, **{name: empty(name, shapes[name]) for name in here}}
-        stream.load_step(step, stored, filled)
-        return {name: quantize_weight(filled[name], plan.bits, plan.group) for name in here}
-    experts, parts = shapes[here[0]][0], defaultdict(list)
-    one = {name: empty(name, (1, *shapes[name][1:])) for name in here}
-    for expert in range(experts):
-        stream.load_expert(step, expert, experts, stored, one)
-        for name in here:
-            parts[name].append(quantize_weight(one[name][0], plan.bits, plan.group))
-    return {name: stacked(parts.pop(name)) for name in here}
+    shapes = {name: tuple(parameters[name].shape) for name in step.ours if name in weights}
+    found = {name: room(shape, plan.bits, plan.group, scratch.device) for name, shape in shapes.items()}
+    first = next(iter(shapes.values()))
+    if len(first) == 2:
+        whole = scratch.tensors(shapes, dtype)
+        stream.load_step(step, stored, {**parameters, **whole})
+        for name, weight in whole.items():
+            quantize_into(found[name], weight, plan.bits, plan.group)
+        return found
+    own = scratch.tensors({name: (1, *shape[1:]) for name, shape in shapes.items()}, dtype)
+    for expert in range(first[0]):
+        stream.load_expert(step, expert, first[0], stored, own)
+        for name, weight in own.items():
+            quantize_into(found[name], weight[0], plan.bits, plan.group, expert)
+    return found

@@ -101,10 +101,11 @@ class Source:
         self.model.tie()
         parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
         packed: dict[str, Quantised] = {}
+        scratch = packing.Scratch(device)
         for step in self.steps:
             if plan and not weights.isdisjoint(step.ours):
                 packed |= packing.load_step(step, plan, weights, self.stored, parameters,
-                                            lambda name: self.dtype(name, dtype), device)
+                                            lambda name: self.dtype(name, dtype), scratch)
             else:
                 stream.load_step(step, self.stored, parameters)
         for name in plan.modules if plan else ():

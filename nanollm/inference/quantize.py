@@ -17,7 +17,7 @@ Shapes: N outputs, K inputs, G groups of K/G inputs.
 """
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
 GROUPS = (32, 64, 128)
-SLAB = 1 << 20                  # numbers that are quantised at a time, which takes some 20 MB besides
+SLAB = 1 << 18                  # numbers that are quantised at a time, so that a processor's cache holds what is between
 LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
 BITS = {"int8": 8, "int4": 4}   # by the names that commands have for them
 Some = TypeVar("Some", Tensor, Tensor | None)
@@ -46,17 +46,30 @@ def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> Quantised:
     quantised."""
     check(weight, bits, group, "the weight")
     need_finite(weight, "the weight")
-    if weight.ndim == 3:
-        return stacked([quantize_weight(one, bits, group) for one in weight])
-    parts = [_quantize_rows(rows, bits, group) for rows in weight.detach().split(max(1, SLAB // weight.shape[1]))]
-    packed, scale, zero = zip(*parts, strict=True)
-    return torch.cat(packed), torch.cat(scale), None if bits == 8 else torch.cat(zero)
+    out = room(tuple(weight.shape), bits, group, weight.device)
+    for e, one in enumerate(weight) if weight.ndim == 3 else [(None, weight)]:
+        quantize_into(out, one.detach(), bits, group, e)
+    return out
 
 
-def stacked(experts: Sequence[Quantised]) -> Quantised:
-    """Those of E experts → packed (E, N, ·), s, z (E, N, G)."""
-    packed, scale, zero = zip(*experts, strict=True)
-    return torch.stack(packed), torch.stack(scale), None if zero[0] is None else torch.stack(zero)
+def room(shape: tuple[int, ...], bits: int, group: int, device: str | torch.device) -> Quantised:
+    """packed, s, z for a weight of this shape, (N, K) or (E, N, K), with nothing in them yet."""
+    *rows, K = shape
+    if bits == 8:
+        packed, groups = torch.empty(shape, dtype=torch.int8, device=device), 1
+    else:
+        packed, groups = torch.empty(*rows, K // 8, dtype=torch.int32, device=device), K // group
+    scale = torch.empty(*rows, groups, device=device)
+    return packed, scale, None if bits == 8 else torch.empty_like(scale, dtype=torch.int8)
+
+
+def quantize_into(out: Quantised, weight: Tensor, bits: int, group: int, expert: int | None = None) -> None:
+    """Fill packed, s, z, or what is an expert's in them, from a weight (N, K), a slab of rows at a time."""
+    rows = max(1, SLAB // weight.shape[1])
+    for first in range(0, len(weight), rows):
+        for part, found in zip(out, _quantize_rows(weight[first : first + rows], bits, group), strict=True):
+            if part is not None and found is not None:
+                of(expert, part)[first : first + rows] = found
 
 
 def _quantize_rows(rows: Tensor, bits: int, group: int) -> Quantised:
