@@ -31,7 +31,7 @@ from nanollm.inference.chat import Chat
 from nanollm.inference.context import default_context, past_context
 from nanollm.inference.generation import Session, StopText, generate_batch
 from nanollm.inference.prepare import prepare
-from nanollm.inference.quantize import quantize
+from nanollm.inference.quantize import BITS
 from nanollm.inference.terminal import note, show, silent, standard_input
 from nanollm.inference.written import Written, finish_reason, until, warn
 from nanollm.model import Decoder
@@ -40,7 +40,6 @@ from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-QUANTIZE = {"int8": 8, "int4": 4}
 BOUNDS = {"max_new_tokens": (1, LARGE), "context": (2, LARGE), "batch_size": (1, 1 << 16), "temperature": (0, 100),
           "top_k": (1, LARGE), "top_p": (0, 1), "min_p": (0, 1), "seed": SEEDS}
 COLDEST = 1e-6          # a temperature below, which divides the logits, would make them infinite
@@ -93,7 +92,7 @@ def parse() -> argparse.Namespace:
     machine = parser.add_argument_group("where it runs")
     machine.add_argument("--dtype", choices=DTYPES, default="auto",
                          help="dtype of the weights; auto: as config.json says")
-    machine.add_argument("--quantize", choices=QUANTIZE,
+    machine.add_argument("--quantize", choices=BITS,
                          help="bits of a weight in the layers' matrices: half or a quarter of the memory, and faster")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="device: cpu, cuda, cuda:1 …")
@@ -235,9 +234,7 @@ def run() -> None:
     if args.prompts and done == len(jobs):
         return note(f"[{args.out} has all {done} answers]")
     conversation = opened(args, tokenizer) if args.chat else None
-    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore)
-    if args.quantize:
-        quantize(model, QUANTIZE[args.quantize])
+    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
     prepare(model, head_bits=8 if args.quantize else None)
     if args.prompts:
         batches.answer_jobs(model, tokenizer, jobs, done, args.out, args.batch_size, args.max_new_tokens,

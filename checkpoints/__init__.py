@@ -35,6 +35,7 @@ from checkpoints.source import config_of, open_source
 from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, InputError, counted
+from nanollm.inference.quantize import BITS, choose
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
 
@@ -42,7 +43,7 @@ __all__ = ["load", "save", "tokenizer", "Origin"]
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-         ignore: Collection[str] = ()) -> Decoder:
+         ignore: Collection[str] = (), quantize: str | None = None, group: int | None = None) -> Decoder:
     """The model in a folder or on the hub, in eval mode.
 
     dtype None is what config.json says, or else what most of the weights are stored in (source.py); what is stored in
@@ -50,12 +51,22 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     left out. Layouts other than Hugging Face's are read too (checkpoints/layouts); pickles are not, see `python -m
     checkpoints.convert`.
 
+    `quantize`, "int8" or "int4", keeps the weights of Linears and experts in 8 or 4 bits, 4 in groups of 32, 64 or 128
+    inputs (nanollm/inference/quantize.py). They are quantised as they come in: there is memory for what is kept, and
+    for the largest tensor, or expert.
+
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
-    nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats."""
+    nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats, or for
+    what cannot be quantised so."""
+    if quantize not in (None, *BITS):
+        raise InputError(f"quantize is {quantize!r}; expected {' or '.join(BITS)}, or None")
+    if group is not None and quantize != "int4":
+        raise InputError(f"group is {group}, and quantize {quantize!r}: groups go with int4")
     if dtype not in (None, *table.READABLE):
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
     found = open_source(hub.local_path(source), ignore)
-    model = found.fill(dtype, device)    # from here on there is memory
+    plan = choose(found.model, BITS[quantize], group) if quantize else None
+    model = found.fill(dtype, device, plan)      # from here on there is memory
     model.origin = origin_of(found)  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     return model
 

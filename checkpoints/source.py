@@ -31,13 +31,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoints import layouts
+from checkpoints import layouts, packing
 from checkpoints.families import Family, read_config
 from checkpoints.layouts.original import with_rope_layout
 from checkpoints.names import prefixes, table
 from checkpoints.storage import files, quantized, stream
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, counted
+from nanollm.inference.quantize import Plan, Quantised, leaves, replace
 from nanollm.model import Decoder
 
 
@@ -86,16 +87,30 @@ class Source:
             return wanted or self.working_dtype
         return torch.promote_types(wanted, torch.float32) if wanted else self.stored_dtypes[name]
 
-    def fill(self, dtype: torch.dtype | None, device: str | torch.device = "cpu") -> Decoder:
-        """The model, which has been on the meta device, in memory and in eval mode. dtype None: the working dtype."""
+    def fill(self, dtype: torch.dtype | None, device: str | torch.device = "cpu", plan: Plan | None = None) -> Decoder:
+        """The model, which has been on the meta device, in memory and in eval mode. dtype None: the working dtype.
+
+        What `plan` has is quantised as it comes in, from the values that it would have without."""
+        weights = set(plan.weights(self.model)) if plan else set()
         for name, parameter in self.parameters().items():
             owner, _, leaf = name.rpartition(".")
+            if name in weights:
+                continue
             kept = torch.empty(parameter.shape, dtype=self.dtype(name, dtype), device=device)
             setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept))
         self.model.tie()
         parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
+        packed: dict[str, Quantised] = {}
+        scratch = packing.Scratch(device)
         for step in self.steps:
-            stream.load_step(step, self.stored, parameters)
+            if plan and not weights.isdisjoint(step.ours):
+                packed |= packing.load_step(step, plan, weights, self.stored, parameters,
+                                            lambda name: self.dtype(name, dtype), scratch)
+            else:
+                stream.load_step(step, self.stored, parameters)
+        for name in plan.modules if plan else ():
+            own = leaves(self.model.get_submodule(name))
+            replace(self.model, name, {leaf: packed[f"{name}.{leaf}"] for leaf in own})
         return self.model.eval()
 
 

@@ -34,7 +34,8 @@ ARROWS = {
     "checkpoints.storage": "names",
     "checkpoints.families": "names nanollm.cli nanollm.config",
     "checkpoints.layouts": "families names storage nanollm.config nanollm.layers nanollm.text",
-    "checkpoints.source": "families layouts names storage nanollm.config nanollm.model",
+    "checkpoints.packing": "names storage nanollm.inference",
+    "checkpoints.source": "families layouts names packing storage nanollm.config nanollm.inference nanollm.model",
     "checkpoints.companions": "families layouts storage nanollm.text",
     "checkpoints.export": "companions families layouts names source storage nanollm.config",
     "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
@@ -188,7 +189,7 @@ def test_the_decoder_knows_no_family(path):
 
 PUBLIC = {
     "nanollm": ["Decoder", "ModelConfig", "generate", "tokenizer"],
-    "checkpoints.load": "(source: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str | torch.device = 'cpu', ignore: collections.abc.Collection[str] = ()) -> nanollm.model.Decoder",
+    "checkpoints.load": "(source: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str | torch.device = 'cpu', ignore: collections.abc.Collection[str] = (), quantize: str | None = None, group: int | None = None) -> nanollm.model.Decoder",
     "checkpoints.save": "(model: nanollm.model.Decoder, folder: str | pathlib.Path, *, shard_bytes: int = 5000000000) -> None",
     "nanollm.text.tokenizer.load": "(folder: str | pathlib.Path) -> 'Tokenizer'",
     "nanollm.model.Decoder": "(config: nanollm.config.ModelConfig, seed: int = 0) -> None",

@@ -1,15 +1,18 @@
 """Quantised weights: how far a weight moves, how far the logits do, and what is left alone."""
 
 import copy
+import threading
+import time
 
 import pytest
 import torch
 
-from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Rope
+from nanollm.config import MLP, Attention, ClippedGLU, Layer, Mamba, ModelConfig, MoE, Rope
 from nanollm.errors import InputError
 from nanollm.inference import cpu_products
 from nanollm.inference.generation import generate
 from nanollm.inference.quantize import (
+    QuantizedExperts,
     QuantizedLinear,
     dequantize,
     pack,
@@ -19,13 +22,14 @@ from nanollm.inference.quantize import (
     unpack,
 )
 from nanollm.layers.linear import Linear
+from nanollm.layers.moe import Experts
 from nanollm.model import Decoder
 from tests.oracles import difference, make_loud
 
 FORMATS = [(8, 128), (4, 32), (4, 64), (4, 128)]
 LAYERS = (
     Layer(Attention(4, 2, 16, Rope(), qkv_bias=True), MLP(64)),
-    Layer(Attention(2, 2, 32, Rope()), MoE(4, 2, MLP(32), True, MLP(64), True)),
+    Layer(Attention(2, 2, 32, Rope()), MoE(4, 2, MLP(64), True, MLP(64), True)),
     Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),
 )
 
@@ -120,10 +124,9 @@ def test_what_is_replaced_and_what_is_left(tied):
     replaced = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     left = {name for name, module in model.named_modules() if isinstance(module, Linear)}
     assert left == {"head", "layers.1.ffn.router", "layers.1.ffn.shared_gate", "layers.2.mixer.dt_proj"}
-    assert (
-        replaced | left == {name for name, module in before.items() if isinstance(module, Linear)}
-        and "layers.1.ffn.shared.down" in replaced
-    )
+    experts = {f"layers.1.ffn.experts.{leaf}" for leaf in ("gate", "up", "down")}
+    linears = {name for name, module in before.items() if isinstance(module, Linear)}
+    assert replaced | left == linears | experts and "layers.1.ffn.shared.down" in replaced
     assert (model.head.weight is model.embed.weight) == tied
     for name in left:
         assert torch.equal(model.get_submodule(name).weight, before[name].weight)
@@ -141,6 +144,79 @@ def test_skip_takes_parts_of_names():
     )  # head and router do more than multiply, and stay
     assert {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == {
         "layers.1.ffn.shared_gate", "layers.1.ffn.shared.gate", "layers.1.ffn.shared.up", "layers.1.ffn.shared.down"}
+
+
+# ---- experts
+
+MIXTURES = {
+    "Mixtral": MoE(4, 2, MLP(64), True),
+    "Qwen-MoE": MoE(6, 3, MLP(64), False, MLP(96), True),
+    "gpt-oss": MoE(4, 2, ClippedGLU(64), True, router_bias=True),
+}
+
+
+def mixture(kind: str) -> Decoder:
+    layer = Layer(Attention(4, 2, 16, Rope()), MIXTURES[kind])
+    model = Decoder(ModelConfig(vocab=50, dim=64, layers=(layer, layer))).eval().requires_grad_(False)
+    make_loud(model)
+    return model
+
+
+def restored(model: Decoder, plain: Decoder) -> Decoder:
+    """The plain model, with the weights that the quantised one stands for."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            weight = dequantize(module.restore(), module.scale, module.zero)
+            plain.get_parameter(name if weight.ndim == 3 else f"{name}.weight").data.copy_(weight)
+    return plain
+
+
+@pytest.mark.parametrize("kind", MIXTURES)
+@pytest.mark.parametrize("bits, group", [(8, None), (4, 32)])
+def test_experts_are_those_of_the_restored_weights(bits, group, kind):
+    """torch's kernels where no gradient is asked for, and the definition."""
+    plain, x = mixture(kind), torch.randint(0, 50, (2, 20))
+    model = quantize(copy.deepcopy(plain), bits, group)
+    assert not any(isinstance(module, Experts) for module in model.modules())
+    before, expected = plain(x), restored(model, plain)(x)
+    assert float((before - expected).norm() / before.norm()) > 1e-3          # the bits are felt
+    with torch.inference_mode():
+        packed = model(x)
+    assert difference(packed, expected) < 1e-4 and difference(model(x), expected) < 1e-5
+    other = quantize(mixture(kind), bits, group)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(x), model(x))
+
+
+def test_each_expert_is_quantised_by_itself():
+    experts = mixture("gpt-oss").layers[0].ffn.experts
+    model = quantize(mixture("gpt-oss"), 4, 32)
+    found = model.layers[0].ffn.experts
+    assert isinstance(found, QuantizedExperts) and found.down.packed.shape == (4, 64, 8)
+    for leaf in ("gate", "up", "down"):
+        module, weights = getattr(found, leaf), getattr(experts, leaf)
+        assert torch.equal(module.bias, getattr(experts, f"{leaf}_bias"))
+        own = [quantize_weight(weight, 4, 32) for weight in weights]
+        for part, each in zip((module.packed, module.scale, module.zero), zip(*own, strict=True), strict=True):
+            assert torch.equal(part, torch.stack(each))
+    assert repr(found.up) == "QuantizedLinear(experts=4, in_features=64, out_features=64, bits=4, group=32, bias=True)"
+
+
+def test_an_expert_that_cannot_be_quantised_is_named():
+    model = mixture("Mixtral")
+    model.layers[1].ffn.experts.up.data[2, 3, 4] = torch.inf
+    with pytest.raises(InputError, match=r"layers\.1\.ffn\.experts\.up: 1 of 16384 weights are not finite"):
+        quantize(model, 8)
+    model = Decoder(ModelConfig(50, 64, (Layer(Attention(4, 2, 16, Rope()), MoE(2, 1, MLP(48), True)),)))
+    with pytest.raises(InputError, match=r"layers\.0\.ffn\.experts\.down: 48 inputs, expected a multiple of the group"):
+        quantize(model, 4)
+
+
+def test_rows_are_quantised_a_slab_at_a_time(monkeypatch):
+    weight = torch.randn(10, 64)
+    expected = quantize_weight(weight, 4, 32)
+    monkeypatch.setattr("nanollm.inference.quantize.SLAB", 200)
+    assert all(torch.equal(a, b) for a, b in zip(quantize_weight(weight, 4, 32), expected, strict=True))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -202,7 +278,7 @@ def test_a_weight_that_is_not_finite_is_named_and_nothing_is_changed(bits, value
 def test_the_group_is_the_largest_that_divides_all():
     """All inputs here are multiples of 64, and not all of 128."""
     assert {
-        8 * m.packed.shape[1] // m.scale.shape[1]
+        8 * m.packed.shape[-1] // m.scale.shape[-1]
         for m in quantize(decoder(), 4).modules()
         if isinstance(m, QuantizedLinear)
     } == {64}
@@ -243,8 +319,51 @@ def test_the_order_of_torchs_kernel_is_undone():
     with torch.inference_mode():
         assert torch.equal(module(x), before)
         narrow = module.bfloat16()(x.bfloat16())
-    assert torch.equal(module.restore() or module.packed, weight[0]) and module.scale.dtype == torch.float32
+    assert torch.equal(module.restore(), weight[0]) and module.scale.dtype == torch.float32
     assert (narrow.float() - before).abs().max() < 0.05 * before.std()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_are_loaded_into_a_module_that_has_run(bits):
+    first, second = (QuantizedLinear(*quantize_weight(torch.randn(32, 128), bits, 32)) for _ in range(2))
+    x = torch.randn(2, 128)
+    with torch.inference_mode():
+        first(x)
+        first.load_state_dict(second.state_dict())
+        assert torch.equal(first(x), second(x))
+
+
+def test_threads_share_a_module_from_its_first_call_on(monkeypatch):
+    """The codes are in torch's order, their scales are not ready, and the others call; one of them in another dtype."""
+    scales, started = cpu_products.scales4, threading.Event()
+
+    def slow(*given):
+        started.set()
+        time.sleep(0.1)
+        return scales(*given)
+
+    weight = quantize_weight(torch.randn(32, 128), 4, 32)
+    x = torch.randn(2, 128)
+    with torch.inference_mode():
+        expected = QuantizedLinear(*(part.clone() for part in weight))(x)
+    module, found = QuantizedLinear(*weight), {}
+    monkeypatch.setattr(cpu_products, "scales4", slow)
+
+    def call(name, dtype):
+        with torch.inference_mode():
+            found[name] = module(x.to(dtype)).float()
+
+    threads = [threading.Thread(target=call, args=(name, dtype))
+               for name, dtype in (("first", torch.float32), ("second", torch.float32), ("third", torch.bfloat16))]
+    threads[0].start()
+    assert started.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.equal(found["first"], expected) and torch.equal(found["second"], expected)
+    assert (found["third"] - expected).abs().max() < 0.05 * expected.std()
+    assert torch.equal(module.restore(), weight[0])
 
 
 @pytest.mark.parametrize("bits, N, K, group", [(8, 16, 24, 24), (4, 24, 64, 32), (4, 16, 64, 16)])

@@ -7,6 +7,7 @@ straight into it. Each run is checked as it passes: a NaN or an infinity is an e
 judged by logits, as PyTorch's fused attention turns a NaN in q or k into finite numbers on a CPU.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -162,9 +163,24 @@ def same(source: Stored, target: Stored, ring: Ring) -> bool:
 
 def load_step(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor]) -> None:
     """Fill the parameters of one step."""
-    places = dict.fromkeys(step.theirs, 0)
+    _fill(step, stored, parameters, dict.fromkeys(step.theirs, 0))
+
+
+def _fill(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor], places: dict[str, int]) -> None:
+    """The same, from the given elements of the stored tensors on."""
     for name, piece in step.pieces(parameters):
         places[name] = read(stored[name], places[name], piece, name)
+
+
+def load_expert(step: Step, expert: int, experts: int, stored: Mapping[str, Stored],
+                parameters: Mapping[str, Tensor]) -> None:
+    """Fill the parameters of one step, (1, …) each, with those of one expert of so many.
+
+    Either each has tensors of its own, or all are in one tensor, one after another."""
+    shape = step.op.shapes([parameters[name] for name in step.ours], step.layer)[0]     # of one expert's part
+    together = len(shape) == 3
+    own = step if together else dataclasses.replace(step, theirs=step.theirs[expert::experts])
+    _fill(own, stored, parameters, dict.fromkeys(own.theirs, expert * math.prod(shape) if together else 0))
 
 
 def save_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str, Stored], out: Writer) -> None:

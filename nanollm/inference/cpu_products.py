@@ -32,8 +32,8 @@ def rows8(x: Tensor, packed: Tensor, scales: Tensor) -> Tensor:
 
 
 def scales8(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """s (N, 1) → s (N,)."""
-    return scale.flatten().to(dtype).contiguous()
+    """s (…, N, 1) → s (…, N); in front the experts, if there are any."""
+    return scale.squeeze(-1).to(dtype).contiguous()
 
 
 def rows4(x: Tensor, packed: Tensor, group: int, scales: Tensor) -> Tensor:
@@ -54,8 +54,8 @@ def codes4(packed: Tensor, group: int) -> Tensor:
 
 
 def scales4(scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
-    """s and z (N, G) → t (G, N, 2)."""
-    return torch.stack([scale, scale * (8 - zero)], -1).transpose(0, 1).to(dtype).contiguous()
+    """s and z (…, N, G) → t (…, G, N, 2); in front the experts, if there are any."""
+    return torch.stack([scale, scale * (8 - zero)], -1).transpose(-3, -2).to(dtype).contiguous()
 
 
 @functools.cache

@@ -13,28 +13,67 @@ never leave their group:
 
 Shapes: N outputs, K inputs, G groups of K/G inputs.
     packed (N, K) int8 or (N, K/8) int32;   s (N, 1) or (N, G) float32;   z (N, G) int8, or None for 8 bits.
+    Experts are stacked, so each of these has E in front, and an expert is run by its number.
 """
 
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from nanollm.config import MLP, ClippedGLU
 from nanollm.errors import InputError
 from nanollm.inference import cpu_products as cpu
 from nanollm.layers.linear import Linear
+from nanollm.layers.moe import Experts, gated, mixed
 from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
 GROUPS = (32, 64, 128)
+SLAB = 1 << 18                  # numbers quantised at a time, so that a processor's cache holds what is between
 LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
+BITS = {"int8": 8, "int4": 4}   # by the names that commands have for them
+Some = TypeVar("Some", Tensor, Tensor | None)
+Quantised = tuple[Tensor, Tensor, Tensor | None]                # packed, s, z
+ORDERING = threading.Lock()     # held while codes are put into another order: one for all, as a module must be copied
 
 
-def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor, Tensor, Tensor | None]:
-    """weight (N, K) → packed, s, z. The group is for 4 bits only. Raises InputError for what cannot be quantised."""
+def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> Quantised:
+    """weight (N, K), or (E, N, K) → packed, s, z. The group is for 4 bits only. Raises InputError for what cannot be
+    quantised."""
     check(weight, bits, group, "the weight")
-    w, tiny = weight.detach().float(), torch.finfo(torch.float32).tiny
+    need_finite(weight, "the weight")
+    out = room(tuple(weight.shape), bits, group, weight.device)
+    for e, one in enumerate(weight) if weight.ndim == 3 else [(None, weight)]:
+        quantize_into(out, one.detach(), bits, group, e)
+    return out
+
+
+def room(shape: tuple[int, ...], bits: int, group: int, device: str | torch.device) -> Quantised:
+    """packed, s, z for a weight of this shape, (N, K) or (E, N, K), with nothing in them yet."""
+    *rows, K = shape
+    if bits == 8:
+        packed, groups = torch.empty(shape, dtype=torch.int8, device=device), 1
+    else:
+        packed, groups = torch.empty(*rows, K // 8, dtype=torch.int32, device=device), K // group
+    scale = torch.empty(*rows, groups, device=device)
+    return packed, scale, None if bits == 8 else torch.empty_like(scale, dtype=torch.int8)
+
+
+def quantize_into(out: Quantised, weight: Tensor, bits: int, group: int, expert: int | None = None) -> None:
+    """Fill packed, s, z, or what is an expert's in them, from a weight (N, K), a slab of rows at a time."""
+    rows = max(1, SLAB // weight.shape[1])
+    for first in range(0, len(weight), rows):
+        for part, found in zip(out, _quantize_rows(weight[first : first + rows], bits, group), strict=True):
+            if part is not None and found is not None:
+                of(expert, part)[first : first + rows] = found
+
+
+def _quantize_rows(rows: Tensor, bits: int, group: int) -> Quantised:
+    w, tiny = rows.float(), torch.finfo(torch.float32).tiny
     if bits == 8:
         scale = (w.abs().amax(1, keepdim=True) / 127).clamp(min=tiny)           # a row of zeros has a scale too
         return (w / scale).round().clamp(-127, 127).to(torch.int8), scale, None
@@ -47,22 +86,22 @@ def quantize_weight(weight: Tensor, bits: int, group: int = 128) -> tuple[Tensor
 
 
 def pack(codes: Tensor) -> Tensor:
-    """Numbers 0 … 15, (N, K) int32 → (N, K/8) int32."""
+    """Numbers 0 … 15, (…, K) int32 → (…, K/8) int32."""
     shifts = 4 * torch.arange(8, dtype=torch.int32, device=codes.device)
-    return (codes.unflatten(1, (-1, 8)) << shifts).sum(2, dtype=torch.int32)
+    return (codes.unflatten(-1, (-1, 8)) << shifts).sum(-1, dtype=torch.int32)
 
 
 def unpack(packed: Tensor) -> Tensor:
     """The inverse of `pack`. >> brings the sign along, the mask takes it off."""
-    return (packed[..., None] >> 4 * torch.arange(8, dtype=torch.int32, device=packed.device) & 15).flatten(1)
+    return (packed[..., None] >> 4 * torch.arange(8, dtype=torch.int32, device=packed.device) & 15).flatten(-2)
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """packed, s, z → the weight (N, K), float32."""
+    """packed, s, z → the weight (…, N, K), float32."""
     if zero is None:
         return packed.float() * scale
-    codes = unpack(packed).unflatten(1, (scale.shape[1], -1))                   # (N, G, K/G)
-    return ((codes - zero[..., None]).float() * scale[..., None]).flatten(1)
+    codes = unpack(packed).unflatten(-1, (scale.shape[-1], -1))                 # (…, N, G, K/G)
+    return ((codes - zero[..., None]).float() * scale[..., None]).flatten(-2)
 
 
 @accelerated
@@ -72,10 +111,11 @@ def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | No
 
 
 class QuantizedLinear(nn.Module):
-    """A Linear whose weight is quantised. Nothing in it is trained.
+    """A Linear whose weight is quantised, or the E of one place in the experts. Nothing in it is trained.
 
     On a CPU it runs torch's packed kernels (cpu_products.py). Of 4 bits they want the codes in an order of their own,
-    which then takes the place of ours: `restore` puts ours back, before the module is moved or saved.
+    which then takes the place of ours: `restore` puts ours back, before the module is moved, saved or loaded. Threads
+    may share a module: the first one orders, the others wait for it.
     """
     packed: Tensor
     scale: Tensor
@@ -86,36 +126,44 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         for name, value in (("packed", packed), ("scale", scale), ("zero", zero), ("bias", bias)):
             self.register_buffer(name, value)
-        self.outputs, self.inputs = len(packed), packed.shape[1] * (1 if zero is None else 8)
-        self.group = self.inputs // scale.shape[1]
-        self.scales: Tensor | None = None        # as torch's kernel wants them; of 4 bits packed is in its order then
+        self.outputs, self.inputs = packed.shape[-2], packed.shape[-1] * (1 if zero is None else 8)
+        self.group = self.inputs // scale.shape[-1]
+        # packed and scales as torch's kernel wants them: one attribute, so that a thread sees both or neither
+        self.ordered: tuple[Tensor, Tensor] | None = None
         self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.restore())
+        self.register_load_state_dict_pre_hook(lambda module, *_: module.restore())
 
-    def forward(self, x: Tensor) -> Tensor:                     # (…, K) → (…, N)
+    def forward(self, x: Tensor, expert: int | None = None) -> Tensor:          # (…, K) → (…, N)
         bits = 8 if self.zero is None else 4
+        bias = of(expert, self.bias)
         if x.is_cpu and not torch.is_grad_enabled() and cpu.fits(bits, self.outputs, self.inputs, self.group):
-            y = self._rows(x.reshape(-1, self.inputs).contiguous()).view(*x.shape[:-1], self.outputs)
-            return y if self.bias is None else y + self.bias
-        self.restore()
-        return quantized_linear(x, self.packed, self.scale, self.zero, self.bias)
+            y = self._rows(x.reshape(-1, self.inputs).contiguous(), expert).view(*x.shape[:-1], self.outputs)
+            return y if bias is None else y + bias
+        packed = self.restore()
+        return quantized_linear(x, of(expert, packed), of(expert, self.scale), of(expert, self.zero), bias)
 
-    def _rows(self, x: Tensor) -> Tensor:                       # (M, K) → (M, N), without the bias
-        if self.scales is None or self.scales.dtype != x.dtype:
-            self.restore()
-            if self.zero is None:
-                self.scales = cpu.scales8(self.scale, x.dtype)
-            else:
-                self.packed = cpu.order4(unpack(self.packed))
-                self.scales = cpu.scales4(self.scale, self.zero, x.dtype)
-        if self.zero is None:
-            return cpu.rows8(x, self.packed, self.scales)
-        return cpu.rows4(x, self.packed, self.group, self.scales)
+    def _rows(self, x: Tensor, expert: int | None) -> Tensor:                   # (M, K) → (M, N), without the bias
+        packed, scales = self.ordered or self._order(x.dtype)
+        if scales.dtype != x.dtype:
+            packed, scales = self._order(x.dtype)
+        packed, scales = of(expert, packed), of(expert, scales)
+        return cpu.rows8(x, packed, scales) if self.zero is None else cpu.rows4(x, packed, self.group, scales)
 
-    def restore(self) -> None:
-        """Our order of the codes."""
-        if self.scales is not None and self.zero is not None:
-            self.packed = pack(cpu.codes4(self.packed, self.group))
-        self.scales = None
+    def _order(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        with ORDERING:
+            if self.ordered is None and self.zero is not None:
+                self.packed = each(lambda one: cpu.order4(unpack(one)), self.packed)
+            scales = cpu.scales8(self.scale, dtype) if self.zero is None else cpu.scales4(self.scale, self.zero, dtype)
+            self.ordered = self.packed, scales
+            return self.ordered
+
+    def restore(self) -> Tensor:
+        """Put the codes back in our order, and return them."""
+        with ORDERING:
+            if self.ordered is not None and self.zero is not None:
+                self.packed = each(lambda one: pack(cpu.codes4(one, self.group)), self.packed)
+            self.ordered = None
+            return self.packed
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
         """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
@@ -128,43 +176,115 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         bits = "bits=8" if self.zero is None else f"bits=4, group={self.group}"
-        return f"in_features={self.inputs}, out_features={self.outputs}, {bits}, bias={self.bias is not None}"
+        experts = f"experts={len(self.packed)}, " if self.packed.ndim == 3 else ""
+        sizes = f"in_features={self.inputs}, out_features={self.outputs}"
+        return f"{experts}{sizes}, {bits}, bias={self.bias is not None}"
+
+
+def of(expert: int | None, parts: Some) -> Some:
+    """What is an expert's; None: there are no experts."""
+    return parts if parts is None or expert is None else parts[expert]
+
+
+def each(change: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
+    """A weight changed, or those of all experts one by one."""
+    return change(packed) if packed.ndim == 2 else torch.stack([change(one) for one in packed])
+
+
+class QuantizedExperts(nn.Module):
+    """Experts whose weights are quantised. What stands between the products is that of moe.py."""
+
+    def __init__(self, config: MLP | ClippedGLU, gate: QuantizedLinear, up: QuantizedLinear,
+                 down: QuantizedLinear) -> None:
+        super().__init__()
+        self.config, self.gate, self.up, self.down = config, gate, up, down
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
+        def expert(own: Tensor, e: int) -> Tensor:
+            return self.down(gated(self.config, self.gate(own, e), self.up(own, e)), e)
+
+        return mixed(x, weights, chosen, expert)
+
+
+# ---- a model
+
+class Plan(NamedTuple):
+    """What of a model is quantised, and how."""
+    bits: int
+    group: int
+    modules: list[str]
+
+    def weights(self, model: Decoder) -> list[str]:
+        """The names of the parameters that will be quantised."""
+        return [f"{name}.{leaf}" for name in self.modules for leaf in leaves(model.get_submodule(name))]
 
 
 def quantize(model: Decoder, bits: int = 8, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Decoder:
-    """Replace the Linears of a model in place, and return it. Norms, embedding and stacked experts are no Linears.
+    """Replace the Linears and the experts of a model in place, and return it. Norms and the embedding stay.
 
     group: of inputs that share a scale in 4 bits; None is the largest that divides them all. skip: parts of names,
     "head" or "layers.0": a Linear whose name has one of them between its dots stays as it is. Besides the model there
-    is never more than one weight in memory. Raises InputError, before anything is changed, for bits other than 8 and 4,
-    and for a weight that is not finite or that the groups do not divide, by its name.
+    are never more than the weights of one module in memory. Raises InputError, before anything is changed, for bits
+    other than 8 and 4, and for a weight that is not finite or that the groups do not divide, by its name.
     """
-    def skipped(name: str) -> bool:
-        return any(f".{part}." in f".{name}." for part in skip)
-
-    chosen = [name for name, module in model.named_modules() if type(module) is Linear and not skipped(name)]
-    if group is None:
-        widths = [model.get_parameter(f"{name}.weight").shape[1] for name in chosen]
-        group = next((g for g in reversed(GROUPS) if all(width % g == 0 for width in widths)), GROUPS[0])
-    for name in chosen:
-        check(model.get_parameter(f"{name}.weight"), bits, group, name)
-    for name in chosen:
-        owner, _, own_name = name.rpartition(".")
-        old = model.get_submodule(name)
-        assert isinstance(old, Linear), "as chosen"
-        bias = None if old.bias is None else old.bias.detach()
-        new = QuantizedLinear(*quantize_weight(old.weight, bits, group), bias)
-        setattr(model.get_submodule(owner), own_name, new.train(old.training))
+    plan = choose(model, bits, group, skip)
+    for name in plan.weights(model):
+        need_finite(model.get_parameter(name), name.removesuffix(".weight"))
+    for name in plan.modules:
+        module = model.get_submodule(name)
+        replace(model, name, {leaf: quantize_weight(module.get_parameter(leaf), plan.bits, plan.group)
+                              for leaf in leaves(module)})
     return model
 
 
+def choose(model: Decoder, bits: int, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Plan:
+    """What `quantize` replaces; the model may be on the meta device. Raises InputError as it does, but for values."""
+    def skipped(name: str) -> bool:
+        return any(f".{part}." in f".{name}." for part in skip)
+
+    chosen = [name for name, module in model.named_modules() if leaves(module) and not skipped(name)]
+    found = Plan(bits, group or 0, chosen)
+    weights = {name: model.get_parameter(name) for name in found.weights(model)}
+    if group is None:
+        divide = (g for g in reversed(GROUPS) if all(one.shape[-1] % g == 0 for one in weights.values()))
+        found = found._replace(group=next(divide, GROUPS[0]))
+    for name, weight in weights.items():
+        check(weight, bits, found.group, name.removesuffix(".weight"))
+    return found
+
+
+def leaves(module: nn.Module) -> tuple[str, ...]:
+    """The weights of a module that can be quantised; none of any other."""
+    if isinstance(module, Experts):
+        return "gate", "up", "down"
+    return ("weight",) if type(module) is Linear else ()        # a router or a head does more than multiply
+
+
+def replace(model: Decoder, name: str, weights: Mapping[str, Quantised]) -> None:
+    """Put a quantised module in the place of the Linear or the Experts of this name."""
+    old = model.get_submodule(name)
+    if isinstance(old, Experts):
+        biases = (getattr(old, f"{leaf}_bias", None) for leaf in leaves(old))
+        gate, up, down = (QuantizedLinear(*weights[leaf], None if bias is None else bias.detach())
+                          for leaf, bias in zip(leaves(old), biases, strict=True))
+        new: nn.Module = QuantizedExperts(old.config, gate, up, down)
+    else:
+        assert isinstance(old, Linear), "as chosen"
+        new = QuantizedLinear(*weights["weight"], None if old.bias is None else old.bias.detach())
+    model.set_submodule(name, new.train(old.training))
+
+
 def check(weight: Tensor, bits: int, group: int, name: str) -> None:
-    """Raise InputError, which begins with `name`, for a weight (N, K) that cannot be quantised so."""
+    """Raise InputError, which begins with `name`, for a weight (…, K) whose shape cannot be quantised so."""
     if bits not in (8, 4):
         raise InputError(f"{name}: {bits} bits, expected 8 or 4")
     if bits == 4 and group not in GROUPS:
         raise InputError(f"{name}: groups of {group}, expected {', '.join(map(str, GROUPS))}")
-    if bits == 4 and weight.shape[1] % group:
-        raise InputError(f"{name}: {weight.shape[1]} inputs, expected a multiple of the group of {group}")
+    if bits == 4 and weight.shape[-1] % group:
+        raise InputError(f"{name}: {weight.shape[-1]} inputs, expected a multiple of the group of {group}")
+
+
+def need_finite(weight: Tensor, name: str) -> None:
+    """Raise InputError, which begins with `name`, for a weight that holds a NaN or an infinity."""
     if not torch.isfinite(weight).all():
         raise InputError(f"{name}: {int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights are not finite")

@@ -27,7 +27,7 @@ The experts are stacked, gate and up (E, F, D), down (E, D, F), so that one grou
 A router left alone sends everything to few experts; `Balance` in training/losses.py spreads the load.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -153,12 +153,25 @@ def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tenso
 
     x (N, D), gate and up (E, F, D), down (E, D, F), weights g (N, k) float32, chosen T (N, k) int64.
     """
+    return mixed(x, weights, chosen, lambda own, e: F.linear(
+        activate(activation, F.linear(own, gate[e])) * F.linear(own, up[e]), down[e]))
+
+
+def mixed(x: Tensor, weights: Tensor, chosen: Tensor, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Σ_{e ∈ T} g_e · expert(x, e), (N, D). Each expert runs once, on the tokens that chose it."""
     y = torch.zeros_like(x)
     for e, token, rank in visits(chosen):
-        own = x[token]
-        out = F.linear(activate(activation, F.linear(own, gate[e])) * F.linear(own, up[e]), down[e])
+        out = expert(x[token], e)
         y = y.index_add(0, token, (out * weights[token, rank, None]).to(x.dtype))
     return y
+
+
+def gated(config: MLPConfig | ClippedGLU, gate: Tensor, up: Tensor) -> Tensor:
+    """What an expert hands to down, of gate_e x and up_e x."""
+    if isinstance(config, MLPConfig):
+        return activate(config.activation, gate) * up
+    gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit)
+    return gate * torch.sigmoid(config.slope * gate) * (up + 1)
 
 
 class Experts(nn.Module):
@@ -187,19 +200,16 @@ class ClippedExperts(Experts):
 
     def __init__(self, experts: int, config: ClippedGLU, dim: int) -> None:
         super().__init__(experts, config, dim)
-        self.slope, self.limit = config.slope, config.limit
         self.gate_bias = nn.Parameter(torch.empty(experts, config.hidden))
         self.up_bias = nn.Parameter(torch.empty(experts, config.hidden))
         self.down_bias = nn.Parameter(torch.empty(experts, dim))
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
-        limit, y = self.limit, torch.zeros_like(x)
-        for e, token, rank in visits(chosen):
-            gate = F.linear(x[token], self.gate[e], self.gate_bias[e]).clamp(max=limit)
-            up = F.linear(x[token], self.up[e], self.up_bias[e]).clamp(-limit, limit)
-            out = F.linear(gate * torch.sigmoid(self.slope * gate) * (up + 1), self.down[e], self.down_bias[e])
-            y = y.index_add(0, token, (out * weights[token, rank, None]).to(x.dtype))
-        return y
+        def expert(own: Tensor, e: int) -> Tensor:
+            gate, up = F.linear(own, self.gate[e], self.gate_bias[e]), F.linear(own, self.up[e], self.up_bias[e])
+            return F.linear(gated(self.config, gate, up), self.down[e], self.down_bias[e])
+
+        return mixed(x, weights, chosen, expert)
 
 
 class MoE(nn.Module):
