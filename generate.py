@@ -27,9 +27,10 @@ from checkpoints.layouts.hub import local_path
 from nanollm.cli import LARGE, SEEDS, Parser, main
 from nanollm.errors import InputError
 from nanollm.inference import batches, settings
+from nanollm.inference.answer import Answer
 from nanollm.inference.chat import Chat
-from nanollm.inference.context import default_context, past_context
-from nanollm.inference.generation import Session, StopText, generate_batch
+from nanollm.inference.context import default_context, past_context, session_length
+from nanollm.inference.generation import Session, StopText, answer_batch
 from nanollm.inference.prepare import prepare
 from nanollm.inference.quantize import quantize
 from nanollm.inference.terminal import note, show, silent, standard_input
@@ -168,13 +169,15 @@ def one(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, drawn: d
     warn(tokenizer, ids, args.bos)
     if args.prompt and args.prompt[0] != "-" and not args.json:
         show(args.prompt[0])
-    session = Session(model, len(ids) + args.max_new_tokens)
-    tokens = session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **drawn)
-    answer = Written().write(tokens, tokenizer, [*args.stop, *tokenizer.stop_texts], continues=args.ask is None,
-                            show=silent if args.json else show)
-    show(as_json(fact, ids, answer.tokens, answer.text, answer.finish_reason) if args.json else "\n")
-    cut = answer.finish_reason == "length" and args.ask is not None
-    note(f"[{answer.speed}{f'; cut at --max-new-tokens {args.max_new_tokens}' if cut else ''}]")
+    stop, continues = [*args.stop, *tokenizer.stop_texts], args.ask is None
+    session = Session(model, session_length(model.config, len(ids), args.max_new_tokens))
+    tokens = session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids,
+                              stop=lambda: StopText(tokenizer.stream(continues=continues), stop), **drawn)
+    written = Written().write(tokens, tokenizer, stop, continues=continues, show=silent if args.json else show)
+    answer = written.answer
+    show(as_json(fact, ids, answer, written.text) if args.json else "\n")
+    expected = continues and answer.ended == "length"       # a continuation ends there
+    note(f"[{written.speed}{'' if expected else written.cut(args.max_new_tokens)}]")
     note_past(model, len(ids) + len(answer.tokens))
 
 
@@ -183,21 +186,21 @@ def several(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, draw
     facts, prompts = asked(args, tokenizer)
     warn(tokenizer, prompts[0], args.bos)
     start = time.perf_counter()
-    rows = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids,
-                          stop=lambda: StopText(tokenizer.stream(continues=True), args.stop), **drawn)
-    rate = sum(map(len, rows)) / (time.perf_counter() - start)
-    for fact, name, ids, new in zip(facts, args.prompt, prompts, rows, strict=True):
-        text, stopped = until(tokenizer.decode(new, continues=True), args.stop)
-        reason = "stop" if stopped else finish_reason(new, tokenizer.stop_ids)
-        show(as_json(fact, ids, new, text, reason) if args.json else f"--- {name}\n{text}\n")
-    note(f"[{sum(map(len, rows))} tokens for {len(rows)} prompts, {rate:.1f} tokens/s in all]")
-    note_past(model, max(len(ids) + len(new) for ids, new in zip(prompts, rows, strict=True)))
+    answers = answer_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids,
+                           stop=lambda: StopText(tokenizer.stream(continues=True), args.stop), **drawn)
+    count = sum(len(answer.tokens) for answer in answers)
+    rate = count / (time.perf_counter() - start)
+    for fact, name, ids, answer in zip(facts, args.prompt, prompts, answers, strict=True):
+        text = until(tokenizer.decode(answer.tokens, continues=True), args.stop)
+        show(as_json(fact, ids, answer, text) if args.json else f"--- {name}\n{text}\n")
+    note(f"[{count} tokens for {len(prompts)} prompts, {rate:.1f} tokens/s in all]")
+    note_past(model, max(len(ids) + len(answer.tokens) for ids, answer in zip(prompts, answers, strict=True)))
 
 
-def as_json(fact: dict[str, Any], ids: list[int], new: list[int], text: str, reason: str) -> str:
+def as_json(fact: dict[str, Any], ids: list[int], answer: Answer, text: str) -> str:
     """A line for --json, in ASCII, which every terminal and every program reads."""
-    return json.dumps(fact | {"answer": text, "finish_reason": reason, "prompt_tokens": len(ids),
-                              "tokens": len(new)}) + "\n"
+    return json.dumps(fact | {"answer": text, "finish_reason": finish_reason(answer.ended), "prompt_tokens": len(ids),
+                              "tokens": len(answer.tokens)}) + "\n"
 
 
 def note_past(model: Decoder, tokens: int) -> None:

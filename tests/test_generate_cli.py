@@ -22,6 +22,7 @@ from nanollm.inference.context import MEMORY, cache_bytes, default_context, past
 from nanollm.inference.settings import read_settings
 from nanollm.inference.written import until
 from nanollm.presets import PRESETS, preset, transformer
+from nanollm.text.chat import Conversation
 from tests import forked
 from tests.terminals import scripted
 
@@ -64,6 +65,30 @@ def test_json(folder: Path) -> None:
     assert [json.loads(line) for line in both.out.splitlines()] == [
         {"prompt": text, "answer": "Ye", "finish_reason": "length", "prompt_tokens": len(theirs(text)["input_ids"]),
          "tokens": 2} for text in ("a\n", "é\n")]
+    for prompts in (["a\n"], ["a\n", "é\n"]):
+        options = [word for text in prompts for word in ("--prompt", text)]
+        said = [json.loads(line) for line in cli("--model", folder, *options, "--json", "--stop", "e").out.splitlines()]
+        found = [(one["answer"], one["finish_reason"], one["tokens"]) for one in said]
+        assert found == [("Y", "stop", 2)] * len(prompts)
+
+
+def test_where_a_table_of_positions_ends(tmp_path: Path) -> None:
+    """An answer goes up to there, alike in --ask and --chat; what is told is the end of the context, in JSON length."""
+    with pytest.warns(UserWarning, match="own layout"):
+        folder = scripted(tmp_path, ["a", "b", "c"], endless=True, positions=40)
+    conversation = Conversation(checkpoints.tokenizer(folder))
+    conversation.add("user", "x")
+    ids = len(conversation.prompt_ids())
+    done = cli("--model", folder, "--ask", "x", "--max-new-tokens", 99)
+    assert done.out == ("abc" * 40)[: 41 - ids] + "\n" and "; cut at the end of the context]" in done.err, done.said
+    done = cli("--model", folder, "--ask", "x", "--max-new-tokens", 99, "--json")
+    assert json.loads(done.out)["finish_reason"] == "length" and json.loads(done.out)["tokens"] == 41 - ids
+    done = cli("--model", folder, "--prompt", "xyz\n", "--max-new-tokens", 41 - 3)
+    assert done.out == "xyz\n" + ("abc" * 40)[: 41 - 4] + "\n" and "; cut at the end of the context]" in done.err
+    done = cli("--model", folder, "--ask", "x" * 99)
+    assert done.codes == [1] and "the model has 40 positions" in done.err
+    done = cli("--model", folder, "--chat", "--max-new-tokens", 99, text="x\n")
+    assert "; cut at the end of the context]" in done.err
 
 
 def test_special_tokens_in_a_prompt(folder: Path) -> None:
@@ -177,7 +202,7 @@ def test_the_context_is_the_models_or_what_a_cache_of_a_gibibyte_holds() -> None
 
 
 def test_until() -> None:
-    assert until("one two three", ["three", "two"]) == ("one ", True) and until("one", ["x"]) == ("one", False)
+    assert until("one two three", ["three", "two"]) == "one " and until("one", ["x"]) == until("one", []) == "one"
 
 
 # ---- no tracebacks

@@ -24,7 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nanollm.errors import InputError, NanollmError
-from nanollm.inference.generation import StopText, generate_batch
+from nanollm.inference.generation import StopText, answer_batch
 from nanollm.inference.terminal import note
 from nanollm.inference.written import finish_reason, until
 from nanollm.model import Decoder
@@ -109,13 +109,11 @@ def answer_jobs(model: Decoder, tokenizer: Tokenizer, jobs: Sequence[Job], done:
             for start in range(done, len(jobs), batch_size):
                 batch = jobs[start : start + batch_size]
                 drawn = sampling | {"seed": seed if seed is None else seed + start}
-                answers = generate_batch(model, [job.ids for job in batch], max_new_tokens,
-                                         stop_ids=tokenizer.stop_ids,
-                                         stop=lambda: StopText(tokenizer.stream(continues=True), stop), **drawn)
-                for job, tokens in zip(batch, answers, strict=True):
-                    text, stopped = until(tokenizer.decode(tokens, continues=job.continues), stop)
-                    reason = "stop" if stopped else finish_reason(tokens, tokenizer.stop_ids)
-                    file.write(json_line(job.line | {"answer": text, "finish_reason": reason}))
+                answers = answer_batch(model, [job.ids for job in batch], max_new_tokens, stop_ids=tokenizer.stop_ids,
+                                       stop=lambda: StopText(tokenizer.stream(continues=True), stop), **drawn)
+                for job, answer in zip(batch, answers, strict=True):
+                    text = until(tokenizer.decode(answer.tokens, continues=job.continues), stop)
+                    file.write(json_line(job.line | {"answer": text, "finish_reason": finish_reason(answer.ended)}))
                 file.flush()
                 bar.update(len(batch))
     except KeyboardInterrupt:

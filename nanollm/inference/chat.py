@@ -16,7 +16,7 @@ from typing import Any
 from nanollm.errors import InputError, NanollmError
 from nanollm.inference import terminal
 from nanollm.inference.context import past_context
-from nanollm.inference.generation import Session
+from nanollm.inference.generation import Session, StopText
 from nanollm.inference.terminal import note
 from nanollm.inference.written import Written, warn
 from nanollm.model import Decoder
@@ -101,31 +101,26 @@ class Chat:
         sampling = self.sampling | {"seed": seed if seed is None else seed + self.answers}
         try:
             with terminal.ctrl_c_noted() as interrupted:
-                tokens = self.session.generate(ids, self.max_new_tokens, stop_ids=self.tokenizer.stop_ids, **sampling)
+                tokens = self.session.generate(
+                    ids, self.max_new_tokens, stop_ids=self.tokenizer.stop_ids,
+                    stop=lambda: StopText(self.tokenizer.stream(), self.stop), **sampling)
                 answer.write(tokens, self.tokenizer, self.stop, continues=False, show=terminal.show,
                              interrupted=interrupted)
         except KeyboardInterrupt:                          # the second, in the middle of a step
             self.session = Session(self.model, self.context)
         terminal.show("\n")
         self.answers += 1
-        if answer.finish_reason == "interrupted" and not answer.text.strip():
+        by_ctrl_c = answer.answer.ended == "interrupted"
+        if by_ctrl_c and not answer.text.strip():
             return False
         self.conversation.add("assistant", answer.text.strip())
-        note(f"[{answer.speed}{self.why_cut(answer)}]")
-        past = past_context(self.model.config, len(ids) + len(answer.tokens))
+        cut = "; cut by Ctrl-C, kept as it is: /retry answers again" if by_ctrl_c else answer.cut(self.max_new_tokens)
+        note(f"[{answer.speed}{cut}]")
+        past = past_context(self.model.config, len(ids) + len(answer.answer.tokens))
         if past and not self.past:
             note(f"[{past}]")
             self.past = True
         return True
-
-    def why_cut(self, answer: Written) -> str:
-        """What to say of an answer that is not whole."""
-        if answer.finish_reason == "interrupted":
-            return "; cut by Ctrl-C, kept as it is: /retry answers again"
-        if answer.finish_reason == "length":
-            limit = f"--max-new-tokens {self.max_new_tokens}"
-            return f"; cut at {limit if len(answer.tokens) == self.max_new_tokens else 'the end of the context'}"
-        return ""
 
     def obey(self, name: str, argument: str) -> None:
         """A command. Raises InputError for one that there is not, or that lacks its file."""
