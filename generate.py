@@ -127,8 +127,8 @@ def parse() -> argparse.Namespace:
     machine.add_argument("--quantize", choices=BITS,
                          help="bits of a weight in the layers' matrices: half or a quarter of the memory, and faster")
     machine.add_argument("--compile", action="store_true",
-                         help="compiled decoding on a CPU: twice as fast and more, for one answer at a time; takes a C++ "
-                         "compiler, some 10 s at the first start and 5 s at each later one")
+                         help="compiled decoding on a CPU, twice as fast and more, for one answer at a time; takes a "
+                         "C++ compiler, and up to a minute at the first start")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="device: cpu, cuda, cuda:1 …")
     machine.add_argument("--ignore", action="append", default=[], metavar="NAME",

@@ -11,7 +11,7 @@ from nanollm.config import MLP, Attention, LatentAttention, Layer, Mamba, ModelC
 from nanollm.errors import CheckpointError
 from nanollm.inference import prepare as inference
 from nanollm.inference.generation import generate
-from nanollm.inference.prepare import PackedLinear, Part, prepare
+from nanollm.inference.prepare import PackedLinear, Part, WideLinear, prepare
 from nanollm.inference.quantize import LEFT_ALONE, QuantizedLinear, quantize
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
@@ -149,3 +149,21 @@ def test_without_torchs_packing_weights_are_side_by_side_all_the_same(broken, mo
         assert difference(ready(prompt()).float(), before.float()) < 0.05
     finally:
         inference.has_packing.cache_clear()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("bias", [True, False])
+def test_many_rows_go_through_float32_where_16_bits_are_slow(monkeypatch, bias):
+    monkeypatch.setattr(inference, "has_packing", lambda dtype: False)
+    layer = Layer(Attention(4, 2, 32, Rope(), out_bias=bias), MLP(64))
+    model = Decoder(ModelConfig(vocab=80, dim=128, layers=(layer,)))
+    make_loud(model)
+    model = model.eval().bfloat16()
+    x = torch.randint(0, 80, (1, 100), generator=torch.Generator().manual_seed(0))
+    exact = copy.deepcopy(model).double()(x)
+    before = difference(model(x).double(), exact)
+    ready = prepare(model)
+    assert isinstance(ready.layers[0].mixer.o, WideLinear) and isinstance(ready.layers[0].ffn.down, WideLinear)
+    assert difference(ready(x).double(), exact) < 1.5 * before
+    few, o = torch.randn(3, 128).bfloat16(), ready.layers[0].mixer.o
+    assert torch.equal(o(few), torch.nn.functional.linear(few, *o.parameters()))

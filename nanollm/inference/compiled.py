@@ -37,7 +37,7 @@ from torch.utils import _pytree as pytree
 from nanollm.block import Block
 from nanollm.errors import InputError
 from nanollm.inference.generation import generate
-from nanollm.inference.prepare import side_by_side
+from nanollm.inference.prepare import linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.state import KVCache, ScanState, SlotMapping
@@ -54,8 +54,9 @@ def compile_decoding(model: Decoder) -> Decoder:
     The programs are made here, by two tokens of no meaning."""
     if any(isinstance(layer, CompiledBlock) for layer in model.layers):
         raise InputError("the model is compiled already")
-    for _ in side_by_side(model):
-        pass
+    for owner in side_by_side(model):
+        for name, linear in linears(owner):
+            widen(owner, name, linear)
     programs: dict[Any, Program | None] = {}
     for index, layer in enumerate(model.layers):
         assert isinstance(layer, Block)
@@ -95,7 +96,7 @@ class CompiledBlock(nn.Module):
                 state: State) -> tuple[list[Tensor], Program | None]:
         """The weights of this block, and the program of all blocks like it, made by the first."""
         places = weight_places(self.block)
-        weights = [values[name] for values, name in places]
+        weights, _ = pytree.tree_flatten([owner[name] for owner, name in places])
         key = kind, self.config, tuple((tuple(weight.shape), weight.dtype) for weight in weights)
         with self.lock:
             if key not in self.programs:
@@ -161,6 +162,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
                  state: State) -> Program | None:
     """A program of `tensors` and `weights` that gives what the block gives, and changes the state as it does."""
     head = len(tensors) - len(tensors_of(state))                # here those of the state begin
+    _, arrangement = pytree.tree_flatten([owner[name] for owner, name in places])
     open_dims: dict[int, int] = {}
     if slots is not None:
         open_dims = {head - 1: 1} | dict.fromkeys(range(head, len(tensors)), 2)
@@ -177,7 +179,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
         if block.rotation:
             traced.once(("rotation", *block.rotation), lambda: (given[2], given[3]))
         before, after = with_tensors(state, given[head:]), with_tensors(state, given[head:])
-        with replaced(places, own):
+        with replaced(places, pytree.tree_unflatten(own, arrangement)):
             y = block.block(x, traced, after)
         for old, new in zip(tensors_of(before), tensors_of(after), strict=True):
             if new is not old:
@@ -254,18 +256,19 @@ def rotation_of(mixer: Any) -> tuple[Any, int] | None:
 
 
 def weight_places(block: Block) -> list[tuple[dict[str, Any], str]]:
-    """Where the parameters and buffers of a block are: a dictionary and a key each."""
+    """Where the weights of a block are: a dictionary and a key each."""
     places: list[tuple[dict[str, Any], str]] = []
     for module in block.modules():
-        owners: list[dict[str, Any]] = [module._parameters, module._buffers]
-        places += [(values, name) for values in owners for name, value in values.items() if value is not None]
-        if isinstance(module, QuantizedLinear) and module.scales is not None:
-            places.append((module.__dict__, "scales"))
-    return places
+        if isinstance(module, QuantizedLinear) and module.ordered is not None:
+            places += [(vars(module), "ordered"), (module._buffers, "bias")]
+        else:
+            owners: list[dict[str, Any]] = [module._parameters, module._buffers]
+            places += [(owner, name) for owner in owners for name in owner]
+    return [(owner, name) for owner, name in places if owner[name] is not None]
 
 
 @contextmanager
-def replaced(places: Sequence[tuple[dict[str, Any], str]], values: Sequence[Tensor]) -> Iterator[None]:
+def replaced(places: Sequence[tuple[dict[str, Any], str]], values: Sequence[Any]) -> Iterator[None]:
     """Put values in their places, for a while."""
     before = [owner[name] for owner, name in places]
     try:
