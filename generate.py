@@ -17,6 +17,7 @@ hub. Text goes to standard output, everything else to standard error. What each 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from nanollm.inference import batches, settings
 from nanollm.inference.answer import Answer
 from nanollm.inference.chat import Chat
 from nanollm.inference.compiled import compile_decoding
+from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
 from nanollm.inference.prepare import prepare
@@ -67,10 +69,11 @@ def parse() -> argparse.Namespace:
                       help='file with {"prompt": TEXT} or {"messages": […]} in each line; goes with --out')
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
                         help="file for the same lines with answer and finish_reason; lines that it has are passed over")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="lines of --prompts at once (default 8)")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="lines of --prompts at once, each with all its answers (default 8)")
     parser.add_argument("--n", type=int, default=1, metavar="N",
-                        help="answers to each prompt, each drawn for itself; in JSON an object each, with its index; "
-                        "goes with a --temperature, without which they are all alike")
+                        help="answers to each prompt, each drawn for itself (default 1); in JSON an object each, with "
+                        "its index; goes with a --temperature, without which they are all alike")
     parser.add_argument("--json", action="store_true", help="one JSON object a result, for --prompt and --ask")
     parser.add_argument("--logprobs", type=int, nargs="?", const=0, metavar="K",
                         help="log-probability of each token, the model's own, before penalties and temperature, and of "
@@ -121,6 +124,12 @@ def parse() -> argparse.Namespace:
     choice.add_argument("--seed", type=int, metavar="N", help="seed of the draw, which makes it repeatable")
     choice.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="text at which the answer ends; may be given several times")
+    forms = parser.add_argument_group("what an answer may be; needs llguidance: pip install \"nanollm[constrain]\"")
+    form = forms.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE",
+                      help="JSON schema that each answer follows, as far as --max-new-tokens lets it come to its end")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="grammar that each answer follows (Lark)")
+    form.add_argument("--regex", metavar="PATTERN", help="regular expression that each whole answer matches")
     machine = parser.add_argument_group("where it runs")
     machine.add_argument("--dtype", choices=DTYPES, default="auto",
                          help="dtype of the weights; auto: as config.json says")
@@ -222,6 +231,15 @@ def asked(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[dict[str
     return facts, [tokenizer.encode(text, bos=args.bos, special=args.special) for text in texts]
 
 
+def grammar(args: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
+    """What --json-schema, --grammar or --regex holds the answers to."""
+    if args.regex is not None:
+        return Grammar(tokenizer, "regex", args.regex, f"--regex {args.regex}")
+    if args.json_schema:
+        return Grammar.read(tokenizer, "json_schema", args.json_schema)
+    return Grammar.read(tokenizer, "lark", args.grammar) if args.grammar else None
+
+
 def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int]) -> None:
     """One answer, to --ask or to one --prompt: its text streams."""
     if args.prompt and args.prompt[0] != "-" and not args.json:
@@ -229,7 +247,7 @@ def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[s
     continues = args.ask is None
     session = Session(model, session_length(model.config, len(ids), request.max_new_tokens))
     tokens = session.generate(ids, request.max_new_tokens, **request.how(continues))
-    written = Written().write(tokens, request.tokenizer, request.stop_texts, continues=continues,
+    written = Written().write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(continues),
                               show=silent if args.json else show)
     show(as_json(fact, ids, written.answer, request.told(written.answer, written.text, 0)) if args.json else "\n")
     expected = continues and written.answer.ended == "length"       # a continuation ends there
@@ -304,6 +322,7 @@ def run() -> None:
         conversation = opened(args, tokenizer)
     else:
         facts, prompts = asked(args, tokenizer)
+    request = replace(request, constrain=grammar(args, tokenizer))     # now, for --suffix has added a stop token
     model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
     if args.compile:
         note("[compiling; the first time on a machine this takes up to a minute]")

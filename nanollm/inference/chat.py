@@ -98,8 +98,8 @@ class Chat:
         try:
             with terminal.ctrl_c_noted() as interrupted:
                 tokens = self.session.generate(ids, request.max_new_tokens, **request.how(continues=False))
-                answer.write(tokens, request.tokenizer, request.stop_texts, continues=False, show=terminal.show,
-                             interrupted=interrupted)
+                answer.write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(False),
+                             show=terminal.show, interrupted=interrupted)
         except KeyboardInterrupt:                          # the second, in the middle of a step
             self.session = Session(self.model, self.context)
         terminal.show("\n")

@@ -48,7 +48,7 @@ class PackedLinear(nn.Module):
 
 class WideLinear(Linear):
     """A Linear in 16 bits whose products of many rows are computed in float32."""
-    MANY = 64
+    MANY = 32
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, K) → (…, N)
         if x.numel() < self.MANY * x.shape[-1] or torch.is_grad_enabled():

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanollm.inference.answer import Answer, Logprob
-from nanollm.inference.generation import StopText
+from nanollm.inference.generation import Constrain, StopText
 from nanollm.inference.sample import Sampling
 from nanollm.inference.written import finish_reason, until
 from nanollm.text.tokenizer import Tokenizer
@@ -34,6 +34,7 @@ class Request:
     stop: Sequence[str] = ()                    # texts that end an answer, beside those of the template
     n: int = 1                                  # samples of each prompt
     logprobs: int | None = None                 # likeliest tokens that are told beside each chosen one; None: no log p
+    constrain: Constrain | None = None          # makes what an answer is held to: a grammar (constrained.py)
 
     def next_seed(self, count: int) -> "Request":
         """The same with a seed that is `count` further on, where there is one."""
@@ -45,14 +46,21 @@ class Request:
         """All of them."""
         return [*self.stop, *self.tokenizer.stop_texts]
 
+    def keeps_space(self, continues: bool) -> bool:
+        """Whether the space that an answer begins with is its own (`Tokenizer.decode`): where it goes on from text, and
+        where a grammar says how it begins."""
+        return continues or self.constrain is not None
+
     def how(self, continues: bool) -> dict[str, Any]:
         """What `Session.generate` and `answer_batch` take by name. continues: answers go on from text before them."""
-        return {"sampling": self.sampling, "stop_ids": self.tokenizer.stop_ids, "logprobs": self.logprobs,
-                "stop": lambda: StopText(self.tokenizer.stream(continues=continues), self.stop_texts)}
+        keeps = self.keeps_space(continues)
+        return {"sampling": self.sampling, "stop_ids": self.tokenizer.stop_ids, "constrain": self.constrain,
+                "logprobs": self.logprobs,
+                "stop": lambda: StopText(self.tokenizer.stream(continues=keeps), self.stop_texts)}
 
     def text(self, answer: Answer, continues: bool) -> str:
         """The answer's text, up to a stop text."""
-        return until(self.tokenizer.decode(answer.tokens, continues=continues), self.stop_texts)
+        return until(self.tokenizer.decode(answer.tokens, continues=self.keeps_space(continues)), self.stop_texts)
 
     @property
     def added(self) -> tuple[str, ...]:
