@@ -34,7 +34,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from nanollm.block import Block
 from nanollm.errors import InputError
 from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, side_by_side, widen
@@ -59,7 +58,6 @@ def compile_decoding(model: Decoder) -> Decoder:
             widen(owner, name, linear)
     programs: dict[Any, Program | None] = {}
     for index, layer in enumerate(model.layers):
-        assert isinstance(layer, Block)
         model.layers[index] = CompiledBlock(layer, model.config.layers[index], programs)
     model.head.packed = CompiledProduct(model.head)
     for _ in generate(model, [0, 0], 3):
@@ -71,7 +69,7 @@ class CompiledBlock(nn.Module):
     """A block that runs compiled where it can."""
     lock = threading.Lock()
 
-    def __init__(self, block: Block, config: Any, programs: dict[Any, Program | None]) -> None:
+    def __init__(self, block: nn.Module, config: Any, programs: dict[Any, Program | None]) -> None:
         super().__init__()
         self.block, self.config, self.programs = block, config, programs
         self.rotation = rotation_of(config.mixer)
@@ -255,7 +253,7 @@ def rotation_of(mixer: Any) -> tuple[Any, int] | None:
     return None if rope is None else (rope, getattr(mixer, "rope_dim", None) or mixer.head_dim)
 
 
-def weight_places(block: Block) -> list[tuple[dict[str, Any], str]]:
+def weight_places(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
     """Where the weights of a block are: a dictionary and a key each."""
     places: list[tuple[dict[str, Any], str]] = []
     for module in block.modules():
