@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import torch._inductor.config
 
 from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
@@ -44,6 +45,13 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
 
 
+@pytest.fixture
+def no_cache():
+    """What torch has kept of an earlier run is not taken: a first compilation can fail where a second one would not."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_traced_is_the_layer(uncompiled, kind):
     model = decoder(KINDS[kind], final_norm=Norm())
@@ -71,7 +79,7 @@ def test_quantised_layers_are_traced_too(uncompiled, bits):
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled(dtype):
+def test_compiled(no_cache, dtype):
     layers = (
         Layer(Attention(4, 2, 16, Rope(), qkv_bias=True, qk_norm=Norm()), MLP(96)),
         Layer(Attention(4, 2, 16, Rope(), window=6), MLP(96)),
@@ -85,6 +93,17 @@ def test_compiled(dtype):
     assert len(ready.layers[0].programs) == 3 and all(ready.layers[0].programs.values())
     for room in (24, 40):
         assert difference(stepwise(ready, 20, room).double(), exact) < max(2 * before, 2e-6)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compiled_quantised(no_cache, bits):
+    model = quantize(decoder((Layer(Attention(4, 2, 16, Rope()), MLP(128)),) * 2, dim=64).bfloat16(), bits)
+    expected = stepwise(copy.deepcopy(model), 12, 16)
+    ready = compile_decoding(model)
+    assert all(ready.layers[0].programs.values())
+    assert difference(stepwise(ready, 12, 16).float(), expected.float()) < 0.03
 
 
 def test_without_a_compiler_the_model_runs_as_it_is(monkeypatch):

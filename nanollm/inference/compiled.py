@@ -148,7 +148,7 @@ def compile_function(what: str, function: Callable[..., tuple[Tensor]], tensors:
             fakes: list[Any] = [fake(number, tensor) for number, tensor in enumerate(tensors)]
             with fake_mode:
                 graph = make_fx(function, decomposition_table=WRITTEN_OUT)(*fakes)
-                return torch._inductor.compile(graph, fakes)
+            return torch._inductor.compile(graph, fakes)
     except Exception as error:                  # whatever the compiler stumbles over, the model runs without it
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(f"{what} not compiled: {reason[0][:200]}", stacklevel=2)
