@@ -7,6 +7,8 @@
     python generate.py --model MODEL --chat                                a conversation; /help lists its commands
     python generate.py --model MODEL --chat --template vicuna              with a published template
     python generate.py --model MODEL --prompts IN.jsonl --out OUT.jsonl    a file of prompts or chats, in batches
+    python generate.py --model MODEL --ask "Who?" --json-schema FILE       an answer in JSON that follows a schema
+    python generate.py --model MODEL --prompt "One" --n 4 --temperature 1  several answers, each drawn for itself
     python generate.py --model MODEL --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
 
 MODEL is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
