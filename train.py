@@ -40,6 +40,7 @@ from nanollm.cli import main
 from nanollm.data.stream import Batch, stack
 from nanollm.errors import RunError
 from nanollm.inference.generation import generate
+from nanollm.inference.quantize import QuantizedLinear
 from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
@@ -242,9 +243,18 @@ def finish(saver: state.Saver, log: Log, needed: bool = False) -> None:
 
 # ---- before and after
 
+def initial(folder: str) -> Decoder:
+    """The model of --init. Raises RunError where its weights have too few bits to be trained."""
+    model = checkpoints.load(folder)
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise RunError(f"{folder}: its weights are quantised, and those are not trained; python -m checkpoints.convert "
+                       f"{folder} OUT writes them in 16 bits")
+    return model
+
+
 def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
-    source = world.on_rank_0(lambda: checkpoints.load(options.init)) if options.init else None
+    source = world.on_rank_0(lambda: initial(options.init)) if options.init else None
     config, dtype = world.broadcast(source and (source.config, source.embed.weight.dtype)) or (
         preset(options.preset, context=options.context), torch.float32)
     fit_context(options, config)

@@ -17,6 +17,7 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
                  reader.py, rope.py config.json, every key accounted for
     families/    one file a lineage
     source.py    a folder, understood and planned          export.py, companions.py    what is written
+    packing.py   weights in 8 and 4 bits, on their way in  compressing.py              and out
     commands     python -m checkpoints.convert   .inspect   .compare   .show
 """
 
@@ -53,7 +54,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
 
     `quantize`, "int8" or "int4", keeps the weights of Linears and experts in 8 or 4 bits, 4 in groups of 32, 64 or 128
     inputs (nanollm/inference/quantize.py). They are quantised as they come in: there is memory for what is kept, and
-    for the largest tensor, or expert.
+    for the largest tensor, or expert. A folder whose weights are stored so (convert --quantize) keeps them.
 
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
     nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats, or for
@@ -65,7 +66,10 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     if dtype not in (None, *table.READABLE):
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
     found = open_source(hub.local_path(source), ignore)
-    plan = choose(found.model, BITS[quantize], group) if quantize else None
+    if quantize and found.integers:
+        raise InputError(f"{found.folder}: its weights have {found.integers} already; load it without quantize, or "
+                         "take the folder that it was made from")
+    plan = choose(found.model, BITS[quantize], group) if quantize else found.stored_so()
     model = found.fill(dtype, device, plan)      # from here on there is memory
     model.origin = origin_of(found)  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     return model

@@ -4,6 +4,7 @@
     python -m checkpoints.convert SRC DST --to meta                    … to params.json and consolidated.00.pth (Llama)
     python -m checkpoints.convert SRC DST --to gguf --dtype q8_0       … to model.gguf, which llama.cpp runs
     python -m checkpoints.convert SRC DST --dtype bfloat16 --verify    cast, and compare what was written with SRC
+    python -m checkpoints.convert SRC DST --quantize int4 --group 64   weights in 4 bits, as compressed-tensors has them
     python -m checkpoints.convert SRC DST --dry-run                    what would become what; nothing is written
     python -m checkpoints.convert SRC DST --allow-pickle               SRC has pickles (.bin, .pth), and you trust it
 
@@ -30,7 +31,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from checkpoints import export
+from checkpoints import compressing, export
 from checkpoints.layouts import hub
 from checkpoints.names import table
 from checkpoints.names.table import Step
@@ -39,6 +40,7 @@ from checkpoints.storage import stream, writing
 from checkpoints.storage.files import Stored
 from nanollm import cli
 from nanollm.errors import CheckpointError, InputError, counted
+from nanollm.inference.quantize import BITS, GROUPS
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Q8_0 = "q8_0"
@@ -63,9 +65,10 @@ class Move:
         for write in self.writes:
             yield from zip(self.reads[0].theirs, write.theirs, strict=True)
 
-    def size(self, places: Mapping[str, Stored]) -> int:
+    def size(self, places: Mapping[str, Stored], written: export.Export) -> int:
         """Bytes in DST."""
-        return sum(places[name].size for write in self.writes for name in write.theirs)
+        names = [name for write in self.writes for name in write.theirs]
+        return sum(places[part].size for name in names for part in written.parts_of(name))
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,11 @@ class Conversion:
     moves: list[Move]
 
 
-def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quantized: str | None = None) -> Conversion:
-    """What becomes what; dtype None: each tensor keeps its own. Raises ConfigError if the layout cannot express the
-    model, CheckpointError if a file that goes with it cannot be read."""
+def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quantized: str | None = None,
+         fewer: str | None = None, group: int | None = None) -> Conversion:
+    """What becomes what; dtype None: each tensor keeps its own. `quantized` is the type of a GGUF's matrices, `fewer`
+    "int8" or "int4" for a Hugging Face folder's. Raises ConfigError if the layout cannot express the model,
+    CheckpointError if a file that goes with it cannot be read, InputError for what cannot be quantised."""
     parameters = source.parameters()
     dtypes = {name: source.dtype(name, dtype) for name in parameters} if dtype else source.stored_dtypes
     origin = export.origin_of(source)
@@ -92,6 +97,10 @@ def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quant
         alike = {there: (source.stored[here].dtype, written.tensors[there][1])
                  for move in moved if move.straight for here, there in move.pairs()}
         written = dataclasses.replace(written, tensors=written.tensors | alike)
+    if fewer:
+        written = compressing.compress(written, source, fewer, group)
+        # what is quantised are the values that load() has
+        dtypes = {name: source.dtype(name, dtype) if name in written.weights else dtypes[name] for name in dtypes}
     return Conversion(source, origin, written, dtypes, moved)
 
 
@@ -124,10 +133,11 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
     need_room(folder, written.nbytes)
     with writing.new_folder(folder) as draft, one_thread():
         places, ring = written.lay_out(draft, shard_bytes), stream.Ring()
+        sizes = [move.size(places, written) for move in conversion.moves]
         with stream.Writer() as out:
-            for move in conversion.moves:
+            for move, size in zip(conversion.moves, sizes, strict=True):
                 _move(move, conversion, places, ring, out)
-                done(move.size(places))
+                done(size)
         if verify:                               # the folder as anyone would find it
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # what there was to say of it was said of the source
@@ -136,9 +146,9 @@ def convert(conversion: Conversion, folder: Path, shard_bytes: int = 5_000_000_0
                 again = open_source(draft, conversion.origin.ignore, family, written.to == "meta").stored
             if written.to != "gguf":             # whose places know how their numbers were packed
                 places = again
-            for move in conversion.moves:
+            for move, size in zip(conversion.moves, sizes, strict=True):
                 _compare(move, conversion, places, ring)
-                done(move.size(places))
+                done(size)
         if written.to != "gguf":                 # which has its tokenizer inside
             export.copy_companions(conversion.origin, draft, folder, written)
 
@@ -164,25 +174,25 @@ def need_room(folder: Path, size: int) -> None:
 
 def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring,
           out: stream.Writer) -> None:
-    stored = conversion.source.stored
-    if move.straight:
+    stored, written = conversion.source.stored, conversion.written
+    if move.straight and not any(map(written.changes, move.writes)):
         for here, there in move.pairs():
             stream.copy(stored[here], places[there], here, ring, out)
         return
     parameters = _in_memory(move, conversion)
     for step in move.writes:
-        stream.save_step(step, parameters, places, out)
+        written.save_step(step, parameters, places, out)
     out.drain()                                  # before there is memory for the next
 
 
 def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring) -> None:
     """The source through its table against the file through its own: what was written is what would be loaded."""
-    stored = conversion.source.stored
-    if move.straight:
+    stored, written = conversion.source.stored, conversion.written
+    if move.straight and not any(map(written.changes, move.writes)):
         equal = [(there, stream.same(stored[here], places[there], ring)) for here, there in move.pairs()]
     else:
         parameters = _in_memory(move, conversion)
-        equal = [found for step in move.writes for found in stream.same_step(step, parameters, places)]
+        equal = [found for step in move.writes for found in written.same_step(step, parameters, places)]
     for name, same in equal:
         if not same:
             raise CheckpointError(f"{name}: what was written is not what {conversion.source.folder} has; "
@@ -200,13 +210,14 @@ def _in_memory(move: Move, conversion: Conversion) -> dict[str, Tensor]:
 
 def describe(conversion: Conversion) -> Iterator[str]:
     """The conversion in lines: every tensor of DST, its dtype and shape, and what it is made of."""
-    made_of = {name: move for move in conversion.moves for step in move.writes for name in step.theirs}
-    width = max(map(len, conversion.written.tensors))
-    for name, (dtype, shape) in conversion.written.tensors.items():
-        move = made_of[name]
-        step = next(step for step in move.writes if name in step.theirs)
+    written = conversion.written
+    made_of = {part: (move, step, name) for move in conversion.moves for step in move.writes for name in step.theirs
+               for part in written.parts_of(name)}
+    width = max(map(len, written.tensors))
+    for name, (dtype, shape) in written.tensors.items():
+        move, step, whole = made_of[name]
         if move.straight:
-            from_, how = [move.reads[0].theirs[step.theirs.index(name)]], ""
+            from_, how = [move.reads[0].theirs[step.theirs.index(whole)]], ""
         else:
             from_ = [one for read in move.reads for one in read.theirs]
             how = f"   as {' + '.join(_name(read.op) for read in move.reads)} → {_name(step.op)}"
@@ -245,6 +256,10 @@ def run() -> None:
     add("--dtype", choices=(*DTYPES, Q8_0), default="auto",
         help="dtype of the weights; auto keeps what is stored, tensor by tensor, and makes bfloat16 of 8 and 4 bits; "
         "q8_0, 8 bits in blocks of 32, is GGUF's")
+    add("--quantize", choices=BITS,
+        help="weights of the layers' matrices in 8 or 4 bits, in compressed-tensors' layout; with --to hf")
+    add("--group", type=int, choices=GROUPS,
+        help="inputs that share a scale in 4 bits; without it the largest that divides them all")
     add("--shard-size", metavar="SIZE",
         help="size of a file, at most, where the layout knows shards (default 5GB)")
     add("--family", metavar="MODEL_TYPE", help="model_type, for a folder that does not say, or says something else")
@@ -260,6 +275,10 @@ def run() -> None:
         warnings.warn(f"--shard-size does nothing with --to {args.to}, which is one file", stacklevel=2)
     if args.dtype == Q8_0 and args.to != "gguf":
         parser.error("--dtype q8_0 goes with --to gguf")
+    if args.quantize and args.to != "hf":
+        parser.error("--quantize goes with --to hf")
+    if args.group is not None and args.quantize != "int4":
+        parser.error("--group goes with --quantize int4")
     for name, given in (("SRC", args.source), ("DST", args.destination)):
         if not given.strip():
             raise InputError(f"{name} is empty")
@@ -271,7 +290,7 @@ def run() -> None:
         raise InputError(f"DST {target} is inside SRC {path}; expected a folder outside it")
     source = open_source(path, args.ignore, args.family, args.allow_pickle)
     quantized = "Q8_0" if args.dtype == Q8_0 else None
-    conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized)
+    conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized, args.quantize, args.group)
     total = conversion.written.nbytes
     print(f"{source.folder} ({source.family.name}, {source.layout}) → {target} ({args.to}): "
           f"{counted(len(conversion.written.tensors), 'tensor')}, {total:,} bytes")

@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from checkpoints.layouts.original import (
 from checkpoints.names import table
 from checkpoints.names.reader import Reader
 from checkpoints.source import Source, majority
-from checkpoints.storage import gguf_writing, pickles, writing
+from checkpoints.storage import gguf_writing, pickles, stream, writing
 from checkpoints.storage.files import Stored
 from nanollm.config import Attention, ModelConfig, Rope
 from nanollm.errors import ConfigError, TokenizerError
@@ -103,6 +103,24 @@ class Export:
         if self.to == "mistral":
             return writing.lay_out(draft, self.tensors, self.nbytes, SINGLE)
         return writing.lay_out(draft, self.tensors, shard_bytes)
+
+    def parts_of(self, name: str) -> tuple[str, ...]:
+        """The tensors that are written in the place of one that a step makes."""
+        return (name,)
+
+    def changes(self, step: table.Step) -> bool:
+        """Whether what a step writes is more than its parameters, arranged and cast."""
+        return False
+
+    def save_step(self, step: table.Step, parameters: Mapping[str, Tensor], places: Mapping[str, Stored],
+                  out: stream.Writer) -> None:
+        """Write what a step makes where it goes."""
+        stream.save_step(step, parameters, places, out)
+
+    def same_step(self, step: table.Step, parameters: Mapping[str, Tensor],
+                  stored: Mapping[str, Stored]) -> Iterator[tuple[str, bool]]:
+        """For each piece of a step, whether it is stored as it should be."""
+        return stream.same_step(step, parameters, stored)
 
 
 @dataclass(frozen=True)

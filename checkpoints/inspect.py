@@ -45,6 +45,7 @@ from checkpoints.names import table
 from checkpoints.show import amount, billions
 from checkpoints.source import Source, said_dtype, understand
 from checkpoints.storage import files, pickles
+from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
 from nanollm import cli
 from nanollm.errors import CheckpointError, NanollmError, counted
@@ -92,6 +93,8 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
         report.notes += [str(one.message) for one in told]
         report.family = source.family.name
         report.parameters = sum(parameter.numel() for parameter in source.parameters().values())
+        if source.integers:
+            report.notes.append(f"weights quantised by compressed-tensors: {source.integers}; load() keeps them so")
         report.notes += _casts(source)
         report.notes += _unreadable(source)
         eos = source.values.get("eos_token_id")
@@ -123,6 +126,8 @@ def _casts(source: Source) -> Iterator[str]:
     for step in source.steps:
         kept = source.dtype(step.ours[0], None)
         for name in step.theirs:
+            if isinstance(source.stored[name], Ints):
+                continue
             if (found := source.stored[name].dtype) not in (working, kept) or kept != working:
                 others[found, kept].append(name)
     by = "config.json says so" if said_dtype(source.values) else "most of the weights are"

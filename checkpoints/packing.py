@@ -1,21 +1,27 @@
-"""Weights that are quantised as they come in, so that there is never memory for a whole model in 16 bits.
+"""Weights in 8 and 4 bits, on their way in: there is never memory for a whole model in 16 bits.
 
-    a step of the plan ──→ its weights in 16 bits ──→ packed, s, z (nanollm/inference/quantize.py)
-                           one step's, and of experts one's: GateUp has two matrices of it
+    load_step    weights of 16 bits, which are quantised as they come: of a step there are those in memory, of experts
+                 one expert's
+    take_step    weights that are stored so (storage/compressed.py), which stay as they are
+
+A stored weight and its parts have the same rows. So what a step does to rows is done to packed, s and z, each by
+itself; where it turns a matrix over (Transposed, the experts of gpt-oss) their groups would run along the wrong side.
 
 Shapes: E experts, N outputs, K inputs.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from checkpoints.names.table import Step
 from checkpoints.storage import stream
+from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
-from nanollm.inference.quantize import Plan, Quantised, quantize_into, room
+from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Plan, Quantised, leaves, quantize_into, room, skipped
+from nanollm.model import Decoder
 
 Shape = tuple[int, ...]
 
@@ -58,3 +64,70 @@ def load_step(step: Step, plan: Plan, weights: Collection[str], stored: Mapping[
         for name, weight in own.items():
             quantize_into(found[name], weight[0], plan.bits, plan.group, expert)
     return found
+
+
+# ---- weights that are stored so
+
+def by_rows(step: Step, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether a step puts the rows of its weights into rows of matrices, and does nothing else to them."""
+    ours = [torch.empty(*parameters[name].shape[:-1], 0, device="meta") for name in step.ours]
+    return all(len(shape) == 2 and shape[1] == 0 for shape in step.op.shapes(ours, step.layer))
+
+
+def moved_by_rows(model: Decoder, plan: Plan, steps: Iterable[Step], also: Callable[[Step], bool]) -> Plan:
+    """The plan without the modules whose weights are not moved by rows, or together with others than its own, or by a
+    step that is not `also` true."""
+    parameters, steps = dict(model.named_parameters()), list(steps)
+    while True:
+        weights = set(plan.weights(model))
+        fit = [step for step in steps if weights.issuperset(step.ours) and by_rows(step, parameters) and also(step)]
+        out = weights.difference(*(step.ours for step in fit))
+        kept = [name for name in plan.modules if out.isdisjoint(plan._replace(modules=[name]).weights(model))]
+        if kept == plan.modules:
+            return plan
+        plan = plan._replace(modules=kept)
+
+
+def stored_so(model: Decoder, steps: Iterable[Step], stored: Mapping[str, Stored]) -> Plan:
+    """The modules of a model on the meta device whose weights stay as they are stored.
+
+    Of 8 bits those with a scale a row and without zero points, as quantize.py has no others."""
+    def whole_numbers(step: Step) -> bool:
+        parts = [stored[name] for name in step.theirs]
+        return all(isinstance(one, Ints) and (one.how.bits == 4 or (one.how.group is None and one.how.symmetric))
+                   for one in parts)
+
+    modules = [name for name, module in model.named_modules() if leaves(module) and not skipped(name, LEFT_ALONE)]
+    return moved_by_rows(model, Plan(0, 0, modules), steps, whole_numbers)
+
+
+def take_step(step: Step, stored: Mapping[str, Stored], parameters: Mapping[str, Tensor],
+              device: str | torch.device) -> dict[str, Quantised]:
+    """The weights of one step, as they are stored; `parameters` has them on the meta device."""
+    parts = {name: one for name, one in stored.items() if name in step.theirs and isinstance(one, Ints)}
+    first = parts[step.theirs[0]]
+
+    def take(kind: Mapping[str, Stored], dtype: torch.dtype) -> dict[str, Tensor]:
+        width = kind[step.theirs[0]].shape[1]
+        taken = {name: torch.empty(*parameters[name].shape[:-1], width, dtype=dtype, device=device)
+                 for name in step.ours}
+        stream.load_step(step, kind, taken)
+        return taken
+
+    packed = take({name: one.codes for name, one in parts.items()}, torch.int32)
+    scale = take({name: one.scales for name, one in parts.items()}, torch.float32)
+    if first.how.bits == 8:
+        return {name: ((words.view(torch.uint8) ^ 128).view(torch.int8), scale[name], None)
+                for name, words in packed.items()}
+    zeros = {name: one.zeros for name, one in parts.items() if one.zeros is not None}
+    zero = take(zeros, torch.int8) if zeros else {
+        name: torch.full_like(one, 8, dtype=torch.int8) for name, one in scale.items()}
+    return {name: (packed[name], *in_groups(scale[name], zero[name], 8 * packed[name].shape[-1])) for name in step.ours}
+
+
+def in_groups(scale: Tensor, zero: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """s and z of a row (…, N, 1) for each of its groups, which products on a CPU and a GPU ask for."""
+    group = next((size for size in reversed(GROUPS) if K % size == 0), K)
+    if scale.shape[-1] > 1 or K == group:
+        return scale, zero
+    return tuple(one.expand(*one.shape[:-1], K // group).contiguous() for one in (scale, zero))  # type: ignore[return-value]

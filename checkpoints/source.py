@@ -36,6 +36,7 @@ from checkpoints.families import Family, read_config
 from checkpoints.layouts.original import with_rope_layout
 from checkpoints.names import prefixes, table
 from checkpoints.storage import files, quantized, stream
+from checkpoints.storage.compressed import Integers, Ints
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, counted
 from nanollm.inference.quantize import Plan, Quantised, leaves, replace
@@ -79,6 +80,25 @@ class Source:
             found |= dict.fromkeys(step.ours, functools.reduce(torch.promote_types, kinds))
         return found
 
+    @functools.cached_property
+    def integers(self) -> Integers | None:
+        """How weights are kept, where they are stored as whole numbers."""
+        return next((one.how for one in self.stored.values() if isinstance(one, Ints)), None)
+
+    def stored_so(self) -> Plan | None:
+        """What stays as it is stored; None where nothing is stored as whole numbers. A warning counts what does not."""
+        if self.integers is None:
+            return None
+        plan = packing.stored_so(self.model, self.steps, self.stored)
+        kept = set(plan.weights(self.model))
+        others = [name for step in self.steps if kept.isdisjoint(step.ours) for name in step.theirs
+                  if isinstance(self.stored[name], Ints)]
+        if others:
+            warnings.warn(f"{self.folder}: {self.integers}: {counted(len(others), 'weight')} "
+                          f"{'is' if len(others) == 1 else 'are'} not kept so, but read as what they stand for: "
+                          f"{others[0]}{' …' if len(others) > 1 else ''}", stacklevel=2)
+        return plan
+
     def dtype(self, name: str, wanted: torch.dtype | None) -> torch.dtype:
         """What a parameter is kept as: the working dtype, or the wanted one. An island stays as it is stored, and is
         float32 at least where a dtype is wanted."""
@@ -90,7 +110,8 @@ class Source:
     def fill(self, dtype: torch.dtype | None, device: str | torch.device = "cpu", plan: Plan | None = None) -> Decoder:
         """The model, which has been on the meta device, in memory and in eval mode. dtype None: the working dtype.
 
-        What `plan` has is quantised as it comes in, from the values that it would have without."""
+        What `plan` has is quantised as it comes in, from the values that it would have without; what is stored in 8 or
+        4 bits stays so. Without a plan every weight is what it stands for."""
         weights = set(plan.weights(self.model)) if plan else set()
         for name, parameter in self.parameters().items():
             owner, _, leaf = name.rpartition(".")
@@ -103,7 +124,9 @@ class Source:
         packed: dict[str, Quantised] = {}
         scratch = packing.Scratch(device)
         for step in self.steps:
-            if plan and not weights.isdisjoint(step.ours):
+            if self.integers and not weights.isdisjoint(step.ours):
+                packed |= packing.take_step(step, self.stored, parameters, device)
+            elif plan and not weights.isdisjoint(step.ours):
                 packed |= packing.load_step(step, plan, weights, self.stored, parameters,
                                             lambda name: self.dtype(name, dtype), scratch)
             else:
@@ -147,8 +170,8 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     if found.layout == "hf" and (found.folder / "adapter_config.json").exists():
         warnings.warn(f"{found.folder}: adapter_config.json lies beside the weights: it is not applied; transformers "
                       "applies it where peft is installed. Merge it, or move it away", stacklevel=2)
-    values, block = quantized.plain_config(found.values, found.where)
-    stored = quantized.plain_tensors(found.stored, block, str(found.folder))
+    values, how = quantized.plain_config(found.values, found.where)
+    stored = quantized.plain_tensors(found.stored, how, str(found.folder))
     if not stored:
         raise CheckpointError(f"{found.folder}: no tensors in any file")
     kind, config = config_of(found, ignore)
@@ -163,6 +186,12 @@ def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Famil
     values = quantized.plain_config(found.values, found.where)[0]
     kind, config = read_config(values, found.where, ignore, most=min(len(found.stored) or 10_000, 10_000))
     return kind, with_rope_layout(config, "interleaved") if found.interleaved else config
+
+
+def kept_as(found: layouts.Found) -> str | None:
+    """How weights are kept, in words, where they are stored as whole numbers."""
+    how = quantized.plain_config(found.values, found.where)[1]
+    return str(how) if isinstance(how, Integers) else None
 
 
 def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig,

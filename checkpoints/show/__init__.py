@@ -29,7 +29,7 @@ from checkpoints.layouts import hub
 from checkpoints.names import table
 from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
-from checkpoints.source import config_of, said_dtype
+from checkpoints.source import config_of, kept_as, said_dtype
 from nanollm import presets
 from nanollm.cli import LARGE
 from nanollm.config import ModelConfig, MoE
@@ -170,4 +170,6 @@ def find(source: str) -> Found:
     parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
     used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
     where = f" in {counted(len(stored), 'tensor')} and {len(used)} file(s)"
+    kept = kept_as(found)
+    parts = f"{kept}: {parts}" if kept else parts
     return Found(config, said_dtype(values) or usual, parts + where if stored else None)

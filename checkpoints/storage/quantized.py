@@ -10,9 +10,12 @@
              f(q)    0 ½ 1 1½ 2 3 4 6, and from 8 on the same with a minus: 1 bit sign, 2 exponent, 1 fraction
                                                          OCP Microscaling Formats 1.0, §5.3.3 and 5.4.1
 
+    pack-quantized     whole numbers of 8 and 4 bits    compressed-tensors': compressed.py
+
 `plain_config` takes the quantization_config out of a config, and `plain_tensors` puts one name, X, in the place of two;
 what follows, tables and ops, has a bfloat16 tensor. It is made when it is read, a run at a time, and never all of it in
-float32. A model is saved as what it is then: bfloat16, or what `dtype` asked for, and no quantization_config.
+float32. A model is saved as what it is then: bfloat16, or what `dtype` asked for, and no quantization_config. Whole
+numbers can stay what they are: checkpoints/packing.py.
 
 Shapes: N outputs, K inputs, E experts, R rows of an expert's matrix.
 """
@@ -26,6 +29,8 @@ import torch
 from torch import Tensor
 
 from checkpoints.names.reader import Reader, brief
+from checkpoints.storage import compressed
+from checkpoints.storage.compressed import Integers
 from checkpoints.storage.files import Stored
 from nanollm.errors import CheckpointError, ConfigError
 
@@ -63,8 +68,11 @@ class Packed(Stored):
 
 # ---- what is there
 
-def plain_config(values: dict[str, Any], where: str = "config.json") -> tuple[dict[str, Any], tuple[int, int] | None]:
-    """config.json without its quantization_config, and the blocks of fp8 weights. Raises ConfigError for others."""
+def plain_config(values: dict[str, Any],
+                 where: str = "config.json") -> tuple[dict[str, Any], tuple[int, int] | Integers | None]:
+    """config.json without its quantization_config, and the blocks of fp8 weights, or how whole numbers are kept.
+
+    Raises ConfigError for others."""
     mlx = values.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:
         raise _unread(where, "quantization", mlx, "mlx")
@@ -77,6 +85,12 @@ def plain_config(values: dict[str, Any], where: str = "config.json") -> tuple[di
         raise ConfigError(f"{where}: {key} is {brief(found)}; expected an object")
     r = Reader(found, where, prefix=f"{key}.")
     method, producer = r.get("quant_method", None), found.get("producer")
+    if method == compressed.METHOD and key == "quantization_config":
+        try:
+            return plain, compressed.read(r)
+        except ConfigError as error:
+            raise ConfigError(f"{error}. Read of compressed-tensors are weights of 8 and 4 bits, {compressed.FORMAT}. "
+                              f"{_undo(method, where)}") from None
     if method not in ("fp8", "mxfp4"):
         named = producer.get("name") if method is None and isinstance(producer, dict) else method
         raise _unread(where, f"{key}.quant_method", method, named)
@@ -100,22 +114,30 @@ def _block(r: Reader) -> tuple[int, int]:
 
 
 def _unread(where: str, key: str, value: Any, method: Any) -> ConfigError:
-    name, undo = METHODS.get(method, (brief(method), UPLOAD)) if isinstance(method, str) else ("an unknown way", UPLOAD)
+    name = METHODS.get(method, (brief(method),))[0] if isinstance(method, str) else "an unknown way"
     return ConfigError(f"{where}: {key} is {brief(value)}: weights quantised by {name}, which are not read here; read "
-                       f"are fp8 in blocks, and mxfp4. {undo.replace('FOLDER', str(Path(where).parent))}")
+                       f"are fp8 in blocks, mxfp4, and compressed-tensors' whole numbers. {_undo(method, where)}")
 
 
-def plain_tensors(stored: Mapping[str, Stored], block: tuple[int, int] | None,
+def _undo(method: Any, where: str) -> str:
+    """What to do about weights that are not read, the config.json `where` says so of."""
+    undo = METHODS.get(method, ("", UPLOAD))[1] if isinstance(method, str) else UPLOAD
+    return undo.replace("FOLDER", str(Path(where).parent))
+
+
+def plain_tensors(stored: Mapping[str, Stored], how: tuple[int, int] | Integers | None,
                   where: str = "weights") -> dict[str, Stored]:
-    """Every tensor by the name of what it stands for. `block` is that of `plain_config`; None: nothing is fp8."""
+    """Every tensor by the name of what it stands for. `how` is that of `plain_config`; None: nothing is fp8."""
+    if isinstance(how, Integers):
+        return compressed.plain_tensors(stored, how, where)
     for mark, method in MARKS.items():
         if marked := next((name for name in stored if name.endswith(mark)), None):
             raise CheckpointError(f"{where}: {marked}: weights quantised by {method}, which are not read here. "
                                   f"{UPLOAD}")
     plain = dict(stored)
     for name, one in stored.items():
-        if block and name.endswith(".weight_scale_inv") and (weight := name.removesuffix("_scale_inv")) in stored:
-            plain[weight] = _fp8(weight, stored[weight], one, block, where)
+        if how and name.endswith(".weight_scale_inv") and (weight := name.removesuffix("_scale_inv")) in stored:
+            plain[weight] = _fp8(weight, stored[weight], one, how, where)
             del plain[name]
         scales = name.removesuffix("blocks") + "scales"
         if name.endswith("_blocks") and scales in stored and one.dtype == torch.uint8:

@@ -239,10 +239,7 @@ def quantize(model: Decoder, bits: int = 8, group: int | None = None, skip: Coll
 
 def choose(model: Decoder, bits: int, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Plan:
     """What `quantize` replaces; the model may be on the meta device. Raises InputError as it does, but for values."""
-    def skipped(name: str) -> bool:
-        return any(f".{part}." in f".{name}." for part in skip)
-
-    chosen = [name for name, module in model.named_modules() if leaves(module) and not skipped(name)]
+    chosen = [name for name, module in model.named_modules() if leaves(module) and not skipped(name, skip)]
     found = Plan(bits, group or 0, chosen)
     weights = {name: model.get_parameter(name) for name in found.weights(model)}
     if group is None:
@@ -251,6 +248,11 @@ def choose(model: Decoder, bits: int, group: int | None = None, skip: Collection
     for name, weight in weights.items():
         check(weight, bits, found.group, name.removesuffix(".weight"))
     return found
+
+
+def skipped(name: str, skip: Collection[str]) -> bool:
+    """Whether a module's name has one of these parts between its dots."""
+    return any(f".{part}." in f".{name}." for part in skip)
 
 
 def leaves(module: nn.Module) -> tuple[str, ...]:

@@ -368,7 +368,7 @@ def test_eight_bits_that_do_not_fit(case, folder):
 METHODS = {
     "gptq": (
         {"quant_method": "gptq", "bits": 4},
-        "quant_method is 'gptq': .* by GPTQ, .*read are fp8 in blocks, and mxfp4. Take the unquantised upload",
+        "quant_method is 'gptq': .* by GPTQ, .*read are fp8 in blocks, mxfp4, and .*Take the unquantised upload",
     ),
     "awq": ({"quant_method": "awq"}, "quant_method is 'awq'"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "quant_method is 'bitsandbytes'"),
