@@ -126,7 +126,7 @@ def parse() -> argparse.Namespace:
     choice.add_argument("--seed", type=int, metavar="N", help="seed of the draw, which makes it repeatable")
     choice.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="text at which the answer ends; may be given several times")
-    forms = parser.add_argument_group("what an answer may be; needs llguidance: pip install \"nanollm[constrain]\"")
+    forms = parser.add_argument_group("what an answer may be; needs llguidance: pip install -e \".[constrain]\"")
     form = forms.add_mutually_exclusive_group()
     form.add_argument("--json-schema", type=Path, metavar="FILE",
                       help="JSON schema that each answer follows, as far as --max-new-tokens lets it come to its end")
@@ -191,9 +191,12 @@ def bias(text: str) -> tuple[int, float]:
     """The token and the amount of a --logit-bias."""
     try:
         token, amount = text.split("=")
-        return int(token), float(amount)
+        found = int(token), float(amount)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text}: expected ID=BIAS, like 13=-100") from None
+    if not -100 <= found[1] <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: expected a bias of -100 to 100")
+    return found
 
 
 def sampling(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> Sampling:
@@ -207,7 +210,8 @@ def sampling(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> Samp
         try:
             tokenizer.decode([token])
         except TokenizerError as error:
-            raise InputError(f"--logit-bias, or what {settings.NAME} bans: {error}") from None
+            who = "--logit-bias" if token in given["logit_bias"] else f"a ban of {settings.NAME}"
+            raise InputError(f"{who}: {error}") from None
     idle = [f"--{name.replace('_', '-')}" for name in DRAWS if name in given]
     if idle and drawn.temperature == 0:
         note(f"warning: at temperature 0 {', '.join(idle)} changes nothing; give --temperature, too")

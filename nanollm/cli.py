@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from nanollm.errors import NanollmError
 
@@ -33,6 +33,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             self.error(f"unknown option {unknown[0]}{self.nearest(unknown[0].split('=')[0])}")
         return parsed
+
+    def error(self, message: str) -> NoReturn:
+        """In one line; argparse would print all options before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
     def nearest(self, option: str) -> str:
         """The end of the message: which option may have been meant."""

@@ -1,6 +1,6 @@
 """Folders in compressed-tensors' layout: written, read back, and loaded by transformers, which has the package do it.
 
-What compares with the package is skipped, by name, where it is not installed: pip install "nanollm[test]" does that.
+What compares with the package is skipped, by name, where it is not installed: pip install -e ".[test]" does that.
 """
 
 import json
@@ -120,7 +120,7 @@ def test_and_back_to_a_plain_folder(kind, made, tmp_path):
 
 @pytest.fixture(scope="module")
 def package():
-    return pytest.importorskip("compressed_tensors", reason="needs compressed-tensors: pip install nanollm[test]")
+    return pytest.importorskip("compressed_tensors", reason="needs compressed-tensors: pip install -e .[test]")
 
 
 @pytest.mark.parametrize("kind, weights", [("int8", OF_ROWS), ("int4", IN_GROUPS)])

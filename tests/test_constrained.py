@@ -255,4 +255,4 @@ def test_what_to_install_is_said(words: Tokenizer, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(InputError) as error:
         Grammar(words, "json_schema", "{}", "x.json")
-    assert str(error.value) == 'x.json: a grammar needs llguidance: pip install "nanollm[constrain]"'
+    assert str(error.value) == 'x.json: a grammar needs llguidance: pip install -e ".[constrain]"'

@@ -715,7 +715,7 @@ def test_refused_by_type_family_and_package(made, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="2 GGUF models; give one of them: a.gguf, b.gguf"):
         checkpoints.load(tmp_path / "two")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=re.escape('pip install "nanollm[gguf]"')):
+    with pytest.raises(CheckpointError, match=re.escape('pip install -e ".[gguf]"')):
         checkpoints.load(path)
 
 

@@ -113,7 +113,7 @@ def package(path: Path) -> ModuleType:
         import gguf
     except ImportError:
         raise CheckpointError(f"{path}: GGUF is read with a package that is not installed: "
-                              "pip install \"nanollm[gguf]\"") from None
+                              "pip install -e \".[gguf]\"") from None
     return gguf
 
 

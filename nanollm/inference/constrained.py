@@ -7,7 +7,7 @@
     complete    the answer is a text of the grammar: a stop token may come. Where nothing else may, it ends by itself
 
 The set of such tokens is what llguidance computes (github.com/guidance-ai/llguidance, an Earley parser over a trie of
-all tokens; pip install "nanollm[constrain]"). It knows a token by its bytes, so a text may be cut into tokens anywhere,
+all tokens; pip install -e ".[constrain]"). It knows a token by its bytes, so a text may be cut into tokens anywhere,
 inside a character too, and any way of cutting it is allowed (`no_forcing`): what is drawn is what the model would draw,
 of what may follow. Special tokens are no text; a Lark grammar may name one, as <|name|>.
 
@@ -27,6 +27,7 @@ from nanollm.errors import InputError
 from nanollm.text.tokenizer import Tokenizer
 
 Kind = Literal["json_schema", "lark", "regex"]
+_NAMES = {"json_schema": "JSON schema", "lark": "Lark grammar", "regex": "regular expression"}
 ANY_CUT = '\n%llguidance {"no_forcing": true}\n'        # else a text that must follow comes as the tokenizer cuts it
 
 
@@ -36,12 +37,13 @@ class Grammar:
     def __init__(self, tokenizer: Tokenizer, kind: Kind, source: str, where: str) -> None:
         """where: the file or the option that `source` is from. Raises InputError for what is no grammar, or has a part
         that llguidance does not know, and where llguidance is not installed."""
+        schema = _schema(source, where) if kind == "json_schema" else None
         try:
             import llguidance
         except ImportError:
-            raise InputError(f'{where}: a grammar needs llguidance: pip install "nanollm[constrain]"') from None
+            raise InputError(f'{where}: a grammar needs llguidance: pip install -e ".[constrain]"') from None
         if kind == "json_schema":
-            source = f"start: %json {json.dumps(_schema(source, where))}"
+            source = f"start: %json {json.dumps(schema)}"
         elif kind == "regex":
             source = json.loads(llguidance.LLMatcher.grammar_from_regex(source))["grammars"][0]["lark_grammar"]
         words = _Words(tokenizer)
@@ -56,7 +58,7 @@ class Grammar:
         try:
             return cls(tokenizer, kind, path.read_text(encoding="utf-8"), str(path))
         except OSError as error:
-            raise InputError(f"{path}: {error.strerror}") from None
+            raise InputError(f"{path}: {error.strerror}; expected a file with a {_NAMES[kind]}") from None
         except UnicodeDecodeError as error:
             raise InputError(f"{path}: found the byte 0x{error.object[error.start]:02x} at {error.start}, "
                              "expected UTF-8") from None
