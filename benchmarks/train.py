@@ -58,14 +58,19 @@ SHAPES = {              # name: config, rows, tokens a row, peer
 
 # ---- the contenders: each is a function that takes one step and returns the loss
 
-def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: distributed.World):
+def initialize(model: Decoder) -> None:
+    distributed.fill(model, initial_values(model, 0))
+
+
+def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: distributed.World, draw=initialize):
+    """draw gives a model its first weights."""
     with torch.device("meta"):
         model = Decoder(config)
     distributed.shard(model, world.mesh, distributed.DTYPES[dtype], compile=compile)
     model.to_empty(device=world.device)
-    distributed.fill(model, initial_values(model, 0))
-    options = argparse.Namespace(lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2, skip_steps=[],
-                                 skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0)
+    draw(model)
+    options = argparse.Namespace(dtype=dtype, lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2,
+                                 skip_steps=[], skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0)
     optimizer = optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype])
     run = train.Run(options, world, None, model, None, torch.float32, optimizer, Balance(model))
 

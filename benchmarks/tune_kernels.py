@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -67,27 +68,44 @@ def attempt(case: Case, entry: Entry, numbers: dict[str, int], clock: Callable[[
         return float("inf")
 
 
-def tune(case: Case, row: str, clock: Callable[[Case], float]) -> None:
-    """Walk every entry of a case downhill, until no neighbour is faster."""
+@dataclass(frozen=True)
+class Found:
+    """What became of one entry of the table: milliseconds before and after, and how many settings were tried."""
+    name: str
+    size: str
+    numbers: dict[str, int]
+    before: float
+    after: float
+    tried: int
+
+
+def tune(case: Case, row: str, clock: Callable[[Case], float], more: Callable[[], bool] = lambda: True) -> list[Found]:
+    """Walk every entry of a case downhill, until no neighbour is faster, or `more` says that time is over."""
+    found = []
     for name, old, size in used(case):
         rows = common.TABLE[name]
         if row not in rows:                                         # a device's row is whole: nothing of "any" is added
             rows[row] = {key: dict(numbers) for key, numbers in rows[old].items()}
         entry = (name, row, size)
         best = dict(rows[row][size])
-        least = attempt(case, entry, best, clock)
+        before = least = attempt(case, entry, best, clock)
         tried, moved = [best], True
-        while moved:
-            moved = False
-            for numbers in neighbours(best):
-                if numbers not in tried:
-                    tried.append(numbers)
-                    ms = attempt(case, entry, numbers, clock)
-                    if ms < least * GAIN:
-                        best, least, moved = numbers, ms, True
-                        break
-        attempt(case, entry, best, clock)
+        try:
+            while moved:
+                moved = False
+                for numbers in neighbours(best):
+                    if numbers not in tried and more():
+                        tried.append(numbers)
+                        ms = attempt(case, entry, numbers, clock)
+                        if ms < least * GAIN:
+                            best, least, moved = numbers, ms, True
+                            break
+        finally:                                                    # interrupted too: the table never keeps a mere try
+            rows[row][size] = best
+            common._entry.cache_clear()
+        found.append(Found(name, size, best, before, least, len(tried)))
         print(f"  {name} {size}: {best}, {least:.4f} ms, {len(tried)} tried", flush=True)
+    return found
 
 
 def write(folder: Path = TUNING) -> None:

@@ -22,10 +22,11 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
 """
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from checkpoints import layouts
 from checkpoints.export import Origin, copy_companions, layout_for, need_companions, origin_of, plan_export
@@ -34,7 +35,7 @@ from checkpoints.names import table
 from checkpoints.source import config_of, open_source
 from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
-from nanollm.errors import InputError
+from nanollm.errors import CheckpointError, InputError, counted
 from nanollm.inference.quantize import BITS, choose
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
@@ -90,11 +91,13 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
 
     A loaded model keeps its config.json, but for what changed. Another is written as the first of a few families that
     can express it (families.TRAINED_HERE). What no family can say is written in nanollm's own layout, which `load`
-    reads, and a warning says so. `folder` must not exist, or be empty; it appears whole, or not at all. Raises
-    CheckpointError."""
+    reads, and a warning says so. A prepared or quantised model runs, but is not saved: its weights are packed.
+
+    `folder` must not exist, or be empty; it appears whole, or not at all. Raises CheckpointError."""
     origin: Origin | None = getattr(model, "origin", None)
     # a compiled part carries a prefix of torch's
     parameters = {name.replace("_orig_mod.", ""): parameter.data for name, parameter in model.named_parameters()}
+    _need_parameters(model.config, parameters, Path(folder))
     layout, reason = layout_for(model.config, origin)
     if reason:
         own = f"{folder}: written in nanollm's own layout, which transformers does not read: {reason}"
@@ -108,3 +111,20 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
             for step in written.steps:
                 stream.save_step(step, parameters, stored, out)
         copy_companions(origin, draft, Path(folder), written)
+
+
+def _need_parameters(config: ModelConfig, parameters: Mapping[str, Tensor], folder: Path) -> None:
+    """Raises CheckpointError unless the model has the parameters that its config describes, and no others."""
+    with torch.device("meta"):
+        described = dict(Decoder(config).named_parameters())         # of tied ones the first, as in `parameters`
+    # the head of a prepared model keeps its name, but is empty
+    lacking = [name for name, one in described.items() if name not in parameters or parameters[name].shape != one.shape]
+    if lacking:
+        raise CheckpointError(
+            f"{folder}: not written: of the {counted(len(described), 'parameter')} that the model's config describes "
+            f"{len(lacking)} are missing or have another shape, the first is {lacking[0]}. A prepared or quantised "
+            "model runs, but its packed weights cannot be saved: save before prepare() or quantize()")
+    if extra := [name for name in parameters if name not in described]:
+        raise CheckpointError(
+            f"{folder}: not written: the model has {counted(len(extra), 'parameter')} that its config does not "
+            f"describe, the first is {extra[0]}. Remove what was added to the model, or describe it in model.config")

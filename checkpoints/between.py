@@ -44,6 +44,7 @@ class Field(NamedTuple):
 
     @property
     def counts(self) -> bool:
+        """Whether the field can change the logits."""
         return self.name not in NO_LOGIT
 
 
@@ -55,6 +56,7 @@ class Weight(NamedTuple):
 
     @property
     def same(self) -> bool:
+        """Whether both have the same numbers."""
         return self.how.startswith("equal")
 
 

@@ -54,7 +54,7 @@ from nanollm.training import plot
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
 MOST = 1 << 16                  # random tokens of a run: both models keep what every layer makes of them
-INSTALL = "comparing with transformers needs it: pip install \"nanollm[test]\""
+INSTALL = "comparing with transformers needs it: pip install -e \".[test]\""
 
 
 class Report(NamedTuple):
@@ -99,7 +99,7 @@ def run_both(ours: Side, theirs: Side, outline: Sequence[Part], parts: Mapping[s
     depths = dict(tracing.by_depth(ours, theirs, outline, tokens))
     relative = [(name, gap.relative) for name, gap in depths.items()]
     if picture is not None and not plot.error_by_depth(picture, relative, bound):
-        raise InputError("--plot needs matplotlib: pip install \"nanollm[test]\"")
+        raise InputError("--plot needs matplotlib: pip install -e \".[test]\"")
     beyond = next((name for name, gap in depths.items() if not gap.within(bound)), None)
     width = max(map(len, depths))
     lines = [f"{'':{width}}  {'largest difference':>18}  {'relative':>8}"]
@@ -236,6 +236,7 @@ def said(source: Source) -> str:
 
 
 def opened(source: str, args: argparse.Namespace) -> Source:
+    """The folder, file or name on the hub, with what the command line says of it."""
     path = hub.local_path(source, args.allow_pickle)
     return open_source(path, args.ignore, allow_pickle=args.allow_pickle)
 

@@ -92,6 +92,7 @@ class Export:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors, without headers."""
         return sum(writing.nbytes(*one) for one in self.tensors.values())
 
     def lay_out(self, draft: Path, shard_bytes: int) -> dict[str, Stored]:
@@ -132,9 +133,11 @@ class GgufExport(Export):
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all tensors in their types of GGUF."""
         return sum(gguf_writing.nbytes(self.kinds[name], shape) for name, (_, shape) in self.tensors.items())
 
     def lay_out(self, draft: Path, shard_bytes: int) -> dict[str, Stored]:
+        """Write model.gguf up to its tensors, with the tokenizer inside. Where each tensor goes."""
         tokenizer = None
         try:
             if self.origin:
@@ -250,16 +253,16 @@ def _gguf(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping
     half = with_rope_layout(config, "half")
     known = origin.family if origin and origin.family is not NANOLLM else None
     family, values = write_config(half, known)
-    described = gguf_export.describe(config, family, values, str(origin.folder) if origin else "model")
-    steps = table.expand(described.names, parameters, config)
+    where = str(origin.folder) if origin else "model"
+    described = gguf_export.describe(config, parameters, family, values, where)
     kinds: dict[str, str] = {}
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-    for step in steps:
+    for step in described.steps:
         wanted = quantized or gguf_export.KINDS[dtypes[step.ours[0]]]
         for name, shape in step.shapes(parameters).items():
             kinds[name] = gguf_writing.kind_of(name, shape, wanted)
             tensors[name] = gguf_writing.DTYPES[kinds[name]], shape
-    return GgufExport("gguf", described.keys, steps, tensors, described, kinds, origin, config.vocab)
+    return GgufExport("gguf", described.keys, described.steps, tensors, described, kinds, origin, config.vocab)
 
 
 def need_companions(origin: Origin | None) -> None:

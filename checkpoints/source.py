@@ -185,7 +185,7 @@ def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Famil
     """The family and the config of what was found, without a look at its tensors. Raises ConfigError."""
     values = quantized.plain_config(found.values, found.where)[0]
     kind, config = read_config(values, found.where, ignore, most=min(len(found.stored) or 10_000, 10_000))
-    return kind, with_rope_layout(config, "interleaved") if found.pairs else config
+    return kind, with_rope_layout(config, "interleaved") if found.interleaved else config
 
 
 def kept_as(found: layouts.Found) -> str | None:

@@ -48,6 +48,7 @@ class Gap(NamedTuple):
     relative: float
 
     def within(self, bound: float) -> bool:
+        """Whether the relative difference is no larger than this."""
         return self.relative <= bound            # false for a NaN
 
 

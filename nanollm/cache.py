@@ -68,12 +68,7 @@ class Cache:
                                  "-1 is padding, before or behind them")
             after = before + real.sum(1)
             longest = int(after.max())
-        rows = self.config.positions
-        if rows is not None and longest > rows:
-            raise InputError(f"the model has {rows} positions, from 0 to {rows - 1}; position {longest - 1} was fed")
-        if longest > self.length and not self.endless:
-            raise InputError(f"the cache holds {self.length} positions, position {longest - 1} was fed; "
-                             "make it with a larger length")
+        self.check_room(longest)
         if self.ropes:
             self.history.append((tokens, positions))
             if any(bool(((length_key(r, before) != length_key(r, after)) & (before > 0)).any()) for r in self.ropes):
@@ -81,6 +76,15 @@ class Cache:
                 self.empty()
         self.filled, self.longest, self.lengths, self.ragged = self.longest, longest, after, ragged
         return tokens, positions
+
+    def check_room(self, longest: int) -> None:
+        """Raise InputError where a row of so many tokens does not fit."""
+        rows = self.config.positions
+        if rows is not None and longest > rows:
+            raise InputError(f"the model has {rows} positions, from 0 to {rows - 1}; position {longest - 1} was fed")
+        if longest > self.length and not self.endless:
+            raise InputError(f"the cache holds {self.length} positions, position {longest - 1} was fed; "
+                             "make it with a larger length")
 
     def slots(self, state: KVCache, positions: Tensor) -> SlotMapping:
         """Called once a forward pass for each distinct number of slots."""

@@ -9,7 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from nanollm.errors import NanollmError
 
@@ -28,12 +28,18 @@ class Parser(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]  # argparse also takes a namespace of another class; nobody here has one
         self, args: Sequence[str] | None = None, namespace: None = None
     ) -> argparse.Namespace:
+        """As argparse does, but an unknown option is answered with the nearest that is known."""
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             self.error(f"unknown option {unknown[0]}{self.nearest(unknown[0].split('=')[0])}")
         return parsed
 
+    def error(self, message: str) -> NoReturn:
+        """In one line; argparse would print all options before it."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
     def nearest(self, option: str) -> str:
+        """The end of the message: which option may have been meant."""
         known = [known for action in self._actions for known in action.option_strings]
         near = difflib.get_close_matches(option, known, 1)
         return f"; did you mean {near[0]}?" if near else "; --help lists them"

@@ -44,10 +44,10 @@ class Head(Linear):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.dim, config.vocab, config.head_bias)
         self.scale, self.softcap, self.unit = config.head_scale, config.head_softcap, config.unit_head
-        self.reader: nn.Module | None = None                    # of W x + b, where inference has packed W
+        self.packed: nn.Module | None = None                    # W x + b, where inference has packed W
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, D) → (…, V)
-        logits = F.linear(x, self.rows(), self.bias) if self.reader is None else self.reader(x)
+        logits = F.linear(x, self.rows(), self.bias) if self.packed is None else self.packed(x)
         if self.scale != 1:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)

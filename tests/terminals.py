@@ -18,6 +18,7 @@ import select
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -119,15 +120,16 @@ def become(function: Callable[[], None], arguments: list[str], environment: dict
 
 
 def scripted(folder: Path, answer: Sequence[str], *, endless: bool = False, context: int = 4096,
-             **generation: object) -> Path:
+             positions: int | None = None, **generation: object) -> Path:
     """A model that answers each chat with these tokens, all different and each one of the byte-level vocabulary, then
-    ends; or begins anew, without end. generation: of generation_config.json."""
+    ends; or begins anew, without end. positions: rows of a table of positions, all zeros. generation: of
+    generation_config.json."""
     words = byte_bpe(("<|im_start|>", "<|im_end|>"))
     size, letters = words.get_vocab_size(), words.get_vocab()
     spelled = [words.encode(text).ids for text in answer]
     assert all(len(ids) == 1 for ids in spelled) and len({*answer}) == len(answer)
     chain = [letters["Ċ"], *(ids[0] for ids in spelled)]                   # the template ends with a new line: Ċ
-    model = Decoder(transformer(size, 512, 1, 2, 1, 8, context=context))
+    model = Decoder(replace(transformer(size, 512, 1, 2, 1, 8, context=context), positions=positions))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

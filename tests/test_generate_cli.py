@@ -19,11 +19,16 @@ from nanollm.cache import Cache
 from nanollm.errors import InputError
 from nanollm.inference.batches import finished, read_jobs
 from nanollm.inference.context import MEMORY, cache_bytes, default_context, past_context
-from nanollm.inference.settings import read_settings
+from nanollm.inference.generation import answer_batch
+from nanollm.inference.request import Request
+from nanollm.inference.sample import Sampling, processed
+from nanollm.inference.settings import read_settings, spellings
 from nanollm.inference.written import until
 from nanollm.presets import PRESETS, preset, transformer
+from nanollm.text.chat import Conversation
 from tests import forked
 from tests.terminals import scripted
+from tests.tok_folders import write
 
 QUESTION = [{"role": "user", "content": "really?"}]
 
@@ -64,6 +69,41 @@ def test_json(folder: Path) -> None:
     assert [json.loads(line) for line in both.out.splitlines()] == [
         {"prompt": text, "answer": "Ye", "finish_reason": "length", "prompt_tokens": len(theirs(text)["input_ids"]),
          "tokens": 2} for text in ("a\n", "é\n")]
+    for prompts in (["a\n"], ["a\n", "é\n"]):
+        options = [word for text in prompts for word in ("--prompt", text)]
+        said = [json.loads(line) for line in cli("--model", folder, *options, "--json", "--stop", "e").out.splitlines()]
+        found = [(one["answer"], one["finish_reason"], one["tokens"]) for one in said]
+        assert found == [("Y", "stop", 2)] * len(prompts)
+
+
+def test_log_probabilities_have_an_object_a_token(folder: Path, tmp_path: Path) -> None:
+    """The stop token, too; in a file as on standard output. Values: test_generation.py."""
+    said = json.loads(cli("--model", folder, "--ask", "really?", "--json", "--logprobs", 1).out)
+    content = said["logprobs"]["content"]
+    assert [one["token"] for one in content] == ["Y", "e", "s", "<|im_end|>"] and said["tokens"] == 4
+    assert all(one["top_logprobs"] == [{name: one[name] for name in ("token", "logprob", "bytes")}] for one in content)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"messages": QUESTION}))
+    cli("--model", folder, "--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl", "--logprobs", 1)
+    assert lines(tmp_path / "out.jsonl")[0]["logprobs"] == said["logprobs"]
+
+
+def test_where_a_table_of_positions_ends(tmp_path: Path) -> None:
+    """An answer goes up to there, alike in --ask and --chat; what is told is the end of the context, in JSON length."""
+    with pytest.warns(UserWarning, match="own layout"):
+        folder = scripted(tmp_path, ["a", "b", "c"], endless=True, positions=40)
+    conversation = Conversation(checkpoints.tokenizer(folder))
+    conversation.add("user", "x")
+    ids = len(conversation.prompt_ids())
+    done = cli("--model", folder, "--ask", "x", "--max-new-tokens", 99)
+    assert done.out == ("abc" * 40)[: 41 - ids] + "\n" and "; cut at the end of the context]" in done.err, done.said
+    done = cli("--model", folder, "--ask", "x", "--max-new-tokens", 99, "--json")
+    assert json.loads(done.out)["finish_reason"] == "length" and json.loads(done.out)["tokens"] == 41 - ids
+    done = cli("--model", folder, "--prompt", "xyz\n", "--max-new-tokens", 41 - 3)
+    assert done.out == "xyz\n" + ("abc" * 40)[: 41 - 4] + "\n" and "; cut at the end of the context]" in done.err
+    done = cli("--model", folder, "--ask", "x" * 99)
+    assert done.codes == [1] and "the model has 40 positions" in done.err
+    done = cli("--model", folder, "--chat", "--max-new-tokens", 99, text="x\n")
+    assert "; cut at the end of the context]" in done.err
 
 
 def test_special_tokens_in_a_prompt(folder: Path) -> None:
@@ -95,13 +135,14 @@ def test_a_file_of_prompts(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_file_of_answers_to_other_prompts_is_left_alone(folder: Path, tmp_path: Path) -> None:
-    file, out, words = tmp_path / "in.jsonl", tmp_path / "out.jsonl", checkpoints.tokenizer(folder)
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    request = Request(checkpoints.tokenizer(folder), 5, Sampling())
     file.write_text('{"prompt": "a"}\n')
     for there in ('{"prompt": "b", "answer": "", "finish_reason": "stop"}\n', '{"prompt": "a"}\n', "a text", "a\nb\n",
                   '{"prompt": "a", "answer": "", "finish_reason": "stop"}\n{"prompt"'):
         out.write_text(there)
         with pytest.raises(InputError, match="out.jsonl"):
-            finished(out, read_jobs(file, words))
+            finished(out, read_jobs(file, request), request)
         assert out.read_text() == there
 
 
@@ -115,7 +156,7 @@ def test_a_bad_line_is_named_before_the_first_answer(folder: Path, tmp_path: Pat
     file = tmp_path / "in.jsonl"
     file.write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(Exception, match="in.jsonl, line 2: ") as error:
-        read_jobs(file, checkpoints.tokenizer(folder))
+        read_jobs(file, Request(checkpoints.tokenizer(folder), 5, Sampling()))
     assert message in str(error.value)
 
 
@@ -125,12 +166,15 @@ def test_a_bad_line_is_named_before_the_first_answer(folder: Path, tmp_path: Pat
     {"do_sample": True, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True, "top_k": 20, "min_p": 0.05}, {},
     {"temperature": 0.6, "top_k": 20}, {"do_sample": False}, {"do_sample": True, "top_p": 1.0, "top_k": 0},
     {"repetition_penalty": 1.1}, {"do_sample": True, "repetition_penalty": 1.2}, {"repetition_penalty": 1.0},
+    {"no_repeat_ngram_size": 3, "min_new_tokens": 4}, {"do_sample": True, "no_repeat_ngram_size": 0},
 ])
 def test_settings_are_what_transformers_reads(said: dict, tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps(said))
     theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
     values = dict(read_settings(tmp_path).values)
-    assert values.pop("repetition_penalty", 1.0) == (theirs.repetition_penalty or 1.0)     # greedy has it too
+    for field, key, nothing in (("repetition_penalty",) * 2 + (1.0,), ("min_new_tokens",) * 2 + (0,),
+                                ("no_repeat_ngram", "no_repeat_ngram_size", 0)):                  # greedy has them, too
+        assert values.pop(field, nothing) == (getattr(theirs, key) or nothing)
     if not theirs.do_sample:
         assert values == {}
         return
@@ -141,6 +185,27 @@ def test_settings_are_what_transformers_reads(said: dict, tmp_path: Path) -> Non
         assert values.get(name, nothing) == there and name in filled
 
 
+def test_bans_of_the_file_are_those_of_transformers(tmp_path: Path) -> None:
+    """A stop token among the bad words is none, among the suppressed tokens it is; what is no list is named."""
+    said = {"bad_words_ids": [[5], [7], [8, 9], [2]], "suppress_tokens": [3, 7, 30], "eos_token_id": [2, 7]}
+    (tmp_path / "generation_config.json").write_text(json.dumps(said))
+    read = read_settings(tmp_path)
+    theirs = transformers.GenerationConfig.from_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=40, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1))
+    model._prepare_special_tokens(theirs, device="cpu")
+    processors = model._get_logits_processor(theirs, input_ids_seq_length=2, device="cpu")
+    for prompt in ([1, 2], [9, 8], [8, 30]):
+        logits = torch.randn(1, 40)
+        expected = processors(torch.tensor([prompt]), logits.clone())
+        assert torch.equal(processed(logits, Sampling(**read.values), [prompt], [[]], [2, 7]), expected)
+    for wrong in ({"bad_words_ids": [5]}, {"bad_words_ids": [[]]}, {"suppress_tokens": ["x"]}, {"suppress_tokens": 3},
+                  {"bad_words_ids": [[-1]]}, {"min_new_tokens": 1.5}, {"no_repeat_ngram_size": -1}):
+        (tmp_path / "generation_config.json").write_text(json.dumps(wrong))
+        (name, value), = wrong.items()
+        assert read_settings(tmp_path) == ({}, [f"{name} {value}"])
+
+
 def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
     """Said on standard error; an option wins over the file; temperature 0 ends it all; a --prompt stays greedy."""
     folder = scripted(tmp_path, ["Y", "e", "s"], do_sample=True, temperature=0.001, top_p=0.9, repetition_penalty=1.3,
@@ -149,6 +214,15 @@ def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
     assert done.out == "Yes\n"
     assert "[generation_config.json: temperature 0.001, top_p 0.9, repetition_penalty 1.3; " in done.err
     assert "num_beams 2, which is not followed" in done.err
+    y, e, s = (checkpoints.tokenizer(folder).encode(letter)[0] for letter in "Yes")
+    write(folder, generation_config={"suppress_tokens": [0], "bad_words_ids": [[y, e], [s]]})
+    done = cli("--model", folder, "--ask", "really?", "--max-new-tokens", 2, "--ban", '"')
+    assert done.out.startswith("Y") and not {"e", "!", '"'} & {*done.out}, "0 is !, 1 is \", and all else is as likely"
+    assert "[generation_config.json: banned: 3 words of tokens; " in done.err
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": [1 << 20]}))
+    done = cli("--model", folder, "--ask", "x")
+    assert "what generation_config.json bans: token id 1048576: expected 0 to" in done.err
+    write(folder, generation_config={"do_sample": True, "temperature": 0.001, "top_p": 0.9, "repetition_penalty": 1.3})
     told = cli("--model", folder, "--ask", "x", "--temperature", 0.002).err
     assert "[generation_config.json: top_p 0.9, repetition_penalty 1.3; " in told
     for arguments in (["--ask", "x", "--temperature", 0], ["--prompt", "x\n"]):
@@ -158,6 +232,70 @@ def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
 def test_options_that_change_nothing_are_named(folder: Path) -> None:
     told = cli("--model", folder, "--prompt", "a\n", "--top-p", 0.9, "--seed", 1, "--context", 99).err
     assert "at temperature 0 --top-p, --seed changes nothing" in told and "--context changes nothing" in told
+    told = cli("--model", folder, "--prompt", "a\n", "--n", 2, "--batch-size", 2).err
+    assert "the 2 answers to a prompt are all alike" in told and "--batch-size changes nothing" in told
+
+
+# ---- several answers, log-probabilities, bans
+
+def test_several_answers(folder: Path, tmp_path: Path) -> None:
+    """To a prompt, to a question, to a file of them: the draws of `answer_batch`, in order, with their index."""
+    words, model = checkpoints.tokenizer(folder), checkpoints.load(folder)
+    prompts = ["a\n", "é\n"]
+    drawn = ("--temperature", 7, "--seed", 3, "--max-new-tokens", 4)
+    answers = answer_batch(model, [words.encode(text) for text in prompts], 4, samples=3, temperature=7, seed=3,
+                           stop_ids=words.stop_ids)
+    expected = [{"prompt": text, "index": index} for text in prompts for index in range(3)]
+    expected = [one | {"answer": words.decode(answer.tokens), "finish_reason": answer.ended}
+                for one, answer in zip(expected, answers, strict=True)]
+    assert len({one["answer"] for one in expected}) == 6
+    asked = ("--prompt", prompts[0], "--prompt", prompts[1])
+    done = cli("--model", folder, *asked, "--n", 3, "--json", *drawn)
+    said = [json.loads(line) for line in done.out.splitlines()]
+    assert [one | {"prompt_tokens": 0, "tokens": 0} for one in said] == [
+        one | {"prompt_tokens": 0, "tokens": 0} for one in expected] and "tokens for 6 answers" in done.err
+    plain = cli("--model", folder, *asked, "--n", 3, *drawn).out
+    assert plain == "".join(f"--- {one['prompt']} ({one['index'] + 1} of 3)\n{one['answer']}\n" for one in expected)
+    question = cli("--model", folder, "--ask", "really?", "--n", 2, "--max-new-tokens", 2)
+    assert question.out == "--- answer (1 of 2)\nYe\n--- answer (2 of 2)\nYe\n"
+    assert "tokens/s in all; 2 cut at --max-new-tokens 2]" in question.err
+
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    run = ("--model", folder, "--prompts", file, "--out", out, "--n", 3, "--logprobs", 1)
+    assert cli(*run, *drawn).codes == [0]
+    assert [{name: value for name, value in one.items() if name != "logprobs"} for one in lines(out)] == expected
+    assert "has all 6 answers" in cli(*run).err
+    out.unlink()
+    run += ("--max-new-tokens", 4)                        # greedy, so always the same file
+    assert cli(*run).codes == [0]
+    whole = out.read_bytes()
+    starts = [at + 1 for at, byte in enumerate(whole) if byte == ord("\n")]
+    for size in (starts[0], starts[1] + 9, starts[3], len(whole) - 4):
+        out.write_bytes(whole[:size])
+        assert cli(*run).codes == [0] and out.read_bytes() == whole
+    out.write_bytes(whole[starts[0]:])
+    assert "line 1: not the answer to prompt 1" in cli(*run).err
+
+
+def test_a_file_whose_lines_have_an_index(folder: Path, tmp_path: Path) -> None:
+    """Theirs, where one answer is asked for; where several are it would be written over."""
+    file, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    file.write_text('{"prompt": "a\\n", "index": 7}\n')
+    run = ("--model", folder, "--prompts", file, "--out", out)
+    assert cli(*run).codes == [0]
+    assert lines(out) == [{"prompt": "a\n", "index": 7, "answer": "Yes", "finish_reason": "stop"}]
+    assert "it has index already" in cli(*run, "--n", 2, "--temperature", 1).err
+
+
+def test_the_tokens_of_a_ban(folder: Path) -> None:
+    """Those of the text after other text, and after a space. A token that there is not is named, and where it was."""
+    words = checkpoints.tokenizer(folder)
+    theirs = transformers.AutoTokenizer.from_pretrained(folder)
+    for text in ("Yes", "the quick", "é"):
+        assert set(spellings(words, text)) == {tuple(theirs(each)["input_ids"]) for each in (text, f" {text}")}
+    assert cli("--model", folder, "--ask", "x", "--logit-bias", "1048576=1").err.startswith(
+        "error: --logit-bias, or what generation_config.json bans: token id 1048576: expected 0 to")
 
 
 # ---- context
@@ -177,7 +315,7 @@ def test_the_context_is_the_models_or_what_a_cache_of_a_gibibyte_holds() -> None
 
 
 def test_until() -> None:
-    assert until("one two three", ["three", "two"]) == ("one ", True) and until("one", ["x"]) == ("one", False)
+    assert until("one two three", ["three", "two"]) == "one " and until("one", ["x"]) == until("one", []) == "one"
 
 
 # ---- no tracebacks
@@ -195,6 +333,11 @@ def test_until() -> None:
     (["--chat", "--json"], "--json goes with"), (["--prompts", "x.jsonl"], "go together"),
     (["--ask", "x", "--chat"], "not allowed with"), (["--ask", "x", "--special"], "--special goes with"),
     (["--prompts", "none.jsonl", "--out", "out.jsonl"], "none.jsonl: No such file"),
+    (["--chat", "--n", "2"], "--n goes with"), (["--prompt", "x", "--logprobs"], "--logprobs goes with --json"),
+    (["--prompt", "x", "--n", "0"], "--n 0: expected 1 to"), (["--prompt", "x", "--ban", ""], "--ban ''"),
+    (["--prompt", "x", "--logit-bias", "x=1"], "--logit-bias: x=1: expected ID=BIAS"),
+    (["--prompt", "x", "--logit-bias", "1=1e9"], "logit_bias 1000000000.0 of token 1: expected -100 to 100"),
+    (["--prompt", "x", "--presence-penalty", "3"], "--presence-penalty 3.0: expected -2 to 2"),
     (["--prompt", "\udcff"], "lone surrogate"),
 ])
 def test_bad_input_is_one_line(folder: Path, arguments: list[str], message: str) -> None:

@@ -167,6 +167,69 @@ def test_quantized(folder, bits):
     assert done.codes == [0] and done.out == expected + "\n", done.err
 
 
+OPTIONS = {                                              # of generate.py, and of transformers' generate
+    "repetition": (["--repetition-penalty", "1.5"], dict(repetition_penalty=1.5)),
+    "2-grams": (["--no-repeat-ngram", "2"], dict(no_repeat_ngram_size=2)),
+    "ends": (["--logit-bias", "1=100"], dict(sequence_bias={(1,): 100.0})),
+    "ends later": (["--logit-bias", "1=100", "--min-new-tokens", "5"],
+                   dict(sequence_bias={(1,): 100.0}, min_new_tokens=5)),
+}
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, "ban"])
+def test_options_of_the_choice_are_those_of_transformers(folder, name):
+    """Greedy text, from its generate and from ours; each option changes it."""
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([words("the fox")["input_ids"]])
+    plain = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=1)[0, ids.shape[1] :]
+    if name == "ban":
+        text = words.decode(plain[2:4])
+        spelled = [words(each)["input_ids"] for each in (text, f" {text}")]
+        options, how = ["--ban", text], dict(bad_words_ids=spelled)
+    else:
+        options, how = OPTIONS[name]
+    expected = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=1, **how)[0, ids.shape[1] :]
+    assert not torch.equal(expected, plain), "the example shows nothing"
+    done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "12", *options)
+    assert done.out == "the fox" + words.decode(expected, skip_special_tokens=True) + "\n", done.err
+
+
+@pytest.mark.parametrize("option", ["presence-penalty", "frequency-penalty"])
+def test_penalties_of_openai_are_passed_on(folder, option):
+    words, model = tokenizer.load(folder), checkpoints.load(folder)
+    new = generate(model, words.encode("the fox"), 40, stop_ids=words.stop_ids, **{option.replace("-", "_"): 1.9})
+    done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "40", f"--{option}", "1.9")
+    assert done.out == "the fox" + words.decode(new, continues=True) + "\n", done.err
+    assert done.out != cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "40").out
+
+
+def test_log_probabilities_are_transformers(folder):
+    """Of the chosen and the likeliest tokens, as it computes them; the bytes join to the text."""
+    theirs = transformers.LlamaForCausalLM.from_pretrained(folder)
+    words = transformers.AutoTokenizer.from_pretrained(folder)
+    done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "9", "--json", "--logprobs", "3",
+               "--repetition-penalty", "1.3", "--temperature", "0.9", "--top-k", "5", "--seed", "1",
+               "--logit-bias", "1=-100")
+    said = json.loads(done.out)
+    content = said["logprobs"]["content"]
+    assert b"".join(bytes(one["bytes"]) for one in content) == said["answer"].encode()
+    assert said["tokens"] == len(content) == 9
+    ids = words("the fox")["input_ids"]
+    for one in content:
+        with torch.no_grad():
+            likely = theirs(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        top = likely.topk(3)
+        spelled = [words.decode([id]) for id in top.indices]
+        assert [each["token"] for each in one["top_logprobs"]] == spelled
+        assert [each["logprob"] for each in one["top_logprobs"]] == pytest.approx(top.values.tolist(), abs=1e-4)
+        (id,) = [id for id in range(len(likely)) if words.decode([id]) == one["token"]]
+        assert one["logprob"] == pytest.approx(likely[id].item(), abs=1e-4)
+        ids.append(id)
+    done = cli("--model", str(folder), "--prompt", "the fox", "--max-new-tokens", "2", "--json", "--logprobs")
+    assert [one["top_logprobs"] for one in json.loads(done.out)["logprobs"]["content"]] == [[], []]
+
+
 def test_batch_and_stdin(folder):
     done = cli(
         "--model", str(folder), "--prompt", "the fox", "--prompt", "-", "--max-new-tokens", "5", "--stop", "zzzz",

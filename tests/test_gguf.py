@@ -500,7 +500,7 @@ def test_every_type_that_the_package_unpacks(tmp_path):
     """Two rows of random blocks of each type: bit for bit what the package makes of them."""
     draw, kinds = np.random.default_rng(0), []
     w = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    for kind, name in ours.unpacked().items():
+    for kind, name in ours.dequantizable().items():
         _, nbytes = gguf.GGML_QUANT_SIZES[Kind(kind)]
         blocks = draw.integers(0, 256, (2, 256 * nbytes), np.uint8)
         if name in ("F32", "F16"):
@@ -715,7 +715,7 @@ def test_refused_by_type_family_and_package(made, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="2 GGUF models; give one of them: a.gguf, b.gguf"):
         checkpoints.load(tmp_path / "two")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(CheckpointError, match=re.escape('pip install "nanollm[gguf]"')):
+    with pytest.raises(CheckpointError, match=re.escape('pip install -e ".[gguf]"')):
         checkpoints.load(path)
 
 

@@ -109,6 +109,9 @@ def test_a_byte_that_turned_is_noticed(tmp_path, monkeypatch):
     ("falcon-7b", "a falcon model is not written as GGUF; those are llama, mistral"),
     ("qwen2-moe-sliding", "a GGUF cannot say what the model is"),
     ("llama-dynamic", "a GGUF cannot say what the model is"),
+    ("llama-3.1", "a GGUF cannot say what the model is: .*divisors other than Llama 3.1's"),    # original context 16
+    ("gemma3-27b", r"mixer.scale is 0.277\d+, and would be read as None"),
+    ("phi-qk-norm", r"(?s)12 parameters that this family has no name for:.*layers.0.mixer.q_norm.gain"),
 ])
 def test_what_a_gguf_cannot_say(name, words, tmp_path):
     write(FIXTURES[name], tmp_path / "hf")

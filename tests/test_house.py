@@ -54,6 +54,7 @@ ITS_OWN = {  # of a file
     "checkpoints/layouts/gguf_tokens_export.py": {"tokenizers"}, "nanollm/text/tokenizer.py": {"tokenizers"}, "nanollm/text/tokenizer_files.py": {"tokenizers", "sentencepiece"},
     "nanollm/text/tokenizer_declared.py": {"tokenizers"}, "nanollm/text/render.py": {"jinja2"},
     "nanollm/data/prepare.py": {"tokenizers", "tqdm"}, "nanollm/inference/batches.py": {"tqdm"},
+    "nanollm/inference/constrained.py": {"llguidance"},
     "nanollm/training/plot.py": {"matplotlib"},
     "nanollm/training/state.py": {"safetensors"}, "nanollm/training/options.py": {"tomli"},
     "nanollm/training/log.py": {"wandb"},
@@ -195,7 +196,7 @@ PUBLIC = {
     "nanollm.text.tokenizer.load": "(folder: str | pathlib.Path) -> 'Tokenizer'",
     "nanollm.model.Decoder": "(config: nanollm.config.ModelConfig, seed: int = 0) -> None",
     "nanollm.model.Decoder.forward": "(self, tokens: torch.Tensor, positions: torch.Tensor | None = None, cache: nanollm.cache.Cache | None = None) -> torch.Tensor",
-    "nanollm.inference.generation.generate": "(model: nanollm.model.Decoder, prompt: collections.abc.Sequence[int], max_new_tokens: int, sampling: nanollm.inference.sample.Sampling | None = None, *, stop_ids: collections.abc.Iterable[int] = (), stop: collections.abc.Callable[[], collections.abc.Callable[[int], bool]] | None = None, logprobs: int | None = None, **options: Any) -> nanollm.inference.answer.Stream",
+    "nanollm.inference.generation.generate": "(model: nanollm.model.Decoder, prompt: collections.abc.Sequence[int], max_new_tokens: int, sampling: nanollm.inference.sample.Sampling | None = None, *, stop_ids: collections.abc.Iterable[int] = (), stop: collections.abc.Callable[[], collections.abc.Callable[[int], bool]] | None = None, constrain: collections.abc.Callable[[], nanollm.inference.sample.Constraint] | None = None, logprobs: int | None = None, **options: Any) -> nanollm.inference.answer.Stream",
 }
 
 

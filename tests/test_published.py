@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import gguf
+import jsonschema
 import pytest
 import torch
 import transformers
@@ -98,6 +99,22 @@ def test_a_chat(path):
     found = subprocess.run(command, input=f"{QUESTIONS[0]}\n", capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout == "The capital of France is Paris.\n"
     assert "warning" not in found.stderr and "Traceback" not in found.stderr
+
+
+@pytest.mark.slow
+def test_an_answer_in_json(path, tmp_path):
+    """What it says of a city follows the schema; json and jsonschema read it."""
+    pytest.importorskip("llguidance", reason="needs the package llguidance: make published")
+    kinds = {"city": {"type": "string"}, "country": {"enum": ["Italy", "France"]},
+             "founded": {"type": "integer", "maximum": 2000}}
+    schema = {"type": "object", "required": [*kinds], "additionalProperties": False, "properties": kinds}
+    (tmp_path / "city.json").write_text(json.dumps(schema))
+    command = [sys.executable, "generate.py", "--model", str(path), "--ask", "Describe the capital of France.",
+               "--json", "--json-schema", str(tmp_path / "city.json"), "--max-new-tokens", "99"]
+    said = json.loads(subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+    answer = json.loads(said["answer"])
+    jsonschema.validate(answer, schema)
+    assert said["finish_reason"] == "stop" and (answer["city"], answer["country"]) == ("Paris", "France")
 
 
 @pytest.mark.slow

@@ -265,3 +265,50 @@ def test_penalties_in_a_batch_are_those_of_each_row(model):
     alone = [list(generate(model, prompt, 10, stop_ids=range(20), **options)) for prompt in prompts]
     assert generate_batch(model, prompts, 10, stop_ids=range(20), **options) == alone
     assert all(len(answer) >= 5 for answer in alone) and alone != generate_batch(model, prompts, 10, stop_ids=range(20))
+
+
+# ---- constraints
+
+class Odd:
+    """Odd tokens alone; complete after three."""
+
+    def __init__(self) -> None:
+        self.accepted: list[int] = []
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.masked_fill(torch.arange(len(logits)) % 2 == 0, -math.inf)
+
+    def accept(self, token: int) -> bool:
+        self.accepted.append(token)
+        return len(self.accepted) == 3
+
+
+def test_a_constraint_rules_tokens_out_and_says_where_the_answer_is_complete(model):
+    """As a ban of the same tokens and a limit do, alone and in a batch, in greedy mode and in draws; each answer has
+    its own, which hears of every token."""
+    prompts, even = [[5, 17, 3], [44], [8, 7]], range(0, 60, 2)
+    for how in (dict(), dict(temperature=1.3, seed=4, top_k=9, repetition_penalty=1.2)):
+        expected = generate_batch(model, prompts, 3, banned=even, **how)
+        made = [Odd() for _ in prompts]
+        answers = answer_batch(model, prompts, 9, constrain=iter(made).__next__, **how)
+        assert [answer.tokens for answer in answers] == expected == [each.accepted for each in made]
+        assert {answer.ended for answer in answers} == {"stop"} and expected != generate_batch(model, prompts, 3, **how)
+        stream = generate(model, prompts[0], 9, constrain=Odd, **how)
+        assert list(stream) == list(generate(model, prompts[0], 3, banned=even, **how))
+        assert stream.answer.ended == "stop"
+    early = expected[0][0]
+    answer = answer_batch(model, prompts[:1], 9, constrain=Odd, stop_ids=[early], **how)[0]
+    assert answer.tokens == [early] and answer.ended == "stop"
+
+
+def test_the_models_own_log_probabilities_know_no_constraint(model):
+    """`raw` is that of the free answer's first token; `processed` is −∞ for what was ruled out."""
+    free, held = (answer_batch(model, [[5, 3]], 1, logprobs=60, **how)[0].logprobs[0].top
+                  for how in (dict(), dict(constrain=Odd)))
+    assert {each.token: each.raw for each in held} == {each.token: each.raw for each in free}
+    assert all((each.processed == -math.inf) == (each.token % 2 == 0) for each in held)
+
+
+def test_a_constraint_that_leaves_nothing_is_named(model):
+    with pytest.raises(InputError, match="no token is left to choose: banned, .* and a constraint rule out every one"):
+        answer_batch(model, [[1]], 3, constrain=Odd, banned=range(1, 60, 2))

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import generate
 from nanollm.data import prepare, sft
 from nanollm.errors import TokenizerError
 from nanollm.inference import terminal, written
+from nanollm.inference.answer import Answer, Stream
 from nanollm.inference.generation import Session
 from nanollm.model import Decoder
 from nanollm.presets import preset
@@ -551,13 +551,14 @@ def test_chat_with_a_named_template(model: Path, monkeypatch: pytest.MonkeyPatch
     asked: list[object] = []
     write = written.Written.write
 
-    def noted(self: written.Written, tokens: Iterator[int], words: Tokenizer, stop: list[str], **options: Any) -> None:
+    def noted(self: written.Written, tokens: Stream, words: Tokenizer, stop: list[str], **options: Any) -> None:
         asked.append((words.stop_ids, stop))
         write(self, tokens, words, stop, **options)
 
-    def said(self: Session, ids: list[int], *rest: Any, **options: Any) -> Iterator[int]:
-        asked.insert(len(asked) - 1, load(model).decode(ids, skip_special=False))
-        yield from load(model).encode("Hello!###Human")
+    def said(self: Session, ids: list[int], *rest: Any, **options: Any) -> Stream:
+        asked.append(load(model).decode(ids, skip_special=False))
+        assert options["stop_ids"] == (450,) and options["stop"]().texts == ["###", "[UNK]"]
+        return Stream(Answer(), (id for id in load(model).encode("Hello!###Human")))
 
     monkeypatch.setattr(written.Written, "write", noted)
     monkeypatch.setattr(Session, "generate", said)

@@ -51,6 +51,7 @@ class Ratio(Row):
     """`rope_ratio` in the meaning that our key gives it, or else the folder."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Scale the base or divide the positions, whichever the ratio means in this model."""
         ratio = r.number(key, 1.0)
         scales = r.must(RATIO_SCALES, what_ratio_scales(r, draft["vocab"]), "positions", "base")
         if scales is None and ratio != 1:

@@ -59,10 +59,12 @@ class FirstDense(Kinds):
         super().__init__("ffn", parts, self.kinds, self.keys)
 
     def kinds(self, r: Reader, layers: int) -> list[str]:
+        """The kind of each layer: an MLP in the first ones, experts in the others."""
         first = whole(r, "first_k_dense_replace", self.missing)
         return ["mlp" if i < first else "experts" for i in range(layers)]
 
     def keys(self, kinds: list[str]) -> dict[str, Any]:
+        """The number of layers before the first with experts."""
         return {"first_k_dense_replace": [*kinds, "experts"].index("experts")}
 
 
@@ -71,12 +73,14 @@ class EveryFew(Row):
     shapes = True
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Put an MLP in place of the experts in layers whose number is no multiple."""
         every = r.size(key, 1)
         for i, layer in enumerate(draft.layers):
             if i % every:
                 layer.set("ffn", part(MLP))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The distance between the first two layers with experts."""
         routed = [i for i, layer in enumerate(draft.layers) if layer.get("ffn").kind is MoE]
         return {key: routed[1] - routed[0] if len(routed) > 1 else 1}
 
@@ -88,11 +92,13 @@ class SharedExperts(Row):
         self.missing = missing
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """One MLP, as wide as that many experts; none where the key is null."""
         number, one = r.size(key, self.missing, or_null=True), draft["ffn.expert"]
         if number and "ffn.expert" in draft:
             draft["ffn.shared"] = part(MLP, hidden=number * one.get("hidden"), activation=one.get("activation"))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The width of the shared MLP in experts, or null."""
         shared = "ffn.shared.hidden" in draft
         return {key: draft["ffn.shared.hidden"] // draft["ffn.expert.hidden"] if shared else None}
 
@@ -108,10 +114,12 @@ class Groups(Row):
         self.count, self.kept, self.best = count, kept, best
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Read both keys; one group, and null, mean no groups."""
         number, kept = r.size(key, self.count, or_null=True) or 1, r.size("topk_group", self.kept, or_null=True) or 1
         draft["ffn.groups"] = part(ExpertGroups, count=number, kept=kept, best=self.best) if number > 1 else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """Both keys; both are 1 where there are no groups."""
         if "ffn.groups.count" not in draft:
             return {key: 1, "topk_group": 1}
         return {key: draft["ffn.groups.count"], "topk_group": draft["ffn.groups.kept"]}
@@ -121,11 +129,13 @@ class GreedyOrGroups(Groups):
     """Groups that count only where `topk_method` says so."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Read the groups, and drop them where the method is greedy."""
         super().read(r, draft, key)
         if r.must("topk_method", "greedy", "group_limited_greedy") == "greedy":
             draft["ffn.groups"] = None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The keys of the groups, and the method; greedy where there are no groups."""
         values = super().write(draft, key)
         return values | {"topk_method": "greedy" if values[key] == 1 else "group_limited_greedy"}
 
@@ -134,12 +144,14 @@ class TemperedRope(RopeKeys):
     """RoPE, and the scale of the scores: 1/√width, and with YaRN twice the temperature of mscale_all_dim."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """RoPE, and the scale of the scores where mscale_all_dim changes it."""
         super().read(r, draft, key)
         inner, yarn = r.inside("rope_scaling") or r.inside("rope_parameters"), draft["mixer.rope.scaling"]
         mscale = inner.number("mscale_all_dim", None, above=-1) if yarn and inner else None
         draft["mixer.scale"] = tempered(draft, yarn.factor, mscale) if mscale else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """RoPE's keys, with the mscale and mscale_all_dim that give the scale and the attention factor."""
         values, scale, yarn = super().write(draft, key), draft["mixer.scale"], draft["mixer.rope"].build().scaling
         if scale is None:
             return values

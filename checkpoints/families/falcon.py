@@ -45,6 +45,7 @@ class Wiring(Row):
     What is parallel is written as the new architecture, but 7B with its one norm and one key/value head as the old."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """The number of key/value heads, the wiring of a layer, and whether it has one norm or two."""
         heads, stated = draft["mixer.heads"], r.size(one_name(r, "num_kv_heads", "n_head_kv"), None)
         parallel, multi_query = r.flag("parallel_attn", True), r.flag("multi_query", True)
         if r.flag(key, "n_head_kv" in r.values):
@@ -59,6 +60,7 @@ class Wiring(Row):
         draft["pre_ffn"] = LAYER_NORM if two else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The keys of the new architecture where the model needs it, else those of the old."""
         kv_heads, parallel, two = draft["mixer.kv_heads"], draft["parallel"], draft["pre_ffn"] is not None
         new = parallel and (two or kv_heads > 1)
         counts = {"num_kv_heads": kv_heads, "num_ln_in_parallel_attn": 2 if two else 1}
@@ -70,11 +72,13 @@ class RopeOrAlibi(RopeKeys):
     """RoPE's keys stand there beside ALiBi too, and mean nothing then."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """RoPE, or ALiBi in its place where `alibi` is true."""
         super().read(r, draft, key)
         if r.flag(key, False):
             draft["mixer.rope"], draft["mixer.alibi"] = None, part(Alibi, coarse=True)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """RoPE's keys, and `alibi`."""
         return super().write(draft, key) | {key: draft["mixer.alibi"] is not None}
 
 

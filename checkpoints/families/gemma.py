@@ -43,10 +43,12 @@ class QueryScalar(Row):
     """The scores are divided by the root of this, and by √d where it is d."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """The scale 1/√scalar, or None where that is 1/√d."""
         scalar = r.number(key, 256)
         draft["mixer.scale"] = None if scalar == draft["mixer.head_dim"] else scalar**-0.5
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The whole number nearest to 1/scale²."""
         scale = draft["mixer.scale"]
         return {key: draft["mixer.head_dim"] if scale is None else round(scale**-2)}
 
@@ -59,6 +61,7 @@ class TwoRopes(Row):
     BASES = {SLIDING: ("rope_local_base_freq", 1e4), FULL: ("rope_theta", 1e6)}
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Read both, and give each layer the one of its kind."""
         each, scaling, ropes = r.inside("rope_parameters"), r.inside("rope_scaling"), {}
         for kind, (base, theta) in self.BASES.items():
             own = each.inside(kind) if each else None
@@ -72,6 +75,7 @@ class TwoRopes(Row):
             layer.set("mixer.rope", ropes[SLIDING if layer.get("mixer.window") else FULL])
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """Both, in the keys of the old dialect and of the new one."""
         ropes = {kind: Rope(theta) for kind, (_, theta) in self.BASES.items()}
         for layer in draft.layers:
             if isinstance(rope := layer.get("mixer.rope"), Part):
@@ -85,6 +89,7 @@ class WithVision(Family):
     """A config.json whose "text_config" is the language model's."""
 
     def read(self, r: Reader) -> ModelConfig:
+        """The language model. Raises ConfigError where there is no text_config."""
         text = r.inside("text_config")
         if text is None:
             raise r.error("text_config", "an object, the config of the language model")

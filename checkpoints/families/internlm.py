@@ -30,6 +30,7 @@ class Rotary(RopeKeys):
     """`rotary`, and Llama's keys, which beside it must say the same or nothing."""
 
     def rope(self, r: Reader, draft: Draft) -> Rope:
+        """What `rotary` says; Llama's keys where there is none."""
         rotary = r.inside("rotary")
         if rotary is None:
             return super().rope(r, draft)

@@ -32,6 +32,7 @@ class LongRopeOnly(RopeKeys):
     """LongRoPE or nothing. Its lists must be as long as there are pairs of channels that turn."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Check the kind and the lists, then read as for any RoPE."""
         inner = r.inside("rope_scaling") or r.inside("rope_parameters")
         if inner is not None:
             inner.must("rope_type" if "rope_type" in inner.values else "type", "default", "longrope", "su")
@@ -45,9 +46,11 @@ class LongRopeOnly(RopeKeys):
         super().read(r, draft, key)
 
     def original(self, r: Reader, draft: Draft) -> int:
+        """Phi-3 says it at the top level; a missing key means 4096."""
         return r.size(ORIGINAL, 4096)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """RoPE's keys and the original context, which is the context where nothing is stretched."""
         original = draft["mixer.rope.scaling.original"]
         return super().write(draft, key) | {ORIGINAL: draft["context"] if original is ABSENT else original}
 

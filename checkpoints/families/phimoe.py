@@ -27,6 +27,7 @@ class OneTemperature(RopeKeys):
     """None, or LongRoPE with its two temperatures, which must be one. What is left is said as in other families."""
 
     def rope(self, r: Reader, draft: Draft) -> Rope:
+        """RoPE with the temperature as attention_factor. Raises ConfigError for two different ones."""
         values = dict(r.values)
         for key in ("rope_scaling", "rope_parameters"):
             inner = r.inside(key)
@@ -44,6 +45,7 @@ class OneTemperature(RopeKeys):
         return rope
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """RoPE's keys, with attention_factor as both temperatures."""
         values = super().write(draft, key)
         for each in (values.get("rope_scaling"), values.get("rope_parameters")):
             if each and "attention_factor" in each:

@@ -28,6 +28,7 @@ class WithVision(Family):
     """Qwen2's keys, wherever they stand."""
 
     def read(self, r: Reader) -> ModelConfig:
+        """The language model. A key that stands both inside text_config and outside must say the same."""
         text = r.inside("text_config")
         source = text or r
         source.must("model_type", *(kind + end for kind in ("qwen2_vl", "qwen2_5_vl") for end in ("", "_text")))

@@ -18,7 +18,7 @@ from checkpoints.layouts import gguf_files, gguf_tokens, huggingface, original
 from checkpoints.layouts.found import Asked, Found
 from checkpoints.storage import foreign, gguf
 from checkpoints.storage.files import refused_in_words
-from nanollm.errors import CheckpointError
+from nanollm.errors import CheckpointError, TokenizerError
 from nanollm.text import tokenizer
 from nanollm.text.tokenizer import Tokenizer
 
@@ -59,10 +59,15 @@ def describe(path: Path) -> Found:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a folder, or of the folder of a file; of a GGUF the one inside it, if there is one.
 
-    Raises TokenizerError."""
+    Raises TokenizerError; for a file that belongs to no model what `find` raises."""
     folder = path if path.is_dir() else path.parent
     own = path != folder and gguf.is_gguf(path)
     described = any((folder / name).exists() for name in ("config.json", "params.json"))
     file = path if own else gguf_files.model_in(folder) if path == folder and not described else None
     inside = gguf_tokens.load(gguf_files.first_part(file)) if file else None
-    return inside or tokenizer.load(folder)
+    try:
+        return inside or tokenizer.load(folder)
+    except TokenizerError:
+        if path.is_file() and not own:
+            find(path)
+        raise

@@ -27,7 +27,7 @@ class Found:
     where: str  # the file that says so
     stored: dict[str, Stored]
     tables: tuple[Table, ...] = ()  # the names in this layout; none: the family's own
-    pairs: bool = False  # RoPE rotates neighbouring channels, as stored in this layout
+    interleaved: bool = False  # RoPE rotates neighbouring channels, as stored in this layout
     ignorable: frozenset[str] = frozenset()  # tensors of this layout that are no weights
     inside: Path | None = None  # the file that has a tokenizer inside, as a GGUF does; None: it lies in the folder
 

@@ -1,8 +1,9 @@
 """A model as a GGUF, which llama.cpp runs: its keys, its tensors and its tokenizer in one file, model.gguf.
 
-The keys say what a config.json would: KEYS has them for all architectures, and what is not a plain number (a scaling of
-RoPE, how much of a head turns) is worked out below. They are then read back (gguf_names.py): a model that does not come
-out as it went in is refused, with what a GGUF cannot say of it. What is 32 bits wide in the file is compared so.
+The keys say what a config.json would: KEYS has those that are plain numbers, and `keys_of` works out the others (a
+scaling of RoPE, how much of a head turns). Before anything is written, keys and tensors are read back (gguf_names.py).
+A model that does not come back as it was is refused, and the error names what a GGUF cannot say. Numbers are compared
+as float32, which is what the file holds.
 
     Llama, Mistral, Mixtral     rows of q and k in the order in which neighbours turn
     Gemma                       1 is added to the gains of norms
@@ -24,18 +25,20 @@ from checkpoints.families import Family, difference, read_config
 from checkpoints.layouts import gguf_tokens_export
 from checkpoints.layouts.gguf_names import ARCHITECTURES, FREQS, LAYER, LONG, RMS, SHORT, Architecture, read_metadata
 from checkpoints.layouts.original import RopeLayout, for_heads_in, rope_layout, with_rope_layout
-from checkpoints.names.table import Table
+from checkpoints.names import table
+from checkpoints.names.table import Step
 from checkpoints.storage import gguf_writing
 from checkpoints.storage.files import Stored, as_bytes
+from checkpoints.storage.gguf import shortest
 from nanollm.config import Attention, ModelConfig, Rope
-from nanollm.errors import ConfigError
+from nanollm.errors import CheckpointError, ConfigError
 from nanollm.layers.rope import frequencies
 from nanollm.text.tokenizer import Tokenizer
 
 FILE = "model.gguf"
 FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}                       # general.file_type
 KINDS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-KEYS = {  # of the architecture's namespace: config.json's keys, of which the first that is there is taken
+KEYS = {  # key of the architecture: keys of config.json, of which the first that is there is taken
     "block_count": ("num_hidden_layers",), "context_length": ("max_position_embeddings",),
     "embedding_length": ("hidden_size",), "attention.head_count": ("num_attention_heads",),
     "feed_forward_length": ("intermediate_size", "shared_expert_intermediate_size", "moe_intermediate_size"),
@@ -52,7 +55,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True)
 class Held(Stored):
-    """A small tensor that is worked out here, as if it were stored."""
+    """A small tensor that is computed here, in place of a stored one."""
     values: Tensor
 
     def read_run(self, first: int, run: Tensor) -> None:
@@ -61,61 +64,61 @@ class Held(Stored):
 
 @dataclass(frozen=True)
 class Described:
-    """A model as a GGUF says it."""
+    """A model as a GGUF describes it."""
     kind: str                                    # general.architecture
-    keys: Values
+    keys: Values                                 # of the architecture, without its name in front
     vectors: Mapping[str, Held]                  # tensors that are no weights
-    names: Table
+    steps: list[Step]                            # which tensors are which parameters
 
     @property
     def architecture(self) -> Architecture:
+        """How a file of this kind is read."""
         return ARCHITECTURES[self.kind]
 
 
-def describe(config: ModelConfig, family: Family, values: Values, where: str) -> Described:
-    """Keys and names for a model, whose config.json would have these `values`. Raises ConfigError."""
+def describe(config: ModelConfig, parameters: Mapping[str, Tensor], family: Family, values: Values,
+             where: str) -> Described:
+    """Keys and tensors for a model whose config.json would have these `values`; `parameters` may be on the meta device.
+
+    Raises ConfigError where a GGUF cannot say what the model is."""
     kind = next((kind for kind, each in ARCHITECTURES.items() if family.name in each.families), None)
     if kind is None:
         known = ", ".join(name for each in ARCHITECTURES.values() for name in each.families)
         raise ConfigError(f"{where}: a {family.name} model is not written as GGUF; those are {known}")
     architecture = ARCHITECTURES[kind]
     keys, vectors = keys_of(config, values, kind)
-    layout = rope_layout(config)
-    wanted: RopeLayout = "interleaved" if architecture.pairs else "half"
-    found = Described(kind, keys, vectors, for_heads_in(architecture.names[0], layout, wanted))
+    wanted: RopeLayout = "interleaved" if architecture.interleaved else "half"
+    names = for_heads_in(architecture.names[0], rope_layout(config), wanted)
     try:
-        again = read_back(found, config, family, "its keys")
-    except ConfigError as error:
-        raise ConfigError(f"{where}: a GGUF cannot say what the model is: {error}") from None
-    kept = with_rope_layout(config, "half")
-    if as_stored(again) != as_stored(kept):
+        found = Described(kind, keys, vectors, table.expand(names, parameters, config))
+        kept, again = (as_stored(one) for one in (with_rope_layout(config, "half"),
+                                                  read_back(found, parameters, family, "its keys")))
+    except (ConfigError, CheckpointError) as error:
+        raise ConfigError(f"{where}: a GGUF cannot say what the model is: {str(error).strip()}") from None
+    if again != kept:
         raise ConfigError(f"{where}: a GGUF cannot say what the model is: {difference(kept, again, 'config')}")
     return found
 
 
-def read_back(found: Described, config: ModelConfig, family: Family, where: str) -> ModelConfig:
-    """The model that the keys describe. Raises ConfigError."""
-    biased = any(isinstance(layer.mixer, Attention) and layer.mixer.qkv_bias for layer in config.layers)
-    stored: dict[str, Stored] = {"token_embd.weight": Held(Path(), torch.float32, (config.vocab, config.dim), 0, 0,
-                                                          torch.empty(0)), **found.vectors}
-    stored |= {name: stored["token_embd.weight"] for name, there in (
-        ("output.weight", not config.tied), ("blk.0.attn_q.bias", biased),
-        ("blk.0.ffn_gate.bias", getattr(config.layers[0].ffn, "bias", False))) if there}
-    spare = {str(number): stored["token_embd.weight"] for number in range(10_000)}      # as many as there may be layers
-    values = read_metadata({f"{found.kind}.{key}": value for key, value in found.keys.items()}, found.kind, family.name,
-                           spare | stored, where)
-    return read_config(values, where)[1]
+def read_back(found: Described, parameters: Mapping[str, Tensor], family: Family, where: str) -> ModelConfig:
+    """The model that a file with these keys and tensors would be read as. Raises ConfigError or CheckpointError."""
+    stored: dict[str, Stored] = dict(found.vectors)
+    for step in found.steps:
+        for name, shape in step.shapes(parameters).items():
+            stored[name] = Stored(Path(), torch.float32, shape, 0, 0)       # no file yet: its shape is what counts
+    metadata = {f"{found.kind}.{key}": value for key, value in found.keys.items()}
+    return read_config(read_metadata(metadata, found.kind, family.name, stored, where), where)[1]
 
 
 def as_stored(config: Any) -> Any:
-    """The same config with its numbers in 32 bits."""
+    """The same config with its numbers as float32 keeps them: 0.3 stays 0.3, and a third loses half of its digits."""
     if isinstance(config, float):
-        return float(np.float32(config))
+        return shortest(config)
     if isinstance(config, tuple):
         return tuple(map(as_stored, config))
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         fields = {field.name: as_stored(getattr(config, field.name)) for field in dataclasses.fields(config)}
-        return type(config).__name__, tuple(fields.items())
+        return dataclasses.replace(config, **fields)
     return config
 
 
@@ -164,15 +167,16 @@ def keys_of(config: ModelConfig, values: Values, kind: str) -> tuple[Values, dic
 def lay_out(folder: Path, found: Described, name: str, tokenizer: Tokenizer | None, kinds: Mapping[str, str],
             shapes: Mapping[str, tuple[int, ...]], rows: int) -> dict[str, Stored]:
     """Write model.gguf up to its tensors, and those that are no weights. Where the others go."""
-    most = max(kinds.values(), key=lambda kind: sum(math.prod(shapes[one]) for one in kinds if kinds[one] == kind))
-    keys: Values = {"general.type": "model", "general.name": name, "general.file_type": FILE_TYPES[most],
+    # the type that most numbers have
+    file_type = max(kinds.values(), key=lambda kind: sum(math.prod(shapes[one]) for one in kinds if kinds[one] == kind))
+    keys: Values = {"general.type": "model", "general.name": name, "general.file_type": FILE_TYPES[file_type],
                     "general.quantization_version": 2}
     keys |= {f"{found.kind}.{key}": value for key, value in found.keys.items()}
     keys |= gguf_tokens_export.keys_of(tokenizer, rows) if tokenizer else {"tokenizer.ggml.model": "no_vocab"}
     all_kinds = {**{one: "F32" for one in found.vectors}, **kinds}
     all_shapes = {**{one: held.shape for one, held in found.vectors.items()}, **shapes}
     places = gguf_writing.lay_out(folder / FILE, found.kind, keys, all_kinds, all_shapes,
-                                  found.architecture.norms_plus)
+                                  found.architecture.norm_offset)
     with open(folder / FILE, "r+b") as file:
         for one, held in found.vectors.items():
             file.seek(places.pop(one).start)

@@ -45,7 +45,7 @@ def find(path: Path, asked: Asked) -> Found | None:
     dtype = gguf.dtype_of(entry for each in parts.values() for entry in each.entries)
     stored: dict[str, Stored] = {}
     for part, header in parts.items():
-        here = gguf.places(part, header, dtype, architecture.norms_plus)
+        here = gguf.places(part, header, dtype, architecture.norm_offset)
         if twice := here.keys() & stored.keys():
             raise CheckpointError(f"{part}: {min(twice)} is in {stored[min(twice)].file.name} too")
         stored |= here
@@ -54,7 +54,7 @@ def find(path: Path, asked: Asked) -> Found | None:
             stored[name] = dataclasses.replace(one, shape=(1, *one.shape))
     values = read_metadata(head.metadata, kind, asked.family, stored, str(first), asked.ignore)
     values |= gguf_tokens.ids(head.metadata)
-    return Found(first.parent, "gguf", values, str(first), stored, architecture.names, architecture.pairs,
+    return Found(first.parent, "gguf", values, str(first), stored, architecture.names, architecture.interleaved,
                  architecture.vectors, first)
 
 

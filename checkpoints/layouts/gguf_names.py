@@ -17,15 +17,17 @@ Which files: gguf_files.py. The container: storage/gguf.py. The tokenizer inside
     gpt-oss         gpt_oss            halves        sinks, experts with biases; YaRN's ramp is not rounded
 
 Rows of q and k of a `llama` are stored in Meta's order (layouts/original.py), whoever trained it; they are read as they
-lie. Numbers are float32 there: 1e-05 is what it was before it was rounded.
+lie. Numbers are float32 in the file. Each is read as the shortest decimal that rounds to it: 1e-05, and not
+9.99999974737875e-06.
 
 What is not in the file is taken as llama.cpp takes it:
-- the scale of Gemma's scores is 1/√d, but 1/√(D/H) for the 27B models, known by their layers (46 and 62). No other is
-  written;
+- no key says the scale of Gemma's scores. It is 1/√d, but 1/√(D/H) for the 27B models, which are known by their number
+  of layers (46 and 62);
 - a missing rope.freq_base is 10000, and so is that of Gemma 3's sliding layers;
 - converters do not write a window for Mistral 7B v0.1 or for a Qwen2 or 3 that slides: such a model is read as one
   without a window;
-- nor do they write that the ends of YaRN's ramp are not rounded.
+- nor do they write whether the ends of YaRN's ramp are rounded (`truncate`): they are not for gpt-oss, and are for all
+  others.
 
 Keys of the architecture that are not read here are refused. Those in other namespaces (general, tokenizer, quantize,
 split, and what tools add) say nothing about the logits.
@@ -110,10 +112,10 @@ class Architecture:
     """How a GGUF of this general.architecture is read."""
     families: tuple[str, ...]                    # model_types that share it; the first unless another is asked for
     names: tuple[Table, ...]                     # one of them has the tensors
-    more: Callable[[Reader, Values, int, Tensors], Values]       # the keys of config.json beside those that all have
+    read_own: Callable[[Reader, Values, int, Tensors], Values]       # the keys of config.json that not all have
     vectors: frozenset[str] = frozenset()        # stored beside the weights, and read with the keys
-    pairs: bool = False                          # RoPE turns neighbours
-    norms_plus: float = 0.0                      # added to the gains of norms
+    interleaved: bool = False                    # RoPE turns neighbours, not halves
+    norm_offset: float = 0.0                     # added to the gains of norms, as nanollm.config.Norm has it
 
 
 def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tensors, where: str,
@@ -146,7 +148,7 @@ def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tenso
     }
     r.must("attention.value_length", d)
     r.must("attention.causal", True)
-    values |= architecture.more(r, values, d, stored)
+    values |= architecture.read_own(r, values, d, stored)
     r.close(SAY_NOTHING)
     r.warn()
     return values
@@ -154,8 +156,8 @@ def read_metadata(metadata: Values, kind: str, family: str | None, stored: Tenso
 
 # ---- parts
 
-def part_that_turns(r: Reader, d: int) -> float:
-    """partial_rotary_factor, of which int(d · factor) is the number of channels."""
+def rotary_fraction(r: Reader, d: int) -> float:
+    """partial_rotary_factor. int(d · factor) channels of a head turn."""
     turned = r.size("rope.dimension_count", d, most=d)
     factor = turned / d
     return factor if int(d * factor) == turned else math.nextafter(factor, 1)            # 44 · (30 / 44) is 29.999…
@@ -168,21 +170,23 @@ def whole_heads(r: Reader, d: int) -> Values:
 
 
 def window(r: Reader) -> int | None:
-    """0 is how the format says that there is none."""
+    """The sliding window. The format says 0 where there is none."""
     return None if r.get("attention.sliding_window", 0) == 0 else r.size("attention.sliding_window")
 
 
 def no_window(r: Reader, instead: str = "") -> None:
+    """Raises ConfigError where there is a window. `instead`: what else to do, for the message."""
     if window(r) is not None:
         raise r.error("attention.sliding_window", f"0, or no such key{instead}")
 
 
 def theta(r: Reader) -> float:
+    """The base of RoPE."""
     return r.number("rope.freq_base", 10_000.0, above=1)
 
 
 def scaling(r: Reader, values: Values, *kinds: str) -> Values | None:
-    """rope_scaling. A factor alone means linear, and none, 0 or 1 no scaling."""
+    """rope_scaling. A factor without a type means linear; no factor, 0 and 1 mean no scaling."""
     kind = r.must("rope.scaling.type", "linear", "none", *kinds)
     original = r.size("rope.scaling.original_context_length", values["max_position_embeddings"])
     if r.get("rope.scaling.factor", 0) in (0, 1) or kind == "none":
@@ -210,9 +214,9 @@ def numbers(r: Reader, name: str, stored: Tensors, count: int) -> list[float]:
 
 
 def llama3(r: Reader, d: int, stored: Tensors) -> Values:
-    """The formula whose divisors are stored: that of Llama 3.1, with a factor that is the largest of them.
+    """rope_scaling of Llama 3.1, by whose formula the stored divisors were made. The factor is the largest of them.
 
-    No config expresses other divisors."""
+    Raises CheckpointError for other divisors, which no config expresses."""
     divisors = torch.tensor(numbers(r, FREQS, stored, -(-d // 2)))
     factor = divisors.max().item()
     stretch = Llama3(factor, ORIGINAL, LOW, HIGH)
@@ -224,6 +228,7 @@ def llama3(r: Reader, d: int, stored: Tensors) -> Values:
 
 
 def biases(stored: Tensors) -> bool:
+    """Whether q, k and v have biases, which no key says."""
     return "blk.0.attn_q.bias" in stored
 
 
@@ -239,6 +244,7 @@ def sliding(r: Reader, values: Values, period: int, default: int) -> Values:
 
 
 def routed(r: Reader) -> Values:
+    """How many experts there are, and how many each token takes."""
     return {"num_local_experts": r.count("expert_count"), "num_experts_per_tok": r.size("expert_used_count")}
 
 
@@ -248,6 +254,7 @@ def expert_width(stored: Tensors, name: str) -> int | None:
 
 
 def qwen_experts(r: Reader, stored: Tensors) -> Values:
+    """The same under Qwen's names, and the width of an expert."""
     width = r.size("expert_feed_forward_length", expert_width(stored, "blk.0.ffn_up_exps.weight"))
     said = routed(r)
     return {"num_experts": said["num_local_experts"], "num_experts_per_tok": said["num_experts_per_tok"],
@@ -255,14 +262,14 @@ def qwen_experts(r: Reader, stored: Tensors) -> Values:
 
 
 def scalar(values: Values, d: int, layers_of_27b: int) -> int:
-    """query_pre_attn_scalar."""
+    """query_pre_attn_scalar, whose root divides the scores: d, or D/H in the 27B model, known by its layers."""
     return values["hidden_size"] // values["num_attention_heads"] if values["num_hidden_layers"] == layers_of_27b else d
 
 
 # ---- architectures
 
 def llama(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    """Also what is Llama under another name, Mistral, and with experts Mixtral."""
+    """Llama and models built like it: Mistral, and with experts Mixtral."""
     moe = values["model_type"] == "mixtral" or values["model_type"] == "llama" and r.get("expert_count", 0) != 0
     if not moe:
         r.must("expert_count", 0)
@@ -289,6 +296,7 @@ def qwen2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 
 def qwen3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """As Qwen 2, but with biases only where they are stored."""
     return qwen2(r, values, d, stored) | {"attention_bias": biases(stored)}
 
 
@@ -300,6 +308,7 @@ def qwen2moe(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 
 def qwen3moe(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """As Qwen 3, with experts; the weights of the chosen are normalised."""
     return qwen3(r, values, d, stored) | qwen_experts(r, stored) | {"norm_topk_prob": True}
 
 
@@ -315,13 +324,14 @@ def gpt_oss(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 
 def gemma(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
+    """The keys that Gemma 1, 2 and 3 share."""
     return whole_heads(r, d) | {"rms_norm_eps": r.number(RMS), "rope_theta": theta(r),
                                 "rope_scaling": scaling(r, values),
                                 "attention_bias": biases(stored)}
 
 
 def gemma2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    """Caps that are missing are 50 and 30."""
+    """Soft caps that are missing are 50 for the scores and 30 for the logits."""
     caps = {key: r.number(key) for key in ("attn_logit_softcapping", "final_logit_softcapping") if key in r.values}
     more = sliding(r, values, 2, 4096) | caps | {"query_pre_attn_scalar": scalar(values, d, 46)}
     return gemma(r, values, d, stored) | more
@@ -337,17 +347,17 @@ def gemma3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 
 
 def phi2(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    """LayerNorms, and a part of each head that turns."""
+    """LayerNorm, and RoPE on a part of each head."""
     if d * values["num_attention_heads"] != values["hidden_size"]:
         sizes = f"{values['hidden_size']} / {values['num_attention_heads']}"
         raise r.error("attention.key_length", f"embedding_length / attention.head_count ({sizes})")
     return {"layer_norm_eps": r.number(LAYER), "rope_theta": theta(r), "rope_scaling": scaling(r, values),
-            "partial_rotary_factor": part_that_turns(r, d)}
+            "partial_rotary_factor": rotary_fraction(r, d)}
 
 
 def phi3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
-    """LongRoPE where its lists are stored; how far the context was stretched is then a factor on cos and sin."""
-    part, rope = part_that_turns(r, d), None
+    """LongRoPE where its lists are stored. attn_factor is then the factor on cos and sin."""
+    part, rope = rotary_fraction(r, d), None
     r.must("rope.scaling.type", "longrope", "none")
     if LONG in stored or SHORT in stored:
         if missing := {LONG, SHORT} - set(stored):
@@ -364,14 +374,14 @@ def phi3(r: Reader, values: Values, d: int, stored: Tensors) -> Values:
 ARCHITECTURES = {
     "llama": Architecture(("llama", "mistral", "mixtral"),
                           (override(NAMES, *EXPERTS), override(NAMES, *EACH_EXPERT)), llama, frozenset({FREQS}),
-                          pairs=True),
+                          interleaved=True),
     "qwen2": Architecture(("qwen2",), (NAMES,), qwen2),
     "qwen2moe": Architecture(("qwen2_moe",), (override(NAMES, *EXPERTS, *SHARED_EXPERT),), qwen2moe),
     "qwen3": Architecture(("qwen3",), (override(NAMES, *HEAD_NORMS),), qwen3),
     "qwen3moe": Architecture(("qwen3_moe",), (override(NAMES, *HEAD_NORMS, *EXPERTS),), qwen3moe),
-    "gemma": Architecture(("gemma",), (NAMES,), gemma, norms_plus=1.0),
-    "gemma2": Architecture(("gemma2",), (GEMMA2_NAMES,), gemma2, norms_plus=1.0),
-    "gemma3": Architecture(("gemma3_text",), (override(GEMMA2_NAMES, *HEAD_NORMS),), gemma3, norms_plus=1.0),
+    "gemma": Architecture(("gemma",), (NAMES,), gemma, norm_offset=1.0),
+    "gemma2": Architecture(("gemma2",), (GEMMA2_NAMES,), gemma2, norm_offset=1.0),
+    "gemma3": Architecture(("gemma3_text",), (override(GEMMA2_NAMES, *HEAD_NORMS),), gemma3, norm_offset=1.0),
     "phi2": Architecture(("phi",), (NAMES,), phi2),
     "phi3": Architecture(("phi3",), (PHI3_NAMES,), phi3, frozenset({LONG, SHORT})),
     "gpt-oss": Architecture(("gpt_oss",), (GPT_OSS_NAMES,), gpt_oss),

@@ -34,9 +34,8 @@ from nanollm.errors import TokenizerError
 from nanollm.text import tokenizer
 from nanollm.text.tokenizer import Tokenizer
 
-HERE = "tokenizer.ggml."
+PREFIX = "tokenizer.ggml."
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE_TOKEN = range(1, 7)
-
 
 # What ends a turn or a text in one model or another, where it is a control token: llama.cpp stops at each of them.
 ENDS = (
@@ -77,21 +76,22 @@ def write(path: Path, folder: Path) -> bool:
 def files(path: Path) -> dict[str, Any]:
     """File name → what is in it, of the tokenizer in a GGUF. {} if there is none. Raises TokenizerError."""
     metadata = gguf.read_header(path).metadata
-    kind = metadata.get(f"{HERE}model", "none")
+    kind = metadata.get(f"{PREFIX}model", "none")
     if kind in ("none", "no_vocab"):
         return {}
     if kind not in ("gpt2", "llama"):
-        raise TokenizerError(f"{path}: {HERE}model is {reprlib.repr(kind)}; expected gpt2 or llama. "
+        raise TokenizerError(f"{path}: {PREFIX}model is {reprlib.repr(kind)}; expected gpt2 or llama. "
                              "Put the model's own tokenizer files into a folder, and convert the weights beside them")
     v = Vocabulary(path, metadata)
-    whole = v.sentencepiece() if kind == "llama" else v.byte_level()
-    return {"tokenizer.json": whole, "tokenizer_config.json": v.config(), "generation_config.json": v.generation()}
+    tokenizer_json = v.sentencepiece() if kind == "llama" else v.byte_level()
+    return {"tokenizer.json": tokenizer_json, "tokenizer_config.json": v.config(),
+            "generation_config.json": v.generation()}
 
 
 def ids(metadata: dict[str, Any]) -> dict[str, int]:
     """bos_token_id, eos_token_id, pad_token_id, as a config.json says them."""
     keys = {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}
-    said = {key: metadata.get(f"{HERE}{name}_token_id") for key, name in keys.items()}
+    said = {key: metadata.get(f"{PREFIX}{name}_token_id") for key, name in keys.items()}
     return {key: id for key, id in said.items() if type(id) is int}
 
 
@@ -109,19 +109,19 @@ class Vocabulary:
         if len(self.vocab) < len(kept):
             twice = next(token for token, id in kept if self.vocab[token] != id)
             raise self.error("tokens", f"{reprlib.repr(twice)} twice", "each text once")
-        named = {name: metadata.get(f"{HERE}{short}_token_id") for name, short in NAMES.items()}
+        named = {name: metadata.get(f"{PREFIX}{short}_token_id") for name, short in NAMES.items()}
         self.named = {name: self.tokens[id] for name, id in named.items()
                       if type(id) is int and id < len(self.tokens)}
 
     def error(self, key: str, found: str, expected: str) -> TokenizerError:
-        return TokenizerError(f"{self.path}: {HERE}{key} has {found}; expected {expected}")
+        return TokenizerError(f"{self.path}: {PREFIX}{key} has {found}; expected {expected}")
 
     def array(self, key: str, kind: type, count: int | None = None, missing: Any = None) -> list[Any]:
         """The values of an array, `count` of them. Raises TokenizerError."""
-        values = self.metadata.get(f"{HERE}{key}")
+        values = self.metadata.get(f"{PREFIX}{key}")
         if values is None and missing is not None and count is not None:
             return [missing] * count
-        if not isinstance(values, (list, gguf.Listed)):
+        if not isinstance(values, (list, gguf.LazyArray)):
             raise self.error(key, reprlib.repr(values), "a list")
         found = gguf.read_list(self.path, values)
         if not all(isinstance(one, kind) for one in found[:1]):
@@ -131,29 +131,29 @@ class Vocabulary:
         return found
 
     def flag(self, key: str, missing: bool) -> bool:
-        return bool(self.metadata.get(f"{HERE}{key}", missing))
+        return bool(self.metadata.get(f"{PREFIX}{key}", missing))
 
     # ---- the two kinds
 
     def byte_level(self) -> dict[str, Any]:
         """tokenizer.json of a byte-level BPE. Raises TokenizerError for a pre-tokenizer that PRE does not have."""
-        name = self.metadata.get(f"{HERE}pre")
+        name = self.metadata.get(f"{PREFIX}pre")
         if name is None:
-            warnings.warn(f"{self.path}: no {HERE}pre, so text is cut as llama.cpp does by default, which may not be "
+            warnings.warn(f"{self.path}: no {PREFIX}pre, so text is cut as llama.cpp does by default, which may not be "
                           "how the model was trained; a newer conversion of it says the pre-tokenizer", stacklevel=2)
         pre = PRE.get(name or "default")
         if pre is None:
             known = ", ".join(PRE)
-            raise TokenizerError(f"{self.path}: {HERE}pre is {reprlib.repr(name)}; known are {known}. Put the model's "
-                                 "own tokenizer.json into a folder, and convert the weights beside it")
+            raise TokenizerError(f"{self.path}: {PREFIX}pre is {reprlib.repr(name)}; known are {known}. Put the "
+                                 "model's own tokenizer.json into a folder, and convert the weights beside it")
         merges = [tuple(pair) if len(pair := merge.rsplit(" ", 1)) == 2 else self._no_pair(merge)
                   for merge in self.array("merges", str)]
         lost = next((pair for pair in merges if not {*pair, "".join(pair)} <= self.vocab.keys()), None)
         if lost:
             raise self.error("merges", f"{' '.join(lost)!r}, of which a part or the union is no token", "tokens")
         model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
-                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False, "ignore_merges": pre.whole,
-                 "vocab": self.vocab, "merges": merges}
+                 "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                 "ignore_merges": pre.ignore_merges, "vocab": self.vocab, "merges": merges}
         decoder = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
         return self._json(model, {"type": "NFC"} if pre.nfc else None,
                           {"type": "Sequence", "pretokenizers": list(pre.steps)}, decoder, pre.bos)
@@ -186,8 +186,8 @@ class Vocabulary:
                 if token[:at] in pieces and token[at:] in pieces:
                     yield token[:at], token[at:]
 
-    def _json(self, model: Step, normalizer: Step | None, cuts: Step | None, decoder: Step, bos: bool) -> Step:
-        """The whole file. bos: what a missing add_bos_token means."""
+    def _json(self, model: Step, normalizer: Step | None, pre_tokenizer: Step | None, decoder: Step, bos: bool) -> Step:
+        """The whole tokenizer.json. bos: what a missing add_bos_token means."""
         strips = "phi-3" in str(self.metadata.get("general.name", "")).lower()      # its tokens take the space after
         keep = ("<unk>", "<s>", "<|endoftext|>")
         added = [
@@ -209,7 +209,7 @@ class Vocabulary:
         pair = [*around, {"Sequence": {"id": "B", "type_id": 1}}]
         post = {"type": "TemplateProcessing", "single": around, "pair": pair, "special_tokens": used} if used else None
         return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": normalizer,
-                "pre_tokenizer": cuts, "post_processor": post, "decoder": decoder, "model": model}
+                "pre_tokenizer": pre_tokenizer, "post_processor": post, "decoder": decoder, "model": model}
 
     # ---- the small files
 
@@ -230,7 +230,7 @@ class Vocabulary:
     def generation(self) -> dict[str, Any]:
         """generation_config.json: what ends a text, and what begins one."""
         said = ids(self.metadata)
-        ends = {self.metadata.get(f"{HERE}{name}_token_id") for name in ("eos", "eot", "eom")}
+        ends = {self.metadata.get(f"{PREFIX}{name}_token_id") for name in ("eos", "eot", "eom")}
         harmony = {"<|return|>", "<|call|>"} <= self.vocab.keys()              # where <|end|> ends a message only
         ends |= {self.vocab[text] for text in ENDS if self.types[self.vocab.get(text, 0)] == CONTROL
                  and text in self.vocab and not (harmony and text == "<|end|>")}

@@ -2,7 +2,7 @@
 
     byte-level BPE      tokens, types, merges, and the name of the pre-tokenizer that cuts as this one does
     sentencepiece       tokens, types, scores. A tokenizer.json with ▁ and bytes <0x41> has merges in place of scores:
-                        the score of a union is then minus the place of its merge, which orders the unions alike
+                        a merged token's score is then minus the place of its merge, which gives the same order
 
 Rows of the embedding without a token become [PAD7] …, unused; tokens without a row are left out, with a warning. What
 a GGUF cannot say is refused, but for flags of added tokens, of which a warning is given.
@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from checkpoints.layouts.gguf_pretokenizers import PRE, Step
-from checkpoints.layouts.gguf_tokens import BYTE_TOKEN, CONTROL, HERE, NAMES, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from checkpoints.layouts.gguf_tokens import BYTE_TOKEN, CONTROL, NAMES, NORMAL, PREFIX, UNKNOWN, UNUSED, USER_DEFINED
 from nanollm.errors import TokenizerError
 from nanollm.text.tokenizer import SentencePiece, Tokenizer, Tokenizers
 from nanollm.text.tokenizer_ranks import GPT2
@@ -31,19 +31,19 @@ def keys_of(tokenizer: Tokenizer, rows: int) -> Keys:
     keys: Keys
     tokens: dict[int, tuple[str, int, float]]    # id → text, type, score
     if isinstance(backend, SentencePiece):
-        keys, tokens = {f"{HERE}model": "llama", f"{HERE}pre": "default"}, dict(pieces(backend))
+        keys, tokens = {f"{PREFIX}model": "llama", f"{PREFIX}pre": "default"}, dict(from_sentencepiece(backend))
     else:
-        keys, tokens = of_json(backend, where)
+        keys, tokens = from_tokenizer_json(backend, where)
     if beyond := [text for id, (text, _, _) in sorted(tokens.items()) if id >= rows]:
         warnings.warn(f"{where}: left out of the GGUF, as the model has {rows} rows and none for them: "
                       f"{', '.join(map(repr, beyond[:5]))}{' …' if len(beyond) > 5 else ''}", stacklevel=2)
     for id in range(rows):
         tokens.setdefault(id, (f"[PAD{id}]", UNUSED, -10_000.0))
     texts, types, scores = (list(each) for each in zip(*(tokens[id] for id in range(rows)), strict=True))
-    keys |= {f"{HERE}tokens": texts, f"{HERE}token_type": types}
-    if keys[f"{HERE}model"] == "llama":
-        keys |= {f"{HERE}scores": scores, f"{HERE}add_space_prefix": bool(backend.strips)}
-    return keys | around(tokenizer, where) | names(tokenizer)
+    keys |= {f"{PREFIX}tokens": texts, f"{PREFIX}token_type": types}
+    if keys[f"{PREFIX}model"] == "llama":
+        keys |= {f"{PREFIX}scores": scores, f"{PREFIX}add_space_prefix": bool(backend.strips)}
+    return keys | bos_and_eos(tokenizer, where) | special_ids_and_templates(tokenizer)
 
 
 def warn_of_flags(added: Mapping[int, AddedToken], where: str) -> None:
@@ -55,15 +55,15 @@ def warn_of_flags(added: Mapping[int, AddedToken], where: str) -> None:
                       stacklevel=2)
 
 
-def names(tokenizer: Tokenizer) -> Keys:
-    """Ids of the tokens with a name, and the chat templates."""
+def special_ids_and_templates(tokenizer: Tokenizer) -> Keys:
+    """Ids of the named tokens (BOS, EOS …), and the chat templates."""
     ids = {short: tokenizer.special_tokens.get(tokenizer.named_tokens.get(name, "")) for name, short in NAMES.items()}
-    keys: Keys = {f"{HERE}{short}_token_id": id for short, id in ids.items() if id is not None}
+    keys: Keys = {f"{PREFIX}{short}_token_id": id for short, id in ids.items() if id is not None}
     others = [id for id in tokenizer.stop_ids if id != tokenizer.eos_id]
     if tokenizer.eos_id is None and others:
-        keys[f"{HERE}eos_token_id"] = others.pop(0)
+        keys[f"{PREFIX}eos_token_id"] = others.pop(0)
     if others:
-        keys[f"{HERE}eot_token_id"] = others[-1]
+        keys[f"{PREFIX}eot_token_id"] = others[-1]
     templates = tokenizer.chat_templates
     if more := [name for name in templates if name != "default"]:
         keys["tokenizer.chat_templates"] = more
@@ -71,17 +71,17 @@ def names(tokenizer: Tokenizer) -> Keys:
     return keys | ({"tokenizer.chat_template": templates["default"]} if "default" in templates else {})
 
 
-def around(tokenizer: Tokenizer, where: str) -> Keys:
+def bos_and_eos(tokenizer: Tokenizer, where: str) -> Keys:
     """Whether BOS and EOS are put around a text. Raises TokenizerError where something else is."""
     before, after = list(tokenizer.prefix), list(tokenizer.backend.suffix)
     for ids, one, name in ((before, tokenizer.bos_id, "BOS"), (after, tokenizer.eos_id, "EOS")):
         if ids not in ([], [one]):
             raise TokenizerError(f"{where}: puts the tokens {ids} around a text; a GGUF can only say {name} ({one})")
-    return {f"{HERE}add_bos_token": bool(before), f"{HERE}add_eos_token": bool(after)}
+    return {f"{PREFIX}add_bos_token": bool(before), f"{PREFIX}add_eos_token": bool(after)}
 
 
-def pieces(backend: SentencePiece) -> Iterator[tuple[int, tuple[str, int, float]]]:
-    """Of a sentencepiece model, and the tokens that were added to it."""
+def from_sentencepiece(backend: SentencePiece) -> Iterator[tuple[int, tuple[str, int, float]]]:
+    """id → text, type, score: of a sentencepiece model, and of the tokens that were added to it."""
     model = backend.model
     for id in range(backend.pieces):
         types = ((model.is_unknown, UNKNOWN), (model.is_control, CONTROL), (model.is_unused, UNUSED),
@@ -93,8 +93,8 @@ def pieces(backend: SentencePiece) -> Iterator[tuple[int, tuple[str, int, float]
             yield id, (text, CONTROL if text in backend.special else USER_DEFINED, -1000.0)
 
 
-def of_json(backend: Tokenizers, where: str) -> tuple[Keys, dict[int, tuple[str, int, float]]]:
-    """Of a tokenizer of the tokenizers library. Raises TokenizerError."""
+def from_tokenizer_json(backend: Tokenizers, where: str) -> tuple[Keys, dict[int, tuple[str, int, float]]]:
+    """Keys, and id → text, type, score, of a tokenizer of the tokenizers library. Raises TokenizerError."""
     warn_of_flags(backend.backend.get_added_tokens_decoder(), where)
     spec = json.loads(backend.backend.to_str())
     model = spec["model"]
@@ -112,24 +112,24 @@ def of_json(backend: Tokenizers, where: str) -> tuple[Keys, dict[int, tuple[str,
         kind = CONTROL if text in backend.special else USER_DEFINED
         tokens[id] = text, UNKNOWN if text == model["unk_token"] else kind, -1000.0
     if not backend.byte_level:
-        return {f"{HERE}model": "llama", f"{HERE}pre": "default"}, tokens
-    return {f"{HERE}model": "gpt2", f"{HERE}pre": pre_of(spec, where), f"{HERE}merges": merges}, tokens
+        return {f"{PREFIX}model": "llama", f"{PREFIX}pre": "default"}, tokens
+    return {f"{PREFIX}model": "gpt2", f"{PREFIX}pre": pre_of(spec, where), f"{PREFIX}merges": merges}, tokens
 
 
 def pre_of(spec: Step, where: str) -> str:
     """The name of llama.cpp's pre-tokenizer that cuts as this one does. Raises TokenizerError if it has none."""
     found = spec["pre_tokenizer"] or {}
-    steps = plain(found.get("pretokenizers", [found]))
+    steps = reduced(found.get("pretokenizers", [found]))
     nfc = "NFC" in json.dumps(spec["normalizer"])
-    alike = [name for name, pre in PRE.items() if plain(list(pre.steps)) == steps]
+    alike = [name for name, pre in PRE.items() if reduced(list(pre.steps)) == steps]
     if not alike:
         raise TokenizerError(f"{where}: llama.cpp has no pre-tokenizer that cuts text as this one does: {steps}")
-    whole = bool(spec["model"].get("ignore_merges"))
-    return min(alike, key=lambda name: (PRE[name].whole != whole, PRE[name].nfc != nfc))
+    ignores = bool(spec["model"].get("ignore_merges"))
+    return min(alike, key=lambda name: (PRE[name].ignore_merges != ignores, PRE[name].nfc != nfc))
 
 
-def plain(steps: list[Step]) -> list[tuple[Any, ...]]:
-    """The steps of a pre-tokenizer without what does not cut, so that two that cut alike are equal."""
+def reduced(steps: list[Step]) -> list[tuple[Any, ...]]:
+    """The steps of a pre-tokenizer, reduced to what splits: two that split alike are equal."""
     found: list[tuple[Any, ...]] = []
     for step in steps:
         match step.get("type"):
@@ -139,7 +139,7 @@ def plain(steps: list[Step]) -> list[tuple[Any, ...]]:
                 if step.get("use_regex", True):
                     found.append(("Split", GPT2))
                 if step.get("add_prefix_space"):
-                    found.append(("a space first",))
+                    found.append(("add_prefix_space",))
             case "Digits":
                 found.append(("Digits", step.get("individual_digits", False)))
             case kind:

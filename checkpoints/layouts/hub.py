@@ -172,4 +172,5 @@ def choose(there: Collection[str], fetch: Fetch, allow_pickle: bool, where: str)
 
 
 def is_companion(name: str) -> bool:
+    """Whether a file of a repository is fetched beside config and weights."""
     return any(fnmatch(name, pattern) and name.count("/") == pattern.count("/") for pattern in COMPANIONS)

@@ -102,7 +102,7 @@ def find(path: Path, asked: Asked) -> Found | None:
     tied = head is None or files.equal_bytes(head, embed)
     most = min(len(stored), 10_000)
     values = read_params(params, str(where), family, embed.shape[0], tied, most, asked.ignore)
-    return Found(path, layout, values, str(where), stored, (NAMES,), pairs=True, ignorable=IGNORABLE)
+    return Found(path, layout, values, str(where), stored, (NAMES,), interleaved=True, ignorable=IGNORABLE)
 
 
 def with_rope_layout(config: ModelConfig, layout: RopeLayout) -> ModelConfig:

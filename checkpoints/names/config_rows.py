@@ -150,6 +150,7 @@ class RopeKeys(Row):
                          theta_key=self.theta_key, fraction_key=self.fraction_key)
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Base, part and scaling, into each layer that has RoPE."""
         rope = self.rope(r, draft)
         for general, own, value in (("rope_theta", self.theta_key, rope.theta),
                                     ("partial_rotary_factor", self.fraction_key, rope.fraction)):
@@ -159,6 +160,7 @@ class RopeKeys(Row):
             draft[f"mixer.rope.{name}"] = getattr(rope, name)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The keys in both dialects; none where no layer has RoPE."""
         found = next((rope for rope in draft.each("mixer.rope") if isinstance(rope, Part)), None)
         if found is None:
             return {}
@@ -195,6 +197,7 @@ class Windows(Row):
         return {}
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Give each layer its window or None, by `layer_types`, or else by the family's pattern."""
         number, window = len(draft.layers), r.get("sliding_window", self.default)
         if self.switch and not r.flag("use_sliding_window", False):
             window = None
@@ -212,6 +215,7 @@ class Windows(Row):
                 layer.set(path, value)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The window, which layers have it, and the keys of the family's pattern."""
         windows = [None if window is ABSENT else window for window in draft.each("mixer.window")]
         slides = [window is not None for window in windows]
         used = next((window for window in windows if window is not None), None)

@@ -213,6 +213,7 @@ class Key(Row):
         self.to, self.of, self.also, self.shapes = to, of, also, shapes
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """The checked value into each field. A missing key and a null mean what the family says."""
         key = one_name(r, key, *self.also)
         if key in r.values:
             value = r.get(key)

@@ -47,12 +47,15 @@ class Beside:
         return Beside([view[rows] for view in self.views])
 
     def numel(self) -> int:
+        """The number of elements of all views."""
         return sum(view.numel() for view in self.views)
 
     def dense(self) -> Tensor:
+        """The views as one matrix, as the file holds them."""
         return torch.cat(list(self.views), -1)
 
     def copy_(self, dense: Tensor) -> None:
+        """Fill the views from such a matrix."""
         rows = dense.view(*self.views[0].shape[:-1], -1)
         for view, part in zip(self.views, rows.split([view.shape[-1] for view in self.views], -1), strict=True):
             view.copy_(part)

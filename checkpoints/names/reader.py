@@ -84,6 +84,7 @@ class Reader:
         self.passed: list[str] = []              # what `close` found neutral, here and in the objects inside
 
     def error(self, key: str, expected: str) -> ConfigError:
+        """An error that says what stands under the key, and what was expected."""
         found = f"is {brief(self.values[key])}" if key in self.values else "is missing"
         return ConfigError(f"{self.where}: {self.prefix}{key} {found}; expected {expected}")
 
@@ -121,6 +122,7 @@ class Reader:
         return float(value)
 
     def flag(self, key: str, default: Any = NEEDED) -> bool:
+        """true or false."""
         value = self.get(key, default)
         if type(value) is not bool:
             raise self.error(key, "true or false")
@@ -134,6 +136,7 @@ class Reader:
         return value
 
     def activation(self, key: str, default: str) -> str:
+        """Our name of an activation."""
         return ACTIVATIONS[self.must(key, *dict.fromkeys((default, *ACTIVATIONS)))]
 
     def of(self, values: dict[str, Any], prefix: str | None = None) -> "Reader":
@@ -204,9 +207,11 @@ def brief_list(names: Iterable[str], most: int = 20) -> str:
 
 
 def is_number(value: Any, above: float = 0.0) -> bool:
+    """Whether a value is a finite number above a bound."""
     return type(value) in (int, float) and above < value < 1e38       # false for NaN, infinities, booleans
 
 
 def brief(value: Any) -> str:
+    """A value as an error shows it, cut where it is long."""
     text = SHORT.repr(value)
     return text if len(text) <= 80 else text[:77] + "…"

@@ -52,6 +52,7 @@ class Header(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
+    """Which stored tensors are which of our parameters, and how the numbers are arranged."""
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     op: Op
@@ -153,6 +154,7 @@ def _split_layer(name: str) -> tuple[str, str]:
 
 
 def missing(steps: Iterable[Step], stored: Mapping[str, Header]) -> list[str]:
+    """The stored tensors that the steps need and the files do not have."""
     return [name for step in steps for name in step.theirs if name not in stored]
 
 
@@ -200,6 +202,7 @@ def check(
 
 
 def short(dtype: torch.dtype) -> str:
+    """torch.float32 → float32"""
     return str(dtype).removeprefix("torch.")
 
 

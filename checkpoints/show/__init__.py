@@ -85,6 +85,7 @@ def _bytes(state: Any) -> int:
 
 
 def usual_context(config: ModelConfig) -> int:
+    """The context that is drawn where none is asked for."""
     return min(CONTEXT, config.positions or config.context or CONTEXT)
 
 
@@ -147,6 +148,7 @@ def billions(number: int) -> str:
 # ---- where it comes from
 
 class Found(NamedTuple):
+    """A model to draw."""
     config: ModelConfig
     dtype: torch.dtype                                      # of the activations
     weights: str | None                                     # what is stored

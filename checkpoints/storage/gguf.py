@@ -18,11 +18,11 @@
     Q6_K             256          210      d s (q − 32)   q 6 bits; s 8 bits, for each 16
     and all others that the `gguf` package unpacks: Q5_0, Q5_1, Q2_K, Q3_K, Q5_K, IQ…, TQ…, MXFP4
 
-The numbers are those of the package, which has the sizes of the blocks and unpacks them; a model reads as bfloat16 if a
-tensor is quantised. The header is read here, as in files.py: the package's GGUFReader makes an object of every token
-(19 s and 1.5 GB for the 262,144 of Gemma 3 and their merges, measured), and trusts the counts that it finds. Here
-nothing is taken that is not in the file, tokens and merges stay there until someone wants them (`read_list`), and a
-whole model is checked before a byte of its weights is read.
+The gguf package knows the sizes of the blocks, and unpacks them. A model with a quantised tensor is read as bfloat16.
+The header is read here, as in files.py: the package's GGUFReader makes an object of every token (19 s and 1.5 GB for
+the 262,144 of Gemma 3 and their merges, measured), and trusts the counts that it finds. Here no memory is taken for
+what the file does not have, tokens and merges stay in the file until someone wants them (`read_list`), and a whole
+model is checked before a byte of its weights is read.
 
 Format: https://github.com/ggml-org/ggml/blob/9d325133eed396b7bf005a53a83d9747cbd8bde1/docs/gguf.md
 What keys and tensors mean: layouts/gguf_names.py
@@ -59,7 +59,7 @@ LONGEST_LIST = 10_000                            # numbers of an array that are 
 
 
 @dataclass(frozen=True)
-class Listed:
+class LazyArray:
     """An array that stays in the file: texts, or more numbers than LONGEST_LIST. `read_list` has its values."""
     kind: int                                    # type of an element
     count: int
@@ -89,7 +89,7 @@ class Blocked(Stored):
     raw: Stored                                  # bytes (blocks, bytes of a block)
     kind: int                                    # as in Entry
     elements: int                                # of a block
-    plus: float                                  # what was added to every element when it was stored
+    added: float                                 # what was added to every element when it was stored
 
     def run_dtype(self, wanted: torch.dtype) -> torch.dtype:
         return wanted                            # rounded once, to what is wanted
@@ -104,15 +104,16 @@ class Blocked(Stored):
             # as one row: the package takes sixteen at a time, in a loop
             whole = torch.from_numpy(quants.dequantize(blocks.numpy()[None], GGMLQuantizationType(self.kind)))[0]
         part = whole[first - top * self.elements :][: run.numel()]
-        run.copy_((part - self.plus if self.plus else part).view(run.shape))
+        run.copy_((part - self.added if self.added else part).view(run.shape))
 
 
 def package(path: Path) -> ModuleType:
+    """The gguf package. Raises CheckpointError, which says how to install it, where it is missing."""
     try:
         import gguf
     except ImportError:
         raise CheckpointError(f"{path}: GGUF is read with a package that is not installed: "
-                              "pip install \"nanollm[gguf]\"") from None
+                              "pip install -e \".[gguf]\"") from None
     return gguf
 
 
@@ -126,8 +127,8 @@ def is_gguf(path: Path) -> bool:
 
 
 @functools.cache
-def unpacked() -> dict[int, str]:
-    """Number and name of each type that the package can unpack."""
+def dequantizable() -> dict[int, str]:
+    """Number and name of each type that the package can dequantise."""
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
     found = {}
     for kind in GGMLQuantizationType:
@@ -142,13 +143,13 @@ def unpacked() -> dict[int, str]:
 
 def dtype_of(entries: Iterable[Entry]) -> torch.dtype:
     """What a model with these tensors reads as: float32 or float16 if it is stored so, else bfloat16."""
-    found = {unpacked().get(entry.kind) for entry in entries}
+    found = {dequantizable().get(entry.kind) for entry in entries}
     return torch.float32 if found == {"F32"} else torch.float16 if found <= {"F32", "F16"} else torch.bfloat16
 
 
-def places(path: Path, header: Header, dtype: torch.dtype, norms_plus: float) -> dict[str, Stored]:
+def places(path: Path, header: Header, dtype: torch.dtype, norm_offset: float) -> dict[str, Stored]:
     """Where each tensor of a file lies. Raises CheckpointError unless they follow one another to its end."""
-    quants, kinds, data = package(path), unpacked(), header.data
+    quants, kinds, data = package(path), dequantizable(), header.data
     alignment = header.metadata.get("general.alignment", 32)
     stored: dict[str, Stored] = {}
     end, size = 0, path.stat().st_size
@@ -171,9 +172,9 @@ def places(path: Path, header: Header, dtype: torch.dtype, norms_plus: float) ->
                                   f"the file at {size}{files.AGAIN}")
         if entry.name in stored:
             raise CheckpointError(f"{path}: {entry.name} appears twice")
-        plus = norms_plus if entry.name.endswith("norm.weight") else 0.0
+        added = norm_offset if entry.name.endswith("norm.weight") else 0.0
         raw = Stored(path, torch.uint8, (length // nbytes, nbytes), data + end, length)
-        stored[entry.name] = Blocked(path, dtype, entry.shape, data + end, length, raw, entry.kind, elements, plus)
+        stored[entry.name] = Blocked(path, dtype, entry.shape, data + end, length, raw, entry.kind, elements, added)
         end = -(-(end + length) // alignment) * alignment
     return stored
 
@@ -192,7 +193,7 @@ class Cursor:
         self.data, self.where, self.at, self.texts = data, where, 0, 0
 
     def skip(self, count: int) -> int:
-        """Where it was."""
+        """Move on by so many bytes. Returns the place before."""
         if count > len(self.data) - self.at:
             raise CheckpointError(f"{self.where}: truncated in the header: "
                                   f"{count} bytes expected at byte {self.at}, "
@@ -201,9 +202,11 @@ class Cursor:
         return self.at - count
 
     def take(self, form: str) -> tuple[Any, ...]:
+        """The next values, of this form of the struct module."""
         return struct.unpack_from(form, self.data, self.skip(struct.calcsize(form)))
 
     def text(self, most: int = LONGEST_NAME) -> str:
+        """The next text. Raises CheckpointError if it is longer than `most` bytes."""
         length, = self.take("<Q")
         start = self.skip(length)
         if length > most:
@@ -214,7 +217,7 @@ class Cursor:
             raise CheckpointError(f"{self.where}: the text at byte {start} is not UTF-8") from None
 
     def skip_texts(self, count: int) -> None:
-        """So many, one after another: what takes the time, so the file is asked no more than needed."""
+        """Move on over so many texts. A header has many, so only their lengths are read."""
         at, end, length = self.at, len(self.data), struct.Struct("<Q").unpack_from
         for _ in range(count):
             if at + 8 > end:
@@ -226,7 +229,7 @@ class Cursor:
         self.skip(at + 8 - self.at)              # refuses
 
     def value(self, key: str, kind: int) -> Any:
-        """The value of a key; a Listed for arrays of text and long ones."""
+        """The value of a key; a LazyArray for arrays of text and long ones."""
         if kind == TEXT:
             return self.text(LONGEST_TEXT)
         if kind == ARRAY:
@@ -236,7 +239,7 @@ class Cursor:
         value, = self.take(SCALARS[kind])
         return shortest(value) if kind == FLOAT32 else value
 
-    def array(self, key: str, kind: int, count: int) -> list[Any] | Listed:
+    def array(self, key: str, kind: int, count: int) -> list[Any] | LazyArray:
         """The numbers of an array, up to LONGEST_LIST of them; else where it is.
 
         Raises CheckpointError for arrays of arrays, and too many texts."""
@@ -247,17 +250,17 @@ class Cursor:
                                       f"at most {MOST_TEXTS} expected")
             start = self.at
             self.skip_texts(count)
-            return Listed(kind, count, start)
+            return LazyArray(kind, count, start)
         if kind not in SCALARS:
             raise CheckpointError(f"{self.where}: {key} is an array of type {kind}; numbers or text expected")
         form = SCALARS[kind][1]
         start = self.skip(count * struct.calcsize(f"<{form}"))
         if count > LONGEST_LIST:
-            return Listed(kind, count, start)
+            return LazyArray(kind, count, start)
         return list(struct.unpack_from(f"<{count}{form}", self.data, start))
 
 
-def read_list(path: Path, values: list[Any] | Listed) -> list[Any]:
+def read_list(path: Path, values: list[Any] | LazyArray) -> list[Any]:
     """The values of an array, as the header of this file has it. Raises CheckpointError for text that is not UTF-8."""
     if isinstance(values, list):
         return values

@@ -1,10 +1,10 @@
-"""Making room for a model in a GGUF, and packing its tensors as they come.
+"""Writing a GGUF: its header first, then each tensor at its place, packed as it comes.
 
     F32 F16 BF16    the numbers themselves
     Q8_0            blocks of 32 numbers of a row: d = max|x| / 127 in float16, then round(x / d) in 8 bits
 
-The header is written by the gguf package's writer, which knows the format's types and its padding; the tensors follow
-in any order, each where the header says, as in writing.py. So no more than a run of one tensor is in memory.
+The gguf package's writer writes the header, as it knows the format's types and its padding. The tensors follow in any
+order, a run at a time, as in writing.py: so no more than a run of one tensor is in memory.
 """
 
 import math
@@ -25,14 +25,14 @@ BLOCK = 32                                       # numbers that share a scale in
 
 
 @dataclass(frozen=True)
-class Room(Stored):
+class Target(Stored):
     """Where a tensor goes. dtype is that of a run before it is packed."""
     kind: str                                    # of DTYPES
-    plus: float                                  # added to every number: 1 to the gains of Gemma's norms
+    added: float                                 # added to every number: 1 to the gains of Gemma's norms
 
     def packed(self, first: int, run: Tensor) -> tuple[int, memoryview]:
         """The byte of the file where a run that begins with the first-th number goes, and what is written there."""
-        values = run + self.plus if self.plus else run
+        values = run + self.added if self.added else run
         if self.kind != "Q8_0":
             return self.start + first * self.dtype.itemsize, as_bytes(values)
         from gguf import GGMLQuantizationType, quants
@@ -48,7 +48,7 @@ class Room(Stored):
 
 
 def lay_out(path: Path, architecture: str, keys: Mapping[str, Any], kinds: Mapping[str, str],
-            shapes: Mapping[str, tuple[int, ...]], norms_plus: float) -> dict[str, Stored]:
+            shapes: Mapping[str, tuple[int, ...]], norm_offset: float) -> dict[str, Stored]:
     """Write the header of a new file and make room behind it. Where each tensor goes; nothing is written there yet."""
     package = gguf.package(path)
     w = package.GGUFWriter(path, architecture)
@@ -68,14 +68,15 @@ def lay_out(path: Path, architecture: str, keys: Mapping[str, Any], kinds: Mappi
     for entry in header.entries:
         kind, size = kinds[entry.name], nbytes(kinds[entry.name], entry.shape)
         start, end = header.data + entry.offset, header.data + entry.offset + size
-        plus = norms_plus if entry.name.endswith("norm.weight") else 0.0
-        places[entry.name] = Room(path, DTYPES[kind], entry.shape, start, size, kind, plus)
+        added = norm_offset if entry.name.endswith("norm.weight") else 0.0
+        places[entry.name] = Target(path, DTYPES[kind], entry.shape, start, size, kind, added)
     with open(path, "r+b") as file:
-        file.truncate(-(-end // 32) * 32)
+        file.truncate(-(-end // 32) * 32)        # padded to the alignment, as every tensor is
     return places
 
 
 def nbytes(kind: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this type and shape."""
     count = math.prod(shape)
     return count // BLOCK * (BLOCK + 2) if kind == "Q8_0" else count * DTYPES[kind].itemsize
 

@@ -79,6 +79,7 @@ def read_file(path: Path, allowed: bool) -> dict[str, Stored]:
 
 
 def need_allowed(folder: Path | str, name: str, allowed: bool) -> None:
+    """Raises CheckpointError, which says how to allow them, unless pickles are allowed."""
     if not allowed:
         raise CheckpointError(f"{folder}: only pickled weights ({name}); {HOW}")
 

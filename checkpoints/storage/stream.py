@@ -22,7 +22,7 @@ from torch import Tensor
 from checkpoints.names.ops import Beside, Piece
 from checkpoints.names.table import Step, short
 from checkpoints.storage.files import Stored, same_bits
-from checkpoints.storage.gguf_writing import Room
+from checkpoints.storage.gguf_writing import Target
 from nanollm.errors import CheckpointError
 
 RUN = 1 << 19                                    # elements of a run: the processor's cache holds it from read to write
@@ -134,6 +134,7 @@ class Ring:
         self.memory = itertools.cycle([torch.empty(8 * RUN, dtype=torch.uint8) for _ in range(count)])
 
     def run(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Memory for a run of so many elements."""
         return next(self.memory)[: count * dtype.itemsize].view(dtype)
 
     def runs_of(self, stored: Stored, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -154,7 +155,7 @@ def copy(source: Stored, target: Stored, name: str, ring: Ring, out: Writer) -> 
 
 def same(source: Stored, target: Stored, ring: Ring) -> bool:
     """Whether `copy` would change nothing."""
-    if isinstance(target, Room):
+    if isinstance(target, Target):
         return all(target.holds(first, run) for first, run in ring.runs_of(source, target.dtype))
     pairs = zip(ring.runs_of(source, target.dtype), ring.runs_of(target, target.dtype), strict=True)
     return all(same_bits(ours, theirs) for (_, ours), (_, theirs) in pairs)
@@ -203,7 +204,7 @@ def same_step(step: Step, parameters: Mapping[str, Tensor], stored: Mapping[str,
             target, first = stored[name], places[name]
             ours = (part.dense() if isinstance(part, Beside) else part).to(target.dtype).contiguous().view(-1)
             places[name] += part.numel()
-            if isinstance(target, Room):
+            if isinstance(target, Target):
                 yield name, target.holds(first, ours)
                 continue
             theirs = torch.empty(part.numel(), dtype=target.dtype)

@@ -143,10 +143,12 @@ def _to_disk(path: Path) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file, formatted as transformers does."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of this dtype and shape."""
     return math.prod(shape) * dtype.itemsize
 
 

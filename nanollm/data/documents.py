@@ -22,6 +22,7 @@ NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "enc
 
 
 class Document(NamedTuple):
+    """One text of a corpus."""
     name: str                   # the split depends on it, and, where documents are few, on their lengths
     text: str
 
@@ -62,6 +63,7 @@ def standard_library() -> list[Document]:
 
 
 def is_text(path: Path) -> bool:
+    """Whether a file has no zero byte among its first 8,192."""
     with path.open("rb") as file:
         return b"\0" not in file.read(8192)
 

@@ -62,6 +62,7 @@ class Chat:
 
 
 class Example(NamedTuple):
+    """One conversation in tokens, with those that are learnt."""
     tokens: np.ndarray                          # (n,) int64
     answer: np.ndarray                          # (n,) bool: the token is part of an answer, to be predicted
 

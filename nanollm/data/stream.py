@@ -59,6 +59,7 @@ class Batch(NamedTuple):
         return None if self.positions is None else self.positions >= 0
 
     def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
         positions = None if self.positions is None else self.positions.to(device)
         return Batch(self.tokens.to(device), self.targets.to(device), positions)
 

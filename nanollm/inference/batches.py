@@ -5,9 +5,10 @@
     out    {"prompt": "Once", "answer": " upon a time", "finish_reason": "length"}
            {"messages": […], "id": 7, "answer": "Hello!", "finish_reason": "stop"}
 
-Line n of the one belongs to line n of the other. So a run that was stopped goes on where its file ends: lines that are
-there are compared with the prompts and passed over, and an incomplete last one is written again. All prompts are read
-and encoded before the first is answered: what is wrong with one is said at once, with its line.
+Line n of the one belongs to line n of the other; where a prompt gets several answers, each has its line, with "index".
+So a run that was stopped goes on where its file ends: lines that are there are compared with the prompts and passed
+over, and an incomplete last one is written again. All prompts are read and encoded before the first is answered: what
+is wrong with one is said at once, with its line.
 
 In float32 an answer is the same whatever stands beside it in the batch. In bfloat16 a near tie of two tokens may fall
 otherwise, and at a temperature the draws are those of the batch.
@@ -24,14 +25,11 @@ from typing import Any
 from tqdm import tqdm
 
 from nanollm.errors import InputError, NanollmError
-from nanollm.inference.generation import StopText, generate_batch
+from nanollm.inference.generation import answer_batch
+from nanollm.inference.request import Request
 from nanollm.inference.terminal import note
-from nanollm.inference.written import finish_reason, until
 from nanollm.model import Decoder
 from nanollm.text.chat import Conversation, messages_of
-from nanollm.text.tokenizer import Tokenizer
-
-ADDED = ("answer", "finish_reason")
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,17 @@ class Job:
     continues: bool                # the answer goes on from the prompt's text
 
 
-def read_jobs(path: Path, tokenizer: Tokenizer, special: bool = False) -> list[Job]:
+def read_jobs(path: Path, request: Request, special: bool = False) -> list[Job]:
     """All lines of a file of prompts; empty ones are passed over. special: a "prompt" may have special tokens.
 
     Raises InputError or TokenizerError, with the file and the line.
     """
-    jobs = []
+    jobs, tokenizer = [], request.tokenizer
     for number, line in _lines(_read(path), path):
         where = f"{path}, line {number}"
         if ("prompt" in line) == ("messages" in line):
             raise InputError(f'{where}: found {", ".join(line) or "nothing"}, expected "prompt" or "messages"')
-        if taken := [name for name in ADDED if name in line]:
+        if taken := [name for name in request.added if name in line]:
             raise InputError(f"{where}: it has {taken[0]} already, which is what will be added")
         try:
             if "prompt" in line:
@@ -69,55 +67,54 @@ def read_jobs(path: Path, tokenizer: Tokenizer, special: bool = False) -> list[J
     return jobs
 
 
-def finished(path: Path, jobs: Sequence[Job]) -> int:
-    """How many of the jobs a file of answers has. What a stopped run left of a line at its end is cut off.
+def finished(path: Path, jobs: Sequence[Job], request: Request) -> int:
+    """How many answers a file has to these jobs. What a stopped run left of a line at its end is cut off.
 
     Raises InputError where anything in it belongs to other prompts; then the file is as it was.
     """
     if not path.is_file():                                 # none yet; or /dev/stdout, of which nothing can be read
         return 0
+    n, added = request.n, set(request.added)
     done, expected = 0, "go on with the prompts that it was made from, or give another --out"
     data = _read(path)
     whole = data.rfind(b"\n") + 1
     for number, line in _lines(data[:whole], path):
-        asked = {name: value for name, value in line.items() if name not in ADDED}
-        if done >= len(jobs) or asked != jobs[done].line or not set(ADDED) <= line.keys():
-            raise InputError(f"{path}, line {number}: not the answer to prompt {done + 1}; {expected}")
+        asked = {name: value for name, value in line.items() if name not in added}
+        belongs = done < n * len(jobs) and asked == jobs[done // n].line and added <= line.keys()
+        if not belongs or n > 1 and line["index"] != done % n:
+            raise InputError(f"{path}, line {number}: not the answer to prompt {done // n + 1}; {expected}")
         done += 1
     if rest := data[whole:]:
-        begun = json_line(jobs[done].line)[:-2].encode() if done < len(jobs) else b""        # without }\n
+        begun = json_line(jobs[done // n].line)[:-2].encode() if done < n * len(jobs) else b""       # without }\n
         if not begun or not begun.startswith(rest[: len(begun)]):
-            raise InputError(f"{path}: its last line is not the answer to prompt {done + 1}; {expected}")
+            raise InputError(f"{path}: its last line is not the answer to prompt {done // n + 1}; {expected}")
         os.truncate(path, whole)
     return done
 
 
-def answer_jobs(model: Decoder, tokenizer: Tokenizer, jobs: Sequence[Job], done: int, out: Path, batch_size: int,
-                max_new_tokens: int, stop: Sequence[str], sampling: dict[str, Any]) -> None:
+def answer_jobs(model: Decoder, request: Request, jobs: Sequence[Job], done: int, out: Path, batch_size: int) -> None:
     """Write the answers that `out` lacks, those after the first `done`; a progress bar where there is a terminal.
 
-    sampling: of `generate_batch`; a seed is that of the first prompt, and counts one up with each.
+    batch_size: prompts, each with all its samples. A seed is that of the first prompt, and counts one up with each.
     """
-    rows, seed = model.config.positions, sampling["seed"]
+    rows, n, most = model.config.positions, request.n, request.max_new_tokens
     for number, job in enumerate(jobs, 1):
-        if rows is not None and len(job.ids) + max_new_tokens > rows + 1:
-            raise InputError(f"prompt {number} has {len(job.ids)} tokens, and with {max_new_tokens} new ones it is "
+        if rows is not None and len(job.ids) + most > rows + 1:
+            raise InputError(f"prompt {number} has {len(job.ids)} tokens, and with {most} new ones it is "
                              f"longer than the {rows} positions of the model: give a smaller --max-new-tokens")
     try:
-        with out.open("a", encoding="utf-8") as file, tqdm(total=len(jobs), initial=done, unit="prompt",
+        with out.open("a", encoding="utf-8") as file, tqdm(total=n * len(jobs), initial=done, unit="answer",
                                                           disable=None) as bar:
-            for start in range(done, len(jobs), batch_size):
-                batch = jobs[start : start + batch_size]
-                drawn = sampling | {"seed": seed if seed is None else seed + start}
-                answers = generate_batch(model, [job.ids for job in batch], max_new_tokens,
-                                         stop_ids=tokenizer.stop_ids,
-                                         stop=lambda: StopText(tokenizer.stream(continues=True), stop), **drawn)
-                for job, tokens in zip(batch, answers, strict=True):
-                    text, stopped = until(tokenizer.decode(tokens, continues=job.continues), stop)
-                    reason = "stop" if stopped else finish_reason(tokens, tokenizer.stop_ids)
-                    file.write(json_line(job.line | {"answer": text, "finish_reason": reason}))
+            for start in range(done // n, len(jobs), batch_size):
+                batch = [job for job in jobs[start : start + batch_size] for _ in range(n)]
+                answers = answer_batch(model, [job.ids for job in batch[::n]], most, samples=n,
+                                       **request.next_seed(start).how(continues=True))
+                for at, (job, answer) in enumerate(zip(batch, answers, strict=True), start * n):
+                    if at >= done:                         # a run may have been stopped between two samples of a prompt
+                        text = request.text(answer, job.continues)
+                        file.write(json_line(job.line | request.told(answer, text, at % n)))
+                        bar.update()
                 file.flush()
-                bar.update(len(batch))
     except KeyboardInterrupt:
         note(f"[stopped; the same command goes on where {out} ends]")
         raise

@@ -9,14 +9,14 @@ conversation. Where the context is full the oldest turns are no longer read, whi
 
 import difflib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from nanollm.errors import InputError, NanollmError
 from nanollm.inference import terminal
 from nanollm.inference.context import past_context
 from nanollm.inference.generation import Session
+from nanollm.inference.request import Request
 from nanollm.inference.terminal import note
 from nanollm.inference.written import Written, warn
 from nanollm.model import Decoder
@@ -39,15 +39,12 @@ COMMAND = re.compile(r"(/[a-z]+)(?:[ \t]+(.*?))?[ \t]*")     # of one line; /usr
 class Chat:
     """The conversation, the model that answers, and what the last answer took."""
 
-    def __init__(self, model: Decoder, conversation: Conversation, *, context: int, max_new_tokens: int,
-                 stop: Sequence[str], sampling: dict[str, Any]) -> None:
+    def __init__(self, model: Decoder, conversation: Conversation, request: Request, *, context: int) -> None:
         """context: tokens of the conversation that the model reads, its answer included.
 
-        sampling: of `Session.generate`; a seed counts one up with each answer, so that /retry draws another.
+        The request's seed counts one up with each answer, so that /retry draws another.
         """
-        self.model, self.conversation, self.tokenizer = model, conversation, conversation.tokenizer
-        self.context, self.max_new_tokens, self.sampling = context, max_new_tokens, sampling
-        self.stop = [*stop, *self.tokenizer.stop_texts]
+        self.model, self.conversation, self.request, self.context = model, conversation, request, context
         self.session, self.last = Session(model, context), Written()
         self.answers, self.past = 0, False                 # past: it was said that the model's own context is passed
 
@@ -89,43 +86,35 @@ class Chat:
 
     def answer(self) -> bool:
         """Answer the question at the end of the conversation. False: Ctrl-C came before a word of it."""
-        before, room = self.conversation.left_out, min(self.max_new_tokens, self.context // 4)
+        before, room = self.conversation.left_out, min(self.request.max_new_tokens, self.context // 4)
         ids = self.conversation.fitted_ids(self.context, room)
         if (left_out := self.conversation.left_out) > before:
             note(f"[the context of {self.context:,} tokens is full: of {len(self.conversation.turns)} turns the oldest "
                  f"{left_out} {'is' if left_out == 1 else 'are'} no longer read]")
         if self.answers == 0:
-            warn(self.tokenizer, ids)
+            warn(self.request.tokenizer, ids)
         self.last = answer = Written()
-        seed = self.sampling["seed"]
-        sampling = self.sampling | {"seed": seed if seed is None else seed + self.answers}
+        request = self.request.next_seed(self.answers)
         try:
             with terminal.ctrl_c_noted() as interrupted:
-                tokens = self.session.generate(ids, self.max_new_tokens, stop_ids=self.tokenizer.stop_ids, **sampling)
-                answer.write(tokens, self.tokenizer, self.stop, continues=False, show=terminal.show,
-                             interrupted=interrupted)
+                tokens = self.session.generate(ids, request.max_new_tokens, **request.how(continues=False))
+                answer.write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(False),
+                             show=terminal.show, interrupted=interrupted)
         except KeyboardInterrupt:                          # the second, in the middle of a step
             self.session = Session(self.model, self.context)
         terminal.show("\n")
         self.answers += 1
-        if answer.finish_reason == "interrupted" and not answer.text.strip():
+        by_ctrl_c = answer.answer.ended == "interrupted"
+        if by_ctrl_c and not answer.text.strip():
             return False
         self.conversation.add("assistant", answer.text.strip())
-        note(f"[{answer.speed}{self.why_cut(answer)}]")
-        past = past_context(self.model.config, len(ids) + len(answer.tokens))
+        kept = "; cut by Ctrl-C, kept as it is: /retry answers again"
+        note(f"[{answer.speed}{kept if by_ctrl_c else answer.cut(request.max_new_tokens)}]")
+        past = past_context(self.model.config, len(ids) + len(answer.answer.tokens))
         if past and not self.past:
             note(f"[{past}]")
             self.past = True
         return True
-
-    def why_cut(self, answer: Written) -> str:
-        """What to say of an answer that is not whole."""
-        if answer.finish_reason == "interrupted":
-            return "; cut by Ctrl-C, kept as it is: /retry answers again"
-        if answer.finish_reason == "length":
-            limit = f"--max-new-tokens {self.max_new_tokens}"
-            return f"; cut at {limit if len(answer.tokens) == self.max_new_tokens else 'the end of the context'}"
-        return ""
 
     def obey(self, name: str, argument: str) -> None:
         """A command. Raises InputError for one that there is not, or that lacks its file."""
@@ -158,7 +147,7 @@ class Chat:
         turns, messages = self.conversation.turns, self.conversation.messages
         if not turns:
             raise InputError("/retry: there is no question yet")
-        if self.sampling["temperature"] == 0:
+        if self.request.sampling.temperature == 0:
             note("[at temperature 0 the answer will be the same]")
         old = messages[turns[-1] + 1 :]
         del messages[turns[-1] + 1 :]

@@ -1,4 +1,5 @@
 """How long a chat may be, where nobody says: as long as the model was trained for, if its cache is not too large.
+How long the session of one answer is, where the model has a table of positions.
 
     Llama-3.1-8B     128 KiB of keys and values a token in bfloat16    8,192 of its 131,072 tokens
     SmolLM2-135M      22.5 KiB a token                                 all 2,048
@@ -36,6 +37,17 @@ def default_context(config: ModelConfig, dtype: torch.dtype) -> int:
         return own
     lengths = range(2, own)
     return lengths[max(0, bisect.bisect(lengths, MEMORY, key=lambda length: cache_bytes(config, length, dtype)) - 1)]
+
+
+def session_length(config: ModelConfig, prompt: int, new: int) -> int:
+    """Of a session for one answer: the prompt's tokens and the new ones, where a table of positions has room for all.
+
+    A prompt that is itself too long gets no less than it asks for, and `Session` says what is wrong with that.
+    """
+    whole = prompt + new
+    if config.positions is None or prompt > config.positions:
+        return whole
+    return min(whole, config.positions + 1)              # the last new token is never read
 
 
 def past_context(config: ModelConfig, tokens: int) -> str | None:

@@ -4,10 +4,15 @@
     generate_batch(model, [ids, other_ids], 64)                       # ragged prompts, no padding tokens
     Session(model, length=4096)                                       # keeps its cache between the turns of a chat
 
-What all three take: `sampling`, or its fields by name (sample.py); stop_ids, tokens that end an answer and belong to
-it; stop, which makes a function for each answer that is told each token and says whether it ends there, for stop texts
-`lambda: StopText(tokenizer.stream(), ["\\n\\n"])`; logprobs, how many of the likeliest tokens are told at each
-place beside the chosen one (answer.py), None for no log-probabilities at all.
+What all three take: `sampling`, or its fields by name (sample.py); and by name
+
+    stop_ids    tokens that end an answer, and belong to it
+    stop        makes a function for each answer, that is told each token and says whether it ends there; for stop
+                texts `lambda: StopText(tokenizer.stream(), ["\\n\\n"])`
+    constrain   makes a `Constraint` (sample.py) for each answer, that rules tokens out and says where the answer is
+                complete, as a grammar does (constrained.py)
+    logprobs    likeliest tokens that are told at each place beside the chosen one (answer.py); None: no
+                log-probabilities at all
 
 Rows of a batch do not see each other, and a row that has stopped is fed padding (position −1), which changes nothing.
 In float32, greedy, a batch gives the tokens that each prompt would give alone. In bfloat16 and float16 it need not: a
@@ -27,11 +32,12 @@ from torch import Tensor
 from nanollm.cache import Cache
 from nanollm.errors import InputError
 from nanollm.inference.answer import Answer, Ended, Stream, logprobs_of
-from nanollm.inference.sample import Sampling, next_tokens, settings
+from nanollm.inference.sample import Constraint, Sampling, next_tokens, settings
 from nanollm.model import Decoder
 
 PREFILL = 2048          # prompt tokens in one forward pass: bounds the memory of activations, not the result
 Stop = Callable[[int], bool]            # is told each new token of one answer; True ends it
+Constrain = Callable[[], Constraint]
 
 
 class Session:
@@ -49,8 +55,8 @@ class Session:
         self.newest: Answer | None = None                       # the only one that may go on
 
     def generate(self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None, *,
-                 stop_ids: Iterable[int] = (), stop: Callable[[], Stop] | None = None, logprobs: int | None = None,
-                 **options: Any) -> Stream:
+                 stop_ids: Iterable[int] = (), stop: Callable[[], Stop] | None = None,
+                 constrain: Constrain | None = None, logprobs: int | None = None, **options: Any) -> Stream:
         """The new tokens, until a stop (whose token is among them), max_new_tokens, or the end of the session.
 
         Raises InputError for an empty prompt, one that is too long, a token that the model does not have, or an option
@@ -62,7 +68,8 @@ class Session:
         chosen = settings(sampling, options)
         chosen.check(self.model.config.vocab)
         answer, room = Answer(), self.length - len(prompt)
-        finish = Finish(stop_ids, stop, min(max_new_tokens, room), "length" if max_new_tokens <= room else "context")
+        finish = Finish(stop_ids, stop, constrain, min(max_new_tokens, room),
+                        "length" if max_new_tokens <= room else "context")
         return Stream(answer, self._answer(answer, list(prompt), chosen, finish, logprobs))
 
     def _answer(self, answer: Answer, prompt: list[int], sampling: Sampling, finish: "Finish",
@@ -82,7 +89,8 @@ class Session:
                 logits = feed(self.model, torch.tensor([new], device=self.cache.device), None, self.cache)
                 known += new
                 self.fed = known
-                tokens, scores = next_tokens(logits, sampling, [prompt], [answer.tokens], finish.ids, draw)
+                tokens, scores = next_tokens(logits, sampling, [prompt], [answer.tokens], finish.ids, draw,
+                                             finish.constraints)
                 new = tokens.tolist()
                 answer.tokens += new
                 if logprobs is not None:
@@ -102,26 +110,30 @@ class Session:
 class Finish:
     """Says of one answer, after each token, whether and why it ends there."""
 
-    def __init__(self, stop_ids: Iterable[int], stop: Callable[[], Stop] | None, most: int, full: Ended) -> None:
+    def __init__(self, stop_ids: Iterable[int], stop: Callable[[], Stop] | None, constrain: Constrain | None,
+                 most: int, full: Ended) -> None:
         """most: tokens; full: why an answer with so many ends."""
         self.ids, self.stop, self.most, self.full = set(stop_ids), stop and stop(), most, full
+        self.constraints = [constrain()] if constrain else []                   # one or none
 
     def __call__(self, answer: Answer) -> None:
         """Set `answer.ended` where it ends. To be called for each token, and once before the first."""
         last = answer.tokens[-1] if answer.tokens else None
-        stops = last is not None and self.stop is not None and self.stop(last)  # hears of every token
-        if stops or last in self.ids:
+        stops = last is not None and self.stop is not None and self.stop(last)  # these two hear of every token
+        complete = last is not None and any(each.accept(last) for each in self.constraints)
+        if stops or complete or last in self.ids:
             answer.ended = "stop"
         elif len(answer.tokens) >= self.most:
             answer.ended = self.full
 
 
 def generate(model: Decoder, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None, *,
-             stop_ids: Iterable[int] = (), stop: Callable[[], Stop] | None = None, logprobs: int | None = None,
-             **options: Any) -> Stream:
+             stop_ids: Iterable[int] = (), stop: Callable[[], Stop] | None = None,
+             constrain: Constrain | None = None, logprobs: int | None = None, **options: Any) -> Stream:
     """The tokens that follow the prompt, one by one; `Session.generate` with a session of just that length."""
     return Session(model, len(prompt) + max_new_tokens).generate(
-        prompt, max_new_tokens, sampling, stop_ids=stop_ids, stop=stop, logprobs=logprobs, **options)
+        prompt, max_new_tokens, sampling, stop_ids=stop_ids, stop=stop, constrain=constrain, logprobs=logprobs,
+        **options)
 
 
 def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int,
@@ -132,7 +144,8 @@ def generate_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tok
 
 def answer_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                  sampling: Sampling | None = None, *, samples: int = 1, stop_ids: Iterable[int] = (),
-                 stop: Callable[[], Stop] | None = None, logprobs: int | None = None, **options: Any) -> list[Answer]:
+                 stop: Callable[[], Stop] | None = None, constrain: Constrain | None = None,
+                 logprobs: int | None = None, **options: Any) -> list[Answer]:
     """Answers to all prompts at once, `samples` to each: those to the first prompt, those to the second, …
 
     Greedy answers in float32 equal `generate`'s, token for token; the head of the file says what holds elsewhere.
@@ -153,13 +166,13 @@ def answer_batch(model: Decoder, prompts: Sequence[Sequence[int]], max_new_token
     columns = torch.arange(longest, device=device)
     positions = torch.where(columns < lengths, columns, -1)                     # (B, T), −1 behind the end of a row
     answers = [Answer() for _ in rows]
-    finishes = [Finish(stops, stop, max_new_tokens, "length") for _ in rows]
+    finishes = [Finish(stops, stop, constrain, max_new_tokens, "length") for _ in rows]
     for answer, finish in zip(answers, finishes, strict=True):
         finish(answer)
     while live := [row for row, answer in enumerate(answers) if answer.ended is None]:
         logits = feed(model, tokens, positions, cache)[live]                    # what padding gives is drawn by no one
         new, scores = next_tokens(logits, chosen, [rows[row] for row in live], [answers[row].tokens for row in live],
-                                  stops, draw)
+                                  stops, draw, [each for row in live for each in finishes[row].constraints])
         likely = logprobs_of(logits, scores, new, logprobs) if logprobs is not None else []
         for at, (row, token) in enumerate(zip(live, new.tolist(), strict=True)):
             answers[row].tokens.append(token)

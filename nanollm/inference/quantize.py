@@ -33,7 +33,7 @@ from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
 GROUPS = (32, 64, 128)
-SLAB = 1 << 18                  # numbers that are quantised at a time: the cache of a processor holds what is between
+SLAB = 1 << 18                  # numbers quantised at a time, so that a processor's cache holds what is between
 LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
 BITS = {"int8": 8, "int4": 4}   # by the names that commands have for them
 Some = TypeVar("Some", Tensor, Tensor | None)

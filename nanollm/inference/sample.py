@@ -1,5 +1,6 @@
 """From logits to the next token: what changes the logits z, then the draw.
 
+    constraint              −∞ for v that no text of a grammar goes on with           constrained.py
     logit bias              z_v + b_v
     repetition penalty θ    z_v / θ where z_v > 0, else z_v · θ      for v in prompt or answer    Keskar et al. 2019
     presence, frequency     z_v − α_p [c_v > 0] − α_f c_v            c_v: times in the answer      OpenAI's API
@@ -22,7 +23,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -97,19 +98,35 @@ class Sampling:
         return None if self.seed is None else torch.Generator(device).manual_seed(int(self.seed))
 
 
+class Constraint(Protocol):
+    """What one answer is held to, a grammar for instance; it knows the tokens that it has accepted."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Logits (V,) with −∞ at the tokens that may not come next."""
+        ...
+
+    def accept(self, token: int) -> bool:
+        """Take the token that was chosen. True: the answer is complete, and nothing may follow."""
+        ...
+
+
 def settings(sampling: Sampling | None, options: Mapping[str, Any]) -> Sampling:
     """`sampling`, changed by options that have the names of its fields."""
     return replace(sampling or Sampling(), **options)
 
 
 def next_tokens(logits: Tensor, sampling: Sampling, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],
-                stop_ids: Collection[int] = (), generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+                stop_ids: Collection[int] = (), generator: torch.Generator | None = None,
+                constraints: Sequence[Constraint] = ()) -> tuple[Tensor, Tensor]:
     """Logits (B, V) → tokens (B,) int64, and what they were drawn from: log p without its constant, float32 (B, V).
 
-    prompts, answers: what each row has been given and has said so far. Raises InputError where the logits are not
-    finite, and where nothing is left to choose from.
+    prompts, answers: what each row has been given and has said so far. constraints: one a row, or none at all. Raises
+    InputError where the logits are not finite, and where nothing is left to choose from.
     """
-    scores = processed(logits.float(), sampling, prompts, answers, stop_ids)
+    scores = logits.float()
+    if constraints:
+        scores = torch.stack([each.mask(row) for each, row in zip(constraints, scores, strict=True)])
+    scores = processed(scores, sampling, prompts, answers, stop_ids)
     best, tokens = scores.max(-1)               # one pass for the check and the greedy choice
     if not best.isfinite().all():
         raise InputError(why_none(logits))
@@ -121,7 +138,7 @@ def next_tokens(logits: Tensor, sampling: Sampling, prompts: Sequence[Sequence[i
 def why_none(logits: Tensor) -> str:
     """What to say where logits (B, V) gave a row no token."""
     if logits.float().amax(-1).isfinite().all():
-        return "no token is left to choose: banned, no_repeat_ngram and min_new_tokens rule out every one"
+        return "no token is left to choose: banned, no_repeat_ngram, min_new_tokens and a constraint rule out every one"
     message = f"the model's logits, {str(logits.dtype).removeprefix('torch.')}, are infinite or not a number"
     if logits.dtype == torch.float16:
         return f"{message}: float16 ends at 65504; load the model in bfloat16 or float32"

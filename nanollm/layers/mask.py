@@ -90,7 +90,7 @@ class AttentionMask:
         k_pos = ctx.positions if self.cached is None else self.cached.key_positions
         T, S = ctx.positions.shape[1], k_pos.shape[1]
         if ctx.regular and not self.alibi and (self.window is None or S <= self.window):
-            if T == 1:
+            if T == 1 and (self.cached is None or self.cached.full):
                 return None
             if self.cached is None:
                 return CAUSAL

@@ -56,6 +56,7 @@ class ScanState:
 
 class SlotMapping:
     """Where one call writes in a cache of S slots and what it reads, worked out once for all layers of that size."""
+    full = True                     # every slot that is read holds a key; not where all slots are (inference/static.py)
 
     def __init__(self, held: Tensor, positions: Tensor, ring: bool, alike: bool, filled: int, longest: int) -> None:
         """held (B, S + 1): the position in each slot before the call, or −1. alike: all rows have the same positions.

@@ -46,6 +46,7 @@ class Conversation:
                                  "or give --prompt, which is continued as it stands")
 
     def add(self, role: str, content: str) -> None:
+        """Append a message."""
         self.messages.append({"role": role, "content": content})
 
     def try_out(self) -> None:

@@ -118,6 +118,7 @@ class _Renderer:
         raise TimeoutError if over else EOFError
 
     def close(self) -> None:
+        """End the process, if it is this process's own."""
         if self.child is not None and self.owner == os.getpid():
             self.child.kill()
             self.child.wait()

@@ -45,6 +45,7 @@ IN_CODE = {
 
 
 def need(condition: Any, path: Path, found: str, expected: str) -> None:
+    """Raises TokenizerError unless the condition holds."""
     if not condition:
         raise TokenizerError(f"{path}: found {found[:160]}, expected {expected}")
 

@@ -131,6 +131,7 @@ def barrier() -> None:
 
 
 def build_mesh(kind: str, size: int, replicas: int) -> DeviceMesh:
+    """The devices in a row, or in a grid of replicas, each of which is sharded."""
     if replicas == 1:
         return init_device_mesh(kind, (size,), mesh_dim_names=("shard",))
     return init_device_mesh(kind, (replicas, size // replicas), mesh_dim_names=("replicate", "shard"))
@@ -146,6 +147,7 @@ SAVED = {*SDPA, "nanollm::attention", "aten::topk"}
 
 
 def checkpoint_policy(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What activation checkpointing keeps: the products in SAVED; all else is computed again."""
     return CheckpointPolicy.MUST_SAVE if op.name() in SAVED else CheckpointPolicy.PREFER_RECOMPUTE
 
 

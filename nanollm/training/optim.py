@@ -112,10 +112,12 @@ def constants(name: str) -> dict[str, float]:
 
 
 def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """AdamW over the groups that have parameters."""
     return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)
 
 
 def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
+    """One step of all optimizers, each group at its share of the learning rate."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
@@ -211,6 +213,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def is_tall(matrix: Tensor) -> bool:
+    """Whether a matrix has more rows than columns."""
     return matrix.shape[-2] > matrix.shape[-1]
 
 

@@ -38,6 +38,7 @@ whole, whole_or_0 = cli.whole(), cli.whole(0)
 
 
 def rate(text: str) -> float:
+    """A number from 0 on, for an option."""
     value = float(text)
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a finite number, 0 or more")
@@ -45,6 +46,7 @@ def rate(text: str) -> float:
 
 
 def span(text: str) -> tuple[int, int]:
+    """Two steps a:b with a < b, for an option."""
     a, colon, b = text.partition(":")
     if not colon or not a.isdigit() or not b.isdigit() or int(a) >= int(b):
         raise argparse.ArgumentTypeError(f"{text}: expected a:b with a < b, which skips steps a+1 … b")

@@ -246,6 +246,7 @@ def start(folder: Path, facts: dict[str, Any], resume: bool, force: bool) -> Non
 
 
 def version(package: str) -> str | None:
+    """The installed version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

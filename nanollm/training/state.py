@@ -57,10 +57,12 @@ def box(tensor: Tensor) -> Box:
 
 
 def overlap(a: Box, b: Box) -> Box:
+    """The part of a tensor that lies in both boxes; it may be empty."""
     return [[max(p, r), min(q, s)] for (p, q), (r, s) in zip(a, b, strict=True)]
 
 
 def volume(part: Box) -> int:
+    """The number of elements in a box."""
     return math.prod(max(0, end - start) for start, end in part)
 
 
@@ -77,6 +79,7 @@ def is_writer(tensor: Tensor, world: World) -> bool:
 
 
 def crc(path: Path) -> int:
+    """The CRC-32 of a file."""
     value = 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -118,6 +121,7 @@ class Saver:
         self.thread.start()
 
     def draft(self, step: int) -> Path:
+        """The folder of a checkpoint that is not complete."""
         return self.folder / f".{step:08}.tmp"
 
     def _write(self, path: Path, tensors: dict[str, Tensor]) -> None:
@@ -170,11 +174,13 @@ class Saver:
 
 
 def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and force it to disk."""
     save_file(tensors, path)
     sync(path)
 
 
 def write_manifest(folder: Path, values: dict[str, Any]) -> None:
+    """Write the manifest and its checksum, and force both to disk."""
     text = json.dumps(values).encode()
     for name, content in (("manifest.json", text), ("manifest.crc32", f"{zlib.crc32(text):08x}\n".encode())):
         (folder / name).write_bytes(content)
@@ -183,6 +189,7 @@ def write_manifest(folder: Path, values: dict[str, Any]) -> None:
 
 
 def publish(draft: Path, whole: Path) -> None:
+    """Give a complete checkpoint its name, in one step."""
     os.rename(draft, whole)
     sync(whole.parent)
 
@@ -195,6 +202,7 @@ def retire(folder: Path) -> None:
 
 
 def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -267,4 +275,5 @@ def load(folder: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def damaged(folder: Path, what: str) -> RunError:
+    """An error that says which checkpoint is damaged and what to do."""
     return RunError(f"{folder}: damaged: {what}; move this folder away to go on from the checkpoint before it")

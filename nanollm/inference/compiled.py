@@ -1,0 +1,304 @@
+"""Decoding on a CPU as compiled code: one program for each kind of layer, which runs a layer for one new token.
+
+    model = compile_decoding(checkpoints.load(folder))
+
+PyTorch runs a token as some thousand small operations, and between two of them the weights that stream by have thrown
+the next one's code out of the caches: half of the time goes there. torch's compiler (Inductor) makes a few loops in C++
+of a layer instead. Two of its operations are written out here, as sums that it turns into one loop with what
+surrounds them:
+
+    product      y_n = Σ_k W_nk x_k            rows n, n + N/4, n + N/2, n + 3N/4 at a time: memory answers four
+                                               streams that lie far apart sooner than one (17 GB/s in place of 11)
+    attention    y = Σ_s softmax(q·k_s)_s v_s  of one query, over the keys that are there
+
+Layers of one config share a program: their weights and states are its inputs. How many keys there are, and for how many
+a cache has room, is open. Prompts, batches and padding run as before, and so does a layer that cannot be traced, for
+instance one that chooses experts; a warning says so, once.
+
+Sums are rounded less often than in the model as it was, so logits in bfloat16 differ by as much as two orders of
+summation do. Tracing and compiling take a C++ compiler and, the first time on a machine, up to a minute; torch keeps
+the result on disk.
+
+Shapes: B = T = 1. D model width, N outputs, K inputs, H query heads, K key/value heads, S keys, d head width.
+"""
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from nanollm.errors import InputError
+from nanollm.inference.generation import generate
+from nanollm.inference.prepare import linears, side_by_side, widen
+from nanollm.inference.quantize import QuantizedLinear
+from nanollm.layers.forward_context import ForwardContext
+from nanollm.layers.state import KVCache, ScanState, SlotMapping
+from nanollm.model import Decoder, Head
+
+State = KVCache | ScanState
+Program = Callable[..., Sequence[Tensor]]
+STREAMS = 4
+
+
+def compile_decoding(model: Decoder) -> Decoder:
+    """Let each layer and the head of a model run compiled where one token follows, in place; return the model.
+
+    The programs are made here, by two tokens of no meaning."""
+    if any(isinstance(layer, CompiledBlock) for layer in model.layers):
+        raise InputError("the model is compiled already")
+    for owner in side_by_side(model):
+        for name, linear in linears(owner):
+            widen(owner, name, linear)
+    programs: dict[Any, Program | None] = {}
+    for index, layer in enumerate(model.layers):
+        model.layers[index] = CompiledBlock(layer, model.config.layers[index], programs)
+    model.head.packed = CompiledProduct(model.head)
+    for _ in generate(model, [0, 0], 3):
+        pass
+    return model
+
+
+class CompiledBlock(nn.Module):
+    """A block that runs compiled where it can."""
+    lock = threading.Lock()
+
+    def __init__(self, block: nn.Module, config: Any, programs: dict[Any, Program | None]) -> None:
+        super().__init__()
+        self.block, self.config, self.programs = block, config, programs
+        self.rotation = rotation_of(config.mixer)
+        self.ready: tuple[Any, list[Tensor], Program | None] | None = None      # for which inputs, weights, program
+
+    def forward(self, x: Tensor, ctx: ForwardContext, state: State | None = None) -> Tensor:
+        """x (1, 1, D) → (1, 1, D), as the block."""
+        slots = ctx.slots(state) if isinstance(state, KVCache) else None
+        if (state is None or x.shape[:2] != (1, 1) or not ctx.regular or torch.is_grad_enabled() or not x.is_cpu
+                or slots is not None and slots.fresh):
+            return self.block(x, ctx, state)
+        make_contiguous(state)
+        tensors = [x, ctx.positions, *(ctx.rotation(*self.rotation) if self.rotation else ()),
+                   *((slots.index, slots.key_positions) if slots else ()), *tensors_of(state)]
+        kind = x.dtype, type(state)
+        if self.ready is None or self.ready[0] != kind:
+            self.ready = kind, *self.program(kind, tensors, ctx, slots, state)
+        _, weights, program = self.ready
+        return self.block(x, ctx, state) if program is None else program(*tensors, *weights)[0]
+
+    def program(self, kind: Any, tensors: list[Tensor], ctx: ForwardContext, slots: SlotMapping | None,
+                state: State) -> tuple[list[Tensor], Program | None]:
+        """The weights of this block, and the program of all blocks like it, made by the first."""
+        places = weight_places(self.block)
+        weights, _ = pytree.tree_flatten([owner[name] for owner, name in places])
+        key = kind, self.config, tuple((tuple(weight.shape), weight.dtype) for weight in weights)
+        with self.lock:
+            if key not in self.programs:
+                self.programs[key] = compile_step(self, places, tensors, weights, ctx, slots, state)
+            return weights, self.programs[key]
+
+
+class CompiledProduct(nn.Module):
+    """The product of the head, compiled for one row."""
+
+    def __init__(self, head: Head) -> None:
+        super().__init__()
+        self.weight, self.bias = head.rows().detach(), head.bias
+        self.ready: tuple[torch.dtype, Program | None] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:                     # (…, D) → (…, V)
+        if x.shape[:-1].numel() != 1 or torch.is_grad_enabled() or not x.is_cpu:
+            return F.linear(x, self.weight, self.bias)
+        inputs = [x.view(1, -1), self.weight, *([] if self.bias is None else [self.bias])]
+        if self.ready is None or self.ready[0] != x.dtype:
+            program = compile_function("the head is", lambda *values: (F.linear(*values),), inputs)
+            self.ready = x.dtype, program
+        program = self.ready[1]
+        return F.linear(x, self.weight, self.bias) if program is None else program(*inputs)[0].view(*x.shape[:-1], -1)
+
+
+# ---- from Python to a program
+
+def compile_function(what: str, function: Callable[..., tuple[Tensor]], tensors: Sequence[Tensor],
+                     open_dims: Mapping[int, int] | None = None) -> Program | None:
+    """A program that gives what the function gives, of tensors of these shapes; None, with a warning that begins with
+    `what`, where it cannot be traced or compiled.
+
+    open_dims: number of a tensor → the one dimension of it that may have any size of 2 and more."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+
+    def fake(number: int, tensor: Tensor) -> Tensor:
+        """Its shape without its values."""
+        plain = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)  # none of inference mode
+        if open_dims is None or number not in open_dims:
+            return fake_mode.from_tensor(plain, static_shapes=True)
+        sizes = [DimDynamic.DYNAMIC if at == open_dims[number] else DimDynamic.STATIC for at in range(plain.ndim)]
+        return fake_mode.from_tensor(plain, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            fakes: list[Any] = [fake(number, tensor) for number, tensor in enumerate(tensors)]
+            with fake_mode:
+                graph = make_fx(function, decomposition_table=WRITTEN_OUT)(*fakes)
+            return torch._inductor.compile(graph, fakes)
+    except Exception as error:                  # whatever the compiler stumbles over, the model runs without it
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        warnings.warn(f"{what} not compiled: {reason[0][:200]}", stacklevel=2)
+        return None
+
+
+def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]], tensors: list[Tensor],
+                 weights: list[Tensor], ctx: ForwardContext, slots: SlotMapping | None,
+                 state: State) -> Program | None:
+    """A program of `tensors` and `weights` that gives what the block gives, and changes the state as it does."""
+    head = len(tensors) - len(tensors_of(state))                # here those of the state begin
+    _, arrangement = pytree.tree_flatten([owner[name] for owner, name in places])
+    open_dims: dict[int, int] = {}
+    if slots is not None:
+        open_dims = {head - 1: 1} | dict.fromkeys(range(head, len(tensors)), 2)
+
+    def step(*values: Tensor) -> tuple[Tensor]:
+        """The block's forward pass with these values in the places of its own."""
+        given, own = list(values[: len(tensors)]), values[len(tensors) :]
+        x, positions = given[:2]
+        mapping = None
+        if slots is not None:
+            index, key_positions = given[head - 2 : head]
+            mapping = with_values(slots, index=index, key_positions=key_positions, used=key_positions.shape[1])
+        traced = ForwardContext(positions, True, ctx.dtype, Lengths(positions[:, -1] + 1, mapping))
+        if block.rotation:
+            traced.once(("rotation", *block.rotation), lambda: (given[2], given[3]))
+        before, after = with_tensors(state, given[head:]), with_tensors(state, given[head:])
+        with replaced(places, pytree.tree_unflatten(own, arrangement)):
+            y = block.block(x, traced, after)
+        for old, new in zip(tensors_of(before), tensors_of(after), strict=True):
+            if new is not old:
+                old.copy_(new)
+        return (y,)
+
+    what = f"layers with {type(block.config.mixer).__name__} and {type(block.config.ffn).__name__} are"
+    return compile_function(what, step, [*tensors, *weights], open_dims)
+
+
+class Lengths:
+    """What a block asks of a cache (state.RowLengths)."""
+
+    def __init__(self, lengths: Tensor, mapping: SlotMapping | None) -> None:
+        self.lengths, self.mapping = lengths, mapping
+
+    def slots(self, state: KVCache, positions: Tensor) -> SlotMapping:
+        assert self.mapping is not None
+        return self.mapping
+
+
+# ---- operations written out
+
+def realized(x: Tensor) -> Tensor:
+    """x, computed before the loop that reads it and not in each of its rounds."""
+    x = x.contiguous()
+    return x.as_strided(x.shape, x.stride())
+
+
+def row_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (1, K), Wᵀ (K, N) → (1, N)."""
+    if x.shape[0] != 1 or not x.is_floating_point():
+        return NotImplemented
+    rows, x32 = weight.t(), realized(x.float())
+    streams = STREAMS if rows.shape[0] % STREAMS == 0 else 1
+    parts = rows.reshape(streams, rows.shape[0] // streams, -1)
+    return torch.cat([(part.float() * x32).sum(-1) for part in parts.unbind()], -1)[None].to(x.dtype)
+
+
+def row_product_plus(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    """b + x Wᵀ."""
+    if x.shape[0] != 1 or beta != 1 or alpha != 1:
+        return NotImplemented
+    return bias + row_product(x, weight)
+
+
+def attend_one(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
+               attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """q (1, K, G, d), k and v (1, K, S, d) → (1, K, G, d); softmax and sums in float32."""
+    q32 = realized(q.float() * (q.shape[-1] ** -0.5 if scale is None else scale))
+    scores = (q32[:, :, :, None] * k.float()[:, :, None]).sum(-1)                       # (1, K, G, S)
+    if attn_mask is not None:
+        scores = scores + attn_mask
+    p = realized((scores - scores.amax(-1, keepdim=True)).exp())
+    total = realized(p.sum(-1, keepdim=True))
+    return ((p[..., None] * v.float()[:, :, None]).sum(-2) / total).to(q.dtype), total[..., 0]
+
+
+aten = torch.ops.aten
+WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
+    aten.mm.default: row_product,
+    aten.addmm.default: row_product_plus,
+    aten._scaled_dot_product_flash_attention_for_cpu.default: attend_one,
+}
+
+
+# ---- the tensors of a block
+
+def rotation_of(mixer: Any) -> tuple[Any, int] | None:
+    """What the mixer asks of `ForwardContext.rotation`."""
+    mixer = getattr(mixer, "attention", mixer)
+    rope = getattr(mixer, "rope", None)
+    return None if rope is None else (rope, getattr(mixer, "rope_dim", None) or mixer.head_dim)
+
+
+def weight_places(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
+    """Where the weights of a block are: a dictionary and a key each."""
+    places: list[tuple[dict[str, Any], str]] = []
+    for module in block.modules():
+        if isinstance(module, QuantizedLinear) and module.ordered is not None:
+            places += [(vars(module), "ordered"), (module._buffers, "bias")]
+        else:
+            owners: list[dict[str, Any]] = [module._parameters, module._buffers]
+            places += [(owner, name) for owner in owners for name in owner]
+    return [(owner, name) for owner, name in places if owner[name] is not None]
+
+
+@contextmanager
+def replaced(places: Sequence[tuple[dict[str, Any], str]], values: Sequence[Any]) -> Iterator[None]:
+    """Put values in their places, for a while."""
+    before = [owner[name] for owner, name in places]
+    try:
+        for (owner, name), value in zip(places, values, strict=True):
+            owner[name] = value
+        yield
+    finally:
+        for (owner, name), value in zip(places, before, strict=True):
+            owner[name] = value
+
+
+def tensors_of(state: State) -> list[Tensor]:
+    """The tensors that a state is made of."""
+    return [leaf for leaf in pytree.tree_leaves(vars(state)) if isinstance(leaf, Tensor)]
+
+
+def make_contiguous(state: State) -> None:
+    """A program expects its inputs as they lay when it was made; a prompt may leave views of other tensors."""
+    tensors = tensors_of(state)
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        vars(state).update(vars(with_tensors(state, [tensor.contiguous() for tensor in tensors])))
+
+
+def with_tensors(state: State, tensors: Sequence[Tensor]) -> Any:
+    """The same state made of other tensors."""
+    given = iter(tensors)
+    values = pytree.tree_map(lambda leaf: next(given) if isinstance(leaf, Tensor) else leaf, vars(state))
+    return with_values(state, **values)
+
+
+def with_values(thing: Any, **values: Any) -> Any:
+    """A copy with other values of some attributes."""
+    new = copy.copy(thing)
+    vars(new).update(values)
+    return new

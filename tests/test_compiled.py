@@ -1,0 +1,148 @@
+"""Compiled decoding gives what the model gives: every mixer as it is traced, some layers as they are compiled."""
+
+import copy
+import shutil
+import warnings
+
+import pytest
+import torch
+import torch._inductor.config
+
+from nanollm.cache import Cache
+from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.errors import InputError
+from nanollm.inference import compiled
+from nanollm.inference.compiled import compile_decoding
+from nanollm.inference.generation import generate
+from nanollm.inference.quantize import quantize
+from nanollm.model import Decoder
+from tests.oracles import difference, make_loud
+from tests.test_consistency import KINDS, tokens
+
+# which cannot be traced, by the name in KINDS, and how many kinds of layers in each
+EXPERTS = {"softcap": 1, "latent": 2, "sinks": 1}
+COMPILER = shutil.which("g++") or shutil.which("clang++")
+needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
+
+
+def decoder(layers: tuple[Layer, ...], vocab: int = 50, dim: int = 32, **more) -> Decoder:
+    model = Decoder(ModelConfig(vocab=vocab, dim=dim, layers=layers, **more)).eval().requires_grad_(False)
+    make_loud(model)
+    return model
+
+
+@torch.inference_mode()
+def stepwise(model: Decoder, length: int, room: int) -> torch.Tensor:
+    """Logits of the tokens behind the fifth, fed one by one."""
+    x, cache = tokens(1, length), Cache(model.config, 1, room, model.embed.weight.dtype)
+    model(x[:, :5], cache=cache)
+    return torch.cat([model(x[:, n : n + 1], cache=cache)[:, -1] for n in range(5, length)])
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """Traces are run as they are, operation by operation."""
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs: graph)
+
+
+@pytest.fixture
+def no_cache():
+    """What torch has kept of an earlier run is not taken: a first compilation can fail where a second one would not."""
+    with torch._inductor.config.patch(force_disable_caches=True):
+        yield
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_traced_is_the_layer(uncompiled, kind):
+    model = decoder(KINDS[kind], final_norm=Norm())
+    expected = stepwise(model, 20, 24)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ready = compile_decoding(model)
+    assert len([one for one in caught if "not compiled" in str(one.message)]) == EXPERTS.get(kind, 0)
+    assert difference(stepwise(ready, 20, 24), expected) < 1e-5
+    # in a cache with more room, and in one whose rings are full, the same programs run
+    made = len(ready.layers[0].programs)
+    assert difference(stepwise(ready, 20, 100), expected) < 1e-5
+    assert difference(stepwise(ready, 20, 20), expected) < 1e-5
+    assert len(ready.layers[0].programs) == made
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_layers_are_traced_too(uncompiled, bits):
+    layers = (Layer(Attention(4, 2, 16, Rope()), MLP(128)),) * 2
+    model = quantize(decoder(layers, dim=64).bfloat16(), bits)
+    expected = stepwise(copy.deepcopy(model), 12, 16)
+    assert difference(stepwise(compile_decoding(model), 12, 16).float(), expected.float()) < 0.03
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled(no_cache, dtype):
+    layers = (
+        Layer(Attention(4, 2, 16, Rope(), qkv_bias=True, qk_norm=Norm()), MLP(96)),
+        Layer(Attention(4, 2, 16, Rope(), window=6), MLP(96)),
+        Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),
+        Layer(Attention(4, 2, 16, Rope(), qkv_bias=True, qk_norm=Norm()), MLP(96)),
+    )
+    model = decoder(layers, dim=64, head_bias=True, head_softcap=30.0).to(dtype)
+    exact = stepwise(copy.deepcopy(model).double(), 20, 24)
+    before = difference(stepwise(model, 20, 24).double(), exact)
+    ready = compile_decoding(model)
+    assert len(ready.layers[0].programs) == 3 and all(ready.layers[0].programs.values())
+    for room in (24, 40):
+        assert difference(stepwise(ready, 20, room).double(), exact) < max(2 * before, 2e-6)
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_compiled_quantised(no_cache, bits):
+    model = quantize(decoder((Layer(Attention(4, 2, 16, Rope()), MLP(128)),) * 2, dim=64).bfloat16(), bits)
+    expected = stepwise(copy.deepcopy(model), 12, 16)
+    ready = compile_decoding(model)
+    assert all(ready.layers[0].programs.values())
+    assert difference(stepwise(ready, 12, 16).float(), expected.float()) < 0.03
+
+
+def test_without_a_compiler_the_model_runs_as_it_is(monkeypatch):
+    def missing(graph, inputs):
+        raise RuntimeError("No working C++ compiler found\nin any place")
+
+    monkeypatch.setattr(torch._inductor, "compile", missing)
+    model = decoder((Layer(Attention(4, 2, 8, Rope()), MLP(48)),) * 2)
+    expected = list(generate(model, [1, 2, 3], 8))
+    with pytest.warns(UserWarning, match="compiled: No working C\\+\\+ compiler found$") as caught:
+        compile_decoding(model)
+    assert sorted(str(one.message).split(" not ")[0] for one in caught) == [
+        "layers with Attention and MLP are", "the head is"]
+    assert list(generate(model, [1, 2, 3], 8)) == expected
+
+
+def test_a_model_is_compiled_once(uncompiled):
+    model = compile_decoding(decoder((Layer(Attention(4, 2, 8, Rope()), MLP(48)),)))
+    with pytest.raises(InputError, match="compiled already"):
+        compile_decoding(model)
+
+
+def test_gradients_and_batches_run_as_before(uncompiled):
+    mixer = Attention(4, 2, 8, Rope())
+    model = decoder((Layer(mixer, MLP(48)), Layer(mixer, MoE(4, 2, MLP(20), True))))
+    expected = model(tokens(2))
+    with pytest.warns(UserWarning, match="MoE are not compiled"):
+        ready = compile_decoding(model)
+    assert torch.equal(ready(tokens(2)), expected)
+
+
+def test_products_of_one_row_are_torchs():
+    draw = torch.Generator().manual_seed(0)
+    for outputs in (12, 7):                      # in four streams, and in one
+        x, weight, bias = (torch.randn(*shape, generator=draw) for shape in ((1, 9), (outputs, 9), (outputs,)))
+        assert difference(compiled.row_product(x, weight.t()), x @ weight.t()) < 1e-6
+        assert difference(compiled.row_product_plus(bias, x, weight.t()), torch.addmm(bias, x, weight.t())) < 1e-6
+    q, k, v = (torch.randn(1, 2, n, 8, generator=draw) for n in (3, 11, 11))
+    mask = torch.randn(1, 1, 1, 11, generator=draw)
+    for given in (None, mask):
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=given, scale=0.3)
+        assert difference(compiled.attend_one(q, k, v, attn_mask=given, scale=0.3)[0], expected) < 1e-6
