@@ -295,7 +295,7 @@ def test_the_tokens_of_a_ban(folder: Path) -> None:
     for text in ("Yes", "the quick", "é"):
         assert set(spellings(words, text)) == {tuple(theirs(each)["input_ids"]) for each in (text, f" {text}")}
     assert cli("--model", folder, "--ask", "x", "--logit-bias", "1048576=1").err.startswith(
-        "error: --logit-bias, or what generation_config.json bans: token id 1048576: expected 0 to")
+        "error: --logit-bias: token id 1048576: expected 0 to")
 
 
 # ---- context
@@ -336,7 +336,7 @@ def test_until() -> None:
     (["--chat", "--n", "2"], "--n goes with"), (["--prompt", "x", "--logprobs"], "--logprobs goes with --json"),
     (["--prompt", "x", "--n", "0"], "--n 0: expected 1 to"), (["--prompt", "x", "--ban", ""], "--ban ''"),
     (["--prompt", "x", "--logit-bias", "x=1"], "--logit-bias: x=1: expected ID=BIAS"),
-    (["--prompt", "x", "--logit-bias", "1=1e9"], "logit_bias 1000000000.0 of token 1: expected -100 to 100"),
+    (["--prompt", "x", "--logit-bias", "1=1e9"], "1=1000000000: expected a bias of -100 to 100"),
     (["--prompt", "x", "--presence-penalty", "3"], "--presence-penalty 3.0: expected -2 to 2"),
     (["--prompt", "\udcff"], "lone surrogate"),
 ])
