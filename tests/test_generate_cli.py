@@ -221,7 +221,7 @@ def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
     assert "[generation_config.json: banned: 3 words of tokens; " in done.err
     (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": [1 << 20]}))
     done = cli("--model", folder, "--ask", "x")
-    assert "what generation_config.json bans: token id 1048576: expected 0 to" in done.err
+    assert "a ban of generation_config.json: token id 1048576: expected 0 to" in done.err
     write(folder, generation_config={"do_sample": True, "temperature": 0.001, "top_p": 0.9, "repetition_penalty": 1.3})
     told = cli("--model", folder, "--ask", "x", "--temperature", 0.002).err
     assert "[generation_config.json: top_p 0.9, repetition_penalty 1.3; " in told
@@ -336,7 +336,7 @@ def test_until() -> None:
     (["--chat", "--n", "2"], "--n goes with"), (["--prompt", "x", "--logprobs"], "--logprobs goes with --json"),
     (["--prompt", "x", "--n", "0"], "--n 0: expected 1 to"), (["--prompt", "x", "--ban", ""], "--ban ''"),
     (["--prompt", "x", "--logit-bias", "x=1"], "--logit-bias: x=1: expected ID=BIAS"),
-    (["--prompt", "x", "--logit-bias", "1=1e9"], "1=1000000000: expected a bias of -100 to 100"),
+    (["--prompt", "x", "--logit-bias", "1=1e9"], "1=1e9: expected a bias of -100 to 100"),
     (["--prompt", "x", "--presence-penalty", "3"], "--presence-penalty 3.0: expected -2 to 2"),
     (["--prompt", "\udcff"], "lone surrogate"),
 ])
