@@ -43,6 +43,7 @@ class Compressed(Export):
 
     def save_step(self, step: Step, parameters: Mapping[str, Tensor], places: Mapping[str, Stored],
                   out: stream.Writer) -> None:
+        """Write the tensors of one step: weights that the plan has as codes, s and z, the others as `Export` does."""
         if not self.changes(step):
             return super().save_step(step, parameters, places, out)
         words, scales, zeros = self._quantised(step, parameters)
@@ -55,6 +56,7 @@ class Compressed(Export):
 
     def same_step(self, step: Step, parameters: Mapping[str, Tensor],
                   stored: Mapping[str, Stored]) -> Iterator[tuple[str, bool]]:
+        """For each piece of a step, whether what is stored has the bits that `save_step` writes."""
         if not self.changes(step):
             yield from super().same_step(step, parameters, stored)
             return

@@ -11,7 +11,7 @@ Shapes: E experts, N outputs, K inputs.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from checkpoints.names.table import Step
 from checkpoints.storage import stream
 from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
-from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Plan, Quantised, leaves, quantize_into, room, skipped
+from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Plan, Quantised, leaves, quantize_into, skipped
 from nanollm.model import Decoder
 
 Shape = tuple[int, ...]
@@ -43,27 +43,24 @@ class Scratch:
                 for name, part in zip(shapes, parts, strict=True)}
 
 
-def load_step(step: Step, plan: Plan, weights: Collection[str], stored: Mapping[str, Stored],
-              parameters: Mapping[str, Tensor], dtype: Callable[[str], torch.dtype],
-              scratch: Scratch) -> dict[str, Quantised]:
-    """Of the parameters of one step, `weights` quantised; the others are filled.
+def load_step(step: Step, plan: Plan, packed: Mapping[str, Quantised], stored: Mapping[str, Stored],
+              parameters: Mapping[str, Tensor], dtype: Callable[[str], torch.dtype], scratch: Scratch) -> None:
+    """Fill the parameters of one step: those that `packed` has room for quantised, the others as they are.
 
     `parameters` has the weights on the meta device; `dtype` says what each would be kept as."""
-    shapes = {name: tuple(parameters[name].shape) for name in step.ours if name in weights}
-    found = {name: room(shape, plan.bits, plan.group, scratch.device) for name, shape in shapes.items()}
+    shapes = {name: tuple(parameters[name].shape) for name in step.ours if name in packed}
     first = next(iter(shapes.values()))
     if len(first) == 2:
         whole = scratch.tensors(shapes, dtype)
         stream.load_step(step, stored, {**parameters, **whole})
         for name, weight in whole.items():
-            quantize_into(found[name], weight, plan.bits, plan.group)
-        return found
+            quantize_into(packed[name], weight, plan.bits, plan.group)
+        return
     own = scratch.tensors({name: (1, *shape[1:]) for name, shape in shapes.items()}, dtype)
     for expert in range(first[0]):
         stream.load_expert(step, expert, first[0], stored, own)
         for name, weight in own.items():
-            quantize_into(found[name], weight[0], plan.bits, plan.group, expert)
-    return found
+            quantize_into(packed[name], weight[0], plan.bits, plan.group, expert)
 
 
 # ---- weights that are stored so
@@ -130,4 +127,5 @@ def in_groups(scale: Tensor, zero: Tensor, K: int) -> tuple[Tensor, Tensor]:
     group = next((size for size in reversed(GROUPS) if K % size == 0), K)
     if scale.shape[-1] > 1 or K == group:
         return scale, zero
-    return tuple(one.expand(*one.shape[:-1], K // group).contiguous() for one in (scale, zero))  # type: ignore[return-value]
+    scale, zero = (one.expand(*one.shape[:-1], K // group).contiguous() for one in (scale, zero))
+    return scale, zero

@@ -39,7 +39,7 @@ from checkpoints.storage import files, quantized, stream
 from checkpoints.storage.compressed import Integers, Ints
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, counted
-from nanollm.inference.quantize import Plan, Quantised, leaves, replace
+from nanollm.inference.quantize import Plan, Quantised, leaves, replace, room
 from nanollm.model import Decoder
 
 
@@ -122,13 +122,16 @@ class Source:
         self.model.tie()
         parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
         packed: dict[str, Quantised] = {}
+        if plan and not self.integers:           # all of it before the first value: what comes and goes leaves no holes
+            packed = {name: room(tuple(parameters[name].shape), plan.bits, plan.group, device)
+                      for name in plan.weights(self.model)}
         scratch = packing.Scratch(device)
         for step in self.steps:
             if self.integers and not weights.isdisjoint(step.ours):
                 packed |= packing.take_step(step, self.stored, parameters, device)
             elif plan and not weights.isdisjoint(step.ours):
-                packed |= packing.load_step(step, plan, weights, self.stored, parameters,
-                                            lambda name: self.dtype(name, dtype), scratch)
+                packing.load_step(step, plan, packed, self.stored, parameters, lambda name: self.dtype(name, dtype),
+                                  scratch)
             else:
                 stream.load_step(step, self.stored, parameters)
         for name in plan.modules if plan else ():

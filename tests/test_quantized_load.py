@@ -96,7 +96,7 @@ def load_and_measure() -> None:
 @pytest.mark.slow
 def test_peak_memory_is_that_of_the_result(tmp_path):
     """A Mixtral of 218 MB in bfloat16: resident memory of a fresh process never exceeds the packed model by more than
-    40 MB. By hand, with one of 1,028 MB: int8 549 MB and 557 at the height, int4 325 and 351."""
+    30 MB. By hand, with one of 1,018 MB: int8 512 MB and 517 at the height, int4 275 and 291."""
     layer = Layer(Attention(8, 4, 64, Rope()), MoE(4, 2, MLP(2048), True))
     with torch.device("meta"):
         model = Decoder(ModelConfig(512, 512, (layer,) * 8, context=64))
@@ -110,4 +110,4 @@ def test_peak_memory_is_that_of_the_result(tmp_path):
         ended = forked.start(1, load_and_measure, tmp_path / "in", bits).end()
         assert ended.codes == [0], ended.said
         peak, size = map(int, ended.out.split())
-        assert size < part * plain and size < peak < size + 40e6 < plain, (bits, peak, size, plain)
+        assert size < part * plain and size < peak < size + 30e6 < plain, (bits, peak, size, plain)

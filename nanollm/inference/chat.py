@@ -144,6 +144,7 @@ class Chat:
         note("[there is nothing to take back]" if question is None else f"[taken back: {str(question)[:60]}]")
 
     def do_retry(self, _: str) -> None:
+        """Where no new answer comes the old one stays."""
         turns, messages = self.conversation.turns, self.conversation.messages
         if not turns:
             raise InputError("/retry: there is no question yet")
