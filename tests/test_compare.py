@@ -452,7 +452,7 @@ def test_what_cannot_be_compared_is_said(written, tmp_path, monkeypatch, capsys)
     with pytest.raises(InputError, match="--plot needs matplotlib"):
         ran(monkeypatch, capsys, written / "llama-3", "--plot", tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(InputError, match=r'pip install "nanollm\[test\]"'):
+    with pytest.raises(InputError, match=r'pip install -e "\.\[test\]"'):
         ran(monkeypatch, capsys, written / "llama-3")
 
 
