@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from nanollm import ops
 from nanollm.errors import InputError
 from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, side_by_side, widen
@@ -50,7 +51,11 @@ STREAMS = 4
 def compile_decoding(model: Decoder) -> Decoder:
     """Let each layer and the head of a model run compiled where one token follows, in place; return the model.
 
-    The programs are made here, by two tokens of no meaning."""
+    On another device than a CPU, or where kernels were asked for by NANOLLM_KERNELS=triton, nothing is done.
+
+    The programs are made here, by three tokens of no meaning. InputError for a model that was compiled before."""
+    if not model.embed.weight.is_cpu or ops.mode() == "triton":
+        return model
     if any(isinstance(layer, CompiledBlock) for layer in model.layers):
         raise InputError("the model is compiled already")
     for owner in side_by_side(model):
@@ -162,11 +167,11 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
                  weights: list[Tensor], ctx: ForwardContext, slots: SlotMapping | None,
                  state: State) -> Program | None:
     """A program of `tensors` and `weights` that gives what the block gives, and changes the state as it does."""
-    head = len(tensors) - len(tensors_of(state))                # here those of the state begin
+    first = len(tensors) - len(tensors_of(state))               # here those of the state begin
     _, arrangement = pytree.tree_flatten([owner[name] for owner, name in places])
     open_dims: dict[int, int] = {}
     if slots is not None:
-        open_dims = {head - 1: 1} | dict.fromkeys(range(head, len(tensors)), 2)
+        open_dims = {first - 1: 1} | dict.fromkeys(range(first, len(tensors)), 2)
 
     def step(*values: Tensor) -> tuple[Tensor]:
         """The block's forward pass with these values in the places of its own."""
@@ -174,12 +179,12 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
         x, positions = given[:2]
         mapping = None
         if slots is not None:
-            index, key_positions = given[head - 2 : head]
+            index, key_positions = given[first - 2 : first]
             mapping = with_values(slots, index=index, key_positions=key_positions, used=key_positions.shape[1])
         traced = ForwardContext(positions, True, ctx.dtype, Lengths(positions[:, -1] + 1, mapping))
         if block.rotation:
             traced.once(("rotation", *block.rotation), lambda: (given[2], given[3]))
-        before, after = with_tensors(state, given[head:]), with_tensors(state, given[head:])
+        before, after = with_tensors(state, given[first:]), with_tensors(state, given[first:])
         with replaced(places, pytree.tree_unflatten(own, arrangement)):
             y = block.block(x, traced, after)
         for old, new in zip(tensors_of(before), tensors_of(after), strict=True):

@@ -3,8 +3,8 @@
     side by side     q, k, v of an attention, and gate, up of an MLP, have one input: one product in place of several
     packed           weights of 16 bits in the order in which oneDNN reads them. F.linear puts them into that order anew
                      in every product: 38 ms of a processor a token for SmolLM2-135M, packed and side by side 26
-    widened    on a processor without products in 16 bits many rows go through float32: 256 rows of 576 through a weight
-               of 3072 take 14 ms in place of 59 (AVX2)
+    widened          where the processor has no products in 16 bits, many rows go through float32: 256 rows through a
+                     weight of 3072 × 576 take 14 ms in place of 59 (AVX2)
     quantised        weights of 8 or 4 bits (quantize.py) are put side by side too; the head can have 8 bits
 
     model = prepare(checkpoints.load(folder))
