@@ -113,7 +113,7 @@ def commands(page: str) -> list[str]:
 def sources(script: str) -> str:
     """The text of all that declares the options of a script, or of a module after -m."""
     if script == "train.py":
-        script = "nanollm/training/options.py"
+        script = "nanollm/training/arguments.py"
     path = ROOT / (script if script.endswith(".py") else script.replace(".", "/"))
     if path.is_dir() and (path / "__main__.py").exists():
         return "".join(file.read_text() for file in path.glob("*.py"))

@@ -179,12 +179,12 @@ def code_words(path: Path) -> list[str]:
     [
         p
         for p in PACKAGES["nanollm"]
-        if p.parent.name not in ("text", "data") and p.name not in ("presets.py", "options.py")
+        if p.parent.name not in ("text", "data") and p.name not in ("presets.py", "arguments.py")
     ],
     **AS_PATHS,
 )
 def test_the_decoder_knows_no_family(path):
-    """presets.py and options.py have shapes by name, text/ and data/ have formats by name; Llama3 is the name of
+    """presets.py and arguments.py have shapes by name, text/ and data/ have formats by name; Llama3 is the name of
     a RoPE formula."""
     assert not [word for word in code_words(path) if FAMILIES.search(word) and word.lower() != "llama3"]
 

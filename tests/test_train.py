@@ -19,7 +19,7 @@ from nanollm.data.stream import open_folder
 from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
 from nanollm.text import tokenizer
-from nanollm.training import options
+from nanollm.training import arguments, options
 from tests import forked
 from tests.toys import grammar
 
@@ -488,7 +488,7 @@ def settled(*args: object) -> dict:
 def test_defaults_follow_the_preset_and_init_and_what_is_given_wins(args, expected):
     found = settled(*args)
     assert {name: found[name] for name in expected} == expected
-    assert all(found[name] is not None for name in options.DEFAULTS if name != "micro_batch")
+    assert all(found[name] is not None for name in arguments.DEFAULTS if name != "micro_batch")
 
 
 def test_a_context_is_no_longer_than_what_the_model_was_made_for():
@@ -538,7 +538,7 @@ def test_a_product_takes_time():
 
 def test_every_help_entry_begins_with_its_noun():
     """And states the default of each kind of run. "how many steps", "go on …", "of the weights" are no nouns."""
-    actions = options.build_parser("")._actions
+    actions = arguments.build_parser("")._actions
     entries = {action.option_strings[-1]: action.help for action in actions if action.dest != "help"}
     no_nouns = ("of", "how", "go", "with", "what", "under", "on", "a", "the", "most", "so")
     assert not [name for name, help in entries.items() if help.split()[0].rstrip(":") in no_nouns]

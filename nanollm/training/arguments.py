@@ -1,0 +1,202 @@
+"""The arguments of train.py, one function for each group of --help, and the table of their defaults.
+
+A new option is one line here, in the group that it belongs to, and stands where it is read.
+"""
+
+import argparse
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanollm import cli
+from nanollm.cli import Parser
+from nanollm.presets import PRESETS
+from nanollm.text.templates import TEMPLATES
+from nanollm.training.distributed import DTYPES, RECOMPUTE
+from nanollm.training.optim import SCHEDULES
+
+Add = Callable[..., Any]        # add_argument of a group
+
+whole, whole_or_0 = cli.whole(), cli.whole(0)
+
+
+def rate(text: str) -> float:
+    """A number from 0 on, for an option."""
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text}: expected a finite number, 0 or more")
+    return value
+
+
+def span(text: str) -> tuple[int, int]:
+    """Two steps a:b with a < b, for an option."""
+    a, colon, b = text.partition(":")
+    if not colon or not a.isdigit() or not b.isdigit() or int(a) >= int(b):
+        raise argparse.ArgumentTypeError(f"{text}: expected a:b with a < b, which skips steps a+1 … b")
+    return int(a), int(b)
+
+
+# What an option is where it is not given. A run that is resumed keeps what it had.
+#                     a toy   a published preset   --init
+DEFAULTS: dict[str, tuple] = {
+    "optimizer":    ("muon",  "adamw",             "adamw"),
+    "lr":           (0.012,   0.0003,              0.00002),
+    "weight_decay": (0.0,     0.1,                 0.0),
+    "context":      (128,     4096,                2048),       # at most the model's own
+    "batch_size":   (16,      256,                 16),
+    "micro_batch":  (None,    1,                   1),          # None: all rows of a rank
+    "steps":        (350,     None,                None),       # None: one epoch of the data; of --chat three
+    "warmup":       (20,      None,                None),       # None: 3 % of the steps
+}
+
+
+def kind(options: argparse.Namespace) -> int:
+    """The column of DEFAULTS that a run takes."""
+    return 2 if options.init else 0 if options.preset.endswith("-toy") or f"{options.preset}-toy" in PRESETS else 1
+
+
+def default(name: str, none: str = "") -> str:
+    """How --help states a row of DEFAULTS, with `none` for a value that is None."""
+    values = [none if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+              for value in DEFAULTS[name]]
+    if values[1] == values[2]:
+        return f"default {values[0]}; published presets and --init: {values[1]}"
+    return f"default {values[0]}; published presets: {values[1]}; --init: {values[2]}"
+
+
+# ---- the groups
+
+def model_and_data(add: Add) -> None:
+    """What is trained, and on what."""
+    add("--preset", default="llama", metavar="NAME",
+        help=f"shape of a new model, toy or published (default llama, which is llama-toy): {', '.join(PRESETS)}")
+    add("--init", type=Path, metavar="FOLDER",
+        help="pretrained model to start from, for fine-tuning: config, weights and tokenizer of a folder")
+    add("--data", type=Path, nargs="+", default=[], metavar="PATH",
+        help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
+             "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
+    add("--mix", type=rate, nargs="+", metavar="W",
+        help="mixture weights, one for each --data of shards (default: in proportion to their size)")
+    add("--chat", type=Path, metavar="FILE",
+        help="chats for supervised fine-tuning (SFT), loss on the answers only: .jsonl of messages, alpaca, sharegpt "
+             "or prompt/completion")
+    add("--template", metavar="NAME_OR_FILE",
+        help=f"chat template for a model that has none: a file (Jinja), a name of its own, "
+             f"or one of {', '.join(TEMPLATES)}")
+    add("--tokenizer", type=Path, metavar="FOLDER",
+        help="tokenizer for --data: a folder with its files (default: a BPE trained on the text, or that of --init)")
+    add("--vocab", type=whole, metavar="N",
+        help="vocabulary size of the BPE that is trained (default: the preset's); of raw .bin files, the size they "
+             "were made with")
+
+
+def run_folder(add: Add) -> None:
+    """Where the run is kept, and whether one goes on."""
+    add("--out", type=Path, metavar="FOLDER",
+        help="run folder: checkpoints, log, model (default runs/demo; with --preset runs/NAME, with --init "
+             "runs/FOLDER-tuned)")
+    add("--resume", action="store_true",
+        help="continuation of the run in the run folder, from its newest checkpoint, or from step 0 where there is "
+             "none. Repeat the run's command with it; optimizer, learning rate, weight decay, context, batch size, "
+             "steps, warm-up and dtype may be left out")
+    add("--force", action="store_true",
+        help="overwriting of the run in that folder; with --resume: continuation although options differ")
+    add("--config", type=Path, metavar="FILE", help="options as a TOML file; those on the command line win")
+
+
+def optimization(add: Add) -> None:
+    """The steps: how many, of what, at which rate."""
+    add("--steps", type=whole, metavar="N",
+        help=f"optimizer steps ({default('steps', none='one epoch, once through the data; with --chat three epochs')})")
+    add("--batch-size", type=whole, metavar="B",
+        help=f"rows (sequences) a step, over all ranks and micro-batches ({default('batch_size')})")
+    add("--micro-batch", type=whole, metavar="B",
+        help="rows in one forward and backward pass of a rank; where a rank has more, it takes several passes a step "
+             f"and sums their gradients (gradient accumulation; {default('micro_batch', none='all rows of the rank')})")
+    add("--context", type=whole, metavar="T",
+        help=f"context length, tokens a row, at most what the model was made for ({default('context')})")
+    add("--lr", type=rate, metavar="RATE", help=f"peak learning rate ({default('lr')})")
+    add("--schedule", choices=SCHEDULES, default="linear",
+        help="learning-rate schedule after the warm-up: down to 0 in a line or half a cosine, or warmup-stable-decay "
+             "(default linear)")
+    add("--warmup", type=whole_or_0, metavar="N",
+        help=f"warm-up steps, in which the learning rate rises to --lr ({default('warmup', none='3 %% of the steps')})")
+    add("--decay", type=rate, default=0.2, metavar="SHARE",
+        help="decay phase of --schedule wsd, as a share of the steps (default 0.2)")
+    add("--optimizer", choices=("muon", "adamw"),
+        help="optimizer: AdamW for all parameters; or Muon for the matrices inside the layers and AdamW for the rest "
+             f"({default('optimizer')})")
+    add("--weight-decay", type=rate, metavar="RATE", help=f"weight decay, on matrices only ({default('weight_decay')})")
+    add("--clip", type=rate, default=1.0, metavar="NORM",
+        help="gradient clipping: the largest norm a gradient may have, 0 for any (default 1.0)")
+    add("--balance", type=rate, default=0.01, metavar="WEIGHT",
+        help="load-balance loss: its weight, where the model has experts (default 0.01)")
+    add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
+        help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
+    add("--seed", type=cli.whole(*cli.SEEDS), default=0, metavar="N",
+        help="random seed of weights and of the order of rows (default 0)")
+    add("--skip-sigma", type=rate, default=0.0, metavar="K",
+        help="threshold of loss spikes: steps whose loss or gradient norm is more than K standard deviations above "
+             "the last 128 are skipped (default 0: none; often 6)")
+    add("--skip-steps", type=span, nargs="+", default=[], metavar="A:B",
+        help="steps to pass over, counted from 0: their rows are read and not learnt from")
+
+
+def hardware(add: Add) -> None:
+    """What computes, and in which dtype."""
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device: cpu, cuda, cuda:1 …; with --plan the name of a GPU (default: cuda where there is one)")
+    add("--dtype", choices=("auto", *DTYPES), default="auto",
+        help="dtype of matrix products (mixed precision); weights, gradients and optimizer stay float32 (default auto: "
+             "bfloat16 where the device is faster at it)")
+    add("--replicas", type=whole, default=1, metavar="R",
+        help="replicas of the sharded model (HSDP): R groups of ranks, each with a whole model in shards (default 1)")
+    add("--recompute", choices=RECOMPUTE, default="none",
+        help="activation checkpointing: activations that the backward pass computes again instead of keeping: none, "
+             "all but attention, or all (default none)")
+    add("--compile", action="store_true", help="torch.compile for each layer")
+    add("--offload", action="store_true",
+        help="CPU offload: weights, gradients and optimizer state live in the memory of the CPU")
+
+
+def evaluation(add: Add) -> None:
+    """What is measured and kept on the way."""
+    add("--eval-every", type=whole, default=100, metavar="N",
+        help="steps between evaluations of the held-out (validation) loss (default 100)")
+    add("--sample-every", type=whole_or_0, default=200, metavar="N",
+        help="steps between samples of text, 0 for none (default 200)")
+    add("--prompt", metavar="TEXT",
+        help='prompt that samples continue (default "def " on the standard library, else the beginning of a document)')
+    add("--save-every", type=whole, default=200, metavar="N", help="steps between checkpoints (default 200)")
+    add("--keep", type=whole, default=2, metavar="N", help="checkpoints that are kept, the newest (default 2)")
+    add("--tensorboard", action="store_true", help="TensorBoard event files in the run folder, beside log.jsonl")
+    add("--wandb", metavar="PROJECT", help="Weights & Biases project that gets the curves, beside log.jsonl")
+
+
+def planning(add: Add) -> None:
+    """What a run would take."""
+    add("--plan", action="store_true", help="estimate of memory, communication and time of the run, instead of the run")
+    add("--world-size", type=whole, default=1, metavar="N", help="number of GPUs (ranks) to plan for (default 1)")
+    add("--mfu", type=rate, default=0.4, metavar="SHARE",
+        help="model FLOPs utilisation to plan with: the share of the GPU's peak that is reached (default 0.4)")
+
+
+GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, and who adds the group
+    "the model and its data": model_and_data,
+    "the run folder": run_folder,
+    "optimization": optimization,
+    "hardware": hardware,
+    "evaluation, samples, checkpoints": evaluation,
+    "planning": planning,
+}
+
+
+def build_parser(description: str) -> Parser:
+    """Every option of train.py, with its default and what it means."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for title, group in GROUPS.items():
+        group(parser.add_argument_group(title).add_argument)
+    return parser
