@@ -235,9 +235,9 @@ def test_recomputation_keeps_less_but_needs_no_less_at_work(name):
 
 
 def test_logits_in_pieces_take_no_more_for_more_rows():
-    config = preset("llama-8b")
-    one, two = (plan.activations(config, rows, 8192, BF16, "full")[1] for rows in (1, 2))
-    assert two - one < 8192 * 128256 * 2                       # not even the further logits in bfloat16
+    config = transformer(128256, 256, 1, 2, 2, 256)            # where the loss takes more than a layer
+    one, two = (sum(plan.activations(config, rows, 8192, BF16, "full")) for rows in (1, 2))
+    assert two - one < 8192 * 128256 / 10                      # a small part of the further logits
 
 
 # ---- slices

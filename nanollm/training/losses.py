@@ -23,13 +23,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from nanollm.layers.moe import MoE, Routed, probabilities
 from nanollm.model import Head
 from nanollm.ops import accelerated
+from nanollm.training.cross_entropy import LinearCrossEntropy
 
-MOST = 2**28            # logits in memory at once. More are computed in pieces, and again in the backward pass
 RECENT = 128            # steps that a spike is measured against
 
 
@@ -45,22 +44,10 @@ def linear_cross_entropy(
     """hidden (n, D), weight (V, D), targets (n,) int64 with −100 for none → three float32 sums over the targets.
 
     The first, −log p(y) + z (log Z)², has a gradient; −log p(y) and (log Z)² by themselves are for the log.
-    softcap: as attention.py has it, on the logits.
+    softcap: as attention.py has it, on the logits. Never are all logits in memory: see cross_entropy.py.
     """
-    def sums(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = F.linear(x, weight).float()                                    # (n, V)
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        nats = F.cross_entropy(logits, y, reduction="none")                     # 0 where there is no target
-        with torch.set_grad_enabled(z > 0 and torch.is_grad_enabled()):         # without z-loss log Z is only logged
-            chosen = logits.gather(-1, y.clamp(min=0)[:, None])[:, 0]           # x_y
-            squares = ((nats + chosen).square() * (y >= 0)).sum()               # log Z = x_y − log p(y)
-        return nats.sum() + z * squares, nats.detach().sum(), squares.detach()
-
-    if len(hidden) <= (size := max(1, MOST // len(weight))):
-        return sums(hidden, targets)
-    pieces = zip(hidden.split(size), targets.split(size), strict=True)
-    losses, nats, squares = zip(*(checkpoint(sums, *piece, use_reentrant=False) for piece in pieces), strict=True)
-    return sum(losses), sum(nats), sum(squares)
+    total, nats, squares = LinearCrossEntropy.apply(hidden, weight, targets, z, softcap)
+    return total, nats, squares
 
 
 class Balance:

@@ -131,7 +131,12 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
         shared = tree_leaves(list(contexts[context].memo.values()))
         kept += sum(table.nbytes for table in shared if isinstance(table, Tensor))
         targets, shape = torch.zeros(rows, context, dtype=torch.long), (rows, context, config.dim)
-        loss = trace(lambda x: losses.token_loss(model.head, model.norm(x).to(dtype), targets)[0], shape, stream)
+
+        def read(x: Tensor) -> Tensor:
+            x = model.norm(x).to(dtype)                         # what the norm read is free, unless it is kept
+            return losses.token_loss(model.head, x, targets)[0]
+
+        loss = trace(read, shape, stream)
         # the gradient of the head waits, whole, for that of the embedding
         return kept + loss[0], max(more + model.head.weight.nbytes, loss[1])
 
