@@ -41,14 +41,16 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits, real = F.linear(x, weight).float(), (y >= 0).float()                # (m, V), (m,)
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
-            log_z = logits.logsumexp(-1)
-            nats = log_z - logits.gather(-1, y.clamp(min=0)[:, None])[:, 0]
-            squares = log_z.square()
+            chosen, top = logits.gather(-1, y.clamp(min=0)[:, None])[:, 0], logits.amax(-1, keepdim=True)
+            slope = None if softcap is None else 1 - (logits / softcap).square()        # (m, V)
+            powers = logits.sub_(top).exp_()                                            # exp(l − max), in their place
+            mass = powers.sum(-1)
+            log_z = mass.log() + top[:, 0]
+            nats, squares = log_z - chosen, log_z.square()
             sums += torch.stack([(nats + z * squares) @ real, nats @ real, squares @ real])
             if not wants_hidden and not wants_weight:
                 continue
-            slope = None if softcap is None else 1 - (logits / softcap).square()        # (m, V)
-            gradient = logits.sub_(log_z[:, None]).exp_().mul_((real * (1 + 2 * z * log_z))[:, None])
+            gradient = powers.mul_((real * (1 + 2 * z * log_z) / mass)[:, None])
             gradient.scatter_add_(-1, y.clamp(min=0)[:, None], -real[:, None])
             gradient = (gradient if slope is None else gradient.mul_(slope)).to(hidden.dtype)
             if d_hidden is not None:
