@@ -18,6 +18,7 @@ hub. Text goes to standard output, everything else to standard error. What each 
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,8 @@ def run() -> None:
     else:
         facts, prompts = asked(args, tokenizer)
     request = replace(request, constrain=grammar(args, tokenizer))     # now, for --suffix has added a stop token
+    if sys.stderr is not None and sys.stderr.isatty():
+        note(f"[loading {args.model}]")
     model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
     if args.compile:
         note("[compiling; the first time on a machine this takes up to a minute]")

@@ -16,6 +16,7 @@ A name that can only be meant as a path (./x, a/b/c, x.gguf, or x/y where x is a
 Pickles are fetched only where they may be read. Without a network, what an earlier call has fetched is used.
 """
 
+import contextlib
 import difflib
 import glob
 import re
@@ -102,12 +103,22 @@ def looks_local(source: str) -> bool:
 
 
 def nearest(path: Path) -> str:
-    """What is where a path leads off, in words: the names that are like the missing one, or else the first ones."""
+    """What is where a path leads off, in words: the names that are like the missing one, or else the models there."""
     there = next(one for one in path.absolute().parents if one.is_dir())
     names = sorted(one.name for one in there.iterdir() if not one.name.startswith("."))
     missing = path.absolute().relative_to(there).parts[0]
-    shown = difflib.get_close_matches(missing, names, 3) or names[:8]
-    return f"{there} has {', '.join(shown) or 'nothing in it'}{' …' if len(names) > len(shown) else ''}"
+    models = [name for name in names if is_model(there / name)]
+    shown = difflib.get_close_matches(missing, names, 3) or models[:8]
+    more = " …" if shown and len(names) > len(shown) else ""
+    return f"{there} has {', '.join(shown) or f'nothing called {missing}, and no model'}{more}"
+
+
+def is_model(path: Path) -> bool:
+    """Whether it looks like a model: by the name of a file, or as a folder by what stands in it."""
+    with contextlib.suppress(OSError):           # a folder that may not be read
+        if path.is_dir():
+            return (path / "config.json").is_file() or any(path.glob("*.gguf"))
+    return path.suffix in (".gguf", ".safetensors") or path.name == "config.json"
 
 
 def local_folder(source: str | Path, allow_pickle: bool = False) -> Path:
