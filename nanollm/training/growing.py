@@ -49,9 +49,9 @@ def check(options: argparse.Namespace) -> None:
             raise InputError(f"{name} grows a model that exists: name its folder with --init")
     if options.expand_all and not options.expand:
         raise InputError("--expand-all says what is trained after --expand N, which is not given")
-    if options.grow_from and not (options.grow_vocab or options.add_tokens):
+    if options.grow_from is not None and not (options.grow_vocab or options.add_tokens):
         raise InputError("--grow-from says what new rows are the mean of; give --grow-vocab or --add-tokens with it")
-    if options.grow_from and options.grow_vocab not in (None, "mean"):
+    if options.grow_from is not None and options.grow_vocab not in (None, "mean"):
         raise InputError(f"--grow-from asks for a mean, --grow-vocab for {options.grow_vocab}; give one of them")
     if (options.rope_scaling is None) != (options.rope_factor is None):
         raise InputError("--rope-scaling and --rope-factor go together: give both")
@@ -153,7 +153,7 @@ def more_tokens(config: ModelConfig, values: Values, options: argparse.Namespace
     if size <= config.vocab:
         return config, values
     like = None
-    if options.grow_from:
+    if options.grow_from is not None:
         like = tokenizer.load(options.init).encode(options.grow_from, bos=False)
         if not like or max(like) >= config.vocab:
             raise InputError(f"--grow-from {options.grow_from!r}: its tokens are {like}, expected one or more below "
