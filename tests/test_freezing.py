@@ -1,4 +1,4 @@
-"""What is frozen stays as it is, to the bit, has no gradient and no state; and what grows can be trained: whole runs."""
+"""What is frozen stays as it is, to the bit, and has no state; what grows can be trained: whole runs."""
 
 import argparse
 import json
@@ -17,11 +17,12 @@ from nanollm.model import Decoder
 from nanollm.text.tokenizer import load
 from nanollm.training import freezing, growing, optim
 from tests import forked
+from tests.fixtures import slow_but
 from tests.test_train import log_of, losses_of, run
 from tests.toys import grammar
 
-QUICK = ("--steps", "6", "--context", "32", "--batch-size", "4", "--warmup", "1", "--lr", "0.003", "--dtype", "float32",
-         "--sample-every", "0", "--save-every", "3", "--eval-every", "6")
+QUICK = ("--steps", "6", "--context", "32", "--batch-size", "4", "--micro-batch", "2", "--warmup", "1", "--lr", "0.003",
+         "--dtype", "float32", "--sample-every", "0", "--save-every", "3", "--eval-every", "6")
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,8 @@ def test_the_optimizers_have_what_is_trained_and_no_more(name):
 
 # ---- runs
 
-@pytest.mark.parametrize("more", [("--freeze", "embed", "ffn"), ("--train-last", "1"), ("--train-last", "1", "--freeze", "head")])
+@pytest.mark.parametrize("more", slow_but([("--train-last", "1")], [
+    ("--freeze", "embed", "ffn"), ("--train-last", "1"), ("--train-last", "1", "--freeze", "head")]))
 def test_what_is_frozen_stays_to_the_bit(more, base, shards, tmp_path):
     run("--init", base, "--data", shards, "--out", tmp_path / "run", *QUICK, "--weight-decay", "0.1", *more)
     model = Decoder(presets.preset("llama", 300, 32))
@@ -119,6 +121,7 @@ def test_what_is_frozen_stays_to_the_bit(more, base, shards, tmp_path):
     assert moved(tmp_path / "run", base) == trained(model)
 
 
+@pytest.mark.slow
 def test_frozen_runs_equal_a_loop_by_hand(base, shards, tmp_path):
     """torch's AdamW over the trained parameters of transformers' model, on the rows of the run."""
     from nanollm.data.stream import Stream, open_folder
@@ -132,7 +135,6 @@ def test_frozen_runs_equal_a_loop_by_hand(base, shards, tmp_path):
     stream, found = Stream([open_folder(shards, 32, None)[0]], None, 0), []
     for step in range(6):
         batch = stream.batch(4 * step, 4)
-        assert batch.positions is not None or step >= 0
         mask = None
         if batch.positions is not None:                     # documents see nothing of each other
             document = (batch.positions == 0).cumsum(1)
@@ -163,6 +165,7 @@ def test_two_ranks_are_one(base, shards, tmp_path):
         assert same and same == {name for name in first if name in before and torch.equal(first[name], before[name])}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [("--train-last", "1"), ("--expand", "2"), ("--neftune", "5", "--recompute", "full"),
                                   ("--shift-attention", "8")])
 def test_a_run_that_was_left_ends_as_one_that_was_not(more, base, shards, tmp_path, monkeypatch):
@@ -206,8 +209,8 @@ def test_only_new_layers_are_trained(base, shards, tmp_path):
 
 def test_added_tokens_come_out_in_the_model_and_the_tokenizer(base, shards, tmp_path):
     """ChatML on a model that does not have its tokens: they are one id each, and learnt."""
-    chats = [{"messages": [{"role": "user", "content": f"def alpha{n}"}, {"role": "assistant", "content": "return beta"}]}
-             for n in range(12)]
+    answer = {"role": "assistant", "content": "return beta"}
+    chats = [{"messages": [{"role": "user", "content": f"def alpha{n}"}, answer]} for n in range(12)]
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
     added = ["<|im_start|>", "<|im_end|>"]
     run("--init", base, "--chat", tmp_path / "chats.jsonl", "--out", tmp_path / "run", *QUICK, "--template", "chatml",
@@ -238,6 +241,7 @@ def test_a_vocabulary_too_small_is_refused_with_what_helps(base, shards, tmp_pat
     assert checkpoints.load(tmp_path / "run").config.vocab == load(tmp_path / "more").vocab_size > 300
 
 
+@pytest.mark.slow
 def test_a_longer_context_can_be_trained(base, shards, tmp_path):
     args = ("--init", base, "--data", shards, *QUICK, "--context", "64")
     with pytest.raises(SystemExit, match="made for 32 tokens, --context is 64; --rope-scaling and --rope-factor"):

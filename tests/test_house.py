@@ -41,6 +41,7 @@ ARROWS = {
     "checkpoints.compressing": "export names packing source storage nanollm.inference nanollm.layers",
     "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
     "checkpoints.convert": "compressing export layouts names source storage nanollm.cli nanollm.inference",
+    "checkpoints.delta": "convert export families layouts source storage nanollm.cli",
     "checkpoints.inspect": "companions folding layouts names show source storage nanollm.cli",
     "checkpoints.tracing": "names storage nanollm.config nanollm.model",
     "checkpoints.folding": "",
