@@ -179,7 +179,7 @@ def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring
         for here, there in move.pairs():
             stream.copy(stored[here], places[there], here, ring, out)
         return
-    parameters = _in_memory(move, conversion)
+    parameters = in_memory(move.reads, conversion.source, conversion.dtypes)
     for step in move.writes:
         written.save_step(step, parameters, places, out)
     out.drain()                                  # before there is memory for the next
@@ -191,7 +191,7 @@ def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], r
     if move.straight and not any(map(written.changes, move.writes)):
         equal = [(there, stream.same(stored[here], places[there], ring)) for here, there in move.pairs()]
     else:
-        parameters = _in_memory(move, conversion)
+        parameters = in_memory(move.reads, conversion.source, conversion.dtypes)
         equal = [found for step in move.writes for found in written.same_step(step, parameters, places)]
     for name, same in equal:
         if not same:
@@ -199,12 +199,12 @@ def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], r
                                   "the disk or the memory is not to be trusted")
 
 
-def _in_memory(move: Move, conversion: Conversion) -> dict[str, Tensor]:
-    shapes = conversion.source.parameters()
-    parameters = {name: torch.empty(shapes[name].shape, dtype=conversion.dtypes[name])
-                  for step in move.reads for name in step.ours}
-    for step in move.reads:
-        stream.load_step(step, conversion.source.stored, parameters)
+def in_memory(reads: list[Step], source: Source, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+    """The parameters that these steps read, in these dtypes."""
+    shapes = source.parameters()
+    parameters = {name: torch.empty(shapes[name].shape, dtype=dtypes[name]) for step in reads for name in step.ours}
+    for step in reads:
+        stream.load_step(step, source.stored, parameters)
     return parameters
 
 

@@ -213,11 +213,20 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
     before = read_config(values, ignore=origin.ignore)[1]
     if before != config:
         old, new = write_config(before, origin.family)[1], write_config(config, origin.family)[1]
-        values |= {key: new[key] for key in new if key not in old or new[key] != old[key]}
+        changed = {key: new[key] for key in new if key not in old or new[key] != old[key]}
+        if "rope_parameters" in values and "rope_scaling" not in values:       # transformers 5's dialect: it stays so
+            changed.pop("rope_scaling", None)
+        values |= {_name_in(values, key, origin.family): value for key, value in changed.items()}
         values = {key: value for key, value in values.items() if key in new or key not in old}  # what no longer stands
         if read_config(values, ignore=origin.ignore)[1] != config:
             raise ConfigError(f"{origin.folder / 'config.json'}: cannot be changed to say what the model is now")
     return values, origin.names
+
+
+def _name_in(values: Mapping[str, Any], key: str, family: Family) -> str:
+    """What a config.json calls a key: some have an older name, n_layer for num_hidden_layers."""
+    older = getattr(family.keys.get(key), "also", ())
+    return key if key in values else next((name for name in older if name in values), key)
 
 
 def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
