@@ -36,7 +36,7 @@ from checkpoints.source import config_of, open_source
 from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, InputError, counted
-from nanollm.inference.quantize import BITS, choose
+from nanollm.inference.quantize import KINDS, plan_for
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
 
@@ -53,14 +53,15 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     checkpoints.convert`.
 
     `quantize`, "int8" or "int4", keeps the weights of Linears and experts in 8 or 4 bits, 4 in groups of 32, 64 or 128
-    inputs (nanollm/inference/quantize.py). They are quantised as they come in: there is memory for what is kept, and
-    for the largest tensor, or expert. A folder whose weights are stored so (convert --quantize) keeps them.
+    inputs (nanollm/inference/quantize.py); "nf4" in NF4, for tuning (nanollm/layers/nf4.py). They are quantised as they
+    come in: there is memory for what is kept, and for the largest tensor, or expert. A folder whose weights are stored
+    in 8 or 4 bits (convert --quantize) keeps them.
 
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
     nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats, or for
     what cannot be quantised so."""
-    if quantize not in (None, *BITS):
-        raise InputError(f"quantize is {quantize!r}; expected {' or '.join(BITS)}, or None")
+    if quantize not in (None, *KINDS):
+        raise InputError(f"quantize is {quantize!r}; expected {', '.join(KINDS)}, or None")
     if group is not None and quantize != "int4":
         raise InputError(f"group is {group}, and quantize {quantize!r}: groups go with int4")
     if dtype not in (None, *table.READABLE):
@@ -69,7 +70,7 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     if quantize and found.integers:
         raise InputError(f"{found.folder}: its weights have {found.integers} already; load it without quantize, or "
                          "take the folder that it was made from")
-    plan = choose(found.model, BITS[quantize], group) if quantize else found.stored_so()
+    plan = plan_for(found.model, quantize, group) if quantize else found.stored_so()
     model = found.fill(dtype, device, plan)      # from here on there is memory
     model.origin = origin_of(found)  # type: ignore[assignment]  # nn.Module declares tensors and modules only
     return model

@@ -39,7 +39,7 @@ from checkpoints.storage import files, quantized, stream
 from checkpoints.storage.compressed import Integers, Ints
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, counted
-from nanollm.inference.quantize import Plan, Quantised, leaves, replace, room
+from nanollm.inference.quantize import Packed, Plan, leaves, replace
 from nanollm.model import Decoder
 
 
@@ -121,10 +121,9 @@ class Source:
             setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept))
         self.model.tie()
         parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
-        packed: dict[str, Quantised] = {}
+        packed: dict[str, Packed] = {}
         if plan and not self.integers:           # all of it before the first value: what comes and goes leaves no holes
-            packed = {name: room(tuple(parameters[name].shape), plan.bits, plan.group, device)
-                      for name in plan.weights(self.model)}
+            packed = {name: plan.room(tuple(parameters[name].shape), device) for name in plan.weights(self.model)}
         scratch = packing.Scratch(device)
         for step in self.steps:
             if self.integers and not weights.isdisjoint(step.ours):
