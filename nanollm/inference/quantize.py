@@ -24,11 +24,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollm.config import MLP, ClippedGLU
 from nanollm.errors import InputError
 from nanollm.inference import cpu_products as cpu
 from nanollm.layers.linear import Linear
-from nanollm.layers.moe import Experts, gated, mixed
+from nanollm.layers.moe import Experts, SplitExperts
 from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
@@ -165,6 +164,15 @@ class QuantizedLinear(nn.Module):
             self.ordered = None
             return self.packed
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return (*self.packed.shape[:-2], self.outputs, self.inputs)
+
+    def dense(self) -> Tensor:
+        """The weight, (N, K) or (E, N, K), float32."""
+        return dequantize(self.restore(), self.scale, self.zero)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
         """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
         self.restore()
@@ -191,19 +199,8 @@ def each(change: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
     return change(packed) if packed.ndim == 2 else torch.stack([change(one) for one in packed])
 
 
-class QuantizedExperts(nn.Module):
-    """Experts whose weights are quantised. What stands between the products is that of moe.py."""
-
-    def __init__(self, config: MLP | ClippedGLU, gate: QuantizedLinear, up: QuantizedLinear,
-                 down: QuantizedLinear) -> None:
-        super().__init__()
-        self.config, self.gate, self.up, self.down = config, gate, up, down
-
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
-        def expert(own: Tensor, e: int) -> Tensor:
-            return self.down(gated(self.config, self.gate(own, e), self.up(own, e)), e)
-
-        return mixed(x, weights, chosen, expert)
+class QuantizedExperts(SplitExperts):
+    """Experts whose three weights are QuantizedLinears."""
 
 
 # ---- a model
