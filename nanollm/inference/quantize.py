@@ -27,13 +27,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollm.config import MLP, ClippedGLU
 from nanollm.errors import InputError
 from nanollm.inference import cpu_products as cpu
 from nanollm.layers import nf4
 from nanollm.layers.frozen import frozen_linear
 from nanollm.layers.linear import Linear
-from nanollm.layers.moe import Experts, gated, mixed
+from nanollm.layers.moe import Experts, SplitExperts
 from nanollm.layers.nf4 import NF4, NF4Linear
 from nanollm.model import Decoder
 from nanollm.ops import accelerated
@@ -173,10 +172,6 @@ class QuantizedLinear(nn.Module):
             self.ordered = self.packed, scales
             return self.ordered
 
-    def dense(self) -> Tensor:
-        """The weight (…, N, K) that stands here, float32."""
-        return dequantize(self.restore(), self.scale, self.zero)
-
     def restore(self) -> Tensor:
         """Put the codes back in our order, and return them."""
         with ORDERING:
@@ -184,6 +179,15 @@ class QuantizedLinear(nn.Module):
                 self.packed = each(lambda one: pack(cpu.codes4(one, self.group)), self.packed)
             self.ordered = None
             return self.packed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return (*self.packed.shape[:-2], self.outputs, self.inputs)
+
+    def dense(self) -> Tensor:
+        """The weight, (N, K) or (E, N, K), float32."""
+        return dequantize(self.restore(), self.scale, self.zero)
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
         """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
@@ -211,18 +215,8 @@ def each(change: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
     return change(packed) if packed.ndim == 2 else torch.stack([change(one) for one in packed])
 
 
-class QuantizedExperts(nn.Module):
-    """Experts whose weights are quantised. What stands between the products is that of moe.py."""
-
-    def __init__(self, config: MLP | ClippedGLU, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
-        super().__init__()
-        self.config, self.gate, self.up, self.down = config, gate, up, down
-
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
-        def expert(own: Tensor, e: int) -> Tensor:
-            return self.down(gated(self.config, self.gate(own, e), self.up(own, e)), e)
-
-        return mixed(x, weights, chosen, expert)
+class QuantizedExperts(SplitExperts):
+    """Experts whose three weights are QuantizedLinears, or NF4Linears."""
 
 
 # ---- a model

@@ -141,8 +141,13 @@ class NF4Linear(nn.Module):
             stored, bias = [part[expert] for part in stored], None if bias is None else bias[expert]
         return frozen_linear(x, bias, functools.partial(of_shape, self.outputs, self.inputs), *stored)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return (*self.m.shape, self.outputs, self.inputs)
+
     def dense(self) -> Tensor:
-        """The weight (N, K), or (E, N, K), that stands here, float32."""
+        """The weight, (N, K) or (E, N, K), float32."""
         whole = [self.packed, self.c, self.s, self.m]
         experts = [whole] if self.m.ndim == 0 else zip(*whole, strict=True)
         found = torch.stack([of_shape(self.outputs, self.inputs, torch.float32, *one) for one in experts])
