@@ -45,13 +45,14 @@ from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.training import distributed, optim, runs, state
+from nanollm.training import distributed, freezing, growing, neftune, optim, runs, shifted_attention, state
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, report, shown
 from nanollm.training.losses import RECENT, Balance, spike, token_loss
 from nanollm.training.options import fit_context, fit_steps, parse, rows_at_once
+from nanollm.training.phase import learning
 
 
 @dataclass
@@ -83,7 +84,8 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
     for number, batch in enumerate(batches, 1):
         distributed.reduce_gradients(run.model, now=number == len(batches))
         batch = batch.to(world.device)
-        with distributed.cast(run.model, dtype):
+        key = options.seed, run.step, world.rank, number
+        with distributed.cast(run.model, dtype), learning(run.model, *key):
             with routing(run.model) as routed:
                 hidden = run.model.hidden(batch.tokens, batch.positions)
             loss, *measured = token_loss(run.model.head, hidden, batch.targets, options.z_loss)
@@ -243,38 +245,46 @@ def finish(saver: state.Saver, log: Log, needed: bool = False) -> None:
 
 # ---- before and after
 
-def initial(folder: str) -> Decoder:
-    """The model of --init. Raises RunError where its weights have too few bits to be trained."""
+def initial(options: argparse.Namespace) -> Decoder:
+    """The model of --init, grown as the options say. Raises RunError where its weights have too few bits to be trained.
+    """
+    folder = options.init
     model = checkpoints.load(folder)
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise RunError(f"{folder}: its weights are quantised, and those are not trained; python -m checkpoints.convert "
                        f"{folder} OUT writes them in 16 bits")
-    return model
+    return growing.grow(model, options)
 
 
 def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
-    source = world.on_rank_0(lambda: initial(options.init)) if options.init else None
+    source = world.on_rank_0(lambda: initial(options)) if options.init else None
     config, dtype = world.broadcast(source and (source.config, source.embed.weight.dtype)) or (
         preset(options.preset, context=options.context), torch.float32)
     fit_context(options, config)
-    if options.init and config.context and options.context > config.context:
-        raise RunError(f"{options.init}: made for {config.context} tokens, --context is {options.context}")
+    if options.init and (most := growing.reach(config)) and options.context > most:
+        raise RunError(f"{options.init}: made for {most} tokens, --context is {options.context}; --rope-scaling and "
+                       "--rope-factor stretch it")
     corpus = open_corpus(options, world, options.vocab or config.vocab)
     fit_steps(options, sum(source.rows for source in corpus.stream.sources))
     if options.init and corpus.vocab > config.vocab:
         raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of "
-                       f"{corpus.vocab}")
+                       f"{corpus.vocab}; --grow-vocab gives it rows for them")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
     with torch.device("meta"):
         model = Decoder(config)
+    freezing.freeze(model, options)
+    if options.neftune:
+        neftune.add_noise(model, options.neftune)
+    if options.shift_attention:
+        shifted_attention.shift_attention(model, options.shift_attention, options.context)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
                       offload=options.offload)
     model.to_empty(device="cpu" if options.offload else world.device)
     values = initial_values(model, options.seed)
     if options.init:
         values = distributed.broadcast_parameters(model, source, world.device)
-    distributed.fill(model, values)
+    distributed.fill(model.eval(), values)
     optimizers = optim.build(model, options.optimizer, options.weight_decay, DTYPES[options.dtype])
     return Run(options, world, corpus, model, source.origin if source else None, dtype, optimizers, Balance(model))
 

@@ -15,6 +15,7 @@ from nanollm import cli
 from nanollm.cli import Parser
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
+from nanollm.training import growing
 from nanollm.training.distributed import DTYPES, RECOMPUTE
 from nanollm.training.optim import SCHEDULES
 
@@ -145,6 +146,30 @@ def optimization(add: Add) -> None:
         help="steps to pass over, counted from 0: their rows are read and not learnt from")
 
 
+def growing_and_freezing(add: Add) -> None:
+    """What --init is made into before the first step, and which part of it is trained."""
+    add("--freeze", nargs="+", metavar="PART",
+        help="parameters that stay as they are: parts of their names between dots, such as embed, mixer or layers.0")
+    add("--train-last", type=whole, metavar="N",
+        help="training of the last N layers, the final norm and the head only; all else is frozen")
+    add("--expand", type=whole, metavar="N",
+        help="LLaMA-Pro: N new layers, spread evenly, which change nothing at first; only they are trained")
+    add("--expand-all", action="store_true", help="training of all layers after --expand, not of the new ones only")
+    add("--grow-vocab", nargs="?", const="mean", choices=growing.ROWS,
+        help="rows for the tokens that the tokenizer has and the model lacks: the mean of its rows (default), zero, or "
+             "drawn as in a new model")
+    add("--grow-from", metavar="TEXT", help="new rows are the mean of the rows of this text's tokens")
+    add("--add-tokens", nargs="+", metavar="TOKEN",
+        help="special tokens that the tokenizer gets, and the model with it as --grow-vocab says")
+    add("--rope-scaling", choices=growing.SCALINGS,
+        help="angles of RoPE for a longer context: divided by the factor; by a base that grows with the length; YaRN")
+    add("--rope-factor", type=rate, metavar="F", help="the new context over the old, for --rope-scaling")
+    add("--neftune", type=rate, default=0.0, metavar="ALPHA",
+        help="NEFTune: noise on the embeddings in training, of this size (default 0; often 5)")
+    add("--shift-attention", type=whole, metavar="G",
+        help="LongLoRA: attention inside groups of G tokens in training, shifted by G/2 in half of the heads")
+
+
 def hardware(add: Add) -> None:
     """What computes, and in which dtype."""
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -188,6 +213,7 @@ GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, 
     "the model and its data": model_and_data,
     "the run folder": run_folder,
     "optimization": optimization,
+    "growing and freezing a model": growing_and_freezing,
     "hardware": hardware,
     "evaluation, samples, checkpoints": evaluation,
     "planning": planning,

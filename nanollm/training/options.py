@@ -23,6 +23,7 @@ from nanollm.cli import Parser
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.presets import preset
+from nanollm.training import growing
 from nanollm.training.arguments import DEFAULTS, build_parser, kind
 from nanollm.training.distributed import DTYPES
 
@@ -49,6 +50,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         raise InputError("--chat and --data are two kinds of training; give one of them")
     if options.mix and len(options.mix) != len(options.data):
         raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
+    growing.check(options)
     name = "demo" if options.preset == parser.get_default("preset") else options.preset
     options.out = options.out or Path("runs") / (f"{options.init.name}-tuned" if options.init else name)
     settle(options)
