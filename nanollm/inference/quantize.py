@@ -142,8 +142,8 @@ class QuantizedLinear(nn.Module):
         self.group = self.inputs // scale.shape[-1]
         # packed and scales as torch's kernel wants them: one attribute, so that a thread sees both or neither
         self.ordered: tuple[Tensor, Tensor] | None = None
-        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.restore())
-        self.register_load_state_dict_pre_hook(lambda module, *_: module.restore())
+        self.register_state_dict_pre_hook(restored)
+        self.register_load_state_dict_pre_hook(restored)
 
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:          # (…, K) → (…, N)
         bits = 8 if self.zero is None else 4
@@ -203,6 +203,11 @@ class QuantizedLinear(nn.Module):
         experts = f"experts={len(self.packed)}, " if self.packed.ndim == 3 else ""
         sizes = f"in_features={self.inputs}, out_features={self.outputs}"
         return f"{experts}{sizes}, {bits}, bias={self.bias is not None}"
+
+
+def restored(module: QuantizedLinear, *_: object) -> None:
+    """`restore`, as a hook that can be pickled."""
+    module.restore()
 
 
 def of(expert: int | None, parts: Some) -> Some:
@@ -318,6 +323,17 @@ def replace(model: Decoder, name: str, weights: Mapping[str, Packed]) -> None:
         assert isinstance(old, Linear), "as chosen"
         new = linear(old.weight, weights["weight"], old.bias)
     model.set_submodule(name, new.train(old.training))
+
+
+def quantised(weight: Tensor, bias: Tensor | None, kind: str) -> QuantizedLinear | NF4Linear:
+    """A Linear with this weight (N, K) in one of KINDS; of int4 with the largest group that divides K."""
+    group = next((g for g in reversed(GROUPS) if weight.shape[-1] % g == 0), GROUPS[0])
+    plan = Plan(BITS.get(kind, 0), group, [], nf4=kind == "nf4")
+    if not plan.nf4:
+        check(weight, plan.bits, group, "the weight")
+    out = plan.room(tuple(weight.shape), weight.device)
+    plan.fill(out, weight)
+    return linear(weight, out, bias)
 
 
 def linear(weight: Tensor, quantised: Packed, bias: Tensor | None) -> QuantizedLinear | NF4Linear:
