@@ -126,6 +126,7 @@ def add(model: Decoder, config: LoRA, seed: int = 0, quantise: lora_weights.Quan
     names = chosen(model, config)
     lora_weights.check(config.init, quantise, model.layers.modules())
     model.requires_grad_(False)
+    model.lora = config  # type: ignore[assignment]  # for whoever writes it; nn.Module declares tensors and modules
     for name in names:
         owner = name.rpartition(".")[0]
         experts = model.get_submodule(owner)
