@@ -286,7 +286,7 @@ def build(options: argparse.Namespace, world: World) -> Run:
     if options.shift_attention:
         shifted_attention.shift_attention(model, options.shift_attention, options.context)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
-                      offload=options.offload)
+                      offload=options.offload, random=tuning.draws(model))
     model.to_empty(device="cpu" if options.offload else world.device)
     tuning.share(model, blank)
     values = initial_values(model, options.seed)
@@ -311,7 +311,7 @@ def restore(run: Run) -> None:
 def written_as(run: Run) -> str:
     """The layout in which `export` will write the model, for a person, before the first step."""
     if tuning.tunes(run.options):
-        return f"{run.options.out}: will be an adapter as peft has them:\n{tuning.how_to_use(run.options)}"
+        return tuning.how_to_use(run.options)
     layout, reason = layout_for(run.model.config, run.origin)
     if layout == "hf":
         return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
@@ -332,7 +332,7 @@ def export(run: Run) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)        # `written_as` has said it before the first step
                 if tuned:
-                    checkpoints.save_adapter(whole, draft, base=str(run.options.init))
+                    tuning.export(whole, draft, run.options, run.dtype, checkpoints.save, checkpoints.save_adapter)
                 else:
                     checkpoints.save(whole, draft)
             run.corpus.copy_tokenizer(draft)

@@ -32,8 +32,8 @@ class FrozenProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        W = ctx.make(gradient.dtype, *ctx.saved_tensors)
-        return gradient @ W, None, *(None for _ in ctx.saved_tensors)
+        stored = ctx.saved_tensors                              # once: activation checkpointing hands them out once
+        return gradient @ ctx.make(gradient.dtype, *stored), None, *(None for _ in stored)
 
 
 def frozen_linear(x: Tensor, bias: Tensor | None, make: Callable[..., Tensor], *stored: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ def checkpoint_policy(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs
 
 def shard(
     model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *,
-    recompute: str = "none", compile: bool = False, offload: bool = False,
+    recompute: str = "none", compile: bool = False, offload: bool = False, random: bool = False,
 ) -> None:
     """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them their values.
 
@@ -164,9 +164,10 @@ def shard(
     dtype      of the products: parameters are cast to it in the all-gather; gradients are reduced in float32
     recompute  one of RECOMPUTE
     offload    shards and optimizer state are kept in the memory of the CPU
+    random     layers draw random numbers (dropout), which recomputation has to draw again
     """
     for layer in model.layers:
-        layer.forward = recomputed(layer.forward, recompute)
+        layer.forward = recomputed(layer.forward, recompute, random)
         if compile:
             layer.compile()
     if mesh.size() == 1 and not offload:
@@ -219,11 +220,11 @@ def reduce_gradients(model: Decoder, now: bool) -> None:
         module.set_requires_gradient_sync(now, recurse=False)
 
 
-def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
+def recomputed(forward: Callable[..., Tensor], how: str, random: bool = False) -> Callable[..., Tensor]:
     """The same function with activation checkpointing: it keeps less, and the backward pass computes the rest again."""
     if how == "none":
         return forward
-    full = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    full = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random)
     if how == "full":
         return full
     return partial(full, context_fn=partial(create_selective_checkpoint_contexts, checkpoint_policy))
@@ -318,8 +319,9 @@ def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype 
     for name, parameter in found.items():
         owner, _, leaf = name.rpartition(".")
         setattr(whole.get_submodule(owner), leaf, parameter)
-    for name, buffer in model.named_buffers():
+    saved = model.state_dict()                                  # a quantised module puts its codes in order for that
+    for name, _ in model.named_buffers():
         owner, _, leaf = name.rpartition(".")
-        setattr(whole.get_submodule(owner), leaf, buffer.to(device))
+        setattr(whole.get_submodule(owner), leaf, saved[name].to(device))
     whole.tie()
     return whole.eval()

@@ -20,6 +20,7 @@ import argparse
 import copy
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,6 +125,11 @@ def blank(model: Decoder) -> Decoder:
     return copy.deepcopy(model, memo)
 
 
+def draws(model: Decoder) -> bool:
+    """Whether adapters have dropout."""
+    return any(module.dropout > 0 for module in lora.loras(model).values())
+
+
 def share(model: Decoder, blank: Decoder) -> None:
     """Make parameters one again that are one in `blank`, as moving a model from the meta device makes each anew."""
     first: dict[nn.Parameter, str] = {}
@@ -178,7 +184,27 @@ def need_trainable(model: Decoder, options: argparse.Namespace) -> None:
                        "bits")
 
 
+def beside_base(options: argparse.Namespace) -> bool:
+    """Whether the adapter fits the weights of --init. What pissa and loftq quantise is not those: beside them the
+    adapter would be a little wrong, so the whole model is written, with the adapter in its weights."""
+    return not (options.quantize and options.lora_init in ("pissa", "loftq"))
+
+
 def how_to_use(options: argparse.Namespace) -> str:
-    """What a run folder with an adapter is good for, in two commands."""
-    return (f"python generate.py --model {options.init} --adapter {options.out}\n"
-            f"python -m checkpoints.convert {options.init} OUT --adapter {options.out} --merge")
+    """What the run folder will be, and the commands for it."""
+    if not beside_base(options):
+        return (f"{options.out}: will be a whole model with the adapter in its weights, as --lora-init "
+                f"{options.lora_init} quantises other weights than those of {options.init}")
+    kind = f" --quantize {options.quantize}" if options.quantize else ""
+    return (f"{options.out}: will be an adapter, as peft has them:\n"
+            f"  python generate.py --model {options.init} --adapter {options.out}{kind}\n"
+            f"  python -m checkpoints.convert {options.init} OUT --adapter {options.out} --merge")
+
+
+def export(whole: Decoder, folder: Path, options: argparse.Namespace, dtype: torch.dtype,
+           save: Callable[[Decoder, Path], None], save_adapter: Callable[..., None]) -> None:
+    """Write the adapters of a model, or the model with the adapters in it, in dtype."""
+    if beside_base(options):
+        save_adapter(whole, folder, base=str(options.init))
+    else:
+        save(lora.merge(whole).to(dtype), folder)
