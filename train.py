@@ -17,6 +17,7 @@ token, which depends on the tokenizer, and in bits per byte, which does not.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -39,13 +40,13 @@ from checkpoints.export import layout_for
 from nanollm.cli import main
 from nanollm.data.stream import Batch, stack
 from nanollm.errors import RunError
+from nanollm.inference import quantize
 from nanollm.inference.generation import generate
-from nanollm.inference.quantize import QuantizedLinear
 from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.training import distributed, freezing, growing, neftune, optim, runs, shifted_attention, state
+from nanollm.training import distributed, freezing, growing, neftune, optim, runs, shifted_attention, state, tuning
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
 from nanollm.training.flops import Speed
@@ -63,6 +64,8 @@ class Run:
     corpus: Corpus
     model: Decoder
     origin: checkpoints.Origin | None           # of a model that was loaded: it is written back the same way
+    blank: Decoder                              # the model on the meta device, as one that is whole will be
+    base: str | None                            # the fingerprint of what is frozen
     dtype: torch.dtype                          # that the model is written in
     optimizers: list[torch.optim.Optimizer]
     balance: Balance
@@ -164,7 +167,7 @@ def held_out_loss(run: Run, most: int | None = None) -> float:
 def sample(run: Run, length: int = 100) -> str | None:
     """How the model continues the prompt, at temperature 0.8. All ranks take part in the all-gather; rank 0 has it."""
     options, tokenizer = run.options, run.corpus.tokenizer
-    whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype])
+    whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype], run.blank)
     if whole is None or tokenizer is None:
         return None
     ids = run.corpus.prompt(options.prompt)
@@ -246,21 +249,24 @@ def finish(saver: state.Saver, log: Log, needed: bool = False) -> None:
 # ---- before and after
 
 def initial(options: argparse.Namespace) -> Decoder:
-    """The model of --init, grown as the options say. Raises RunError where its weights have too few bits to be trained.
-    """
-    folder = options.init
-    model = checkpoints.load(folder)
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise RunError(f"{folder}: its weights are quantised, and those are not trained; python -m checkpoints.convert "
-                       f"{folder} OUT writes them in 16 bits")
-    return growing.grow(model, options)
+    """The model of --init, grown as the options say, or with adapters. Raises RunError where its weights have too few
+    bits to be trained."""
+    model = checkpoints.load(options.init, **tuning.loading(options))
+    tuning.need_trainable(model, options)
+    if not tuning.tunes(options):
+        return growing.grow(model, options)
+    return tuning.prepare(
+        model, options, lambda weight, bias: quantize.quantised(weight, bias, options.quantize),
+        lambda whole: quantize.apply(whole, quantize.plan_for(whole, options.quantize)))
 
 
 def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
     source = world.on_rank_0(lambda: initial(options)) if options.init else None
-    config, dtype = world.broadcast(source and (source.config, source.embed.weight.dtype)) or (
-        preset(options.preset, context=options.context), torch.float32)
+    config, dtype, tuned, base = world.broadcast(source and (
+        source.config, source.embed.weight.dtype, tuning.tunes(options) and tuning.blank(source),
+        tuning.fingerprint(source) if tuning.tunes(options) else None,
+    )) or (preset(options.preset, context=options.context), torch.float32, None, None)
     fit_context(options, config)
     if options.init and (most := growing.reach(config)) and options.context > most:
         raise RunError(f"{options.init}: made for {most} tokens, --context is {options.context}; --rope-scaling and "
@@ -272,21 +278,24 @@ def build(options: argparse.Namespace, world: World) -> Run:
                        f"{corpus.vocab}; --grow-vocab gives it rows for them")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
     with torch.device("meta"):
-        model = Decoder(config)
+        model = tuned or Decoder(config)
+    blank = copy.deepcopy(model)
     freezing.freeze(model, options)
     if options.neftune:
         neftune.add_noise(model, options.neftune)
     if options.shift_attention:
         shifted_attention.shift_attention(model, options.shift_attention, options.context)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
-                      offload=options.offload)
+                      offload=options.offload, random=tuning.draws(model))
     model.to_empty(device="cpu" if options.offload else world.device)
+    tuning.share(model, blank)
     values = initial_values(model, options.seed)
     if options.init:
         values = distributed.broadcast_parameters(model, source, world.device)
     distributed.fill(model.eval(), values)
-    optimizers = optim.build(model, options.optimizer, options.weight_decay, DTYPES[options.dtype])
-    return Run(options, world, corpus, model, source.origin if source else None, dtype, optimizers, Balance(model))
+    optimizers = tuning.optimizers(model, options, DTYPES[options.dtype])
+    origin = source.origin if source else None
+    return Run(options, world, corpus, model, origin, blank, base, dtype, optimizers, Balance(model))
 
 
 def restore(run: Run) -> None:
@@ -301,6 +310,8 @@ def restore(run: Run) -> None:
 
 def written_as(run: Run) -> str:
     """The layout in which `export` will write the model, for a person, before the first step."""
+    if tuning.tunes(run.options):
+        return tuning.how_to_use(run.options)
     layout, reason = layout_for(run.model.config, run.origin)
     if layout == "hf":
         return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
@@ -310,7 +321,9 @@ def written_as(run: Run) -> str:
 
 def export(run: Run) -> None:
     """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
-    whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), run.dtype)
+    tuned = tuning.tunes(run.options)           # adapters are float32, whatever the dtype of their base
+    dtype = torch.float32 if tuned else run.dtype
+    whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), dtype, run.blank)
 
     def write() -> None:
         with runs.replacing(run.options.out) as draft:
@@ -318,7 +331,10 @@ def export(run: Run) -> None:
                 whole.origin = run.origin
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)        # `written_as` has said it before the first step
-                checkpoints.save(whole, draft)
+                if tuned:
+                    tuning.export(whole, draft, run.options, run.dtype, checkpoints.save, checkpoints.save_adapter)
+                else:
+                    checkpoints.save(whole, draft)
             run.corpus.copy_tokenizer(draft)
     run.world.on_rank_0(write)
 
@@ -340,7 +356,8 @@ def run() -> None:
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))           # what it holds by now
         here = build(options, world)
         facts = {"options": dict(vars(options)), "model": here.model.config.to_dict(),
-                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "muon": optim.constants(options.optimizer)}
+                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "base": {"weights": here.base},
+                 "muon": optim.constants(options.optimizer)}
         world.on_rank_0(lambda: runs.start(folder, facts, resume, force))
         if resume:
             restore(here)

@@ -229,6 +229,17 @@ def _name_in(values: Mapping[str, Any], key: str, family: Family) -> str:
     return key if key in values else next((name for name in older if name in values), key)
 
 
+def peft_tables(config: ModelConfig, origin: Origin | None) -> tuple[table.Table, ...]:
+    """The tables with the names that transformers has for a model's tensors, and so peft for its adapters'."""
+    if origin is not None and origin.layout == "hf" and origin.family is not NANOLLM:
+        return origin.family.tables(config)
+    try:
+        values, names = _hf(config, origin)
+    except ConfigError:
+        return NANOLLM.tables(config)
+    return names, *FAMILIES[values["model_type"]].tables(config)
+
+
 def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:
     was = {}
     if origin and origin.layout == "hf" and origin.family is not NANOLLM:

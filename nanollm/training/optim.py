@@ -140,8 +140,8 @@ def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 
 
 def tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
-    """All that a step changes, by name: the parameters, and the optimizers' state of each."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    """All that a step changes, by name: the parameters that are trained, and the optimizers' state of each."""
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
     found = {f"model.{name}": p for p, name in names.items()}
     for optimizer in optimizers:
         for p, state in optimizer.state.items():

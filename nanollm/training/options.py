@@ -23,8 +23,8 @@ from nanollm.cli import Parser
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
 from nanollm.presets import preset
-from nanollm.training import growing
-from nanollm.training.arguments import DEFAULTS, build_parser, kind
+from nanollm.training import growing, tuning
+from nanollm.training.arguments import DEFAULTS, LORA_DEFAULTS, build_parser, kind
 from nanollm.training.distributed import DTYPES
 
 if sys.version_info >= (3, 11):
@@ -51,6 +51,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     if options.mix and len(options.mix) != len(options.data):
         raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
     growing.check(options)
+    tuning.check(options)
     name = "demo" if options.preset == parser.get_default("preset") else options.preset
     options.out = options.out or Path("runs") / (f"{options.init.name}-tuned" if options.init else name)
     settle(options)
@@ -72,7 +73,8 @@ def settle(options: argparse.Namespace) -> None:
     own.pop("micro_batch", None)                            # was resolved for the ranks that there were
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None:
-            setattr(options, name, own.get(name, None if name == "context" else values[kind(options)]))
+            usual = LORA_DEFAULTS.get(name) if tuning.tunes(options) else None
+            setattr(options, name, own.get(name, None if name == "context" else usual or values[kind(options)]))
     if options.dtype == "auto" and own.get("dtype") in DTYPES:
         options.dtype = own["dtype"]
     if not options.init:
