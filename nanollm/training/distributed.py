@@ -153,7 +153,7 @@ def checkpoint_policy(_: object, op: torch._ops.OpOverload, *args: Any, **kwargs
 
 def shard(
     model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *,
-    recompute: str = "none", compile: bool = False, offload: bool = False,
+    recompute: str = "none", compile: bool = False, offload: bool = False, random: bool = False,
 ) -> None:
     """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them their values.
 
@@ -162,9 +162,10 @@ def shard(
     dtype      of the products: parameters are cast to it in the all-gather; gradients are reduced in float32
     recompute  one of RECOMPUTE
     offload    shards and optimizer state are kept in the memory of the CPU
+    random     layers draw random numbers (dropout), which recomputation has to draw again
     """
     for layer in model.layers:
-        layer.forward = recomputed(layer.forward, recompute)
+        layer.forward = recomputed(layer.forward, recompute, random)
         if compile:
             layer.compile()
     if mesh.size() == 1 and not offload:
@@ -216,11 +217,11 @@ def reduce_gradients(model: Decoder, now: bool) -> None:
         module.set_requires_gradient_sync(now, recurse=False)
 
 
-def recomputed(forward: Callable[..., Tensor], how: str) -> Callable[..., Tensor]:
+def recomputed(forward: Callable[..., Tensor], how: str, random: bool = False) -> Callable[..., Tensor]:
     """The same function with activation checkpointing: it keeps less, and the backward pass computes the rest again."""
     if how == "none":
         return forward
-    full = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=False)
+    full = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=random)
     if how == "full":
         return full
     return partial(full, context_fn=partial(create_selective_checkpoint_contexts, checkpoint_policy))
