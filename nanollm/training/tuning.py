@@ -163,7 +163,7 @@ def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) 
     the learning rate of B is λ times that of A (Hayou et al. 2024, arXiv 2402.12354)."""
     there = lora.adapters(model)
     if not there:
-        return optim.build(model, options.optimizer, options.weight_decay, dtype)
+        return optim.build(model, options.optimizer, options.weight_decay, dtype, options.betas)
     parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": []}
     for name, p in there.items():
         parts[name.rpartition(".")[2]].append(p)
@@ -171,7 +171,7 @@ def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) 
     found = [optim.adamw([group for group in (
         {"params": parts["A"], "weight_decay": decay, "lr_scale": 1.0},
         {"params": parts["B"], "weight_decay": decay, "lr_scale": faster},
-        {"params": parts["magnitude"], "weight_decay": 0.0, "lr_scale": 1.0}) if group["params"]])]
+        {"params": parts["magnitude"], "weight_decay": 0.0, "lr_scale": 1.0}) if group["params"]], options.betas)]
     optim.init_state(found)
     return found
 
