@@ -88,7 +88,7 @@ class Fields:
         kind = self._kind(chat, message)
         if spelling := self.found.get(kind):
             return spell(message, spelling)
-        first: tuple[str, ...] = ()
+        failed: list[tuple[str, ...]] = []
         for spelling in self._spellings(message):
             try:
                 made = spell(message, spelling)
@@ -98,8 +98,9 @@ class Fields:
             if not lost:
                 self.found[kind] = spelling
                 return made
-            first = first or lost
-        raise self._vanishes(chat, at, first)
+            failed.append(lost)
+        named = [lost for lost in failed if not any(" " in field for field in lost)]     # fields, and no further words
+        raise self._vanishes(chat, at, (named or failed)[0])
 
     def _spellings(self, message: Message) -> list[Spelling]:
         given = next((name for name in THOUGHTS if name in message), None)

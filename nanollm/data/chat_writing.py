@@ -23,8 +23,8 @@ in the middle of a chat too. Its target is a stop id, though the next token is a
     targets (GLM-4)         Hello      <|user|>                               a role marker that is a stop id
 
 **Prompts that open thoughts.** R1-Distill's prompt ends in "<think>\\n", and its template cuts thoughts from answers.
-Such an answer is the prompt, the thoughts, "</think>" and the rest as the template writes it; one without thoughts has
-empty ones, "\\n</think>\\n\\n", as LLaMA-Factory writes them.
+Such an answer is the prompt, the thoughts, "\\n</think>\\n\\n" and the rest as the template writes it; one without
+thoughts has empty ones, as LLaMA-Factory writes them.
 """
 
 import functools
@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nanollm.data.chat_fields import CLOSES, OPENS, Fields
-from nanollm.data.chat_formats import Chat, need
+from nanollm.data.chat_formats import THOUGHTS, Chat, need
 from nanollm.errors import DataError, TokenizerError
 from nanollm.text.chat import ids, mark, texts
 from nanollm.text.templates import no_template
@@ -106,7 +106,12 @@ class Writer:
                      f"the template to write {json.dumps(asked[:80])} and the answer there, "
                      "as it does where it asks for one; change the template, or write the answer so", said)
             end = next((at + 1 for at in range(start, len(whole)) if whole[at] in stops), len(whole))
-            lacks = None if whole[end - 1] in stops else self._end(chat, i, written, len(whole))
+            lacks = None if whole[end - 1] in stops else self._end(chat, i)
+            if rest := tokenizer.decode(whole[end:]).strip():
+                stop = tokenizer.decode([whole[end - 1]], skip_special=False)
+                raise DataError(f"{chat.where}, message {i + 1}: the template writes {json.dumps(rest[:80])} behind "
+                                f"{stop}, at which generation stops: that could not be learnt; take {stop} out of the "
+                                "eos_token_id of generation_config.json, or choose another --template")
             before = made[-1] if made else _Draft([], [], None)
             targets = [IGNORED] * end
             if made and start >= len(before.ids) and whole[: len(before.ids)] == before.ids:
@@ -148,13 +153,15 @@ class Writer:
         before = asking[: asking.rindex(OPENS)]
         if not whole.startswith(before):
             return whole                                # `examples` says what is wrong
-        content = mark(message["content"] or "", self.tokenizer.special_pattern)
-        thoughts, closed, _ = content.rpartition(CLOSES)
-        if not closed:
-            self.notes["answers without thoughts have empty ones, since the prompt opens them"] += 1
-        thoughts = thoughts.strip().removeprefix(OPENS).strip("\n")
         answer = whole[len(before) :].lstrip("\n")
-        return f"{asking}{thoughts}\n{CLOSES}\n\n{answer}"
+        if answer.startswith(OPENS) and CLOSES in answer:      # spaced in another way than the prompt
+            thoughts, _, answer = answer.removeprefix(OPENS).partition(CLOSES)
+        else:
+            content = mark(message["content"] or "", self.tokenizer.special_pattern)
+            thoughts, answer = content.rpartition(CLOSES)[0].strip().removeprefix(OPENS), f"\n\n{answer}"
+        if not thoughts.strip():
+            self.notes["has no thoughts: they are written as empty, since the prompt opens them"] += 1
+        return f"{asking}{thoughts.strip()}\n{CLOSES}{answer}"
 
     def ids(self, text: str) -> list[int]:
         """As `text.chat.ids`, but what stands between two special tokens is encoded once, however often it is said.
@@ -179,23 +186,28 @@ class Writer:
                 return defined
         return found
 
-    def _end(self, chat: Chat, i: int, written: str, length: int) -> int:
-        """The stop id that an answer of so many tokens should end with, where the template writes none: the role marker
-        that follows, if generation stops at it; else the end-of-sequence id."""
+    def _end(self, chat: Chat, i: int) -> int:
+        """The stop id that an answer should end with, where the template writes none: the role marker that follows, if
+        generation stops at it; else the end-of-sequence id."""
         tokenizer = self.tokenizer
         calls = bool(chat.messages[i].get("tool_calls"))
         if (key := (chat.tools is None, calls)) not in self._ends:
             self._ends[key] = tokenizer.stop_ids[0] if tokenizer.eos_id is None else tokenizer.eos_id
-            after = {"role": "tool", "content": "x", "name": "x"} if calls else {"role": "user", "content": "x"}
-            if tokenizer.template_for(chat.tools) is not None:
-                try:
-                    messages = [*self.fields.spelled(chat)[: i + 1], after]
-                    longer, = texts(tokenizer, messages, chat.tools, [(len(messages), False)])
-                except TokenizerError:
-                    longer = ""                         # a template that refuses that shows no marker
-                following = ids(tokenizer, longer)[length : length + 1] if longer.startswith(written) else []
-                if following and following[0] in tokenizer.stop_ids:
-                    self._ends[key] = following[0]
+            talk: list[dict[str, Any]] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]
+            after = {"role": "user", "content": "x"}
+            try:
+                if calls:                               # and no thoughts, which some templates take out when it goes on
+                    plain = {key: value for key, value in chat.messages[i].items() if key not in THOUGHTS}
+                    talk = [talk[0], self.fields.spelled(Chat(chat.where, [talk[0], plain], chat.tools))[1]]
+                    after = {"role": "tool", "content": "x", "name": "x", "tool_call_id": "x" * 9}
+                if tokenizer.template_for(chat.tools) is not None:
+                    written, longer = (ids(tokenizer, text) for text in texts(
+                        tokenizer, [*talk, after], chat.tools, [(2, False), (3, False)]))
+                    following = longer[len(written) : len(written) + 1] if longer[: len(written)] == written else []
+                    if following and following[0] in tokenizer.stop_ids:
+                        self._ends[key] = following[0]
+            except (TokenizerError, DataError):
+                pass                                    # a template that refuses such a talk shows no marker
         return self._ends[key]
 
 

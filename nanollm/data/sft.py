@@ -159,11 +159,15 @@ class Chats:
             at += n
         return tokens, targets, positions
 
+    @property
+    def largest(self) -> int:
+        """The largest id in use."""
+        return max(self.pad, *(int(max(e.tokens.max(), e.targets.max())) for e in self.examples))
+
     def verify(self, vocab: int) -> None:
         """Raises DataError if a token is not below `vocab`."""
-        largest = max(self.pad, *(int(max(e.tokens.max(), e.targets.max())) for e in self.examples))
-        if largest >= vocab:
-            raise DataError(f"{self.name}: token id {largest}, expected ids below {vocab}; "
+        if self.largest >= vocab:
+            raise DataError(f"{self.name}: token id {self.largest}, expected ids below {vocab}; "
                             "use the tokenizer that the model was trained with")
 
     def unchanged(self) -> None:

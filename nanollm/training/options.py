@@ -45,22 +45,31 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     if options.init and options.init.is_file() and not options.plan:
         raise InputError(f"--init {options.init}: a file; fine-tuning starts from a folder: "
                          f"python -m checkpoints.convert {options.init} FOLDER")
-    if options.chat and options.data:
-        raise InputError("--chat and --data are two kinds of training; give one of them")
-    if options.mix and len(options.mix) != len(options.data):
-        raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
+    check_chats(options)
     name = "demo" if options.preset == parser.get_default("preset") else options.preset
     options.out = options.out or Path("runs") / (f"{options.init.name}-tuned" if options.init else name)
     settle(options)
     if not options.plan:
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    source = [path.name for path in ([options.chat] if options.chat else options.data)]
+    source = [Path(path).name for path in (*(options.chat or ()), *options.data)]
     model = options.init.name if options.init else options.preset
     options.title = f"{model} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
         options.prompt = "def " if not (options.data or options.chat) else ""
     return options
+
+
+def check_chats(options: argparse.Namespace) -> None:
+    """Raise InputError where options of chats and mixtures do not go together."""
+    if not options.chat:
+        for name in ("dataset_dir", "columns", "long"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} goes with --chat")
+    sources = len(options.chat or ()) + len(options.data)
+    if options.mix and len(options.mix) != sources:
+        what = f"{len(options.chat)} --chat and {len(options.data)} --data" if options.chat else f"{sources} --data"
+        raise InputError(f"--mix has {len(options.mix)} weights for {what}")
 
 
 def settle(options: argparse.Namespace) -> None:

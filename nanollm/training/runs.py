@@ -109,7 +109,10 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
         for part, values in plain(facts).items():
             recorded = before["options"] if part == "options" else before.get(part, {})
             for name, value in values.items():
-                if name not in FREE and (old := recorded.get(name)) != value:
+                old = recorded.get(name)
+                if name == "chat" and isinstance(old, str):     # of a version with one set
+                    old = [old]
+                if name not in FREE and old != value:
                     label = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
                     nested = part == "model" and isinstance(value, list | dict)         # the layers: pages
                     changed.append(f"other {label}" if nested else f"{label} {old} → {value}")
