@@ -35,7 +35,8 @@ model = model.float().to("cuda" if torch.cuda.is_available() else "cpu").train()
 words = tokenizer.load(args.folder)
 
 # one example a chat, packed into rows of --context tokens; a packed chat sees no other
-examples = [example for chat in sft.read(args.chats) for example in sft.examples(words, chat)]
+writer = sft.Writer(words)
+examples = [example for chat in sft.read(args.chats) for example in writer.examples(chat)]
 rows = sft.Chats(str(args.chats), examples, args.context, pad=words.eos_id or 0)
 stream = Stream([rows], None, seed=0)
 print(f"{len(examples)} examples in {rows.rows} rows; {rows.dropped} longer than --context are left out")

@@ -98,7 +98,12 @@ def spelled(tokenizer: Tokenizer, example: Example) -> tuple[str, list[str]]:
 
 
 def example(*tokens: int, answer: str) -> Example:
-    return Example(np.array(tokens, np.int64), np.array([mark == "x" for mark in answer]))
+    return marked(np.array(tokens, np.int64), np.array([mark == "x" for mark in answer]))
+
+
+def marked(tokens: np.ndarray, answer: np.ndarray) -> Example:
+    """An example of which these tokens are answers, each predicted by the one before it."""
+    return Example(tokens, np.append(np.where(answer[1:], tokens[1:], -100), -100))
 
 
 # ---- formats
@@ -190,7 +195,24 @@ REFUSED = {
         ['"text", "prompt"', "messages, [tools]", "instruction, output", "conversations", "prompt, completion"],
     ),
     "two formats": ({"messages": TALK, "output": "b"}, ["one format", '"output"']),
-    "a key of another format": ({"messages": TALK, "system": "b"}, ["one format", '"system"']),
+    "a key of another format": ({"messages": TALK, "input": "b"}, ["one format", '"input"']),
+    "another prompt than the first question": ({"messages": TALK, "prompt": "b"}, ["one format", '"prompt"']),
+    "two system messages": ({"messages": TALK, "system": "b"}, ["one system message", '"b"']),
+    "two systems": ({"instruction": "a", "output": "b", "system": "c", "system_prompt": "d"}, ["one of 'system' and"]),
+    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen, rejected", "preference data", "later"]),
+    "a chat with a weight": ({"messages": TALK, "weight": 0.5}, ["'weight' of a whole chat", "--mix", "0.5"]),
+    "weights that do not agree": (
+        {"messages": [user("a"), assistant("b") | {"weight": 0, "train": True}]}, ["message 2", "agree", '"train"'],
+    ),
+    "a question to learn": ({"messages": [user("a") | {"train": True}, assistant("b")]}, ["message 1", "'train'"]),
+    "a train that is no truth": ({"messages": [user("a"), assistant("b") | {"train": "no"}]}, ["'train'", '"no"']),
+    "a call that is no JSON": (
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "f(x)"}]},
+        ["message 2", "JSON", "f(x)"],
+    ),
+    "two thoughts": (
+        {"messages": [user("a"), assistant("b") | {"thinking": "c", "reasoning": "d"}]}, ["message 2", "one of"],
+    ),
     "no object": ([1], ["an object", "[1]"]),
     "no list of messages": ({"messages": "a"}, ["'messages' to be a list", '"a"']),
     "no messages": ({"messages": []}, ["an answer of the assistant"]),
@@ -199,7 +221,6 @@ REFUSED = {
         {"prompt": [user("a"), assistant("b")], "completion": [user("c")]}, ["an answer of the assistant"],
     ),
     "nothing before the answer": ({"messages": [assistant("b")]}, ["something before it", '["assistant"]']),
-    "an empty answer": ({"instruction": "a", "output": " \n"}, ["message 2", "to say something"]),
     "an unknown role": (
         {"messages": [user("a"), {"role": "robot", "content": "b"}]},
         ["message 2", "'role'", "one of system", '"robot"'],
@@ -220,13 +241,13 @@ REFUSED = {
         {"messages": [user([{"type": "text"}]), assistant("b")]}, ["message 1", "parts of type text"],
     ),
     "an answer with a weight": (
-        {"messages": [user("a"), assistant("b") | {"weight": 0}]}, ["message 2", "weight", "0"],
+        {"messages": [user("a"), assistant("b") | {"weight": 0.5}]}, ["message 2", "'weight' to be 0 or 1", "0.5"],
     ),
     "a number for an instruction": ({"instruction": 1, "output": "b"}, ["'instruction' to be text", "1"]),
     "a history of texts": ({"instruction": "a", "output": "b", "history": ["c", "d"]}, ["'history'", "pairs"]),
     "a history of threes": ({"instruction": "a", "output": "b", "history": [["c", "d", "e"]]}, ["'history'", "pairs"]),
     "a prompt of another kind": ({"prompt": "a", "completion": [assistant("b")]}, ["both text or both lists"]),
-    "tools that are no list": ({"messages": TALK, "tools": "[]"}, ["'tools' to be a list"]),
+    "tools that are no list": ({"messages": TALK, "tools": "a"}, ["'tools' to be a list"]),
     "half a character": ({"prompt": "\ud800", "completion": "b"}, ["surrogates"]),
     "a key that drives the terminal": ({"\x1b]0;hi\x07": 1}, ["\\u001b]0;hi\\u0007"]),
 }
@@ -239,7 +260,7 @@ def test_what_is_refused_names_the_line(tmp_path, name):
         sft.read(lines(tmp_path / "x.jsonl", GOOD, item))
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'x.jsonl'}, line 2") and all(word in message for word in words), message
-    assert "\n" not in message and message.isprintable() and len(message) < 700
+    assert "\n" not in message and message.isprintable() and len(message) < 900
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -250,7 +271,13 @@ def test_what_is_refused_names_the_line(tmp_path, name):
     ("x.json", b'{"prompt": "a", "completion": "b"}', ["x.json: expected one list", ".jsonl"]),
     ("x.json", b'[{"prompt": "a", "completion": "b"}, 2]', ["x.json, item 2", "an object"]),
     ("x.json", b"[]", ["x.json: no chats"]),
-    ("x.csv", b"prompt,completion\n", ["x.csv", ".jsonl"]),
+    ("x.csv", b"prompt,completion\n", ["x.csv: no chats"]),
+    ("x.csv", b"prompt,completion\na,b,c\n", ["x.csv, row 1", "2 columns", '["c"]']),
+    ("x.csv", b"prompt,completion\n\xe9,b\n", ["x.csv", "CSV in UTF-8"]),
+    ("x.txt", b"a", ["x.txt", ".jsonl"]),
+    ("x.jsonl.gz", b"a", ["x.jsonl.gz"]),
+    ("x.jsonl.zst", b"a", ["x.jsonl.zst: cannot be decompressed"]),
+    ("x.parquet", b"a", ["x.parquet: not parquet"]),
 ])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
@@ -260,7 +287,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, words):
 
 
 def test_a_folder_without_chats_and_a_path_without_anything_are_errors(tmp_path):
-    with pytest.raises(DataError, match="no chats in it; expected .jsonl files"):
+    with pytest.raises(DataError, match="no chats in it; expected .jsonl, .ndjson, .parquet files"):
         sft.read(tmp_path)
     with pytest.raises(DataError, match="nothing: cannot be read: No such file"):
         sft.read(tmp_path / "nothing")
@@ -433,9 +460,9 @@ def test_tools_are_shown_to_the_template(tokenizer):
         ("{{ raise_exception('roles must alternate') }}", ["roles must alternate"]),
         (
             "{% for m in messages if m.role != 'assistant' %}{{ m.content }}{% endfor %}",
-            ["message 3", "the template to write"],
+            ["message 3", "does not write content"],
         ),
-        (CHATML.replace("assistant\n", "assistant\n<think>\n"), ["message 3", "<think>", "change the template"]),
+        (CHATML.replace("assistant\n", "assistant\nSure: "), ["message 3", "Sure: ", "change the template"]),
     ],
 )
 def test_a_template_that_cannot_be_learnt_from_is_named(tokenizer, template, words):
@@ -518,7 +545,7 @@ def test_rows_are_as_written_by_hand():
 def random_examples(count: int, longest: int, seed: int = 0) -> list[Example]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, longest + 1, count)
-    return [Example(rng.integers(1, 500, n), np.concatenate([[False], rng.random(n - 1) < 0.5])) for n in lengths]
+    return [marked(rng.integers(1, 500, n), np.concatenate([[False], rng.random(n - 1) < 0.5])) for n in lengths]
 
 
 def test_every_example_is_in_the_rows_once():
@@ -553,7 +580,7 @@ def test_packing_is_first_fit_decreasing():
 def test_an_example_changes_its_own_cells_only():
     examples = random_examples(40, 20)
     changed = list(examples)
-    changed[7] = Example(examples[7].tokens + 1000, ~examples[7].answer & (np.arange(len(examples[7].tokens)) > 0))
+    changed[7] = marked(examples[7].tokens + 1000, ~examples[7].answer & (np.arange(len(examples[7].tokens)) > 0))
     before, after = Chats("a", examples, 24, 0), Chats("a", changed, 24, 0)
     assert before.rows == after.rows and before.fingerprint != after.fingerprint
     cells = 0

@@ -493,7 +493,7 @@ def test_choose(tmp_path: Path) -> None:
 def answer_and_prompt(ours: Tokenizer, name: str) -> tuple[list[str], list[int]]:
     chat = sft.Chat("x", [FIRST, ANSWER])
     example, = sft.examples(ours, chat)
-    return [ours.decode([id], skip_special=False) for id, learnt in zip(*example, strict=True) if learnt], example.tokens[
+    return [ours.decode([id], skip_special=False) for id, learnt in zip(example.tokens, example.answer, strict=True) if learnt], example.tokens[
         ~example.answer
     ].tolist()
 
@@ -512,7 +512,7 @@ def test_each_can_be_learnt_from(tmp_path: Path, name: str) -> None:
     choose(ours, name, to_file=True)
     learnt, prompt = answer_and_prompt(ours, name)
     assert prompt == Conversation(ours, [FIRST]).prompt_ids() == asked
-    assert "".join(learnt).strip().startswith("Hello!") and learnt[-1] in ("</s>", "<|im_end|>", "<|EOT|>", "<eoa>")
+    assert "".join(learnt).strip().startswith("Hello!") and learnt[-1] in ("</s>", "<|im_end|>", "<|EOT|>", "<eoa>", "<|user|>")
     (tmp_path / "chat_template.jinja").write_text(ours.chat_template)
     again = load(write(tmp_path, generation_config=speakers | {"eos_token_id": list(ours.stop_ids)}))
     assert Conversation(again, [FIRST]).prompt_ids() == prompt and again.stop_ids == ours.stop_ids

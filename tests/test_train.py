@@ -485,7 +485,7 @@ def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
     (["--batch-size", "6", "--micro-batch", "4"], 1, "not a multiple"),
     (["--replicas", "2"], 1, "does not divide"),
     (["--chat", "bad.jsonl"], 1, "--init"),
-    (["--chat", "bad.jsonl", "--init", "x", "--data", "short.txt"], 1, "one of them"),
+    (["--chat", "bad.jsonl", "--init", "x", "--data", "short.txt", "--mix", "1"], 1, "1 weights for 1 --chat and 1"),
     (["--data", "short.txt", "--mix", "1", "2"], 1, "2 weights for 1 --data"),
     (["--init", "nowhere"], 1, "nowhere"),
     (["--steps", "5", "--epochs", "1"], 1, "give one of them"),

@@ -19,12 +19,13 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanollm.errors import InputError, TokenizerError
-from nanollm.text.render import render
+from nanollm.text.render import render_cuts
 from nanollm.text.templates import no_template
 from nanollm.text.tokenizer import CLOSE, OPEN, Tokenizer
 
@@ -99,30 +100,44 @@ class Conversation:
 
     def prompt_ids(self, **extra: Any) -> list[int]:
         """The ids that ask for the next message of the assistant. `extra` are further variables of the template."""
-        special = sorted(self.tokenizer.special_tokens, key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, special)) or "(?!)")
-        template = self.tokenizer.template_for(self.tools)
-        assert template is not None, "__post_init__ refuses a tokenizer without one"
         turns, written = self.turns, self.messages
         if self.left_out:
             written = self.messages[: turns[0]] + self.messages[turns[self.left_out] :]
-        try:
-            text = render(template, _mark(written, pattern), tools=_mark(self.tools, pattern),
-                          **(self.tokenizer.named_tokens | extra))
-        except TokenizerError as error:
-            file = self.tokenizer.template_files.get(self.tokenizer.template_name(self.tools))
-            raise TokenizerError(f"{file}: {error}" if file else str(error)) from None
-        ids = self.tokenizer.encode(text, bos=False, special=True)
-        return [*self.tokenizer.prefix, *ids] if self.tokenizer.chat_begins else ids
+        whole = (len(written), extra.pop("add_generation_prompt", True))
+        text, = texts(self.tokenizer, written, self.tools, [whole], **extra)
+        return ids(self.tokenizer, text)
 
 
-def _mark(value: Any, pattern: re.Pattern[str]) -> Any:
+def texts(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
+          cuts: Sequence[tuple[int, bool]], **extra: Any) -> list[str]:
+    """What the template makes of the first n messages, for each (n, whether it asks for an answer) of `cuts`.
+
+    Special tokens inside the messages stand between OPEN and CLOSE. Raises TokenizerError.
+    """
+    template = tokenizer.template_for(tools)
+    assert template is not None, "Conversation refuses a tokenizer without one"
+    pattern = tokenizer.special_pattern
+    try:
+        return render_cuts(template, mark(messages, pattern), cuts, tools=mark(tools, pattern),
+                           **(tokenizer.named_tokens | extra))
+    except TokenizerError as error:
+        file = tokenizer.template_files.get(tokenizer.template_name(tools))
+        raise TokenizerError(f"{file}: {error}" if file else str(error)) from None
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text of `texts`."""
+    found = tokenizer.encode(text, bos=False, special=True)
+    return [*tokenizer.prefix, *found] if tokenizer.chat_begins else found
+
+
+def mark(value: Any, pattern: re.Pattern[str]) -> Any:
     """The same messages, with each special token in their texts between OPEN and CLOSE; their own marks are dropped."""
     if isinstance(value, str):
         return pattern.sub(lambda match: OPEN + match[0] + CLOSE, re.sub(f"[{OPEN}{CLOSE}]", "", value))
     if isinstance(value, dict):
-        return {key: _mark(item, pattern) for key, item in value.items()}
-    return [_mark(item, pattern) for item in value] if isinstance(value, (list, tuple)) else value
+        return {key: mark(item, pattern) for key, item in value.items()}
+    return [mark(item, pattern) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 # ---- chats as files: {"messages": [{"role": "user", "content": "Hi"}, …]}, as train.py --chat reads them

@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -37,19 +38,27 @@ MEMORY_LIMIT = 512 << 20          # bytes
 OUTPUT_LIMIT = 1_000_000          # characters
 
 
-def render(template: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True, bos_token: str = "",
-           eos_token: str = "", tools: list[dict[str, Any]] | None = None, **extra: Any) -> str:
+def render(template: str, messages: list[dict[str, Any]], *, add_generation_prompt: bool = True,
+           **variables: Any) -> str:
     """The chat as text. Raises TokenizerError if the template refuses the messages, is broken, or meets a limit.
 
     >>> chat = [{"role": "user", "content": "Hi"}]
     >>> render("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}", chat)
     'user: Hi\\n'
     """
-    variables = dict(messages=messages, add_generation_prompt=add_generation_prompt, bos_token=bos_token,
-                     eos_token=eos_token, tools=tools, **extra)
+    return render_cuts(template, messages, [(len(messages), add_generation_prompt)], **variables)[0]
+
+
+def render_cuts(template: str, messages: list[dict[str, Any]], cuts: Sequence[tuple[int, bool]], *, bos_token: str = "",
+                eos_token: str = "", tools: list[dict[str, Any]] | None = None, **extra: Any) -> list[str]:
+    """The first n messages as text, for each (n, add_generation_prompt) of `cuts`: one request for a whole chat.
+
+    Raises TokenizerError as `render` does. The limits hold for each text.
+    """
+    variables = dict(messages=messages, bos_token=bos_token, eos_token=eos_token, tools=tools, **extra)
     name = f"chat template {template[:60]!r}…" if len(template) > 60 else f"chat template {template!r}"
     try:
-        request = json.dumps({"template": template, "variables": variables}).encode()
+        request = json.dumps({"template": template, "variables": variables, "cuts": cuts}).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise TokenizerError(f"{name}: messages and variables must be plain JSON: {error}") from None
     try:
@@ -60,7 +69,7 @@ def render(template: str, messages: list[dict[str, Any]], *, add_generation_prom
         raise TokenizerError(f"{name}: exceeded the memory limit of {MEMORY_LIMIT >> 20} MiB, or crashed") from None
     if "error" in answer:
         raise TokenizerError(f"{name}: {answer['error']}")
-    return answer["text"]
+    return answer["texts"]
 
 
 class _Renderer:
@@ -148,8 +157,13 @@ def _serve() -> None:
         _seconds_left(limits["time"])
         try:
             request = json.loads(line)
-            text = _write(compiled(request["template"]), request["variables"], limits["output"] + len(line))
-            answer = {"text": text}
+            written: list[str] = []
+            template, variables = compiled(request["template"]), request["variables"]
+            for count, asks in request["cuts"]:
+                _seconds_left(limits["time"])
+                cut = variables | {"messages": variables["messages"][:count], "add_generation_prompt": asks}
+                written.append(_write(template, cut, limits["output"] + len(line)))
+            answer: dict[str, Any] = {"texts": written}
         except MemoryError:
             raise                                         # ends this process; the parent says why and starts another
         except Exception as error:

@@ -78,6 +78,8 @@ class Tokenizer:
         self._stops = declared.all_stops(self.special_tokens)
         self.stop_ids = tuple(sorted(set().union(*self._stops.values())))
         self.chat_templates, self.template_files = chat_templates(folder, declared)
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
+        self.special_pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self.chat_begins = False
         self.stop_texts: tuple[str, ...] = ()
         self.folder = folder

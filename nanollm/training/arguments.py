@@ -13,6 +13,7 @@ import torch
 
 from nanollm import cli
 from nanollm.cli import Parser
+from nanollm.data.sft import LONG
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing
@@ -50,6 +51,14 @@ def which(text: str) -> str:
     """last, best or a step, for --export."""
     if text not in ("last", "best") and not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text}: expected last, best or the number of a step")
+    return text
+
+
+def column(text: str) -> str:
+    """name=column, for an option."""
+    name, _, column = text.partition("=")
+    if not (name and column):
+        raise argparse.ArgumentTypeError(f"{text}: expected NAME=COLUMN, such as prompt=question")
     return text
 
 
@@ -107,18 +116,35 @@ def model_and_data(add: Add) -> None:
         help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
              "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
     add("--mix", type=rate, nargs="+", metavar="W",
-        help="mixture weights, one for each --data of shards (default: in proportion to their size)")
-    add("--chat", type=Path, metavar="FILE",
-        help="chats for supervised fine-tuning (SFT), loss on the answers only: .jsonl of messages, alpaca, sharegpt "
-             "or prompt/completion")
-    add("--template", metavar="NAME_OR_FILE",
-        help=f"chat template for a model that has none: a file (Jinja), a name of its own, "
-             f"or one of {', '.join(TEMPLATES)}")
+        help="mixture weights, one for each --chat and then each --data of shards (default: in proportion to their "
+             "size)")
     add("--tokenizer", type=Path, metavar="FOLDER",
         help="tokenizer for --data: a folder with its files (default: a BPE trained on the text, or that of --init)")
     add("--vocab", type=whole, metavar="N",
         help="vocabulary size of the BPE that is trained (default: the preset's); of raw .bin files, the size they "
              "were made with")
+
+
+def chats(add: Add) -> None:
+    """Supervised fine-tuning (SFT)."""
+    add("--chat", nargs="+", metavar="FILE",
+        help="chats for supervised fine-tuning (SFT), loss on the answers only: files of messages, alpaca, sharegpt or "
+             "prompt/completion (.jsonl, .json, .csv, .parquet, also .gz, .zst), folders of them, or sets of a "
+             "dataset_info.json as dataset_info.json:NAME; with --data, text is mixed in")
+    add("--dataset-dir", type=Path, metavar="FOLDER",
+        help="folder of LLaMA-Factory's dataset_info.json, by whose names --chat is then understood")
+    add("--columns", type=column, nargs="+", metavar="NAME=COLUMN",
+        help="column mapping: what the keys of a format are called in the files, such as prompt=question "
+             "response=answer")
+    add("--held-out", metavar="FILE",
+        help="validation file of its own, chats or text: nothing of --chat is then held out (default: 5 %% of the "
+             "chats or of the text)")
+    add("--long", choices=LONG,
+        help="chats that are longer than --context: drop them, truncate them to the first turns that fit whole, or "
+             "error (default drop)")
+    add("--template", metavar="NAME_OR_FILE",
+        help=f"chat template for a model that has none: a file (Jinja), a name of its own, "
+             f"or one of {', '.join(TEMPLATES)}")
 
 
 def run_folder(add: Add) -> None:
@@ -291,6 +317,7 @@ def planning(add: Add) -> None:
 
 GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, and who adds the group
     "the model and its data": model_and_data,
+    "chats": chats,
     "the run folder": run_folder,
     "optimization": optimization,
     "growing and freezing a model": growing_and_freezing,

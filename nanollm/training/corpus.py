@@ -2,19 +2,21 @@
 
     --data text …      tokenized into the run folder (data/prepare.py), then read as shards
     --data shards …    one source each, mixed by weight (data/stream.py)
-    --chat file        chats through the model's own template, packed into rows (data/sft.py)
+    --chat file …      chats through the model's own template, packed into rows (data/sft.py), mixed by weight; also
+                       with --data, after which one stream has rows of both kinds
+    --held-out file    what is measured on, instead of a part of the above
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanollm.data import chat_sets, chat_store, sft
 from nanollm.data import prepare as text
-from nanollm.data import sft
 from nanollm.data import stream as data
 from nanollm.data.stream import Batch, Source, Stream
 from nanollm.errors import DataError, counted
@@ -100,12 +102,18 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
     vocab: the size of the BPE that is trained where no tokenizer is given. Raises DataError.
     """
     if options.chat:
-        return world.on_all_ranks(lambda: open_chats(options))
+        chats = open_chats(options, world)
+        if not options.data:
+            return chats
+        text_only = argparse.Namespace(**vars(options) | {"chat": None, "mix": None, "held_out": None})
+        return mixed(options, chats, open_corpus(text_only, world, vocab))
     folders = options.data
     if not all(path.suffix == ".bin" or data.is_shard_folder(path) for path in folders) or not folders:
         world.on_rank_0(lambda: prepare(options, vocab))
         folders = [options.out / "data"]
     corpus = world.on_all_ranks(lambda: open_shards(options, folders))
+    if options.held_out:
+        corpus = dataclasses.replace(corpus, held_out=held_out_text(options, corpus), facts=None)
     sources = [source for source in (*corpus.stream.sources, corpus.held_out) if source]
     world.on_rank_0(lambda: [source.verify(corpus.vocab) for source in sources])
     return corpus
@@ -153,28 +161,46 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     return Corpus(stream, held_out, reader, vocab, False, facts, tuple(notes))
 
 
-def open_chats(options: argparse.Namespace) -> Corpus:
-    """The chats of a file, written with the template of --init and packed into rows. The notes show the first."""
-    folder = adding.folder_of(options)
-    assert folder is not None, "--chat goes with --init"
-    reader = tokenizer.load(folder)
-    if options.template:
-        templates.choose(reader, options.template, to_file=True)
-    chats, held = sft.split(sft.read(options.chat))
-    made = [[example for chat in some for example in sft.examples(reader, chat)] for some in (chats, held)]
-    pad = reader.eos_id if reader.eos_id is not None else 0
-    train = sft.Chats(str(options.chat), made[0], options.context, pad)
-    held_out = sft.Chats(f"{options.chat}, held out", made[1], options.context, pad) if made[1] else None
-    for source in (train, held_out):
-        if source:
-            source.verify(reader.vocab_size)
-    colour = sys.stdout.isatty()
-    notes = [
-        f"{counted(len(chats), 'chat')} in {counted(train.rows, 'row')} of {options.context} tokens, "
-        f"{len(held)} held out; one of them, what is learnt in {'green' if colour else '⟦ ⟧'}:",
-        sft.picture(reader, made[0][0], colour=colour),
-    ]
-    if train.dropped:
-        notes.append(f"{train.dropped} examples are longer than --context {options.context} and are left out")
-    stream = Stream([train], None, options.seed)
-    return Corpus(stream, held_out, reader, reader.vocab_size, True, None, tuple(notes))
+def held_out_text(options: argparse.Namespace, corpus: Corpus) -> Source:
+    """The text of --held-out as rows to measure on: shards, or a file or folder that is tokenized here."""
+    path = Path(options.held_out)
+    if path.suffix == ".bin" or data.is_shard_folder(path):
+        train, held = data.open_folder(path, options.context, None)
+        return held or train
+    if corpus.tokenizer is None:
+        raise DataError(f"--held-out {path}: text needs a tokenizer: name its folder with --tokenizer")
+    windows = chat_sets.windows(corpus.tokenizer, (document.text for document in text.read(path)), options.context)
+    return sft.Chats(f"{path}, held out", windows, options.context, windows[0].tokens[0])
+
+
+def open_chats(options: argparse.Namespace, world: World | None = None) -> Corpus:
+    """The chats of all --chat, written with the template of --init and packed into rows (data/chat_sets.py). All ranks
+    call it: rank 0 writes what the others read. None: there is one rank."""
+    on_all_ranks, on_rank_0 = (world.on_all_ranks, world.on_rank_0) if world else (lambda work: work(),) * 2
+
+    def read() -> tuple[Tokenizer, chat_sets.Sets]:
+        folder = adding.folder_of(options)
+        assert folder is not None, "--chat goes with --init"
+        reader = tokenizer.load(folder)
+        if options.template:
+            templates.choose(reader, options.template, to_file=True)
+        columns = dict(pair.split("=", 1) for pair in options.columns or ())
+        return reader, chat_sets.Sets(options.chat, options.held_out, options.dataset_dir, columns)
+
+    reader, sets = on_all_ranks(read)
+    folder = chat_store.folder_for(options.out, reader, sets.every)
+    on_rank_0(lambda: chat_store.build(folder, reader, sets.every))
+    train, held, notes = on_all_ranks(lambda: sets.rows(folder, reader, options.context, options.long or "drop"))
+    stream = Stream(train, options.mix if len(options.mix or ()) == len(train) else None, options.seed)
+    largest = max(source.largest for source in (*train, held) if source)
+    return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes))
+
+
+def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
+    """Chats and text as one corpus: chats first, in the order of --mix. Measured on what the chats hold out."""
+    stream = Stream([*chats.stream.sources, *text.stream.sources], options.mix, options.seed)
+    held_out = chats.held_out or text.held_out
+    measured = f"measured on {held_out.name}" if held_out else "nothing is held out to measure on"
+    notes = (*(note for note in text.notes if not note.startswith("measured")), *chats.notes, measured)
+    vocab = max(chats.vocab, text.vocab)
+    return Corpus(stream, held_out, chats.tokenizer, vocab, True, None, notes)

@@ -50,10 +50,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         options = parser.parse_args([*of_record(options.out, parser), *args, "--resume", "--out", str(options.out)])
     if options.chat and not options.init:
         raise InputError("--chat fine-tunes a model that exists: name its folder with --init")
-    if options.chat and options.data:
-        raise InputError("--chat and --data are two kinds of training; give one of them")
-    if options.mix and len(options.mix) != len(options.data):
-        raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
+    check_chats(options)
     growing.check(options)
     tuning.check(options)
     if options.steps and options.epochs:
@@ -71,7 +68,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         monitors.require(options)
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    source = [path.name for path in ([options.chat] if options.chat else options.data)]
+    source = [Path(path).name for path in (*(options.chat or ()), *options.data)]
     model = options.init.name if options.init else options.preset
     options.title = f"{model} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
@@ -92,6 +89,18 @@ def of_record(folder: Path, parser: Parser) -> list[str]:
         raise RunError(f"{folder}: holds no run of train.py; name its folder with --out")
     known = {action.dest for action in parser._actions}
     return as_arguments({name: value for name, value in own.items() if name in known - FREE and value}, parser, "")
+
+
+def check_chats(options: argparse.Namespace) -> None:
+    """Raise InputError where options of chats and mixtures do not go together."""
+    if not options.chat:
+        for name in ("dataset_dir", "columns", "long"):
+            if getattr(options, name):
+                raise InputError(f"--{name.replace('_', '-')} goes with --chat")
+    sources = len(options.chat or ()) + len(options.data)
+    if options.mix and len(options.mix) != sources:
+        what = f"{len(options.chat)} --chat and {len(options.data)} --data" if options.chat else f"{sources} --data"
+        raise InputError(f"--mix has {len(options.mix)} weights for {what}")
 
 
 def settle(options: argparse.Namespace) -> None:

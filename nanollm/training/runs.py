@@ -123,6 +123,8 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
         for part, values in facts.items():
             for name, value in values.items():
                 old = before.get(part, {}).get(name)
+                if name == "chat" and isinstance(old, str):     # of a version with one set
+                    old = [old]
                 if part == "options" and (name in FREE or same_option(name, old, value)) or old == plain(value):
                     continue
                 label = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
@@ -150,7 +152,7 @@ def same_option(name: str, old: Any, new: Any) -> bool:
     news, olds = new if isinstance(new, list) else [new], old if isinstance(old, list) else [old]
     if new is None:
         return name in DEFAULTS
-    return (len(news) == len(olds) > 0 and all(isinstance(path, Path) for path in news) and None not in olds
+    return (len(news) == len(olds) > 0 and all(name == "chat" or isinstance(path, Path) for path in news) and None not in olds
             and all(os.path.realpath(a) == os.path.realpath(b) for a, b in zip(olds, news, strict=True)))
 
 
