@@ -332,7 +332,7 @@ def run() -> None:
         facts = {"options": dict(vars(options)), "model": here.model.config.to_dict(),
                  "data": {"fingerprint": here.corpus.stream.fingerprint}, "muon": optim.constants(options.optimizer)}
         world.on_rank_0(lambda: runs.start(folder, facts, resume, force))
-        here.corpus.keep(world)
+        here.corpus = here.corpus.keep(world)
         if resume:
             restore(here)
         if world.rank == 0:

@@ -416,7 +416,7 @@ def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
     (["--preset", "lama"], 1, "did you mean llama"),
     (["--data", "nowhere"], 1, "nowhere: no such file"),
     (["--data", "bad.jsonl"], 1, "bad.jsonl, line 2"),
-    (["--data", "short.txt"], 1, "too little text"),
+    (["--data", "short.txt"], 1, "do not fill one context of 128"),
     (["--data", "bad.jsonl", "--device", "nonsense"], 1, "nonsense"),
     (["--config", "bad.jsonl"], 1, "bad.jsonl: not TOML"),
     (["--config", "none.toml"], 1, "none.toml: cannot be read"),

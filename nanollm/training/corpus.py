@@ -50,14 +50,19 @@ class Corpus:
         start = () if tokenizer.bos_id is None and tokenizer.eos_id is None else marks(tokenizer).before
         return [*start, *tokenizer.encode(words, bos=False)]
 
-    def keep(self, world: World) -> None:
-        """Move text that was tokenized for this run to its place: the run begins, all checks have passed. All ranks
-        call it."""
-        if draft := self.draft:
-            world.on_rank_0(lambda: text.settle(draft, draft.parent))
-            for source in (*self.stream.sources, self.held_out):
-                if isinstance(source, data.Tokens):
-                    source.moved(draft.parent)
+    def keep(self, world: World) -> "Corpus":
+        """The same, with text that was tokenized for this run moved to its place: the run begins, all checks have
+        passed. All ranks call it."""
+        draft, reader = self.draft, self.tokenizer
+        if draft is None:
+            return self
+        world.on_rank_0(lambda: text.settle(draft, draft.parent))
+        for source in (*self.stream.sources, self.held_out):
+            if isinstance(source, data.Tokens):
+                source.moved(draft.parent)
+        if reader and reader.folder == draft:
+            reader = tokenizer.load(draft.parent)
+        return dataclasses.replace(self, tokenizer=reader, draft=None)
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer's files beside a model, and for chats the template and the ids that end an answer."""
