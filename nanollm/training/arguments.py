@@ -13,6 +13,7 @@ import torch
 
 from nanollm import cli
 from nanollm.cli import Parser
+from nanollm.data.prepare import FIELD_HELP
 from nanollm.data.sft import LONG
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
@@ -113,8 +114,10 @@ def model_and_data(add: Add) -> None:
         help="pretrained model to start from, for fine-tuning: config, weights and tokenizer of a folder, or of "
              "owner/name on the Hugging Face hub")
     add("--data", type=Path, nargs="+", default=[], metavar="PATH",
-        help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
-             "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
+        help="training text: files, folders of them, or hf:owner/name[:config][:split] of the hub (python -m "
+             "nanollm.data --help names the formats); or tokenized shards: folders made by python -m nanollm.data, "
+             ".bin files (default: the source of Python's standard library)")
+    add("--text-field", metavar="NAME", help=FIELD_HELP)
     add("--mix", type=rate, nargs="+", metavar="W",
         help="mixture weights, one for each --chat and then each --data of shards (default: in proportion to their "
              "size)")
