@@ -54,12 +54,13 @@ from nanollm.training import distributed, optim, runs, state
 from nanollm.training.averages import Average, averaged
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
-from nanollm.training.dropout import add_dropout, seed_masks
+from nanollm.training.dropout import add_dropout
 from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, begun, finish, measured, report, shown
 from nanollm.training.losses import RECENT, Balance, Loss, means, next_token, spike
 from nanollm.training.options import fit_context, fit_steps, parse, rows_at_once
+from nanollm.training.phase import learning
 
 
 @dataclass
@@ -108,9 +109,8 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
     for number, batch in enumerate(batches, 1):
         distributed.reduce_gradients(run.model, now=number == len(batches))
         batch = batch.to(world.device)
-        if options.dropout:
-            seed_masks(options.seed, run.step, world.rank, number)
-        with distributed.cast(run.model, dtype):
+        key = options.seed, run.step, world.rank, number
+        with distributed.cast(run.model, dtype), learning(run.model, *key):
             with routing(run.model) as routed:
                 loss, said = run.loss(run.model, batch, options)
             loss = loss / targets
@@ -297,8 +297,10 @@ def build(options: argparse.Namespace, world: World) -> Run:
     values = initial_values(model, options.seed)
     if options.init:
         values = distributed.broadcast_parameters(model, source, world.device)
-    distributed.fill(model, values)
-    optimizers = optim.build(model, options.optimizer, options.weight_decay, DTYPES[options.dtype], options.betas)
+    distributed.fill(model.eval(), values)
+    measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
+    optimizers = [] if measured_alone else optim.build(
+        model, options.optimizer, options.weight_decay, DTYPES[options.dtype], options.betas)
     return Run(options, world, corpus, model, source.origin if source else None, dtype, optimizers, Balance(model),
                average=Average(model, options.ema) if options.ema else None)
 

@@ -9,14 +9,13 @@ These are the places of embd_pdrop and resid_pdrop of GPT-2 (Vaswani et al. 2017
 probabilities, which GPT-2 has too, is not here: fused attention of every kind would need it. Wrapped around a model
 from outside, so the decoder knows nothing of it; in eval mode nothing is dropped.
 
-The masks of a micro-batch are drawn from a seed that is a function of (seed, step, rank, micro-batch): nothing has to
-be saved to go on where a run stopped. Another number of ranks or another micro-batch draws other masks.
+The masks of a micro-batch follow from its place in the run (phase.py), so a checkpoint keeps nothing of them. Another
+number of ranks or another micro-batch draws other masks.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -27,7 +26,9 @@ from nanollm.model import Decoder
 def add_dropout(model: Decoder, p: float) -> None:
     """Wrap the model, in place, before anything else wraps its layers."""
     def dropped(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **named: F.dropout(forward(*args, **named), p, model.training)
+        def forward_and_drop(*args: Any, **named: Any) -> Tensor:
+            return F.dropout(forward(*args, **named), p, model.training)
+        return forward_and_drop
 
     model.embedded = dropped(model.embedded)                        # type: ignore[method-assign]
     for layer in model.layers:
@@ -35,14 +36,3 @@ def add_dropout(model: Decoder, p: float) -> None:
         for part in (layer.post_mixer or layer.mixer, layer.post_ffn or layer.ffn):
             if part is not None:
                 part.forward = dropped(part.forward)                # type: ignore[method-assign]
-
-
-def seed_masks(*numbers: int) -> None:
-    """Seed the masks of one micro-batch: (seed, step, rank, micro-batch)."""
-    mixed: Any = 0
-    for number in numbers:                                          # SplitMix64, so that near numbers give far seeds
-        mixed = (mixed + number + 0x9E3779B97F4A7C15) % 2**64
-        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB % 2**64
-        mixed ^= mixed >> 31
-    torch.manual_seed(mixed % 2**63)

@@ -76,12 +76,11 @@ def held_out_loss(
 ) -> float:
     """The "loss" of the method, nats per token as a rule, over `most` rows of the source, evenly spaced, or over all.
 
-    In eval mode. The ranks share the rows out.
+    The ranks share the rows out. Outside of a step the model is in eval mode, see phase.py.
     """
     assert source is not None
     rows = range(0, source.rows, 1 if most is None else math.ceil(source.rows / most))
     each, total = options.micro_batch, torch.zeros(2, dtype=torch.float64)
-    model.eval()
     for at in range(0, len(rows), each * world.size):
         mine = rows[at + world.rank * each :][:each]
         batch = stack([source.row(i) for i in mine or rows[:1]])        # all ranks take part in each forward pass
@@ -89,7 +88,6 @@ def held_out_loss(
             _, sums = loss(model, batch.to(world.device), options)
         if mine:
             total += torch.tensor([sums["loss"].item(), batch.divisor])
-    model.train()
     for module in distributed.sharded_modules(model):
         module.reshard()                        # a backward pass would have; without one what was gathered stays
     nats, count = world.all_reduce(*total.tolist())
