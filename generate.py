@@ -37,7 +37,7 @@ from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
 from nanollm.inference.prepare import prepare
-from nanollm.inference.quantize import BITS
+from nanollm.inference.quantize import KINDS
 from nanollm.inference.request import Request
 from nanollm.inference.sample import Sampling
 from nanollm.inference.terminal import note, show, silent, standard_input
@@ -135,7 +135,7 @@ def parse() -> argparse.Namespace:
     machine = parser.add_argument_group("where it runs")
     machine.add_argument("--dtype", choices=DTYPES, default="auto",
                          help="dtype of the weights; auto: as config.json says")
-    machine.add_argument("--quantize", choices=BITS,
+    machine.add_argument("--quantize", choices=KINDS,
                          help="bits of a weight in the layers' matrices: half or a quarter of the memory, and faster")
     machine.add_argument("--compile", action="store_true",
                          help="compiled decoding on a CPU, twice as fast and more, for one answer at a time; takes a "

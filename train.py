@@ -19,6 +19,7 @@ token, which depends on the tokenizer, and in bits per byte, which does not.
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import math
 import os
@@ -39,23 +40,22 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints.export import layout_for
+from checkpoints.export import layout_in_words
 from checkpoints.layouts import hub
 from nanollm.cli import main
 from nanollm.data.stream import Batch
 from nanollm.errors import RunError
+from nanollm.inference import quantize
 from nanollm.inference.generation import generate
-from nanollm.inference.quantize import QuantizedLinear
 from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.training import distributed, optim, runs, state
+from nanollm.training import distributed, growing, optim, runs, state, surgery, tuning
 from nanollm.training.averages import Average, averaged
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
-from nanollm.training.dropout import add_dropout
-from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss
+from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss, need_held_out
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, begun, finish, measured, report, shown
 from nanollm.training.losses import RECENT, Balance, Loss, means, next_token, spike
@@ -65,13 +65,14 @@ from nanollm.training.phase import learning
 
 @dataclass
 class Run:
-    """All that a step needs and changes. A checkpoint holds model, optimizers, average, balance, recent, best and
-    step."""
+    """All that a step needs and changes. A checkpoint holds all but options, world, corpus and what never changes."""
     options: argparse.Namespace
     world: World
     corpus: Corpus
     model: Decoder
     origin: checkpoints.Origin | None           # of a model that was loaded: it is written back the same way
+    blank: Decoder                              # the model on the meta device, as one that is whole will be
+    base: str | None                            # the fingerprint of what is frozen
     dtype: torch.dtype                          # that the model is written in
     optimizers: list[torch.optim.Optimizer]
     balance: Balance
@@ -183,7 +184,7 @@ def sample(run: Run, length: int = 100) -> str | None:
     """How the model continues the prompt, at temperature 0.8. All ranks take part in the all-gather; rank 0 has it."""
     options, tokenizer = run.options, run.corpus.tokenizer
     with averaged(run.average):
-        whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype])
+        whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype], run.blank)
         if whole is None or tokenizer is None:
             return None
         ids = run.corpus.prompt(options.prompt)
@@ -261,48 +262,52 @@ def save(run: Run, saver: state.Saver, log: Log) -> None:
 
 # ---- before and after
 
-def initial(folder: str) -> Decoder:
-    """The model of --init. Raises RunError where its weights have too few bits to be trained."""
-    model = checkpoints.load(folder)
-    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
-        raise RunError(f"{folder}: its weights are quantised, and those are not trained; python -m checkpoints.convert "
-                       f"{folder} OUT writes them in 16 bits")
-    return model
+def initial(options: argparse.Namespace) -> Decoder:
+    """The model of --init, grown as the options say, or with adapters. Raises RunError where its weights have too few
+    bits to be trained."""
+    model = checkpoints.load(options.init, **tuning.loading(options))
+    tuning.need_trainable(model, options)
+    if not tuning.tunes(options):
+        return growing.grow(model, options)
+    return tuning.prepare(
+        model, options, lambda weight, bias: quantize.quantised(weight, bias, options.quantize),
+        lambda whole: quantize.apply(whole, quantize.plan_for(whole, options.quantize)))
 
 
 def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
-    source = world.on_rank_0(lambda: initial(options.init)) if options.init else None
-    config, dtype = world.broadcast(source and (source.config, source.embed.weight.dtype)) or (
-        preset(options.preset, context=options.context), torch.float32)
+    source = world.on_rank_0(lambda: initial(options)) if options.init else None
+    config, dtype, tuned, base = world.broadcast(source and (
+        source.config, source.embed.weight.dtype, tuning.tunes(options) and tuning.blank(source),
+        tuning.fingerprint(source) if tuning.tunes(options) else None,
+    )) or (preset(options.preset, context=options.context), torch.float32, None, None)
     fit_context(options, config)
-    if options.init and config.context and options.context > config.context:
-        raise RunError(f"{options.init}: made for {config.context} tokens, --context is {options.context}")
+    if options.init and (most := growing.reach(config)) and options.context > most:
+        raise RunError(f"{options.init}: made for {most} tokens, --context is {options.context}; --rope-scaling and "
+                       "--rope-factor stretch it")
     corpus = open_corpus(options, world, options.vocab or config.vocab)
     fit_steps(options, sum(source.rows for source in corpus.stream.sources))
-    if (options.eval_only or options.keep_best or options.patience) and corpus.held_out is None:
-        raise RunError("--eval-only, --keep-best and --patience need a held-out loss, and of this data nothing is held "
-                       "out")
+    need_held_out(options, corpus.held_out)
     if options.init and corpus.vocab > config.vocab:
         raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of "
-                       f"{corpus.vocab}")
+                       f"{corpus.vocab}; --grow-vocab gives it rows for them")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
     with torch.device("meta"):
-        model = Decoder(config)
-    if options.dropout:
-        add_dropout(model, options.dropout)
+        model = tuned or Decoder(config)
+    blank = copy.deepcopy(model)
+    random = surgery.arrange(model, options)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
-                      offload=options.offload, random=options.dropout > 0)
+                      offload=options.offload, random=random)
     model.to_empty(device="cpu" if options.offload else world.device)
+    tuning.share(model, blank)
     values = initial_values(model, options.seed)
     if options.init:
         values = distributed.broadcast_parameters(model, source, world.device)
     distributed.fill(model.eval(), values)
     measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
-    optimizers = [] if measured_alone else optim.build(
-        model, options.optimizer, options.weight_decay, DTYPES[options.dtype], options.betas)
-    return Run(options, world, corpus, model, source.origin if source else None, dtype, optimizers, Balance(model),
-               average=Average(model, options.ema) if options.ema else None)
+    optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
+    return Run(options, world, corpus, model, source.origin if source else None, blank, base, dtype, optimizers,
+               Balance(model), average=Average(model, options.ema) if options.ema else None)
 
 
 def restore(run: Run, which: str | None = None) -> bool:
@@ -320,26 +325,30 @@ def restore(run: Run, which: str | None = None) -> bool:
 
 def written_as(run: Run) -> str:
     """The layout in which `export` will write the model, for a person, before the first step."""
-    layout, reason = layout_for(run.model.config, run.origin)
-    if layout == "hf":
-        return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
-    return (f"{run.options.out}: will be in nanollm's own layout, which checkpoints.load, generate.py and --init read "
-            f"and transformers does not: {reason}")
+    if tuning.tunes(run.options):
+        return tuning.how_to_use(run.options)
+    return f"{run.options.out}: will be {layout_in_words(run.model.config, run.origin)}"
 
 
 def export(run: Run) -> None:
     """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
+    tuned = tuning.tunes(run.options)           # adapters are float32, whatever the dtype of their base
+    dtype = torch.float32 if tuned else run.dtype
+
     def write() -> None:
         with runs.replacing(run.options.out) as draft:
             if run.origin:
                 whole.origin = run.origin
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)        # `written_as` has said it before the first step
-                checkpoints.save(whole, draft)
+                if tuned:
+                    tuning.export(whole, draft, run.options, run.dtype, checkpoints.save, checkpoints.save_adapter)
+                else:
+                    checkpoints.save(whole, draft)
             run.corpus.copy_tokenizer(draft)
 
     with averaged(run.average):
-        whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), run.dtype)
+        whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), dtype, run.blank)
         run.world.on_rank_0(write)
 
 
@@ -366,7 +375,8 @@ def run() -> None:
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))           # what it holds by now
         here = build(options, world)
         facts = {"options": vars(options) | {"init": given}, "model": here.model.config.to_dict(),
-                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "muon": optim.constants(options.optimizer)}
+                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "base": {"weights": here.base},
+                 "muon": optim.constants(options.optimizer)}
         if resume and not force:
             world.on_rank_0(lambda: runs.compare(folder, facts))
         restored = resume and restore(here, options.export)

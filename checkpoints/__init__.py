@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from checkpoints import layouts
+from checkpoints.adapters import reading
+from checkpoints.adapters import writing as adapter_writing
 from checkpoints.export import Origin, copy_companions, layout_for, need_companions, origin_of, plan_export
 from checkpoints.layouts import hub
 from checkpoints.names import table
@@ -36,15 +38,16 @@ from checkpoints.source import config_of, open_source
 from checkpoints.storage import stream, writing
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, InputError, counted
-from nanollm.inference.quantize import BITS, choose
+from nanollm.inference.quantize import KINDS, plan_for
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
 
-__all__ = ["load", "save", "tokenizer", "Origin"]
+__all__ = ["load", "save", "save_adapter", "tokenizer", "Origin"]
 
 
 def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu",
-         ignore: Collection[str] = (), quantize: str | None = None, group: int | None = None) -> Decoder:
+         ignore: Collection[str] = (), quantize: str | None = None, group: int | None = None,
+         adapter: str | Path | None = None) -> Decoder:
     """The model in a folder or on the hub, in eval mode.
 
     dtype None is what config.json says, or else what most of the weights are stored in (source.py); what is stored in
@@ -53,26 +56,32 @@ def load(source: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     checkpoints.convert`.
 
     `quantize`, "int8" or "int4", keeps the weights of Linears and experts in 8 or 4 bits, 4 in groups of 32, 64 or 128
-    inputs (nanollm/inference/quantize.py). They are quantised as they come in: there is memory for what is kept, and
-    for the largest tensor, or expert. A folder whose weights are stored so (convert --quantize) keeps them.
+    inputs (nanollm/inference/quantize.py); "nf4" in NF4, for tuning (nanollm/layers/nf4.py). They are quantised as they
+    come in: there is memory for what is kept, and for the largest tensor, or expert. A folder whose weights are stored
+    in 8 or 4 bits (convert --quantize) keeps them.
+
+    `adapter` is a folder of peft's, which is put beside the weights (nanollm/training/lora.py), in float32, also where
+    they are quantised. lora.merge(model) puts it into them.
 
     `ignore` names config keys and tensors to pass over, one by one. Raises ConfigError or CheckpointError, and then
     nothing was allocated, unless it is for a value that is not finite; InputError if dtype is not of floats, or for
     what cannot be quantised so."""
-    if quantize not in (None, *BITS):
-        raise InputError(f"quantize is {quantize!r}; expected {' or '.join(BITS)}, or None")
+    if quantize not in (None, *KINDS):
+        raise InputError(f"quantize is {quantize!r}; expected {', '.join(KINDS)}, or None")
     if group is not None and quantize != "int4":
         raise InputError(f"group is {group}, and quantize {quantize!r}: groups go with int4")
     if dtype not in (None, *table.READABLE):
         raise InputError(f"dtype is {dtype}; expected one of {', '.join(map(table.short, table.READABLE))}")
-    found = open_source(hub.local_path(source), ignore)
+    folder = None if adapter is None else reading.read(Path(adapter))
+    found = open_source(hub.local_path(source), ignore, instead=folder.whole if folder else None)
     if quantize and found.integers:
         raise InputError(f"{found.folder}: its weights have {found.integers} already; load it without quantize, or "
                          "take the folder that it was made from")
-    plan = choose(found.model, BITS[quantize], group) if quantize else found.stored_so()
+    plan = plan_for(found.model, quantize, group) if quantize else found.stored_so()
+    added = reading.fit(folder, found) if folder else None
     model = found.fill(dtype, device, plan)      # from here on there is memory
     model.origin = origin_of(found)  # type: ignore[assignment]  # nn.Module declares tensors and modules only
-    return model
+    return added.beside(model) if added else model
 
 
 def config(source: str | Path) -> ModelConfig:
@@ -111,6 +120,15 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
             for step in written.steps:
                 stream.save_step(step, parameters, stored, out)
         copy_companions(origin, draft, Path(folder), written)
+
+
+def save_adapter(model: Decoder, folder: str | Path, *, base: str | None = None) -> None:
+    """Write the adapters of a model as a folder that peft loads: PeftModel.from_pretrained(transformers_model, folder).
+
+    `base` is the model that adapter_config.json names, by default the folder that this one was loaded from. What else
+    is trained (requires_grad) is written whole, as modules_to_save. `folder` must not exist, or be empty; it appears
+    whole, or not at all. Raises InputError or CheckpointError."""
+    adapter_writing.save(model, Path(folder), base)
 
 
 def _need_parameters(config: ModelConfig, parameters: Mapping[str, Tensor], folder: Path) -> None:

@@ -5,13 +5,14 @@
     python -m checkpoints.convert SRC DST --to gguf --dtype q8_0       … to model.gguf, which llama.cpp runs
     python -m checkpoints.convert SRC DST --dtype bfloat16 --verify    cast, and compare what was written with SRC
     python -m checkpoints.convert SRC DST --quantize int4 --group 64   weights in 4 bits, as compressed-tensors has them
+    python -m checkpoints.convert SRC DST --adapter FOLDER --merge     SRC with peft's adapter in its weights
     python -m checkpoints.convert SRC DST --dry-run                    what would become what; nothing is written
     python -m checkpoints.convert SRC DST --allow-pickle               SRC has pickles (.bin, .pth), and you trust it
 
 SRC is a model folder, a name on the Hugging Face hub, or a file that describes a model: a config.json, a params.json,
 a *.gguf. DST appears whole, with the tokenizer files of SRC, or not at all. Every value is checked on its way: a NaN or
 an infinity ends it. Without --dtype each tensor keeps the dtype that it has in SRC, and config.json says which one the
-model is computed in, as in SRC (source.py).
+model is computed in, as in SRC (source.py). An adapter is merged in float32, and the sum is cast.
 """
 
 import argparse
@@ -32,6 +33,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from checkpoints import compressing, export
+from checkpoints.adapters import reading
+from checkpoints.adapters.reading import Adapter
 from checkpoints.layouts import hub
 from checkpoints.names import table
 from checkpoints.names.table import Step
@@ -79,15 +82,24 @@ class Conversion:
     written: export.Export
     dtypes: Mapping[str, torch.dtype]            # of our parameters, as they are written
     moves: list[Move]
+    adapter: Adapter | None = None               # which is merged on the way
+
+    def straight(self, move: Move) -> bool:
+        """Whether what is written is what is stored, and at most cast."""
+        parts = self.adapter.parts if self.adapter is not None else ()
+        merged = any(name in parts for step in move.reads for name in step.ours)
+        return move.straight and not merged and not any(map(self.written.changes, move.writes))
 
 
 def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quantized: str | None = None,
-         fewer: str | None = None, group: int | None = None) -> Conversion:
+         fewer: str | None = None, group: int | None = None, adapter: Adapter | None = None) -> Conversion:
     """What becomes what; dtype None: each tensor keeps its own. `quantized` is the type of a GGUF's matrices, `fewer`
     "int8" or "int4" for a Hugging Face folder's. Raises ConfigError if the layout cannot express the model,
     CheckpointError if a file that goes with it cannot be read, InputError for what cannot be quantised."""
     parameters = source.parameters()
     dtypes = {name: source.dtype(name, dtype) for name in parameters} if dtype else source.stored_dtypes
+    if adapter and not dtype:                    # its own tensors may be float32; they become what the model is in
+        dtypes = dtypes | {name: source.dtype(name, source.working_dtype) for name in adapter.whole}
     origin = export.origin_of(source)
     export.need_companions(origin)
     working = dtype or source.working_dtype
@@ -95,13 +107,14 @@ def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quant
     moved = list(moves(source.steps, written.steps))
     if dtype is None and to != "gguf":           # also where tensors of several dtypes are one parameter: experts
         alike = {there: (source.stored[here].dtype, written.tensors[there][1])
-                 for move in moved if move.straight for here, there in move.pairs()}
+                 for move in moved if move.straight for here, there in move.pairs()
+                 if adapter is None or not adapter.whole or source.stored[here].file.parent != adapter.path}
         written = dataclasses.replace(written, tensors=written.tensors | alike)
     if fewer:
         written = compressing.compress(written, source, fewer, group)
         # what is quantised are the values that load() has
         dtypes = {name: source.dtype(name, dtype) if name in written.weights else dtypes[name] for name in dtypes}
-    return Conversion(source, origin, written, dtypes, moved)
+    return Conversion(source, origin, written, dtypes, moved, adapter)
 
 
 def moves(reads: list[Step], writes: list[Step]) -> Iterator[Move]:
@@ -175,7 +188,7 @@ def need_room(folder: Path, size: int) -> None:
 def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring,
           out: stream.Writer) -> None:
     stored, written = conversion.source.stored, conversion.written
-    if move.straight and not any(map(written.changes, move.writes)):
+    if conversion.straight(move):
         for here, there in move.pairs():
             stream.copy(stored[here], places[there], here, ring, out)
         return
@@ -188,7 +201,7 @@ def _move(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring
 def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], ring: stream.Ring) -> None:
     """The source through its table against the file through its own: what was written is what would be loaded."""
     stored, written = conversion.source.stored, conversion.written
-    if move.straight and not any(map(written.changes, move.writes)):
+    if conversion.straight(move):
         equal = [(there, stream.same(stored[here], places[there], ring)) for here, there in move.pairs()]
     else:
         parameters = _in_memory(move, conversion)
@@ -201,10 +214,15 @@ def _compare(move: Move, conversion: Conversion, places: Mapping[str, Stored], r
 
 def _in_memory(move: Move, conversion: Conversion) -> dict[str, Tensor]:
     shapes = conversion.source.parameters()
-    parameters = {name: torch.empty(shapes[name].shape, dtype=conversion.dtypes[name])
-                  for step in move.reads for name in step.ours}
+    merged = conversion.adapter.parts if conversion.adapter else {}
+    dtypes = {name: torch.float32 if name in merged else conversion.dtypes[name]
+              for step in move.reads for name in step.ours}
+    parameters = {name: torch.empty(shapes[name].shape, dtype=dtype) for name, dtype in dtypes.items()}
     for step in move.reads:
         stream.load_step(step, conversion.source.stored, parameters)
+    for name in merged.keys() & parameters.keys():
+        parameters[name] = merged[name].merged(parameters[name]).to(conversion.dtypes[name])
+        stream.need_finite(name, parameters[name], f"{conversion.source.folder} with its adapter: ")
     return parameters
 
 
@@ -260,6 +278,8 @@ def run() -> None:
         help="weights of the layers' matrices in 8 or 4 bits, in compressed-tensors' layout; with --to hf")
     add("--group", type=int, choices=GROUPS,
         help="inputs that share a scale in 4 bits; without it the largest that divides them all")
+    add("--adapter", type=Path, metavar="FOLDER", help="peft's adapter of SRC, to be merged; goes with --merge")
+    add("--merge", action="store_true", help="W + s B A, in float32, in the place of each weight that has an adapter")
     add("--shard-size", metavar="SIZE",
         help="size of a file, at most, where the layout knows shards (default 5GB)")
     add("--family", metavar="MODEL_TYPE", help="model_type, for a folder that does not say, or says something else")
@@ -279,6 +299,8 @@ def run() -> None:
         parser.error("--quantize goes with --to hf")
     if args.group is not None and args.quantize != "int4":
         parser.error("--group goes with --quantize int4")
+    if args.merge != (args.adapter is not None):
+        parser.error("--adapter FOLDER and --merge go together")
     for name, given in (("SRC", args.source), ("DST", args.destination)):
         if not given.strip():
             raise InputError(f"{name} is empty")
@@ -288,9 +310,11 @@ def run() -> None:
     path = hub.local_path(args.source, args.allow_pickle)
     if path.is_dir() and Path(os.path.realpath(path)) in Path(os.path.realpath(target)).parents:
         raise InputError(f"DST {target} is inside SRC {path}; expected a folder outside it")
-    source = open_source(path, args.ignore, args.family, args.allow_pickle)
+    found = reading.read(args.adapter, args.allow_pickle) if args.adapter else None
+    source = open_source(path, args.ignore, args.family, args.allow_pickle, found.whole if found else None)
+    adapter = reading.fit(found, source) if found else None
     quantized = "Q8_0" if args.dtype == Q8_0 else None
-    conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized, args.quantize, args.group)
+    conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized, args.quantize, args.group, adapter)
     total = conversion.written.nbytes
     print(f"{source.folder} ({source.family.name}, {source.layout}) → {target} ({args.to}): "
           f"{counted(len(conversion.written.tensors), 'tensor')}, {total:,} bytes")

@@ -159,6 +159,15 @@ def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, 
     return "hf", ""
 
 
+def layout_in_words(config: ModelConfig, origin: Origin | None = None) -> str:
+    """The same, for a person."""
+    layout, reason = layout_for(config, origin)
+    if layout == "hf":
+        return "a Hugging Face folder, which transformers loads too"
+    return (f"in nanollm's own layout, which checkpoints.load, generate.py and --init read and transformers does not: "
+            f"{reason}")
+
+
 def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype],
                 origin: Origin | None, to: str = "hf", working: torch.dtype | None = None,
                 quantized: str | None = None) -> Export:
@@ -218,6 +227,17 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
         if read_config(values, ignore=origin.ignore)[1] != config:
             raise ConfigError(f"{origin.folder / 'config.json'}: cannot be changed to say what the model is now")
     return values, origin.names
+
+
+def peft_tables(config: ModelConfig, origin: Origin | None) -> tuple[table.Table, ...]:
+    """The tables with the names that transformers has for a model's tensors, and so peft for its adapters'."""
+    if origin is not None and origin.layout == "hf" and origin.family is not NANOLLM:
+        return origin.family.tables(config)
+    try:
+        values, names = _hf(config, origin)
+    except ConfigError:
+        return NANOLLM.tables(config)
+    return names, *FAMILIES[values["model_type"]].tables(config)
 
 
 def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], table.Table]:

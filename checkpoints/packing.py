@@ -20,7 +20,7 @@ from checkpoints.names.table import Step
 from checkpoints.storage import stream
 from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
-from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Plan, Quantised, leaves, quantize_into, skipped
+from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Packed, Plan, Quantised, leaves, skipped
 from nanollm.model import Decoder
 
 Shape = tuple[int, ...]
@@ -43,7 +43,7 @@ class Scratch:
                 for name, part in zip(shapes, parts, strict=True)}
 
 
-def load_step(step: Step, plan: Plan, packed: Mapping[str, Quantised], stored: Mapping[str, Stored],
+def load_step(step: Step, plan: Plan, packed: Mapping[str, Packed], stored: Mapping[str, Stored],
               parameters: Mapping[str, Tensor], dtype: Callable[[str], torch.dtype], scratch: Scratch) -> None:
     """Fill the parameters of one step: those that `packed` has room for quantised, the others as they are.
 
@@ -54,13 +54,13 @@ def load_step(step: Step, plan: Plan, packed: Mapping[str, Quantised], stored: M
         whole = scratch.tensors(shapes, dtype)
         stream.load_step(step, stored, {**parameters, **whole})
         for name, weight in whole.items():
-            quantize_into(packed[name], weight, plan.bits, plan.group)
+            plan.fill(packed[name], weight)
         return
     own = scratch.tensors({name: (1, *shape[1:]) for name, shape in shapes.items()}, dtype)
     for expert in range(first[0]):
         stream.load_expert(step, expert, first[0], stored, own)
         for name, weight in own.items():
-            quantize_into(packed[name], weight[0], plan.bits, plan.group, expert)
+            plan.fill(packed[name], weight[0], expert)
 
 
 # ---- weights that are stored so

@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from checkpoints.storage import files, quantized, stream
 from checkpoints.storage.compressed import Integers, Ints
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, counted
-from nanollm.inference.quantize import Plan, Quantised, leaves, replace, room
+from nanollm.inference.quantize import Packed, Plan, leaves, replace
 from nanollm.model import Decoder
 
 
@@ -121,10 +122,9 @@ class Source:
             setattr(self.model.get_submodule(owner), leaf, nn.Parameter(kept))
         self.model.tie()
         parameters = {name: parameter.data for name, parameter in self.model.named_parameters()}
-        packed: dict[str, Quantised] = {}
+        packed: dict[str, Packed] = {}
         if plan and not self.integers:           # all of it before the first value: what comes and goes leaves no holes
-            packed = {name: room(tuple(parameters[name].shape), plan.bits, plan.group, device)
-                      for name in plan.weights(self.model)}
+            packed = {name: plan.room(tuple(parameters[name].shape), device) for name in plan.weights(self.model)}
         scratch = packing.Scratch(device)
         for step in self.steps:
             if self.integers and not weights.isdisjoint(step.ours):
@@ -158,17 +158,18 @@ def majority(tensors: Iterable[table.Header]) -> torch.dtype:
     return elements.most_common(1)[0][0]
 
 
-def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None,
-                allow_pickle: bool = False) -> Source:
+def open_source(path: Path, ignore: Collection[str] = (), family: str | None = None, allow_pickle: bool = False,
+                instead: Mapping[str, files.Stored] | None = None) -> Source:
     """The model in a folder, or the one that a file (params.json, *.gguf) belongs to.
 
-    `family` is a model_type in place of the one that is said, for folders that say none. Raises ConfigError or
-    CheckpointError; nothing was read or allocated then."""
+    `family` is a model_type in place of the one that is said, for folders that say none. `instead` are tensors in the
+    place of the folder's own. Raises ConfigError or CheckpointError; nothing was read or allocated then."""
     ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
-    return understand(layouts.find(path, layouts.Asked(family, allow_pickle, ignore)), ignore)
+    return understand(layouts.find(path, layouts.Asked(family, allow_pickle, ignore)), ignore, instead or {})
 
 
-def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
+def understand(found: layouts.Found, ignore: tuple[str, ...],
+               instead: Mapping[str, files.Stored] = MappingProxyType({})) -> Source:
     """The same for what was found already. An adapter beside the weights is warned of: transformers would apply it."""
     if found.layout == "hf" and (found.folder / "adapter_config.json").exists():
         warnings.warn(f"{found.folder}: adapter_config.json lies beside the weights: it is not applied; transformers "
@@ -180,8 +181,15 @@ def understand(found: layouts.Found, ignore: tuple[str, ...]) -> Source:
     kind, config = config_of(found, ignore)
     stored = prefixes.unwrapped(stored, found.tables or kind.tables(config), str(found.folder))
     stored = _language_model(stored, kind, config, found.folder)
+    stored |= {_in_base(name, stored): one for name, one in instead.items()}
     stored, model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore, found.inside)
+
+
+def _in_base(name: str, stored: Collection[str]) -> str:
+    """The name of the stored tensor that another tool calls `name`: what stands before it may differ."""
+    alike = [one for one in stored if one.endswith(f".{name}") or name.endswith(f".{one}")]
+    return alike[0] if name not in stored and len(alike) == 1 else name
 
 
 def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Family, ModelConfig]:

@@ -63,6 +63,11 @@ def inverse_softplus(low: float, high: float) -> Draw:
     return draw
 
 
+def stream(name: str, seed: int, device: torch.device) -> torch.Generator:
+    """The random stream of the parameter of this name."""
+    return torch.Generator(device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+
+
 @torch.no_grad()
 def init_weights(model: nn.Module, seed: int = 0) -> None:
     """Draw every parameter, as `initial_values` says."""
@@ -85,5 +90,5 @@ def initial_values(model: nn.Module, seed: int = 0) -> Iterator[tuple[str, Tenso
             kind = type(model.get_submodule(owner)).__name__
             raise ConfigError(f"{name}: no rule for its first values; "
                               f"give {kind} one: INIT = {{{leaf!r}: …}} (nanollm/init.py)")
-        stream = torch.Generator(p.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))
-        yield name, rules[name](torch.empty(p.shape, dtype=p.dtype, device=p.device), stream, depth)
+        value = torch.empty(p.shape, dtype=p.dtype, device=p.device)
+        yield name, rules[name](value, stream(name, seed, p.device), depth)

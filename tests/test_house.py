@@ -29,7 +29,7 @@ ARROWS = {
     "nanollm.text": "",
     "nanollm.data": "cli text",
     "nanollm.inference": "cache config layers model ops text",
-    "nanollm.training": "block cli config data layers model ops presets text",
+    "nanollm.training": "block cli config data init layers model ops presets text",
     "checkpoints.names": "nanollm.config",
     "checkpoints.storage": "names",
     "checkpoints.families": "names nanollm.cli nanollm.config",

@@ -59,8 +59,8 @@ def test_what_cannot_be_quantised_is_refused_before_there_is_memory(tmp_path, mo
     checkpoints.save(wide(), tmp_path / "in")
     monkeypatch.setattr(Source, "fill", lambda *_: pytest.fail("memory was taken"))
     for options, message in (
-        ({"quantize": "int3"}, "quantize is 'int3'; expected int8 or int4, or None"),
-        ({"quantize": 4}, "quantize is 4; expected int8 or int4, or None"),
+        ({"quantize": "int3"}, "quantize is 'int3'; expected int8, int4, nf4, or None"),
+        ({"quantize": 4}, "quantize is 4; expected int8, int4, nf4, or None"),
         ({"quantize": "int8", "group": 32}, "group is 32, and quantize 'int8': groups go with int4"),
         ({"group": 32}, "group is 32, and quantize None: groups go with int4"),
         ({"quantize": "int4", "group": 48}, "layers.0.mixer.q: groups of 48, expected 32, 64, 128"),

@@ -11,6 +11,9 @@ never leave their group:
     bits     31 … 28   …   11 … 8   7 … 4   3 … 0         bytes a weight: 8 bits 1, 4 bits ½ + 5/group (s and z)
     input      7       …      2       1       0
 
+A third kind, NF4, has a file of its own, layers/nf4.py: it is slower, and for what stays frozen while adapters learn.
+Where a gradient passes, a weight is made again in the backward pass, see layers/frozen.py, and the kernels rest.
+
 Shapes: N outputs, K inputs, G groups of K/G inputs.
     packed (N, K) int8 or (N, K/8) int32;   s (N, 1) or (N, G) float32;   z (N, G) int8, or None for 8 bits.
     Experts are stacked, so each of these has E in front, and an expert is run by its number.
@@ -24,11 +27,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollm.config import MLP, ClippedGLU
 from nanollm.errors import InputError
 from nanollm.inference import cpu_products as cpu
+from nanollm.layers import nf4
+from nanollm.layers.frozen import frozen_linear
 from nanollm.layers.linear import Linear
-from nanollm.layers.moe import Experts, gated, mixed
+from nanollm.layers.moe import Experts, SplitExperts
+from nanollm.layers.nf4 import NF4, NF4Linear
 from nanollm.model import Decoder
 from nanollm.ops import accelerated
 
@@ -36,8 +41,10 @@ GROUPS = (32, 64, 128)
 SLAB = 1 << 18                  # numbers quantised at a time, so that a processor's cache holds what is between
 LEFT_ALONE = ("head", "router", "shared_gate", "dt_proj")       # few weights, much effect; Mamba reads dt_proj.weight
 BITS = {"int8": 8, "int4": 4}   # by the names that commands have for them
+KINDS = (*BITS, "nf4")
 Some = TypeVar("Some", Tensor, Tensor | None)
 Quantised = tuple[Tensor, Tensor, Tensor | None]                # packed, s, z
+Packed = Quantised | NF4
 ORDERING = threading.Lock()     # held while codes are put into another order: one for all, as a module must be copied
 
 
@@ -104,6 +111,11 @@ def dequantize(packed: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return ((codes - zero[..., None]).float() * scale[..., None]).flatten(-2)
 
 
+def dequantized(dtype: torch.dtype, packed: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
+    """The same, rounded to dtype: what frozen.py makes twice."""
+    return dequantize(packed, scale, zero).to(dtype)
+
+
 @accelerated
 def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (…, K) → x Wᵀ + b (…, N), W rounded to the dtype of x."""
@@ -130,8 +142,8 @@ class QuantizedLinear(nn.Module):
         self.group = self.inputs // scale.shape[-1]
         # packed and scales as torch's kernel wants them: one attribute, so that a thread sees both or neither
         self.ordered: tuple[Tensor, Tensor] | None = None
-        self.register_state_dict_pre_hook(lambda module, prefix, keep_vars: module.restore())
-        self.register_load_state_dict_pre_hook(lambda module, *_: module.restore())
+        self.register_state_dict_pre_hook(restored)
+        self.register_load_state_dict_pre_hook(restored)
 
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:          # (…, K) → (…, N)
         bits = 8 if self.zero is None else 4
@@ -139,8 +151,11 @@ class QuantizedLinear(nn.Module):
         if x.is_cpu and not torch.is_grad_enabled() and cpu.fits(bits, self.outputs, self.inputs, self.group):
             y = self._rows(x.reshape(-1, self.inputs).contiguous(), expert).view(*x.shape[:-1], self.outputs)
             return y if bias is None else y + bias
-        packed = self.restore()
-        return quantized_linear(x, of(expert, packed), of(expert, self.scale), of(expert, self.zero), bias)
+        packed = self.packed if self.ordered is None else self.restore()
+        stored = of(expert, packed), of(expert, self.scale), of(expert, self.zero)
+        if x.requires_grad and torch.is_grad_enabled():
+            return frozen_linear(x, bias, dequantized, *(part for part in stored if part is not None))
+        return quantized_linear(x, *stored, bias)
 
     def _rows(self, x: Tensor, expert: int | None) -> Tensor:                   # (M, K) → (M, N), without the bias
         packed, scales = self.ordered or self._order(x.dtype)
@@ -165,6 +180,15 @@ class QuantizedLinear(nn.Module):
             self.ordered = None
             return self.packed
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K), or (E, N, K)."""
+        return (*self.packed.shape[:-2], self.outputs, self.inputs)
+
+    def dense(self) -> Tensor:
+        """The weight, (N, K) or (E, N, K), float32."""
+        return dequantize(self.restore(), self.scale, self.zero)
+
     def _apply(self, fn: Callable, recurse: bool = True) -> "QuantizedLinear":
         """What .to(), .cuda() and .bfloat16() call. The last would round the scales."""
         self.restore()
@@ -181,6 +205,11 @@ class QuantizedLinear(nn.Module):
         return f"{experts}{sizes}, {bits}, bias={self.bias is not None}"
 
 
+def restored(module: QuantizedLinear, *_: object) -> None:
+    """`restore`, as a hook that can be pickled."""
+    module.restore()
+
+
 def of(expert: int | None, parts: Some) -> Some:
     """What is an expert's; None: there are no experts."""
     return parts if parts is None or expert is None else parts[expert]
@@ -191,28 +220,29 @@ def each(change: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
     return change(packed) if packed.ndim == 2 else torch.stack([change(one) for one in packed])
 
 
-class QuantizedExperts(nn.Module):
-    """Experts whose weights are quantised. What stands between the products is that of moe.py."""
-
-    def __init__(self, config: MLP | ClippedGLU, gate: QuantizedLinear, up: QuantizedLinear,
-                 down: QuantizedLinear) -> None:
-        super().__init__()
-        self.config, self.gate, self.up, self.down = config, gate, up, down
-
-    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
-        def expert(own: Tensor, e: int) -> Tensor:
-            return self.down(gated(self.config, self.gate(own, e), self.up(own, e)), e)
-
-        return mixed(x, weights, chosen, expert)
+class QuantizedExperts(SplitExperts):
+    """Experts whose three weights are QuantizedLinears, or NF4Linears."""
 
 
 # ---- a model
 
 class Plan(NamedTuple):
-    """What of a model is quantised, and how."""
+    """What of a model is quantised, and how. In NF4 bits and group mean nothing."""
     bits: int
     group: int
     modules: list[str]
+    nf4: bool = False
+
+    def room(self, shape: tuple[int, ...], device: str | torch.device) -> Packed:
+        """What a weight (N, K), or (E, N, K), becomes, with nothing in it yet."""
+        return nf4.room(shape, device) if self.nf4 else room(shape, self.bits, self.group, device)
+
+    def fill(self, out: Packed, weight: Tensor, expert: int | None = None) -> None:
+        """Quantise a weight (N, K) into `out`, or into what is an expert's in it."""
+        if not isinstance(out, NF4):
+            return quantize_into(out, weight, self.bits, self.group, expert)
+        for part, found in zip(out, nf4.quantize(weight), strict=True):
+            of(expert, part).copy_(found)
 
     def weights(self, model: Decoder) -> list[str]:
         """The names of the parameters that will be quantised."""
@@ -227,20 +257,29 @@ def quantize(model: Decoder, bits: int = 8, group: int | None = None, skip: Coll
     are never more than the weights of one module in memory. Raises InputError, before anything is changed, for bits
     other than 8 and 4, and for a weight that is not finite or that the groups do not divide, by its name.
     """
-    plan = choose(model, bits, group, skip)
-    for name in plan.weights(model):
-        need_finite(model.get_parameter(name), name.removesuffix(".weight"))
-    for name in plan.modules:
-        module = model.get_submodule(name)
-        replace(model, name, {leaf: quantize_weight(module.get_parameter(leaf), plan.bits, plan.group)
-                              for leaf in leaves(module)})
+    apply(model, choose(model, bits, group, skip))
     return model
+
+
+def apply(model: Decoder, plan: Plan) -> None:
+    """Quantise what the plan names, in place, a module at a time. On the meta device there is room and no values.
+    Raises InputError, before anything is changed, for a weight that is not finite."""
+    for name in plan.weights(model):
+        if not model.get_parameter(name).is_meta:
+            need_finite(model.get_parameter(name), name.removesuffix(".weight"))
+    for name in plan.modules:
+        module, found = model.get_submodule(name), {}
+        for leaf in leaves(module):
+            weight = module.get_parameter(leaf).detach()
+            found[leaf] = plan.room(tuple(weight.shape), weight.device)
+            for e, one in () if weight.is_meta else enumerate(weight) if weight.ndim == 3 else [(None, weight)]:
+                plan.fill(found[leaf], one, e)
+        replace(model, name, found)
 
 
 def choose(model: Decoder, bits: int, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Plan:
     """What `quantize` replaces; the model may be on the meta device. Raises InputError as it does, but for values."""
-    chosen = [name for name, module in model.named_modules() if leaves(module) and not skipped(name, skip)]
-    found = Plan(bits, group or 0, chosen)
+    found = Plan(bits, group or 0, eligible(model, skip))
     weights = {name: model.get_parameter(name) for name in found.weights(model)}
     if group is None:
         divide = (g for g in reversed(GROUPS) if all(one.shape[-1] % g == 0 for one in weights.values()))
@@ -248,6 +287,16 @@ def choose(model: Decoder, bits: int, group: int | None = None, skip: Collection
     for name, weight in weights.items():
         check(weight, bits, found.group, name.removesuffix(".weight"))
     return found
+
+
+def plan_for(model: Decoder, kind: str, group: int | None = None) -> Plan:
+    """The plan for one of KINDS, by its name. Raises InputError as `choose` does; NF4 takes any shape."""
+    return Plan(0, 0, eligible(model, LEFT_ALONE), nf4=True) if kind == "nf4" else choose(model, BITS[kind], group)
+
+
+def eligible(model: Decoder, skip: Collection[str]) -> list[str]:
+    """The modules that can be quantised, without those that are skipped."""
+    return [name for name, module in model.named_modules() if leaves(module) and not skipped(name, skip)]
 
 
 def skipped(name: str, skip: Collection[str]) -> bool:
@@ -262,18 +311,37 @@ def leaves(module: nn.Module) -> tuple[str, ...]:
     return ("weight",) if type(module) is Linear else ()        # a router or a head does more than multiply
 
 
-def replace(model: Decoder, name: str, weights: Mapping[str, Quantised]) -> None:
+def replace(model: Decoder, name: str, weights: Mapping[str, Packed]) -> None:
     """Put a quantised module in the place of the Linear or the Experts of this name."""
     old = model.get_submodule(name)
     if isinstance(old, Experts):
         biases = (getattr(old, f"{leaf}_bias", None) for leaf in leaves(old))
-        gate, up, down = (QuantizedLinear(*weights[leaf], None if bias is None else bias.detach())
+        gate, up, down = (linear(old.get_parameter(leaf), weights[leaf], bias)
                           for leaf, bias in zip(leaves(old), biases, strict=True))
         new: nn.Module = QuantizedExperts(old.config, gate, up, down)
     else:
         assert isinstance(old, Linear), "as chosen"
-        new = QuantizedLinear(*weights["weight"], None if old.bias is None else old.bias.detach())
+        new = linear(old.weight, weights["weight"], old.bias)
     model.set_submodule(name, new.train(old.training))
+
+
+def quantised(weight: Tensor, bias: Tensor | None, kind: str) -> QuantizedLinear | NF4Linear:
+    """A Linear with this weight (N, K) in one of KINDS; of int4 with the largest group that divides K."""
+    group = next((g for g in reversed(GROUPS) if weight.shape[-1] % g == 0), GROUPS[0])
+    plan = Plan(BITS.get(kind, 0), group, [], nf4=kind == "nf4")
+    if not plan.nf4:
+        check(weight, plan.bits, group, "the weight")
+    out = plan.room(tuple(weight.shape), weight.device)
+    plan.fill(out, weight)
+    return linear(weight, out, bias)
+
+
+def linear(weight: Tensor, quantised: Packed, bias: Tensor | None) -> QuantizedLinear | NF4Linear:
+    """The module that has a weight quantised, with a Linear's bias."""
+    bias = None if bias is None else bias.detach()
+    if isinstance(quantised, NF4):
+        return NF4Linear(weight.shape[-2], weight.shape[-1], quantised, bias)
+    return QuantizedLinear(*quantised, bias)
 
 
 def check(weight: Tensor, bits: int, group: int, name: str) -> None:

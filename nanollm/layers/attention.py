@@ -100,14 +100,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        config = self.config
-        q, k, v = self.project(x)                                                       # (B, H or K, T, d)
-        if config.rope is not None:
-            cos, sin = ctx.rotation(config.rope, config.head_dim)
-            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
-        if config.logn is not None:
-            q = q * ctx.log_growth(config.logn)
-        slots = None
+        config, slots = self.config, None
+        q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
         if state is not None:
             slots = ctx.slots(state)
             k, v = state.extend(k, v, slots)
@@ -117,6 +111,17 @@ class Attention(nn.Module):
         else:
             mixed = attend_plainly(q, k, v, mask.dense, self.scale, sinks=self.sinks)
         return self.o(mixed.transpose(1, 2).flatten(-2))
+
+    def placed(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), q and k rotated to their positions."""
+        config = self.config
+        q, k, v = self.project(x)
+        if config.rope is not None:
+            cos, sin = ctx.rotation(config.rope, config.head_dim)
+            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
+        if config.logn is not None:
+            q = q * ctx.log_growth(config.logn)
+        return q, k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""

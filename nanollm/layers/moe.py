@@ -140,6 +140,9 @@ def routing(model: nn.Module) -> Iterator[list[Routed]]:
 
 # ---- the experts
 
+LEAVES = "gate", "up", "down"                   # the weights of experts
+
+
 def visits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """chosen (N, k) → expert, the tokens that chose it, and as which of their k. Experts without tokens are skipped."""
     for e in chosen.unique().tolist():
@@ -212,6 +215,48 @@ class ClippedExperts(Experts):
         return mixed(x, weights, chosen, expert)
 
 
+class Stacked(nn.Module):
+    """One of the three weights of experts, (E, N, K), as a module: N outputs, K inputs."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        self.weight, self.bias = weight, bias
+
+    def forward(self, x: Tensor, expert: int) -> Tensor:        # (n, K) → (n, N)
+        return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
+
+
+class SplitExperts(nn.Module):
+    """Experts whose three weights are modules, quantised or with adapters, called with x and an expert's number."""
+
+    def __init__(self, config: MLPConfig | ClippedGLU, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
+        super().__init__()
+        self.config, self.gate, self.up, self.down = config, gate, up, down
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
+        def expert(own: Tensor, e: int) -> Tensor:
+            return self.down(gated(self.config, self.gate(own, e), self.up(own, e)), e)
+
+        return mixed(x, weights, chosen, expert)
+
+
+def split(experts: Experts) -> SplitExperts:
+    """The same experts, each of the three weights in a module of its own."""
+    parts = (Stacked(getattr(experts, leaf), getattr(experts, f"{leaf}_bias", None)) for leaf in LEAVES)
+    return SplitExperts(experts.config, *parts).train(experts.training)
+
+
+def joined(experts: SplitExperts) -> Experts:
+    """The inverse: the parts have a `weight` and a `bias`."""
+    clipped = isinstance(experts.config, ClippedGLU)
+    whole = (ClippedExperts if clipped else Experts)(0, experts.config, 0)  # type: ignore[arg-type]
+    for leaf in LEAVES:
+        setattr(whole, leaf, getattr(experts, leaf).weight)
+        if clipped:
+            setattr(whole, f"{leaf}_bias", getattr(experts, leaf).bias)
+    return whole.train(experts.training)
+
+
 class MoE(nn.Module):
     """Route, run the chosen experts on the tokens that chose them, add up."""
     WORDS = {
@@ -233,7 +278,7 @@ class MoE(nn.Module):
         self.config = config
         self.router = Router(config, dim)
         if isinstance(config.expert, ClippedGLU):
-            self.experts: Experts = ClippedExperts(config.experts, config.expert, dim)
+            self.experts: nn.Module = ClippedExperts(config.experts, config.expert, dim)
         else:
             self.experts = Experts(config.experts, config.expert, dim)
         self.shared = None if config.shared is None else MLP(config.shared, dim)

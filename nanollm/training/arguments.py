@@ -15,6 +15,7 @@ from nanollm import cli
 from nanollm.cli import Parser
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
+from nanollm.training import growing
 from nanollm.training.distributed import DTYPES, RECOMPUTE
 from nanollm.training.optim import BETAS, SCHEDULES
 
@@ -35,13 +36,6 @@ def above_0(text: str) -> float:
     """A number above 0, for an option."""
     if not (value := rate(text)):
         raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 to 1, without the 1, for an option."""
-    if not (value := rate(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 to 1, without the 1")
     return value
 
 
@@ -74,6 +68,11 @@ DEFAULTS: dict[str, tuple] = {
 }
 
 
+# With adapters the rate of Dettmers et al. 2023 (arXiv 2305.14314, table 9) for 7 and 13 B, and of Hu et al. 2021
+# (arXiv 2106.09685, table 11). B begins as 0 and the weight moves by s B A only: it takes ten times the weight's rate.
+LORA_DEFAULTS: dict[str, float] = {"lr": 0.0002}
+
+
 def kind(options: argparse.Namespace) -> int:
     """The column of DEFAULTS that a run takes."""
     return 2 if options.init else 0 if options.preset.endswith("-toy") or f"{options.preset}-toy" in PRESETS else 1
@@ -86,6 +85,13 @@ def default(name: str, none: str = "") -> str:
     if values[1] == values[2]:
         return f"default {values[0]}; published presets and --init: {values[1]}"
     return f"default {values[0]}; published presets: {values[1]}; --init: {values[2]}"
+
+
+def share(text: str) -> float:
+    """A number from 0 on, below 1, for an option."""
+    if (value := rate(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 on, below 1")
+    return value
 
 
 # ---- the groups
@@ -183,6 +189,54 @@ def optimization(add: Add) -> None:
         help="steps to pass over, counted from 0: their rows are read and not learnt from")
 
 
+def growing_and_freezing(add: Add) -> None:
+    """What --init is made into before the first step, and which part of it is trained."""
+    add("--freeze", nargs="+", metavar="PART",
+        help="parameters that stay as they are: parts of their names between dots, such as embed, mixer or layers.0")
+    add("--train-last", type=whole, metavar="N",
+        help="training of the last N layers, the final norm and the head only; all else is frozen")
+    add("--expand", type=whole, metavar="N",
+        help="LLaMA-Pro: N new layers, spread evenly, which change nothing at first; only they are trained")
+    add("--expand-all", action="store_true", help="training of all layers after --expand, not of the new ones only")
+    add("--grow-vocab", nargs="?", const="mean", choices=growing.ROWS,
+        help="rows for the tokens that the tokenizer has and the model lacks: the mean of its rows (default), zero, or "
+             "drawn as in a new model")
+    add("--grow-from", metavar="TEXT", help="new rows are the mean of the rows of this text's tokens")
+    add("--add-tokens", nargs="+", metavar="TOKEN",
+        help="special tokens that the tokenizer gets, and the model with it as --grow-vocab says")
+    add("--rope-scaling", choices=growing.SCALINGS,
+        help="angles of RoPE for a longer context: divided by the factor; by a base that grows with the length; YaRN")
+    add("--rope-factor", type=rate, metavar="F", help="the new context over the old, for --rope-scaling")
+    add("--neftune", type=rate, default=0.0, metavar="ALPHA",
+        help="NEFTune: noise on the embeddings in training, of this size (default 0; often 5)")
+    add("--shift-attention", type=whole, metavar="G",
+        help="LongLoRA: attention inside groups of G tokens in training, shifted by G/2 in half of the heads")
+
+
+def adapters(add: Add) -> None:
+    """Adapters, which are trained in the place of the weights."""
+    add("--lora-rank", type=whole, metavar="R",
+        help="rank of LoRA: adapters of this rank are trained beside the weights of --init, which stay as they are "
+             "(often 8 to 64); their peak learning rate is 0.0002 unless --lr says another")
+    add("--lora-alpha", type=rate, metavar="ALPHA", help="factor of the adapters, divided by the rank (default 2 R)")
+    add("--lora-dropout", type=share, metavar="P", help="dropout on what adapters read (default 0)")
+    add("--lora-targets", nargs="+", metavar="PART",
+        help="weights that get an adapter, by a part of their names: q, ffn, layers.3 (default: all matrices of the "
+             "layers)")
+    add("--rslora", action="store_true", help="rank-stabilised LoRA: the factor is divided by the root of the rank")
+    add("--dora", action="store_true", help="DoRA: length and direction of each row of a weight are tuned apart")
+    add("--lora-plus", type=rate, metavar="RATIO",
+        help="LoRA+: learning rate of the second factor, B, as a multiple of A's (often 16)")
+    add("--lora-init", choices=("zero", "pissa", "loftq"),
+        help="first values of the adapters: B = 0; the largest directions of the weight; or those that make up for "
+             "what --quantize loses (default zero)")
+    add("--quantize", choices=("nf4", "int8", "int4"),
+        help="quantisation of the weights beside adapters (QLoRA): NF4 as bitsandbytes has it, or 8 or 4 bits as "
+             "generate.py has them")
+    add("--adapter", type=Path, metavar="FOLDER",
+        help="adapter to go on from, in the place of a new one: a run folder, or a folder of peft's")
+
+
 def hardware(add: Add) -> None:
     """What computes, and in which dtype."""
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu",
@@ -239,6 +293,8 @@ GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, 
     "the model and its data": model_and_data,
     "the run folder": run_folder,
     "optimization": optimization,
+    "growing and freezing a model": growing_and_freezing,
+    "adapters": adapters,
     "hardware": hardware,
     "evaluation, samples, checkpoints": evaluation,
     "planning": planning,

@@ -18,7 +18,7 @@ from nanollm.data import sft
 from nanollm.data import stream as data
 from nanollm.data.stream import Batch, Source, Stream
 from nanollm.errors import DataError, counted
-from nanollm.text import templates, tokenizer
+from nanollm.text import adding, templates, tokenizer
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.training.distributed import World
@@ -116,7 +116,7 @@ def prepare(options: argparse.Namespace, vocab: int) -> None:
     if len(options.data) > 1:
         raise DataError(f"{', '.join(map(str, options.data))}: several --data are mixed as shards; "
                         "make each with python -m nanollm.data first")
-    given = options.tokenizer or options.init
+    given = adding.folder_of(options)
     documents = text.read(options.data[0] if options.data else None)
     size = None if given else vocab
     text.prepare(documents, options.out / "data", vocab=size, tokenizer=given, context=options.context)
@@ -127,7 +127,7 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
 
     Raises DataError where the shards were made with another tokenizer, or none is found and --vocab is not given.
     """
-    candidates = (path for path in (options.tokenizer, options.init, *folders) if path)
+    candidates = (path for path in (adding.folder_of(options), options.init, *folders) if path)
     words = next((path for path in candidates if any(path.glob("tokenizer*"))), None)
     reader = tokenizer.load(words) if words else None
     pairs = [data.open_folder(path, options.context, reader.eos_id if reader else None) for path in folders]
@@ -155,7 +155,9 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
 
 def open_chats(options: argparse.Namespace) -> Corpus:
     """The chats of a file, written with the template of --init and packed into rows. The notes show the first."""
-    reader = tokenizer.load(options.init)
+    folder = adding.folder_of(options)
+    assert folder is not None, "--chat goes with --init"
+    reader = tokenizer.load(folder)
     if options.template:
         templates.choose(reader, options.template, to_file=True)
     chats, held = sft.split(sft.read(options.chat))

@@ -19,6 +19,7 @@ The order of wrapping matters: recomputation inside compilation inside sharding.
 """
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -42,6 +43,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from nanollm.errors import InputError, NanollmError
+from nanollm.layers.frozen import FrozenLinear
 from nanollm.model import Decoder
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -189,16 +191,17 @@ def cast(model: Decoder, dtype: torch.dtype) -> Iterator[None]:
     """Inside the block a model that is not sharded computes with copies of its weights in dtype.
 
     Gradients reach the float32 weights. Forward and backward pass both belong inside. A sharded model makes such copies
-    in its all-gather, so nothing is done to it here.
+    in its all-gather, so nothing is done to it here. Nor is it to a FrozenLinear, which casts by itself.
     """
-    if dtype == torch.float32 or sharded_modules(model):
-        yield
-        return
-    copies = {p: p.to(dtype) for p in model.parameters()}       # by parameter: tied weights share one copy
     places: list[tuple[dict[str, Any], str, nn.Parameter]] = [
         (module._parameters, name, p)
-        for module in model.modules() for name, p in module._parameters.items() if p is not None
+        for module in model.modules() if not isinstance(module, FrozenLinear)
+        for name, p in module._parameters.items() if p is not None and p.dtype != dtype
     ]
+    if not places or sharded_modules(model):
+        yield
+        return
+    copies = {p: p.to(dtype) for *_, p in places}               # by parameter: tied weights share one copy
     for parameters, name, weight in places:
         parameters[name] = copies[weight]
     try:
@@ -271,30 +274,35 @@ def local_shard(full: Tensor, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fill(model: Decoder, values: Iterable[tuple[str, Tensor]]) -> None:
-    """Set the parameters of a model to full tensors in the order of `named_parameters`, one in memory at a time.
+    """Set parameters and buffers of a model to full tensors in the order of their names, one in memory at a time.
 
     Tied weights, which are two parameters after the meta device, are made one again.
     """
     model.tie()
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     for name, value in values:
         local(parameters[name]).copy_(local_shard(value.to(parameters[name].device), parameters[name]))
 
 
+@torch.no_grad()
 def broadcast_parameters(model: Decoder, source: Decoder | None, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """The parameters of `source`, which only rank 0 has, broadcast to all ranks one at a time, as float32."""
-    theirs = dict(source.named_parameters()) if source is not None else {}
-    for name, parameter in model.named_parameters():
-        full = torch.empty(parameter.shape, device=device)
+    """Parameters and buffers of `source`, which only rank 0 has, broadcast to all ranks one at a time, in the dtypes
+    of `model`. Each is gone from `source` when the next one comes: there is never memory for two models."""
+    theirs = {} if source is None else {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        full = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         if source is not None:
             full.copy_(theirs[name].detach())
-        dist.broadcast(full, 0)
+            theirs[name].data = torch.empty(0, dtype=theirs[name].dtype)
+        dist.broadcast(full.view(-1).view(torch.uint8), 0)      # as bytes: not every backend knows every dtype
         yield name, full
 
 
 @torch.no_grad()
-def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype = torch.float32) -> Decoder | None:
-    """The whole model, on one device, where `keep`; None on other ranks.
+def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype = torch.float32,
+           blank: Decoder | None = None) -> Decoder | None:
+    """The whole model, on one device, where `keep`; None on other ranks. `blank` is the model on the meta device,
+    where it is more than its config says; what is in a FrozenLinear keeps its dtype.
 
     All ranks take part in the all-gather of each parameter, one at a time.
     """
@@ -302,13 +310,18 @@ def gather(model: Decoder, keep: bool, device: torch.device, dtype: torch.dtype 
     for name, parameter in model.named_parameters():
         full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if keep:
-            found[name] = nn.Parameter(full.to(device, dtype), requires_grad=False)
+            own = isinstance(model.get_submodule(name.rpartition(".")[0]), FrozenLinear)
+            found[name] = nn.Parameter(full.to(device, full.dtype if own else dtype), requires_grad=False)
     if not keep:
         return None
     with torch.device("meta"):
-        whole = Decoder(model.config)
+        whole = Decoder(model.config) if blank is None else copy.deepcopy(blank)
     for name, parameter in found.items():
         owner, _, leaf = name.rpartition(".")
         setattr(whole.get_submodule(owner), leaf, parameter)
+    saved = model.state_dict()                                  # a quantised module puts its codes in order for that
+    for name, _ in model.named_buffers():
+        owner, _, leaf = name.rpartition(".")
+        setattr(whole.get_submodule(owner), leaf, saved[name].to(device))
     whole.tie()
     return whole.eval()

@@ -94,6 +94,13 @@ def held_out_loss(
     return nats / count
 
 
+def need_held_out(options: argparse.Namespace, source: Source | None) -> None:
+    """Raise RunError where an option needs held-out rows, and there are none."""
+    for name in ("eval_only", "keep_best", "patience"):
+        if getattr(options, name) and source is None:
+            raise RunError(f"--{name.replace('_', '-')} needs a held-out loss, and of this data nothing is held out")
+
+
 def find_checkpoint(folder: Path, which: str) -> Path:
     """The checkpoint in runs/NAME/steps that --export names: a step, "last" or "best". Raises RunError."""
     kept = state.complete(folder)

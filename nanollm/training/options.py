@@ -24,8 +24,8 @@ from nanollm.cli import Parser
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError, RunError
 from nanollm.presets import preset
-from nanollm.training import monitors
-from nanollm.training.arguments import DEFAULTS, build_parser, kind
+from nanollm.training import growing, monitors, tuning
+from nanollm.training.arguments import DEFAULTS, LORA_DEFAULTS, build_parser, kind
 from nanollm.training.distributed import DTYPES
 from nanollm.training.runs import FREE
 
@@ -54,6 +54,8 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         raise InputError("--chat and --data are two kinds of training; give one of them")
     if options.mix and len(options.mix) != len(options.data):
         raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
+    growing.check(options)
+    tuning.check(options)
     if options.steps and options.epochs:
         raise InputError("--steps and --epochs both say how long the run is; give one of them")
     for name in ("init", "tokenizer"):
@@ -107,7 +109,8 @@ def settle(options: argparse.Namespace) -> None:
             options.batch_size = ranks * options.micro_batch * options.gradient_accumulation
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None and name not in later:
-            setattr(options, name, own.get(name, None if name == "context" else values[kind(options)]))
+            usual = LORA_DEFAULTS.get(name) if tuning.tunes(options) else None
+            setattr(options, name, own.get(name, None if name == "context" else usual or values[kind(options)]))
     if options.dtype == "auto" and own.get("dtype") in DTYPES:
         options.dtype = own["dtype"]
     if not options.init:

@@ -5,6 +5,7 @@
               log.jsonl      a line for each step, each held-out loss, each sample, each checkpoint
               steps/         checkpoints (state.py)
               data/          tokenized text (data/prepare.py)
+              vocabulary/    the tokenizer with the tokens of --add-tokens (text/adding.py)
               config.json, model.safetensors, tokenizer.json …  the model as a Hugging Face folder
               loss.png       the loss curve
               monitors.json  the ids by which W&B and MLflow know the run
@@ -90,7 +91,8 @@ def check(folder: Path, options: dict[str, Any], resume: bool, force: bool) -> N
         there = {folder.name} if folder.exists() else set()
     except OSError as error:
         raise RunError(f"{folder}: cannot be read: {error.strerror}; name another folder with --out") from None
-    if not there - {"lock", "data", ".run.json.tmp"}:           # the last: of a run that was killed at its start
+    # .run.json.tmp: of a run that was killed at its start
+    if not there - {"lock", "data", "vocabulary", ".run.json.tmp"}:
         return
     if not (folder / "run.json").is_file():
         raise RunError(f"{folder}: not empty, and not made by train.py; name another folder with --out")

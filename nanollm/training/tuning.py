@@ -1,0 +1,210 @@
+"""Tuning with adapters: what --lora-rank, --adapter and --quantize do to a model before its first step.
+
+                     stored as                          in a product as      gradient, optimizer's state, checkpoint
+    W of a layer     the folder has it, or in           dtype of products,   none
+                     8 or 4 bits (--quantize)           made twice a step
+    embedding, head  the folder has it                  a copy for the step  none
+    A, B, m          float32                            dtype of products    float32
+
+LoRA (Hu et al. 2021, arXiv 2106.09685) is in lora.py. QLoRA is LoRA beside W in NF4 (Dettmers et al. 2023, arXiv
+2305.14314), here also in int8 and int4. Where W is made anew is layers/frozen.py.
+
+Rank 0 reads the model, quantises it and draws A: `prepare`. What it is then, each module of it, is `blank`, the model
+without its numbers, which every rank gets; the numbers follow one tensor at a time. FSDP2 shards parameters, so W in
+the folder's dtype is in shards, and W in 8 or 4 bits, which are buffers, is whole on every rank.
+
+A checkpoint has A, B, m alone. The rest is read again from --init, and `fingerprint` says whether it is the same.
+"""
+
+import argparse
+import copy
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanollm.errors import InputError, RunError
+from nanollm.layers.frozen import FrozenLinear
+from nanollm.layers.linear import Linear
+from nanollm.model import Decoder
+from nanollm.training import lora, optim
+from nanollm.training.lora import LoRA
+
+QUANTIZED = ("int8", "int4", "nf4")
+READ = ("dt_proj", "kv_up")     # Linears whose weight a layer also reads, and multiplies itself
+SAMPLE = 4096                   # numbers of a tensor that the fingerprint reads
+# Options of LoRA that an adapter's own folder answers, and those that change the model under an adapter.
+SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora", "lora_init")
+OTHER = ("expand", "grow_vocab", "add_tokens", "rope_scaling", "freeze", "train_last")
+
+
+def tunes(options: argparse.Namespace) -> bool:
+    """Whether a run trains adapters."""
+    return bool(options.lora_rank or options.adapter)
+
+
+def given(options: argparse.Namespace, names: tuple[str, ...]) -> list[str]:
+    """Those of these options that are set, as they are written."""
+    return ["--" + name.replace("_", "-") for name in names if getattr(options, name, None)]
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError for options that do not go together, before anything is read."""
+    if not tunes(options):
+        if alone := given(options, (*SHAPE, "lora_plus")):
+            raise InputError(f"{alone[0]} is for adapters: give --lora-rank, 8 or 16, with it")
+        if options.quantize:
+            raise InputError(f"--quantize {options.quantize}: weights in so few bits are not trained; adapters beside "
+                             "them are: give --lora-rank, 8 or 16, with it")
+        return
+    name = "--adapter" if options.adapter else "--lora-rank"
+    if not options.init:
+        raise InputError(f"{name} tunes a model that exists: name its folder with --init")
+    if options.adapter and (twice := given(options, SHAPE)):
+        raise InputError(f"{twice[0]} with --adapter: the adapter that goes on has its own; leave the option out, or "
+                         "begin another adapter without --adapter")
+    if options.optimizer == "muon":
+        raise InputError(f"{name} with --optimizer muon: Muon makes the update of a whole weight orthogonal, and A and "
+                         "B are factors of one; --optimizer adamw, the default, trains them")
+    if other := given(options, OTHER):
+        raise InputError(f"{name} with {other[0]}: an adapter is trained and written alone, for its base as it is; "
+                         "what changes the base is a run of its own, whose folder --init can then name")
+    if options.lora_init == "loftq" and not options.quantize:
+        raise InputError("--lora-init loftq makes up for what quantising loses: give --quantize nf4 or int4 with it")
+    if options.quantize and options.offload:
+        raise InputError("--offload moves parameters, and a quantised weight is none; leave one of --offload and "
+                         "--quantize out")
+
+
+def loading(options: argparse.Namespace) -> dict[str, Any]:
+    """What checkpoints.load is asked for. Where adapters begin with the weights, those are quantised after that."""
+    early = options.quantize and (options.lora_init or "zero") == "zero"
+    return {"quantize": options.quantize if early else None, "adapter": options.adapter}
+
+
+def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Tensor, Tensor | None], nn.Module],
+            quantise_all: Callable[[Decoder], None]) -> Decoder:
+    """Put adapters with their first values beside the weights of a model, which stay as they are, in place.
+
+    quantise: one weight, for loftq; quantise_all: those that are not quantised yet. Raises InputError."""
+    if not options.adapter:
+        rank, init = options.lora_rank, options.lora_init or "zero"
+        config = LoRA(rank, options.lora_alpha or 2.0 * rank, options.lora_dropout or 0.0, options.rslora, options.dora,
+                      tuple(options.lora_targets or ("all",)), init=init)
+        lora.add(model, config, options.seed, quantise if init == "loftq" else None)
+        if options.quantize and init != "zero":
+            quantise_all(model)
+    trained = set(lora.adapters(model).values())
+    if not trained:
+        raise InputError(f"{options.adapter}: puts no adapter beside a weight, so there is nothing to train")
+    for p in model.parameters():
+        p.requires_grad_(p in trained)
+    for name, module in list(model.layers.named_modules(prefix="layers")):
+        if type(module) is Linear and not lora.has(name, READ):
+            model.set_submodule(name, frozen(module))
+    return model
+
+
+def frozen(linear: Linear) -> FrozenLinear:
+    """The Linear that keeps no weight for the backward pass."""
+    new = FrozenLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+    new.weight, new.bias = linear.weight, linear.bias
+    return new.train(linear.training)
+
+
+def blank(model: Decoder) -> Decoder:
+    """The model on the meta device: the same modules, dtypes and frozen parameters, without numbers or origin."""
+    memo: dict[int, Any] = {id(getattr(model, "origin", None)): None}
+    for p in model.parameters():
+        memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo)
+
+
+def draws(model: Decoder) -> bool:
+    """Whether adapters have dropout."""
+    return any(module.dropout > 0 for module in lora.loras(model).values())
+
+
+def share(model: Decoder, blank: Decoder) -> None:
+    """Make parameters one again that are one in `blank`, as moving a model from the meta device makes each anew."""
+    first: dict[nn.Parameter, str] = {}
+    adapters = {f"{name}.A" for name in lora.loras(blank)}      # Decoder.tie has the others
+    for name, p in blank.named_parameters(remove_duplicate=False):
+        one = first.setdefault(p, name)
+        if one != name and name in adapters:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, model.get_parameter(one))
+
+
+def fingerprint(model: Decoder) -> str | None:
+    """A CRC-32 of what is frozen: names, dtypes, shapes, and of each tensor 4,096 numbers, evenly spaced; None where
+    all is trained.
+
+    Other weights of the same model, from another run or another quantisation, differ in nearly every number. A tensor
+    in which somebody changed a few numbers may pass."""
+    held = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    held |= {name: buffer for name, buffer in model.named_buffers()}
+    value = 0
+    for name, tensor in held.items():
+        value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        flat = tensor.reshape(-1)
+        some = flat[:: -(-len(flat) // SAMPLE)].contiguous().cpu()
+        value = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), value)
+    return f"{value:08x}" if held else None
+
+
+def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """AdamW for adapters, where there are any; else those of optim.py. Weight decay is for A and B. With --lora-plus λ
+    the learning rate of B is λ times that of A (Hayou et al. 2024, arXiv 2402.12354)."""
+    there = lora.adapters(model)
+    if not there:
+        return optim.build(model, options.optimizer, options.weight_decay, dtype, options.betas)
+    parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": []}
+    for name, p in there.items():
+        parts[name.rpartition(".")[2]].append(p)
+    decay, faster = options.weight_decay, options.lora_plus or 1.0
+    found = [optim.adamw([group for group in (
+        {"params": parts["A"], "weight_decay": decay, "lr_scale": 1.0},
+        {"params": parts["B"], "weight_decay": decay, "lr_scale": faster},
+        {"params": parts["magnitude"], "weight_decay": 0.0, "lr_scale": 1.0}) if group["params"]])]
+    optim.init_state(found)
+    return found
+
+
+def need_trainable(model: Decoder, options: argparse.Namespace) -> None:
+    """Raise RunError where weights have too few bits to be trained, and no adapter is asked for."""
+    if not tunes(options) and any(hasattr(module, "dense") for module in model.modules()):
+        raise RunError(f"{options.init}: its weights are quantised, and those are not trained; --lora-rank trains "
+                       f"adapters beside them, or python -m checkpoints.convert {options.init} OUT writes them in 16 "
+                       "bits")
+
+
+def beside_base(options: argparse.Namespace) -> bool:
+    """Whether the adapter fits the weights of --init. What pissa and loftq quantise is not those: beside them the
+    adapter would be a little wrong, so the whole model is written, with the adapter in its weights."""
+    return not (options.quantize and options.lora_init in ("pissa", "loftq"))
+
+
+def how_to_use(options: argparse.Namespace) -> str:
+    """What the run folder will be, and the commands for it."""
+    if not beside_base(options):
+        return (f"{options.out}: will be a whole model with the adapter in its weights, as --lora-init "
+                f"{options.lora_init} quantises other weights than those of {options.init}")
+    kind = f" --quantize {options.quantize}" if options.quantize else ""
+    return (f"{options.out}: will be an adapter, as peft has them:\n"
+            f"  python generate.py --model {options.init} --adapter {options.out}{kind}\n"
+            f"  python -m checkpoints.convert {options.init} OUT --adapter {options.out} --merge")
+
+
+def export(whole: Decoder, folder: Path, options: argparse.Namespace, dtype: torch.dtype,
+           save: Callable[[Decoder, Path], None], save_adapter: Callable[..., None]) -> None:
+    """Write the adapters of a model, or the model with the adapters in it, in dtype."""
+    if beside_base(options):
+        save_adapter(whole, folder, base=str(options.init))
+    else:
+        save(lora.merge(whole).to(dtype), folder)
