@@ -6,6 +6,8 @@
     python train.py --init FOLDER --chat chats.jsonl    fine-tuning of any Hugging Face folder on chats
     torchrun --nproc-per-node 8 train.py …              the same run on 8 GPUs, sharded (FSDP2); or 8 processes on a CPU
     python train.py … --resume                          continue the run in --out where it stopped, to the bit
+    python train.py --out runs/demo --export best       its best checkpoint becomes the model of the run folder
+    python train.py --init FOLDER --data notes/ --eval-only     the held-out loss, without training
     python train.py --preset llama-8b … --plan --world-size 64 --device h100        what that would take, without a GPU
     python generate.py --model runs/demo --prompt "def "
 
@@ -21,10 +23,12 @@ import copy
 import dataclasses
 import math
 import os
+import tempfile
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 # Both are read when torch is imported, and ignored where they mean nothing. A thread that waits sleeps: that costs a
 # quarter of the speed on an idle CPU, and saves two thirds of the time on one that others use too. Memory comes in
@@ -36,9 +40,10 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints.export import layout_for
+from checkpoints.export import layout_in_words
+from checkpoints.layouts import hub
 from nanollm.cli import main
-from nanollm.data.stream import Batch, stack
+from nanollm.data.stream import Batch
 from nanollm.errors import RunError
 from nanollm.inference import quantize
 from nanollm.inference.generation import generate
@@ -46,19 +51,21 @@ from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.training import distributed, freezing, growing, neftune, optim, runs, shifted_attention, state, tuning
+from nanollm.training import distributed, growing, optim, runs, state, surgery, tuning
+from nanollm.training.averages import Average, averaged
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
+from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss, need_held_out
 from nanollm.training.flops import Speed
-from nanollm.training.log import Log, report, shown
-from nanollm.training.losses import RECENT, Balance, spike, token_loss
+from nanollm.training.log import Log, begun, finish, measured, report, shown
+from nanollm.training.losses import RECENT, Balance, Loss, means, next_token, spike
 from nanollm.training.options import fit_context, fit_steps, parse, rows_at_once
 from nanollm.training.phase import learning
 
 
 @dataclass
 class Run:
-    """All that a step needs and changes. A checkpoint holds model, optimizers, balance, recent and step."""
+    """All that a step needs and changes. A checkpoint holds all but options, world, corpus and what never changes."""
     options: argparse.Namespace
     world: World
     corpus: Corpus
@@ -71,6 +78,23 @@ class Run:
     balance: Balance
     recent: list[tuple[float, float]] = field(default_factory=list)     # loss and gradient norm of the last steps taken
     step: int = 0                               # steps done
+    loss: Loss = next_token                     # the method, with the corpus as its collator: losses.py
+    average: Average | None = None              # of the weights, with --ema
+    best: Best = field(default_factory=Best)    # evaluation
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All that a step changes, by name, for a checkpoint."""
+        return optim.tensors(self.model, self.optimizers) | (self.average.tensors() if self.average else {})
+
+    def held_out_loss(self, most: int | None = None) -> float:
+        """evaluation.py has it; with --ema of the averaged weights."""
+        with averaged(self.average):
+            return held_out_loss(self.model, self.loss, self.corpus.held_out, self.world, self.options, most)
+
+    @property
+    def over(self) -> bool:
+        """Whether the last step is taken, or early stopping ends the run."""
+        return self.step >= self.options.steps or self.best.exhausted(self.options.patience)
 
 
 # ---- a step
@@ -80,43 +104,41 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
     divided by the counts of the whole step, so any cut of the same rows gives the same gradient. Returns what the log
     says of the step, and the largest request of any rank."""
     options, world, dtype = run.options, run.world, DTYPES[run.options.dtype]
-    mine = sum(int((batch.targets >= 0).sum()) for batch in batches)
-    tokens = sum(batch.tokens.numel() if batch.real is None else int(batch.real.sum()) for batch in batches)
-    targets, tokens = world.all_reduce(mine, tokens)
-    sums = torch.zeros(2, device=world.device)
+    mine = sum(batch.divisor for batch in batches)
+    targets, tokens = world.all_reduce(mine, sum(batch.seen for batch in batches))
+    parts: list[torch.Tensor] = []                              # what the method says of each micro-batch
     for number, batch in enumerate(batches, 1):
         distributed.reduce_gradients(run.model, now=number == len(batches))
         batch = batch.to(world.device)
         key = options.seed, run.step, world.rank, number
         with distributed.cast(run.model, dtype), learning(run.model, *key):
             with routing(run.model) as routed:
-                hidden = run.model.hidden(batch.tokens, batch.positions)
-            loss, *measured = token_loss(run.model.head, hidden, batch.targets, options.z_loss)
+                loss, said = run.loss(run.model, batch, options)
             loss = loss / targets
             if routed:
                 real = None if batch.real is None else batch.real.flatten()
                 loss = loss + options.balance * run.balance.loss(routed, real) / tokens
             loss.backward()
-        sums += torch.stack(measured)
+        parts.append(torch.stack([*said.values()]))
     norm = distributed.clip(run.model, options.clip)
-    nats, squares = sums.tolist()
-    table = world.all_gather(nats, squares, nats / max(mine, 1), request)       # (ranks, 4)
-    nats, squares = table.sum(0)[:2].tolist()
+    sums = dict(zip(said, torch.stack(parts).sum(0).tolist(), strict=True))
+    table = world.all_gather(*sums.values(), sums["loss"] / max(mine, 1), request)      # (ranks, sums + 2)
+    totals = dict(zip(sums, table.sum(0).tolist(), strict=False))
     return {
-        "loss": nats / targets,                                                 # nats per target
-        "worst_rank_loss": table[:, 2].max().item(),                            # a rank that is broken stands out
+        **means(totals, targets),                                               # loss: nats per target
+        "worst_rank_loss": table[:, -2].max().item(),                           # a rank that is broken stands out
         "gradient_norm": norm,                                                  # before clipping
-        "log_z": math.sqrt(squares / targets) if squares >= 0 else math.nan,    # root mean square, see losses.py
         "balance": run.balance.close(world.all_reduce),
         "targets": int(targets),
-    }, int(table[:, 3].max())
+    }, int(table[:, -1].max())
 
 
 def take_step(run: Run, batches: list[Batch], request: int) -> tuple[dict, int]:
     """Step `run.step`, counted from 0: its log entry, and the largest request of any rank. Raises RunError before a
     number that is not finite reaches a weight."""
     options, step = run.options, run.step
-    factor = optim.lr_factor(step, options.steps, options.warmup, options.schedule, options.decay)
+    least = options.min_lr / options.lr if options.min_lr else 0.0
+    factor = optim.lr_factor(step, options.steps, options.warmup, options.schedule, options.decay, least)
     entry: dict = {"lr": options.lr * factor}
     if any(a <= step < b for a, b in options.skip_steps):
         return entry | {"skipped": "--skip-steps"}, int(run.world.all_gather(request).max())
@@ -130,6 +152,8 @@ def take_step(run: Run, batches: list[Batch], request: int) -> tuple[dict, int]:
         entry["skipped"] = f"more than {options.skip_sigma:g} sigma above the last {len(run.recent)} steps"
     else:
         optim.step(run.optimizers, entry["lr"])
+        if run.average:
+            run.average.update(step + 1)
         run.recent = [*run.recent, (loss, norm)][-RECENT:]
     run.model.zero_grad()
     return entry | measured, request
@@ -144,51 +168,46 @@ def my_batches(run: Run, step: int) -> list[Batch]:
 
 # ---- looking at the model
 
-@torch.no_grad()
-def held_out_loss(run: Run, most: int | None = None) -> float:
-    """The validation loss: nats per token over `most` rows of the held-out source, evenly spaced, or over all."""
-    source, world, each = run.corpus.held_out, run.world, run.options.micro_batch
-    assert source is not None
-    rows = range(0, source.rows, 1 if most is None else math.ceil(source.rows / most))
-    total = torch.zeros(2, dtype=torch.float64)
-    for at in range(0, len(rows), each * world.size):
-        mine = rows[at + world.rank * each :][:each]
-        batch = stack([source.row(i) for i in mine or rows[:1]]).to(world.device)   # all ranks take part in each pass
-        targets = batch.targets if mine else torch.full_like(batch.targets, -100)
-        with distributed.cast(run.model, DTYPES[run.options.dtype]):
-            _, nats, _ = token_loss(run.model.head, run.model.hidden(batch.tokens, batch.positions), targets)
-        total += torch.tensor([nats.item(), (targets >= 0).sum().item()])
-    for module in distributed.sharded_modules(run.model):
-        module.reshard()                        # a backward pass would have; without one what was gathered stays
-    nats, count = world.all_reduce(*total.tolist())
-    return nats / count
+def evaluate(run: Run, log: Log) -> bool:
+    """The held-out loss of this step into the log: over some rows, at the end of the run over all. Whether it is the
+    lowest so far, over those same rows."""
+    if run.corpus.held_out is None:
+        return False
+    loss = run.held_out_loss(ROWS)
+    better = run.best.judge(run.step, loss)
+    loss = run.held_out_loss() if run.over else loss
+    log(run.step, held_out_loss=loss, **run.corpus.in_bytes(loss))
+    return better
 
 
 def sample(run: Run, length: int = 100) -> str | None:
     """How the model continues the prompt, at temperature 0.8. All ranks take part in the all-gather; rank 0 has it."""
     options, tokenizer = run.options, run.corpus.tokenizer
-    whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype], run.blank)
-    if whole is None or tokenizer is None:
-        return None
-    ids = run.corpus.prompt(options.prompt)
-    room = run.model.config.context or len(ids) + length
-    new = generate(whole, ids[-room + 1 :], min(length, room), temperature=0.8, top_p=0.95,
-                   seed=options.seed + run.step, stop_ids=tokenizer.stop_ids)
-    return tokenizer.decode([*ids, *new])
+    with averaged(run.average):
+        whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype], run.blank)
+        if whole is None or tokenizer is None:
+            return None
+        ids = run.corpus.prompt(options.prompt)
+        room = run.model.config.context or len(ids) + length
+        new = generate(whole, ids[-room + 1 :], min(length, room), temperature=0.8, top_p=0.95,
+                       seed=options.seed + run.step, stop_ids=tokenizer.stop_ids)
+        return tokenizer.decode([*ids, *new])
 
 
 # ---- the loop
 
 def train(run: Run, saver: state.Saver, log: Log) -> bool:
-    """Steps until the last one, or until a signal asks to leave: then False. All ranks decide alike, from the same
+    """Steps until the run is over, or until a signal asks to leave: then False. All ranks decide alike, from the same
     numbers."""
-    options, world, held_out = run.options, run.world, None
+    options, world = run.options, run.world
     speed = Speed(run.model.config, options, world)
     bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True,
                disable=world.rank > 0)
     with ThreadPoolExecutor(1) as ahead, runs.signals() as requests, runs.gc_frozen(), bar:
         coming = ahead.submit(my_batches, run, run.step)
-        while run.step < options.steps:
+        if run.step == 0 and run.best.newest is None and evaluate(run, log) and options.keep_best:
+            save(run, saver, log)
+        while not run.over:
             began = time.perf_counter()
             batches = coming.result()
             waited = time.perf_counter() - began
@@ -201,24 +220,22 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             if "loss" in entry:
                 entry |= speed.entry(time.perf_counter() - began, waited)
             log(run.step, **entry)
-            bar.set_postfix(shown(entry, held_out), refresh=False)
+            bar.set_postfix(shown(entry, run.best.newest), refresh=False)
             bar.update()
             if "skipped" in entry and world.rank == 0:
                 tqdm.write(f"step {run.step} is skipped ({entry['skipped']})")
 
-            last = run.step == options.steps
-            if run.corpus.held_out and (last or run.step % options.eval_every == 0):
-                held_out = held_out_loss(run, most=None if last else 64)
-                log(run.step, held_out_loss=held_out, **run.corpus.in_bytes(held_out))
+            due = run.step == options.steps or run.step % options.eval_every == 0
+            better = due and evaluate(run, log)
+            last = run.over
+            if last and run.step < options.steps and world.rank == 0:
+                tqdm.write(f"--patience ends the run: no lower held-out loss since step {run.best.step}")
             if run.corpus.tokenizer and options.sample_every and (last or run.step % options.sample_every == 0):
                 if (text := sample(run)) is not None:
                     log(run.step, sample=text)
                     tqdm.write(f"\n── a sample at step {run.step}\n{text}\n")
-            if last or request or run.step % options.save_every == 0:
-                finish(saver, log)                                  # the one before, if it is still being written
-                world.on_all_ranks(run.corpus.unchanged)
-                facts = {"balance": run.balance.shares, "recent": run.recent}
-                saver.begin(run.step, optim.tensors(run.model, run.optimizers), facts)
+            if last or request or run.step % options.save_every == 0 or better and options.keep_best:
+                save(run, saver, log)
             if last or request:
                 finish(saver, log, needed=last or request == runs.LEAVE)
             elif saver.thread and not world.all_gather(saver.busy).any():
@@ -227,23 +244,20 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
                 export(run)
             if request == runs.LEAVE and not last:
                 return False
+    if options.keep_best and run.best.restored(options.out / "steps", run.step, run.tensors(), world):
+        log(run.step, exported=run.best.step, exported_loss=run.held_out_loss())
     export(run)                                 # also where an earlier start took the last step, and ended before this
     world.on_all_ranks(log.check)
     return True
 
 
-def finish(saver: state.Saver, log: Log, needed: bool = False) -> None:
-    """Complete the checkpoint that is being written, if one is. Where that fails training goes on with a warning,
-    unless the checkpoint is `needed`."""
-    if saver.thread is None:
-        return
-    step, problem = saver.step, saver.finish()
-    log(step, checkpoint=f"steps/{step:08}" if problem is None else f"failed: {problem}")
-    if problem and needed:
-        raise RunError(f"the checkpoint of step {step} cannot be written: {problem}; make room, then --resume")
-    if problem and saver.world.rank == 0:
-        tqdm.write(f"warning: no checkpoint at step {step}: {problem}; training goes on, and older checkpoints are as "
-                   "they were")
+def save(run: Run, saver: state.Saver, log: Log) -> None:
+    """Begin to write a checkpoint of this step."""
+    finish(saver, log)                                          # the one before, if it is still being written
+    run.world.on_all_ranks(run.corpus.unchanged)
+    facts = {"balance": run.balance.shares, "recent": run.recent, "best": run.best.facts()}
+    spared = run.best.step if run.options.keep_best and run.best.loss is not None else None
+    saver.begin(run.step, run.tensors(), facts, spared)
 
 
 # ---- before and after
@@ -273,6 +287,7 @@ def build(options: argparse.Namespace, world: World) -> Run:
                        "--rope-factor stretch it")
     corpus = open_corpus(options, world, options.vocab or config.vocab)
     fit_steps(options, sum(source.rows for source in corpus.stream.sources))
+    need_held_out(options, corpus.held_out)
     if options.init and corpus.vocab > config.vocab:
         raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of "
                        f"{corpus.vocab}; --grow-vocab gives it rows for them")
@@ -280,50 +295,45 @@ def build(options: argparse.Namespace, world: World) -> Run:
     with torch.device("meta"):
         model = tuned or Decoder(config)
     blank = copy.deepcopy(model)
-    freezing.freeze(model, options)
-    if options.neftune:
-        neftune.add_noise(model, options.neftune)
-    if options.shift_attention:
-        shifted_attention.shift_attention(model, options.shift_attention, options.context)
+    random = surgery.arrange(model, options)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
-                      offload=options.offload, random=tuning.draws(model))
+                      offload=options.offload, random=random)
     model.to_empty(device="cpu" if options.offload else world.device)
     tuning.share(model, blank)
     values = initial_values(model, options.seed)
     if options.init:
         values = distributed.broadcast_parameters(model, source, world.device)
     distributed.fill(model.eval(), values)
-    optimizers = tuning.optimizers(model, options, DTYPES[options.dtype])
-    origin = source.origin if source else None
-    return Run(options, world, corpus, model, origin, blank, base, dtype, optimizers, Balance(model))
+    measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
+    optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
+    return Run(options, world, corpus, model, source.origin if source else None, blank, base, dtype, optimizers,
+               Balance(model), average=Average(model, options.ema) if options.ema else None)
 
 
-def restore(run: Run) -> None:
-    """Go on from the newest checkpoint in the run folder, if there is one."""
-    found = run.world.broadcast(state.complete(run.options.out / "steps"))
-    if found:
-        tensors = optim.tensors(run.model, run.optimizers)
-        facts = run.world.on_all_ranks(lambda: state.load(found[-1], tensors))
-        run.step, run.balance.shares = facts["step"], facts["balance"]
-        run.recent = [tuple(pair) for pair in facts["recent"]]
+def restore(run: Run, which: str | None = None) -> bool:
+    """Go on from a checkpoint in the run folder: the one that --export names, or the newest, if there is one."""
+    steps = run.options.out / "steps"
+    if not which and not run.world.broadcast(state.complete(steps)):
+        return False
+    found = run.world.on_all_ranks(lambda: find_checkpoint(steps, which or "last"))
+    facts = run.world.on_all_ranks(lambda: state.load(found, run.tensors()))
+    run.step, run.balance.shares = facts["step"], facts["balance"]
+    run.recent = [tuple(pair) for pair in facts["recent"]]
+    run.best = Best(**facts.get("best", {}))                    # an older version had none
+    return True
 
 
 def written_as(run: Run) -> str:
     """The layout in which `export` will write the model, for a person, before the first step."""
     if tuning.tunes(run.options):
         return tuning.how_to_use(run.options)
-    layout, reason = layout_for(run.model.config, run.origin)
-    if layout == "hf":
-        return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
-    return (f"{run.options.out}: will be in nanollm's own layout, which checkpoints.load, generate.py and --init read "
-            f"and transformers does not: {reason}")
+    return f"{run.options.out}: will be {layout_in_words(run.model.config, run.origin)}"
 
 
 def export(run: Run) -> None:
     """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
     tuned = tuning.tunes(run.options)           # adapters are float32, whatever the dtype of their base
     dtype = torch.float32 if tuned else run.dtype
-    whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), dtype, run.blank)
 
     def write() -> None:
         with runs.replacing(run.options.out) as draft:
@@ -336,7 +346,10 @@ def export(run: Run) -> None:
                 else:
                     checkpoints.save(whole, draft)
             run.corpus.copy_tokenizer(draft)
-    run.world.on_rank_0(write)
+
+    with averaged(run.average):
+        whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), dtype, run.blank)
+        run.world.on_rank_0(write)
 
 
 def run() -> None:
@@ -349,27 +362,35 @@ def run() -> None:
         return print(plan.report(options, config))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.dtype = world.broadcast(options.dtype)              # which a CPU may have measured
-        options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size)
-        folder, resume, force, asked = options.out, options.resume, options.force, dict(vars(options))
+        options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size,
+                                           options.gradient_accumulation)
+        given, resume, force = options.init, options.resume, options.force
+        if options.eval_only and not resume:                        # of a folder: there is no run
+            options.out = world.broadcast(Path(held.enter_context(tempfile.TemporaryDirectory())))
+        folder, asked = options.out, dict(vars(options))
+        if given:
+            options.init = world.on_all_ranks(lambda: hub.to_train(str(given)))
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))
         world.on_rank_0(lambda: held.enter_context(runs.locked(folder)))
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))           # what it holds by now
         here = build(options, world)
-        facts = {"options": dict(vars(options)), "model": here.model.config.to_dict(),
+        facts = {"options": vars(options) | {"init": given}, "model": here.model.config.to_dict(),
                  "data": {"fingerprint": here.corpus.stream.fingerprint}, "base": {"weights": here.base},
                  "muon": optim.constants(options.optimizer)}
-        world.on_rank_0(lambda: runs.start(folder, facts, resume, force))
-        if resume:
-            restore(here)
+        if resume and not force:
+            world.on_rank_0(lambda: runs.compare(folder, facts))
+        restored = resume and restore(here, options.export)
+        if options.export:
+            export(here)
+            return world.on_rank_0(lambda: print(f"{folder}: the model is now that of step {here.step}"))
+        if options.eval_only:
+            loss = here.held_out_loss()
+            return world.on_rank_0(lambda: print(*measured(here.corpus, loss), sep="\n"))
+        world.on_rank_0(lambda: runs.start(folder, facts, resume))  # the first change of what was there
         if world.rank == 0:
-            print(*here.corpus.notes, sep="\n")
-            print(f"{options.init or options.preset}: {sum(p.numel() for p in here.model.parameters()) / 1e6:.2f} M "
-                  f"parameters, {options.steps * options.batch_size * options.context / 1e6:.2f} M tokens to see, "
-                  f"products in {options.dtype} on {world.size} × {options.device}"
-                  + (f", on from step {here.step}" if here.step else ""))
-            print(written_as(here))
+            print(*here.corpus.notes, begun(options, here.model, world.size, here.step), written_as(here), sep="\n")
         log = world.on_all_ranks(lambda: held.enter_context(Log(
-            folder if world.rank == 0 else None, here.step, options.tensorboard, options.wandb, facts)))
+            folder if world.rank == 0 else None, here.step if restored else -1, options, facts)))
         finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
         world.on_rank_0(lambda: print(
             report(folder, here.corpus, options.title) if finished

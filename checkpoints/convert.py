@@ -86,7 +86,8 @@ class Conversion:
 
     def straight(self, move: Move) -> bool:
         """Whether what is written is what is stored, and at most cast."""
-        merged = self.adapter is not None and any(name in self.adapter.parts for step in move.reads for name in step.ours)
+        parts = self.adapter.parts if self.adapter is not None else ()
+        merged = any(name in parts for step in move.reads for name in step.ours)
         return move.straight and not merged and not any(map(self.written.changes, move.writes))
 
 

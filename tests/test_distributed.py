@@ -8,6 +8,7 @@ which torchrun has a say.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -146,9 +147,35 @@ def test_held_out_loss_and_the_model_that_is_written_are_those_of_one_process(sh
         ]
         for folder in (one, tmp_path / "run")
     ]
-    assert len(held_out[0]) == 1 and abs(held_out[0][0] - held_out[1][0]) < 5e-6
+    assert len(held_out[0]) == 2 and max(abs(a - b) for a, b in zip(*held_out, strict=True)) < 5e-6
     a, b = (checkpoints.load(folder).state_dict() for folder in (one, tmp_path / "run"))
     assert a.keys() == b.keys() and max((a[name] - b[name]).abs().max().item() for name in a) < 1e-4
+
+
+@pytest.mark.slow
+def test_two_machines_are_one_process(shards, alone, tmp_path):
+    """The command of docs/training.md, both of its agents on this machine: each has a worker, and meets the other on a
+    port of the loopback device."""
+    model = ("--preset", "llama", "--data", shards)
+    one, _ = alone(*model)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+                "--rdzv-backend", "c10d", "--rdzv-id", "demo", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr",
+                "127.0.0.1", "train.py", *map(str, options(tmp_path / "run", *model))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
+                                "GLOO_SOCKET_IFNAME": "lo" if sys.platform == "linux" else "lo0"}
+    agents = [subprocess.Popen(launcher, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT) for _ in range(2)]
+    try:
+        said = [agent.communicate(timeout=300)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    many = steps(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]["ranks"] == 2
+    assert furthest(one, many) <= 1e-6
 
 
 # ---- its parts

@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 
 import checkpoints
-from nanollm.config import MLP, Attention, DynamicNTK, Layer, Linear, ModelConfig, Norm, Rope, Yarn
+from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
 from nanollm.errors import InputError
 from nanollm.model import Decoder
 from nanollm.training import growing

@@ -29,7 +29,7 @@ ARROWS = {
     "nanollm.text": "",
     "nanollm.data": "cli text",
     "nanollm.inference": "cache config layers model ops text",
-    "nanollm.training": "cli config data init layers model ops presets text",
+    "nanollm.training": "block cli config data init layers model ops presets text",
     "checkpoints.names": "nanollm.config",
     "checkpoints.storage": "names",
     "checkpoints.families": "names nanollm.cli nanollm.config",
@@ -57,7 +57,7 @@ ITS_OWN = {  # of a file
     "nanollm/inference/constrained.py": {"llguidance"},
     "nanollm/training/plot.py": {"matplotlib"},
     "nanollm/training/state.py": {"safetensors"}, "nanollm/training/options.py": {"tomli"},
-    "nanollm/training/log.py": {"wandb"},
+    "nanollm/training/log.py": {"tqdm"}, "nanollm/training/monitors.py": {"wandb", "mlflow"},
     "checkpoints/compare.py": {"transformers"},  # it compares with them, and imports them inside
 }
 # what a Llama's forward pass reads, from the config to the logits

@@ -174,3 +174,37 @@ def test_each_curve_has_its_shape():
 def test_a_warm_up_as_long_as_the_run_is_no_error():
     for schedule in optim.SCHEDULES:
         assert all(0 <= rate <= 1 for rate in curve(schedule, steps=5, warmup=20))
+
+
+@pytest.mark.parametrize("schedule, theirs", [
+    ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=91, eta_min=0.3)),
+    ("linear", lambda o: torch.optim.lr_scheduler.LinearLR(o, start_factor=1, end_factor=0.1, total_iters=91)),
+])
+def test_a_rate_that_ends_at_a_minimum_is_the_curve_of_torch(schedule, theirs):
+    """From where the warm-up ends; the peak is 3 and the minimum 0.3."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=3.0)
+    scheduler, expected = theirs(optimizer), []
+    for _ in range(91):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    found = [3 * optim.lr_factor(step, 100, 10, schedule, least=0.1) for step in range(100)]
+    assert found[9:] == pytest.approx(expected) and found[0] == pytest.approx(0.3 * 1)
+    assert optim.lr_factor(99, 100, 10, "wsd", least=0.1) == pytest.approx(0.1 + 0.9 / 20)
+
+
+def test_betas_are_those_of_torch():
+    start, gradients = torch.randn(6, 5), torch.randn(4, 6, 5)
+    ours, theirs = (torch.nn.Parameter(start.clone()) for _ in range(2))
+    a = optim.adamw([{"params": [ours], "weight_decay": 0.1, "lr_scale": 1.0}], (0.8, 0.99))
+    b = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.99), weight_decay=0.1, fused=True)
+    optim.init_state([a])
+    for gradient in gradients:
+        ours.grad, theirs.grad = gradient.clone(), gradient.clone()
+        optim.step([a], 0.01)
+        b.step()
+    assert torch.equal(ours, theirs)
+    model = Decoder(preset("llama", 300, 32))
+    for name in ("adamw", "muon"):
+        groups = optim.build(model, name, 0.0, torch.float32, (0.8, 0.99))[-1].param_groups
+        assert all(group["betas"] == (0.8, 0.99) for group in groups)

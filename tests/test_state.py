@@ -4,6 +4,7 @@ The ranks of a checkpoint are played one after another, on torch's "fake" proces
 size and sends nothing. tests/test_resume.py has real ones.
 """
 
+import argparse
 import contextlib
 import errno
 import json
@@ -333,6 +334,7 @@ def test_a_checkpoint_that_cannot_be_deleted_stays_whole(saved, monkeypatch):
 
 # ---- the run folder
 
+NO_MONITORS = argparse.Namespace(tensorboard=False, wandb=None, mlflow=None)
 OPTIONS = {"steps": 8, "out": Path("runs/demo"), "data": [Path("a"), Path("b")], "keep": 2, "resume": False}
 
 
@@ -346,7 +348,7 @@ def test_a_run_is_compared_with_what_it_was(tmp_path):
         ({"options": OPTIONS | {"steps": 9}}, r"--steps 8 → 9"),
         ({"data": {"fingerprint": 8}}, r"data.fingerprint 7 → 8"),
         ({"options": OPTIONS | {"data": [Path("a")]}}, r"--data \['a', 'b'\] → \['a'\]"),
-        ({"options": {"z_loss": 0.1}}, r"--z-loss None → 0.1"),
+        ({"options": {"z_loss": 0.1}}, r"--z-loss 0.0 → 0.1"),               # not recorded: not given
     ):
         with pytest.raises(RunError, match=f"{tmp_path}: holds another run .*{words}.*--resume --force"):
             runs.compare(tmp_path, change)
@@ -438,7 +440,7 @@ def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path,
             ):
                 runs.record(tmp_path, {"options": OPTIONS}, resume=True)
             with pytest.raises(RunError, match=f"{tmp_path}/log.jsonl: cannot write: No space left"):
-                logs.Log(tmp_path, 9, tensorboard=False, wandb=None, facts={})
+                logs.Log(tmp_path, 9, NO_MONITORS, facts={})
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -495,14 +497,14 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, place):
 
 def test_a_log_goes_on_after_the_step_that_the_run_goes_on_from(tmp_path):
     path = tmp_path / "log.jsonl"
-    with logs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
+    with logs.Log(tmp_path, 0, NO_MONITORS, facts={}) as log:
         for step in (1, 2, 3, 4):
             log(step, loss=step / 3, text="line\u2028separator\n")
     whole = path.read_text()
     for torn in ('{"step": 5, "lo', '{"step": 5, "loss": 1.0}\n\0\0\0', "\udcff"):
         path.write_text(whole + torn, errors="surrogateescape")
         assert [entry["step"] for entry in logs.read_log(path)] in ([1, 2, 3, 4], [1, 2, 3, 4, 5])
-        with logs.Log(tmp_path, 2, tensorboard=False, wandb=None, facts={}) as log:
+        with logs.Log(tmp_path, 2, NO_MONITORS, facts={}) as log:
             log(3, loss=1.0)
             assert [entry["step"] for entry in logs.read_log(path)] == [1, 2, 3]        # on disk at once
         assert path.read_text() == "".join(whole.splitlines(True)[:2]) + '{"step": 3, "loss": 1.0}\n'
@@ -510,7 +512,7 @@ def test_a_log_goes_on_after_the_step_that_the_run_goes_on_from(tmp_path):
 
 
 def test_a_log_that_cannot_grow_is_one_error(tmp_path):
-    with logs.Log(tmp_path, 0, tensorboard=False, wandb=None, facts={}) as log:
+    with logs.Log(tmp_path, 0, NO_MONITORS, facts={}) as log:
         log.file = open("/dev/full", "a", buffering=1)
         assert log.request == 0 and log.check() is None
         log(1, loss=1.0)  # the other ranks have no log: it must not raise here

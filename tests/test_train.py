@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import warnings
@@ -119,7 +120,7 @@ def test_each_toy_learns(runs, name):
     assert len(losses) == 12 and np.isfinite(losses).all()
     assert abs(losses[0] - np.log(300)) < 0.5                                   # at first every token is as likely
     assert losses[-1] < losses[0] - 1 and held_out[-1] < held_out[0] and held_out[-1] < losses[0] - 1
-    assert (log[0]["balance"] > 0) == (name == "mixtral")
+    assert (log[1]["balance"] > 0) == (name == "mixtral")
     assert len([entry for entry in log if "sample" in entry]) == 2
     assert (folder / "loss.png").read_bytes()[:4] == b"\x89PNG"
 
@@ -349,7 +350,7 @@ def test_tensorboard_has_the_curves(text, tmp_path):
 
 
 def test_weights_and_biases_gets_the_numbers_and_the_facts(text, tmp_path, monkeypatch):
-    """With a stand-in for the library, which would want the network."""
+    """With a stand-in for the library, which would want the network. A resumed run is the same run there."""
     seen = []
 
     class Run:
@@ -367,6 +368,66 @@ def test_weights_and_biases_gets_the_numbers_and_the_facts(text, tmp_path, monke
     assert seen[0]["config"]["options"]["steps"] == 12
     found = [(step, values["loss"]) for step, values in seen[1:-1] if "loss" in values]
     assert found == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    quick(text, tmp_path / "run", "--wandb", "toys", "--resume")
+    again = next(how for how in reversed(seen) if isinstance(how, dict))
+    assert again["id"] == seen[0]["id"] and again["resume"] == "allow"
+    quick(text, tmp_path / "run", "--wandb", "toys", "--force")                 # another run
+    assert next(how for how in reversed(seen) if isinstance(how, dict))["id"] != seen[0]["id"]
+
+
+def test_a_monitor_that_fails_costs_its_curve_and_never_the_run(text, tmp_path, monkeypatch):
+    class Run:
+        def log(self, values, step):
+            if step == 3:
+                raise ConnectionError("the server is gone")
+
+        def finish(self):
+            raise ConnectionError("the server is gone")
+
+    stand_in = type(sys)("wandb")
+    stand_in.init = lambda **how: Run()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    with pytest.MonkeyPatch.context() as patch:
+        warned = []
+        patch.setattr(warnings, "warn", lambda message, **_: warned.append(message))
+        assert len(losses_of(quick(text, tmp_path / "run", "--wandb", "toys"))) == 12
+    assert [word for word in warned if "gets nothing after step 2: the server is gone" in str(word)]
+    stand_in.init = lambda **how: (_ for _ in ()).throw(PermissionError("no key"))
+    with pytest.raises(SystemExit) as error:
+        quick(text, tmp_path / "other", "--wandb", "toys")
+    assert error.value.code.startswith("error: --wandb: cannot begin: no key")
+
+
+def test_mlflow_has_the_curves_and_one_run_however_often_it_is_resumed(text, tmp_path, monkeypatch):
+    """The library itself, with its store of files beside the run folder."""
+    mlflow = pytest.importorskip("mlflow")
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK", "MLFLOW_ALLOW_FILE_STORE"):
+        monkeypatch.setenv(name, "true")
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    args = ("--mlflow", "toys", "--save-every", "6", "--keep", "9")
+    log = quick(text, tmp_path / "run", *args)
+    client = mlflow.MlflowClient((tmp_path / "mlruns").as_uri())
+    experiment = client.get_experiment_by_name("toys").experiment_id
+    found, = client.search_runs([experiment])
+    curve = [(point.step, point.value) for point in client.get_metric_history(found.info.run_id, "loss")]
+    assert curve == [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
+    assert found.data.params["steps"] == "12" and found.info.status == "FINISHED" and found.info.run_name == "run"
+    shutil.rmtree(tmp_path / "run" / "steps" / "00000012")
+    quick(text, tmp_path / "run", *args, "--resume")                            # steps 7 to 12 once more
+    assert len(client.search_runs([experiment])) == 1
+    assert [point.step for point in client.get_metric_history(found.info.run_id, "loss")] == [*range(1, 13)]
+
+
+@pytest.mark.parametrize("option, package", [("--tensorboard", "tensorboard"), ("--wandb x", "wandb"),
+                                             ("--mlflow x", "mlflow")])
+def test_a_monitor_that_is_not_installed_is_one_error_before_anything_is_built(text, tmp_path, monkeypatch, option,
+                                                                                package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.setattr(train, "build", lambda *_: pytest.fail("the model was built"))
+    with pytest.raises(SystemExit) as error:
+        quick(text, tmp_path / "run", *option.split())
+    assert error.value.code.startswith(f"error: --{package}: the package {package} is not installed; pip install ")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- the run folder
@@ -427,6 +488,14 @@ def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
     (["--chat", "bad.jsonl", "--init", "x", "--data", "short.txt"], 1, "one of them"),
     (["--data", "short.txt", "--mix", "1", "2"], 1, "2 weights for 1 --data"),
     (["--init", "nowhere"], 1, "nowhere"),
+    (["--steps", "5", "--epochs", "1"], 1, "give one of them"),
+    (["--epochs", "0"], 2, "above 0"),
+    (["--ema", "1"], 2, "below 1"),
+    (["--min-lr", "0.1"], 1, "above --lr"),
+    (["--export", "newest"], 2, "last, best or the number of a step"),
+    (["--export", "best"], 1, "runs/demo: holds no run"),
+    (["--batch-size", "8", "--micro-batch", "4", "--gradient-accumulation", "3"], 1, "not a multiple"),
+    (["--batch-size", "9", "--micro-batch", "4", "--gradient-accumulation", "3"], 1, "× --micro-batch 4 × "),
 ])
 def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, monkeypatch, capsys, args, code, words):
     monkeypatch.chdir(tmp_path)
@@ -484,11 +553,16 @@ def settled(*args: object) -> dict:
     (["--init", "base", "--lr", "0", "--context", "64", "--steps", "7", "--warmup", "0", "--optimizer", "muon"],
      {"lr": 0.0, "context": 64, "steps": 7, "warmup": 0, "optimizer": "muon"}),
     (["--preset", "llama-8b", "--lr", "0.001", "--micro-batch", "4"], {"lr": 0.001, "micro_batch": 4, "context": 4096}),
+    (["--epochs", "2"], {"steps": 125, "warmup": 20}),
+    (["--init", "base", "--epochs", "0.5"], {"steps": 32, "warmup": 1}),
+    (["--micro-batch", "3", "--gradient-accumulation", "4"], {"batch_size": 12, "micro_batch": 3}),
+    (["--init", "base", "--gradient-accumulation", "4"], {"batch_size": 16, "micro_batch": None}),
 ])
 def test_defaults_follow_the_preset_and_init_and_what_is_given_wins(args, expected):
     found = settled(*args)
     assert {name: found[name] for name in expected} == expected
     assert all(found[name] is not None for name in arguments.DEFAULTS if name != "micro_batch")
+    assert options.rows_at_once(found["batch_size"], found["micro_batch"], 1, found["gradient_accumulation"]) > 0
 
 
 def test_a_context_is_no_longer_than_what_the_model_was_made_for():
@@ -518,6 +592,33 @@ def test_fine_tuning_takes_the_steps_and_the_context_of_its_data_and_model(runs,
     assert record["context"] == 32 and record["lr"] == 2e-5
     assert record["steps"] == -(-rows // 16) == len(losses_of(log_of(tmp_path / "more")))
     run(*args, "--resume")
+
+
+@pytest.mark.parametrize("batch, micro, ranks, passes, expected", [
+    (16, None, 1, None, 16), (16, None, 4, None, 4), (16, 2, 4, None, 2), (16, None, 4, 2, 2), (16, 2, 4, 2, 2),
+])
+def test_a_batch_is_ranks_times_rows_times_passes(batch, micro, ranks, passes, expected):
+    assert options.rows_at_once(batch, micro, ranks, passes) == expected
+
+
+def test_gradient_accumulation_is_one_big_batch(runs, text, tmp_path):
+    one, many = (losses_of(log) for log in (runs("llama")[1], quick(text, tmp_path / "run", "--preset", "llama",
+                                                                    "--gradient-accumulation", "4")))
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["options"]["micro_batch"] == 1
+    assert max(abs(a - b) for a, b in zip(one, many, strict=True)) < 1e-5
+
+
+def test_the_epochs_of_a_run_that_is_resumed_may_be_left_out(text, tmp_path):
+    args = ("--data", text, "--out", tmp_path / "run", "--vocab", "300", *SHORT, "--sample-every", "0")
+    run(*args, "--epochs", "0.05")
+    taken = len(losses_of(log_of(tmp_path / "run")))
+    rows = sum(source.rows for source in open_folder(tmp_path / "run" / "data", 32)[:1])
+    assert taken == -(-rows * 0.05 // 4)
+    run(*args, "--resume")
+    run(*args, "--resume", "--epochs", "0.05")
+    with pytest.raises(SystemExit) as error:
+        run(*args, "--resume", "--epochs", "0.5")
+    assert f"--steps {taken} → " in error.value.code
 
 
 @pytest.mark.parametrize("able, seconds, expected", [

@@ -116,6 +116,15 @@ def local_folder(source: str | Path, allow_pickle: bool = False) -> Path:
     return path.parent if path.is_file() else path
 
 
+def to_train(source: str) -> Path:
+    """The same for training, which starts from a folder: a file is refused."""
+    path = local_path(source)
+    if path.is_file():
+        raise CheckpointError(f"{source}: a file; fine-tuning starts from a folder: python -m checkpoints.convert "
+                              f"{source} FOLDER")
+    return path
+
+
 def expanded(source: str | Path) -> Path:
     """The path, with a home folder in place of ~, which a shell leaves alone in --model=~/x."""
     try:

@@ -58,6 +58,16 @@ class Batch(NamedTuple):
         """(B, T) bool, False where a row is padded; None where no position says so, and all tokens are real."""
         return None if self.positions is None else self.positions >= 0
 
+    @property
+    def divisor(self) -> int:
+        """What the sums of a loss are divided by: targets."""
+        return int((self.targets >= 0).sum())
+
+    @property
+    def seen(self) -> int:
+        """Tokens that are no padding."""
+        return self.tokens.numel() if self.real is None else int(self.real.sum())
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         positions = None if self.positions is None else self.positions.to(device)

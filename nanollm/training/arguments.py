@@ -17,7 +17,7 @@ from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing
 from nanollm.training.distributed import DTYPES, RECOMPUTE
-from nanollm.training.optim import SCHEDULES
+from nanollm.training.optim import BETAS, SCHEDULES
 
 Add = Callable[..., Any]        # add_argument of a group
 
@@ -30,6 +30,20 @@ def rate(text: str) -> float:
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text}: expected a finite number, 0 or more")
     return value
+
+
+def above_0(text: str) -> float:
+    """A number above 0, for an option."""
+    if not (value := rate(text)):
+        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
+    return value
+
+
+def which(text: str) -> str:
+    """last, best or a step, for --export."""
+    if text not in ("last", "best") and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: expected last, best or the number of a step")
+    return text
 
 
 def span(text: str) -> tuple[int, int]:
@@ -87,7 +101,8 @@ def model_and_data(add: Add) -> None:
     add("--preset", default="llama", metavar="NAME",
         help=f"shape of a new model, toy or published (default llama, which is llama-toy): {', '.join(PRESETS)}")
     add("--init", type=Path, metavar="FOLDER",
-        help="pretrained model to start from, for fine-tuning: config, weights and tokenizer of a folder")
+        help="pretrained model to start from, for fine-tuning: config, weights and tokenizer of a folder, or of "
+             "owner/name on the Hugging Face hub")
     add("--data", type=Path, nargs="+", default=[], metavar="PATH",
         help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
              "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
@@ -124,17 +139,25 @@ def optimization(add: Add) -> None:
     """The steps: how many, of what, at which rate."""
     add("--steps", type=whole, metavar="N",
         help=f"optimizer steps ({default('steps', none='one epoch, once through the data; with --chat three epochs')})")
+    add("--epochs", type=above_0, metavar="E",
+        help="epochs, in place of --steps: how often the run goes through the data; 0.5 is half of it")
     add("--batch-size", type=whole, metavar="B",
-        help=f"rows (sequences) a step, over all ranks and micro-batches ({default('batch_size')})")
+        help="rows (sequences) a step, over all ranks and micro-batches: ranks × --micro-batch × "
+             f"--gradient-accumulation, of which two are enough ({default('batch_size')})")
     add("--micro-batch", type=whole, metavar="B",
         help="rows in one forward and backward pass of a rank; where a rank has more, it takes several passes a step "
              f"and sums their gradients (gradient accumulation; {default('micro_batch', none='all rows of the rank')})")
+    add("--gradient-accumulation", type=whole, metavar="N",
+        help="micro-batches a step and rank whose gradients are summed (default: as --batch-size and --micro-batch "
+             "say)")
     add("--context", type=whole, metavar="T",
         help=f"context length, tokens a row, at most what the model was made for ({default('context')})")
     add("--lr", type=rate, metavar="RATE", help=f"peak learning rate ({default('lr')})")
+    add("--min-lr", type=rate, default=0.0, metavar="RATE",
+        help="minimum learning rate: the rate at which the schedule ends, not a share of --lr (default 0)")
     add("--schedule", choices=SCHEDULES, default="linear",
-        help="learning-rate schedule after the warm-up: down to 0 in a line or half a cosine, or warmup-stable-decay "
-             "(default linear)")
+        help="learning-rate schedule after the warm-up: down to --min-lr in a line or half a cosine, or "
+             "warmup-stable-decay (default linear)")
     add("--warmup", type=whole_or_0, metavar="N",
         help=f"warm-up steps, in which the learning rate rises to --lr ({default('warmup', none='3 %% of the steps')})")
     add("--decay", type=rate, default=0.2, metavar="SHARE",
@@ -142,6 +165,8 @@ def optimization(add: Add) -> None:
     add("--optimizer", choices=("muon", "adamw"),
         help="optimizer: AdamW for all parameters; or Muon for the matrices inside the layers and AdamW for the rest "
              f"({default('optimizer')})")
+    add("--betas", type=share, nargs=2, default=BETAS, metavar=("B1", "B2"),
+        help="betas of AdamW: how much of its two averages each step keeps (default 0.9 0.95)")
     add("--weight-decay", type=rate, metavar="RATE", help=f"weight decay, on matrices only ({default('weight_decay')})")
     add("--clip", type=rate, default=1.0, metavar="NORM",
         help="gradient clipping: the largest norm a gradient may have, 0 for any (default 1.0)")
@@ -149,6 +174,12 @@ def optimization(add: Add) -> None:
         help="load-balance loss: its weight, where the model has experts (default 0.01)")
     add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
         help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
+    add("--dropout", type=share, default=0.0, metavar="P",
+        help="dropout probability of the embeddings and of what each layer adds to the residual stream, not of "
+             "attention (default 0)")
+    add("--ema", type=share, metavar="DECAY",
+        help="exponential moving average (EMA) of the weights, which is evaluated and exported in place of them; often "
+             "0.999 (default: none)")
     add("--seed", type=cli.whole(*cli.SEEDS), default=0, metavar="N",
         help="random seed of weights and of the order of rows (default 0)")
     add("--skip-sigma", type=rate, default=0.0, metavar="K",
@@ -226,15 +257,28 @@ def hardware(add: Add) -> None:
 def evaluation(add: Add) -> None:
     """What is measured and kept on the way."""
     add("--eval-every", type=whole, default=100, metavar="N",
-        help="steps between evaluations of the held-out (validation) loss (default 100)")
+        help="steps between evaluations of the held-out (validation) loss, the first of them at step 0 (default 100)")
+    add("--eval-only", action="store_true",
+        help="evaluation instead of training: the held-out loss of the model in --init, or with --out of the newest "
+             "checkpoint in that run folder, whose options it takes")
+    add("--patience", type=whole, metavar="N",
+        help="early stopping: the run ends after N evaluations in a row without a new lowest held-out loss (default: "
+             "never)")
     add("--sample-every", type=whole_or_0, default=200, metavar="N",
         help="steps between samples of text, 0 for none (default 200)")
     add("--prompt", metavar="TEXT",
         help='prompt that samples continue (default "def " on the standard library, else the beginning of a document)')
     add("--save-every", type=whole, default=200, metavar="N", help="steps between checkpoints (default 200)")
     add("--keep", type=whole, default=2, metavar="N", help="checkpoints that are kept, the newest (default 2)")
+    add("--keep-best", action="store_true",
+        help="checkpoint with the lowest held-out loss: kept beside the newest, and exported at the end")
+    add("--export", type=which, metavar="WHICH",
+        help="export instead of training: the checkpoint in the run folder --out that becomes its model: last, best or "
+             "a step that is kept")
     add("--tensorboard", action="store_true", help="TensorBoard event files in the run folder, beside log.jsonl")
     add("--wandb", metavar="PROJECT", help="Weights & Biases project that gets the curves, beside log.jsonl")
+    add("--mlflow", metavar="EXPERIMENT",
+        help="MLflow experiment that gets the curves: in runs/mlruns beside the run folder, or at MLFLOW_TRACKING_URI")
 
 
 def planning(add: Add) -> None:

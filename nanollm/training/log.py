@@ -1,14 +1,20 @@
-"""The log of a run: log.jsonl, TensorBoard and Weights & Biases where asked for, and the report at its end."""
+"""The log of a run: log.jsonl, the monitors that get the same numbers, and the report at its end."""
 
+import argparse
 import contextlib
 import json
 from pathlib import Path
 from typing import Any, TextIO
 
+from torch import nn
+from tqdm import tqdm
+
 from nanollm.errors import RunError
+from nanollm.training import monitors
 from nanollm.training.corpus import Corpus
 from nanollm.training.plot import loss_curve
 from nanollm.training.runs import STOP, write
+from nanollm.training.state import Saver
 
 
 class Log:
@@ -18,16 +24,13 @@ class Log:
     `request` asks all ranks to stop after the next step, and then `check` raises the error.
     """
 
-    def __init__(
-        self, folder: Path | None, after: int, tensorboard: bool, wandb: str | None, facts: dict[str, Any]
-    ) -> None:
-        """folder: None on other ranks. after: the step that the run goes on from.
+    def __init__(self, folder: Path | None, after: int, options: argparse.Namespace, facts: dict[str, Any]) -> None:
+        """folder: None on other ranks. after: the step that the run goes on from. options: they name the monitors.
 
         Entries of later steps, which an earlier start wrote, are dropped, and so is an incomplete last line.
         """
         self.file: TextIO | None = None
-        self.tensorboard: Any = None
-        self.wandb: Any = None
+        self.monitors: list[monitors.Monitor] = []
         self.problem: str | None = None
         if folder is None:
             return
@@ -35,27 +38,16 @@ class Log:
         kept = [entry for entry in read_log(path) if entry["step"] <= after] if path.exists() else []
         write(path, "".join(json.dumps(entry) + "\n" for entry in kept))
         self.file = path.open("a", buffering=1)
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-            self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=after + 1)
-        if wandb:
-            import wandb as weights_and_biases
-            self.wandb = weights_and_biases.init(
-                project=wandb, name=folder.name, dir=str(folder), config=facts, resume="allow"
-            )
+        self.monitors = monitors.opened(folder, options, after, facts)
 
     def __call__(self, step: int, **values: Any) -> None:
-        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         if self.file:
             try:
                 self.file.write(json.dumps({"step": step, **values}) + "\n")
             except OSError as error:
                 self.problem = f"{self.file.name}: cannot write: {error.strerror}"
-        if self.tensorboard:
-            for name, value in numbers.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb:
-            self.wandb.log(numbers, step=step)
+        if numbers := {name: value for name, value in values.items() if isinstance(value, (int, float))}:
+            monitors.send(self.monitors, step, numbers)
 
     @property
     def request(self) -> int:
@@ -73,10 +65,21 @@ class Log:
         if self.file:
             with contextlib.suppress(OSError):                  # tries once more what a full disk refused
                 self.file.close()
-        if self.tensorboard:
-            self.tensorboard.close()
-        if self.wandb:
-            self.wandb.finish()
+        monitors.close(self.monitors)
+
+
+def finish(saver: Saver, log: Log, needed: bool = False) -> None:
+    """Complete the checkpoint that is being written, if one is. Where that fails training goes on with a warning,
+    unless the checkpoint is `needed`."""
+    if saver.thread is None:
+        return
+    step, problem = saver.step, saver.finish()
+    log(step, checkpoint=f"steps/{step:08}" if problem is None else f"failed: {problem}")
+    if problem and needed:
+        raise RunError(f"the checkpoint of step {step} cannot be written: {problem}; make room, then --resume")
+    if problem and saver.world.rank == 0:
+        tqdm.write(f"warning: no checkpoint at step {step}: {problem}; training goes on, and older checkpoints are as "
+                   "they were")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -88,6 +91,14 @@ def read_log(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return entries
+
+
+def begun(options: argparse.Namespace, model: nn.Module, ranks: int, step: int) -> str:
+    """What a run is, in the line that it begins with."""
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    tokens = options.steps * options.batch_size * options.context / 1e6
+    return (f"{options.init or options.preset}: {parameters:.2f} M parameters, {tokens:.2f} M tokens to see, products "
+            f"in {options.dtype} on {ranks} × {options.device}" + (f", on from step {step}" if step else ""))
 
 
 def shown(entry: dict[str, Any], held_out: float | None) -> dict[str, str]:
@@ -102,29 +113,42 @@ def shown(entry: dict[str, Any], held_out: float | None) -> dict[str, str]:
     }
 
 
+def known_losses(corpus: Corpus) -> dict[str, float]:
+    """What a held-out loss compares with, nats per token, where that was counted."""
+    facts = corpus.facts
+    if facts is None:
+        return {}
+    return {"unigram": facts.unigram_loss, "gzip": facts.gzip_bits_per_byte / corpus.bits_per_byte(1.0)}
+
+
+def measured(corpus: Corpus, loss: float) -> list[str]:
+    """A held-out loss beside that of gzip and of a unigram model, as lines of text."""
+    facts, known = corpus.facts, known_losses(corpus)
+    if facts is None:
+        return [f"  {'held out, nats per target':<44}{loss:>12.3f}"]
+    head = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
+    rows = (
+        ("this model", loss),
+        ("gzip -9, on the held-out text by itself", known["gzip"]),
+        ("unigram model: how frequent each token is", known["unigram"]),
+    )
+    return [f"{head:<46}{'nats/token':>12}{'bits/byte':>12}",
+            *(f"  {label:<44}{loss:>12.3f}{corpus.bits_per_byte(loss):>12.3f}" for label, loss in rows)]
+
+
 def report(folder: Path, corpus: Corpus, title: str) -> str:
-    """The final held-out loss beside that of gzip and of a unigram model, as lines of text; draws loss.png."""
+    """The held-out loss of the model that was written, as lines of text; draws loss.png."""
     log = read_log(folder / "log.jsonl")
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     held_out = [(entry["step"], entry["held_out_loss"]) for entry in log if "held_out_loss" in entry]
-    facts, references, lines = corpus.facts, {}, []
-    if facts and held_out:
-        gzip, unigram = facts.gzip_bits_per_byte / corpus.bits_per_byte(1.0), facts.unigram_loss
-        references = {"unigram": unigram, "gzip": gzip}
-        head = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
-        lines = [f"{head:<46}{'nats/token':>12}{'bits/byte':>12}"]
-        rows = (
-            ("this model", held_out[-1][1]),
-            ("gzip -9, on the held-out text by itself", gzip),
-            ("unigram model: how frequent each token is", unigram),
-        )
-        lines += [f"  {label:<44}{loss:>12.3f}{corpus.bits_per_byte(loss):>12.3f}" for label, loss in rows]
-    elif held_out:
-        lines = [f"  {'held out, nats per target':<44}{held_out[-1][1]:>12.3f}"]
+    exported = [(entry["exported"], entry["exported_loss"]) for entry in log if "exported" in entry][-1:]
+    lines = [f"the checkpoint of step {step}, the best, is exported" for step, _ in exported]
+    lines += measured(corpus, (exported or held_out)[-1][1]) if held_out else []
     picture = " (loss.png needs: pip install matplotlib)"
     if losses:
         last = [loss for _, loss in losses[-50:]]
         lines.append(f"  {'(training, last 50 steps)':<44}{sum(last) / len(last):>12.3f}")
+        references = known_losses(corpus) if held_out else {}
         if loss_curve(folder / "loss.png", losses, held_out, references, title):
             picture = ", loss.png"
     return "\n".join([*lines, f"{folder}: model, tokenizer, log.jsonl{picture}"])

@@ -1,5 +1,11 @@
 """What training minimises, as sums over tokens: the trainer divides by the tokens of the whole step.
 
+A training method is a loss and a collator, and the loop knows neither by name:
+
+    loss        (model, batch, options) → the sum to minimise, and sums for the log: `next_token` here
+    collator    what makes batches of rows: data/stream.py. The loop asks a batch for .divisor, by which the sums are
+                divided (targets), for .seen (tokens that are no padding), .real and .to(device)
+
     L  =  1/n Σ_t [ −log p(y_t) + z · (log Z_t)² ]  +  b · balance
                                                 n  targets of the step, over all micro-batches and ranks
 
@@ -17,6 +23,8 @@ the step itself is known only when the step ends.
 Shapes: B batch, T tokens, D width, V vocabulary, N tokens in all, E experts.
 """
 
+import argparse
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
@@ -25,12 +33,32 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from nanollm.data.stream import Batch
 from nanollm.layers.moe import MoE, Routed, probabilities
-from nanollm.model import Head
+from nanollm.model import Decoder, Head
 from nanollm.ops import accelerated
 
 MOST = 2**28            # logits in memory at once. More are computed in pieces, and again in the backward pass
 RECENT = 128            # steps that a spike is measured against
+SQUARES = {"log_z"}     # of these the sums are of squares, and the log has the root of the mean
+
+# The first sum has a gradient. The others, by name, are for the log and have none; "loss" is among them.
+Loss = Callable[[Decoder, Batch, argparse.Namespace], tuple[Tensor, dict[str, Tensor]]]
+
+
+def next_token(model: Decoder, batch: Batch, options: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:
+    """Pre-training and SFT: each token from those before it, as the batch has targets. See the head of the file."""
+    hidden = model.hidden(batch.tokens, batch.positions)
+    total, nats, squares = token_loss(model.head, hidden, batch.targets, options.z_loss)
+    return total, {"loss": nats, "log_z": squares}
+
+
+def means(sums: dict[str, float], count: float) -> dict[str, float]:
+    """The sums of a step as its log has them: divided by its targets."""
+    found = {name: total / count for name, total in sums.items()}
+    for name in SQUARES & found.keys():
+        found[name] = math.sqrt(found[name]) if found[name] >= 0 else math.nan
+    return found
 
 
 def token_loss(head: Head, hidden: Tensor, targets: Tensor, z: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:

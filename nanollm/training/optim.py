@@ -21,7 +21,7 @@ one shape as one batch, and in float32 where the run is in float32, so that N ra
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ from nanollm.layers.moe import Experts
 from nanollm.training.distributed import local, local_shard
 
 SCHEDULES = ("cosine", "linear", "wsd")
+BETAS = (0.9, 0.95)         # of AdamW, also beside Muon
 MUON_MOMENTUM = 0.9
 ADAMW_BESIDE_MUON = 8.0     # AdamW's learning rate beside Muon, as a multiple of Muon's; measured, see `build`
 BATCH = 2**24       # numbers in one batched product of Muon (64 MB in float32); a larger matrix is a batch of its own
@@ -41,7 +42,7 @@ BATCH = 2**24       # numbers in one batched product of Muon (64 MB in float32);
 
 # ---- the learning rate
 
-def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 0.2) -> float:
+def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 0.2, least: float = 0.0) -> float:
     """The learning rate of step 0 … steps − 1 as a share of the peak rate. A checkpoint needs to keep nothing of it.
 
         all      linear warm-up over `warmup` steps, then
@@ -50,6 +51,7 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 
         wsd      ╱‾‾╲    constant, then a line to 0 over the last `decay` of the steps: warm-up, stable, decay
                                                       Hu et al. 2024 (arXiv 2404.06395) §4
     The first step has 1/warmup of the peak and the last a little more than 0, so no step has the rate 0.
+    least: where the decay ends, instead of 0, as a share of the peak; the same curve, drawn between 1 and that.
     """
     up = min(1.0, (step + 1) / warmup) if warmup else 1.0
     left = (steps - step) / max(1, steps - max(warmup, 1) + 1)  # 1 where the warm-up ends, 0 just past the last step
@@ -60,12 +62,14 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 
             down = min(1.0, left)
         case "wsd":
             down = min(1.0, (steps - step) / max(1.0, decay * steps))
-    return up * down
+    return up * (least + (1 - least) * down)
 
 
 # ---- who has which parameter
 
-def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+def build(
+    model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype, betas: Sequence[float] = BETAS
+) -> list[torch.optim.Optimizer]:
     """Put every parameter that is trained into exactly one group, and return the optimizers.
 
         weight matrices and experts in the layers      optimizer `name`, weight decay
@@ -106,7 +110,7 @@ def build(model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype) 
     elif matrices:                                          # torch refuses an optimizer of nothing
         optimizers.append(Muon(matrices, weight_decay, dtype))
     if groups := [group for group in groups if group["params"]]:
-        optimizers.append(adamw(groups))
+        optimizers.append(adamw(groups, betas))
     init_state(optimizers)
     return optimizers
 
@@ -116,9 +120,9 @@ def constants(name: str) -> dict[str, float]:
     return {"momentum": MUON_MOMENTUM, "lr_scale": ADAMW_BESIDE_MUON} if name == "muon" else {}
 
 
-def adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """AdamW over groups of parameters."""
-    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
+def adamw(groups: list[dict[str, Any]], betas: Sequence[float] = BETAS) -> torch.optim.Optimizer:
+    """AdamW over groups of parameters. betas: β₁ and β₂."""
+    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), fused=True)
 
 
 def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:

@@ -13,6 +13,7 @@ Where an option is given in neither, DEFAULTS of arguments.py has its value: by 
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -21,11 +22,12 @@ import torch
 
 from nanollm.cli import Parser
 from nanollm.config import ModelConfig
-from nanollm.errors import InputError
+from nanollm.errors import InputError, RunError
 from nanollm.presets import preset
-from nanollm.training import growing, tuning
+from nanollm.training import growing, monitors, tuning
 from nanollm.training.arguments import DEFAULTS, LORA_DEFAULTS, build_parser, kind
 from nanollm.training.distributed import DTYPES
+from nanollm.training.runs import FREE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -40,22 +42,33 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     early = Parser(add_help=False)
     early.add_argument("--config", type=Path)
     file = early.parse_known_args(args)[0].config
-    options = parser.parse_args([*from_toml(file, parser), *args] if file else args)
+    args = [*from_toml(file, parser), *args] if file else args
+    options = parser.parse_args(args)
+    of_a_run = options.export or options.eval_only and (options.out or not options.init)    # else --eval-only of --init
+    options.out = options.out or default_out(options, parser)
+    if of_a_run:
+        options = parser.parse_args([*of_record(options.out, parser), *args, "--resume", "--out", str(options.out)])
     if options.chat and not options.init:
         raise InputError("--chat fine-tunes a model that exists: name its folder with --init")
-    if options.init and options.init.is_file() and not options.plan:
-        raise InputError(f"--init {options.init}: a file; fine-tuning starts from a folder: "
-                         f"python -m checkpoints.convert {options.init} FOLDER")
     if options.chat and options.data:
         raise InputError("--chat and --data are two kinds of training; give one of them")
     if options.mix and len(options.mix) != len(options.data):
         raise InputError(f"--mix has {len(options.mix)} weights for {len(options.data)} --data")
     growing.check(options)
     tuning.check(options)
-    name = "demo" if options.preset == parser.get_default("preset") else options.preset
-    options.out = options.out or Path("runs") / (f"{options.init.name}-tuned" if options.init else name)
+    if options.steps and options.epochs:
+        raise InputError("--steps and --epochs both say how long the run is; give one of them")
+    for name in ("init", "tokenizer"):
+        folder = getattr(options, name)
+        if folder and folder.is_dir() and options.out.exists() and folder.samefile(options.out):
+            raise InputError(f"--{name} and --out are both {folder}: a run would replace what it starts from; "
+                             "name another folder with --out")
     settle(options)
+    if options.min_lr > options.lr:
+        raise InputError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}; it is the rate at the end, not a "
+                         "share")
     if not options.plan:
+        monitors.require(options)
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
     source = [path.name for path in ([options.chat] if options.chat else options.data)]
@@ -66,13 +79,36 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     return options
 
 
+def default_out(options: argparse.Namespace, parser: Parser) -> Path:
+    """The run folder where --out is not given."""
+    name = "demo" if options.preset == parser.get_default("preset") else options.preset
+    return Path("runs") / (f"{options.init.name}-tuned" if options.init else name)
+
+
+def of_record(folder: Path, parser: Parser) -> list[str]:
+    """The options of the run in a folder, as arguments: all that decide what it computes. Raises RunError."""
+    own = recorded(folder)
+    if not own:
+        raise RunError(f"{folder}: holds no run of train.py; name its folder with --out")
+    known = {action.dest for action in parser._actions}
+    return as_arguments({name: value for name, value in own.items() if name in known - FREE and value}, parser, "")
+
+
 def settle(options: argparse.Namespace) -> None:
     """Set the options of DEFAULTS that were not given: to a resumed run's own, or to the table's. What depends on a
     model or on data that is not read yet stays None: see `fit_context` and `fit_steps`."""
     own = recorded(options.out) if options.resume and not options.plan else {}
     own.pop("micro_batch", None)                            # was resolved for the ranks that there were
+    later = set()                                           # what others of the options say
+    if options.epochs:
+        later.add("steps")
+    if options.gradient_accumulation:
+        later.add("micro_batch")
+        if options.micro_batch and options.batch_size is None:
+            ranks = options.world_size if options.plan else int(os.environ.get("WORLD_SIZE", 1))
+            options.batch_size = ranks * options.micro_batch * options.gradient_accumulation
     for name, values in DEFAULTS.items():
-        if getattr(options, name) is None:
+        if getattr(options, name) is None and name not in later:
             usual = LORA_DEFAULTS.get(name) if tuning.tunes(options) else None
             setattr(options, name, own.get(name, None if name == "context" else usual or values[kind(options)]))
     if options.dtype == "auto" and own.get("dtype") in DTYPES:
@@ -97,7 +133,7 @@ def fit_context(options: argparse.Namespace, config: ModelConfig) -> None:
 
 def fit_steps(options: argparse.Namespace, rows: int) -> None:
     """Settle --steps and --warmup where they were not given, for data of so many rows."""
-    epochs = 3 if options.chat else 1
+    epochs = options.epochs or (3 if options.chat else 1)
     options.steps = options.steps or math.ceil(epochs * rows / options.batch_size)
     if options.warmup is None:
         options.warmup = math.ceil(0.03 * options.steps)
@@ -137,10 +173,17 @@ def product_seconds(dtype: torch.dtype) -> float:
     return min(seconds)
 
 
-def rows_at_once(batch: int, micro: int | None, ranks: int) -> int:
-    """Rows of one forward pass, all of a rank's where `micro` is not given. Raises InputError where a step's rows do
-    not come out even."""
-    micro = micro or batch // ranks or 1
+def rows_at_once(batch: int, micro: int | None, ranks: int, passes: int | None = None) -> int:
+    """Rows of one forward pass: batch = ranks × rows × passes. Without `passes` (gradient accumulation) they are
+    `micro`, or all of a rank's where that is not given either. Raises InputError where a step's rows do not come out
+    even."""
+    if passes and batch % (ranks * passes):
+        raise InputError(f"--batch-size {batch} is not a multiple of {ranks} rank(s) × --gradient-accumulation "
+                         f"{passes}")
+    if passes and micro not in (None, batch // (ranks * passes)):
+        raise InputError(f"--batch-size {batch} is not {ranks} rank(s) × --micro-batch {micro} × "
+                         f"--gradient-accumulation {passes} = {ranks * micro * passes}; leave one of the three out")
+    micro = micro or batch // (ranks * (passes or 1)) or 1
     if batch % (micro * ranks):
         raise InputError(f"--batch-size {batch} is not a multiple of {ranks} rank(s) × --micro-batch {micro}")
     return micro
@@ -155,13 +198,18 @@ def from_toml(path: Path, parser: Parser) -> list[str]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:                                                 # not TOML, or not UTF-8
         raise InputError(f"{path}: not TOML: {error}") from None
+    return as_arguments(values, parser, f"{path}: ")
+
+
+def as_arguments(values: dict, parser: Parser, where: str) -> list[str]:
+    """Values by the names of their options, as arguments. Raises InputError for an option that does not exist."""
     args = []
     for key, value in values.items():
         option = "--" + key.replace("_", "-")
         if option not in parser._option_string_actions:
-            raise InputError(f"{path}: unknown option {key}{parser.nearest(option)}")
+            raise InputError(f"{where}unknown option {key}{parser.nearest(option)}")
         if isinstance(value, dict):
-            raise InputError(f"{path}: {key} is a table; options are not grouped")
+            raise InputError(f"{where}{key} is a table; options are not grouped")
         if value is not False:
             args += [option] if value is True else [option, *map(str, value if isinstance(value, list) else [value])]
     return args

@@ -8,9 +8,11 @@
               vocabulary/    the tokenizer with the tokens of --add-tokens (text/adding.py)
               config.json, model.safetensors, tokenizer.json …  the model as a Hugging Face folder
               loss.png       the loss curve
+              monitors.json  the ids by which W&B and MLflow know the run
               lock           held by the process that runs here
 """
 
+import argparse
 import contextlib
 import fcntl
 import gc
@@ -28,17 +30,20 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nanollm.errors import RunError
+from nanollm.config import ModelConfig
+from nanollm.errors import ConfigError, RunError
 from nanollm.training import state
+from nanollm.training.arguments import DEFAULTS, build_parser, kind
 
 OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt",
         "added_tokens.json", "special_tokens_map.json", "chat_template.*", "model*.safetensors*", "log.jsonl",
-        "loss.png")
+        "loss.png", "monitors.json")
 # Options that may differ on --resume. All but skip_steps change no number except by the order of sums; skip_steps is
 # there to leave out the rows that made a run diverge.
 FREE = {"out", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile", "offload",
         "eval_every", "sample_every", "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps", "plan",
-        "world_size", "mfu", "title"}
+        "world_size", "mfu", "title", "mlflow", "gradient_accumulation", "eval_only", "export", "keep_best", "patience",
+        "epochs"}                               # epochs: steps and rows say it
 
 
 @contextlib.contextmanager
@@ -101,30 +106,55 @@ def check(folder: Path, options: dict[str, Any], resume: bool, force: bool) -> N
 
 
 def compare(folder: Path, facts: dict[str, Any]) -> None:
-    """Raise RunError that lists each difference from run.json that would change what the run computes.
+    """Raise RunError that lists each difference from run.json, if there is one, that would change what is computed.
 
     Where the model is another one, --force cannot go on: the weights have other shapes. That happens to a toy of
-    presets.py after a version that changes it. Facts that an older version did not record count as None.
+    presets.py after a version that changes it. An option that an older version did not have was not given there;
+    another fact that it did not record counts as None.
     """
+    path, changed, reshaped = folder / "run.json", [], False
+    if not path.exists():
+        return
     try:
-        before, changed, reshaped = json.loads((folder / "run.json").read_text()), [], False
-        for part, values in plain(facts).items():
-            recorded = before["options"] if part == "options" else before.get(part, {})
+        before = json.loads(path.read_text())
+        before["options"] = usual(facts.get("options", {})) | before["options"]
+        with contextlib.suppress(ConfigError):                  # fields that came later have their defaults
+            before["model"] = ModelConfig.from_dict(before["model"]).to_dict() if "model" in before else {}
+        for part, values in facts.items():
             for name, value in values.items():
-                if name not in FREE and (old := recorded.get(name)) != value:
-                    label = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
-                    nested = part == "model" and isinstance(value, list | dict)         # the layers: pages
-                    changed.append(f"other {label}" if nested else f"{label} {old} → {value}")
-                    reshaped |= part == "model"
+                old = before.get(part, {}).get(name)
+                if part == "options" and (name in FREE or same_option(name, old, value)) or old == plain(value):
+                    continue
+                label = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
+                nested = part == "model" and isinstance(value, list | dict)             # the layers: pages
+                changed.append(f"other {label}" if nested else f"{label} {old} → {plain(value)}")
+                reshaped |= part == "model"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RunError(f"{folder / 'run.json'}: not a record of train.py: {error!r}") from None
+        raise RunError(f"{path}: not a record of train.py: {error!r}") from None
     if changed:
         advice = ("--force starts over, --out names another folder" if reshaped else
                   "with --resume --force it goes on like that all the same")
         raise RunError(f"{folder}: holds another run ({'; '.join(changed)}); {advice}")
 
 
-def plain(facts: dict[str, Any]) -> dict[str, Any]:
+def usual(options: dict[str, Any]) -> dict[str, Any]:
+    """Every option where it is not given, for a run of this kind, as run.json has it."""
+    usual = vars(build_parser("").parse_args([]))
+    column = kind(argparse.Namespace(**usual | options))
+    return plain(usual | {name: values[column] for name, values in DEFAULTS.items()})
+
+
+def same_option(name: str, old: Any, new: Any) -> bool:
+    """Whether an option means what it did: it depends on the data and is not settled yet, or it names the same files
+    by other paths."""
+    news, olds = new if isinstance(new, list) else [new], old if isinstance(old, list) else [old]
+    if new is None:
+        return name in DEFAULTS
+    return (len(news) == len(olds) > 0 and all(isinstance(path, Path) for path in news) and None not in olds
+            and all(os.path.realpath(a) == os.path.realpath(b) for a, b in zip(olds, news, strict=True)))
+
+
+def plain(facts: Any) -> Any:
     """The facts as JSON gives them back: paths become strings, tuples lists."""
     return json.loads(json.dumps(facts, default=str))
 
@@ -234,12 +264,9 @@ def gc_frozen() -> Iterator[None]:
 
 # ---- records
 
-def start(folder: Path, facts: dict[str, Any], resume: bool, force: bool) -> None:
-    """Compare the facts with those of the run to resume, or clear the folder for a new one; then write run.json."""
-    if resume and (folder / "run.json").exists():
-        if not force:
-            compare(folder, facts)
-    else:
+def start(folder: Path, facts: dict[str, Any], resume: bool) -> None:
+    """The first change of a run folder, when all is checked: clear it for a new run; then write run.json."""
+    if not resume or not (folder / "run.json").exists():
         try:
             clear(folder)
         except OSError as error:

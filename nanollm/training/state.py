@@ -97,11 +97,12 @@ class Saver:
     result: dict[str, Any] = field(default_factory=dict)        # of this rank's thread
     step: int = 0
     facts: dict[str, Any] = field(default_factory=dict)
+    spared: int | None = None                   # the step of one that is kept beside the newest
 
-    def begin(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any]) -> None:
+    def begin(self, step: int, tensors: Mapping[str, Tensor], facts: dict[str, Any], spared: int | None = None) -> None:
         """Copy this rank's shards and start to write them. All ranks call it, after `finish` of the one before."""
         assert self.thread is None
-        self.step, self.facts, self.result = step, facts, {"pieces": {}, "shapes": {}}
+        self.step, self.facts, self.spared, self.result = step, facts, spared, {"pieces": {}, "shapes": {}}
         mine: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             self.result["shapes"][name] = [str(tensor.dtype).removeprefix("torch."), *tensor.shape]
@@ -169,8 +170,9 @@ class Saver:
             retire(whole)
         publish(draft, whole)
         for old in complete(self.folder)[: -self.keep]:
-            with contextlib.suppress(OSError):                  # the new one is complete; the next one tries again
-                retire(old)
+            if int(old.name) != self.spared:
+                with contextlib.suppress(OSError):              # the new one is complete; the next one tries again
+                    retire(old)
 
 
 def write_shards(path: Path, tensors: dict[str, Tensor]) -> None:

@@ -163,7 +163,7 @@ def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) 
     the learning rate of B is λ times that of A (Hayou et al. 2024, arXiv 2402.12354)."""
     there = lora.adapters(model)
     if not there:
-        return optim.build(model, options.optimizer, options.weight_decay, dtype)
+        return optim.build(model, options.optimizer, options.weight_decay, dtype, options.betas)
     parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": []}
     for name, p in there.items():
         parts[name.rpartition(".")[2]].append(p)
