@@ -1,4 +1,4 @@
-"""Adapters in peft's layout: what peft wrote is read, what is written is what peft reads, and merging is the same sum."""
+"""Adapters in peft's layout: what peft wrote is read, what is written peft reads, and merging is the same sum."""
 
 import json
 import sys
@@ -11,13 +11,16 @@ from safetensors.torch import load_file, save_file
 peft = pytest.importorskip("peft", reason="the extra `test` has peft")
 
 import checkpoints  # noqa: E402
+import generate as script  # noqa: E402
 from checkpoints import convert as command  # noqa: E402
 from checkpoints.adapters import reading  # noqa: E402
 from nanollm.errors import NanollmError  # noqa: E402
 from nanollm.training import lora  # noqa: E402
 from nanollm.training.lora import LoRA  # noqa: E402
+from tests import forked  # noqa: E402
 from tests.oracles import difference  # noqa: E402
-from tests.peft_models import Made, base, make, read  # noqa: E402
+from tests.peft_models import Made, base, make, quiet, read  # noqa: E402
+from tests.terminals import scripted  # noqa: E402
 
 SAFE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -258,6 +261,52 @@ def test_merging_into_quantised_weights_writes_16_bits_and_says_so(tmp_path, con
     stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
     assert stored.dtype == torch.bfloat16
     assert difference(found.get_parameter(name), expected.get_parameter(name)) <= 2**-8
+
+
+@pytest.fixture(scope="module")
+def spoken(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """A model with a tokenizer, an adapter that makes it say something else, and the two merged."""
+    root = tmp_path_factory.mktemp("spoken")
+    model = checkpoints.load(scripted(root / "scripted", ["Y", "e", "s"], context=64))
+    for p in model.parameters():
+        p.data = 0.3 * torch.randn_like(p)
+    checkpoints.save(model, root / "model")
+    model = lora.add(checkpoints.load(root / "model"), LoRA(2, 4, targets=("q", "v", "down")))
+    for p in lora.adapters(model).values():
+        p.data = torch.randn_like(p)
+    checkpoints.save_adapter(model, root / "adapter")
+    checkpoints.save(lora.merge(model), root / "merged")
+    return root / "model", root / "adapter", root / "merged"
+
+
+def said(*arguments: object) -> str:
+    done = forked.start(1, script.run, *arguments, "--max-new-tokens", 12).end()
+    assert done.codes == [0], done.said
+    return done.out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ask", [("--prompt", "ab"), ("--ask", "really?"), ("--prompt", "ab", "--prompt", "c")],
+                         ids=["a prompt", "a question", "a batch"])
+def test_generate_takes_an_adapter(ask, spoken):
+    folder, adapter, merged = spoken
+    found = said("--model", folder, "--adapter", adapter, *ask)
+    assert found == said("--model", merged, *ask) != said("--model", folder, *ask)
+
+
+@pytest.mark.slow
+def test_generate_keeps_it_beside_quantised_weights(spoken):
+    folder, adapter, _ = spoken
+    found = said("--model", folder, "--adapter", adapter, "--prompt", "ab", "--quantize", "int8")
+    assert found != said("--model", folder, "--prompt", "ab", "--quantize", "int8")
+    refused = forked.start(1, script.run, "--model", folder, "--adapter", adapter, "--prompt", "ab", "--quantize",
+                           "int8", "--compile").end()
+    assert refused.codes != [0] and "--compile is for an adapter that is merged" in refused.err
+
+
+def test_a_model_that_is_an_adapter_is_told_of_the_option(spoken):
+    refused = forked.start(1, script.run, "--model", spoken[1], "--prompt", "ab").end()
+    assert refused.codes != [0] and "--adapter" in refused.err and "Traceback" not in refused.said
 
 
 # ---- refusals

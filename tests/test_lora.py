@@ -57,8 +57,7 @@ def test_a_module_is_pefts(kind, dropout):
     ours = LoRALinear(base, 4, LoRA(4, 8, **said).scale_of("q"), dropout, "dora" in said).train()
     A, B = torch.randn(4, 24), torch.randn(40, 4)
     with torch.no_grad():
-        for module, (a, b) in ((ours, (ours.A, ours.B)),
-                               (theirs, (theirs.lora_A.default.weight, theirs.lora_B.default.weight))):
+        for a, b in (ours.A, ours.B), (theirs.lora_A.default.weight, theirs.lora_B.default.weight):
             a.copy_(A)
             b.copy_(B)
         if ours.magnitude is not None:

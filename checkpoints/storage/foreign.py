@@ -110,6 +110,11 @@ def folder(path: Path) -> str | None:
     return None
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether a folder has an adapter and no model."""
+    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
+
+
 def no_config(path: Path) -> str:
     """What to do where there is no config.json."""
     names = [one.name for one in path.iterdir()] if path.is_dir() else []
