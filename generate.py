@@ -9,6 +9,7 @@
     python generate.py --model MODEL --prompts IN.jsonl --out OUT.jsonl    a file of prompts or chats, in batches
     python generate.py --model MODEL --ask "Who?" --json-schema FILE       an answer in JSON that follows a schema
     python generate.py --model MODEL --prompt "One" --n 4 --temperature 1  several answers, each drawn for itself
+    python generate.py --model MODEL --adapter FOLDER --chat               with an adapter (LoRA, as peft writes it)
     python generate.py --model MODEL --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
 
 MODEL is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
@@ -38,7 +39,7 @@ from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
 from nanollm.inference.prepare import prepare
-from nanollm.inference.quantize import KINDS
+from nanollm.inference.quantize import KINDS, QuantizedLinear
 from nanollm.inference.request import Request
 from nanollm.inference.sample import Sampling
 from nanollm.inference.terminal import note, show, silent, standard_input
@@ -47,6 +48,7 @@ from nanollm.model import Decoder
 from nanollm.text import templates
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.training import lora
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BOUNDS = {"max_new_tokens": (1, LARGE), "context": (2, LARGE), "batch_size": (1, 1 << 16), "temperature": (0, 100),
@@ -63,6 +65,9 @@ def parse() -> argparse.Namespace:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, metavar="MODEL",
                         help="model folder, FILE.gguf, or owner/name on the Hugging Face hub")
+    parser.add_argument("--adapter", type=Path, metavar="FOLDER",
+                        help="adapter of MODEL in peft's layout; it is merged into the weights, or stands beside them "
+                        "where they are quantised")
     ways = parser.add_argument_group("what is asked: one of these").add_mutually_exclusive_group(required=True)
     ways.add_argument("--prompt", action="append", metavar="TEXT",
                       help="text to continue; several times for a batch; - reads standard input")
@@ -332,7 +337,13 @@ def run() -> None:
     request = replace(request, constrain=grammar(args, tokenizer))     # now, for --suffix has added a stop token
     if sys.stderr is not None and sys.stderr.isatty():
         note(f"[loading {args.model}]")
-    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
+    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize,
+                             adapter=args.adapter)
+    if args.adapter and not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        lora.merge(model)                       # one product in the place of three
+    elif args.adapter and args.compile:
+        raise InputError(f"{args.adapter}: --compile is for an adapter that is merged, and beside quantised weights it "
+                         "is not: python -m checkpoints.convert MODEL OUT --adapter FOLDER --merge")
     if args.compile:
         note("[compiling; the first time on a machine this takes up to a minute]")
         compile_decoding(model)

@@ -40,7 +40,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
-from checkpoints.export import layout_for
+from checkpoints.export import layout_in_words
 from checkpoints.layouts import hub
 from nanollm.cli import main
 from nanollm.data.stream import Batch
@@ -51,12 +51,11 @@ from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.training import distributed, freezing, growing, neftune, optim, runs, shifted_attention, state, tuning
+from nanollm.training import distributed, growing, optim, runs, state, surgery, tuning
 from nanollm.training.averages import Average, averaged
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
-from nanollm.training.dropout import add_dropout
-from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss
+from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss, need_held_out
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, begun, finish, measured, report, shown
 from nanollm.training.losses import RECENT, Balance, Loss, means, next_token, spike
@@ -66,8 +65,7 @@ from nanollm.training.phase import learning
 
 @dataclass
 class Run:
-    """All that a step needs and changes. A checkpoint holds model, optimizers, average, balance, recent, best and
-    step."""
+    """All that a step needs and changes. A checkpoint holds all but options, world, corpus and what never changes."""
     options: argparse.Namespace
     world: World
     corpus: Corpus
@@ -289,9 +287,7 @@ def build(options: argparse.Namespace, world: World) -> Run:
                        "--rope-factor stretch it")
     corpus = open_corpus(options, world, options.vocab or config.vocab)
     fit_steps(options, sum(source.rows for source in corpus.stream.sources))
-    if (options.eval_only or options.keep_best or options.patience) and corpus.held_out is None:
-        raise RunError("--eval-only, --keep-best and --patience need a held-out loss, and of this data nothing is held "
-                       "out")
+    need_held_out(options, corpus.held_out)
     if options.init and corpus.vocab > config.vocab:
         raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of "
                        f"{corpus.vocab}; --grow-vocab gives it rows for them")
@@ -299,25 +295,19 @@ def build(options: argparse.Namespace, world: World) -> Run:
     with torch.device("meta"):
         model = tuned or Decoder(config)
     blank = copy.deepcopy(model)
-    freezing.freeze(model, options)
-    if options.neftune:
-        neftune.add_noise(model, options.neftune)
-    if options.dropout:
-        add_dropout(model, options.dropout)
-    if options.shift_attention:
-        shifted_attention.shift_attention(model, options.shift_attention, options.context)
+    random = surgery.arrange(model, options)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
-                      offload=options.offload, random=options.dropout > 0 or tuning.draws(model))
+                      offload=options.offload, random=random)
     model.to_empty(device="cpu" if options.offload else world.device)
     tuning.share(model, blank)
     values = initial_values(model, options.seed)
     if options.init:
         values = distributed.broadcast_parameters(model, source, world.device)
     distributed.fill(model.eval(), values)
-    optimizers = tuning.optimizers(model, options, DTYPES[options.dtype])
-    origin = source.origin if source else None
-    return Run(options, world, corpus, model, origin, blank, base, dtype, optimizers, Balance(model),
-               average=Average(model, options.ema) if options.ema else None)
+    measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
+    optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
+    return Run(options, world, corpus, model, source.origin if source else None, blank, base, dtype, optimizers,
+               Balance(model), average=Average(model, options.ema) if options.ema else None)
 
 
 def restore(run: Run, which: str | None = None) -> bool:
@@ -337,11 +327,7 @@ def written_as(run: Run) -> str:
     """The layout in which `export` will write the model, for a person, before the first step."""
     if tuning.tunes(run.options):
         return tuning.how_to_use(run.options)
-    layout, reason = layout_for(run.model.config, run.origin)
-    if layout == "hf":
-        return f"{run.options.out}: will be a Hugging Face folder, which transformers loads too"
-    return (f"{run.options.out}: will be in nanollm's own layout, which checkpoints.load, generate.py and --init read "
-            f"and transformers does not: {reason}")
+    return f"{run.options.out}: will be {layout_in_words(run.model.config, run.origin)}"
 
 
 def export(run: Run) -> None:

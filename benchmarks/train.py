@@ -71,9 +71,9 @@ def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: dis
     draw(model)
     options = argparse.Namespace(dtype=dtype, lr=1e-4, steps=10**6, warmup=1, schedule="linear", decay=0.2,
                                  skip_steps=[], skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0, min_lr=0.0,
-                                 dropout=0.0)
+                                 seed=0)
     optimizer = optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype])
-    run = train.Run(options, world, None, model, None, torch.float32, optimizer, Balance(model))
+    run = train.Run(options, world, None, model, None, model, None, torch.float32, optimizer, Balance(model))
 
     def step(tokens: torch.Tensor) -> float:
         entry, _ = train.take_step(run, [Batch(tokens[:, :-1], tokens[:, 1:], None)], 0)

@@ -108,7 +108,7 @@ def plan(source: Source, to: str = "hf", dtype: torch.dtype | None = None, quant
     if dtype is None and to != "gguf":           # also where tensors of several dtypes are one parameter: experts
         alike = {there: (source.stored[here].dtype, written.tensors[there][1])
                  for move in moved if move.straight for here, there in move.pairs()
-                 if adapter is None or not adapter.whole or source.stored[here].file.parent != adapter.path}
+                 if adapter is None or not adapter.replaces(source.stored[here])}
         written = dataclasses.replace(written, tensors=written.tensors | alike)
     if fewer:
         written = compressing.compress(written, source, fewer, group)
@@ -320,6 +320,9 @@ def run() -> None:
     found = reading.read(args.adapter, args.allow_pickle) if args.adapter else None
     source = open_source(path, args.ignore, args.family, args.allow_pickle, found.whole if found else None)
     adapter = reading.fit(found, source) if found else None
+    if adapter and source.integers:
+        warnings.warn(f"{source.folder}: its weights have {source.integers}; the adapter is merged into what they "
+                      "stand for, and written in 16 bits", stacklevel=2)
     quantized = "Q8_0" if args.dtype == Q8_0 else None
     conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized, args.quantize, args.group, adapter)
     total = conversion.written.nbytes

@@ -159,6 +159,15 @@ def layout_for(config: ModelConfig, origin: Origin | None = None) -> tuple[str, 
     return "hf", ""
 
 
+def layout_in_words(config: ModelConfig, origin: Origin | None = None) -> str:
+    """The same, for a person."""
+    layout, reason = layout_for(config, origin)
+    if layout == "hf":
+        return "a Hugging Face folder, which transformers loads too"
+    return (f"in nanollm's own layout, which checkpoints.load, generate.py and --init read and transformers does not: "
+            f"{reason}")
+
+
 def plan_export(config: ModelConfig, parameters: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype],
                 origin: Origin | None, to: str = "hf", working: torch.dtype | None = None,
                 quantized: str | None = None) -> Export:

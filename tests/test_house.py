@@ -38,9 +38,10 @@ ARROWS = {
     "checkpoints.source": "families layouts names packing storage nanollm.config nanollm.inference nanollm.model",
     "checkpoints.companions": "families layouts storage nanollm.text",
     "checkpoints.export": "companions families layouts names source storage nanollm.config",
+    "checkpoints.adapters": "export names source storage nanollm.model nanollm.training",
     "checkpoints.compressing": "export names packing source storage nanollm.inference nanollm.layers",
     "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
-    "checkpoints.convert": "compressing export layouts names source storage nanollm.cli nanollm.inference",
+    "checkpoints.convert": "adapters compressing export layouts names source storage nanollm.cli nanollm.inference",
     "checkpoints.delta": "convert export families layouts source storage nanollm.cli",
     "checkpoints.inspect": "companions folding layouts names show source storage nanollm.cli",
     "checkpoints.tracing": "names storage nanollm.config nanollm.model",
@@ -193,8 +194,9 @@ def test_the_decoder_knows_no_family(path):
 
 PUBLIC = {
     "nanollm": ["Decoder", "ModelConfig", "generate", "tokenizer"],
-    "checkpoints.load": "(source: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str | torch.device = 'cpu', ignore: collections.abc.Collection[str] = (), quantize: str | None = None, group: int | None = None) -> nanollm.model.Decoder",
+    "checkpoints.load": "(source: str | pathlib.Path, *, dtype: torch.dtype | None = None, device: str | torch.device = 'cpu', ignore: collections.abc.Collection[str] = (), quantize: str | None = None, group: int | None = None, adapter: str | pathlib.Path | None = None) -> nanollm.model.Decoder",
     "checkpoints.save": "(model: nanollm.model.Decoder, folder: str | pathlib.Path, *, shard_bytes: int = 5000000000) -> None",
+    "checkpoints.save_adapter": "(model: nanollm.model.Decoder, folder: str | pathlib.Path, *, base: str | None = None) -> None",
     "nanollm.text.tokenizer.load": "(folder: str | pathlib.Path) -> 'Tokenizer'",
     "nanollm.model.Decoder": "(config: nanollm.config.ModelConfig, seed: int = 0) -> None",
     "nanollm.model.Decoder.forward": "(self, tokens: torch.Tensor, positions: torch.Tensor | None = None, cache: nanollm.cache.Cache | None = None) -> torch.Tensor",

@@ -490,7 +490,7 @@ def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
     (["--init", "nowhere"], 1, "nowhere"),
     (["--steps", "5", "--epochs", "1"], 1, "give one of them"),
     (["--epochs", "0"], 2, "above 0"),
-    (["--ema", "1"], 2, "without the 1"),
+    (["--ema", "1"], 2, "below 1"),
     (["--min-lr", "0.1"], 1, "above --lr"),
     (["--export", "newest"], 2, "last, best or the number of a step"),
     (["--export", "best"], 1, "runs/demo: holds no run"),

@@ -3,11 +3,12 @@
     Folder      adapter_config.json, and the headers of the tensors
     fit()       these and a Source → an Adapter: by names and shapes; all problems are in one error
     Adapter     beside(model): A, B, m as modules (nanollm/training/lora.py)
-                merged(name, W): what the weight becomes, for convert --merge
+                parts: what each weight becomes, for convert --merge
 
 Tensors that replace some of the base are none of this: open_source takes them in the place of the base's own.
 """
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -109,9 +110,9 @@ class Adapter:
             model.get_parameter(there_too).requires_grad_()
         return model
 
-    def merged(self, name: str, W: Tensor) -> Tensor:
-        """What a parameter of ours becomes, float32."""
-        return self.parts[name].merged(W)
+    def replaces(self, stored: Stored) -> bool:
+        """Whether a stored tensor is the adapter's own, in the place of one of the base."""
+        return getattr(stored, "file", self.path).parent == self.path
 
 
 # ---- a folder
@@ -175,9 +176,10 @@ def fit(folder: Folder, source: Source) -> Adapter:
         raise CheckpointError(f"{folder.path}: not an adapter of {source.folder}\n    "
                               + "\n    ".join(problems[:SHOWN]) + more)
     _warn_of_other(folder, source)
-    whole = [name for step in source.steps for name in step.ours
-             if any(source.stored[one] in folder.whole.values() for one in step.theirs)]
-    return Adapter(folder.path, folder.described, known, whole)
+    adapter = Adapter(folder.path, folder.described, known, [])
+    whole = [name for step in source.steps if any(adapter.replaces(source.stored[one]) for one in step.theirs)
+             for name in step.ours]
+    return dataclasses.replace(adapter, whole=whole)
 
 
 def _weight_of(module: str, parts: Parts, index: Mapping[str, tuple[Step, int]],

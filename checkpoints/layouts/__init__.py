@@ -68,6 +68,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return inside or tokenizer.load(folder)
     except TokenizerError:
-        if path.is_file() and not own:
+        if path.is_file() and not own or foreign.is_adapter(folder):
             find(path)
         raise

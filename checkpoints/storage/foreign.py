@@ -14,9 +14,9 @@ from pathlib import Path
 
 from checkpoints.names.reader import brief
 
-MERGE = ('python -c "from peft import AutoPeftModelForCausalLM as M; '
-         'M.from_pretrained(\'{folder}\').merge_and_unload().save_pretrained(\'OUT\')"')
-ADAPTER = "an adapter (LoRA), which is a change to {base} and no model. Merge the two, then read OUT: " + MERGE
+ADAPTER = ("an adapter (LoRA), which is a change to {base} and no model. Give the model, and the adapter beside it: "
+           "generate.py --model BASE --adapter {folder}; or merge them: python -m checkpoints.convert BASE OUT "
+           "--adapter {folder} --merge")
 ZERO = ("a checkpoint of DeepSpeed, whose weights are cut up among ranks. Where deepspeed is installed: "
         "python {folder}/zero_to_fp32.py {folder} OUT --safe_serialization; then copy config.json and the tokenizer's "
         "files of the model that was trained into OUT")
@@ -108,6 +108,11 @@ def folder(path: Path) -> str | None:
         if any(fnmatch(name, pattern) for name in names):
             return _filled(text, path, path)
     return None
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder has an adapter and no model."""
+    return (path / "adapter_config.json").exists() and not (path / "config.json").exists()
 
 
 def no_config(path: Path) -> str:

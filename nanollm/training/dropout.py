@@ -9,8 +9,8 @@ These are the places of embd_pdrop and resid_pdrop of GPT-2 (Vaswani et al. 2017
 probabilities, which GPT-2 has too, is not here: fused attention of every kind would need it. Wrapped around a model
 from outside, so the decoder knows nothing of it; in eval mode nothing is dropped.
 
-The masks of a micro-batch follow from (seed, step, rank, micro-batch): see phase.py. Another number of ranks or another
-micro-batch draws other masks.
+The masks of a micro-batch follow from its place in the run (phase.py), so a checkpoint keeps nothing of them. Another
+number of ranks or another micro-batch draws other masks.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,9 @@ from nanollm.model import Decoder
 def add_dropout(model: Decoder, p: float) -> None:
     """Wrap the model, in place, before anything else wraps its layers."""
     def dropped(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **named: F.dropout(forward(*args, **named), p, model.training)
+        def forward_and_drop(*args: Any, **named: Any) -> Tensor:
+            return F.dropout(forward(*args, **named), p, model.training)
+        return forward_and_drop
 
     model.embedded = dropped(model.embedded)                        # type: ignore[method-assign]
     for layer in model.layers:

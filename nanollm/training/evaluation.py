@@ -76,7 +76,7 @@ def held_out_loss(
 ) -> float:
     """The "loss" of the method, nats per token as a rule, over `most` rows of the source, evenly spaced, or over all.
 
-    The ranks share the rows out.
+    The ranks share the rows out. Outside of a step the model is in eval mode, see phase.py.
     """
     assert source is not None
     rows = range(0, source.rows, 1 if most is None else math.ceil(source.rows / most))
@@ -92,6 +92,13 @@ def held_out_loss(
         module.reshard()                        # a backward pass would have; without one what was gathered stays
     nats, count = world.all_reduce(*total.tolist())
     return nats / count
+
+
+def need_held_out(options: argparse.Namespace, source: Source | None) -> None:
+    """Raise RunError where an option needs held-out rows, and there are none."""
+    for name in ("eval_only", "keep_best", "patience"):
+        if getattr(options, name) and source is None:
+            raise RunError(f"--{name.replace('_', '-')} needs a held-out loss, and of this data nothing is held out")
 
 
 def find_checkpoint(folder: Path, which: str) -> Path:

@@ -11,11 +11,9 @@ Where the layer's numbers have fewer bits, the side path is computed in float32,
 rounded: peft's order.
 
     model = lora.add(model, LoRA(rank=8, alpha=16, targets=("q", "v")))      # in place; all else is frozen
-    lora.adapters(model)                                                     # what is trained, by name
     lora.merge(model)                                                        # W + s B A in the place of each
 
-Shapes: N outputs, K inputs, r rank; W (N, K), A (r, K), B (N, r), m (N,). Experts are stacked, with E in front, and one
-of them is run by its number.
+Shapes: N outputs, K inputs, r rank; W (N, K), A (r, K), B (N, r), m (N,). Experts are stacked, with E in front.
 """
 
 import math

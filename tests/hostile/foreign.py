@@ -83,7 +83,7 @@ LITGPT = {"lm_head.weight": torch.ones(16, 8), "transformer.h.0.attn.qkv.weight"
 FOREIGN: dict[str, Case] = {
     "an adapter": (
         adapter({"base_model_name_or_path": "owner/name"}),
-        "an adapter .LoRA., which is a change to 'owner/name' and no model.*merge_and_unload",
+        "an adapter .LoRA., which is a change to 'owner/name' and no model.*--adapter .*--merge",
     ),
     "an adapter that does not say of what": (adapter({}), "a change to another model"),
     "an adapter of a megabyte's name": (adapter({"base_model_name_or_path": "x" * 900_000}), "a change to 'xxx"),
