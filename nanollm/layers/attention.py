@@ -101,7 +101,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
         config, slots = self.config, None
-        q, k, v = self.project(x, ctx)                                                  # (B, H or K, T, d)
+        q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
         if state is not None:
             slots = ctx.slots(state)
             k, v = state.extend(k, v, slots)
@@ -112,8 +112,18 @@ class Attention(nn.Module):
             mixed = attend_plainly(q, k, v, mask.dense, self.scale, sinks=self.sinks)
         return self.o(mixed.transpose(1, 2).flatten(-2))
 
-    def project(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised, and rotated to their positions."""
+    def placed(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), q and k rotated to their positions."""
+        config, (q, k, v) = self.config, self.project(x)
+        if config.rope is not None:
+            cos, sin = ctx.rotation(config.rope, config.head_dim)
+            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
+        if config.logn is not None:
+            q = q * ctx.log_growth(config.logn)
+        return q, k, v
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""
         config = self.config
         q, k, v = self.q(x), self.k(x), self.v(x)                                       # (B, T, H·d or K·d)
         whole = config.qk_norm is not None and config.qk_norm.scope == "all"            # over all heads at once
@@ -124,20 +134,13 @@ class Attention(nn.Module):
         q, k, v = (z.unflatten(-1, (-1, config.head_dim)) for z in (q, k, v))           # (B, T, H or K, d)
         if not whole:
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if config.rope is not None:
-            cos, sin = ctx.rotation(config.rope, config.head_dim)
-            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
-        if config.logn is not None:
-            q = q * ctx.log_growth(config.logn)
-        return q, k, v
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     @staticmethod
     def new_state(config: AttentionConfig, batch: int, length: int, dtype: torch.dtype,
                   device: torch.device) -> KVCache:
         slots = min(length, config.window or length)
-        ring, widths = slots < length, (config.head_dim, config.head_dim)
-        return KVCache(batch, config.kv_heads, slots, widths, dtype, device, ring)
+        return KVCache(batch, config.kv_heads, slots, (config.head_dim,) * 2, dtype, device, ring=slots < length)
 
     @staticmethod
     def multiply_adds(config: AttentionConfig, dim: int, context: int) -> int:
