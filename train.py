@@ -356,7 +356,7 @@ def run() -> None:
     options = parse(__doc__)
     if options.plan:
         from nanollm.training import plan
-        config = checkpoints.config(options.init) if options.init else preset(
+        config = growing.planned(checkpoints.config(options.init), options) if options.init else preset(
             options.preset, options.vocab, options.context)
         fit_context(options, config)
         return print(plan.report(options, config))

@@ -134,6 +134,13 @@ def test_a_folder_that_counts_its_layers_under_an_older_key_stays_one_of_its_fam
     assert values["n_layer"] == 4 and "num_hidden_layers" not in values
 
 
+def test_a_plan_is_of_the_grown_model():
+    model = small()
+    options = asked(expand=2, rope_scaling="yarn", rope_factor=4.0)
+    assert growing.planned(model.config, options) == growing.grow(model, options).config != model.config
+    assert growing.planned(model.config, asked()) is model.config
+
+
 # ---- tokens
 
 @pytest.fixture(scope="module")

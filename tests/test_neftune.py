@@ -12,11 +12,13 @@ from transformers.integrations.neftune import activate_neftune
 import checkpoints
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
 from nanollm.errors import InputError
+from nanollm.layers.forward_context import ForwardContext
+from nanollm.layers.mask import AttentionMask
 from nanollm.model import Decoder
 from nanollm.training import distributed
 from nanollm.training.neftune import add_noise
 from nanollm.training.phase import learning
-from nanollm.training.shifted_attention import shift_attention
+from nanollm.training.shifted_attention import groups_of, shift_attention
 from tests import oracles
 from tests.fixtures import FIXTURES
 
@@ -87,8 +89,7 @@ def test_what_is_computed_again_sees_the_same_noise(how):
 def dense(mixer, x: Tensor, ctx, group: int) -> Tensor:
     """The paper's attention as a mask over all pairs of tokens: a head sees the earlier tokens of its own group, and
     groups of the second half of the heads begin G/2 later."""
-    q, k, v = mixer.project(x)
-    q, k = mixer.at_positions(q, k, ctx)
+    q, k, v = mixer.placed(x, ctx)
     H, T = q.shape[1], q.shape[2]
     k, v = (z.repeat_interleave(H // z.shape[1], 1) for z in (k, v))
     scores = q @ k.mT * mixer.scale
@@ -143,6 +144,16 @@ def test_groups_equal_the_dense_definition(variant, positions):
     full = grouped(ids, positions)                          # eval mode: full attention, to the bit
     assert torch.equal(full, Decoder.__call__(fresh(config), ids, positions))
     assert oracles.difference(found[0], full if positions is None else full[positions >= 0]) > 1e-2
+
+
+@pytest.mark.parametrize("by", [0, 4])
+def test_the_runs_of_keys_that_kernels_read_say_what_the_mask_says(by):
+    ctx = ForwardContext(PACKED, False, torch.float32)
+    mask = AttentionMask(groups_of(ctx, 8, by), None, 5)
+    keys = torch.arange(8)
+    run = (keys >= mask.first[..., None]) & (keys <= mask.last[..., None])
+    real = PACKED.roll(-by, 1).reshape(-1, 8) >= 0
+    assert torch.equal(run[real], mask.dense[:, 0][real])
 
 
 def fresh(config: ModelConfig) -> Decoder:

@@ -101,8 +101,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
         config, slots = self.config, None
-        q, k, v = self.project(x)                                                       # (B, H or K, T, d)
-        q, k = self.at_positions(q, k, ctx)
+        q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
         if state is not None:
             slots = ctx.slots(state)
             k, v = state.extend(k, v, slots)
@@ -112,6 +111,16 @@ class Attention(nn.Module):
         else:
             mixed = attend_plainly(q, k, v, mask.dense, self.scale, sinks=self.sinks)
         return self.o(mixed.transpose(1, 2).flatten(-2))
+
+    def placed(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), q and k rotated to their positions."""
+        config, (q, k, v) = self.config, self.project(x)
+        if config.rope is not None:
+            cos, sin = ctx.rotation(config.rope, config.head_dim)
+            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
+        if config.logn is not None:
+            q = q * ctx.log_growth(config.logn)
+        return q, k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""
@@ -127,20 +136,11 @@ class Attention(nn.Module):
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def at_positions(self, q: Tensor, k: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """q and k turned to their positions, and q scaled by them, where the config says so."""
-        config = self.config
-        if config.rope is not None:
-            cos, sin = ctx.rotation(config.rope, config.head_dim)
-            q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
-        return q if config.logn is None else q * ctx.log_growth(config.logn), k
-
     @staticmethod
     def new_state(config: AttentionConfig, batch: int, length: int, dtype: torch.dtype,
                   device: torch.device) -> KVCache:
         slots = min(length, config.window or length)
-        ring, widths = slots < length, (config.head_dim, config.head_dim)
-        return KVCache(batch, config.kv_heads, slots, widths, dtype, device, ring)
+        return KVCache(batch, config.kv_heads, slots, (config.head_dim,) * 2, dtype, device, ring=slots < length)
 
     @staticmethod
     def multiply_adds(config: AttentionConfig, dim: int, context: int) -> int:

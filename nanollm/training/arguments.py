@@ -41,6 +41,13 @@ def above_0(text: str) -> float:
     return value
 
 
+def share(text: str) -> float:
+    """A number from 0 on, below 1, for an option."""
+    if (value := rate(text)) >= 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 on, below 1")
+    return value
+
+
 def which(text: str) -> str:
     """last, best or a step, for --export."""
     if text not in ("last", "best") and not text.isdecimal():

@@ -14,6 +14,7 @@ number of ranks or another micro-batch draws other masks.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional as F

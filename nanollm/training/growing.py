@@ -76,6 +76,13 @@ def grow(model: Decoder, options: argparse.Namespace) -> Decoder:
     return model if config == model.config else rebuilt(model, config, values)
 
 
+def planned(config: ModelConfig, options: argparse.Namespace) -> ModelConfig:
+    """The config of the grown model, for --plan: without new tokens, which are few. Raises InputError as `grow`."""
+    if options.expand:
+        config = deeper(config, options.expand)
+    return stretched(config, options.rope_scaling, options.rope_factor) if options.rope_scaling else config
+
+
 def rebuilt(model: Decoder, config: ModelConfig, values: Values) -> Decoder:
     """A decoder of this config with these values, in eval mode, and from where `model` came."""
     with torch.device("meta"):
@@ -96,17 +103,27 @@ def new_layers(depth: int, count: int) -> list[int]:
     return [(j + 1) * old // count + j for j in range(count)]
 
 
-def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int) -> tuple[ModelConfig, Values]:
-    """The config and the values with `count` new layers beside those of `model`. Raises InputError for more than there
-    were."""
+def order(old: int, count: int) -> list[int]:
+    """Which of the old layers, or a copy of which, stands at each place."""
+    new = new_layers(old + count, count)
+    return [place - sum(number <= place for number in new) for place in range(old + count)]
+
+
+def deeper(config: ModelConfig, count: int) -> ModelConfig:
+    """The config with `count` new layers. Raises InputError for more than there were."""
     old = len(config.layers)
     if count > old:
         raise InputError(f"--expand {count}: the model has {counted(old, 'layer')}, each of which is copied at most "
                          "once")
-    new = {*new_layers(old + count, count)}
-    order = [place - sum(n <= place for n in new) for place in range(old + count)]      # the old layer at each place
+    return dataclasses.replace(config, layers=tuple(config.layers[number] for number in order(old, count)))
+
+
+def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int) -> tuple[ModelConfig, Values]:
+    """The config and the values with `count` new layers beside those of `model`."""
+    wanted = deeper(config, count)
+    new = new_layers(len(wanted.layers), count)
     grown = {name: value for name, value in values.items() if not name.startswith("layers.")}
-    for place, number in enumerate(order):
+    for place, number in enumerate(order(len(model.layers), count)):
         silent = silenced(model.layers[number]) if place in new else {}
         prefix = f"layers.{number}."
         for name in [name for name in values if name.startswith(prefix)]:
@@ -114,7 +131,7 @@ def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int)
             if place in new:
                 value = torch.full_like(value, silent[leaf]) if leaf in silent else value.clone()
             grown[f"layers.{place}.{leaf}"] = value
-    return dataclasses.replace(config, layers=tuple(config.layers[number] for number in order)), grown
+    return wanted, grown
 
 
 def silenced(block: nn.Module) -> dict[str, float]:
