@@ -239,6 +239,17 @@ def test_6_text_to_measure_on(init: Path) -> None:
     assert all(len(window.tokens) == len(window.targets) <= 16 for window in made)
 
 
+def test_6_text_is_measured_on_a_file_of_its_own(init: Path, tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("the quick brown fox\n" * 2000)
+    (tmp_path / "other.txt").write_text("jumps over the lazy dog")
+    options = parse("", ["--init", str(init), "--data", str(tmp_path / "train.txt"), "--context", "64",
+                         "--out", str(tmp_path / "run"), "--held-out", str(tmp_path / "other.txt")])
+    corpus = corpora.open_corpus(options, OneRank(), 0)
+    ours, row = load(init), corpus.held_out.row(0)
+    assert [t for t in row[1] if t >= 0] == [*ours.encode("jumps over the lazy dog", bos=False), ours.eos_id]
+    assert corpus.facts is None and corpus.held_out.name.endswith("other.txt, held out")
+
+
 def test_a_run_with_one_set_was_recorded_as_a_path(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"options": {"chat": "a.jsonl"}}))
     runs.compare(tmp_path, {"options": {"chat": ["a.jsonl"], "long": None, "columns": None}})

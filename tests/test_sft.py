@@ -145,6 +145,15 @@ FORMATS = {
         },
         [user("a"), assistant("b")],
     ),
+    "a system prompt beside the messages": (
+        {"system_prompt": "s", "messages": [user("a"), assistant("b")], "tools": ""},
+        [{"role": "system", "content": "s"}, user("a"), assistant("b")],
+    ),
+    "prompt and response": (
+        {"prompt": "c", "query": "d", "response": "e", "history": [["a", "b"]], "system": ""},
+        [user("a"), assistant("b"), user("c\nd"), assistant("e")],
+    ),
+    "tools as text": ({"messages": TALK, "tools": json.dumps(TOOLS)}, TALK),
     "prompt and completion": ({"prompt": "a", "completion": "b"}, [user("a"), assistant("b")]),
     "prompt and completion of messages": (
         {"prompt": [user("a"), assistant("b"), user("c")], "completion": [assistant("d")]},

@@ -239,5 +239,5 @@ def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
     held_out = chats.held_out or text.held_out
     measured = f"measured on {held_out.name}" if held_out else "nothing is held out to measure on"
     notes = (*(note for note in text.notes if not note.startswith("measured")), *chats.notes, measured)
-    vocab = max(chats.vocab, text.vocab)
-    return Corpus(stream, held_out, chats.tokenizer, vocab, True, None, notes)
+    return dataclasses.replace(text, stream=stream, held_out=held_out, tokenizer=chats.tokenizer, chat=True, facts=None,
+                               vocab=max(chats.vocab, text.vocab), notes=notes)
