@@ -180,18 +180,19 @@ def evaluate(run: Run, log: Log) -> bool:
     return better
 
 
-def sample(run: Run, length: int = 100) -> str | None:
-    """How the model continues the prompt, at temperature 0.8. All ranks take part in the all-gather; rank 0 has it."""
+def sample(run: Run, log: Log, length: int = 100) -> None:
+    """How the model continues the prompt, at temperature 0.8, into the log. All ranks take part in the all-gather."""
     options, tokenizer = run.options, run.corpus.tokenizer
     with averaged(run.average):
         whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype], run.blank)
         if whole is None or tokenizer is None:
-            return None
+            return
         ids = run.corpus.prompt(options.prompt)
         room = run.model.config.context or len(ids) + length
         new = generate(whole, ids[-room + 1 :], min(length, room), temperature=0.8, top_p=0.95,
                        seed=options.seed + run.step, stop_ids=tokenizer.stop_ids)
-        return tokenizer.decode([*ids, *new])
+        log(run.step, sample=(text := tokenizer.decode([*ids, *new])))
+        tqdm.write(f"\n── a sample at step {run.step}\n{text}\n")
 
 
 # ---- the loop
@@ -231,9 +232,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             if last and run.step < options.steps and world.rank == 0:
                 tqdm.write(f"--patience ends the run: no lower held-out loss since step {run.best.step}")
             if run.corpus.tokenizer and options.sample_every and (last or run.step % options.sample_every == 0):
-                if (text := sample(run)) is not None:
-                    log(run.step, sample=text)
-                    tqdm.write(f"\n── a sample at step {run.step}\n{text}\n")
+                sample(run, log)
             if last or request or run.step % options.save_every == 0 or better and options.keep_best:
                 save(run, saver, log)
             if last or request:
@@ -332,8 +331,7 @@ def written_as(run: Run) -> str:
 
 def export(run: Run) -> None:
     """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
-    tuned = tuning.tunes(run.options)           # adapters are float32, whatever the dtype of their base
-    dtype = torch.float32 if tuned else run.dtype
+    dtype = torch.float32 if tuning.tunes(run.options) else run.dtype       # of adapters, whatever their base has
 
     def write() -> None:
         with runs.replacing(run.options.out) as draft:
@@ -341,10 +339,7 @@ def export(run: Run) -> None:
                 whole.origin = run.origin
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)        # `written_as` has said it before the first step
-                if tuned:
-                    tuning.export(whole, draft, run.options, run.dtype, checkpoints.save, checkpoints.save_adapter)
-                else:
-                    checkpoints.save(whole, draft)
+                tuning.export(whole, draft, run.options, run.dtype, checkpoints.save, checkpoints.save_adapter)
             run.corpus.copy_tokenizer(draft)
 
     with averaged(run.average):

@@ -203,8 +203,10 @@ def how_to_use(options: argparse.Namespace) -> str:
 
 def export(whole: Decoder, folder: Path, options: argparse.Namespace, dtype: torch.dtype,
            save: Callable[[Decoder, Path], None], save_adapter: Callable[..., None]) -> None:
-    """Write the adapters of a model, or the model with the adapters in it, in dtype."""
-    if beside_base(options):
+    """Write the model; of one with adapters those alone, or the model with them in it, in dtype."""
+    if not tunes(options):
+        save(whole, folder)
+    elif beside_base(options):
         save_adapter(whole, folder, base=str(options.init))
     else:
         save(lora.merge(whole).to(dtype), folder)
