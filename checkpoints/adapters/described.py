@@ -95,9 +95,10 @@ def _patterns(r: Reader, key: str, kind: type) -> dict[str, Any]:
         assert isinstance(found, dict)
         for pattern, value in found.items():
             re.compile(pattern)
+            assert not re.search(r"\)\s*[*+{]", pattern), "a group repeated: it may match for ever"
             assert type(value) in (int, kind) and value > 0
     except (AssertionError, re.error):
-        raise r.error(key, "regular expressions, and a number above 0 for each") from None
+        raise r.error(key, "regular expressions, no group of them repeated, and a number above 0 for each") from None
     return found
 
 
