@@ -164,6 +164,17 @@ def test_the_head_and_the_embedding_have_theirs_merged(tmp_path):
         assert difference(read(made, tmp_path / "out")(made.x).logits, made.logits()) <= 1e-5
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_tied_pair_of_which_some_is_trained_is_two(saved, tmp_path):
+    """As in peft, where the other one stays as it was."""
+    made = make("llama-3.2", tmp_path, target_modules=["q_proj"], modules_to_save=saved)
+    with pytest.warns(UserWarning, match="is not the embedding; it is kept, and the model is untied"):
+        model = checkpoints.load(made.base, adapter=made.adapter)
+    assert difference(model(made.x).detach(), made.logits()) <= 1e-5
+    checkpoints.save_adapter(model, tmp_path / "out")
+    assert bit_equal(tmp_path / "out", made.adapter)
+
+
 def test_an_adapter_made_here_is_read_by_peft(tmp_path):
     """Each of q, k, v has an A of its own, and k none: one matrix of rank 2 r in peft. Also experts and PiSSA."""
     for fixture, config in (("phi-4", LoRA(3, 6, targets=("q", "v", "down"), ranks={"v": 2}, alphas={"v": 5})),
