@@ -18,6 +18,7 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
     families/    one file a lineage
     source.py    a folder, understood and planned          export.py, companions.py    what is written
     packing.py   weights in 8 and 4 bits, on their way in  compressing.py              and out
+    adapters/    peft's folders, in and out
     commands     python -m checkpoints.convert   .inspect   .compare   .show
 """
 
@@ -41,6 +42,7 @@ from nanollm.errors import CheckpointError, InputError, counted
 from nanollm.inference.quantize import KINDS, plan_for
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
+from nanollm.training.lora import loras
 
 __all__ = ["load", "save", "save_adapter", "tokenizer", "Origin"]
 
@@ -106,7 +108,7 @@ def save(model: Decoder, folder: str | Path, *, shard_bytes: int = 5_000_000_000
     origin: Origin | None = getattr(model, "origin", None)
     # a compiled part carries a prefix of torch's
     parameters = {name.replace("_orig_mod.", ""): parameter.data for name, parameter in model.named_parameters()}
-    _need_parameters(model.config, parameters, Path(folder))
+    _need_parameters(model, parameters, Path(folder))
     layout, reason = layout_for(model.config, origin)
     if reason:
         own = f"{folder}: written in nanollm's own layout, which transformers does not read: {reason}"
@@ -131,12 +133,15 @@ def save_adapter(model: Decoder, folder: str | Path, *, base: str | None = None)
     adapter_writing.save(model, Path(folder), base)
 
 
-def _need_parameters(config: ModelConfig, parameters: Mapping[str, Tensor], folder: Path) -> None:
+def _need_parameters(model: Decoder, parameters: Mapping[str, Tensor], folder: Path) -> None:
     """Raises CheckpointError unless the model has the parameters that its config describes, and no others."""
     with torch.device("meta"):
-        described = dict(Decoder(config).named_parameters())         # of tied ones the first, as in `parameters`
+        described = dict(Decoder(model.config).named_parameters())         # of tied ones the first, as in `parameters`
     # the head of a prepared model keeps its name, but is empty
     lacking = [name for name, one in described.items() if name not in parameters or parameters[name].shape != one.shape]
+    if loras(model):
+        raise CheckpointError(f"{folder}: not written: the model has adapters beside its weights; save_adapter writes "
+                              "them, and lora.merge(model) puts them into the weights")
     if lacking:
         raise CheckpointError(
             f"{folder}: not written: of the {counted(len(described), 'parameter')} that the model's config describes "

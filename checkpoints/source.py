@@ -181,9 +181,20 @@ def understand(found: layouts.Found, ignore: tuple[str, ...],
     kind, config = config_of(found, ignore)
     stored = prefixes.unwrapped(stored, found.tables or kind.tables(config), str(found.folder))
     stored = _language_model(stored, kind, config, found.folder)
-    stored |= {_in_base(name, stored): one for name, one in instead.items()}
+    stored = _replaced(stored, instead, found.tables or kind.tables(config), config.tied)
     stored, model, names, steps = _plan(kind, found, config, stored, ignore)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore, found.inside)
+
+
+def _replaced(stored: dict[str, files.Stored], instead: Mapping[str, files.Stored], tables: Iterable[table.Table],
+              tied: bool) -> dict[str, files.Stored]:
+    """The tensors with others in the place of some. A head that was tied to an embedding stays what it was."""
+    new = {_in_base(name, stored): one for name, one in instead.items()}
+    for names in tables if tied else ():
+        embed, head = (names[one].theirs[0] + ".weight" for one in ("embed", "head"))
+        if embed in new and embed in stored and head not in new:
+            new[head] = stored[embed]
+    return stored | new
 
 
 def _in_base(name: str, stored: Collection[str]) -> str:

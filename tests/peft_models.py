@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.fixtures import FIXTURES
@@ -16,6 +17,10 @@ from tests.oracles import tokens, write
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import peft
+
+SAFE = "adapter_model.safetensors"
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+ALL = "all-linear"
 
 
 class Made(NamedTuple):
@@ -75,3 +80,9 @@ def peft_linear(linear: nn.Linear, **config: Any) -> nn.Module:
     with quiet():
         return peft.inject_adapter_in_model(
             peft.LoraConfig(target_modules=["inner"], **{"r": 4, "lora_alpha": 8, **config}), holder).inner
+
+
+def bit_equal(a: Path, b: Path) -> bool:
+    """Whether two folders have the same parts, bit for bit."""
+    ours, theirs = load_file(a / SAFE), load_file(b / SAFE)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)

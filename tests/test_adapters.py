@@ -1,7 +1,6 @@
 """Adapters in peft's layout: what peft wrote is read, what is written peft reads, and merging is the same sum."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,20 +10,14 @@ from safetensors.torch import load_file, save_file
 peft = pytest.importorskip("peft", reason="the extra `test` has peft")
 
 import checkpoints  # noqa: E402
-import generate as script  # noqa: E402
-from checkpoints import convert as command  # noqa: E402
 from checkpoints.adapters import reading  # noqa: E402
 from nanollm.errors import NanollmError  # noqa: E402
 from nanollm.training import lora  # noqa: E402
 from nanollm.training.lora import LoRA  # noqa: E402
-from tests import forked  # noqa: E402
 from tests.oracles import difference  # noqa: E402
-from tests.peft_models import Made, base, make, quiet, read  # noqa: E402
-from tests.terminals import scripted  # noqa: E402
+from tests.peft_models import ALL, EXPERTS, SAFE, Made, base, bit_equal, make, read  # noqa: E402
 
-SAFE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-ALL = "all-linear"
+CONFIG = "adapter_config.json"
 CASES = {  # fixture, peft's config
     "LoRA": ("llama-3.1", dict(target_modules=["q_proj", "v_proj", "down_proj"])),
     "rsLoRA with patterns": ("llama-3.1", dict(
@@ -42,6 +35,8 @@ CASES = {  # fixture, peft's config
     "one weight of experts": ("qwen3-moe", dict(target_modules=["q_proj"], target_parameters=EXPERTS[1:])),
     "experts by their old names": ("mixtral-8x22b", dict(target_modules=["q_proj", "w1", "w2", "w3"])),
     "experts, rows in turn": ("gpt-oss-20b", dict(target_modules=["o_proj"], target_parameters=EXPERTS)),
+    "experts of a hybrid": ("jamba-v0.1", dict(target_modules=["q_proj"], target_parameters=[
+        "feed_forward.experts.gate_up_proj", "feed_forward.experts.down_proj"])),
     "a scan": ("mamba-130m", dict(target_modules=["in_proj", "x_proj"])),
 }
 QUICK = ("LoRA", "DoRA", "fused q, k, v and gate, up", "experts")
@@ -52,11 +47,6 @@ QUICK = ("LoRA", "DoRA", "fused q, k, v and gate, up", "experts")
 def made(request, tmp_path_factory) -> Made:
     fixture, config = CASES[request.param]
     return make(fixture, tmp_path_factory.mktemp("peft"), **config)
-
-
-def bit_equal(a: Path, b: Path) -> bool:
-    ours, theirs = load_file(a / SAFE), load_file(b / SAFE)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_what_peft_wrote_is_read_written_and_merged(made, tmp_path):
@@ -174,6 +164,17 @@ def test_the_head_and_the_embedding_have_theirs_merged(tmp_path):
         assert difference(read(made, tmp_path / "out")(made.x).logits, made.logits()) <= 1e-5
 
 
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]])
+def test_a_tied_pair_of_which_some_is_trained_is_two(saved, tmp_path):
+    """As in peft, where the other one stays as it was."""
+    made = make("llama-3.2", tmp_path, target_modules=["q_proj"], modules_to_save=saved)
+    with pytest.warns(UserWarning, match="is not the embedding; it is kept, and the model is untied"):
+        model = checkpoints.load(made.base, adapter=made.adapter)
+    assert difference(model(made.x).detach(), made.logits()) <= 1e-5
+    checkpoints.save_adapter(model, tmp_path / "out")
+    assert bit_equal(tmp_path / "out", made.adapter)
+
+
 def test_an_adapter_made_here_is_read_by_peft(tmp_path):
     """Each of q, k, v has an A of its own, and k none: one matrix of rank 2 r in peft. Also experts and PiSSA."""
     for fixture, config in (("phi-4", LoRA(3, 6, targets=("q", "v", "down"), ranks={"v": 2}, alphas={"v": 5})),
@@ -199,114 +200,6 @@ def test_pefts_pissa_that_is_not_converted_takes_its_part_out_of_the_weights(tmp
     made = make("llama-3.1", tmp_path, target_modules=["q_proj", "up_proj"], init_lora_weights="pissa")
     model = checkpoints.load(made.base, adapter=made.adapter)
     assert difference(model(made.x).detach(), made.logits()) <= 1e-5
-
-
-# ---- convert, generate
-
-@pytest.fixture
-def convert(monkeypatch):
-    """The command, in this process."""
-    def run(*arguments) -> None:
-        monkeypatch.setattr(sys, "argv", ["convert", *map(str, arguments)])
-        command.run()
-
-    return run
-
-
-@pytest.mark.parametrize("fixture, config", [
-    ("llama-3.1", dict(target_modules=["q_proj", "down_proj"], use_dora=True)),
-    pytest.param("phi-4", dict(target_modules="all-linear"), marks=pytest.mark.slow),
-    pytest.param("gpt2", dict(target_modules=["c_attn"], fan_in_fan_out=True, modules_to_save=["ln_f"]),
-                 marks=pytest.mark.slow),
-    ("mixtral-8x22b", dict(target_modules=["q_proj"], target_parameters=EXPERTS))])
-def test_convert_merges_into_a_folder_that_transformers_loads(fixture, config, tmp_path, convert):
-    made = make(fixture, tmp_path, **config)
-    convert(made.base, tmp_path / "out", "--adapter", made.adapter, "--merge", "--verify")
-    with torch.no_grad():
-        assert difference(base(tmp_path / "out")(made.x).logits, made.logits()) <= 1e-5
-    before, after = load_file(made.base / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
-    assert before.keys() == after.keys() and any(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_what_is_merged_is_rounded_once(tmp_path, convert):
-    """W in bfloat16 + s B A, added in float32, and the sum rounded: not B A rounded before."""
-    made = make("llama-3.1", tmp_path, torch.bfloat16, target_modules=["q_proj"])
-    convert(made.base, tmp_path / "out", "--adapter", made.adapter, "--merge")
-    name, parts = "model.layers.1.self_attn.q_proj", load_file(made.adapter / SAFE)
-    W = load_file(made.base / "model.safetensors")[f"{name}.weight"]
-    A, B = (parts[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
-    found = load_file(tmp_path / "out" / "model.safetensors")[f"{name}.weight"]
-    assert torch.equal(found, (W.float() + 2 * (B.float() @ A.float())).bfloat16())
-
-
-def test_an_adapter_that_does_not_fit_writes_nothing(tmp_path, convert, capsys):
-    made = make("llama-3.1", tmp_path / "one", target_modules=["q_proj"])
-    other = make("phi-4", tmp_path / "other", target_modules=["qkv_proj"])
-    with pytest.raises(NanollmError, match="layers.0.self_attn.q_proj: has an adapter, and the base no weight"):
-        convert(other.base, tmp_path / "out", "--adapter", made.adapter, "--merge")
-    with pytest.raises(SystemExit):
-        convert(made.base, tmp_path / "out", "--merge")
-    assert "--adapter FOLDER and --merge go together" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_merging_into_quantised_weights_writes_16_bits_and_says_so(tmp_path, convert):
-    made = make("llama-3.1", tmp_path, target_modules=["q_proj", "down_proj"])
-    convert(made.base, tmp_path / "fewer", "--quantize", "int8")
-    with pytest.warns(UserWarning, match="weights have .*; the adapter is merged into what they stand for"):
-        convert(tmp_path / "fewer", tmp_path / "out", "--adapter", made.adapter, "--merge")
-    with quiet():
-        expected = lora.merge(checkpoints.load(tmp_path / "fewer", adapter=made.adapter, dtype=torch.float32))
-    found, name = checkpoints.load(tmp_path / "out"), "layers.1.mixer.q.weight"
-    stored = load_file(tmp_path / "out" / "model.safetensors")["model.layers.1.self_attn.q_proj.weight"]
-    assert stored.dtype == torch.bfloat16
-    assert difference(found.get_parameter(name), expected.get_parameter(name)) <= 2**-8
-
-
-@pytest.fixture(scope="module")
-def spoken(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """A model with a tokenizer, an adapter that makes it say something else, and the two merged."""
-    root = tmp_path_factory.mktemp("spoken")
-    model = checkpoints.load(scripted(root / "scripted", ["Y", "e", "s"], context=64))
-    for p in model.parameters():
-        p.data = 0.3 * torch.randn_like(p)
-    checkpoints.save(model, root / "model")
-    model = lora.add(checkpoints.load(root / "model"), LoRA(2, 4, targets=("q", "v", "down")))
-    for p in lora.adapters(model).values():
-        p.data = torch.randn_like(p)
-    checkpoints.save_adapter(model, root / "adapter")
-    checkpoints.save(lora.merge(model), root / "merged")
-    return root / "model", root / "adapter", root / "merged"
-
-
-def said(*arguments: object) -> str:
-    done = forked.start(1, script.run, *arguments, "--max-new-tokens", 12).end()
-    assert done.codes == [0], done.said
-    return done.out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ask", [("--prompt", "ab"), ("--ask", "really?"), ("--prompt", "ab", "--prompt", "c")],
-                         ids=["a prompt", "a question", "a batch"])
-def test_generate_takes_an_adapter(ask, spoken):
-    folder, adapter, merged = spoken
-    found = said("--model", folder, "--adapter", adapter, *ask)
-    assert found == said("--model", merged, *ask) != said("--model", folder, *ask)
-
-
-@pytest.mark.slow
-def test_generate_keeps_it_beside_quantised_weights(spoken):
-    folder, adapter, _ = spoken
-    found = said("--model", folder, "--adapter", adapter, "--prompt", "ab", "--quantize", "int8")
-    assert found != said("--model", folder, "--prompt", "ab", "--quantize", "int8")
-    refused = forked.start(1, script.run, "--model", folder, "--adapter", adapter, "--prompt", "ab", "--quantize",
-                           "int8", "--compile").end()
-    assert refused.codes != [0] and "--compile is for an adapter that is merged" in refused.err
-
-
-def test_a_model_that_is_an_adapter_is_told_of_the_option(spoken):
-    refused = forked.start(1, script.run, "--model", spoken[1], "--prompt", "ab").end()
-    assert refused.codes != [0] and "--adapter" in refused.err and "Traceback" not in refused.said
 
 
 # ---- refusals
@@ -341,6 +234,7 @@ REFUSED = {
     "a NaN": (dict(tensors={f"{Q0}.lora_A.weight": torch.full((4, 64), torch.nan)}), r"q_proj.weight holds a NaN"),
     "a grown vocabulary": (dict(tensors={"base_model.model.lm_head.weight": torch.ones(140, 64)}),
                            r"lm_head.weight: \(140, 64\) stored, \(131, 64\) by config.json"),
+    "a pattern for ever": (dict(config={"rank_pattern": {"(a+)+$": 3}}), r"rank_pattern is .*; expected regular"),
     "no pattern": (dict(config={"alpha_pattern": {"(": 3}}), r"alpha_pattern is .*; expected regular expressions"),
 }
 
@@ -370,7 +264,7 @@ def test_no_adapter_no_folder(plain, tmp_path):
     with pytest.raises(NanollmError, match="not written: the model has no adapter"):
         checkpoints.save_adapter(checkpoints.load(plain.base), tmp_path / "out")
     model = checkpoints.load(plain.base, adapter=plain.adapter)
-    with pytest.raises(NanollmError, match="adapter"):
+    with pytest.raises(NanollmError, match="has adapters beside its weights; save_adapter writes them"):
         checkpoints.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -23,7 +23,7 @@ from nanollm.errors import CheckpointError
 CONFIG = "adapter_config.json"
 # How it was made, who made it, which modules were asked for: the tensors say what there is.
 IRRELEVANT = frozenset("""
-    auto_mapping base_model_name_or_path bias ensure_weight_tying eva_config exclude_modules fan_in_fan_out
+    auto_mapping base_model_name_or_path bias eva_config exclude_modules fan_in_fan_out
     inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config megatron_core modules_to_save
     peft_type peft_version qalora_group_size revision runtime_config target_modules target_parameters task_type
 """.split())
@@ -95,9 +95,10 @@ def _patterns(r: Reader, key: str, kind: type) -> dict[str, Any]:
         assert isinstance(found, dict)
         for pattern, value in found.items():
             re.compile(pattern)
+            assert not re.search(r"\)\s*[*+{]", pattern), "a group repeated: it may match for ever"
             assert type(value) in (int, kind) and value > 0
     except (AssertionError, re.error):
-        raise r.error(key, "regular expressions, and a number above 0 for each") from None
+        raise r.error(key, "regular expressions, no group of them repeated, and a number above 0 for each") from None
     return found
 
 

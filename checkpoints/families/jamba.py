@@ -14,9 +14,10 @@ from checkpoints.families.llama import EPS, EXPERT, GATED, LLAMA_NAMES, LLAMA_SH
 from checkpoints.families.mamba import SCAN
 from checkpoints.names.config_rows import Expand, Heads, Kinds, Rank, ReadKinds, WriteKinds
 from checkpoints.names.config_table import count, flag, number, only, part, size
+from checkpoints.names.expert_ops import GateUp
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, under
+from checkpoints.names.table import EXPERTS_GATE_UP, override, rule, under
 from nanollm.config import MLP, Attention, Mamba, MoE, Norm
 from nanollm.errors import ConfigError
 
@@ -29,6 +30,11 @@ JAMBA_NAMES = override(
     }),
     *under("model.layers.{i}.feed_forward", "layers.{i}.ffn", {**GATED, "router": "router"}),
     *under("model.layers.{i}.feed_forward.experts.{e}", "layers.{i}.ffn.experts", EXPERT, Stack),
+)
+
+IN_MEMORY = override(  # as transformers 5 has it in memory
+    JAMBA_NAMES, rule("model.layers.{i}.feed_forward.experts.down_proj", "layers.{i}.ffn.experts.down"),
+    rule("model.layers.{i}.feed_forward.experts.gate_up_proj", EXPERTS_GATE_UP, GateUp),
 )
 
 
@@ -66,7 +72,7 @@ def expert_places() -> tuple[ReadKinds, WriteKinds]:
 MIXERS = {"mamba": part(Mamba, inner_norm=part(Norm)), "attention": part(Attention)}
 FEEDS = {"mlp": part(MLP), "experts": part(MoE, expert=part(MLP), renormalize=False, round_weights=True)}
 JAMBA = LLAMA_SHAPE.but(
-    "jamba", "JambaForCausalLM", names=(JAMBA_NAMES,), ignorable=frozenset(),
+    "jamba", "JambaForCausalLM", names=(JAMBA_NAMES, IN_MEMORY), ignorable=frozenset(),
     missing={"num_key_value_heads": 8, "max_position_embeddings": 262144},
     keys={
         "attn_layer_period": Kinds("mixer", MIXERS, *places("attn", "mamba", "attention", 8, 4)),

@@ -122,7 +122,7 @@ def add(model: Decoder, config: LoRA, seed: int = 0, quantise: lora_weights.Quan
     On the meta device adapters have no values; lora_weights.begin sets them once W is there. quantise: for "loftq".
     Raises InputError, before anything is changed, for a target that no weight has, or can have such an adapter."""
     names = chosen(model, config)
-    lora_weights.check(config.init, quantise, model.layers.modules())
+    lora_weights.check(config, quantise, model.layers.modules())
     model.requires_grad_(False)
     model.lora = config  # type: ignore[assignment]  # for whoever writes it; nn.Module declares tensors and modules
     for name in names:

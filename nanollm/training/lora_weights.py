@@ -9,6 +9,7 @@
 Shapes: N outputs, K inputs, r rank; W (N, K), A (r, K), B (N, r), m (N,); of stacked experts with E in front.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from nanollm.layers.linear import Linear
 from nanollm.layers.moe import Stacked
 
 if TYPE_CHECKING:
-    from nanollm.training.lora import LoRALinear
+    from nanollm.training.lora import LoRA, LoRALinear
 
 INITS = ("zero", "pissa", "loftq")
 LOFTQ_STEPS = 5                                 # T of the paper's experiments
@@ -33,8 +34,14 @@ def uniform_in(value: Tensor, draw: torch.Generator, depth: int) -> Tensor:
     return value.uniform_(-(value.shape[-1] ** -0.5), value.shape[-1] ** -0.5, generator=draw)
 
 
-def check(init: str, quantise: Quantise | None, bases: Iterable[nn.Module]) -> None:
-    """Raise InputError for a beginning that there is none of, or that these weights cannot have."""
+def check(config: "LoRA", quantise: Quantise | None, bases: Iterable[nn.Module]) -> None:
+    """Raise InputError for numbers out of bounds, and for a beginning that these weights cannot have."""
+    init = config.init
+    if not 0 <= config.dropout < 1:
+        raise InputError(f"an adapter with dropout {config.dropout}; expected 0 or more, below 1")
+    if not min(config.alpha, *config.alphas.values(), math.inf) > 0:
+        raise InputError(f"an adapter with alpha {min(config.alpha, *config.alphas.values(), math.inf)}; expected more "
+                         "than 0")
     if init not in INITS:
         raise InputError(f"init {init!r}; expected one of {', '.join(INITS)}")
     if init == "loftq" and quantise is None:
