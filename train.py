@@ -278,8 +278,7 @@ def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
     source = world.on_rank_0(lambda: initial(options)) if options.init else None
     config, dtype, tuned, base = world.broadcast(source and (
-        source.config, source.embed.weight.dtype, tuning.tunes(options) and tuning.blank(source),
-        tuning.fingerprint(source) if tuning.tunes(options) else None,
+        source.config, source.embed.weight.dtype, tuning.blank(source, options), tuning.fingerprint(source, options),
     )) or (preset(options.preset, context=options.context), torch.float32, None, None)
     fit_context(options, config)
     if options.init and (most := growing.reach(config)) and options.context > most:
