@@ -28,6 +28,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 # Both are read when torch is imported, and ignored where they mean nothing. A thread that waits sleeps: that costs a
@@ -269,9 +270,7 @@ def initial(options: argparse.Namespace) -> Decoder:
     tuning.need_trainable(model, options)
     if not tuning.tunes(options):
         return growing.grow(model, options)
-    return tuning.prepare(
-        model, options, lambda weight, bias: quantize.quantised(weight, bias, options.quantize),
-        lambda whole: quantize.apply(whole, quantize.plan_for(whole, options.quantize)))
+    return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as)
 
 
 def build(options: argparse.Namespace, world: World) -> Run:
@@ -358,7 +357,8 @@ def run() -> None:
         config = checkpoints.config(options.init) if options.init else preset(
             options.preset, options.vocab, options.context)
         fit_context(options, config)
-        return print(plan.report(options, config))
+        adapt = partial(tuning.outline, options=options, quantise_all=quantize.quantize_as)
+        return print(plan.report(options, config, adapt))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.dtype = world.broadcast(options.dtype)              # which a CPU may have measured
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size,

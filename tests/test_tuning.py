@@ -17,7 +17,8 @@ import train
 from nanollm.data import prepare as texts
 from nanollm.data.stream import stack
 from nanollm.errors import InputError, RunError
-from nanollm.inference.quantize import apply, plan_for
+from nanollm.inference.quantize import quantised as quantised_weight
+from nanollm.inference.quantize import quantize_as
 from nanollm.training import lora, options, tuning
 from tests import forked, killed
 from tests.toys import grammar
@@ -223,7 +224,7 @@ def test_ten_steps_are_those_of_peft(base, tmp_path, kind):
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     ours = checkpoints.load(base / "base", quantize=kind)
     chosen = parsed(*tuned(base), *LORA, *(("--quantize", kind) if kind else ()))
-    tuning.prepare(ours, chosen, None, lambda model: apply(model, plan_for(model, kind)))
+    tuning.prepare(ours, chosen, quantised_weight, quantize_as)
     names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
              "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     their_parts = dict(theirs.named_parameters())

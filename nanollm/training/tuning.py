@@ -62,7 +62,7 @@ def check(options: argparse.Namespace) -> None:
                              "them are: give --lora-rank, 8 or 16, with it")
         return
     name = "--adapter" if options.adapter else "--lora-rank"
-    if not options.init:
+    if not options.init and not options.plan:
         raise InputError(f"{name} tunes a model that exists: name its folder with --init")
     if options.adapter and (twice := given(options, SHAPE)):
         raise InputError(f"{twice[0]} with --adapter: the adapter that goes on has its own; leave the option out, or "
@@ -86,18 +86,19 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
     return {"quantize": options.quantize if early else None, "adapter": options.adapter}
 
 
-def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Tensor, Tensor | None], nn.Module],
-            quantise_all: Callable[[Decoder], None]) -> Decoder:
+def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Tensor, Tensor | None, str], nn.Module],
+            quantise_all: Callable[[Decoder, str], None]) -> Decoder:
     """Put adapters with their first values beside the weights of a model, which stay as they are, in place.
 
-    quantise: one weight, for loftq; quantise_all: those that are not quantised yet. Raises InputError."""
+    quantise: one weight, for loftq; quantise_all: those that are not quantised yet; both by kind. Raises InputError."""
     if not options.adapter:
         rank, init = options.lora_rank, options.lora_init or "zero"
         config = LoRA(rank, options.lora_alpha or 2.0 * rank, options.lora_dropout or 0.0, options.rslora, options.dora,
                       tuple(options.lora_targets or ("all",)), init=init)
-        lora.add(model, config, options.seed, quantise if init == "loftq" else None)
+        one = (lambda W, bias: quantise(W, bias, options.quantize)) if init == "loftq" else None
+        lora.add(model, config, options.seed, one)
         if options.quantize and init != "zero":
-            quantise_all(model)
+            quantise_all(model, options.quantize)
     trained = set(lora.adapters(model).values())
     if not trained:
         raise InputError(f"{options.adapter}: puts no adapter beside a weight, so there is nothing to train")
@@ -109,18 +110,18 @@ def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Ten
     return model
 
 
-def outline(model: Decoder, options: argparse.Namespace, quantise_all: Callable[[Decoder], None]) -> Decoder:
+def outline(model: Decoder, options: argparse.Namespace, quantise_all: Callable[[Decoder, str], None]) -> Decoder:
     """What `prepare` makes of a model, on the meta device and without a folder: for --plan. Raises InputError."""
     if not tunes(options):
         return model
     if options.adapter:
         raise InputError("--plan reads no adapter: give its --lora-rank in the place of --adapter")
     if options.quantize:
-        quantise_all(model)
+        quantise_all(model, options.quantize)
     return prepare(model, argparse.Namespace(**{**vars(options), "lora_init": "zero"}), no_weight, quantise_all)
 
 
-def no_weight(weight: Tensor, bias: Tensor | None) -> nn.Module:
+def no_weight(weight: Tensor, bias: Tensor | None, kind: str) -> nn.Module:
     """The `quantise` of a model that has no numbers."""
     raise AssertionError("nothing begins with a weight here")
 
