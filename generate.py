@@ -39,7 +39,7 @@ from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
 from nanollm.inference.prepare import prepare
-from nanollm.inference.quantize import KINDS, QuantizedLinear
+from nanollm.inference.quantize import KINDS
 from nanollm.inference.request import Request
 from nanollm.inference.sample import Sampling
 from nanollm.inference.terminal import note, show, silent, standard_input
@@ -339,7 +339,7 @@ def run() -> None:
         note(f"[loading {args.model}]")
     model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize,
                              adapter=args.adapter)
-    if args.adapter and not any(isinstance(module, QuantizedLinear) for module in model.modules()):
+    if args.adapter and not any(hasattr(module, "dense") for module in model.modules()):
         lora.merge(model)                       # one product in the place of three
     elif args.adapter and args.compile:
         raise InputError(f"{args.adapter}: --compile is for an adapter that is merged, and beside quantised weights it "

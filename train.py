@@ -28,6 +28,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 # Both are read when torch is imported, and ignored where they mean nothing. A thread that waits sleeps: that costs a
@@ -268,17 +269,14 @@ def initial(options: argparse.Namespace) -> Decoder:
     tuning.need_trainable(model, options)
     if not tuning.tunes(options):
         return growing.grow(model, options)
-    return tuning.prepare(
-        model, options, lambda weight, bias: quantize.quantised(weight, bias, options.quantize),
-        lambda whole: quantize.apply(whole, quantize.plan_for(whole, options.quantize)))
+    return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as)
 
 
 def build(options: argparse.Namespace, world: World) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
     source = world.on_rank_0(lambda: initial(options)) if options.init else None
     config, dtype, tuned, base = world.broadcast(source and (
-        source.config, source.embed.weight.dtype, tuning.tunes(options) and tuning.blank(source),
-        tuning.fingerprint(source) if tuning.tunes(options) else None,
+        source.config, source.embed.weight.dtype, tuning.blank(source, options), tuning.fingerprint(source, options),
     )) or (preset(options.preset, context=options.context), torch.float32, None, None)
     fit_context(options, config)
     if options.init and (most := growing.reach(config)) and options.context > most:
@@ -354,7 +352,8 @@ def run() -> None:
         config = growing.planned(checkpoints.config(options.init), options) if options.init else preset(
             options.preset, options.vocab, options.context)
         fit_context(options, config)
-        return print(plan.report(options, config))
+        adapt = partial(tuning.outline, options=options, quantise_all=quantize.quantize_as)
+        return print(plan.report(options, config, adapt))
     with distributed.world(options.device, options.replicas) as world, contextlib.ExitStack() as held:
         options.dtype = world.broadcast(options.dtype)              # which a CPU may have measured
         options.micro_batch = rows_at_once(options.batch_size, options.micro_batch, world.size,

@@ -17,7 +17,8 @@ import train
 from nanollm.data import prepare as texts
 from nanollm.data.stream import stack
 from nanollm.errors import InputError, RunError
-from nanollm.inference.quantize import apply, plan_for
+from nanollm.inference.quantize import quantised as quantised_weight
+from nanollm.inference.quantize import quantize_as
 from nanollm.training import lora, options, tuning
 from tests import forked, killed
 from tests.toys import grammar
@@ -29,8 +30,8 @@ LORA = ("--lora-rank", 4)
 def base(tmp_path_factory) -> Path:
     """A toy that learnt a little, and the shards that it learnt from: FOLDER/base, FOLDER/shards."""
     folder = tmp_path_factory.mktemp("base")
-    documents = texts.read(grammar(tmp_path_factory.mktemp("text")))
-    texts.prepare(documents, folder / "shards", vocab=300, tokenizer=None, context=32)
+    text = grammar(tmp_path_factory.mktemp("text"))
+    texts.prepare(texts.read(text), folder / "shards", vocab=300, tokenizer=None, context=32)
     launch(1, folder / "base", "--data", folder / "shards", "--optimizer", "adamw", "--steps", 8)
     return folder
 
@@ -120,7 +121,7 @@ def test_a_checkpoint_holds_adapters_alone_and_the_base_keeps_its_bits(base, tmp
     here(monkeypatch, tmp_path / "run", *tuned(base), *LORA, "--quantize", "int4")
     run = kept[0]
     run.model.state_dict()                                      # puts the codes of quantised modules in order
-    assert original(run.model) == run.base
+    assert original(run.model, run.options) == run.base
     names = json.loads(next((tmp_path / "run/steps").glob("*6/manifest.json")).read_text())["tensors"]
     assert names and all(name.endswith((".A", ".B", ".exp_avg", ".exp_avg_sq", ".step")) for name in names)
     assert not any(p.grad is not None for p in run.model.parameters() if not p.requires_grad)
@@ -223,7 +224,7 @@ def test_ten_steps_are_those_of_peft(base, tmp_path, kind):
     theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
     ours = checkpoints.load(base / "base", quantize=kind)
     chosen = parsed(*tuned(base), *LORA, *(("--quantize", kind) if kind else ()))
-    tuning.prepare(ours, chosen, None, lambda model: apply(model, plan_for(model, kind)))
+    tuning.prepare(ours, chosen, quantised_weight, quantize_as)
     names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
              "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj"}
     their_parts = dict(theirs.named_parameters())

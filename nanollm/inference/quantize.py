@@ -277,6 +277,11 @@ def apply(model: Decoder, plan: Plan) -> None:
         replace(model, name, found)
 
 
+def quantize_as(model: Decoder, kind: str) -> None:
+    """`apply` the plan of one of KINDS."""
+    apply(model, plan_for(model, kind))
+
+
 def choose(model: Decoder, bits: int, group: int | None = None, skip: Collection[str] = LEFT_ALONE) -> Plan:
     """What `quantize` replaces; the model may be on the meta device. Raises InputError as it does, but for values."""
     found = Plan(bits, group or 0, eligible(model, skip))

@@ -34,6 +34,8 @@ from nanollm.training import distributed, losses, optim
 from nanollm.training.flops import DEVICES, Device, flops_per_token
 from nanollm.training.options import rows_at_once
 
+Adapt = Callable[[Decoder], Decoder]        # puts adapters beside a model on the meta device, or does nothing
+
 SHORT = 128, 256            # tokens at which a scan is traced, see `activations`: two chunks and more
 
 
@@ -96,21 +98,31 @@ def trace(
     return kept, live.most - kept
 
 
-def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dtype, recompute: str) -> tuple[int, int]:
+def as_it_is(model: Decoder) -> Decoder:
+    """The `Adapt` of a run that trains the model itself."""
+    return model
+
+
+def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dtype, recompute: str,
+                adapt: Adapt = as_it_is) -> tuple[int, int]:
     """Bytes (kept, more) of a forward and backward pass over (rows, context): what all parts keep, and what the one at
     work adds at most. Each row is one document; packed ones need a mask (B, 1, T, T) in each attention. Experts get
     even shares. A scan in PyTorch keeps every step, and takes as many operations: it is traced at 128 and 256 tokens,
     and the straight line through both is followed to `context`."""
     kinds = Counter(config.layers)
     with torch.device("meta"):
-        model = Decoder(dataclasses.replace(config, layers=tuple(kinds)))
+        model = adapt(Decoder(dataclasses.replace(config, layers=tuple(kinds))))
     looked_up = rows if config.positions is None else 2 * rows  # tokens, and positions where there is a table of them
     kept = context * 8 * (looked_up + (recompute != "none"))    # one row of positions more for layers that run again
     more, stream = 0, torch.float32 if config.float32_residual else dtype
-    with FakeTensorMode():
+    with FakeTensorMode(allow_non_fake_inputs=True):            # the tables of NF4 are real
         for name, p in model.named_parameters():                # no numbers, but a device that has fused attention
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(torch.empty(p.shape, dtype=dtype)))
+            one = nn.Parameter(torch.empty(p.shape, dtype=dtype), requires_grad=p.requires_grad)
+            setattr(model.get_submodule(owner), leaf, one)
+        for name, buffer in model.named_buffers():              # quantised weights
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, torch.empty(buffer.shape, dtype=buffer.dtype))
         model.tie()
         if model.embed_norm is not None:
             first, more = trace(model.embed_norm, (rows, context, config.dim), dtype)
@@ -138,22 +150,28 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
 
         loss = trace(read, shape, stream)
         # the gradient of the head waits, whole, for that of the embedding
-        return kept + loss[0], max(more + model.head.weight.nbytes, loss[1])
+        waiting = model.head.weight.nbytes * model.head.weight.requires_grad
+        return kept + loss[0], max(more + waiting, loss[1])
 
 
 # ---- the ranks
 
 class Share(NamedTuple):
-    """What rank 0 has, whose shards are the largest. groups and matrices count numbers of whole tensors, padded to even
-    shards."""
-    parameters: int
-    weights: int            # bytes of its shards, float32; those of the gradients are as large
+    """What rank 0 has, whose shards are the largest. groups, trained and matrices count numbers of whole tensors,
+    padded to even shards."""
+    parameters: int         # without quantised ones
+    learned: int            # of them, those that are trained
+    weights: int            # bytes of their shards, float32; those of the gradients are as large
     state: int              # bytes of the optimizer's
+    frozen: int             # bytes of the shards of parameters that are not trained
+    quantised: int          # bytes of weights in few bits, which no rank shares out
     groups: list[int]       # what is gathered and reduced at a time: a layer each, and last embedding, norm and head
+    trained: list[int]      # the same, of what has gradients
     matrices: list[tuple[torch.Size, int]]      # that Muon has
 
 
-def share(config: c.ModelConfig, ranks: int, replicas: int, dtype: torch.dtype, optimizer: str) -> Share:
+def share(config: c.ModelConfig, ranks: int, replicas: int, dtype: torch.dtype, optimizer: str,
+          adapt: Adapt = as_it_is) -> Share:
     """Shard the model and build its optimizers as the trainer does, on the meta device, as rank 0 of a process group
     without processes."""
     from torch.testing._internal.distributed.fake_pg import (
@@ -167,26 +185,35 @@ def share(config: c.ModelConfig, ranks: int, replicas: int, dtype: torch.dtype, 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         with torch.device("meta"):
-            model = Decoder(config)
+            model = adapt(Decoder(config))
+        for p in model.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype)            # as folders have them
         distributed.shard(model, distributed.build_mesh("cpu", ranks, replicas), dtype)
         optimizers = optim.build(model, optimizer, 0.0, dtype)
         padded = {p: distributed.local(p).numel() * (ranks // replicas) for p in model.parameters()}
         groups = [sum(padded[p] for p in layer.parameters()) for layer in model.layers]
         groups.append(sum(padded.values()) - sum(groups))
+        trained = [sum(padded[p] for p in layer.parameters() if p.requires_grad) for layer in model.layers]
+        trained.append(sum(size for p, size in padded.items() if p.requires_grad) - sum(trained))
+        held = {p: distributed.local(p).nbytes for p in padded}
         states = [state for each in optimizers for state in each.state.values()]
         muon = [group["params"] for each in optimizers if isinstance(each, optim.Muon) for group in each.param_groups]
         return Share(
             parameters=sum(p.numel() for p in padded),
-            weights=sum(distributed.local(p).nbytes for p in padded),
+            learned=sum(p.numel() for p in padded if p.requires_grad),
+            weights=sum(size for p, size in held.items() if p.requires_grad),
+            frozen=sum(size for p, size in held.items() if not p.requires_grad),
+            quantised=sum(buffer.nbytes for buffer in model.buffers()),
             state=sum(distributed.local(value).nbytes for state in states for value in state.values()),
             groups=groups,
+            trained=trained,
             matrices=[(p.shape, padded[p]) for group in muon for p in group],
         )
     finally:
         dist.destroy_process_group()
 
 
-def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
+def report(options: argparse.Namespace, config: c.ModelConfig, adapt: Adapt = as_it_is) -> str:
     """The plan as a table. Raises InputError for an unknown --device, and where ranks, replicas and rows do not divide.
 
     Memory is added up although not all of it peaks at one moment. Communication is bytes by bandwidth; latency, which
@@ -204,14 +231,16 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
     rows = rows_at_once(options.batch_size, options.micro_batch, ranks)
     passes, tokens = options.batch_size // (rows * ranks), options.batch_size * options.context
     steps = options.steps or math.ceil(1e9 / tokens)            # of data that nobody has counted, a billion tokens
-    mine = share(config, ranks, options.replicas, dtype, options.optimizer)
+    mine = share(config, ranks, options.replicas, dtype, options.optimizer, adapt)
 
-    resting, working = memory(options, config, mine, rows, passes, dtype)
+    resting, working = memory(options, config, mine, rows, passes, dtype, adapt)
     held = working if options.offload else resting | working
     total = sum(held.values())
 
     during, after = communication(options, mine, passes, dtype, device)
     flops = flops_per_token(config, options.context)
+    if mine.frozen or mine.quantised:                           # a third of a step is the gradients of weights
+        flops *= 2 / 3
     busy = flops * tokens / ranks / (peak * options.mfu)
     talk, update = (sum(size / speed for size, speed in sent.values()) for sent in (during, after))
     update += muon_flops(mine, ranks) / (peak * options.mfu)
@@ -222,8 +251,8 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
             "optimizer, with its own communication": update}
 
     lines = [
-        f"{mine.parameters:,} parameters in {shards:,} shards × {options.replicas} replica(s) on {ranks:,} × "
-        f"{options.device}, products in {name}",
+        f"{mine.parameters:,} parameters{trains(mine)} in {shards:,} shards × {options.replicas} replica(s) on "
+        f"{ranks:,} × {options.device}, products in {name}",
         f"a step: {options.batch_size:,} rows × {options.context:,} = {tokens / 1e6:,.2f} M tokens; a rank takes "
         f"{passes} micro-batch(es) of {rows} row(s)",
         f"\n{'memory of a rank':60}{'GB':>9}",
@@ -253,8 +282,16 @@ def report(options: argparse.Namespace, config: c.ModelConfig) -> str:
     return "\n".join(lines)
 
 
+def trains(mine: Share) -> str:
+    """How many of the parameters are trained, where not all are."""
+    if not mine.frozen and not mine.quantised:
+        return ""
+    return f", of which {mine.learned:,} are trained, and {mine.quantised / 1e9:.2f} GB of quantised weights,"
+
+
 def memory(
     options: argparse.Namespace, config: c.ModelConfig, mine: Share, rows: int, passes: int, dtype: torch.dtype,
+    adapt: Adapt = as_it_is,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes of a rank: (at rest, at work), each {what: bytes}.
 
@@ -267,15 +304,16 @@ def memory(
     sharded = ranks > 1 or options.offload
     few = ranks > options.replicas or options.offload           # a single shard is gathered once a step, and stays
     copied = root + sum(sorted(layers)[-2:] if few else layers)
-    kept, more = activations(config, rows, options.context, dtype, options.recompute)
-    resting = {"parameters": mine.weights, "gradients": mine.weights, f"optimizer ({options.optimizer})": mine.state}
+    kept, more = activations(config, rows, options.context, dtype, options.recompute, adapt)
+    resting = {f"frozen parameters in {name}": mine.frozen, "quantised weights, whole on each rank": mine.quantised,
+               "parameters": mine.weights, "gradients": mine.weights, f"optimizer ({options.optimizer})": mine.state}
     working = {}
     if sharded:
         what = f"gathered in {name}: embedding, head, {'2 layers' if few else 'all layers'}"
-        working[what] = copied * dtype.itemsize + 4 * max(layers)
-        working[f"whole float32 gradients, until {passes} micro-batches are done"] = 4 * mine.parameters * (passes > 1)
+        working[what] = copied * dtype.itemsize + 4 * max(mine.trained[:-1])
+        working[f"whole float32 gradients, until {passes} micro-batches are done"] = 4 * mine.learned * (passes > 1)
     elif dtype != torch.float32:
-        working[f"copies of the weights in {name}"] = copied * dtype.itemsize
+        working[f"copies of the weights in {name}"] = sum(mine.trained) * dtype.itemsize
     working[f"activations kept (recomputed: {options.recompute})"] = kept
     working["activations and gradients of the part at work"] = more
     return resting, working
@@ -292,7 +330,7 @@ def communication(
     gathered = passes * (2 * sum(layers) + root) * dtype.itemsize               # layers twice: forward, backward
     during = {
         "all-gather of weights": (gathered * part, inside),
-        "reduce-scatter of gradients": (4 * sum(mine.groups) * part, inside),
+        "reduce-scatter of gradients": (4 * sum(mine.trained) * part, inside),
         "all-reduce between replicas": (2 * mine.weights * (1 - 1 / replicas), device.between(replicas, shards)),
     }
     momentum = sum(count for _, count in mine.matrices)

@@ -38,7 +38,8 @@ READ = ("dt_proj", "kv_up")     # Linears whose weight a layer also reads, and m
 SAMPLE = 4096                   # numbers of a tensor that the fingerprint reads
 # Options of LoRA that an adapter's own folder answers, and those that change the model under an adapter.
 SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora", "lora_init")
-OTHER = ("expand", "grow_vocab", "add_tokens", "rope_scaling", "freeze", "train_last")
+FREEZE = ("expand", "freeze", "train_last")
+OTHER = (*FREEZE, "grow_vocab", "add_tokens", "rope_scaling")
 
 
 def tunes(options: argparse.Namespace) -> bool:
@@ -61,7 +62,7 @@ def check(options: argparse.Namespace) -> None:
                              "them are: give --lora-rank, 8 or 16, with it")
         return
     name = "--adapter" if options.adapter else "--lora-rank"
-    if not options.init:
+    if not options.init and not options.plan:
         raise InputError(f"{name} tunes a model that exists: name its folder with --init")
     if options.adapter and (twice := given(options, SHAPE)):
         raise InputError(f"{twice[0]} with --adapter: the adapter that goes on has its own; leave the option out, or "
@@ -85,18 +86,19 @@ def loading(options: argparse.Namespace) -> dict[str, Any]:
     return {"quantize": options.quantize if early else None, "adapter": options.adapter}
 
 
-def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Tensor, Tensor | None], nn.Module],
-            quantise_all: Callable[[Decoder], None]) -> Decoder:
+def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Tensor, Tensor | None, str], nn.Module],
+            quantise_all: Callable[[Decoder, str], None]) -> Decoder:
     """Put adapters with their first values beside the weights of a model, which stay as they are, in place.
 
-    quantise: one weight, for loftq; quantise_all: those that are not quantised yet. Raises InputError."""
+    quantise: one weight, for loftq; quantise_all: those that are not quantised yet; both by kind. Raises InputError."""
     if not options.adapter:
         rank, init = options.lora_rank, options.lora_init or "zero"
         config = LoRA(rank, options.lora_alpha or 2.0 * rank, options.lora_dropout or 0.0, options.rslora, options.dora,
                       tuple(options.lora_targets or ("all",)), init=init)
-        lora.add(model, config, options.seed, quantise if init == "loftq" else None)
+        one = (lambda W, bias: quantise(W, bias, options.quantize)) if init == "loftq" else None
+        lora.add(model, config, options.seed, one)
         if options.quantize and init != "zero":
-            quantise_all(model)
+            quantise_all(model, options.quantize)
     trained = set(lora.adapters(model).values())
     if not trained:
         raise InputError(f"{options.adapter}: puts no adapter beside a weight, so there is nothing to train")
@@ -108,6 +110,22 @@ def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Ten
     return model
 
 
+def outline(model: Decoder, options: argparse.Namespace, quantise_all: Callable[[Decoder, str], None]) -> Decoder:
+    """What `prepare` makes of a model, on the meta device and without a folder: for --plan. Raises InputError."""
+    if not tunes(options):
+        return model
+    if options.adapter:
+        raise InputError("--plan reads no adapter: give its --lora-rank in the place of --adapter")
+    if options.quantize:
+        quantise_all(model, options.quantize)
+    return prepare(model, argparse.Namespace(**{**vars(options), "lora_init": "zero"}), no_weight, quantise_all)
+
+
+def no_weight(weight: Tensor, bias: Tensor | None, kind: str) -> nn.Module:
+    """The `quantise` of a model that has no numbers."""
+    raise AssertionError("nothing begins with a weight here")
+
+
 def frozen(linear: Linear) -> FrozenLinear:
     """The Linear that keeps no weight for the backward pass."""
     new = FrozenLinear(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -115,8 +133,11 @@ def frozen(linear: Linear) -> FrozenLinear:
     return new.train(linear.training)
 
 
-def blank(model: Decoder) -> Decoder:
-    """The model on the meta device: the same modules, dtypes and frozen parameters, without numbers or origin."""
+def blank(model: Decoder, options: argparse.Namespace) -> Decoder | None:
+    """The model on the meta device, where it has adapters: the same modules, dtypes and frozen parameters, without
+    numbers or origin."""
+    if not tunes(options):
+        return None
     memo: dict[int, Any] = {id(getattr(model, "origin", None)): None}
     for p in model.parameters():
         memo[id(p)] = nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
@@ -141,21 +162,24 @@ def share(model: Decoder, blank: Decoder) -> None:
             setattr(model.get_submodule(owner), leaf, model.get_parameter(one))
 
 
-def fingerprint(model: Decoder) -> str | None:
-    """A CRC-32 of what is frozen: names, dtypes, shapes, and of each tensor 4,096 numbers, evenly spaced; None where
-    all is trained.
+def fingerprint(model: Decoder, options: argparse.Namespace) -> str | None:
+    """A CRC-32 of all but the adapters, as --init gives it: names, dtypes, shapes, and of each tensor 4,096 numbers,
+    evenly spaced. None for a run that trains every parameter, whose checkpoints have them all.
 
     Other weights of the same model, from another run or another quantisation, differ in nearly every number. A tensor
     in which somebody changed a few numbers may pass."""
-    held = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
-    held |= {name: buffer for name, buffer in model.named_buffers()}
+    if not tunes(options) and not given(options, FREEZE):
+        return None
+    own = lora.adapters(model)
+    held = {name: p.detach() for name, p in model.named_parameters() if name not in own}
+    held |= dict(model.named_buffers())
     value = 0
     for name, tensor in held.items():
         value = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
         flat = tensor.reshape(-1)
         some = flat[:: -(-len(flat) // SAMPLE)].contiguous().cpu()
         value = zlib.crc32(some.view(torch.uint8).numpy().tobytes(), value)
-    return f"{value:08x}" if held else None
+    return f"{value:08x}"
 
 
 def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
