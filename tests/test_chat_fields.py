@@ -239,6 +239,18 @@ def test_4_7_r1_distill_is_learnt_as_it_is_asked(tokenizer, folder) -> None:
     assert "<|Assistant|>\n\nyes</s><|User|>b" in spelled(ours, second)[0], "as the template writes what was said"
 
 
+def test_4_7_the_tags_of_thoughts_may_be_special_tokens(tmp_path) -> None:
+    """What a person typed is letters; the tag that closes the thoughts is the model's own token."""
+    byte_bpe(("</s>", "<|User|>", "<|Assistant|>", "<think>", "</think>")).save(str(tmp_path / "tokenizer.json"))
+    ours = load(write(tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}))
+    ours.chat_template = R1.replace("{{ bos_token }}", "")
+    example, = sft.examples(ours, Chat("x", [user("a </s>"), assistant("<think>\nhm </s>\n</think>\n\nyes")]))
+    assert spelled(ours, example) == ("<|User|>a </s><|Assistant|><think>\nhm </s>\n</think>\n\nyes</s>",
+                                      ["hm </s>\n</think>\n\nyes</s>"])
+    for text, count in (("</s>", 1), ("<think>", 1), ("</think>", 1)):
+        assert example.tokens.tolist().count(ours.special_tokens[text]) == count
+
+
 # ---- the ids of pieces are those of the whole
 
 @pytest.mark.parametrize("template", [TEMPLATES["chatml"], TEMPLATES["llama 3"], QWEN3, MISTRAL, R1, SIMPLE])

@@ -252,9 +252,9 @@ def test_6_text_is_measured_on_a_file_of_its_own(init: Path, tmp_path: Path) -> 
 
 def test_a_run_with_one_set_was_recorded_as_a_path(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"options": {"chat": "a.jsonl"}}))
-    runs.compare(tmp_path, {"options": {"chat": ["a.jsonl"], "long": None, "columns": None}})
+    runs.compare(tmp_path, {"options": {"chat": [Path("a.jsonl")], "long": None, "columns": None}})
     with pytest.raises(RunError, match="--chat"):
-        runs.compare(tmp_path, {"options": {"chat": ["a.jsonl", "b.jsonl"]}})
+        runs.compare(tmp_path, {"options": {"chat": [Path("a.jsonl"), Path("b.jsonl")]}})
 
 
 # ---- what fits no row
@@ -367,4 +367,4 @@ def test_a_store_that_is_damaged_is_named(init: Path, tmp_path: Path) -> None:
     for damaged in (b"", whole[:-8], whole[:-4] + bytes([whole[-4] ^ 1]) + whole[-3:]):
         (tmp_path / "x" / "tokens.npy").write_bytes(damaged)
         with pytest.raises(DataError, match="x: cannot be read.*remove it"):
-            Sets([str(tmp_path / "a.jsonl")], None).rows(tmp_path / "x", ours, 64, "drop")
+            Sets([tmp_path / "a.jsonl"], None).rows(tmp_path / "x", ours, 64, "drop")

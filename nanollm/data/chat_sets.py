@@ -24,7 +24,7 @@ from nanollm.text.tokenizer import Tokenizer
 class Sets:
     """The chats of some sources, and of one that is measured on. Raises DataError where one cannot be read."""
 
-    def __init__(self, sources: Sequence[str], held_out: str | None, dataset_dir: Path | None = None,
+    def __init__(self, sources: Sequence[Path], held_out: Path | None, dataset_dir: Path | None = None,
                  columns: dict[str, str] | None = None) -> None:
         self.sources, self.held_out = [*sources], held_out
         self.chats = [read(source, dataset_dir, columns) for source in (*sources, *([held_out] if held_out else []))]
@@ -48,7 +48,7 @@ class Sets:
             beside = {chat.where for chat in split(fitting)[1]} if self.held_out is None else set()
             held += [example for chat, all in some if chat.where in beside for example in all]
             kept = [example for chat, all in some if chat.where not in beside for example in all]
-            train.append(rows := Chats(source, kept, context, pad, long))
+            train.append(rows := Chats(str(source), kept, context, pad, long))
             notes.append(f"{source}: {counted(len(some) - len(beside), 'chat')} in {counted(rows.rows, 'row')} of "
                          f"{context} tokens, {len(beside)} held out")
             notes += [f"{source}: {rows.note}"] if rows.note else []

@@ -40,7 +40,7 @@ from nanollm.data.chat_formats import THOUGHTS, Chat, need
 from nanollm.errors import DataError, TokenizerError
 from nanollm.text.chat import ids, mark, texts
 from nanollm.text.templates import no_template
-from nanollm.text.tokenizer import OPEN, Tokenizer
+from nanollm.text.tokenizer import CLOSE, OPEN, Tokenizer
 
 CHECKED = 32                    # texts whose ids are compared with those of the definition
 IGNORED = -100                  # the target where there is nothing to predict
@@ -153,12 +153,12 @@ class Writer:
         before = asking[: asking.rindex(OPENS)]
         if not whole.startswith(before):
             return whole                                # `examples` says what is wrong
-        answer = whole[len(before) :].lstrip("\n")
+        answer = whole[len(before) :].lstrip("\n" + CLOSE)      # CLOSE: of a tag that is a special token, now cut off
         if answer.startswith(OPENS) and CLOSES in answer:      # spaced in another way than the prompt
             thoughts, _, answer = answer.removeprefix(OPENS).partition(CLOSES)
         else:
-            content = mark(message["content"] or "", self.tokenizer.special_pattern)
-            thoughts, answer = content.rpartition(CLOSES)[0].strip().removeprefix(OPENS), f"\n\n{answer}"
+            thoughts, answer = (message["content"] or "").rpartition(CLOSES)[0].strip(), f"\n\n{answer}"
+            thoughts = mark(thoughts.removeprefix(OPENS), self.tokenizer.special_pattern)
         if not thoughts.strip():
             self.notes["has no thoughts: they are written as empty, since the prompt opens them"] += 1
         return f"{asking}{thoughts.strip()}\n{CLOSES}{answer}"

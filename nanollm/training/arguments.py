@@ -130,7 +130,7 @@ def model_and_data(add: Add) -> None:
 
 def chats(add: Add) -> None:
     """Supervised fine-tuning (SFT)."""
-    add("--chat", nargs="+", metavar="FILE",
+    add("--chat", type=Path, nargs="+", metavar="FILE",
         help="chats for supervised fine-tuning (SFT), loss on the answers only: files of messages, alpaca, sharegpt or "
              "prompt/completion (.jsonl, .json, .csv, .parquet, also .gz, .zst), folders of them, or sets of a "
              "dataset_info.json as dataset_info.json:NAME; with --data, text is mixed in")
@@ -139,7 +139,7 @@ def chats(add: Add) -> None:
     add("--columns", type=column, nargs="+", metavar="NAME=COLUMN",
         help="column mapping: what the keys of a format are called in the files, such as prompt=question "
              "response=answer")
-    add("--held-out", metavar="FILE",
+    add("--held-out", type=Path, metavar="FILE",
         help="validation file of its own, chats or text: nothing of --chat is then held out (default: 5 %% of the "
              "chats or of the text)")
     add("--long", choices=LONG,

@@ -200,7 +200,7 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
 
 def held_out_text(options: argparse.Namespace, corpus: Corpus) -> Source:
     """The text of --held-out as rows to measure on: shards, or a file or folder that is tokenized here."""
-    path = Path(options.held_out)
+    path = options.held_out
     if path.suffix == ".bin" or data.is_shard_folder(path):
         train, held = data.open_folder(path, options.context, None)
         return held or train

@@ -68,7 +68,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         monitors.require(options)
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    source = [Path(path).name for path in (*(options.chat or ()), *options.data)]
+    source = [path.name for path in (*(options.chat or ()), *options.data)]
     model = options.init.name if options.init else options.preset
     options.title = f"{model} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
