@@ -290,6 +290,8 @@ def test_marks_part_the_documents_of_a_text_file_and_are_letters_in_records(tmp_
 def test_the_marks_of_a_tokenizer_are_its_eos_and_bos(tmp_path):
     text.prepare([Part("a", "word " * 500)], tmp_path / "bpe", vocab=260, tokenizer=None, context=8)
     assert text.separators(tmp_path / "bpe") == [END, END] and text.separators(None) == []
+    (tmp_path / "bpe" / "chat_template.jinja").write_text("{% for m in messages %}" + END + "{% endfor %}")
+    assert text.separators(tmp_path / "bpe") == []                              # of turns, not of documents
 
 
 # ---- what is held out (FINDINGS 4.1, 4.7)

@@ -8,8 +8,9 @@ A text of any length passes in parts of about a million characters, so it is nev
 part: it was parsed as a whole.
 
 **Marks.** In a text file <|endoftext|> parts documents, as those who join documents into one file mean it; so does the
-text of the tokenizer's EOS and BOS, except <s> and </s>, which HTML writes too. The newline behind a mark goes with it.
-In records they are text: a record is a document already.
+text of the tokenizer's EOS and BOS, except <s> and </s>, which HTML writes too, and what its chat template writes, as
+<|im_end|>: that parts turns. The newline behind a mark goes with it. In records they are text: a record is a document
+already.
 
 **What is not read is said.** In a folder that is: hidden files, what is not text, and tables or .json files whose first
 record has no documents. A file that is named itself must be readable. `Texts.notes` has a line for each reason.

@@ -93,11 +93,14 @@ def digest(tokenizer: Tokenizer) -> str:
 
 
 def separators(tokenizer: Path | None) -> list[str]:
-    """The texts of a tokenizer's EOS and BOS, which part documents in a text file."""
+    """The texts of a tokenizer's EOS and BOS, which part documents in a text file; not those that its chat template
+    writes, as <|im_end|>: they part turns."""
     if tokenizer is None:
         return []
-    named = nanollm.text.tokenizer.load(tokenizer).named_tokens
-    return [named[name] for name in ("eos_token", "bos_token") if named.get(name)]
+    reader = nanollm.text.tokenizer.load(tokenizer)
+    marks = [reader.named_tokens.get(name, "") for name in ("eos_token", "bos_token")]
+    templates = "".join(reader.chat_templates.values())
+    return [mark for mark in marks if mark and mark not in templates]
 
 
 # ---- the folder
