@@ -255,6 +255,11 @@ def test_the_same_texts_elsewhere_are_not_tokenized_again_and_unchanged_files_no
     assert made(tmp_path / "in") == ["read", "written"]
 
 
+def test_documents_that_occur_twice_are_said(tmp_path):
+    text.prepare([*documents(), *documents()[:7]], tmp_path, vocab=300, tokenizer=None, context=16)
+    assert text.notes(tmp_path) == ["7 documents the same as an earlier one: taken once"]
+
+
 def test_shards_are_read_whole_once_and_again_when_they_change(tmp_path, monkeypatch):
     text.prepare(documents(), tmp_path, vocab=300, tokenizer=None, context=16)
     path, reads = tmp_path / "train-00000.bin", []

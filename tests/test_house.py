@@ -55,7 +55,7 @@ LIBRARIES = {  # of a package, beside torch, numpy and the standard library
 ITS_OWN = {  # of a file
     "checkpoints/layouts/gguf_tokens_export.py": {"tokenizers"}, "nanollm/text/tokenizer.py": {"tokenizers"}, "nanollm/text/tokenizer_files.py": {"tokenizers", "sentencepiece"},
     "nanollm/text/tokenizer_declared.py": {"tokenizers"}, "nanollm/text/render.py": {"jinja2"},
-    "nanollm/data/bpe.py": {"tokenizers"}, "nanollm/data/encode.py": {"tqdm"}, "nanollm/data/files.py": {"zstandard"},
+    "nanollm/data/bpe.py": {"tokenizers"}, "nanollm/data/encode.py": {"tqdm"}, "nanollm/data/split.py": {"tqdm"}, "nanollm/data/files.py": {"zstandard"},
     "nanollm/data/records.py": {"pyarrow", "datasets"}, "nanollm/data/chat_store.py": {"tqdm"}, "nanollm/inference/batches.py": {"tqdm"},
     "nanollm/inference/constrained.py": {"llguidance"},
     "nanollm/training/plot.py": {"matplotlib"},

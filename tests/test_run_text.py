@@ -42,7 +42,7 @@ def test_a_refused_resume_leaves_the_run_as_it_was(begun, monkeypatch):
     with monkeypatch.context() as patch:                        # and it is found out before any work
         patch.setattr(texts, "build", lambda *_: pytest.fail("the text was tokenized"))
         said = refused("--data", text, "--out", out, *OPTIONS, "--resume")
-    assert "holds another run (other text than that of --data" in said and contents(out) == before
+    assert f"holds another run (its text is not that of --data {text})" in said and contents(out) == before
     said = refused("--data", text, "--out", out, *OPTIONS, "--vocab", "310", "--resume")
     assert "--vocab 300 → 310" in said and contents(out) == before
 

@@ -39,7 +39,7 @@ from nanollm.data.encode import Encoder, Marks, encoded, marks
 from nanollm.data.shards import DRAFT, LIMIT, VERIFIED, Writing, read_meta, write_file
 from nanollm.data.split import DROPPED, WHOLE, Index, plan, sides
 from nanollm.data.stream import open_folder
-from nanollm.errors import DataError, NanollmError
+from nanollm.errors import DataError, NanollmError, counted
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.text.tokenizer_files import FILES
 
@@ -172,6 +172,8 @@ def build(documents: Iterable[Part], index: Index, folder: Path, given: Tokenize
         documents_ = int((kept != 0).sum()), int((kept != WHOLE).sum())
         found = count(documents_, sizes, counts, around, zipped)
         said = documents.notes if isinstance(documents, Texts) else []
+        if twice := int(((keep == DROPPED) & (index.sizes > 0)).sum()):
+            said = [*said, f"{counted(twice, 'document')} the same as an earlier one: taken once"]
         meta = {"format": 1, "made_from": made_from, "vocab": used.vocab_size, "tokenizer_sha256": made_with,
                 "marks": around._asdict(), "notes": said, "facts": asdict(found)}
         write_file(place / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")

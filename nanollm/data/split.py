@@ -25,6 +25,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from nanollm.data.documents import Part
 from nanollm.errors import DataError, counted
@@ -45,7 +46,7 @@ class Index(NamedTuple):
         """Read all documents through, once. 16 bytes of memory a document, whatever its length."""
         hashes, sizes, everything = array("Q"), array("q"), hashlib.blake2b(digest_size=16)
         one, at, size = hashlib.blake2b(digest_size=16), 0, 0
-        for part in parts:
+        for part in tqdm(parts, desc="reading", unit="part", leave=False):
             one.update(part.text.encode(errors="replace"))
             if solid := len(part.text.rstrip()):
                 size = at + solid

@@ -157,9 +157,10 @@ def prepare(options: argparse.Namespace, vocab: int) -> Path:
             if text.is_whole(folder):
                 return folder
         elif not options.force:
-            raise DataError(f"{options.out}: holds another run (other text than that of --data "
-                            f"{' '.join(map(str, options.data))}); with --resume --force it goes on with this text, "
-                            "under the tokenizer that it has; --force starts over, --out names another folder")
+            given_text = " ".join(["--data", *map(str, options.data)]) if options.data else "Python's standard library"
+            raise DataError(f"{options.out}: holds another run (its text is not that of {given_text}); "
+                            "with --resume --force it goes on with that text, under the tokenizer that it has; "
+                            "--force starts over, --out names another folder")
         else:
             given = given or folder                     # the model knows no other
     size = None if given else vocab
