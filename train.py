@@ -382,6 +382,7 @@ def run() -> None:
             loss = here.held_out_loss()
             return world.on_rank_0(lambda: print(*measured(here.corpus, loss), sep="\n"))
         world.on_rank_0(lambda: runs.start(folder, facts, resume))  # the first change of what was there
+        here.corpus = here.corpus.keep(world)
         if world.rank == 0:
             print(*here.corpus.notes, begun(options, here.model, world.size, here.step), written_as(here), sep="\n")
         log = world.on_all_ranks(lambda: held.enter_context(Log(

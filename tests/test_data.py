@@ -411,6 +411,19 @@ def test_each_block_holds_each_source_exactly_by_its_weight_in_an_order_of_its_o
     assert all(set(half) == drawn for block in blocks for half in (block[:512], block[512:]))   # spread, not in a row
 
 
+def test_a_source_below_one_row_in_1024_is_taken_as_what_it_is(sources):
+    """FINDINGS 4.7. The block grows until the source has a row in it; it has its row in each block."""
+    stream = Stream(sources, [1, 0.0008, 1], seed=0)
+    assert stream.block == 1 << 11 and stream.counts == [1024, 1, 1023]         # 0.0008 of 2.0008 is 0.82 rows
+    drawn = [stream.place(row) for row in range(6 << 11)]
+    for block in range(6):
+        rows = [source for source, _, _ in drawn[block << 11: (block + 1) << 11]]
+        assert [rows.count(i) for i in range(3)] == stream.counts
+    epochs = [place[1:] for place in drawn if place[0] == 1]
+    assert [epoch for epoch, _ in epochs] == [0] * 5 + [1] and len(set(epochs[:5])) == 5    # it has five windows
+    assert Stream(sources, [1, 1e-11, 1], seed=0).block > 1 << 35
+
+
 def test_in_a_mixture_too_each_window_of_a_source_comes_once_an_epoch(sources):
     stream = Stream(sources, [1, 1, 2], seed=0)
     places = [stream.place(row) for row in range(5 * 1024)]
@@ -428,7 +441,7 @@ def test_in_a_mixture_too_each_window_of_a_source_comes_once_an_epoch(sources):
 @pytest.mark.parametrize(
     "weights, words",
     [
-        ([1, 0.0001, 1], "s1: weight 0.0001 of 2.0001 is no row in 1024; expected 0.002 or more, or 0"),
+        ([1, 1e-13, 1], "s1: weight 1e-13 of 2 is less than one row in 1099511627776; expected more, or 0"),
         ([1, -1, 1], "0 or more"), ([1, float("nan"), 1], "0 or more"), ([1, float("inf"), 1], "0 or more"),
         ([0, 0, 0], "not all 0"), ([1, 2], "expected 3 numbers"),
     ],

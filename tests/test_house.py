@@ -54,7 +54,8 @@ LIBRARIES = {  # of a package, beside torch, numpy and the standard library
 ITS_OWN = {  # of a file
     "checkpoints/layouts/gguf_tokens_export.py": {"tokenizers"}, "nanollm/text/tokenizer.py": {"tokenizers"}, "nanollm/text/tokenizer_files.py": {"tokenizers", "sentencepiece"},
     "nanollm/text/tokenizer_declared.py": {"tokenizers"}, "nanollm/text/render.py": {"jinja2"},
-    "nanollm/data/prepare.py": {"tokenizers", "tqdm"}, "nanollm/inference/batches.py": {"tqdm"},
+    "nanollm/data/bpe.py": {"tokenizers"}, "nanollm/data/encode.py": {"tqdm"}, "nanollm/data/files.py": {"zstandard"},
+    "nanollm/data/records.py": {"pyarrow", "datasets"}, "nanollm/inference/batches.py": {"tqdm"},
     "nanollm/inference/constrained.py": {"llguidance"},
     "nanollm/training/plot.py": {"matplotlib"},
     "nanollm/training/state.py": {"safetensors"}, "nanollm/training/options.py": {"tomli"},

@@ -1,5 +1,4 @@
-"""Documents, split, tokenizer, the data folder: nothing is lost, nothing is on both sides, and what fails leaves
-nothing."""
+"""The data folder and its command: nothing is lost, nothing is on both sides, and what fails leaves nothing."""
 
 import gzip
 import hashlib
@@ -7,15 +6,17 @@ import json
 import runpy
 import shutil
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import nanollm.text.tokenizer
-from nanollm.data import documents, shards
+from nanollm.data import bpe, shards
 from nanollm.data import prepare as text
-from nanollm.data.documents import Document
+from nanollm.data.documents import END, Part
+from nanollm.data.split import Index, plan, sides
 from nanollm.data.stream import open_folder
 from nanollm.errors import DataError
 from nanollm.text import render as rendering
@@ -23,10 +24,10 @@ from nanollm.text.chat import Conversation
 
 
 @pytest.fixture(scope="module")
-def docs() -> list[Document]:
+def docs() -> list[Part]:
     rng = np.random.default_rng(0)
-    words = ["def ", "return ", "self", "\n    ", "x = ", "é", "(", ")", "\t", "while True:", text.END]
-    return [Document(f"m{i:02}.py", "".join(rng.choice(words, rng.integers(20, 60))) + f"# {i}") for i in range(60)]
+    words = ["def ", "return ", "self", "\n    ", "x = ", "é", "(", ")", "\t", "while True:", END]
+    return [Part(f"m{i:02}.py", "".join(rng.choice(words, rng.integers(20, 60))) + f"# {i}") for i in range(60)]
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,17 @@ def made(docs, tmp_path_factory) -> Path:
     return folder
 
 
+def parted(docs: list[Part]) -> tuple[list[str], list[str]]:
+    """The texts of both sides."""
+    found, begun = ([], []), ["", ""]
+    for side, part in sides(docs, plan(Index.of(docs))):
+        begun[side] += part.text
+        if part.ends:
+            found[side].append(begun[side])
+            begun[side] = ""
+    return found
+
+
 def stream(folder: Path, split: str) -> list[int]:
     return np.concatenate([shards.Shard(path).tokens for path in sorted(folder.glob(f"{split}-*.bin"))]).tolist()
 
@@ -45,103 +57,31 @@ def state(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
-# ---- reading
-
-def test_folder_reads_text_and_jsonl_in_order_and_passes_over_the_rest(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.txt").write_bytes("\ufefftwo\r\nlines".encode())
-    (tmp_path / "a.jsonl").write_text('{"text": "one", "id": 7}\n\n{"text": "é"}\n')
-    (tmp_path / "picture.png").write_bytes(b"\x89PNG\0\0")
-    (tmp_path / ".hidden").write_text("no")
-    (tmp_path / "empty.txt").write_text("")
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-    assert text.read(tmp_path) == [
-        ("a.jsonl:1", "one"), ("a.jsonl:3", "é"), ("latin.txt", "caf\ufffd"), ("sub/b.txt", "two\nlines")]
-
-
-def test_half_a_character_in_json_becomes_a_mark_of_its_absence(tmp_path):
-    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud83d b\ud83d\ude00"}')
-    assert text.read(tmp_path / "a.jsonl") == [("a.jsonl:1", "a\ufffd b😀")]
-
-
-@pytest.mark.slow
-def test_standard_library_is_python_without_its_tests():
-    found = text.read(None)
-    names = [document.name for document in found]
-    assert len(names) > 200 and len(set(names)) == len(names) and names == [d.name for d in text.read(None)]
-    assert "argparse.py" in names and not any(name.startswith(("test/", "site-packages/")) for name in names)
-
-
-@pytest.mark.parametrize("name, content, words", [
-    ("x.jsonl", b'{"text": "a"}\n{"text": \n', ["x.jsonl, line 2", "not JSON"]),
-    ("x.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', ["x.jsonl, line 3", '"text"', "body"]),
-    ("x.jsonl", b"[1]\n", ["x.jsonl, line 1", "list"]),
-    ("x.txt", b"abc\0def", ["x.txt", "not a text file"]),
-    ("x.txt", b" \n", ["x.txt", "no text"]),
-])
-def test_a_bad_file_is_named(tmp_path, name, content, words):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError) as error:
-        text.read(tmp_path / name)
-    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
-
-
-def test_a_folder_without_text_and_a_path_without_anything_are_errors(tmp_path):
-    (tmp_path / "x.bin").write_bytes(b"\0")
-    with pytest.raises(DataError, match="no text"):
-        text.read(tmp_path)
-    with pytest.raises(DataError, match="no such file"):
-        text.read(tmp_path / "nothing")
-
-
-# ---- splitting
-
-def test_split_parts_whole_documents_by_name_only(docs):
-    kept, held = text.split(docs)
-    assert sorted(kept + held) == sorted(docs) and not set(kept) & set(held) and held
-    share = sum(len(d.text) for d in held) / sum(len(d.text) for d in docs)
-    assert 0.03 < share <= documents.HELD_OUT
-    again = text.split(docs[::-1])
-    assert set(again[1]) == set(held)                                           # the order of the files plays no part
-
-
-def test_a_text_that_occurs_twice_is_on_one_side(docs):
-    copies = [Document("copy of " + d.name, d.text) for d in docs]
-    kept, held = text.split(docs + copies)
-    assert not {d.text for d in kept} & {d.text for d in held} and len(kept + held) == len(docs)
-
-
-def test_few_documents_lose_their_ends():
-    lines = "".join(f"line {i}\n" for i in range(200))
-    (kept,), (held,) = text.split([Document("a", lines)])
-    assert kept.text + held.text == lines and held.text.startswith("line 19") and len(held.text) < 0.07 * len(lines)
-
-
-def test_a_document_larger_than_the_share_is_never_held_out():
-    for large in range(25):
-        kept, held = text.split([Document(f"{i}", f"{i:02}" * (500 if i == large else 20)) for i in range(25)])
-        assert held and f"{large}" not in [d.name for d in held]
-
-
 # ---- the folder
 
-def test_pieces_are_the_same_stream_in_equal_parts():
-    parts = [np.arange(a, b) for a, b in ((0, 2), (2, 3), (3, 10), (10, 10), (10, 13))]
-    assert [piece.tolist() for piece in text.pieces(parts, 4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
-    assert [piece.tolist() for piece in text.pieces(parts[:1], 2)] == [[0, 1]] and not list(text.pieces([], 2))
+def test_a_stream_is_written_in_equal_shards_however_it_comes(tmp_path):
+    for number, cuts in enumerate([(0, 13), (0, 2, 3, 10, 10, 13), (0, 4, 8, 12, 13)]):
+        (folder := tmp_path / str(number)).mkdir()
+        writing = shards.Writing(folder, "train", 4, 20, 0, "ab" * 32)
+        for a, b in pairwise(cuts):
+            writing.add(np.arange(a, b))
+        writing.close()
+        found = [shards.Shard(path).tokens.tolist() for path in sorted(folder.iterdir())]
+        assert found == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12]]
+        assert writing.counts.tolist() == [1] * 13 + [0] * 7
 
 
 def test_streams_hold_every_byte_and_a_mark_before_each_document_whatever_the_shards(made, docs):
     """Texts that spell the mark are among them, and are text."""
     tokenizer = nanollm.text.tokenizer.load(made)
-    assert len(list(made.glob("train-*.bin"))) > 2 and any(text.END in d.text for d in docs)
-    for split, part in zip(("train", "held_out"), text.split(docs), strict=True):
+    assert len(list(made.glob("train-*.bin"))) > 2 and any(END in d.text for d in docs)
+    for split, part in zip(("train", "held_out"), parted(docs), strict=True):
         sizes = [shards.Shard(path).count for path in sorted(made.glob(f"{split}-*.bin"))]
         assert set(sizes[:-1]) <= {500} and 0 < sizes[-1] <= 500
         ids = np.array(stream(made, split))
         assert ids[0] == ids[-1] == tokenizer.eos_id
         pieces = np.split(ids, np.flatnonzero(ids == tokenizer.eos_id)[1:])[:-1]
-        assert [tokenizer.decode(piece[1:].tolist()) for piece in pieces] == [d.text for d in part]
+        assert [tokenizer.decode(piece[1:].tolist()) for piece in pieces] == part
 
 
 def test_shards_carry_the_mark_and_the_digest_of_the_tokenizer(made):
@@ -156,15 +96,15 @@ def test_shards_carry_the_mark_and_the_digest_of_the_tokenizer(made):
 
 
 def test_facts_by_hand(made, docs):
-    kept, held = text.split(docs)
+    kept, held = parted(docs)
     facts, train, held_out = text.facts(made), stream(made, "train"), stream(made, "held_out")
     counts = {token: 1 + train.count(token) for token in range(300)}
     nats = [-np.log(counts[token] / sum(counts.values())) for token in held_out[1:]]
     assert facts.unigram_loss == pytest.approx(np.mean(nats)) and facts.held_out_targets == len(nats)
     assert (facts.train_documents, facts.held_out_documents) == (len(kept), len(held))
     assert (facts.train_tokens, facts.held_out_tokens) == (len(train), len(held_out))
-    joined = "".join(d.text for d in held).encode()
-    assert facts.held_out_bytes == len(joined) and facts.train_bytes == sum(len(d.text.encode()) for d in kept)
+    joined = "".join(held).encode()
+    assert facts.held_out_bytes == len(joined) and facts.train_bytes == len("".join(kept).encode())
     assert facts.gzip_bits_per_byte == 8 * len(gzip.compress(joined, 9)) / len(joined)
     assert text.facts(made.parent) is None
 
@@ -211,7 +151,7 @@ def test_the_tokenizer_of_another_folder_makes_the_same_streams(made, docs, tmp_
 
 
 def test_a_tokenizer_without_an_end_marks_documents_with_its_beginning_or_is_refused(made, docs, tmp_path):
-    for name, config in (("bos", {"bos_token": text.END}), ("none", {})):
+    for name, config in (("bos", {"bos_token": END}), ("none", {})):
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_bytes((made / "tokenizer.json").read_bytes())
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(config))
@@ -225,7 +165,7 @@ def test_a_tokenizer_without_an_end_marks_documents_with_its_beginning_or_is_ref
 def test_too_little_text_is_an_error_and_leaves_nothing(tmp_path):
     for words in ("one line", "two words\n" * 20):
         with pytest.raises(DataError, match="too little|do not fill"):
-            text.prepare([Document("a", words)], tmp_path / "new", vocab=300, tokenizer=None, context=512)
+            text.prepare([Part("a", words)], tmp_path / "new", vocab=300, tokenizer=None, context=512)
     assert not (tmp_path / "new").exists()
 
 
@@ -247,6 +187,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_made(docs, tmp_path, monkeypat
     shards_write = shards.write_file
     monkeypatch.setattr(shards, "write_file", refuse)
     monkeypatch.setattr(text, "write_file", refuse)
+    monkeypatch.setattr(bpe, "write_file", refuse)
     with pytest.raises(DataError, match="No space left"):
         text.prepare(docs, tmp_path / "data", vocab=300, tokenizer=None, context=16, shard_tokens=500)
     assert not (tmp_path / "data").exists()
@@ -273,10 +214,6 @@ def test_a_folder_of_something_else_is_never_touched(docs, made, tmp_path):
     assert (tmp_path / "model" / "tokenizer.json").read_text() == "years of work" and len(
         list((tmp_path / "model").iterdir())
     ) == 1
-    before = state(made)
-    with pytest.raises(DataError, match="name another folder"):
-        text.prepare(docs[:30], made, vocab=None, tokenizer=made, context=16)
-    assert state(made) == before
 
 
 @pytest.mark.parametrize("options, words", [
@@ -311,7 +248,7 @@ CHAT = [
 
 
 def test_a_chat_is_plain_words_and_transformers_writes_the_same(made):
-    ours = rendering.render(text.CHAT, CHAT, add_generation_prompt=False, bos_token="<", eos_token=">")
+    ours = rendering.render(bpe.CHAT, CHAT, add_generation_prompt=False, bos_token="<", eos_token=">")
     assert ours == "<Be brief.\nUser: What is  x?\nAssistant: x = 1\n>User: And é?\n\nAssistant:  the same: (é)>"
     transformers = pytest.importorskip("transformers")
     theirs, tokenizer = transformers.AutoTokenizer.from_pretrained(made), nanollm.text.tokenizer.load(made)
@@ -320,9 +257,9 @@ def test_a_chat_is_plain_words_and_transformers_writes_the_same(made):
             tokenizer.chat_template, messages, add_generation_prompt=prompt, **tokenizer.named_tokens
         )
         assert rendered == theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-        assert rendered.endswith("Assistant: " if prompt else text.END)
+        assert rendered.endswith("Assistant: " if prompt else END)
     with pytest.raises(Exception, match="found the role tool"):
-        rendering.render(text.CHAT, [{"role": "tool", "content": "x"}])
+        rendering.render(bpe.CHAT, [{"role": "tool", "content": "x"}])
 
 
 @pytest.mark.parametrize("answer", ["x = 1", "", " def", "\n\ndef f(x):\n", ": ::", "é", "\t \t", "Assistant: x"])
@@ -345,8 +282,8 @@ def command(monkeypatch, *args: str | Path) -> None:
 
 def test_the_command_makes_what_prepare_makes_and_says_so(docs, made, tmp_path, monkeypatch, capsys):
     (tmp_path / "in").mkdir()
-    for name, content in docs:
-        (tmp_path / "in" / name).write_text(content)
+    for name, content, _ in docs:
+        (tmp_path / "in" / f"{name}.jsonl").write_text(json.dumps({"text": content}))
     command(
         monkeypatch, tmp_path / "in", "--out", tmp_path / "out", "--vocab", "300", "--context", "16",
         "--shard-tokens", "500",
@@ -369,13 +306,13 @@ def test_several_inputs_are_joined_and_their_names_told_apart(tmp_path, monkeypa
         text, "prepare", lambda found, *args, **options: seen.extend(found) or prepare(found, *args, **options)
     )
     command(monkeypatch, tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out", "--vocab", "300", "--context", "16")
-    assert [d.name for d in seen] == [f"{(tmp_path / name).as_posix()}/x.txt" for name in "ab"]
+    assert [*dict.fromkeys(part.name for part in seen)] == [f"{(tmp_path / name).as_posix()}/x.txt" for name in "ab"]
     assert text.facts(tmp_path / "out").train_documents == 2
 
 
 @pytest.mark.parametrize("args, code, words", [
     (["--out", "new", "--vocab", "300", "nowhere"], 1, "nowhere: no such file"),
-    (["--out", "new", "--vocab", "300", "short.txt"], 1, "too little text"),
+    (["--out", "new", "--vocab", "300", "short.txt"], 1, "do not fill one context of 1024"),
     (["--out", "new", "--tokenizer", "nowhere", "short.txt"], 1, "nowhere: found no such folder"),
     (["--out", "new", "--vocab", "300", "--shards", "5"], 2, "did you mean --shard-tokens?"),
     (["--out", "new"], 2, "--vocab"),

@@ -295,7 +295,7 @@ def test_shards_of_another_tokenizer_are_refused_and_mixtures_are_trained_on(run
     with pytest.raises(SystemExit) as error:
         run("--data", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "run")
     assert "another tokenizer" in error.value.code
-    texts.prepare(texts.read(text)[:12], tmp_path / "c", vocab=None, tokenizer=tmp_path / "a", context=32)
+    texts.prepare(list(texts.read(text))[:12], tmp_path / "c", vocab=None, tokenizer=tmp_path / "a", context=32)
     run("--data", tmp_path / "a", tmp_path / "c", "--mix", "0.75", "0.25", "--out", tmp_path / "run", *SHORT,
         "--steps", "3")
     assert len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) > 3
@@ -477,7 +477,7 @@ def test_a_folder_of_something_else_is_never_touched(text, tmp_path):
     (["--preset", "lama"], 1, "did you mean llama"),
     (["--data", "nowhere"], 1, "nowhere: no such file"),
     (["--data", "bad.jsonl"], 1, "bad.jsonl, line 2"),
-    (["--data", "short.txt"], 1, "too little text"),
+    (["--data", "short.txt"], 1, "do not fill one context of 128"),
     (["--data", "bad.jsonl", "--device", "nonsense"], 1, "nonsense"),
     (["--config", "bad.jsonl"], 1, "bad.jsonl: not TOML"),
     (["--config", "none.toml"], 1, "none.toml: cannot be read"),

@@ -1,115 +1,205 @@
-"""Documents: what a file, a folder or Python's standard library holds as text, and which part of it is held out.
+"""Documents: what files, folders, data sets of the hub or Python's standard library hold as text, part by part.
 
-A .jsonl file has a document a line, in "text"; any other file is one. The part that is held out is made of whole
-documents, chosen by a hash of their names, so it is the same on every machine, and grows when the text does.
+    notes/  a.jsonl.gz …        a document a record, in a field of it      (records.py)
+            book.txt …          any other text file is one document, or several, where it has marks between them
+    →  Part("book.txt", "It was …", ends=False)  Part("book.txt", "… night.", ends=True)  …
+
+A text of any length passes in parts of about a million characters, so it is never in memory as a whole. A record is one
+part: it was parsed as a whole.
+
+**Marks.** In a text file <|endoftext|> parts documents, as those who join documents into one file mean it; so does the
+text of the tokenizer's EOS and BOS, except <s> and </s>, which HTML writes too. The newline behind a mark goes with it.
+In records they are text: a record is a document already.
+
+**What is not read is said.** In a folder that is: hidden files, what is not text, and tables or .json files whose first
+record has no documents. A file that is named itself must be readable. `Texts.notes` has a line for each reason.
 """
 
-import json
-import math
+import hashlib
 import os
+import re
 import sysconfig
-import zlib
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nanollm.errors import DataError
+from nanollm.data import files, records
+from nanollm.errors import DataError, counted
 
-HELD_OUT = 0.05                 # share of the text that training never sees
-FEW = 20                        # fewer documents than this, and the end of each is held out instead of whole ones
+END = "<|endoftext|>"
+HTML = ("<s>", "</s>")          # marks of tokenizers, and words of HTML
 NOT_TEXT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "encodings", "pydoc_data", "lib2to3",
             "__pycache__"}
+HIDDEN, NO_TEXT, NO_FIELD = "hidden: not read", "no text: not read", "no document in the first record: not read"
 
 
-class Document(NamedTuple):
-    """One text of a corpus."""
-    name: str                   # the split depends on it, and, where documents are few, on their lengths
+class Part(NamedTuple):
+    """A document, or a part of a long one."""
+    name: str                   # for messages
     text: str
+    ends: bool = True           # whether the document ends here
 
 
-def read(source: Path | None) -> list[Document]:
-    """The documents of a file or a folder, in the order of their names. None: the source of Python's standard library.
+class File(NamedTuple):
+    """A file of a source, read or not; or a data set of the hub."""
+    path: Path
+    name: str                   # for messages
+    named: bool                 # by itself, not found in a folder
+    hidden: bool = False
 
-    In a folder, files that are not text and hidden files are passed over. Raises DataError, which names the file, and
-    the line of a .jsonl.
+
+class Texts:
+    """The parts of all documents, in the order of the sources and of the names in each. Iterated over, it reads anew.
+
+    sources   files, folders, hf:…; [] is the source of Python's standard library
+    field     of records, see records.py
+    marks     what else than <|endoftext|> parts documents in text files
+    notes     what was read otherwise than as plain text, and what was not read: of the last time it was read through
+
+    Raises DataError, which names the file, and the line of a record.
     """
-    if source is None:
-        return standard_library()
-    if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    if source.is_file():
-        documents = read_file(source, source.name)
-    else:
-        inside = [path for path in sorted(source.rglob("*")) if path.is_file()]
-        shown = [(path, path.relative_to(source)) for path in inside]
-        shown = [(path, name) for path, name in shown if not any(part.startswith(".") for part in name.parts)]
-        documents = [d for path, name in shown if is_text(path) for d in read_file(path, name.as_posix())]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise DataError(f"{source}: no text in it")
-    return documents
+
+    def __init__(self, sources: Sequence[Path], field: str | None = None, marks: Sequence[str] = ()) -> None:
+        self.sources, self.field = sources, field
+        self.marks = tuple(dict.fromkeys([END, *(mark for mark in marks if mark not in HTML)]))
+        self._how: dict[Path, files.Encoding | None] = {}
+        self._states: dict[Path, tuple[int, int]] = {}
+        self._found: dict[str, dict[str, str]] = {}             # reason → file → how much of it
+
+    def __iter__(self) -> Iterator[Part]:
+        self._found, some = {}, False
+        for file in self._files():
+            for part in self._parts(file):
+                some = some or bool(part.text.strip())
+                yield part
+        if not some:
+            what = ", ".join(map(str, self.sources))
+            raise DataError(f"{what}: no text in it" + "".join(f"; {note}" for note in self.notes))
+
+    @property
+    def notes(self) -> list[str]:
+        """A line for each reason, with the number of files and the first names."""
+        return [f"{counted(len(names), 'file')} {reason}: "
+                f"{', '.join(name + more for name, more in list(names.items())[:4])}{', …' if len(names) > 4 else ''}"
+                for reason, names in self._found.items()]
+
+    def listing(self) -> str | None:
+        """A hash of which files there are, their sizes and when they were written, and of how they are read: the same
+        texts, if it is the same. None where a file was written in the last two seconds, as it may be again in the same
+        tick of the clock. A data set of the hub counts as unchanged."""
+        listed: list[object] = [self.field, self.marks]
+        for file in self._files():
+            if str(file.path).startswith(records.HUB):
+                listed.append(file.name)
+            elif not file.hidden:
+                size, written = _state(file.path)
+                if written > time.time_ns() - 2 * 10**9:
+                    return None
+                listed.append((str(file.path.resolve()), size, written))
+        return hashlib.blake2b(repr(listed).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+    def _note(self, reason: str, name: str, more: str = "") -> None:
+        self._found.setdefault(reason, {})[name] = more and f" ({more})"
+
+    def _files(self) -> Iterator[File]:
+        if not self.sources:
+            yield from standard_library()
+        for source in self.sources:
+            before = f"{source.as_posix()}/" if len(self.sources) > 1 else ""
+            if str(source).startswith(records.HUB):
+                yield File(source, str(source), named=True)
+            elif source.is_dir():
+                for path in sorted(path for path in source.rglob("*") if path.is_file()):
+                    name = path.relative_to(source)
+                    hidden = any(part.startswith(".") for part in name.parts)
+                    yield File(path, before + name.as_posix(), named=False, hidden=hidden)
+            elif source.exists():
+                yield File(source, before + source.name, named=True)
+            else:
+                raise DataError(f"{source}: no such file or folder")
+
+    def _parts(self, file: File) -> Iterator[Part]:
+        path, name, named, hidden = file
+        if str(path).startswith(records.HUB):
+            yield from self._records(records.hub(str(path)), name)
+            return
+        if hidden:
+            return self._note(HIDDEN, name)
+        state = _state(path)
+        if self._states.setdefault(path, state) != state:
+            raise DataError(f"{path}: changed while it was read; start again")
+        if path not in self._how:
+            self._how[path] = (files.Encoding("utf-8") if files.kind(path) == ".parquet" else files.encoding(path))
+        how = self._how[path]
+        if how is None:
+            if named:
+                raise DataError(f"{path}: not a text file (it holds zero bytes, or bytes of no encoding that is read); "
+                                "convert it to UTF-8: iconv -f ENCODING -t UTF-8")
+            return self._note(NO_TEXT, name)
+        if how.damaged:
+            self._note("not all UTF-8: U+FFFD for the rest", name, counted(how.damaged, "place"))
+        elif how.name == "cp1252":
+            self._note("not UTF-8, read as cp1252 (Western European)", name)
+        if files.kind(path) not in records.SUFFIXES:
+            yield from self._text(files.text_blocks(path, how), name)
+            return
+        try:
+            yield from self._records(records.records(path, how, self.field), name)
+        except records.NoField:
+            if named or files.kind(path) in (".jsonl", ".ndjson"):
+                raise
+            self._note(NO_FIELD, name)
+
+    def _records(self, found: Iterator[records.Record], name: str) -> Iterator[Part]:
+        for number, (field, text) in enumerate(records.texts(found, self.field), 1):
+            if number == 1 and field not in ("text", self.field):
+                self._note(f'with its documents in "{field}"', name)
+            yield Part(f"{name}:{number}", text)
+
+    def _text(self, blocks: Iterator[str], name: str) -> Iterator[Part]:
+        """A text file, parted at the marks. What may be the beginning of a mark waits for the next block."""
+        marks = re.compile("(?:" + "|".join(re.escape(mark) for mark in sorted(self.marks, key=len, reverse=True)) +
+                           ")\n?")
+        longest, held, documents = 1 + max(map(len, self.marks)), "", 1
+        for block in blocks:
+            text, at = held + block, 0
+            for mark in marks.finditer(text):
+                if mark.end() == len(text):             # its newline may follow
+                    break
+                yield Part(name, text[at: mark.start()])
+                at, documents = mark.end(), documents + 1
+            wait = max(at, len(text) - longest)
+            if wait > at:
+                yield Part(name, text[at:wait], ends=False)
+            held = text[wait:]
+        *whole, last = marks.split(held)
+        yield from (Part(name, text) for text in whole)
+        yield Part(name, last)
+        if documents + len(whole) > 1:
+            self._note("parted where a mark stands", name, counted(documents + len(whole), "document"))
 
 
-def standard_library() -> list[Document]:
+def read(sources: Path | Sequence[Path] | None, field: str | None = None, marks: Sequence[str] = ()) -> Texts:
+    """The documents of a source, or of several. None or []: the source of Python's standard library."""
+    return Texts([sources] if isinstance(sources, Path) else sources or [], field, marks)
+
+
+def standard_library() -> list[File]:
     """The .py files of this Python's standard library, without its tests and its tables of data."""
     folder, paths = Path(sysconfig.get_paths()["stdlib"]), []
-    for place, inside, files in os.walk(folder):
+    for place, inside, names in os.walk(folder):
         inside[:] = set(inside) - NOT_TEXT              # what is taken out is not walked through
-        paths += [Path(place, name) for name in files if name.endswith(".py") and not name.startswith("_sysconfigdata")]
+        paths += [Path(place, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")]
     if not paths:
         raise DataError(f"{folder}: this Python has no source of its standard library; give text of your own")
-    documents = [d for path in sorted(paths) for d in read_file(path, path.relative_to(folder).as_posix())]
-    return [document for document in documents if document.text.strip()]
+    return [File(path, path.relative_to(folder).as_posix(), named=False) for path in sorted(paths)]
 
 
-def is_text(path: Path) -> bool:
-    """Whether a file has no zero byte among its first 8,192."""
-    with path.open("rb") as file:
-        return b"\0" not in file.read(8192)
-
-
-def read_file(path: Path, name: str) -> list[Document]:
-    """The documents of one file. Bytes that are not UTF-8 become U+FFFD."""
+def _state(path: Path) -> tuple[int, int]:
+    """The size of a file and when it was written, in ns."""
     try:
-        if not is_text(path):
-            raise DataError(f"{path}: not a text file (it holds zero bytes)")
-        text = path.read_bytes().decode("utf-8-sig", errors="replace").replace("\r\n", "\n")
+        stat = path.stat()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
-    if path.suffix != ".jsonl":
-        return [Document(name, text)]
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
-    return [Document(f"{name}:{n}", json_text(line, f"{path}, line {n}")) for n, line in lines]
-
-
-def json_text(line: str, where: str) -> str:
-    """The document in one line of jsonl. Raises DataError that begins with `where`, the file and the line."""
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict) or not isinstance(value.get("text"), str):
-        found = f"the keys {', '.join(value)}" if isinstance(value, dict) else f"a {type(value).__name__}"
-        raise DataError(f'{where}: expected an object with the document in "text", found {found}')
-    # JSON can spell half a surrogate pair
-    return value["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-
-
-# ---- what is held out
-
-def split(documents: Sequence[Document]) -> tuple[list[Document], list[Document]]:
-    """(training, held out), the same on every machine. A text that occurs twice counts once: none is on both sides."""
-    unique = list({document.text: document for document in reversed(documents)}.values())[::-1]
-    if len(unique) < FEW:
-        cuts = [d.text.rfind("\n", 0, math.ceil(len(d.text) * (1 - HELD_OUT))) + 1 or len(d.text) for d in unique]
-        ends = [Document(d.name, d.text[cut:]) for d, cut in zip(unique, cuts, strict=True) if d.text[cut:].strip()]
-        return [Document(d.name, d.text[:cut]) for d, cut in zip(unique, cuts, strict=True)], ends
-    share, held = HELD_OUT * sum(len(d.text) for d in unique), set()
-    room = share
-    for document in sorted(unique, key=lambda d: zlib.crc32(d.name.encode(errors="replace"))):
-        if room < share / 4:                            # to fill the rest would mean to look for ever smaller ones
-            break
-        if len(document.text) <= room:
-            room -= len(document.text)
-            held.add(document.name)
-    return [d for d in unique if d.name not in held], [d for d in unique if d.name in held]
+    return stat.st_size, stat.st_mtime_ns

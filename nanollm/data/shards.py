@@ -11,12 +11,20 @@ leaves 0 holds facts of ours, so each program reads the other's files:
 The crc is that of the whole file with a 0 in its own place. A raw .bin (nanoGPT) is tokens and nothing else: uint16,
 unless {"dtype": "uint32"} stands in a meta.json beside it.
 
+**Read once, not at each start.** `verify` reads every byte, and notes in .verified.json beside the shard what it found:
+size, time of writing, crc, largest id. A file that still has that size and that time is not read again, by any rank of
+any run. What was written less than two seconds before is not noted: another write could leave the same time. A folder
+that cannot be written to is read each time. Rows are read through a memory map, a page at a time, whatever the size of
+the file.
+
 Shapes: N tokens of a file.
 """
 
+import contextlib
 import functools
 import json
 import os
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -32,6 +40,8 @@ FORMATS: dict[int, tuple[int, np.dtype]] = {        # magic: version, dtype
 }
 OURS = 0x6E616E6F               # the integers 4 … 14 mean what is drawn above
 AGAIN = "damaged or something else: make or fetch it again"
+DRAFT = ".draft"                # a folder in the one that it is to become
+VERIFIED = ".verified.json"
 LIMIT = 2**31                   # tokens in a file are fewer: llm.c counts them with 32 bits and a sign
 
 
@@ -68,6 +78,45 @@ def write_shard(path: Path, tokens: np.ndarray, *, end: int | None, digest: str 
     write_file(path, header, tokens)
 
 
+class Writing:
+    """A stream of ids, written as shards of `size` tokens: name-00000.bin, name-00001.bin … The ids wait in a file."""
+
+    def __init__(self, folder: Path, name: str, size: int, vocab: int, end: int, digest: str) -> None:
+        self.folder, self.name, self.size, self.end, self.digest = folder, name, size, end, digest
+        self.dtype, self.counts = id_dtype(vocab), np.zeros(vocab, np.int64)        # counts: how often each id stands
+        self.waiting, self.number, self._path = 0, 0, folder / f"{name}.draft"
+        self._file = self._path.open("wb")
+
+    def add(self, ids: np.ndarray) -> None:
+        """ids (n,) of int64. Raises DataError where the disk refuses."""
+        self.counts += np.bincount(ids, minlength=len(self.counts))
+        ids = ids.astype(self.dtype)
+        while len(ids):
+            now, ids = ids[: self.size - self.waiting], ids[self.size - self.waiting:]
+            try:
+                self._file.write(now.data)
+            except OSError as error:
+                raise DataError(f"{self._path}: cannot be written: {error.strerror}") from None
+            self.waiting += len(now)
+            if self.waiting == self.size:
+                self._shard()
+
+    def _shard(self) -> None:
+        self._file.flush()
+        tokens = np.memmap(self._path, self.dtype, "r", 0, (self.waiting,))
+        write_shard(self.folder / f"{self.name}-{self.number:05}.bin", tokens, end=self.end, digest=self.digest)
+        self._file.seek(0)
+        self._file.truncate()
+        self.number, self.waiting = self.number + 1, 0
+
+    def close(self) -> None:
+        """Write what waits as the last shard."""
+        if self.waiting:
+            self._shard()
+        self._file.close()
+        self._path.unlink()
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
     """The object in the folder's meta.json; {} where there is none."""
     try:
@@ -79,6 +128,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{folder / 'meta.json'}: found a {type(value).__name__}, expected a JSON object")
     return value
+
+
+def _verified(folder: Path) -> dict[str, Any]:
+    try:
+        value = json.loads((folder / VERIFIED).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 class Shard:
@@ -147,22 +204,32 @@ class Shard:
     @functools.cached_property
     def crc32(self) -> int:
         """As the header says, or counted where it says nothing."""
-        return self._read(LIMIT)[0] if self._given is None else self._given
+        if self._given is not None:
+            return self._given
+        known = self._noted()
+        return known[0] if known else self._read(LIMIT)[0]
 
     def _read(self, vocab: int) -> tuple[int, tuple[int, int] | None]:
         """One pass over the file: its crc, and (place, id) of the first token that is not below `vocab`."""
         self.unchanged()
-        crc, first, tokens = zlib.crc32(self._header), None, self.tokens
+        crc, first, largest, tokens = zlib.crc32(self._header), None, 0, self.tokens
         for at in range(0, self.count, 1 << 22):
             block = tokens[at : at + (1 << 22)]
-            crc = zlib.crc32(block.data, crc)
-            if first is None and block.max() >= vocab:
+            crc, highest = zlib.crc32(block.data, crc), int(block.max())
+            if first is None and highest >= vocab:
                 place = int((block >= vocab).argmax())
                 first = at + place, int(block[place])
+            largest = max(largest, highest)
+        self._note(crc, largest)
         return crc, first
 
     def verify(self, vocab: int) -> None:
         """Raises DataError unless the bytes are those that were written and all ids are below `vocab`."""
+        self.unchanged()
+        known = self._noted()
+        if known and known[1] < vocab and self._given in (None, known[0]):
+            self.crc32 = known[0]
+            return
         crc, first = self._read(vocab)
         if self._given not in (None, crc):
             raise DataError(f"{self.path}: damaged: found crc32 {crc:08x}, "
@@ -171,6 +238,24 @@ class Shard:
             raise DataError(f"{self.path}: found id {first[1]} at token {first[0]}, expected ids below {vocab}; "
                             "it was made with another tokenizer")
         self.crc32 = crc
+
+    def _noted(self) -> tuple[int, int] | None:
+        """(crc, largest id) as .verified.json has them for a file of this size and time; None where it has not."""
+        try:
+            size, written, crc, largest = map(int, _verified(self.path.parent).get(self.path.name, ()))
+        except (TypeError, ValueError):                         # no entry, or not one of ours
+            return None
+        return (crc, largest) if (size, written) == self._state else None
+
+    def _note(self, crc: int, largest: int) -> None:
+        if time.time_ns() - self._state[1] < 2 * 10**9:
+            return
+        file = self.path.with_name(VERIFIED)
+        draft = file.with_name(f"{VERIFIED}.{os.getpid()}.draft")
+        noted = _verified(self.path.parent) | {self.path.name: [*self._state, crc, largest]}
+        with contextlib.suppress(OSError):                      # a folder that is not ours to write to
+            draft.write_text(json.dumps(noted))
+            os.replace(draft, file)
 
     def unchanged(self) -> None:
         """Raises DataError if the file is not the one that was opened, by its size and the time it was written."""

@@ -12,8 +12,9 @@ and to end. Windows start every T tokens: each token but the first is a target o
 A batch is a pure function of (seed, row number): nothing has to be saved to go on where a run stopped, and any number
 of machines can share the rows out. Three maps lead from a row of the run to a window, each in constant time:
 
-    row → source           of 1024 rows, source i has c_i, as its weight says; their order is a permutation keyed by
-                           (seed, block)
+    row → source           of a block of 1024 rows, source i has c_i, as its weight says; their order is a permutation
+                           keyed by (seed, block). Where that would give a source of any weight no row, a block has
+                           twice the rows, or four times …
     row of source → epoch  n → (n div rows, n mod rows)
     place → window         a permutation of the windows keyed by (seed, source, epoch)
 
@@ -37,10 +38,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.data.shards import Shard, read_meta
+from nanollm.data.shards import DRAFT, Shard, read_meta
 from nanollm.errors import DataError
 
-BLOCK = 1024                    # rows in which each source of a mixture has its exact share
+BLOCK, LARGEST = 1 << 10, 1 << 40       # rows in which each source of a mixture has its exact share, at least one
 MAKE = "python -m nanollm.data makes them from text"
 NAME = re.compile(r"(.*_)?(train|val|held_out)[-_]?(\d*)\.bin")         # train-00000.bin, fineweb_train_000001.bin
 
@@ -147,6 +148,11 @@ class Tokens:
         for shard in self.shards:
             shard.unchanged()
 
+    def moved(self, folder: Path) -> None:
+        """The files lie in another folder now."""
+        for shard in self.shards:
+            shard.path = folder / shard.path.name
+
 
 def is_shard_folder(path: Path) -> bool:
     """Whether it is a folder with shards to train on, by their names."""
@@ -184,8 +190,9 @@ def open_folder(path: Path, context: int, end: int | None = None) -> tuple[Token
     if "format" in meta and counts != expected:
         raise DataError(f"{path}: found {counts} tokens to train on and held out, "
                         f"expected {expected} as in meta.json (None: it is unfinished); {MAKE}")
-    beside = Tokens(f"{path}, held out", held_out, context, end, short=True) if held_out else None
-    return Tokens(str(path), train, context, end), beside
+    name = path.parent if path.name == DRAFT else path
+    beside = Tokens(f"{name}, held out", held_out, context, end, short=True) if held_out else None
+    return Tokens(str(name), train, context, end), beside
 
 
 # ---- the order of rows
@@ -231,12 +238,14 @@ class Stream:
             names = ", ".join(source.name for source in sources)
             raise DataError(f"weights {list(weights)}: expected {len(sources)} numbers, 0 or more, not all 0, "
                             f"for {names}")
-        self.counts = shares(weights)
-        for source, weight, count in zip(sources, weights, self.counts, strict=True):
-            if weight and not count:
-                total = sum(weights)
-                raise DataError(f"{source.name}: weight {weight:g} of {total:g} is no row in {BLOCK}; "
-                                f"expected {total / BLOCK:.2g} or more, or 0")
+        self.block = BLOCK
+        while not all(count for count, weight in zip(shares(weights, self.block), weights, strict=True) if weight):
+            self.block *= 2
+            if self.block > LARGEST:
+                weight, source = min((weight, number) for number, weight in enumerate(weights) if weight)
+                raise DataError(f"{sources[source].name}: weight {weight:g} of {sum(weights):g} is less than one row "
+                                f"in {LARGEST}; expected more, or 0")
+        self.counts = shares(weights, self.block)
 
     @property
     def fingerprint(self) -> int:                               # of everything that decides what a row holds
@@ -247,8 +256,8 @@ class Stream:
         """(source, epoch, window) of row `row`."""
         source, n = 0, row
         if len(self.sources) > 1:
-            block, at = divmod(row, BLOCK)
-            at, ends = int(shuffle(at, BLOCK, (self.seed, block))), [*accumulate(self.counts)]
+            block, at = divmod(row, self.block)
+            at, ends = int(shuffle(at, self.block, (self.seed, block))), [*accumulate(self.counts)]
             source = bisect_right(ends, at)
             n = block * self.counts[source] + at - (ends[source] - self.counts[source])
         epoch, n = divmod(n, self.sources[source].rows)
@@ -260,9 +269,10 @@ class Stream:
         return stack([self.sources[source].row(window) for source, _, window in places])
 
 
-def shares(weights: Sequence[float]) -> list[int]:
-    """BLOCK rows parted by weight: each has its share rounded down, the largest remainders take the rows left over."""
-    exact = [BLOCK * weight / sum(weights) for weight in weights]
+def shares(weights: Sequence[float], block: int) -> list[int]:
+    """`block` rows parted by weight: each has its share rounded down, the largest remainders take the rows left
+    over."""
+    exact = [block * weight / sum(weights) for weight in weights]
     order = sorted(range(len(weights)), key=lambda i: int(exact[i]) - exact[i])
-    more = order[: BLOCK - sum(map(int, exact))]
+    more = order[: block - sum(map(int, exact))]
     return [int(exact[i]) + (i in more) for i in range(len(weights))]

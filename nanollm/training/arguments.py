@@ -13,6 +13,7 @@ import torch
 
 from nanollm import cli
 from nanollm.cli import Parser
+from nanollm.data.prepare import FIELD_HELP
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing
@@ -104,8 +105,10 @@ def model_and_data(add: Add) -> None:
         help="pretrained model to start from, for fine-tuning: config, weights and tokenizer of a folder, or of "
              "owner/name on the Hugging Face hub")
     add("--data", type=Path, nargs="+", default=[], metavar="PATH",
-        help="training text: a file, a .jsonl, or a folder of them; or tokenized shards: folders made by "
-             "python -m nanollm.data, .bin files (default: the source of Python's standard library)")
+        help="training text: files, folders of them, or hf:owner/name[:config][:split] of the hub (python -m "
+             "nanollm.data --help names the formats); or tokenized shards: folders made by python -m nanollm.data, "
+             ".bin files (default: the source of Python's standard library)")
+    add("--text-field", metavar="NAME", help=FIELD_HELP)
     add("--mix", type=rate, nargs="+", metavar="W",
         help="mixture weights, one for each --data of shards (default: in proportion to their size)")
     add("--chat", type=Path, metavar="FILE",
@@ -206,7 +209,7 @@ def growing_and_freezing(add: Add) -> None:
         help="special tokens that the tokenizer gets, and the model with it as --grow-vocab says")
     add("--rope-scaling", choices=growing.SCALINGS,
         help="angles of RoPE for a longer context: divided by the factor; by a base that grows with the length; YaRN")
-    add("--rope-factor", type=rate, metavar="F", help="the new context over the old, for --rope-scaling")
+    add("--rope-factor", type=rate, metavar="F", help="factor of --rope-scaling: the new context over the old")
     add("--neftune", type=rate, default=0.0, metavar="ALPHA",
         help="NEFTune: noise on the embeddings in training, of this size (default 0; often 5)")
     add("--shift-attention", type=whole, metavar="G",

@@ -6,6 +6,7 @@
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from nanollm.data import prepare as text
 from nanollm.data import sft
 from nanollm.data import stream as data
+from nanollm.data.encode import marks
+from nanollm.data.shards import read_meta
 from nanollm.data.stream import Batch, Source, Stream
 from nanollm.errors import DataError, counted
 from nanollm.text import adding, templates, tokenizer
@@ -34,6 +37,7 @@ class Corpus:
     chat: bool
     facts: text.Facts | None
     notes: tuple[str, ...]                      # lines that are printed before the first step
+    draft: Path | None = None                   # tokenized for this run, and not yet where it belongs; see `keep`
 
     def prompt(self, words: str) -> list[int]:
         """The ids that a sample goes on from: the beginning of a document, or of an answer. Needs a tokenizer."""
@@ -43,8 +47,22 @@ class Corpus:
             conversation = Conversation(tokenizer)
             conversation.add("user", words or "Hello!")
             return conversation.prompt_ids()
-        start = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-        return ([] if start is None else [start]) + tokenizer.encode(words, bos=False)
+        start = () if tokenizer.bos_id is None and tokenizer.eos_id is None else marks(tokenizer).before
+        return [*start, *tokenizer.encode(words, bos=False)]
+
+    def keep(self, world: World) -> "Corpus":
+        """The same, with text that was tokenized for this run moved to its place: the run begins, all checks have
+        passed. All ranks call it."""
+        draft, reader = self.draft, self.tokenizer
+        if draft is None:
+            return self
+        world.on_rank_0(lambda: text.settle(draft, draft.parent))
+        for source in (*self.stream.sources, self.held_out):
+            if isinstance(source, data.Tokens):
+                source.moved(draft.parent)
+        if reader and reader.folder == draft:
+            reader = tokenizer.load(draft.parent)
+        return dataclasses.replace(self, tokenizer=reader, draft=None)
 
     def copy_tokenizer(self, folder: Path) -> None:
         """Copy the tokenizer's files beside a model, and for chats the template and the ids that end an answer."""
@@ -101,25 +119,44 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
     """
     if options.chat:
         return world.on_all_ranks(lambda: open_chats(options))
-    folders = options.data
+    folders, draft = options.data, None
     if not all(path.suffix == ".bin" or data.is_shard_folder(path) for path in folders) or not folders:
-        world.on_rank_0(lambda: prepare(options, vocab))
-        folders = [options.out / "data"]
+        made = world.broadcast(world.on_rank_0(lambda: prepare(options, vocab)))
+        folders, draft = [made], None if made == options.out / "data" else made
     corpus = world.on_all_ranks(lambda: open_shards(options, folders))
     sources = [source for source in (*corpus.stream.sources, corpus.held_out) if source]
     world.on_rank_0(lambda: [source.verify(corpus.vocab) for source in sources])
-    return corpus
+    return dataclasses.replace(corpus, draft=draft)
 
 
-def prepare(options: argparse.Namespace, vocab: int) -> None:
-    """Tokenize the text that --data names into the run folder. Raises DataError."""
-    if len(options.data) > 1:
-        raise DataError(f"{', '.join(map(str, options.data))}: several --data are mixed as shards; "
-                        "make each with python -m nanollm.data first")
-    given = adding.folder_of(options)
-    documents = text.read(options.data[0] if options.data else None)
+def prepare(options: argparse.Namespace, vocab: int) -> Path:
+    """Tokenize the text that --data names: the folder of shards, which is a draft inside that of the run where the
+    text is new.
+
+    A run that is resumed keeps its tokenizer, and, unless --force says so, its text: both are compared before any
+    work. Text that an earlier version tokenized is not compared, and taken as it is. Raises DataError.
+    """
+    folder, given = options.out / "data", adding.folder_of(options)
+    if shards := [path for path in options.data if path.suffix == ".bin" or data.is_shard_folder(path)]:
+        raise DataError(f"--data {shards[0]}: found shards beside text; make shards of the text too, with python -m "
+                        "nanollm.data --tokenizer, and they can be mixed")
+    if options.mix:
+        raise DataError(f"--mix: expected --data of shards, found text ({', '.join(map(str, options.data))}), which is "
+                        "one source; make shards of each with python -m nanollm.data")
+    documents = text.read(options.data, options.text_field, text.separators(given))
+    meta = read_meta(folder) if options.resume and (options.out / "run.json").exists() else {}
+    if "facts" in meta:                                 # the text of the run that is resumed
+        if text.holds(folder, documents):
+            if text.is_whole(folder):
+                return folder
+        elif not options.force:
+            raise DataError(f"{options.out}: holds another run (other text than that of --data "
+                            f"{' '.join(map(str, options.data))}); with --resume --force it goes on with this text, "
+                            "under the tokenizer that it has; --force starts over, --out names another folder")
+        else:
+            given = given or folder                     # the model knows no other
     size = None if given else vocab
-    text.prepare(documents, options.out / "data", vocab=size, tokenizer=given, context=options.context)
+    return text.draft(documents, folder, vocab=size, tokenizer=given, context=options.context)
 
 
 def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
@@ -146,7 +183,8 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     if facts:
         size = f"{facts.train_bytes / 1e6:.1f} MB, {facts.train_tokens / 1e6:.2f} M tokens"
         notes = [f"{counted(facts.train_documents, 'document')}, {size}; "
-                 f"{counted(facts.held_out_documents, 'more document')} held out"]
+                 f"{counted(facts.held_out_documents, 'document')}, whole or the end of a long one, held out"]
+        notes += text.notes(folders[0])
     held_out = next((held for _, held in pairs if held), None)
     if len(pairs) > 1:
         notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from nanollm.config import ModelConfig
+from nanollm.data.prepare import discard
 from nanollm.errors import ConfigError, RunError
 from nanollm.training import state
 from nanollm.training.arguments import DEFAULTS, build_parser, kind
@@ -39,11 +40,11 @@ OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "te
         "added_tokens.json", "special_tokens_map.json", "chat_template.*", "model*.safetensors*", "log.jsonl",
         "loss.png", "monitors.json")
 # Options that may differ on --resume. All but skip_steps change no number except by the order of sums; skip_steps is
-# there to leave out the rows that made a run diverge.
-FREE = {"out", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile", "offload",
-        "eval_every", "sample_every", "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps", "plan",
-        "world_size", "mfu", "title", "mlflow", "gradient_accumulation", "eval_only", "export", "keep_best", "patience",
-        "epochs"}                               # epochs: steps and rows say it
+# there to leave out the rows that made a run diverge. data is compared by what it holds, wherever that lies.
+FREE = {"out", "data", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile",
+        "offload", "eval_every", "sample_every", "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps",
+        "plan", "world_size", "mfu", "title", "mlflow", "gradient_accumulation", "eval_only", "export", "keep_best",
+        "patience", "epochs"}                   # epochs: steps and rows say it
 
 
 @contextlib.contextmanager
@@ -73,9 +74,11 @@ def locked(folder: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):                      # a full disk is reported when the run writes its record
             file.truncate(0)
             file.write(str(os.getpid()).encode())
+        discard(folder / "data")                                # of a run that was killed while it tokenized text
         try:
             yield
         finally:
+            discard(folder / "data")
             if {path.name for path in folder.iterdir()} == {"lock"}:
                 (folder / "lock").unlink()
                 with contextlib.suppress(OSError):              # another run may have put something in
