@@ -347,7 +347,7 @@ def test_a_run_is_compared_with_what_it_was(tmp_path):
     for change, words in (
         ({"options": OPTIONS | {"steps": 9}}, r"--steps 8 → 9"),
         ({"data": {"fingerprint": 8}}, r"data.fingerprint 7 → 8"),
-        ({"options": OPTIONS | {"data": [Path("a")]}}, r"--data \['a', 'b'\] → \['a'\]"),
+        ({"options": OPTIONS | {"tokenizer": Path("a")}}, r"--tokenizer None → a"),
         ({"options": {"z_loss": 0.1}}, r"--z-loss 0.0 → 0.1"),               # not recorded: not given
     ):
         with pytest.raises(RunError, match=f"{tmp_path}: holds another run .*{words}.*--resume --force"):
@@ -449,7 +449,7 @@ def test_what_cannot_be_written_is_one_error_and_leaves_what_was_there(tmp_path,
 def test_a_folder_is_held_by_one_at_a_time(tmp_path):
     folder = tmp_path / "new" / "run"
     with runs.locked(folder):
-        (folder / "data").mkdir()
+        (folder / "log.jsonl").touch()
         with (
             pytest.raises(
                 RunError, match=f"{folder}: another run is at work in it .process {os.getpid()}.; wait for it"

@@ -30,8 +30,8 @@ LORA = ("--lora-rank", 4)
 def base(tmp_path_factory) -> Path:
     """A toy that learnt a little, and the shards that it learnt from: FOLDER/base, FOLDER/shards."""
     folder = tmp_path_factory.mktemp("base")
-    text = grammar(tmp_path_factory.mktemp("text"))
-    texts.prepare(texts.read(text), folder / "shards", vocab=300, tokenizer=None, context=32)
+    text = texts.read(grammar(tmp_path_factory.mktemp("text")))
+    texts.prepare(text, folder / "shards", vocab=300, tokenizer=None, context=32)
     launch(1, folder / "base", "--data", folder / "shards", "--optimizer", "adamw", "--steps", 8)
     return folder
 

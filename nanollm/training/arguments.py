@@ -235,7 +235,7 @@ def growing_and_freezing(add: Add) -> None:
         help="special tokens that the tokenizer gets, and the model with it as --grow-vocab says")
     add("--rope-scaling", choices=growing.SCALINGS,
         help="angles of RoPE for a longer context: divided by the factor; by a base that grows with the length; YaRN")
-    add("--rope-factor", type=rate, metavar="F", help="factor of --rope-scaling: new context over old")
+    add("--rope-factor", type=rate, metavar="F", help="factor of --rope-scaling: the new context over the old")
     add("--neftune", type=rate, default=0.0, metavar="ALPHA",
         help="NEFTune: noise on the embeddings in training, of this size (default 0; often 5)")
     add("--shift-attention", type=whole, metavar="G",
