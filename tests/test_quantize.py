@@ -308,6 +308,16 @@ def test_packed_products_are_the_definition(bits, group, dtype, most):
         assert module.packed.dtype == (torch.int8 if bits == 8 else torch.uint8)
 
 
+@pytest.mark.parametrize("bits, group", [(8, 128), (4, 32)])
+def test_many_rows_are_the_definition_and_leave_the_order_as_it_is(bits, group):
+    weight = quantize_weight(torch.randn(64, 256), bits, group)
+    module, x = QuantizedLinear(*(None if part is None else part.clone() for part in weight)), torch.randn(70, 256)
+    with torch.inference_mode():
+        found = module(x)
+    assert torch.equal(found, x @ dequantize(*weight).T)
+    assert module.ordered is None and torch.equal(module.packed, weight[0])
+
+
 def test_the_order_of_torchs_kernel_is_undone():
     """state_dict, copies and casts have our codes; what was computed before is computed again."""
     weight = quantize_weight(torch.randn(32, 128), 4, 32)

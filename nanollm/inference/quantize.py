@@ -125,9 +125,10 @@ def quantized_linear(x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | No
 class QuantizedLinear(nn.Module):
     """A Linear whose weight is quantised, or the E of one place in the experts. Nothing in it is trained.
 
-    On a CPU it runs torch's packed kernels (cpu_products.py). Of 4 bits they want the codes in an order of their own,
-    which then takes the place of ours: `restore` puts ours back, before the module is moved, saved or loaded. Threads
-    may share a module: the first one orders, the others wait for it.
+    On a CPU few rows go through torch's packed kernels (cpu_products.py); for many the weight is made anew, which is
+    faster. Of 4 bits the kernels want the codes in an order of their own, which then takes the place of ours: `restore`
+    puts ours back, before the module is moved, saved or loaded. Threads may share a module: the first one orders, the
+    others wait for it.
     """
     packed: Tensor
     scale: Tensor
@@ -149,7 +150,12 @@ class QuantizedLinear(nn.Module):
         bits = 8 if self.zero is None else 4
         bias = of(expert, self.bias)
         if x.is_cpu and not torch.is_grad_enabled() and cpu.fits(bits, self.outputs, self.inputs, self.group):
-            y = self._rows(x.reshape(-1, self.inputs).contiguous(), expert).view(*x.shape[:-1], self.outputs)
+            is_ordered = bits == 4 and self.ordered is not None                 # to put ours back takes longer
+            if is_ordered or x.numel() <= cpu.few(x.dtype) * self.inputs:
+                y = self._rows(x.reshape(-1, self.inputs).contiguous(), expert).view(*x.shape[:-1], self.outputs)
+            else:
+                stored = of(expert, self.packed), of(expert, self.scale), of(expert, self.zero)
+                y = quantized_linear(x.float(), *stored, None).to(x.dtype)
             return y if bias is None else y + bias
         packed = self.packed if self.ordered is None else self.restore()
         stored = of(expert, packed), of(expert, self.scale), of(expert, self.zero)
