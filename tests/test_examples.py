@@ -6,6 +6,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 import transformers
@@ -72,6 +73,22 @@ def test_finetune_teaches_an_answer(folder, tmp_path, capsys):
     assert model.embed.weight.dtype == torch.bfloat16                        # as it was stored
     answer = [*generate(model, Conversation(words, talk[:1]).prompt_ids(), 20, stop_ids=words.stop_ids)]
     assert words.decode(answer) == talk[1]["content"] and answer[-1] in words.stop_ids
+
+
+def test_lora_teaches_an_answer_that_peft_gives(folder, tmp_path, capsys):
+    talk = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "a brown fox"}]
+    (tmp_path / "chats.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 4)
+    run(capsys, "lora.py", folder, tmp_path / "chats.jsonl", tmp_path / "out", "--steps", "150", "--batch-size", "2",
+        "--context", "64", "--lr", "0.02")
+    model, words = checkpoints.load(folder, adapter=tmp_path / "out"), tokenizer.load(folder)
+    prompt = Conversation(words, talk[:1]).prompt_ids()
+    answer = [*generate(model, prompt, 20, stop_ids=words.stop_ids)]
+    assert words.decode(answer) == talk[1]["content"] and answer[-1] in words.stop_ids
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    assert theirs(torch.tensor([prompt])).logits[0, -1].argmax() == answer[0]
+    with pytest.raises(SystemExit, match="exists"):
+        run(capsys, "lora.py", folder, tmp_path / "chats.jsonl", tmp_path / "out")
 
 
 @pytest.mark.parametrize("bias", [True, False])
