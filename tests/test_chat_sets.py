@@ -4,9 +4,12 @@ long chats; the examples that are kept in the run folder (FINDINGS §4.7, §4.8)
 Files are written by the libraries that define their formats: gzip, zstandard, csv, pyarrow.
 """
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -55,22 +58,58 @@ def said(path: Path) -> list[str]:
     return [chat.messages[-1]["content"] for chat in sft.read(path)]
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.NDJSON", "x.json", "x.csv", "x.parquet", "x.jsonl.gz", "x.json.zst"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.NDJSON", "x.json", "x.csv", "x.tsv", "x.parquet", "x.jsonl.gz",
+                                  "x.json.zst", "x.jsonl.bz2", "x.ndjson.xz"])
 def test_5_each_container_holds_the_same(tmp_path: Path, name: str) -> None:
     path, rows = tmp_path / name, "".join(json.dumps(item) + "\n" for item in PAIRS).encode()
-    if name == "x.csv":
+    if name in ("x.csv", "x.tsv"):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer = csv.DictWriter(file, ["prompt", "completion"], dialect="excel-tab" if "t" in name else "excel")
             writer.writeheader()
             writer.writerows(PAIRS)
     elif name == "x.parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path)
     else:
         data = json.dumps(PAIRS).encode() if ".json" in name and "jsonl" not in name else rows
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else
-                         zstandard.compress(data) if name.endswith(".zst") else data)
+        packers = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        path.write_bytes(packers.get(path.suffix, bytes)(data))
     assert said(path) == ["answer 0", "answer 1", "answer 2"]
     assert sft.read(path)[1].where.startswith(f"{path}, ")
+
+
+@pytest.mark.parametrize("encoding, note", [("utf-16", None), ("cp1252", "not UTF-8, read as cp1252")])
+def test_chats_are_read_in_the_encodings_that_text_is(tmp_path: Path, encoding: str, note: str | None) -> None:
+    notes: list[str] = []
+    path = tmp_path / "x.csv"
+    path.write_text("prompt;completion\nwo?;im Café à gauche\n", encoding=encoding)
+    chat, = sft.read(path, say=notes.append)
+    assert chat.messages == [user("wo?"), assistant("im Café à gauche")]
+    assert [line.startswith(f"{path}: {note}") for line in notes] == [True] * bool(note)
+
+
+def test_dates_in_parquet_are_text(tmp_path: Path) -> None:
+    item = {"messages": [user("a") | {"timestamp": datetime(2026, 1, 2)}, assistant("b")]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([item]), tmp_path / "x.parquet")
+    assert sft.read(tmp_path / "x.parquet")[0].messages[0]["timestamp"] == "2026-01-02 00:00:00"
+
+
+@pytest.mark.slow
+def test_chats_of_the_hub_are_streamed(tmp_path: Path) -> None:
+    """As test_documents has it of text: a local folder stands for a data set of the hub."""
+    pytest.importorskip("datasets", reason="needs the extra data")
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl", *PAIRS)
+    lines(tmp_path / "set" / "validation.jsonl", {"prompt": "a", "completion": "other"})
+    assert said(Path(f"hf:{tmp_path / 'set'}")) == ["answer 0", "answer 1", "answer 2"]
+    assert said(Path(f"hf:{tmp_path / 'set'}::validation")) == ["other"]
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"there": {
+        "hf_hub_url": str(tmp_path / "set"), "split": "validation", "columns": {"prompt": "prompt",
+                                                                                "response": "completion"}}}))
+    chat, = sft.read("there", tmp_path)
+    assert chat.messages == [user("a"), assistant("other")]
+    assert chat.where == f"hf:{tmp_path / 'set'}::validation, row 1"
+    with pytest.raises(DataError, match="hf:.*none: cannot be read"):
+        said(Path(f"hf:{tmp_path / 'set'}::none"))
 
 
 def test_5_messages_in_parquet(tmp_path: Path) -> None:
@@ -120,7 +159,7 @@ INFO = {
     "open": {"file_name": "open.jsonl", "formatting": "openai"},
     "ranked": {"file_name": "x.json", "ranking": True, "columns": {"chosen": "c", "rejected": "r"}},
     "kto": {"file_name": "x.json", "columns": {"prompt": "p", "response": "r", "kto_tag": "k"}},
-    "hub": {"hf_hub_url": "a/b"},
+    "hub": {"ms_hub_url": "a/b"},
     "pictures": {"file_name": "x.json", "columns": {"prompt": "p", "response": "r", "images": "i"}},
 }
 
@@ -162,7 +201,7 @@ def test_5_llama_factorys_sets_are_read(described: Path) -> None:
 
 @pytest.mark.parametrize("name, words", [
     ("ranked", "ranked: preference data, which is for a later method"), ("kto", "preference data"),
-    ("hub", "a 'file_name'; download a set of a hub"), ("pictures", 'no more, found \\["images"\\]'),
+    ("hub", "a 'file_name' or a 'hf_hub_url', found"), ("pictures", 'no more, found \\["images"\\]'),
     ("nothing", "no set 'nothing', and no such file or folder; expected one of plain, named"),
 ])
 def test_5_sets_that_are_not_for_this_are_named(described: Path, name: str, words: str) -> None:

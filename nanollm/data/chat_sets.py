@@ -27,7 +27,9 @@ class Sets:
     def __init__(self, sources: Sequence[Path], held_out: Path | None, dataset_dir: Path | None = None,
                  columns: dict[str, str] | None = None) -> None:
         self.sources, self.held_out = [*sources], held_out
-        self.chats = [read(source, dataset_dir, columns) for source in (*sources, *([held_out] if held_out else []))]
+        self.notes: list[str] = []                      # of files that are not plain UTF-8
+        self.chats = [read(source, dataset_dir, columns, self.notes.append)
+                      for source in (*sources, *([held_out] if held_out else []))]
         self.every = [*chain.from_iterable(self.chats)]
 
     def rows(self, folder: Path, tokenizer: Tokenizer, context: int,
@@ -41,7 +43,7 @@ class Sets:
         pairs = [[(chat, next(made)) for chat in some] for some in self.chats]      # (chat, its examples), set by set
         pad = tokenizer.eos_id if tokenizer.eos_id is not None else 0
         train: list[Chats] = []
-        notes: list[str] = []
+        notes = [*self.notes]
         held = [example for some in pairs[len(self.sources) :] for _, all in some for example in all]
         for source, some in zip(self.sources, pairs, strict=False):
             fitting = [chat for chat, all in some if _fits(all, context, long)]

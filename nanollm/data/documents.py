@@ -123,7 +123,7 @@ class Texts:
     def _parts(self, file: File) -> Iterator[Part]:
         path, name, named, hidden = file
         if str(path).startswith(records.HUB):
-            yield from self._records(records.hub(str(path)), name)
+            yield from self._records(records.texts(records.hub(str(path)), self.field), name)
             return
         if hidden:
             return self._note(HIDDEN, name)
@@ -131,29 +131,26 @@ class Texts:
         if self._states.setdefault(path, state) != state:
             raise DataError(f"{path}: changed while it was read; start again")
         if path not in self._how:
-            self._how[path] = (files.Encoding("utf-8") if files.kind(path) == ".parquet" else files.encoding(path))
+            self._how[path] = files.encoding(path)
         how = self._how[path]
         if how is None:
             if named:
-                raise DataError(f"{path}: not a text file (it holds zero bytes, or bytes of no encoding that is read); "
-                                "convert it to UTF-8: iconv -f ENCODING -t UTF-8")
+                raise files.no_text(path)
             return self._note(NO_TEXT, name)
-        if how.damaged:
-            self._note("not all UTF-8: U+FFFD for the rest", name, counted(how.damaged, "place"))
-        elif how.name == "cp1252":
-            self._note("not UTF-8, read as cp1252 (Western European)", name)
+        if how.note:
+            self._note(how.note, name, counted(how.damaged, "place") if how.damaged else "")
         if files.kind(path) not in records.SUFFIXES:
             yield from self._text(files.text_blocks(path, how), name)
             return
         try:
-            yield from self._records(records.records(path, how, self.field), name)
+            yield from self._records(records.documents(path, how, self.field), name)
         except records.NoField:
             if named or files.kind(path) in (".jsonl", ".ndjson"):
                 raise
             self._note(NO_FIELD, name)
 
-    def _records(self, found: Iterator[records.Record], name: str) -> Iterator[Part]:
-        for number, (field, text) in enumerate(records.texts(found, self.field), 1):
+    def _records(self, found: Iterator[tuple[str, str]], name: str) -> Iterator[Part]:
+        for number, (field, text) in enumerate(found, 1):
             if number == 1 and field not in ("text", self.field):
                 self._note(f'with its documents in "{field}"', name)
             yield Part(f"{name}:{number}", text)

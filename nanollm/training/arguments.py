@@ -132,8 +132,9 @@ def chats(add: Add) -> None:
     """Supervised fine-tuning (SFT)."""
     add("--chat", type=Path, nargs="+", metavar="FILE",
         help="chats for supervised fine-tuning (SFT), loss on the answers only: files of messages, alpaca, sharegpt or "
-             "prompt/completion (.jsonl, .json, .csv, .parquet, also .gz, .zst), folders of them, or sets of a "
-             "dataset_info.json as dataset_info.json:NAME; with --data, text is mixed in")
+             "prompt/completion (.jsonl, .json, .csv, .parquet …, also packed), folders of them, data sets of the hub "
+             "(hf:owner/name:config:split), or sets of a dataset_info.json as dataset_info.json:NAME; with --data, "
+             "text is mixed in")
     add("--dataset-dir", type=Path, metavar="FOLDER",
         help="folder of LLaMA-Factory's dataset_info.json, by whose names --chat is then understood")
     add("--columns", type=column, nargs="+", metavar="NAME=COLUMN",
