@@ -9,6 +9,7 @@ import csv
 import gzip
 import json
 import lzma
+import shutil
 from datetime import datetime
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import pytest
 import zstandard
 
 from nanollm.data import chat_store, sft
-from nanollm.data.chat_sets import Sets, windows
+from nanollm.data.chat_sets import Sets
+from nanollm.data.encode import marks
 from nanollm.data.sft import Chat, Chats, Writer
 from nanollm.errors import DataError, InputError, RunError
 from nanollm.text.tokenizer import Tokenizer, load
@@ -29,7 +31,7 @@ from nanollm.training.corpus import open_chats
 from nanollm.training.options import parse
 from tests.test_chat import TEMPLATES, TOOLS
 from tests.test_sft import assistant, example, lines, spelled, user
-from tests.tok_folders import byte_bpe, write
+from tests.tok_folders import begin_with, byte_bpe, write
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(3)]
 
@@ -269,24 +271,88 @@ def test_6_a_validation_file_of_its_own(init: Path, tmp_path: Path) -> None:
     assert len(corpus.held_out.examples) == 3 and len(corpus.stream.sources[0].examples) == 40
 
 
-def test_6_text_to_measure_on(init: Path) -> None:
-    """Every token of a document is predicted once, and its end."""
-    ours = load(init)
-    ids = [ours.eos_id, *ours.encode("the quick brown fox " * 20, bos=False), ours.eos_id]
-    made = windows(ours, ["the quick brown fox " * 20], 16)
-    assert [t for window in made for t in window.targets if t >= 0] == ids[1:]
-    assert all(len(window.tokens) == len(window.targets) <= 16 for window in made)
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """(text to train on, a folder to measure on, its documents)."""
+    (tmp_path / "train.txt").write_text("".join(f"{i} quick brown foxes\n" for i in range(400)))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("jumps over<|endoftext|>the lazy é dog. " + "and again " * 30)
+    lines(tmp_path / "other" / "b.jsonl", {"text": ""}, {"text": "a record"})
+    return (tmp_path / "train.txt", tmp_path / "other",
+            ["jumps over", "the lazy é dog. " + "and again " * 30, "a record"])
 
 
-def test_6_text_is_measured_on_a_file_of_its_own(init: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.txt").write_text("the quick brown fox\n" * 2000)
-    (tmp_path / "other.txt").write_text("jumps over the lazy dog")
-    options = parse("", ["--init", str(init), "--data", str(tmp_path / "train.txt"), "--context", "64",
-                         "--out", str(tmp_path / "run"), "--held-out", str(tmp_path / "other.txt")])
-    corpus = corpora.open_corpus(options, OneRank(), 0)
-    ours, row = load(init), corpus.held_out.row(0)
-    assert [t for t in row[1] if t >= 0] == [*ours.encode("jumps over the lazy dog", bos=False), ours.eos_id]
-    assert corpus.facts is None and corpus.held_out.name.endswith("other.txt, held out")
+def opened_text(init: Path, out: Path, data: Path, *arguments: object):
+    return corpora.open_corpus(parse("", ["--init", str(init), "--data", str(data), "--context", "16", "--out",
+                                          str(out), *map(str, arguments)]), OneRank(), 0)
+
+
+def stream(source) -> list[int]:
+    """All targets, in order."""
+    return [int(target) for row in range(source.rows) for target in source.row(row)[1] if target >= 0]
+
+
+def test_6_text_is_measured_on_text_of_its_own(init: Path, texts, tmp_path: Path) -> None:
+    """All of --data is trained on, each token of the other is predicted once, and the end of each document."""
+    train, other, documents = texts
+    corpus, ours = opened_text(init, tmp_path / "run", train, "--held-out", other), load(init)
+    ids = [id for text in documents for id in [ours.eos_id, *ours.encode(text, bos=False)]] + [ours.eos_id]
+    assert stream(corpus.held_out) == ids[1:]
+    assert corpus.facts.train_bytes == len(train.read_bytes()) and corpus.facts.held_out_documents == 3
+    size = len("".join(documents).encode())
+    assert corpus.in_bytes(2.0) == {"held_out_bits_per_byte": pytest.approx(2.0 / np.log(2) * (len(ids) - 1) / size)}
+    plain = opened_text(init, tmp_path / "plain", train)
+    assert plain.facts.train_bytes < corpus.facts.train_bytes
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["eos", "bos and eos"])
+def test_6_shards_are_measured_on_the_same_rows(init: Path, texts, tmp_path: Path, prefix: bool) -> None:
+    from nanollm.data import prepare
+    train, other, _ = texts
+    if prefix:
+        model = tmp_path / "model"
+        shutil.copytree(init, model)
+        backend = byte_bpe(("</s>", "<|im_start|>", "<|im_end|>", "[PAD]"))
+        begin_with(backend, "<|im_start|>")
+        backend.save(str(model / "tokenizer.json"))
+        init = model
+    assert (marks(load(init)).after != ()) == prefix
+    new = opened_text(init, tmp_path / "run", train, "--held-out", other)
+    prepare.prepare(prepare.read(train), tmp_path / "shards", vocab=None, tokenizer=init, context=16)
+    there = opened_text(init, tmp_path / "again", tmp_path / "shards", "--held-out", other)
+    assert new.held_out.rows == there.held_out.rows > 2
+    for row in range(new.held_out.rows):
+        assert all((a == b).all() for a, b in zip(new.held_out.row(row), there.held_out.row(row), strict=True))
+    assert there.in_bytes(1.0) == new.in_bytes(1.0) and there.facts is None
+    assert there.notes[-1] == f"measured on {other}, held out"
+
+
+def test_6_text_is_measured_on_shards(init: Path, texts, tmp_path: Path) -> None:
+    from nanollm.data import prepare
+    train, _, _ = texts
+    prepare.prepare(prepare.read(train), tmp_path / "shards", vocab=None, tokenizer=init, context=16)
+    corpus = opened_text(init, tmp_path / "run", train, "--held-out", tmp_path / "shards")
+    assert corpus.held_out.name == f"{tmp_path / 'shards'}, held out" and corpus.in_bytes(1.0) == {}
+    assert prepare.facts(corpus.draft).held_out_tokens == 0 and not [*corpus.draft.glob("held_out*")]
+    kept = corpus.keep(OneRank())
+    assert kept.held_out.shards[0].path.parent == tmp_path / "shards"
+    assert kept.stream.sources[0].shards[0].path.parent == tmp_path / "run" / "data"
+    prepare.prepare(prepare.read(train), tmp_path / "others", vocab=300, tokenizer=None, context=16)
+    with pytest.raises(DataError, match="others, held out: made with another tokenizer"):
+        opened_text(init, tmp_path / "run", train, "--held-out", tmp_path / "others")
+
+
+def test_6_other_text_to_measure_on_is_other_data(init: Path, texts, tmp_path: Path) -> None:
+    """Made once; and again where the text to measure on is another, or there is none."""
+    train, other, _ = texts
+    out = tmp_path / "run"
+    opened_text(init, out, train, "--held-out", other).keep(OneRank())
+    assert opened_text(init, out, train, "--held-out", other).draft is None
+    lines(other / "b.jsonl", {"text": "0 quick brown foxes"}, {"text": train.read_text()})
+    changed = opened_text(init, out, train, "--held-out", other)
+    assert changed.draft is not None
+    assert "1 document trained on and held out both" in changed.notes
+    assert opened_text(init, out, train).draft is not None
 
 
 def test_a_run_with_one_set_was_recorded_as_a_path(tmp_path: Path) -> None:

@@ -7,17 +7,15 @@ What fits no row plays no part before anything is held out, so a held-out part i
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from nanollm.data import chat_store
 from nanollm.data.chat_formats import Chat
-from nanollm.data.chat_writing import IGNORED, Example
+from nanollm.data.chat_writing import Example
 from nanollm.data.sft import Chats, picture, read, shortened, split
-from nanollm.errors import DataError, counted
+from nanollm.errors import counted
 from nanollm.text.tokenizer import Tokenizer
 
 
@@ -80,17 +78,3 @@ def passed_over(chats: Sequence[Chat]) -> list[str]:
     counts = ((silent, "answer", "empty, not learnt"), (others, "answer", "not learnt, as the weight says"),
               (nothing, "chat", "passed over, with no answer to learn"))
     return [f"{counted(count, noun)}: {what}" for count, noun, what in counts if count]
-
-
-def windows(tokenizer: Tokenizer, documents: Iterable[str], context: int) -> list[Example]:
-    """Documents in windows of T tokens, all of them learnt: the end-of-sequence id opens a document and closes it."""
-    end = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
-    if end is None:
-        raise DataError("--held-out: text needs a tokenizer with an end-of-sequence or beginning-of-sequence token")
-    made = []
-    for document in documents:
-        ids = np.array([end, *tokenizer.encode(document, bos=False), end], np.int64)
-        for at in range(0, len(ids) - 1, context):
-            targets = np.append(ids[at + 1 : at + 1 + context], IGNORED)[: len(ids[at : at + context])]
-            made.append(Example(ids[at : at + context], targets))
-    return made

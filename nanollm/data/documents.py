@@ -22,6 +22,7 @@ import re
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -176,6 +177,32 @@ class Texts:
         yield Part(name, last)
         if documents + len(whole) > 1:
             self._note("parted where a mark stands", name, counted(documents + len(whole), "document"))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Text to train on, all of it, and text of its own to measure on, or none. Iterated over: one after the other."""
+    train: Texts
+    held_out: Texts | None
+
+    def __iter__(self) -> Iterator[Part]:
+        for texts in self.both:
+            yield from texts
+
+    @property
+    def both(self) -> list[Texts]:
+        """The two, or the first."""
+        return [self.train, self.held_out] if self.held_out else [self.train]
+
+    @property
+    def notes(self) -> list[str]:
+        """As of Texts."""
+        return [note for texts in self.both for note in texts.notes]
+
+    def listing(self) -> str | None:
+        """As of Texts."""
+        each = [texts.listing() for texts in self.both]
+        return None if None in each else " ".join(map(str, ["apart", *each]))
 
 
 def read(sources: Path | Sequence[Path] | None, field: str | None = None, marks: Sequence[str] = ()) -> Texts:

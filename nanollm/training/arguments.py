@@ -141,8 +141,8 @@ def chats(add: Add) -> None:
         help="column mapping: what the keys of a format are called in the files, such as prompt=question "
              "response=answer")
     add("--held-out", type=Path, metavar="FILE",
-        help="validation file of its own, chats or text: nothing of --chat is then held out (default: 5 %% of the "
-             "chats or of the text)")
+        help="validation data of its own: a file or folder of chats or of text, or shards; all of --chat and --data is "
+             "then trained on (default: 5 %% of the chats or of the text is held out)")
     add("--long", choices=LONG,
         help="chats that are longer than --context: drop them, truncate them to the first turns that fit whole, or "
              "error (default drop)")
