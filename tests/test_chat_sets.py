@@ -396,9 +396,11 @@ def test_7_long_chats_by_choice() -> None:
 
 def test_7_the_note_reaches_the_user(init: Path, tmp_path: Path) -> None:
     items = [*talks(3), {"messages": [user("a"), assistant("b"), user("c"), assistant("word " * 200)]}]
+    items[0]["messages"][0]["id"] = "7"
     path = lines(tmp_path / "a.jsonl", *items, {"messages": [user("a"), assistant("")]})
     notes = "\n".join(opened(init, tmp_path / "run", "--chat", path, "--long", "truncate").notes)
     assert "1 examples are longer than --context 64 and keep their first turns" in notes
+    assert "id not written by the template, 1 message\n" in notes
     assert "1 answer: empty, not learnt" in notes and "1 chat: passed over, with no answer to learn" in notes
 
 
@@ -443,7 +445,8 @@ def test_4_8_other_chats_another_template_or_another_end_are_other_examples(init
 
 def test_4_8_many_processes_write_what_one_writes(init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = load(init)
-    chats = sft.read(lines(tmp_path / "a.jsonl", *talks(20)))
+    dated = {"messages": [user("a") | {"timestamp": 7}, assistant("b")]}
+    chats = sft.read(lines(tmp_path / "a.jsonl", *talks(18), dated, dated))
     monkeypatch.setattr(chat_store, "MANY", 10)
     monkeypatch.setattr(chat_store, "CHUNK", 3)
     chat_store.build(tmp_path / "many", ours, chats)
@@ -451,7 +454,8 @@ def test_4_8_many_processes_write_what_one_writes(init: Path, tmp_path: Path, mo
     chat_store.build(tmp_path / "one", ours, chats)
     for name in ("tokens", "targets", "edges", "counts"):
         assert (np.load(tmp_path / "many" / f"{name}.npy") == np.load(tmp_path / "one" / f"{name}.npy")).all()
-    found, _ = chat_store.load(tmp_path / "many")
+    found, said = chat_store.load(tmp_path / "many")
+    assert said == chat_store.load(tmp_path / "one")[1] == {"timestamp not written by the template": 2}
     assert [spelled(ours, example) for example, in found] == [
         spelled(ours, example) for chat in chats for example in sft.examples(ours, chat)]
 

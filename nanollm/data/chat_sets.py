@@ -53,7 +53,7 @@ class Sets:
                          f"{context} tokens, {len(beside)} held out")
             notes += [f"{source}: {rows.note}"] if rows.note else []
             notes += passed_over([chat for chat, _ in some])
-        notes += [f"{counted(count, 'answer')}: {what}" for what, count in said.items()]
+        notes += [f"{what}, {counted(count, 'message')}" for what, count in said.items()]
         name = self.held_out or (self.sources[0] if len(train) == 1 else "the chats")
         measured = Chats(f"{name}, held out", held, context, pad, "drop" if long == "error" else long) if held else None
         notes += [f"{measured.name}: {measured.note}"] if measured and measured.note else []

@@ -115,8 +115,8 @@ def _written(tokenizer: Tokenizer, chats: Sequence[Chat]) -> Iterator[tuple[list
 
 def _one(work: tuple[Writer, Chat]) -> tuple[list[Example], Counter[str]]:
     writer, chat = work
-    writer.notes = Counter()
-    return writer.examples(chat), writer.notes
+    writer.notes.clear()
+    return writer.examples(chat), writer.notes.copy()
 
 
 _writer: Writer | None = None                           # of a forked process
