@@ -282,6 +282,18 @@ def texts(tmp_path: Path) -> tuple[Path, Path, list[str]]:
             ["jumps over", "the lazy é dog. " + "and again " * 30, "a record"])
 
 
+def test_6_chats_are_mixed_with_text_that_is_new(init: Path, texts, tmp_path: Path) -> None:
+    """Both are kept in the run folder; with --held-out all of the text is trained on."""
+    chats, held = lines(tmp_path / "a.jsonl", *talks(40)), lines(tmp_path / "b.jsonl", *talks(3, "other "))
+    arguments = ("--chat", chats, "--held-out", held, "--mix", "1", "1", "--context", "64")
+    corpus = opened_text(init, tmp_path / "run", texts[0], *arguments).keep(OneRank())
+    assert corpus.held_out.name == f"{held}, held out" and corpus.stream.counts == [512, 512]
+    again = opened_text(init, tmp_path / "run", texts[0], *arguments)
+    assert again.draft is None and again.stream.fingerprint == corpus.stream.fingerprint
+    from nanollm.data import prepare
+    assert prepare.facts(tmp_path / "run" / "data").train_bytes == len(texts[0].read_bytes())
+
+
 def opened_text(init: Path, out: Path, data: Path, *arguments: object):
     return corpora.open_corpus(parse("", ["--init", str(init), "--data", str(data), "--context", "16", "--out",
                                           str(out), *map(str, arguments)]), OneRank(), 0)
@@ -417,11 +429,23 @@ def test_4_7_a_token_that_no_chat_uses_is_no_error(init: Path, tmp_path: Path) -
 def test_4_8_examples_are_written_once(init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lines(tmp_path / "a.jsonl", *talks(30))
     first = opened(init, tmp_path / "run", "--chat", path)
-    folder, = (tmp_path / "run" / "data").iterdir()
+    folder, = (tmp_path / "run" / "chats").iterdir()
     monkeypatch.setattr(Writer, "examples", lambda *_: pytest.fail("they are there"))
     again = opened(init, tmp_path / "run", "--chat", path)
     assert again.stream.fingerprint == first.stream.fingerprint and again.notes == first.notes
-    assert [*(tmp_path / "run" / "data").iterdir()] == [folder]
+    assert [*(tmp_path / "run" / "chats").iterdir()] == [folder]
+
+
+def test_4_8_examples_of_other_chats_are_removed_once_a_run_has_begun(init: Path, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *talks(3))
+    opened(init, tmp_path / "run", "--chat", path).keep(OneRank())
+    lines(path, *talks(4))
+    (tmp_path / "run" / "chats" / ".killed").mkdir()
+    corpus = opened(init, tmp_path / "run", "--chat", path)
+    assert len([*(tmp_path / "run" / "chats").iterdir()]) == 3, "the checks come first"
+    kept = corpus.keep(OneRank())
+    assert [*(tmp_path / "run" / "chats").iterdir()] == [corpus.examples]
+    assert (kept.stream.sources[0].row(0)[0] == corpus.stream.sources[0].row(0)[0]).all()
 
 
 def test_4_8_other_chats_another_template_or_another_end_are_other_examples(init: Path, tmp_path: Path) -> None:

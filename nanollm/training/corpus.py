@@ -34,6 +34,7 @@ class Corpus:
     """See the head of the file. facts: counted when text was tokenized for this run, None for other data.
 
     targets_per_byte    of the held-out text, where its bytes are known: nats per target → bits per byte
+    examples            the folder of data/chat_store.py that the chats are read from
     """
     stream: Stream
     held_out: Source | None
@@ -44,6 +45,7 @@ class Corpus:
     notes: tuple[str, ...]                      # lines that are printed before the first step
     draft: Path | None = None                   # tokenized for this run, and not yet where it belongs; see `keep`
     targets_per_byte: float | None = None
+    examples: Path | None = None
 
     def prompt(self, words: str) -> list[int]:
         """The ids that a sample goes on from: the beginning of a document, or of an answer. Needs a tokenizer."""
@@ -57,9 +59,11 @@ class Corpus:
         return [*start, *tokenizer.encode(words, bos=False)]
 
     def keep(self, world: World) -> "Corpus":
-        """The same, with text that was tokenized for this run moved to its place: the run begins, all checks have
-        passed. All ranks call it."""
-        draft, reader = self.draft, self.tokenizer
+        """The same, with text that was tokenized for this run moved to its place, and the examples of other chats
+        removed: the run begins, all checks have passed. All ranks call it."""
+        draft, reader, examples = self.draft, self.tokenizer, self.examples
+        if examples:
+            world.on_rank_0(lambda: chat_store.keep_only(examples))
         if draft is None:
             return self
         world.on_rank_0(lambda: text.settle(draft, draft.parent))
@@ -265,7 +269,7 @@ def open_chats(options: argparse.Namespace, world: World | None = None) -> Corpu
     train, held, notes = on_all_ranks(lambda: sets.rows(folder, reader, options.context, options.long or "drop"))
     stream = Stream(train, options.mix if len(options.mix or ()) == len(train) else None, options.seed)
     largest = max(source.largest for source in (*train, held) if source)
-    return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes))
+    return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes), examples=folder)
 
 
 def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
@@ -275,4 +279,5 @@ def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
     measured = f"measured on {held_out.name}" if held_out else "nothing is held out to measure on"
     notes = (*(note for note in text.notes if not note.startswith("measured")), *chats.notes, measured)
     return dataclasses.replace(text, stream=stream, held_out=held_out, tokenizer=chats.tokenizer, chat=True, facts=None,
-                               vocab=max(chats.vocab, text.vocab), notes=notes, targets_per_byte=None)
+                               vocab=max(chats.vocab, text.vocab), notes=notes, targets_per_byte=None,
+                               examples=chats.examples)
