@@ -21,6 +21,7 @@ A set with "columns" has these columns and no others. For files that no dataset_
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,19 @@ def read(source: Path | str, dataset_dir: Path | None = None, columns: dict[str,
          say: Callable[[str], object] = lambda note: None) -> list[Chat]:
     """The chats of a source, as at the head of the file. Raises DataError, with the file and line, item or row.
 
-    say     gets a line for each file that is not plain UTF-8
+    say     gets a line for each file that is not plain UTF-8, and one with the keys that are passed over
     """
     place, change = resolve(str(source), dataset_dir)
     if columns:
         change = _renamed(columns)
-    chats = [chat(change(_item(record), record.where), record.where) for record in _records(place, say)]
+    chats, unknown = [], Counter[str]()
+    for record in _records(place, say):
+        item = change(_item(record), record.where)
+        chats.append(chat(item, record.where))
+        unknown.update(key for key, value in item.items() if key not in KEYS and value is not None)
+    if unknown:
+        names = [name for name, _ in unknown.most_common(8)]
+        say(f"{source}: of no format, passed over: {', '.join(names)}{', …' if len(unknown) > 8 else ''}")
     if not chats:
         what = f"{', '.join(LINES)} files with " * Path(place).is_dir()
         raise DataError(f"{place}: no chats in it; expected {what}objects of one of the formats {EXPECTED}")
@@ -124,8 +132,7 @@ TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assist
         "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
                "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
-SPEAKERS = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
-            "function_tag": "function_call", "system_tag": "system"}
+SPEAKERS = {tag: speaker for tag, speaker in TAGS.items() if tag not in ("role_tag", "content_tag")}
 HUBS = {"hf_hub_url", "ms_hub_url", "om_hub_url"}  # one set in several places; the first is what we read
 UNDERSTOOD = {"file_name", "formatting", "columns", "tags", "ranking", "subset", "split"} | HUBS
 

@@ -25,7 +25,7 @@ class Sets:
     def __init__(self, sources: Sequence[Path], held_out: Path | None, dataset_dir: Path | None = None,
                  columns: dict[str, str] | None = None) -> None:
         self.sources, self.held_out = [*sources], held_out
-        self.notes: list[str] = []                      # of files that are not plain UTF-8
+        self.notes: list[str] = []                      # of files that are not plain UTF-8, and of keys passed over
         self.chats = [read(source, dataset_dir, columns, self.notes.append)
                       for source in (*sources, *([held_out] if held_out else []))]
         self.every = [*chain.from_iterable(self.chats)]
@@ -36,18 +36,18 @@ class Sets:
 
         Raises DataError where no example of a set fits a row.
         """
-        written, said = chat_store.load(folder)
-        made = iter(written)
-        pairs = [[(chat, next(made)) for chat in some] for some in self.chats]      # (chat, its examples), set by set
+        every, said = chat_store.load(folder)
+        each = iter(every)
+        pairs = [[(chat, next(each)) for chat in some] for some in self.chats]      # (chat, its examples), set by set
         pad = tokenizer.eos_id if tokenizer.eos_id is not None else 0
         train: list[Chats] = []
         notes = [*self.notes]
-        held = [example for some in pairs[len(self.sources) :] for _, all in some for example in all]
+        held = [example for some in pairs[len(self.sources) :] for _, written in some for example in written]
         for source, some in zip(self.sources, pairs, strict=False):
-            fitting = [chat for chat, all in some if _fits(all, context, long)]
+            fitting = [chat for chat, written in some if _fits(written, context, long)]
             beside = {chat.where for chat in split(fitting)[1]} if self.held_out is None else set()
-            held += [example for chat, all in some if chat.where in beside for example in all]
-            kept = [example for chat, all in some if chat.where not in beside for example in all]
+            held += [example for chat, written in some if chat.where in beside for example in written]
+            kept = [example for chat, written in some if chat.where not in beside for example in written]
             train.append(rows := Chats(str(source), kept, context, pad, long))
             notes.append(f"{source}: {counted(len(some) - len(beside), 'chat')} in {counted(rows.rows, 'row')} of "
                          f"{context} tokens, {len(beside)} held out")
@@ -58,7 +58,7 @@ class Sets:
         measured = Chats(f"{name}, held out", held, context, pad, "drop" if long == "error" else long) if held else None
         notes += [f"{measured.name}: {measured.note}"] if measured and measured.note else []
         colour = sys.stdout.isatty()
-        first = next(example for _, all in pairs[0] for example in all)
+        first = next(example for _, written in pairs[0] for example in written)
         notes += [f"one of them, what is learnt in {'green' if colour else '⟦ ⟧'}:", picture(tokenizer, first, colour)]
         return train, measured, notes
 

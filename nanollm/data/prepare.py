@@ -147,7 +147,10 @@ def build(documents: Iterable[Part], index: Index, folder: Path, given: Tokenize
             trained = bpe.train_tokenizer((part for side, part in sides(documents, keep) if side == 0), size, vocab)
             bpe.save_tokenizer(trained, place)
         else:
-            copy_tokenizer(given, place)
+            try:
+                given.copy_files(place)
+            except OSError as error:
+                raise DataError(f"{place}: cannot be written: {error.strerror}") from None
         used = nanollm.text.tokenizer.load(place)
         around, made_with = marks(used), digest(used)
         writing = [Writing(place, name, shard_tokens, used.vocab_size, around.before[0], made_with)
@@ -171,8 +174,7 @@ def build(documents: Iterable[Part], index: Index, folder: Path, given: Tokenize
             raise DataError(f"the text to train on has {counts[0].sum()} tokens, which do not fill one context of "
                             f"{context}; give more, or a smaller --context")
         kept = keep[keep != DROPPED]
-        documents_ = int((kept != 0).sum()), int((kept != WHOLE).sum())
-        found = count(documents_, sizes, counts, around, zipped)
+        found = count((int((kept != 0).sum()), int((kept != WHOLE).sum())), sizes, counts, around, zipped)
         meta = {"format": 1, "made_from": made_from, "vocab": used.vocab_size, "tokenizer_sha256": made_with,
                 "marks": around._asdict(), "notes": said_of(documents, index, keep), "facts": asdict(found)}
         write_file(place / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
@@ -246,15 +248,6 @@ def in_memory(documents: Texts, tokenizer: Tokenizer) -> tuple[InMemory, int]:
             ids += [id for _, some in batch for id in some]
             size += sum(len(chunk.text.encode(errors="replace")) for chunk, _ in batch)
     return InMemory(np.array([*ids, *around.last], np.int64), around.before[0]), size
-
-
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Its files, as they are."""
-    for path in [*tokenizer.files, tokenizer.folder / "generation_config.json"]:
-        if path.exists():
-            to = folder / path.relative_to(tokenizer.folder)
-            to.parent.mkdir(exist_ok=True)
-            write_file(to, path.read_bytes())
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,11 +78,7 @@ class Corpus:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return
-        for path in [*tokenizer.files, tokenizer.folder / "generation_config.json"]:
-            if path.exists():
-                to = folder / path.relative_to(tokenizer.folder)
-                to.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, to)
+        tokenizer.copy_files(folder)
         if self.chat and tokenizer.chat_templates:
             templates.write(tokenizer, folder)
             file = folder / "generation_config.json"
