@@ -409,13 +409,13 @@ def test_7_long_chats_by_choice() -> None:
 def test_7_the_note_reaches_the_user(init: Path, tmp_path: Path) -> None:
     items = [*talks(3), {"messages": [user("a"), assistant("b"), user("c"), assistant("word " * 200)]}]
     items[0]["messages"][0]["id"] = "7"
-    items[0] |= {"source": "here", "topic": None}
-    items[1] |= {"source": "there", "topic": 3}
+    items[0] |= {"source": "here", "to\x1bpic": None}
+    items[1] |= {"source": "there", "to\x1bpic": 3}
     path = lines(tmp_path / "a.jsonl", *items, {"messages": [user("a"), assistant("")]})
     notes = "\n".join(opened(init, tmp_path / "run", "--chat", path, "--long", "truncate").notes)
     assert "1 examples are longer than --context 64 and keep their first turns" in notes
     assert "id not written by the template, 1 message\n" in notes
-    assert f"{path}: of no format, passed over: source, topic\n" in notes
+    assert f"{path}: of no format, passed over: \"source\", \"to\\u001bpic\"\n" in notes
     assert "1 answer: empty, not learnt" in notes and "1 chat: passed over, with no answer to learn" in notes
 
 

@@ -49,7 +49,7 @@ def read(source: Path | str, dataset_dir: Path | None = None, columns: dict[str,
         chats.append(chat(item, record.where))
         unknown.update(key for key, value in item.items() if key not in KEYS and value is not None)
     if unknown:
-        names = [name for name, _ in unknown.most_common(8)]
+        names = [json.dumps(name[:40]) for name, _ in unknown.most_common(8)]   # ASCII: cannot drive a terminal
         say(f"{source}: of no format, passed over: {', '.join(names)}{', …' if len(unknown) > 8 else ''}")
     if not chats:
         what = f"{', '.join(LINES)} files with " * Path(place).is_dir()
