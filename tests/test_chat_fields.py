@@ -67,6 +67,14 @@ def answers(tokenizer: Tokenizer, *messages: dict[str, Any], tools: Any = None) 
     return [answer for example in Writer(tokenizer).examples(chat) for answer in spelled(tokenizer, example)[1]]
 
 
+def notes(tokenizer: Tokenizer, *messages: dict[str, Any]) -> dict[str, int]:
+    """What is said of three chats like this."""
+    writer = Writer(tokenizer)
+    for _ in range(3):
+        writer.examples(chat_of(json.loads(json.dumps({"messages": messages})), "x"))
+    return dict(writer.notes)
+
+
 def calls(arguments: object, count: int = 1) -> dict[str, Any]:
     call = {"type": "function", "id": "abcdefghi", "function": {"name": "rain", "arguments": arguments}}
     return {"role": "assistant", "content": None, "tool_calls": [call] * count}
@@ -109,9 +117,16 @@ def test_4_3_tools_that_the_template_does_not_write_are_an_error(tokenizer) -> N
     assert answers(tokenizer(QWEN2_5), user("Hi"), assistant("Hello"), tools=TOOLS) == ["Hello<|im_end|>"]
 
 
-def test_fields_that_say_who_and_when_are_passed_over(tokenizer) -> None:
+def test_fields_that_say_who_and_when_are_passed_over_and_named(tokenizer) -> None:
     extra = {"name": "Ada", "timestamp": 1700000000, "id": "7", "tool_call_id": "x"}
-    assert answers(tokenizer(TEMPLATES["chatml"]), user("Hi") | extra, assistant("Hello") | extra) == ["Hello<|im_end|>"]
+    ours = tokenizer(TEMPLATES["chatml"])
+    assert answers(ours, user("Hi") | extra, assistant("Hello") | extra) == ["Hello<|im_end|>"]
+    talk = [user("Hi") | extra, assistant("Hello") | extra, user("And?"), assistant("Bye") | {"id": "8"}]
+    assert notes(ours, *talk) == {"name, timestamp, id, tool_call_id not written by the template": 2 * 3,
+                                  "id not written by the template": 3}
+    named = TEMPLATES["chatml"].replace("message['content']", "message['name'] | default('') + message['content']")
+    assert notes(tokenizer(named), *talk) == {"timestamp, id, tool_call_id not written by the template": 2 * 3,
+                                              "id not written by the template": 3}
 
 
 # ---- one thing under several names
@@ -121,6 +136,25 @@ def test_fields_that_say_who_and_when_are_passed_over(tokenizer) -> None:
 def test_4_3_thoughts_are_written_under_the_name_that_the_template_reads(tokenizer, template, name) -> None:
     found, = answers(tokenizer(template), user("Hi"), assistant("yes") | {name: "hm, é"})
     assert found == {R1: "hm, é\n</think>\n\nyes</s>"}.get(template, "<think>\nhm, é\n</think>\n\nyes<|im_end|>")
+
+
+@pytest.mark.parametrize("template, name, what", [
+    (QWEN3, "reasoning", "reasoning written as reasoning_content"), (QWEN3, "reasoning_content", None),
+    (THINKING, "thinking", None), (THINKING, "reasoning_content", "reasoning_content written as thinking"),
+    (R1, "thinking", "thinking written as <think>…</think> in the content"),
+])
+def test_another_name_that_was_taken_is_said(tokenizer, template, name, what) -> None:
+    found = notes(tokenizer(template), user("Hi"), assistant("yes") | {name: "hm"})
+    assert found == ({what: 3} if what else {})
+
+
+@pytest.mark.parametrize("template, given, what", [
+    (QWEN2_5, '{"city": "Bern"}', "arguments of tool calls, which are text, written as an object"),
+    (QWEN2_5, {"city": "Bern"}, None), (MISTRAL, '{"city": "Bern"}', None),
+    (MISTRAL, {"city": "Bern"}, "arguments of tool calls, which are an object, written as text"),
+])
+def test_another_kind_of_arguments_that_was_taken_is_said(tokenizer, template, given, what) -> None:
+    assert notes(tokenizer(template), user("Hi"), calls(given)) == ({what: 3} if what else {})
 
 
 @pytest.mark.parametrize("given", [{"city": "Zürich"}, '{"city": "Zürich"}'], ids=["object", "text"])

@@ -4,9 +4,13 @@ long chats; the examples that are kept in the run folder (FINDINGS §4.7, §4.8)
 Files are written by the libraries that define their formats: gzip, zstandard, csv, pyarrow.
 """
 
+import bz2
 import csv
 import gzip
 import json
+import lzma
+import shutil
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,8 @@ import pytest
 import zstandard
 
 from nanollm.data import chat_store, sft
-from nanollm.data.chat_sets import Sets, windows
+from nanollm.data.chat_sets import Sets
+from nanollm.data.encode import marks
 from nanollm.data.sft import Chat, Chats, Writer
 from nanollm.errors import DataError, InputError, RunError
 from nanollm.text.tokenizer import Tokenizer, load
@@ -26,7 +31,7 @@ from nanollm.training.corpus import open_chats
 from nanollm.training.options import parse
 from tests.test_chat import TEMPLATES, TOOLS
 from tests.test_sft import assistant, example, lines, spelled, user
-from tests.tok_folders import byte_bpe, write
+from tests.tok_folders import begin_with, byte_bpe, write
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(3)]
 
@@ -55,22 +60,58 @@ def said(path: Path) -> list[str]:
     return [chat.messages[-1]["content"] for chat in sft.read(path)]
 
 
-@pytest.mark.parametrize("name", ["x.jsonl", "x.NDJSON", "x.json", "x.csv", "x.parquet", "x.jsonl.gz", "x.json.zst"])
+@pytest.mark.parametrize("name", ["x.jsonl", "x.NDJSON", "x.json", "x.csv", "x.tsv", "x.parquet", "x.jsonl.gz",
+                                  "x.json.zst", "x.jsonl.bz2", "x.ndjson.xz"])
 def test_5_each_container_holds_the_same(tmp_path: Path, name: str) -> None:
     path, rows = tmp_path / name, "".join(json.dumps(item) + "\n" for item in PAIRS).encode()
-    if name == "x.csv":
+    if name in ("x.csv", "x.tsv"):
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, ["prompt", "completion"])
+            writer = csv.DictWriter(file, ["prompt", "completion"], dialect="excel-tab" if "t" in name else "excel")
             writer.writeheader()
             writer.writerows(PAIRS)
     elif name == "x.parquet":
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(PAIRS), path)
     else:
         data = json.dumps(PAIRS).encode() if ".json" in name and "jsonl" not in name else rows
-        path.write_bytes(gzip.compress(data) if name.endswith(".gz") else
-                         zstandard.compress(data) if name.endswith(".zst") else data)
+        packers = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+        path.write_bytes(packers.get(path.suffix, bytes)(data))
     assert said(path) == ["answer 0", "answer 1", "answer 2"]
     assert sft.read(path)[1].where.startswith(f"{path}, ")
+
+
+@pytest.mark.parametrize("encoding, note", [("utf-16", None), ("cp1252", "not UTF-8, read as cp1252")])
+def test_chats_are_read_in_the_encodings_that_text_is(tmp_path: Path, encoding: str, note: str | None) -> None:
+    notes: list[str] = []
+    path = tmp_path / "x.csv"
+    path.write_text("prompt;completion\nwo?;im Café à gauche\n", encoding=encoding)
+    chat, = sft.read(path, say=notes.append)
+    assert chat.messages == [user("wo?"), assistant("im Café à gauche")]
+    assert [line.startswith(f"{path}: {note}") for line in notes] == [True] * bool(note)
+
+
+def test_dates_in_parquet_are_text(tmp_path: Path) -> None:
+    item = {"messages": [user("a") | {"timestamp": datetime(2026, 1, 2)}, assistant("b")]}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([item]), tmp_path / "x.parquet")
+    assert sft.read(tmp_path / "x.parquet")[0].messages[0]["timestamp"] == "2026-01-02 00:00:00"
+
+
+@pytest.mark.slow
+def test_chats_of_the_hub_are_streamed(tmp_path: Path) -> None:
+    """As test_documents has it of text: a local folder stands for a data set of the hub."""
+    pytest.importorskip("datasets", reason="needs the extra data")
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl", *PAIRS)
+    lines(tmp_path / "set" / "validation.jsonl", {"prompt": "a", "completion": "other"})
+    assert said(Path(f"hf:{tmp_path / 'set'}")) == ["answer 0", "answer 1", "answer 2"]
+    assert said(Path(f"hf:{tmp_path / 'set'}::validation")) == ["other"]
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"there": {
+        "hf_hub_url": str(tmp_path / "set"), "split": "validation", "columns": {"prompt": "prompt",
+                                                                                "response": "completion"}}}))
+    chat, = sft.read("there", tmp_path)
+    assert chat.messages == [user("a"), assistant("other")]
+    assert chat.where == f"hf:{tmp_path / 'set'}::validation, row 1"
+    with pytest.raises(DataError, match="hf:.*none: cannot be read"):
+        said(Path(f"hf:{tmp_path / 'set'}::none"))
 
 
 def test_5_messages_in_parquet(tmp_path: Path) -> None:
@@ -120,7 +161,7 @@ INFO = {
     "open": {"file_name": "open.jsonl", "formatting": "openai"},
     "ranked": {"file_name": "x.json", "ranking": True, "columns": {"chosen": "c", "rejected": "r"}},
     "kto": {"file_name": "x.json", "columns": {"prompt": "p", "response": "r", "kto_tag": "k"}},
-    "hub": {"hf_hub_url": "a/b"},
+    "hub": {"ms_hub_url": "a/b"},
     "pictures": {"file_name": "x.json", "columns": {"prompt": "p", "response": "r", "images": "i"}},
 }
 
@@ -162,7 +203,7 @@ def test_5_llama_factorys_sets_are_read(described: Path) -> None:
 
 @pytest.mark.parametrize("name, words", [
     ("ranked", "ranked: preference data, which is for a later method"), ("kto", "preference data"),
-    ("hub", "a 'file_name'; download a set of a hub"), ("pictures", 'no more, found \\["images"\\]'),
+    ("hub", "a 'file_name' or a 'hf_hub_url', found"), ("pictures", 'no more, found \\["images"\\]'),
     ("nothing", "no set 'nothing', and no such file or folder; expected one of plain, named"),
 ])
 def test_5_sets_that_are_not_for_this_are_named(described: Path, name: str, words: str) -> None:
@@ -230,24 +271,100 @@ def test_6_a_validation_file_of_its_own(init: Path, tmp_path: Path) -> None:
     assert len(corpus.held_out.examples) == 3 and len(corpus.stream.sources[0].examples) == 40
 
 
-def test_6_text_to_measure_on(init: Path) -> None:
-    """Every token of a document is predicted once, and its end."""
-    ours = load(init)
-    ids = [ours.eos_id, *ours.encode("the quick brown fox " * 20, bos=False), ours.eos_id]
-    made = windows(ours, ["the quick brown fox " * 20], 16)
-    assert [t for window in made for t in window.targets if t >= 0] == ids[1:]
-    assert all(len(window.tokens) == len(window.targets) <= 16 for window in made)
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, Path, list[str]]:
+    """(text to train on, a folder to measure on, its documents)."""
+    (tmp_path / "train.txt").write_text("".join(f"{i} quick brown foxes\n" for i in range(400)))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").write_text("jumps over<|endoftext|>the lazy é dog. " + "and again " * 30)
+    lines(tmp_path / "other" / "b.jsonl", {"text": ""}, {"text": "a record"})
+    return (tmp_path / "train.txt", tmp_path / "other",
+            ["jumps over", "the lazy é dog. " + "and again " * 30, "a record"])
 
 
-def test_6_text_is_measured_on_a_file_of_its_own(init: Path, tmp_path: Path) -> None:
-    (tmp_path / "train.txt").write_text("the quick brown fox\n" * 2000)
-    (tmp_path / "other.txt").write_text("jumps over the lazy dog")
-    options = parse("", ["--init", str(init), "--data", str(tmp_path / "train.txt"), "--context", "64",
-                         "--out", str(tmp_path / "run"), "--held-out", str(tmp_path / "other.txt")])
-    corpus = corpora.open_corpus(options, OneRank(), 0)
-    ours, row = load(init), corpus.held_out.row(0)
-    assert [t for t in row[1] if t >= 0] == [*ours.encode("jumps over the lazy dog", bos=False), ours.eos_id]
-    assert corpus.facts is None and corpus.held_out.name.endswith("other.txt, held out")
+def test_6_chats_are_mixed_with_text_that_is_new(init: Path, texts, tmp_path: Path) -> None:
+    """Both are kept in the run folder; with --held-out all of the text is trained on."""
+    chats, held = lines(tmp_path / "a.jsonl", *talks(40)), lines(tmp_path / "b.jsonl", *talks(3, "other "))
+    arguments = ("--chat", chats, "--held-out", held, "--mix", "1", "1", "--context", "64")
+    corpus = opened_text(init, tmp_path / "run", texts[0], *arguments).keep(OneRank())
+    assert corpus.held_out.name == f"{held}, held out" and corpus.stream.counts == [512, 512]
+    again = opened_text(init, tmp_path / "run", texts[0], *arguments)
+    assert again.draft is None and again.stream.fingerprint == corpus.stream.fingerprint
+    from nanollm.data import prepare
+    assert prepare.facts(tmp_path / "run" / "data").train_bytes == len(texts[0].read_bytes())
+
+
+def opened_text(init: Path, out: Path, data: Path, *arguments: object):
+    return corpora.open_corpus(parse("", ["--init", str(init), "--data", str(data), "--context", "16", "--out",
+                                          str(out), *map(str, arguments)]), OneRank(), 0)
+
+
+def stream(source) -> list[int]:
+    """All targets, in order."""
+    return [int(target) for row in range(source.rows) for target in source.row(row)[1] if target >= 0]
+
+
+def test_6_text_is_measured_on_text_of_its_own(init: Path, texts, tmp_path: Path) -> None:
+    """All of --data is trained on, each token of the other is predicted once, and the end of each document."""
+    train, other, documents = texts
+    corpus, ours = opened_text(init, tmp_path / "run", train, "--held-out", other), load(init)
+    ids = [id for text in documents for id in [ours.eos_id, *ours.encode(text, bos=False)]] + [ours.eos_id]
+    assert stream(corpus.held_out) == ids[1:]
+    assert corpus.facts.train_bytes == len(train.read_bytes()) and corpus.facts.held_out_documents == 3
+    size = len("".join(documents).encode())
+    assert corpus.in_bytes(2.0) == {"held_out_bits_per_byte": pytest.approx(2.0 / np.log(2) * (len(ids) - 1) / size)}
+    plain = opened_text(init, tmp_path / "plain", train)
+    assert plain.facts.train_bytes < corpus.facts.train_bytes
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["eos", "bos and eos"])
+def test_6_shards_are_measured_on_the_same_rows(init: Path, texts, tmp_path: Path, prefix: bool) -> None:
+    from nanollm.data import prepare
+    train, other, _ = texts
+    if prefix:
+        model = tmp_path / "model"
+        shutil.copytree(init, model)
+        backend = byte_bpe(("</s>", "<|im_start|>", "<|im_end|>", "[PAD]"))
+        begin_with(backend, "<|im_start|>")
+        backend.save(str(model / "tokenizer.json"))
+        init = model
+    assert (marks(load(init)).after != ()) == prefix
+    new = opened_text(init, tmp_path / "run", train, "--held-out", other)
+    prepare.prepare(prepare.read(train), tmp_path / "shards", vocab=None, tokenizer=init, context=16)
+    there = opened_text(init, tmp_path / "again", tmp_path / "shards", "--held-out", other)
+    assert new.held_out.rows == there.held_out.rows > 2
+    for row in range(new.held_out.rows):
+        assert all((a == b).all() for a, b in zip(new.held_out.row(row), there.held_out.row(row), strict=True))
+    assert there.in_bytes(1.0) == new.in_bytes(1.0) and there.facts is None
+    assert there.notes[-1] == f"measured on {other}, held out"
+
+
+def test_6_text_is_measured_on_shards(init: Path, texts, tmp_path: Path) -> None:
+    from nanollm.data import prepare
+    train, _, _ = texts
+    prepare.prepare(prepare.read(train), tmp_path / "shards", vocab=None, tokenizer=init, context=16)
+    corpus = opened_text(init, tmp_path / "run", train, "--held-out", tmp_path / "shards")
+    assert corpus.held_out.name == f"{tmp_path / 'shards'}, held out" and corpus.in_bytes(1.0) == {}
+    assert prepare.facts(corpus.draft).held_out_tokens == 0 and not [*corpus.draft.glob("held_out*")]
+    kept = corpus.keep(OneRank())
+    assert kept.held_out.shards[0].path.parent == tmp_path / "shards"
+    assert kept.stream.sources[0].shards[0].path.parent == tmp_path / "run" / "data"
+    prepare.prepare(prepare.read(train), tmp_path / "others", vocab=300, tokenizer=None, context=16)
+    with pytest.raises(DataError, match="others, held out: made with another tokenizer"):
+        opened_text(init, tmp_path / "run", train, "--held-out", tmp_path / "others")
+
+
+def test_6_other_text_to_measure_on_is_other_data(init: Path, texts, tmp_path: Path) -> None:
+    """Made once; and again where the text to measure on is another, or there is none."""
+    train, other, _ = texts
+    out = tmp_path / "run"
+    opened_text(init, out, train, "--held-out", other).keep(OneRank())
+    assert opened_text(init, out, train, "--held-out", other).draft is None
+    lines(other / "b.jsonl", {"text": "0 quick brown foxes"}, {"text": train.read_text()})
+    changed = opened_text(init, out, train, "--held-out", other)
+    assert changed.draft is not None
+    assert "1 document trained on and held out both" in changed.notes
+    assert opened_text(init, out, train).draft is not None
 
 
 def test_a_run_with_one_set_was_recorded_as_a_path(tmp_path: Path) -> None:
@@ -291,9 +408,14 @@ def test_7_long_chats_by_choice() -> None:
 
 def test_7_the_note_reaches_the_user(init: Path, tmp_path: Path) -> None:
     items = [*talks(3), {"messages": [user("a"), assistant("b"), user("c"), assistant("word " * 200)]}]
+    items[0]["messages"][0]["id"] = "7"
+    items[0] |= {"source": "here", "to\x1bpic": None}
+    items[1] |= {"source": "there", "to\x1bpic": 3}
     path = lines(tmp_path / "a.jsonl", *items, {"messages": [user("a"), assistant("")]})
     notes = "\n".join(opened(init, tmp_path / "run", "--chat", path, "--long", "truncate").notes)
     assert "1 examples are longer than --context 64 and keep their first turns" in notes
+    assert "id not written by the template, 1 message\n" in notes
+    assert f"{path}: of no format, passed over: \"source\", \"to\\u001bpic\"\n" in notes
     assert "1 answer: empty, not learnt" in notes and "1 chat: passed over, with no answer to learn" in notes
 
 
@@ -310,11 +432,23 @@ def test_4_7_a_token_that_no_chat_uses_is_no_error(init: Path, tmp_path: Path) -
 def test_4_8_examples_are_written_once(init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = lines(tmp_path / "a.jsonl", *talks(30))
     first = opened(init, tmp_path / "run", "--chat", path)
-    folder, = (tmp_path / "run" / "data").iterdir()
+    folder, = (tmp_path / "run" / "chats").iterdir()
     monkeypatch.setattr(Writer, "examples", lambda *_: pytest.fail("they are there"))
     again = opened(init, tmp_path / "run", "--chat", path)
     assert again.stream.fingerprint == first.stream.fingerprint and again.notes == first.notes
-    assert [*(tmp_path / "run" / "data").iterdir()] == [folder]
+    assert [*(tmp_path / "run" / "chats").iterdir()] == [folder]
+
+
+def test_4_8_examples_of_other_chats_are_removed_once_a_run_has_begun(init: Path, tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *talks(3))
+    opened(init, tmp_path / "run", "--chat", path).keep(OneRank())
+    lines(path, *talks(4))
+    (tmp_path / "run" / "chats" / ".killed").mkdir()
+    corpus = opened(init, tmp_path / "run", "--chat", path)
+    assert len([*(tmp_path / "run" / "chats").iterdir()]) == 3, "the checks come first"
+    kept = corpus.keep(OneRank())
+    assert [*(tmp_path / "run" / "chats").iterdir()] == [corpus.examples]
+    assert (kept.stream.sources[0].row(0)[0] == corpus.stream.sources[0].row(0)[0]).all()
 
 
 def test_4_8_other_chats_another_template_or_another_end_are_other_examples(init: Path, tmp_path: Path) -> None:
@@ -338,7 +472,8 @@ def test_4_8_other_chats_another_template_or_another_end_are_other_examples(init
 
 def test_4_8_many_processes_write_what_one_writes(init: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ours = load(init)
-    chats = sft.read(lines(tmp_path / "a.jsonl", *talks(20)))
+    dated = {"messages": [user("a") | {"timestamp": 7}, assistant("b")]}
+    chats = sft.read(lines(tmp_path / "a.jsonl", *talks(18), dated, dated))
     monkeypatch.setattr(chat_store, "MANY", 10)
     monkeypatch.setattr(chat_store, "CHUNK", 3)
     chat_store.build(tmp_path / "many", ours, chats)
@@ -346,7 +481,8 @@ def test_4_8_many_processes_write_what_one_writes(init: Path, tmp_path: Path, mo
     chat_store.build(tmp_path / "one", ours, chats)
     for name in ("tokens", "targets", "edges", "counts"):
         assert (np.load(tmp_path / "many" / f"{name}.npy") == np.load(tmp_path / "one" / f"{name}.npy")).all()
-    found, _ = chat_store.load(tmp_path / "many")
+    found, said = chat_store.load(tmp_path / "many")
+    assert said == chat_store.load(tmp_path / "one")[1] == {"timestamp not written by the template": 2}
     assert [spelled(ours, example) for example, in found] == [
         spelled(ours, example) for chat in chats for example in sft.examples(ours, chat)]
 

@@ -78,6 +78,27 @@ def test_a_run_that_is_forced_onto_more_text_keeps_its_tokenizer(begun):
     assert (out / "data" / "tokenizer.json").read_bytes() != words
 
 
+def test_a_run_is_measured_on_text_of_its_own(begun, tmp_path, monkeypatch, capsys):
+    """The text to measure on counts as the text to train on does: unchanged it is not tokenized again."""
+    text, out = begun
+    (tmp_path / "other.txt").write_text("the cat sees a dog\n" * 40)
+    options, out = (*OPTIONS, "--held-out", tmp_path / "other.txt"), tmp_path / "own"
+    run("--data", text, "--out", out, *options)
+    facts = texts.facts(out / "data")
+    assert facts.held_out_bytes == (tmp_path / "other.txt").stat().st_size and facts.held_out_documents == 1
+    assert facts.train_bytes == sum(path.stat().st_size for path in text.iterdir())
+    last = [entry for entry in log(out) if "held_out_loss" in entry][-1]
+    assert last["held_out_bits_per_byte"] == pytest.approx(
+        last["held_out_loss"] / 0.6931471805599453 * facts.held_out_targets / facts.held_out_bytes)
+    assert "1 document held out" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "build", lambda *_: pytest.fail("the text was tokenized again"))
+        run("--data", text, "--out", out, *options, "--resume")
+    (tmp_path / "other.txt").write_text("another text\n")
+    said = refused("--data", text, "--out", out, *options, "--resume")
+    assert f"its text is not that of --data {text} and --held-out {tmp_path / 'other.txt'}" in said
+
+
 def log(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
 

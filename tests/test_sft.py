@@ -274,19 +274,20 @@ def test_what_is_refused_names_the_line(tmp_path, name):
 
 @pytest.mark.parametrize("name, content, words", [
     ("x.jsonl", b'{"prompt": "a", "completion": "b"}\n\n{"prompt": \n', ["x.jsonl, line 3", "not JSON"]),
-    ("x.jsonl", b'{"prompt": "caf\xe9", "completion": "b"}\n', ["x.jsonl, line 1", "UTF-8"]),
+    ("x.jsonl", b'{"prompt": "\xc3\xa9\xff\xfe\xfd\x81", "completion": "b"}\n', ["x.jsonl: not a text file", "UTF-8"]),
     ("x.jsonl", b"[" * 100_000, ["x.jsonl, line 1", "not JSON"]),
     ("x.jsonl", b"\n \n", ["x.jsonl: no chats"]),
-    ("x.json", b'{"prompt": "a", "completion": "b"}', ["x.json: expected one list", ".jsonl"]),
+    ("x.json", b'{"rows": [{"prompt": "a", "completion": "b"}]}', ["x.json, item 1: expected the keys", '"rows"']),
+    ("x.json", b'[{"prompt": "a", "completion": "b"}, {]', ["x.json, item 2: not JSON"]),
     ("x.json", b'[{"prompt": "a", "completion": "b"}, 2]', ["x.json, item 2", "an object"]),
     ("x.json", b"[]", ["x.json: no chats"]),
     ("x.csv", b"prompt,completion\n", ["x.csv: no chats"]),
-    ("x.csv", b"prompt,completion\na,b,c\n", ["x.csv, row 1", "2 columns", '["c"]']),
-    ("x.csv", b"prompt,completion\n\xe9,b\n", ["x.csv", "CSV in UTF-8"]),
+    ("x.csv", b"prompt,completion\na,b,c\n", ["x.csv, line 2", "found 3 columns, expected 2"]),
+    ("x.csv", b'prompt,completion\n"a"b,c\n', ["x.csv, line 2: not a table"]),
     ("x.txt", b"a", ["x.txt", ".jsonl"]),
-    ("x.jsonl.gz", b"a", ["x.jsonl.gz"]),
-    ("x.jsonl.zst", b"a", ["x.jsonl.zst: cannot be decompressed"]),
-    ("x.parquet", b"a", ["x.parquet: not parquet"]),
+    ("x.jsonl.gz", b"a", ["x.jsonl.gz: cannot be unpacked"]),
+    ("x.jsonl.zst", b"a", ["x.jsonl.zst: cannot be unpacked"]),
+    ("x.parquet", b"a", ["x.parquet: cannot be read", "Parquet"]),
 ])
 def test_a_file_that_cannot_be_read_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)

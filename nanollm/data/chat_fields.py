@@ -15,10 +15,13 @@ which nothing vanishes is taken:
 
 Templates decide by what is there (a call *or* a content, thoughts in the last answer only), so each kind of message is
 tried once: its role, its fields, how many calls it has, whether it is the last.
+
+What is spelled in another way, and what says who or when and is not written (NEUTRAL), is counted in `Fields.notes`.
 """
 
 import itertools
 import json
+from collections import Counter
 from typing import Any, NamedTuple
 
 from nanollm.data.chat_formats import THOUGHTS, Chat
@@ -47,12 +50,16 @@ class Spelling(NamedTuple):
 
 
 class Fields:
-    """Spells the messages of chats so that one tokenizer's template writes all of each."""
+    """Spells the messages of chats so that one tokenizer's template writes all of each.
+
+    notes    of how many messages a person should know something, by what it is
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
-        self.tried: set[tuple[Any, ...]] = set()        # kinds of messages of which nothing vanishes
-        self.found: dict[tuple[Any, ...], Spelling] = {}        # for kinds of messages, the spelling that serves
+        self.notes: Counter[str] = Counter()
+        self.found: dict[tuple[Any, ...], Spelling] = {}        # for kinds of answers, the spelling that serves
+        self.tried: dict[tuple[Any, ...], str] = {}     # kinds of which nothing vanishes: neutral fields not written
 
     def spelled(self, chat: Chat) -> list[Message]:
         """The messages up to the last answer that is learnt. Raises DataError for a field that would vanish."""
@@ -67,15 +74,19 @@ class Fields:
                 if kind not in self.tried:
                     if lost := self._lost(chat, messages[: upto + 1], at):
                         raise self._vanishes(chat, at, lost)
-                    self.tried.add(kind)
+                    self.tried[kind] = self._passed_over(chat, messages[: upto + 1], at)
+                self._note(self.tried[kind])
         kind = ("tools", len(chat.tools or ()), messages[0]["role"])
         if chat.tools and kind not in self.tried:
             cut = messages[: answers[0] + 1]
             if self._text(cut, _marked(chat.tools)) == self._text(cut, chat.tools):
                 raise DataError(f"{chat.where}: the chat template does not write the tools, and the chat has "
                                 f"{len(chat.tools)}; choose a template that does with --template, or remove them")
-            self.tried.add(kind)
+            self.tried[kind] = ""
         return messages
+
+    def _note(self, *lines: str) -> None:
+        self.notes.update(line for line in lines if line)
 
     def _kind(self, chat: Chat, message: Message) -> tuple[Any, ...]:
         calls = message.get("tool_calls")
@@ -87,6 +98,7 @@ class Fields:
         message = messages[at]
         kind = self._kind(chat, message)
         if spelling := self.found.get(kind):
+            self._note(self.tried[kind], *other_spellings(message, spelling))
             return spell(message, spelling)
         failed: list[tuple[str, ...]] = []
         for spelling in self._spellings(message):
@@ -97,6 +109,8 @@ class Fields:
                 lost = (str(error),)
             if not lost:
                 self.found[kind] = spelling
+                self.tried[kind] = self._passed_over(chat, [*messages[:at], made], at)
+                self._note(self.tried[kind], *other_spellings(message, spelling))
                 return made
             failed.append(lost)
         named = [lost for lost in failed if not any(" " in field for field in lost)]     # fields, and no further words
@@ -144,6 +158,13 @@ class Fields:
             elif (not isinstance(value, str) or value.strip()) and text(message | {field: _marked(value)}) == plain:
                 lost.append(field)
         return tuple(lost)
+
+    def _passed_over(self, chat: Chat, messages: list[Message], at: int) -> str:
+        """A note with the neutral fields of message `at` that the template does not write; "" where it has none."""
+        message, plain = messages[at], self._text(messages, chat.tools)
+        names = [field for field in message if field in NEUTRAL and plain == self._text(
+            [*messages[:at], message | {field: _marked(message[field])}, *messages[at + 1 :]], chat.tools)]
+        return f"{', '.join(names)} not written by the template" if names else ""
 
     def _calls_lost(self, message: Message, text: Any) -> list[str]:
         """What the template would not write of the calls, once and as JSON."""
@@ -197,6 +218,20 @@ def spell(message: Message, spelling: Spelling) -> Message:
         made["tool_calls"] = [_call(call, spelling.arguments) for call in calls]
         made["content"] = made["content"] or spelling.empty
     return made
+
+
+def other_spellings(message: Message, spelling: Spelling) -> list[str]:
+    """Notes of what is written in another way than it is given."""
+    given = next((name for name in THOUGHTS if name in message), spelling.thoughts)
+    written = f"{OPENS}…{CLOSES} in the content" if spelling.thoughts == OPENS else spelling.thoughts
+    notes = [f"{given} written as {written}"] if given != spelling.thoughts else []
+    calls = message.get("tool_calls")
+    kinds = {type(call.get("function", call).get("arguments")) for call in calls} if isinstance(calls, list) else set()
+    if spelling.arguments is dict and str in kinds:
+        notes.append("arguments of tool calls, which are text, written as an object")
+    if spelling.arguments is str and dict in kinds:
+        notes.append("arguments of tool calls, which are an object, written as text")
+    return notes
 
 
 def _call(call: Any, kind: type) -> Any:

@@ -1,16 +1,16 @@
 """Files of chats, and what a person says about them: a folder, a name in LLaMA-Factory's dataset_info.json, columns.
 
-    chats.jsonl                                        an item a line; .ndjson is the same
-    chats.json                                         one list of items
-    chats.csv   chats.parquet                          an item a row (parquet needs the package pyarrow)
-    chats.jsonl.gz   chats.jsonl.zst                   any of the first four, compressed (.zst needs zstandard)
+    chats.jsonl  chats.parquet  chats.csv.gz …         an item a record; records.py has the formats, files.py how they
+                                                       are packed and encoded
+    hf:owner/name[:config][:split]                     an item a row of a data set of the hub
     folder/                                            all .jsonl, .ndjson and .parquet in it, in the order of names;
-                                                       where there is none, all .json and .csv
+                                                       where there is none, all .json, .csv and .tsv
     data/dataset_info.json:NAME                        the set of that name; or NAME with --dataset-dir data
 
-dataset_info.json (LLaMA-Factory, data/README.md) says which file a set is in and what its columns and roles are called:
+dataset_info.json (LLaMA-Factory, data/README.md) says where a set is and what its columns and roles are called:
 
-    "NAME": {"file_name": "x.json", "formatting": "alpaca" | "sharegpt" | "openai",
+    "NAME": {"file_name": "x.json", or "hf_hub_url": "owner/name", "subset", "split",
+             "formatting": "alpaca" | "sharegpt" | "openai",
              "columns": {"prompt", "query", "response", "history", "system", "tools"}, or of the other two
                         {"messages", "system", "tools"},
              "tags": {"role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag",
@@ -20,33 +20,57 @@ A set with "columns" has these columns and no others. For files that no dataset_
 `--columns prompt=question response=answer` does the same (the format's name = the file's); other keys stay.
 """
 
-import csv
-import gzip
-import importlib
-import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from nanollm.data import files, records
 from nanollm.data.chat_formats import EXPECTED, FORMATS, Chat, chat, need
-from nanollm.errors import DataError
+from nanollm.errors import DataError, counted
 
-LINES, OTHERS = (".jsonl", ".ndjson", ".parquet"), (".json", ".csv")
-READABLE = ", ".join((*LINES, *OTHERS))
+LINES = (".jsonl", ".ndjson", ".parquet")          # of a folder; what has other suffixes may be settings, not chats
 Change = Callable[[Any, str], Any]                 # an item and where it stands → an item of a format
 
 
-def read(source: Path | str, dataset_dir: Path | None = None, columns: dict[str, str] | None = None) -> list[Chat]:
-    """The chats of a source, as at the head of the file. Raises DataError, with the file and line, item or row."""
-    path, change = resolve(str(source), dataset_dir)
+def read(source: Path | str, dataset_dir: Path | None = None, columns: dict[str, str] | None = None,
+         say: Callable[[str], object] = lambda note: None) -> list[Chat]:
+    """The chats of a source, as at the head of the file. Raises DataError, with the file and line, item or row.
+
+    say     gets a line for each file that is not plain UTF-8, and one with the keys that are passed over
+    """
+    place, change = resolve(str(source), dataset_dir)
     if columns:
         change = _renamed(columns)
-    chats = [chat(change(item, where), where) for file in _files(path) for item, where in records(file)]
+    chats, unknown = [], Counter[str]()
+    for record in _records(place, say):
+        item = change(_item(record), record.where)
+        chats.append(chat(item, record.where))
+        unknown.update(key for key, value in item.items() if key not in KEYS and value is not None)
+    if unknown:
+        names = [json.dumps(name[:40]) for name, _ in unknown.most_common(8)]   # ASCII: cannot drive a terminal
+        say(f"{source}: of no format, passed over: {', '.join(names)}{', …' if len(unknown) > 8 else ''}")
     if not chats:
-        what = f"{', '.join(LINES)} files with " * path.is_dir()
-        raise DataError(f"{path}: no chats in it; expected {what}objects of one of the formats {EXPECTED}")
+        what = f"{', '.join(LINES)} files with " * Path(place).is_dir()
+        raise DataError(f"{place}: no chats in it; expected {what}objects of one of the formats {EXPECTED}")
     return chats
+
+
+def _records(place: str, say: Callable[[str], object]) -> Iterator[records.Record]:
+    if place.startswith(records.HUB):
+        yield from records.hub(place)
+        return
+    for path in _files(Path(place)):
+        if files.kind(path) not in records.SUFFIXES and path.exists():
+            raise DataError(f"{path}: expected a .jsonl with a chat a line, a .json with a list of chats, another of "
+                            f"{', '.join(records.SUFFIXES)} (also {', '.join(files.PACKED)}), or a folder of them")
+        how = files.encoding(path)
+        if how is None:
+            raise files.no_text(path)
+        if how.note:
+            say(f"{path}: {how.note}" + f" ({counted(how.damaged, 'place')})" * bool(how.damaged))
+        yield from records.records(path, how)
 
 
 def _files(path: Path) -> list[Path]:
@@ -54,92 +78,20 @@ def _files(path: Path) -> list[Path]:
         return [path]
     inside = [(file, file.relative_to(path).parts) for file in sorted(path.rglob("*")) if file.is_file()]
     shown = [file for file, parts in inside if not any(part.startswith(".") for part in parts)]
-    lines = [file for file in shown if _kind(file) in LINES]
-    return lines or [file for file in shown if _kind(file) in OTHERS and file.name != "dataset_info.json"]
+    lines = [file for file in shown if files.kind(file) in LINES]
+    return lines or [file for file in shown
+                     if files.kind(file) in records.SUFFIXES and file.name != "dataset_info.json"]
 
 
-def _kind(path: Path) -> str:
-    """The suffix that says what is in a file, without that of its compression."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    return next((suffix for suffix in reversed(suffixes) if suffix not in (".gz", ".zst")), "")
-
-
-# ---- records
-
-def records(path: Path) -> Iterator[tuple[Any, str]]:
-    """(item, "file, line 7") of a file. Raises DataError."""
-    kind = _kind(path)
-    if kind not in (*LINES, *OTHERS) and path.exists():
-        raise DataError(f"{path}: expected a .jsonl with a chat a line, a .json with a list of chats, another of "
-                        f"{READABLE} (also .gz, .zst), or a folder of them")
-    if kind == ".parquet":
-        yield from _rows(path)
-        return
-    data = _bytes(path)
-    if kind in (".jsonl", ".ndjson"):
-        for n, line in enumerate(data.split(b"\n"), 1):
-            if line.strip():
-                yield _json(line, f"{path}, line {n}"), f"{path}, line {n}"
-    elif kind == ".csv":
-        try:
-            rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
-            for n, row in enumerate(rows, 1):
-                need(None not in row and None not in row.values(), f"{path}, row {n}",
-                     f"the {len(rows.fieldnames or [])} columns of the first line", [*row.values()])
-                yield row, f"{path}, row {n}"
-        except (ValueError, csv.Error) as error:
-            raise DataError(f"{path}: not CSV in UTF-8: {error}") from None
-    else:
-        items = _json(data, f"{path}")
-        need(isinstance(items, list), f"{path}", "one list of chats (a chat a line belongs into a .jsonl)", items)
-        yield from ((item, f"{path}, item {n}") for n, item in enumerate(items, 1))
-
-
-def _bytes(path: Path) -> bytes:
+def _item(record: records.Record) -> Any:
+    """A record as JSON has it: a date, say, is text. Raises DataError for half a surrogate pair, which JSON can spell
+    and UTF-8 cannot."""
     try:
-        data = path.read_bytes()
-        if path.suffix.lower() == ".gz":
-            return gzip.decompress(data)
-        if path.suffix.lower() == ".zst":
-            return _package("zstandard", path).ZstdDecompressor().stream_reader(io.BytesIO(data)).read()
-        return data
-    except DataError:
-        raise
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:                                  # EOFError, zlib.error, ZstdError: damaged
-        raise DataError(f"{path}: cannot be decompressed: {error}") from None
-
-
-def _package(name: str, path: Path) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        package = name.partition(".")[0]
-        raise DataError(f"{path}: needs the package {package}: pip install {package}") from None
-
-
-def _rows(path: Path) -> Iterator[tuple[Any, str]]:
-    parquet = _package("pyarrow.parquet", path)
-    try:
-        with parquet.ParquetFile(path) as file:
-            rows = (row for batch in file.iter_batches(1024) for row in batch.to_pylist())
-            yield from ((row, f"{path}, row {n}") for n, row in enumerate(rows, 1))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    except Exception as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(f"{path}: not parquet: {error}") from None
-
-
-def _json(data: bytes, where: str) -> Any:
-    try:
-        value = json.loads(data.decode("utf-8-sig"))
-        json.dumps(value, ensure_ascii=False).encode()          # "\ud800" is JSON, but no text
-        return value
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: not JSON in UTF-8: {error}") from None
+        text = json.dumps(record.fields, ensure_ascii=False, default=str)
+        text.encode()
+        return json.loads(text)
+    except (UnicodeEncodeError, RecursionError) as error:
+        raise DataError(f"{record.where}: not JSON in UTF-8: {error}") from None
 
 
 # ---- what a person says about a set
@@ -147,14 +99,14 @@ def _json(data: bytes, where: str) -> Any:
 KEYS = {key for format in FORMATS for part in format for key in part}
 
 
-def resolve(source: str, dataset_dir: Path | None) -> tuple[Path, Change]:
+def resolve(source: str, dataset_dir: Path | None) -> tuple[str, Change]:
     """Where the items of a source are, and what makes them items of a format. Raises DataError."""
     folder, colon, name = source.rpartition(":")
     if colon and Path(folder).name == "dataset_info.json":
         return _described(Path(folder), name)
-    if dataset_dir is not None and not Path(source).exists():
+    if dataset_dir is not None and not source.startswith(records.HUB) and not Path(source).exists():
         return _described(dataset_dir / "dataset_info.json", source)
-    return Path(source), lambda item, where: item
+    return source, lambda item, where: item
 
 
 def _renamed(columns: dict[str, str]) -> Change:
@@ -180,12 +132,12 @@ TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assist
         "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
                "observation_tag": "tool", "function_tag": "function_call", "system_tag": "system"}
-SPEAKERS = {"user_tag": "human", "assistant_tag": "gpt", "observation_tag": "observation",
-            "function_tag": "function_call", "system_tag": "system"}
-UNDERSTOOD = {"file_name", "formatting", "columns", "tags", "ranking", "split"}
+SPEAKERS = {tag: speaker for tag, speaker in TAGS.items() if tag not in ("role_tag", "content_tag")}
+HUBS = {"hf_hub_url", "ms_hub_url", "om_hub_url"}  # one set in several places; the first is what we read
+UNDERSTOOD = {"file_name", "formatting", "columns", "tags", "ranking", "subset", "split"} | HUBS
 
 
-def _described(file: Path, name: str) -> tuple[Path, Change]:
+def _described(file: Path, name: str) -> tuple[str, Change]:
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -203,7 +155,7 @@ def _described(file: Path, name: str) -> tuple[Path, Change]:
     need(isinstance(columns, dict), where, "'columns' to be an object", columns)
     if entry.get("ranking") or {"chosen", "rejected", "kto_tag"} & {*columns}:
         raise DataError(f"{where}: preference data, which is for a later method; expected chats to learn from")
-    need("file_name" in entry, where, "a 'file_name'; download a set of a hub, and name its file here", sorted(entry))
+    need({"file_name", "hf_hub_url"} & {*entry}, where, "a 'file_name' or a 'hf_hub_url'", sorted(entry))
     known = ALPACA if formatting == "alpaca" else SHAREGPT
     strange = sorted((entry.keys() - UNDERSTOOD) | (columns.keys() - known.keys()))
     need(not strange, where, f"{', '.join(sorted(UNDERSTOOD))} and the columns {', '.join(known)}, no more", strange)
@@ -217,7 +169,9 @@ def _described(file: Path, name: str) -> tuple[Path, Change]:
         if isinstance(turns := made.get("conversations"), list):
             made["conversations"] = [_turn(turn, f"{at}, message {n}", tags, roles) for n, turn in enumerate(turns, 1)]
         return made
-    return file.parent / entry["file_name"], change
+    if hub := entry.get("hf_hub_url"):                  # goes before a file_name there, too
+        return f"{records.HUB}{hub}:{entry.get('subset') or ''}:{entry.get('split') or ''}", change
+    return str(file.parent / entry["file_name"]), change
 
 
 def _turn(turn: Any, where: str, tags: dict[str, str], roles: dict[str, str]) -> dict[str, Any]:

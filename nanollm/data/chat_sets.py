@@ -7,17 +7,15 @@ What fits no row plays no part before anything is held out, so a held-out part i
 """
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
-
 from nanollm.data import chat_store
 from nanollm.data.chat_formats import Chat
-from nanollm.data.chat_writing import IGNORED, Example
+from nanollm.data.chat_writing import Example
 from nanollm.data.sft import Chats, picture, read, shortened, split
-from nanollm.errors import DataError, counted
+from nanollm.errors import counted
 from nanollm.text.tokenizer import Tokenizer
 
 
@@ -27,7 +25,9 @@ class Sets:
     def __init__(self, sources: Sequence[Path], held_out: Path | None, dataset_dir: Path | None = None,
                  columns: dict[str, str] | None = None) -> None:
         self.sources, self.held_out = [*sources], held_out
-        self.chats = [read(source, dataset_dir, columns) for source in (*sources, *([held_out] if held_out else []))]
+        self.notes: list[str] = []                      # of files that are not plain UTF-8, and of keys passed over
+        self.chats = [read(source, dataset_dir, columns, self.notes.append)
+                      for source in (*sources, *([held_out] if held_out else []))]
         self.every = [*chain.from_iterable(self.chats)]
 
     def rows(self, folder: Path, tokenizer: Tokenizer, context: int,
@@ -36,29 +36,29 @@ class Sets:
 
         Raises DataError where no example of a set fits a row.
         """
-        written, said = chat_store.load(folder)
-        made = iter(written)
-        pairs = [[(chat, next(made)) for chat in some] for some in self.chats]      # (chat, its examples), set by set
+        every, said = chat_store.load(folder)
+        each = iter(every)
+        pairs = [[(chat, next(each)) for chat in some] for some in self.chats]      # (chat, its examples), set by set
         pad = tokenizer.eos_id if tokenizer.eos_id is not None else 0
         train: list[Chats] = []
-        notes: list[str] = []
-        held = [example for some in pairs[len(self.sources) :] for _, all in some for example in all]
+        notes = [*self.notes]
+        held = [example for some in pairs[len(self.sources) :] for _, written in some for example in written]
         for source, some in zip(self.sources, pairs, strict=False):
-            fitting = [chat for chat, all in some if _fits(all, context, long)]
+            fitting = [chat for chat, written in some if _fits(written, context, long)]
             beside = {chat.where for chat in split(fitting)[1]} if self.held_out is None else set()
-            held += [example for chat, all in some if chat.where in beside for example in all]
-            kept = [example for chat, all in some if chat.where not in beside for example in all]
+            held += [example for chat, written in some if chat.where in beside for example in written]
+            kept = [example for chat, written in some if chat.where not in beside for example in written]
             train.append(rows := Chats(str(source), kept, context, pad, long))
             notes.append(f"{source}: {counted(len(some) - len(beside), 'chat')} in {counted(rows.rows, 'row')} of "
                          f"{context} tokens, {len(beside)} held out")
             notes += [f"{source}: {rows.note}"] if rows.note else []
             notes += passed_over([chat for chat, _ in some])
-        notes += [f"{counted(count, 'answer')}: {what}" for what, count in said.items()]
+        notes += [f"{what}, {counted(count, 'message')}" for what, count in said.items()]
         name = self.held_out or (self.sources[0] if len(train) == 1 else "the chats")
         measured = Chats(f"{name}, held out", held, context, pad, "drop" if long == "error" else long) if held else None
         notes += [f"{measured.name}: {measured.note}"] if measured and measured.note else []
         colour = sys.stdout.isatty()
-        first = next(example for _, all in pairs[0] for example in all)
+        first = next(example for _, written in pairs[0] for example in written)
         notes += [f"one of them, what is learnt in {'green' if colour else '⟦ ⟧'}:", picture(tokenizer, first, colour)]
         return train, measured, notes
 
@@ -78,17 +78,3 @@ def passed_over(chats: Sequence[Chat]) -> list[str]:
     counts = ((silent, "answer", "empty, not learnt"), (others, "answer", "not learnt, as the weight says"),
               (nothing, "chat", "passed over, with no answer to learn"))
     return [f"{counted(count, noun)}: {what}" for count, noun, what in counts if count]
-
-
-def windows(tokenizer: Tokenizer, documents: Iterable[str], context: int) -> list[Example]:
-    """Documents in windows of T tokens, all of them learnt: the end-of-sequence id opens a document and closes it."""
-    end = tokenizer.eos_id if tokenizer.eos_id is not None else tokenizer.bos_id
-    if end is None:
-        raise DataError("--held-out: text needs a tokenizer with an end-of-sequence or beginning-of-sequence token")
-    made = []
-    for document in documents:
-        ids = np.array([end, *tokenizer.encode(document, bos=False), end], np.int64)
-        for at in range(0, len(ids) - 1, context):
-            targets = np.append(ids[at + 1 : at + 1 + context], IGNORED)[: len(ids[at : at + context])]
-            made.append(Example(ids[at : at + context], targets))
-    return made

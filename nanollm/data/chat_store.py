@@ -1,6 +1,6 @@
 """Examples of many chats: written by several processes, once, and kept in the run folder for each later start.
 
-    chats ──Writer, a process each──▶ examples ──▶ data/chats-HASH/          HASH: of the chats, the template, the ids
+    chats ──Writer, a process each──▶ examples ──▶ chats/HASH/               HASH: of the chats, the template, the ids
                                                      tokens.npy  (N,) int32  all examples, one after the other
                                                      targets.npy (N,) int32
                                                      edges.npy   (E + 1,)    where each begins
@@ -8,7 +8,8 @@
                                                      facts.json              checksums, and what a person should know
 
 Rank 0 writes, the others wait and read. Files are mapped into memory, not read. A folder is never changed: other chats,
-or another template, make another one, so a start that is refused later has changed nothing of the run.
+or another template, make another one, so a start that is refused later has changed nothing of the run. Once a run has
+begun, the folders that it does not use are removed.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ from nanollm.text.tokenizer import Tokenizer
 VERSION = 1                     # of what a Writer makes of a chat: another one, and all are written anew
 MANY = 200                      # fewer chats are written here, without further processes
 CHUNK = 32                      # chats that a process takes at once
+FOLDER = "chats"                # in that of a run
 FILES = ("tokens", "targets", "edges", "counts")
 
 
@@ -49,7 +51,7 @@ def folder_for(run: Path, tokenizer: Tokenizer, chats: Sequence[Chat]) -> Path:
     digest.update(json.dumps(facts, sort_keys=True).encode())
     for chat in chats:
         digest.update(json.dumps([chat.messages, chat.tools, chat.answers, chat.plain], sort_keys=True).encode())
-    return run / "data" / f"chats-{digest.hexdigest()}"
+    return run / FOLDER / digest.hexdigest()
 
 
 def build(folder: Path, tokenizer: Tokenizer, chats: Sequence[Chat]) -> None:
@@ -95,6 +97,13 @@ def load(folder: Path) -> tuple[list[list[Example]], dict[str, int]]:
         raise DataError(f"{folder}: cannot be read: {error}; remove it, and it is made anew") from None
 
 
+def keep_only(folder: Path) -> None:
+    """Remove what lies beside the folder: examples of other chats, and what a killed process left."""
+    for path in folder.parent.iterdir():
+        if path != folder:
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def _written(tokenizer: Tokenizer, chats: Sequence[Chat]) -> Iterator[tuple[list[Example], Counter[str]]]:
     """The examples and notes of each chat, in order."""
     writer = Writer(tokenizer)
@@ -115,8 +124,8 @@ def _written(tokenizer: Tokenizer, chats: Sequence[Chat]) -> Iterator[tuple[list
 
 def _one(work: tuple[Writer, Chat]) -> tuple[list[Example], Counter[str]]:
     writer, chat = work
-    writer.notes = Counter()
-    return writer.examples(chat), writer.notes
+    writer.notes.clear()
+    return writer.examples(chat), writer.notes.copy()
 
 
 _writer: Writer | None = None                           # of a forked process

@@ -72,12 +72,12 @@ class _Draft(NamedTuple):
 class Writer:
     """Writes chats with one tokenizer's template. What it finds out about the template holds for all of them.
 
-    notes    how many answers were written in a way that a person should know of, by what it is
+    notes    of how many messages a person should know something, by what it is
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.fields = tokenizer, Fields(tokenizer)
-        self.notes: Counter[str] = Counter()
+        self.notes: Counter[str] = self.fields.notes
         self._checks, self._by_pieces = CHECKED, True
         self._piece = functools.lru_cache(4096)(lambda text: tuple(tokenizer.encode(text, bos=False, special=True)))
         self._ends: dict[tuple[Any, ...], int] = {}
@@ -160,7 +160,7 @@ class Writer:
             thoughts, answer = (message["content"] or "").rpartition(CLOSES)[0].strip(), f"\n\n{answer}"
             thoughts = mark(thoughts.removeprefix(OPENS), self.tokenizer.special_pattern)
         if not thoughts.strip():
-            self.notes["has no thoughts: they are written as empty, since the prompt opens them"] += 1
+            self.notes["no thoughts: written as empty ones, since the prompt opens them"] += 1
         return f"{asking}{thoughts.strip()}\n{CLOSES}{answer}"
 
     def ids(self, text: str) -> list[int]:
@@ -198,7 +198,8 @@ class Writer:
             try:
                 if calls:                               # and no thoughts, which some templates take out when it goes on
                     plain = {key: value for key, value in chat.messages[i].items() if key not in THOUGHTS}
-                    talk = [talk[0], self.fields.spelled(Chat(chat.where, [talk[0], plain], chat.tools))[1]]
+                    fields = Fields(tokenizer)          # whose notes are of nobody's data
+                    talk = [talk[0], fields.spelled(Chat(chat.where, [talk[0], plain], chat.tools))[1]]
                     after = {"role": "tool", "content": "x", "name": "x", "tool_call_id": "x" * 9}
                 if tokenizer.template_for(chat.tools) is not None:
                     written, longer = (ids(tokenizer, text) for text in texts(

@@ -22,6 +22,7 @@ import re
 import sysconfig
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,7 +124,7 @@ class Texts:
     def _parts(self, file: File) -> Iterator[Part]:
         path, name, named, hidden = file
         if str(path).startswith(records.HUB):
-            yield from self._records(records.hub(str(path)), name)
+            yield from self._records(records.texts(records.hub(str(path)), self.field), name)
             return
         if hidden:
             return self._note(HIDDEN, name)
@@ -131,29 +132,26 @@ class Texts:
         if self._states.setdefault(path, state) != state:
             raise DataError(f"{path}: changed while it was read; start again")
         if path not in self._how:
-            self._how[path] = (files.Encoding("utf-8") if files.kind(path) == ".parquet" else files.encoding(path))
+            self._how[path] = files.encoding(path)
         how = self._how[path]
         if how is None:
             if named:
-                raise DataError(f"{path}: not a text file (it holds zero bytes, or bytes of no encoding that is read); "
-                                "convert it to UTF-8: iconv -f ENCODING -t UTF-8")
+                raise files.no_text(path)
             return self._note(NO_TEXT, name)
-        if how.damaged:
-            self._note("not all UTF-8: U+FFFD for the rest", name, counted(how.damaged, "place"))
-        elif how.name == "cp1252":
-            self._note("not UTF-8, read as cp1252 (Western European)", name)
+        if how.note:
+            self._note(how.note, name, counted(how.damaged, "place") if how.damaged else "")
         if files.kind(path) not in records.SUFFIXES:
             yield from self._text(files.text_blocks(path, how), name)
             return
         try:
-            yield from self._records(records.records(path, how, self.field), name)
+            yield from self._records(records.documents(path, how, self.field), name)
         except records.NoField:
             if named or files.kind(path) in (".jsonl", ".ndjson"):
                 raise
             self._note(NO_FIELD, name)
 
-    def _records(self, found: Iterator[records.Record], name: str) -> Iterator[Part]:
-        for number, (field, text) in enumerate(records.texts(found, self.field), 1):
+    def _records(self, found: Iterator[tuple[str, str]], name: str) -> Iterator[Part]:
+        for number, (field, text) in enumerate(found, 1):
             if number == 1 and field not in ("text", self.field):
                 self._note(f'with its documents in "{field}"', name)
             yield Part(f"{name}:{number}", text)
@@ -179,6 +177,32 @@ class Texts:
         yield Part(name, last)
         if documents + len(whole) > 1:
             self._note("parted where a mark stands", name, counted(documents + len(whole), "document"))
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Text to train on, all of it, and text of its own to measure on, or none. Iterated over: one after the other."""
+    train: Texts
+    held_out: Texts | None
+
+    def __iter__(self) -> Iterator[Part]:
+        for texts in self.both:
+            yield from texts
+
+    @property
+    def both(self) -> list[Texts]:
+        """The two, or the first."""
+        return [self.train, self.held_out] if self.held_out else [self.train]
+
+    @property
+    def notes(self) -> list[str]:
+        """As of Texts."""
+        return [note for texts in self.both for note in texts.notes]
+
+    def listing(self) -> str | None:
+        """As of Texts."""
+        each = [texts.listing() for texts in self.both]
+        return None if None in each else " ".join(map(str, ["apart", *each]))
 
 
 def read(sources: Path | Sequence[Path] | None, field: str | None = None, marks: Sequence[str] = ()) -> Texts:

@@ -38,6 +38,13 @@ class Encoding(NamedTuple):
     name: str                   # of Python's codecs
     damaged: int = 0            # U+FFFD that stand for bytes which are not UTF-8
 
+    @property
+    def note(self) -> str:
+        """What a person should know of it; "" where there is nothing."""
+        if self.damaged:
+            return "not all UTF-8: U+FFFD for the rest"
+        return "not UTF-8, read as cp1252 (Western European)" if self.name == "cp1252" else ""
+
 
 def kind(path: Path) -> str:
     """The suffix in small letters, without that of a container: notes.JSONL.gz → .jsonl."""
@@ -87,6 +94,8 @@ def zst_blocks(path: Path) -> Iterator[bytes]:
 
 def encoding(path: Path) -> Encoding | None:
     """How the file is decoded, by the rule at the head; None where it is not text. Reads all of it."""
+    if kind(path) == ".parquet":                        # its texts are UTF-8 inside of what is none
+        return Encoding("utf-8")
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         for number, block in enumerate(blocks(path)):
@@ -101,6 +110,12 @@ def encoding(path: Path) -> Encoding | None:
     except UnicodeDecodeError:
         return other_than_utf8(path)
     return Encoding("utf-8")
+
+
+def no_text(path: Path) -> DataError:
+    """The error where `encoding` finds no text in a file that was named."""
+    return DataError(f"{path}: not a text file (it holds zero bytes, or bytes of no encoding that is read); "
+                     "convert it to UTF-8: iconv -f ENCODING -t UTF-8")
 
 
 def other_than_utf8(path: Path) -> Encoding | None:

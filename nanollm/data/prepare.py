@@ -34,9 +34,9 @@ import numpy as np
 import nanollm.text.tokenizer
 from nanollm import cli
 from nanollm.data import bpe
-from nanollm.data.documents import Part, Texts, read
+from nanollm.data.documents import Apart, Part, Texts, read
 from nanollm.data.encode import Encoder, Marks, encoded, marks
-from nanollm.data.shards import DRAFT, LIMIT, VERIFIED, Writing, read_meta, write_file
+from nanollm.data.shards import DRAFT, LIMIT, VERIFIED, InMemory, Writing, read_meta, write_file
 from nanollm.data.split import DROPPED, WHOLE, Index, plan, sides
 from nanollm.data.stream import open_folder
 from nanollm.errors import DataError, NanollmError, counted
@@ -120,10 +120,10 @@ def draft(documents: Iterable[Part], folder: Path, *, vocab: int | None, tokeniz
           shard_tokens: int = 100_000_000) -> Path:
     """As `prepare`, but what is new stays in a draft: the path of it, or `folder` where that was made before.
 
-    documents    are iterated over two or three times; a Texts, or a list
+    documents    are iterated over two or three times: Texts, of which 5 % are held out; Apart; or a list
     """
     given = check(folder, vocab, tokenizer, context, shard_tokens)
-    listing = documents.listing() if isinstance(documents, Texts) else None
+    listing = documents.listing() if isinstance(documents, Texts | Apart) else None
     made_from = {"listing": listing, "texts": None, "marks": list(marks(given)) if given else None,
                  "tokenizer": digest(given) if given else f"BPE {vocab} {bpe.WORDS}"}
     made_from = json.loads(json.dumps(made_from))
@@ -147,37 +147,48 @@ def build(documents: Iterable[Part], index: Index, folder: Path, given: Tokenize
             trained = bpe.train_tokenizer((part for side, part in sides(documents, keep) if side == 0), size, vocab)
             bpe.save_tokenizer(trained, place)
         else:
-            copy_tokenizer(given, place)
+            try:
+                given.copy_files(place)
+            except OSError as error:
+                raise DataError(f"{place}: cannot be written: {error.strerror}") from None
         used = nanollm.text.tokenizer.load(place)
         around, made_with = marks(used), digest(used)
         writing = [Writing(place, name, shard_tokens, used.vocab_size, around.before[0], made_with)
                    for name in ("train", "held_out")]
-        sizes, held_out, zipped = [0, 0], b"", Zipped()
+        sizes, zipped = [0, 0], Zipped()
         with Encoder(used, size) as encoder:
             for batch in encoded(encoder, sides(documents, keep), around, size):
                 for side, to in enumerate(writing):
                     mine = [(chunk, ids) for chunk, ids in batch if chunk.side == side]
-                    held_out = "".join(chunk.text for chunk, _ in mine).encode(errors="replace")
-                    sizes[side] += len(held_out)
+                    said = "".join(chunk.text for chunk, _ in mine).encode(errors="replace")
+                    sizes[side] += len(said)
                     to.add(np.array([id for _, ids in mine for id in ids], np.int64))
-                zipped.add(held_out)
+                    if side == 1:
+                        zipped.add(said)
         for to in writing:
-            to.add(np.array(around.last, np.int64))
+            if to.counts.any():                         # nothing may be held out
+                to.add(np.array(around.last, np.int64))
             to.close()
         counts = [to.counts for to in writing]
         if counts[0].sum() <= context:
             raise DataError(f"the text to train on has {counts[0].sum()} tokens, which do not fill one context of "
                             f"{context}; give more, or a smaller --context")
         kept = keep[keep != DROPPED]
-        documents_ = int((kept != 0).sum()), int((kept != WHOLE).sum())
-        found = count(documents_, sizes, counts, around, zipped)
-        said = documents.notes if isinstance(documents, Texts) else []
-        if twice := int(((keep == DROPPED) & (index.sizes > 0)).sum()):
-            said = [*said, f"{counted(twice, 'document')} the same as an earlier one: taken once"]
+        found = count((int((kept != 0).sum()), int((kept != WHOLE).sum())), sizes, counts, around, zipped)
         meta = {"format": 1, "made_from": made_from, "vocab": used.vocab_size, "tokenizer_sha256": made_with,
-                "marks": around._asdict(), "notes": said, "facts": asdict(found)}
+                "marks": around._asdict(), "notes": said_of(documents, index, keep), "facts": asdict(found)}
         write_file(place / "meta.json", json.dumps(meta, indent=2).encode() + b"\n")
     return place
+
+
+def said_of(documents: Iterable[Part], index: Index, keep: np.ndarray) -> list[str]:
+    """What a person should know of the text, in lines."""
+    lines = documents.notes if isinstance(documents, Texts | Apart) else []
+    if twice := int(((keep == DROPPED) & (index.sizes > 0)).sum()):
+        lines = [*lines, f"{counted(twice, 'document')} the same as an earlier one: taken once"]
+    if both := np.intersect1d(index.hashes[keep == WHOLE], index.hashes[keep == 0]).size:
+        lines = [*lines, f"{counted(both, 'document')} trained on and held out both"]
+    return lines
 
 
 def check(folder: Path, vocab: int | None, tokenizer: Path | None, context: int,
@@ -224,17 +235,19 @@ def holds(folder: Path, documents: Iterable[Part]) -> bool:
     made = read_meta(folder).get("made_from")
     if not isinstance(made, dict):
         return True
-    listing = documents.listing() if isinstance(documents, Texts) else None
+    listing = documents.listing() if isinstance(documents, Texts | Apart) else None
     return listing is not None and listing == made.get("listing") or Index.of(documents).texts == made.get("texts")
 
 
-def copy_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
-    """Its files, as they are."""
-    for path in [*tokenizer.files, tokenizer.folder / "generation_config.json"]:
-        if path.exists():
-            to = folder / path.relative_to(tokenizer.folder)
-            to.parent.mkdir(exist_ok=True)
-            write_file(to, path.read_bytes())
+def in_memory(documents: Texts, tokenizer: Tokenizer) -> tuple[InMemory, int]:
+    """The tokens of documents as in shards, marks included, and how many bytes their text has."""
+    index, around = Index.of(documents), marks(tokenizer)
+    keep, said, ids, size = np.where(index.sizes > 0, WHOLE, DROPPED), int(index.sizes.sum()), list[int](), 0
+    with Encoder(tokenizer, said) as encoder:
+        for batch in encoded(encoder, sides(documents, keep), around, said):
+            ids += [id for _, some in batch for id in some]
+            size += sum(len(chunk.text.encode(errors="replace")) for chunk, _ in batch)
+    return InMemory(np.array([*ids, *around.last], np.int64), around.before[0]), size
 
 
 @contextlib.contextmanager
@@ -304,6 +317,8 @@ def count(documents: tuple[int, int], sizes: Sequence[int], counts: Sequence[np.
           zipped: Zipped) -> Facts:
     """Facts, from the numbers of both sides and how often each id (V,) stands in their streams."""
     said, predicted = counts[0] + 1.0, counts[1].copy()                         # + 1: no token is impossible
+    if not predicted.any():
+        return Facts(documents[0], sizes[0], int(counts[0].sum()), 0, 0, 0, 0.0, 0.0)
     predicted[around.before[0]] -= 1                                            # the first mark is no target
     return Facts(
         documents[0], sizes[0], int(counts[0].sum()), documents[1], sizes[1], int(counts[1].sum()),

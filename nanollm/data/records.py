@@ -1,4 +1,4 @@
-"""Records → documents: files and hub data sets that hold many documents, each in a field of a record.
+"""Records of files and of data sets of the hub: documents, each in a field of one, or chats (chat_files.py).
 
     .jsonl .ndjson      a JSON object a line                        {"text": "One document.", "id": 7}
     .json               a list of objects, or objects one after the other
@@ -6,14 +6,15 @@
     .parquet            columns; read a batch of rows at a time     (pip install -e ".[data]")
     hf:owner/name[:config][:split]   a data set of the hub, streamed; the split is train if none is named
 
-The field is that of --text-field, else "text", else the one of KNOWN that the first record has. The first record
-decides for all. An empty document, or null in its place, is passed over.
+The field of a document is that of --text-field, else "text", else the one of KNOWN that the first record has. The
+first record decides for all. An empty document, or null in its place, is passed over.
 """
 
+import contextlib
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,11 +66,17 @@ def texts(records: Iterable[Record], asked: str | None) -> Iterator[tuple[str, s
         yield field, (fields[field] or "").encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def records(path: Path, how: files.Encoding, asked: str | None) -> Iterator[Record]:
-    """The records of a file, by its suffix."""
+def documents(path: Path, how: files.Encoding, asked: str | None) -> Iterator[tuple[str, str]]:
+    """(field, document) of each record of a file."""
+    columns = [choose(schema(path), asked)] if files.kind(path) == ".parquet" else None
+    return texts(records(path, how, columns), asked)
+
+
+def records(path: Path, how: files.Encoding, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """The records of a file, by its suffix. columns: of a .parquet, those that are read; None: all."""
     kind = files.kind(path)
     if kind == ".parquet":
-        return parquet(path, asked)
+        return parquet(path, columns)
     text = files.text_blocks(path, how)
     if kind in (".jsonl", ".ndjson"):
         return jsonl(path, text)
@@ -148,8 +155,26 @@ def _then(first: str, rest: Iterator[str]) -> Iterator[str]:
     yield from rest
 
 
-def parquet(path: Path, asked: str | None) -> Iterator[Record]:
-    """The rows of a parquet file, of the column with the documents only."""
+def parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[Record]:
+    """The rows of a parquet file, of these columns or of all."""
+    with opened(path) as file:
+        number = 0
+        for batch in file.iter_batches(ROWS, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield Record(f"{path}, row {number}", row)
+
+
+def schema(path: Path) -> Record:
+    """What a row of a parquet file may be, as `choose` reads it: "" in the columns of text, 0 in others."""
+    with opened(path) as file:
+        return Record(str(path), {column.name: "" if str(column.type) in ("string", "large_string") else 0
+                                  for column in file.schema_arrow})
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A parquet file. Raises DataError where it cannot be opened, or read in the block."""
     try:
         import pyarrow
         from pyarrow.parquet import ParquetFile
@@ -157,13 +182,7 @@ def parquet(path: Path, asked: str | None) -> Iterator[Record]:
         raise DataError(f'{path}: a .parquet needs pyarrow: pip install -e ".[data]"') from None
     try:
         with ParquetFile(path) as file:
-            columns = {field.name: "" if pyarrow.types.is_string(field.type) or pyarrow.types.is_large_string(
-                field.type) else 0 for field in file.schema_arrow}
-            field, number = choose(Record(str(path), columns), asked), 0
-            for batch in file.iter_batches(ROWS, columns=[field]):
-                for text in batch.column(0).to_pylist():
-                    number += 1
-                    yield Record(f"{path}, row {number}", {field: text})
+            yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
 

@@ -268,3 +268,20 @@ class Shard:
             found, expected = (f"{size} bytes written at {time} ns" for size, time in (state, self._state))
             raise DataError(f"{self.path}: changed since the run began: found {found}, expected {expected}; "
                             "put it back")
+
+
+class InMemory:
+    """Tokens that a run made of text by itself, in the place of a Shard. Nothing can change them."""
+    digest = None
+
+    def __init__(self, tokens: np.ndarray, end: int) -> None:
+        self.tokens, self.count, self.dtype, self.end = tokens, len(tokens), tokens.dtype, end
+        self.crc32 = zlib.crc32(tokens.data)
+
+    def verify(self, vocab: int) -> None:
+        """Raises DataError unless all ids are below `vocab`."""
+        if self.tokens.max() >= vocab:
+            raise DataError(f"found id {self.tokens.max()}, expected ids below {vocab}")
+
+    def unchanged(self) -> None:
+        """As of a Shard."""

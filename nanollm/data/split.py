@@ -12,6 +12,8 @@ The end of a document begins behind the last line end, or else the last space, o
 WINDOW characters where that is less; or else just there. Its length counts up to its last character that is no white
 space.
 
+Where text of its own is given to measure on (documents.Apart), that is held out, and nothing of the other.
+
 The rule asks for no names, so the same text is parted alike on every machine, wherever it lies. A text that occurs
 twice counts once, so none is on both sides.
 
@@ -27,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from nanollm.data.documents import Part
+from nanollm.data.documents import Apart, Part
 from nanollm.errors import DataError, counted
 
 HELD_OUT, GROUP, LONG, WINDOW = 0.05, 20, 0.02, 1 << 16
@@ -40,10 +42,15 @@ class Index(NamedTuple):
     hashes: np.ndarray          # (N,) uint64
     sizes: np.ndarray           # (N,) int64, in characters, without white space at the end
     texts: str                  # blake2b of the texts in their order, in hex
+    own: int | None = None      # documents at the end that were given to measure on; None: none were, see `plan`
 
     @classmethod
     def of(cls, parts: Iterable[Part]) -> "Index":
         """Read all documents through, once. 16 bytes of memory a document, whatever its length."""
+        if isinstance(parts, Apart):
+            train, held_out = cls.of(parts.train), cls.of(parts.held_out or ())
+            return cls(np.concatenate([train.hashes, held_out.hashes]), np.concatenate([train.sizes, held_out.sizes]),
+                       f"{train.texts} {held_out.texts}", len(held_out.sizes))
         hashes, sizes, everything = array("Q"), array("q"), hashlib.blake2b(digest_size=16)
         one, at, size = hashlib.blake2b(digest_size=16), 0, 0
         for part in tqdm(parts, desc="reading", unit="part", leave=False):
@@ -62,10 +69,13 @@ class Index(NamedTuple):
 def plan(index: Index) -> np.ndarray:
     """(N,) int64: how many characters of each document are trained on, at most. WHOLE: all. 0: none, it is held out.
     DROPPED: it is empty, or the same as an earlier one. Raises DataError where nothing can be held out."""
-    hashes, sizes, _ = index
-    keep = np.full(len(sizes), DROPPED)
-    keep[np.unique(hashes, return_index=True)[1]] = WHOLE
+    hashes, sizes, _, own = index
+    keep, train = np.full(len(sizes), DROPPED), len(sizes) - (own or 0)
+    keep[np.unique(hashes[:train], return_index=True)[1]] = WHOLE
+    keep[train:] = 0
     keep[sizes == 0] = DROPPED
+    if own is not None:
+        return keep
     unique = np.flatnonzero(keep == WHOLE)
     short = unique[sizes[unique] <= LONG * sizes[unique].sum()]
     if len(short) < GROUP:

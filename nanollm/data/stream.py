@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanollm.data.shards import DRAFT, Shard, read_meta
+from nanollm.data.shards import DRAFT, InMemory, Shard, read_meta
 from nanollm.errors import DataError
 
 BLOCK, LARGEST = 1 << 10, 1 << 40       # rows in which each source of a mixture has its exact share, at least one
@@ -106,7 +106,7 @@ class Tokens:
     short    True: the last window may be short, and is filled up with targets of −100, so that all tokens are predicted
     """
 
-    def __init__(self, name: str, shards: Sequence[Shard], context: int, end: int | None = None, *,
+    def __init__(self, name: str, shards: Sequence[Shard | InMemory], context: int, end: int | None = None, *,
                  short: bool = False) -> None:
         self.name, self.shards, self.context, self.digest = name, shards, context, shards[0].digest
         self.end = end if shards[0].end is None else shards[0].end
@@ -148,10 +148,11 @@ class Tokens:
         for shard in self.shards:
             shard.unchanged()
 
-    def moved(self, folder: Path) -> None:
-        """The files lie in another folder now."""
+    def moved(self, draft: Path) -> None:
+        """The files of a draft lie in the folder around it now."""
         for shard in self.shards:
-            shard.path = folder / shard.path.name
+            if isinstance(shard, Shard) and shard.path.parent == draft:
+                shard.path = draft.parent / shard.path.name
 
 
 def is_shard_folder(path: Path) -> bool:

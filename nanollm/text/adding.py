@@ -43,11 +43,7 @@ def with_tokens(source: Path, tokens: Sequence[str], target: Path) -> Tokenizer:
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     try:
-        for path in [*old.files, source / "generation_config.json"]:
-            if path.exists():
-                to = draft / path.relative_to(source)
-                to.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, to)
+        old.copy_files(draft)
         write(draft, ids)
         new = load(draft)
         for text, id in ids.items():

@@ -22,6 +22,7 @@ before each stretch of text: so its models were trained. (transformers 5 does ne
 import codecs
 import json
 import re
+import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,6 +94,14 @@ class Tokenizer:
     @chat_template.setter
     def chat_template(self, source: str | None) -> None:
         self.chat_templates, self.template_files = {} if source is None else {"default": source}, {}
+
+    def copy_files(self, folder: Path) -> None:
+        """Copy its files to a folder, and generation_config.json, which says what ends an answer."""
+        for path in [*self.files, self.folder / "generation_config.json"]:
+            if path.exists():
+                to = folder / path.relative_to(self.folder)
+                to.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, to)
 
     def template_for(self, tools: Any) -> str | None:
         """The source that writes a chat with these tools (None: without), as transformers' `get_chat_template` picks

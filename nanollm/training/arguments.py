@@ -132,16 +132,17 @@ def chats(add: Add) -> None:
     """Supervised fine-tuning (SFT)."""
     add("--chat", type=Path, nargs="+", metavar="FILE",
         help="chats for supervised fine-tuning (SFT), loss on the answers only: files of messages, alpaca, sharegpt or "
-             "prompt/completion (.jsonl, .json, .csv, .parquet, also .gz, .zst), folders of them, or sets of a "
-             "dataset_info.json as dataset_info.json:NAME; with --data, text is mixed in")
+             "prompt/completion (.jsonl, .json, .csv, .parquet …, also packed), folders of them, data sets of the hub "
+             "(hf:owner/name:config:split), or sets of a dataset_info.json as dataset_info.json:NAME; with --data, "
+             "text is mixed in")
     add("--dataset-dir", type=Path, metavar="FOLDER",
         help="folder of LLaMA-Factory's dataset_info.json, by whose names --chat is then understood")
     add("--columns", type=column, nargs="+", metavar="NAME=COLUMN",
         help="column mapping: what the keys of a format are called in the files, such as prompt=question "
              "response=answer")
     add("--held-out", type=Path, metavar="FILE",
-        help="validation file of its own, chats or text: nothing of --chat is then held out (default: 5 %% of the "
-             "chats or of the text)")
+        help="validation data of its own: a file or folder of chats or of text, or shards; all of --chat and --data is "
+             "then trained on (default: 5 %% of the chats or of the text is held out)")
     add("--long", choices=LONG,
         help="chats that are longer than --context: drop them, truncate them to the first turns that fit whole, or "
              "error (default drop)")

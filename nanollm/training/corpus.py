@@ -4,18 +4,18 @@
     --data shards …    one source each, mixed by weight (data/stream.py)
     --chat file …      chats through the model's own template, packed into rows (data/sft.py), mixed by weight; also
                        with --data, after which one stream has rows of both kinds
-    --held-out file    what is measured on, instead of a part of the above
+    --held-out file    what is measured on; all of the above is then trained on
 """
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanollm.data import chat_sets, chat_store, sft
+from nanollm.data import chat_sets, chat_store
 from nanollm.data import prepare as text
 from nanollm.data import stream as data
 from nanollm.data.encode import marks
@@ -30,7 +30,11 @@ from nanollm.training.distributed import World
 
 @dataclass(frozen=True)
 class Corpus:
-    """See the head of the file. facts: counted when text was tokenized for this run, None for other data."""
+    """See the head of the file. facts: counted when text was tokenized for this run, None for other data.
+
+    targets_per_byte    of the held-out text, where its bytes are known: nats per target → bits per byte
+    examples            the folder of data/chat_store.py that the chats are read from
+    """
     stream: Stream
     held_out: Source | None
     tokenizer: Tokenizer | None                 # None for raw .bin files without one: ids cannot become text
@@ -39,6 +43,8 @@ class Corpus:
     facts: text.Facts | None
     notes: tuple[str, ...]                      # lines that are printed before the first step
     draft: Path | None = None                   # tokenized for this run, and not yet where it belongs; see `keep`
+    targets_per_byte: float | None = None
+    examples: Path | None = None
 
     def prompt(self, words: str) -> list[int]:
         """The ids that a sample goes on from: the beginning of a document, or of an answer. Needs a tokenizer."""
@@ -52,15 +58,17 @@ class Corpus:
         return [*start, *tokenizer.encode(words, bos=False)]
 
     def keep(self, world: World) -> "Corpus":
-        """The same, with text that was tokenized for this run moved to its place: the run begins, all checks have
-        passed. All ranks call it."""
-        draft, reader = self.draft, self.tokenizer
+        """The same, with text that was tokenized for this run moved to its place, and the examples of other chats
+        removed: the run begins, all checks have passed. All ranks call it."""
+        draft, reader, examples = self.draft, self.tokenizer, self.examples
+        if examples:
+            world.on_rank_0(lambda: chat_store.keep_only(examples))
         if draft is None:
             return self
         world.on_rank_0(lambda: text.settle(draft, draft.parent))
         for source in (*self.stream.sources, self.held_out):
             if isinstance(source, data.Tokens):
-                source.moved(draft.parent)
+                source.moved(draft)
         if reader and reader.folder == draft:
             reader = tokenizer.load(draft.parent)
         return dataclasses.replace(self, tokenizer=reader, draft=None)
@@ -70,11 +78,7 @@ class Corpus:
         tokenizer = self.tokenizer
         if tokenizer is None:
             return
-        for path in [*tokenizer.files, tokenizer.folder / "generation_config.json"]:
-            if path.exists():
-                to = folder / path.relative_to(tokenizer.folder)
-                to.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, to)
+        tokenizer.copy_files(folder)
         if self.chat and tokenizer.chat_templates:
             templates.write(tokenizer, folder)
             file = folder / "generation_config.json"
@@ -104,13 +108,13 @@ class Corpus:
             source.unchanged()
 
     def in_bytes(self, loss: float) -> dict[str, float]:
-        """The held-out loss in bits per byte, which does not depend on the tokenizer; {} without `facts`."""
-        return {} if self.facts is None else {"held_out_bits_per_byte": self.bits_per_byte(loss)}
+        """The held-out loss in bits per byte, which does not depend on the tokenizer; {} where bytes are not known."""
+        return {} if self.targets_per_byte is None else {"held_out_bits_per_byte": self.bits_per_byte(loss)}
 
     def bits_per_byte(self, loss: float) -> float:
-        """Nats per token → bits per byte of the held-out text. Needs `facts`."""
-        assert self.facts is not None
-        return loss * self.facts.held_out_targets / math.log(2) / self.facts.held_out_bytes
+        """Nats per token → bits per byte of the held-out text. Needs `targets_per_byte`."""
+        assert self.targets_per_byte is not None
+        return loss * self.targets_per_byte / math.log(2)
 
 
 def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus:
@@ -118,22 +122,31 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
 
     vocab: the size of the BPE that is trained where no tokenizer is given. Raises DataError.
     """
-    if options.chat:
-        chats = open_chats(options, world)
-        if not options.data:
-            return chats
-        text_only = argparse.Namespace(**vars(options) | {"chat": None, "mix": None, "held_out": None})
-        return mixed(options, chats, open_corpus(text_only, world, vocab))
+    if not options.chat:
+        return open_text(options, world, vocab)
+    chats = open_chats(options, world)
+    if not options.data:
+        return chats
+    return mixed(options, chats, open_text(argparse.Namespace(**vars(options) | {"mix": None}), world, vocab))
+
+
+def open_text(options: argparse.Namespace, world: World, vocab: int) -> Corpus:
+    """The text, or shards, of --data; with --chat, --held-out is of chats, and read elsewhere."""
     folders, draft = options.data, None
-    if not all(path.suffix == ".bin" or data.is_shard_folder(path) for path in folders) or not folders:
+    if new := not folders or not all(map(is_shards, folders)):
         made = world.broadcast(world.on_rank_0(lambda: prepare(options, vocab)))
         folders, draft = [made], None if made == options.out / "data" else made
     corpus = world.on_all_ranks(lambda: open_shards(options, folders))
-    if options.held_out:
-        corpus = dataclasses.replace(corpus, held_out=held_out_text(options, corpus), facts=None)
+    if options.held_out and not options.chat and not (new and not is_shards(options.held_out)):
+        corpus = world.on_all_ranks(lambda: measured_on(options, corpus))
     sources = [source for source in (*corpus.stream.sources, corpus.held_out) if source]
     world.on_rank_0(lambda: [source.verify(corpus.vocab) for source in sources])
     return dataclasses.replace(corpus, draft=draft)
+
+
+def is_shards(path: Path) -> bool:
+    """Whether that is tokens, and not text."""
+    return path.suffix == ".bin" or data.is_shard_folder(path)
 
 
 def prepare(options: argparse.Namespace, vocab: int) -> Path:
@@ -144,13 +157,17 @@ def prepare(options: argparse.Namespace, vocab: int) -> Path:
     work. Text that an earlier version tokenized is not compared, and taken as it is. Raises DataError.
     """
     folder, given = options.out / "data", adding.folder_of(options)
-    if shards := [path for path in options.data if path.suffix == ".bin" or data.is_shard_folder(path)]:
+    if shards := [path for path in options.data if is_shards(path)]:
         raise DataError(f"--data {shards[0]}: found shards beside text; make shards of the text too, with python -m "
                         "nanollm.data --tokenizer, and they can be mixed")
     if options.mix:
         raise DataError(f"--mix: expected --data of shards, found text ({', '.join(map(str, options.data))}), which is "
                         "one source; make shards of each with python -m nanollm.data")
-    documents = text.read(options.data, options.text_field, text.separators(given))
+    read = functools.partial(text.read, field=options.text_field, marks=text.separators(given))
+    documents: text.Texts | text.Apart = read(options.data)
+    if options.held_out:                                # where it is of chats, or of shards, no text is held out
+        own = None if options.chat or is_shards(options.held_out) else read(options.held_out)
+        documents = text.Apart(read(options.data), own)
     meta = read_meta(folder) if options.resume and (options.out / "run.json").exists() else {}
     if "facts" in meta:                                 # the text of the run that is resumed
         if text.holds(folder, documents):
@@ -158,6 +175,7 @@ def prepare(options: argparse.Namespace, vocab: int) -> Path:
                 return folder
         elif not options.force:
             given_text = " ".join(["--data", *map(str, options.data)]) if options.data else "Python's standard library"
+            given_text += f" and --held-out {options.held_out}" if options.held_out else ""
             raise DataError(f"{options.out}: holds another run (its text is not that of {given_text}); "
                             "with --resume --force it goes on with that text, under the tokenizer that it has; "
                             "--force starts over, --out names another folder")
@@ -178,9 +196,7 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     pairs = [data.open_folder(path, options.context, reader.eos_id if reader else None) for path in folders]
     if reader:
         for source, _ in pairs:
-            if source.digest not in (None, text.digest(reader)):
-                raise DataError(f"{source.name}: made with another tokenizer than that of {words}; "
-                                f"make it anew with python -m nanollm.data --tokenizer {words}")
+            need_tokenizer(source, reader)
     vocab = reader.vocab_size if reader else options.vocab
     if vocab is None:
         raise DataError(f"{folders[0]}: raw shards do not say which tokenizer they were made with; "
@@ -190,25 +206,42 @@ def open_shards(options: argparse.Namespace, folders: list[Path]) -> Corpus:
     notes = [f"{source.name}: {counted(source.rows, 'row')} of {options.context} tokens" for source in stream.sources]
     if facts:
         size = f"{facts.train_bytes / 1e6:.1f} MB, {facts.train_tokens / 1e6:.2f} M tokens"
+        whole = "" if options.held_out else ", whole or the end of a long one,"
         notes = [f"{counted(facts.train_documents, 'document')}, {size}; "
-                 f"{counted(facts.held_out_documents, 'document')}, whole or the end of a long one, held out"]
+                 f"{counted(facts.held_out_documents, 'document')}{whole} held out"]
         notes += text.notes(folders[0])
     held_out = next((held for _, held in pairs if held), None)
     if len(pairs) > 1:
         notes.append(f"measured on {held_out.name}" if held_out else "nothing is held out to measure on")
-    return Corpus(stream, held_out, reader, vocab, False, facts, tuple(notes))
+    rate = facts.held_out_targets / facts.held_out_bytes if facts and facts.held_out_bytes else None
+    return Corpus(stream, held_out, reader, vocab, False, facts, tuple(notes), targets_per_byte=rate)
 
 
-def held_out_text(options: argparse.Namespace, corpus: Corpus) -> Source:
-    """The text of --held-out as rows to measure on: shards, or a file or folder that is tokenized here."""
-    path = options.held_out
-    if path.suffix == ".bin" or data.is_shard_folder(path):
-        train, held = data.open_folder(path, options.context, None)
-        return held or train
-    if corpus.tokenizer is None:
+def need_tokenizer(source: data.Tokens, reader: Tokenizer) -> None:
+    """Raise DataError where shards say that they were made with another tokenizer."""
+    if source.digest not in (None, text.digest(reader)):
+        raise DataError(f"{source.name}: made with another tokenizer than that of {reader.folder}; "
+                        f"make it anew with python -m nanollm.data --tokenizer {reader.folder}")
+
+
+def measured_on(options: argparse.Namespace, corpus: Corpus) -> Corpus:
+    """The corpus with what --held-out names to measure on: shards, or text, which is tokenized here."""
+    path, reader, rate = options.held_out, corpus.tokenizer, None
+    if is_shards(path):
+        train, beside = data.open_folder(path, options.context, reader.eos_id if reader else None)
+        held_out = beside or train
+        if reader:
+            need_tokenizer(held_out, reader)
+    elif reader is None:
         raise DataError(f"--held-out {path}: text needs a tokenizer: name its folder with --tokenizer")
-    windows = chat_sets.windows(corpus.tokenizer, (document.text for document in text.read(path)), options.context)
-    return sft.Chats(f"{path}, held out", windows, options.context, windows[0].tokens[0])
+    else:
+        documents = text.read(path, options.text_field, text.separators(reader.folder))
+        tokens, size = text.in_memory(documents, reader)
+        held_out = data.Tokens(f"{path}, held out", [tokens], options.context, short=True)
+        rate = (tokens.count - 1) / size
+    notes = [note for note in corpus.notes if not note.endswith("measure on") and not note.startswith("measured on")]
+    return dataclasses.replace(corpus, held_out=held_out, facts=None, targets_per_byte=rate,
+                               notes=(*notes, f"measured on {held_out.name}"))
 
 
 def open_chats(options: argparse.Namespace, world: World | None = None) -> Corpus:
@@ -231,7 +264,7 @@ def open_chats(options: argparse.Namespace, world: World | None = None) -> Corpu
     train, held, notes = on_all_ranks(lambda: sets.rows(folder, reader, options.context, options.long or "drop"))
     stream = Stream(train, options.mix if len(options.mix or ()) == len(train) else None, options.seed)
     largest = max(source.largest for source in (*train, held) if source)
-    return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes))
+    return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes), examples=folder)
 
 
 def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
@@ -241,4 +274,5 @@ def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
     measured = f"measured on {held_out.name}" if held_out else "nothing is held out to measure on"
     notes = (*(note for note in text.notes if not note.startswith("measured")), *chats.notes, measured)
     return dataclasses.replace(text, stream=stream, held_out=held_out, tokenizer=chats.tokenizer, chat=True, facts=None,
-                               vocab=max(chats.vocab, text.vocab), notes=notes)
+                               vocab=max(chats.vocab, text.vocab), notes=notes, targets_per_byte=None,
+                               examples=chats.examples)

@@ -124,14 +124,13 @@ def known_losses(corpus: Corpus) -> dict[str, float]:
 def measured(corpus: Corpus, loss: float) -> list[str]:
     """A held-out loss beside that of gzip and of a unigram model, as lines of text."""
     facts, known = corpus.facts, known_losses(corpus)
-    if facts is None:
+    if corpus.targets_per_byte is None:
         return [f"  {'held out, nats per target':<44}{loss:>12.3f}"]
-    head = f"held out: {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
-    rows = (
-        ("this model", loss),
-        ("gzip -9, on the held-out text by itself", known["gzip"]),
-        ("unigram model: how frequent each token is", known["unigram"]),
-    )
+    head, rows = "held out", [("this model", loss)]
+    if facts:
+        head += f": {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
+        rows += [("gzip -9, on the held-out text by itself", known["gzip"]),
+                 ("unigram model: how frequent each token is", known["unigram"])]
     return [f"{head:<46}{'nats/token':>12}{'bits/byte':>12}",
             *(f"  {label:<44}{loss:>12.3f}{corpus.bits_per_byte(loss):>12.3f}" for label, loss in rows)]
 

@@ -5,6 +5,7 @@
               log.jsonl      a line for each step, each held-out loss, each sample, each checkpoint
               steps/         checkpoints (state.py)
               data/          tokenized text (data/prepare.py)
+              chats/         chats as tokens (data/chat_store.py)
               vocabulary/    the tokenizer with the tokens of --add-tokens (text/adding.py)
               config.json, model.safetensors, tokenizer.json …  the model as a Hugging Face folder
               loss.png       the loss curve
@@ -95,7 +96,7 @@ def check(folder: Path, options: dict[str, Any], resume: bool, force: bool) -> N
     except OSError as error:
         raise RunError(f"{folder}: cannot be read: {error.strerror}; name another folder with --out") from None
     # .run.json.tmp: of a run that was killed at its start
-    if not there - {"lock", "data", "vocabulary", ".run.json.tmp"}:
+    if not there - {"lock", "data", "chats", "vocabulary", ".run.json.tmp"}:
         return
     if not (folder / "run.json").is_file():
         raise RunError(f"{folder}: not empty, and not made by train.py; name another folder with --out")
