@@ -117,7 +117,7 @@ def test_suggestions():
     for typed, expected in (("--temp", "--temperature or --template"), ("--step", "--steps"), ("--promts", "--prompts"),
                             ("--shards", "--shard-tokens")):
         assert did_you_mean(typed, options) == f"; did you mean {expected}?"
-    assert did_you_mean("--serve", options) == did_you_mean("/nope", ["/undo", "/save"]) == did_you_mean("-", ["-"]) == ""
+    assert did_you_mean("--serve", options) == did_you_mean("/nope", ["/undo", "/save"]) == ""
 
 
 def test_a_warning_is_one_line_of_a_command(capsys):
