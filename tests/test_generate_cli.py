@@ -164,6 +164,23 @@ def test_a_bad_line_is_named_before_the_first_answer(folder: Path, tmp_path: Pat
     assert message in str(error.value)
 
 
+def test_where_the_answers_go_is_tried_before_the_model_is_read(folder: Path, tmp_path: Path) -> None:
+    """And nothing is left there. Prompts may come from standard input."""
+    weights = folder / "model.safetensors"
+    kept, prompts, out = weights.read_bytes(), '{"prompt": "a\\n"}\n', tmp_path / "out.jsonl"
+    weights.write_bytes(b"no weights")
+    try:
+        done = cli("--model", folder, "--prompts", "-", "--out", tmp_path / "none" / "x.jsonl", text=prompts)
+        assert done.err == f"error: {tmp_path / 'none' / 'x.jsonl'}: No such file or directory\n"
+        assert "model.safetensors" in cli("--model", folder, "--prompts", "-", "--out", out, text=prompts).err
+        assert not out.exists()
+    finally:
+        weights.write_bytes(kept)
+    done = cli("--model", folder, "--prompts", "-", "--out", out, text=prompts)
+    assert done.codes == [0] and done.err.endswith(f"[1 answer in {out}]\n") and lines(out)[0]["answer"] == "Yes"
+    assert "standard input, line 1: not JSON" in cli("--model", folder, "--prompts", "-", "--out", out, text="x").err
+
+
 # ---- generation_config.json
 
 @pytest.mark.parametrize("said", [
@@ -234,6 +251,8 @@ def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
 
 
 def test_options_that_change_nothing_are_named(folder: Path) -> None:
+    told = cli("--model", folder, "--prompt", "a\n", "--ignore", "foo", "--ignore", "rope_theta").err
+    assert "config.json: to ignore foo changes nothing: no key and no tensor has that name" in told
     told = cli("--model", folder, "--prompt", "a\n", "--top-p", 0.9, "--seed", 1, "--context", 99).err
     assert "at temperature 0 --top-p, --seed changes nothing" in told and "--context changes nothing" in told
     told = cli("--model", folder, "--prompt", "a\n", "--n", 2, "--batch-size", 2).err

@@ -249,3 +249,37 @@ def test_a_message_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
         screen.say("/system " + "word " * 200)
         screen.see("the system message and a question of one word are")
         assert stats() == before
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_ends_an_answer_that_is_no_chat(endless: Path, as_json: bool) -> None:
+    """What there is of it is printed, and the shell's prompt begins on a line of its own."""
+    options = ("--json",) if as_json else ()
+    with Terminal(noted_run, "--model", endless, "--ask", "go", "--max-new-tokens", 50_000, *options) as screen:
+        screen.see("begun")
+        if as_json:
+            time.sleep(0.5)
+        else:
+            screen.see("abcabc")
+        screen.type(CTRL_C)
+        told = screen.see(" tokens/s]")
+        assert screen.end() == 130
+    if as_json:
+        one = json.loads(told[told.index("{") : told.index("\r\n[stopped; ")])
+        assert one["finish_reason"] == "interrupted" and one["answer"] == ("abc" * len(one["answer"]))[: one["tokens"]]
+        assert one["tokens"] > 1
+    else:
+        assert "\r\n[stopped; " in told
+
+
+def noted_run() -> None:
+    """generate.py that says when it has begun to answer."""
+    feed = generation.feed
+
+    def first(*how: object) -> object:
+        generation.feed = feed
+        print("begun", flush=True)
+        return feed(*how)
+
+    generation.feed = first
+    generate.run()
