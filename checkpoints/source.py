@@ -182,8 +182,8 @@ def understand(found: layouts.Found, ignore: tuple[str, ...],
     stored = prefixes.unwrapped(stored, found.tables or kind.tables(config), str(found.folder))
     stored = _language_model(stored, kind, config, found.folder)
     stored = _replaced(stored, instead, found.tables or kind.tables(config), config.tied)
-    _warn_of_idle(ignore, found)
     stored, model, names, steps = _plan(kind, found, config, stored, ignore)
+    _warn_of_idle(ignore, found)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore, found.inside)
 
 
