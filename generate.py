@@ -21,6 +21,7 @@ import argparse
 import json
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,11 @@ from typing import Any
 import torch
 
 import checkpoints
+from checkpoints import layouts
 from checkpoints.layouts.hub import local_path
-from nanollm.cli import LARGE, SEEDS, Parser, main
+from checkpoints.source import config_of
+from nanollm.cli import LARGE, SEEDS, Once, Parser, main
+from nanollm.config import ModelConfig
 from nanollm.errors import InputError, TokenizerError
 from nanollm.inference import batches, settings
 from nanollm.inference.answer import Answer
@@ -38,6 +42,7 @@ from nanollm.inference.compiled import compile_decoding
 from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
+from nanollm.inference.machine import device, fitted, need_memory
 from nanollm.inference.prepare import prepare
 from nanollm.inference.quantize import KINDS
 from nanollm.inference.request import Request
@@ -71,11 +76,13 @@ def parse() -> argparse.Namespace:
     ways = parser.add_argument_group("what is asked: one of these").add_mutually_exclusive_group(required=True)
     ways.add_argument("--prompt", action="append", metavar="TEXT",
                       help="text to continue; several times for a batch; - reads standard input")
-    ways.add_argument("--ask", metavar="TEXT", help="question, asked through the chat template; - reads standard input")
+    ways.add_argument("--ask", action=Once, metavar="TEXT",
+                      help="question, asked through the chat template; - reads standard input")
     ways.add_argument("--chat", action="store_true", help="conversation in turns; Ctrl-D ends it")
-    ways.add_argument("--prompts", type=Path, metavar="FILE.jsonl",
-                      help='file with {"prompt": TEXT} or {"messages": […]} in each line; goes with --out')
-    parser.add_argument("--out", type=Path, metavar="FILE.jsonl",
+    ways.add_argument("--prompts", action=Once, type=Path, metavar="FILE.jsonl",
+                      help='file with {"prompt": TEXT} or {"messages": […]} in each line, or - for standard input; '
+                      "goes with --out")
+    parser.add_argument("--out", action=Once, type=Path, metavar="FILE.jsonl",
                         help="file for the same lines with answer and finish_reason; lines that it has are passed over")
     parser.add_argument("--batch-size", type=int, metavar="N",
                         help="lines of --prompts at once, each with all its answers (default 8)")
@@ -86,7 +93,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--logprobs", type=int, nargs="?", const=0, metavar="K",
                         help="log-probability of each token, the model's own, before penalties and temperature, and of "
                         "the K likeliest in its place (K omitted: none); goes with --json and --prompts")
-    parser.add_argument("--system", metavar="TEXT", help="system message, with --ask and --chat")
+    parser.add_argument("--system", action=Once, metavar="TEXT", help="system message, with --ask and --chat")
     parser.add_argument("--template", metavar="NAME_OR_FILE",
                         help="chat template in place of the model's: a file (Jinja), a name of the model's own, or "
                         f"one of {', '.join(templates.TEMPLATES)}; "
@@ -167,6 +174,7 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         if "" in getattr(args, name):
             parser.error(f"--{name} '': every text has that in it; expected text")
     wrong = {
+        "--ask '': expected a question": args.ask is not None and not args.ask.strip(),
         "--prompts FILE.jsonl and --out FILE.jsonl go together": (args.prompts is None) != (args.out is None),
         "--out is the file of --prompts; expected another": args.out is not None and args.out == args.prompts,
         "--prompt - twice: standard input can be read once": (args.prompt or []).count("-") > 1,
@@ -234,6 +242,8 @@ def asked(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[list[dict[str
     """What was asked, as --json repeats it, and the ids that the model reads, of each --prompt or of --ask."""
     texts = [standard_input() if text == "-" else text for text in args.prompt or [args.ask]]
     if args.ask is not None:
+        if not texts[0].strip():
+            raise InputError("--ask -: standard input is empty, expected a question")
         conversation = opened(args, tokenizer)
         conversation.add("user", texts[0].strip())
         return [{"messages": conversation.messages}], [conversation.prompt_ids()]
@@ -253,16 +263,22 @@ def grammar(args: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
 
 
 def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int]) -> None:
-    """One answer, to --ask or to one --prompt: its text streams."""
+    """One answer, to --ask or to one --prompt: its text streams. What Ctrl-C leaves of it is told, too."""
     if args.prompt and args.prompt[0] != "-" and not args.json:
         show(args.prompt[0])
     continues = args.ask is None
     session = Session(model, session_length(model.config, len(ids), request.max_new_tokens))
-    tokens = session.generate(ids, request.max_new_tokens, **request.how(continues))
-    written = Written().write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(continues),
-                              show=silent if args.json else show)
+    tokens, written, stopped = session.generate(ids, request.max_new_tokens, **request.how(continues)), Written(), False
+    try:
+        written.write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(continues),
+                      show=silent if args.json else show)
+    except KeyboardInterrupt:
+        stopped = True
     show(as_json(fact, ids, written.answer, request.told(written.answer, written.text, 0)) if args.json else "\n")
     expected = continues and written.answer.ended == "length"       # a continuation ends there
+    if stopped:
+        note(f"[stopped; {written.speed}]")
+        raise KeyboardInterrupt
     note(f"[{written.speed}{'' if expected else written.cut(request.max_new_tokens)}]")
     note_past(model, len(ids) + len(written.answer.tokens))
 
@@ -272,7 +288,11 @@ def several(args: argparse.Namespace, model: Decoder, request: Request, facts: l
     """More than one --prompt, or more than one answer to each, or to --ask: as one batch."""
     continues, n = args.ask is None, request.n
     start = time.perf_counter()
-    answers = answer_batch(model, prompts, request.max_new_tokens, samples=n, **request.how(continues))
+    try:
+        answers = answer_batch(model, prompts, request.max_new_tokens, samples=n, **request.how(continues))
+    except KeyboardInterrupt:
+        note("\n[stopped; a batch is printed when all of it is done]")
+        raise
     seconds, count = time.perf_counter() - start, sum(len(answer.tokens) for answer in answers)
     for at, answer in enumerate(answers):
         text, (prompt, index) = request.text(answer, continues), divmod(at, n)
@@ -306,15 +326,11 @@ def opened(args: argparse.Namespace, tokenizer: Tokenizer) -> Conversation:
     return conversation
 
 
-def device(name: str) -> torch.device:
-    """Raises InputError where this machine, or this build of torch, has none of that name, or it computes nothing."""
-    try:
-        found = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:       # torch's word for a build without CUDA is an AssertionError
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
-    if found.type == "meta":
-        raise InputError("--device meta: it computes nothing")
-    return found
+def config_alone(args: argparse.Namespace, path: Path) -> ModelConfig:
+    """The model's config, without a warning: all of them come when the model is loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return config_of(layouts.describe(path), tuple(args.ignore))[1]
 
 
 def run() -> None:
@@ -330,8 +346,11 @@ def run() -> None:
         done = batches.finished(args.out, jobs, request)
         if done == args.n * len(jobs):
             return note(f"[{args.out} has all {done} answers]")
+        batches.need_place(args.out)
     elif args.chat:
         conversation = opened(args, tokenizer)
+        if args.context:
+            need_memory(config_alone(args, path), args.context, DTYPES[args.dtype] or torch.bfloat16, place)
     else:
         facts, prompts = asked(args, tokenizer)
     request = replace(request, constrain=grammar(args, tokenizer))     # now, for --suffix has added a stop token
@@ -350,12 +369,17 @@ def run() -> None:
     else:
         prepare(model, head_bits=8 if args.quantize else None)
     if args.prompts:
-        batches.answer_jobs(model, request, jobs, done, args.out, args.batch_size or 8)
+        size = min(args.batch_size or 8, len(jobs))
+        request = fitted(request, model, size * args.n, max(len(job.ids) for job in jobs))
+        batches.answer_jobs(model, request, jobs, done, args.out, size)
     elif conversation is not None:
-        context = args.context or default_context(model.config, model.embed.weight.dtype)
+        dtype = model.embed.weight.dtype
+        context = args.context or default_context(model.config, dtype)
+        need_memory(model.config, context, dtype, place)
         Chat(model, conversation, request, context=context).run()
     else:
         warn(tokenizer, prompts[0], args.bos)
+        request = fitted(request, model, len(prompts) * args.n, max(map(len, prompts)))
         if len(prompts) * args.n == 1:
             one(args, model, request, facts[0], prompts[0])
         else:

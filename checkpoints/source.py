@@ -23,7 +23,7 @@ import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -183,7 +183,23 @@ def understand(found: layouts.Found, ignore: tuple[str, ...],
     stored = _language_model(stored, kind, config, found.folder)
     stored = _replaced(stored, instead, found.tables or kind.tables(config), config.tied)
     stored, model, names, steps = _plan(kind, found, config, stored, ignore)
+    _warn_of_idle(ignore, found)
     return Source(found.folder, found.layout, values, kind, names, model, steps, stored, ignore, found.inside)
+
+
+def _warn_of_idle(ignore: Collection[str], found: layouts.Found) -> None:
+    """One warning with the names to ignore that nothing has."""
+    def names(values: Any) -> Iterator[str]:               # of keys, also of objects inside: rope_scaling.factor
+        for key, value in values.items() if isinstance(values, dict) else ():
+            yield key
+            yield from (f"{key}.{inner}" for inner in names(value))
+
+    keys = list(names(found.values))
+    idle = [name for name in ignore if name not in found.stored
+            and not any(one == name or one.endswith(f".{name}") for one in (*keys, *found.stored))]
+    if idle:
+        warnings.warn(f"{found.where}: to ignore {', '.join(idle)} changes nothing: no key and no tensor has that name",
+                      stacklevel=2)
 
 
 def _replaced(stored: dict[str, files.Stored], instead: Mapping[str, files.Stored], tables: Iterable[table.Table],

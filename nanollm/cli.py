@@ -1,8 +1,8 @@
 """What all commands share: an unknown option comes with a suggestion, a warning is one line, bad input ends in one line
-and exit code 1, and so does a file that the system does not let us read or write."""
+and exit code 1, and so does a file that the system does not let us read or write, or a full disk."""
 
 import argparse
-import difflib
+import errno
 import io
 import os
 import re
@@ -11,9 +11,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from nanollm.errors import NanollmError
+from nanollm.errors import NanollmError, did_you_mean
 
 LARGE = 1 << 31                 # of a number of tokens, rows or steps: sizes beyond it overflow 64 bits when multiplied
+FULL = (errno.ENOSPC, errno.EDQUOT)
 SEEDS = (-(1 << 63), (1 << 63) - 1)
 
 
@@ -41,8 +42,18 @@ class Parser(argparse.ArgumentParser):
     def nearest(self, option: str) -> str:
         """The end of the message: which option may have been meant."""
         known = [known for action in self._actions for known in action.option_strings]
-        near = difflib.get_close_matches(option, known, 1)
-        return f"; did you mean {near[0]}?" if near else "; --help lists them"
+        return did_you_mean(option, known) or "; --help lists them"
+
+
+class Once(argparse.Action):
+    """An option of which a second would replace the first, unseen: that is an error."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any,
+                 option: str | None = None) -> None:
+        """Keep the value."""
+        if getattr(namespace, self.dest) is not None:
+            parser.error(f"{option} twice: expected one")
+        setattr(namespace, self.dest, values)
 
 
 def whole(low: int = 1, high: int = LARGE) -> Callable[[str], int]:
@@ -76,6 +87,8 @@ def main(run: Callable[[], None]) -> None:
         with warnings.catch_warnings():
             warnings.showwarning = one_line      # type: ignore[assignment]
             run()
+            if sys.stdout is not None:                     # closed: `>&-`
+                sys.stdout.flush()                         # a full disk or a closed pipe is met here, not after the end
     except NanollmError as error:
         ending = f"error: {error}" if error.alone or os.environ.get("RANK", "0") == "0" else 1
     except PermissionError as error:
@@ -83,7 +96,11 @@ def main(run: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         ending = 130
     except BrokenPipeError:                                # `… | head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_output()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        ending = f"error: {error.filename or _full()}: {error.strerror}"
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # Not by way of Python's own end: a thread of gloo that wants the interpreter then is cut off, and brings the
         # process down (SIGABRT)
@@ -94,3 +111,18 @@ def main(run: Callable[[], None]) -> None:
         os._exit(1 if isinstance(ending, str) else ending)
     if ending:
         sys.exit(ending)
+
+
+def _full() -> str:
+    """What was written to when a disk turned out to be full: the system does not say."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _give_up_output()
+        return "standard output"
+    return "standard output or a file"
+
+
+def _give_up_output() -> None:
+    """Let what is still to be printed go nowhere: at its end Python would try again, and complain."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

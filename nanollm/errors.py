@@ -5,6 +5,9 @@ clears a terminal, or half a surrogate pair, which no terminal can print. So lon
 is not printable is spelled out.
 """
 
+import difflib
+from collections.abc import Iterable
+
 WIDEST = 900                    # characters of a line
 MOST = 64                       # lines
 
@@ -20,6 +23,22 @@ class NanollmError(Exception):
 def counted(count: int, noun: str) -> str:
     """A number and what is counted, for a message: 1 tensor, 2,048 tensors."""
     return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def did_you_mean(typed: str, known: Iterable[str]) -> str:
+    """The end of a message on a word that there is not: what begins with it, or with all of it but the last letter, or
+    else the one that is spelled most like it. "" where there is none.
+
+    >>> did_you_mean("--temp", ["--temperature", "--template", "--top-k"])
+    '; did you mean --temperature or --template?'
+    """
+    names = {name.lstrip("-/"): name for name in known}      # what all begin with makes no two alike
+    word = typed.lstrip("-/")
+    found = [name for bare, name in names.items() if word and bare.startswith(word)]
+    if not found and len(word) > 3:
+        found = [name for bare, name in names.items() if bare.startswith(word[:-1])]
+    found = found or [names[bare] for bare in difflib.get_close_matches(word, names, 1, cutoff=0.7)]
+    return f"; did you mean {' or '.join(found[:3])}?" if found else ""
 
 
 def _cut(line: str) -> str:

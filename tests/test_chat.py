@@ -477,8 +477,14 @@ def test_a_chat_in_a_file(tmp_path: Path) -> None:
     """What is written is read again; a file that is no chat stays; bad files are named."""
     path = tmp_path / "chat.json"
     for chat in ("turns", "tools"):
-        write_chat(path, CHATS[chat])
+        write_chat(path, CHATS[chat], ours=path.exists())
         assert read_chat(path) == CHATS[chat] and path.read_text().count("\n") == 1
+    with pytest.raises(InputError, match="it exists, and this chat was neither saved there"):
+        write_chat(path, CHATS["turns"])
+    assert read_chat(path) == CHATS["tools"]
+    path.write_text(json.dumps({"source": "x", "messages": CHATS["turns"], "id": 7}))
+    write_chat(path, CHATS["tools"], ours=True)
+    assert json.loads(path.read_text()) == {"source": "x", "messages": CHATS["tools"], "id": 7}
     path.write_text(json.dumps(CHATS["turns"]))
     assert read_chat(path) == CHATS["turns"], "the list alone"
     for text in ("", "{", '"hello"', '{"messages": 3}', '[{"role": 3}]', "[[]]", '[{"role": "user", "content": 3}]'):
@@ -486,7 +492,7 @@ def test_a_chat_in_a_file(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="chat.json"):
             read_chat(path)
         with pytest.raises(InputError, match="is no chat"):
-            write_chat(path, CHATS["turns"])
+            write_chat(path, CHATS["turns"], ours=True)
         assert path.read_text() == text and list(tmp_path.iterdir()) == [path]
 
 

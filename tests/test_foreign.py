@@ -2,6 +2,7 @@
 the libraries that are installed."""
 
 import inspect
+import os
 import subprocess
 import sys
 import warnings
@@ -21,7 +22,7 @@ from checkpoints.names.reader import DEFAULTS, IRRELEVANT
 from checkpoints.source import open_source
 from checkpoints.storage import quantized
 from nanollm import cli
-from nanollm.errors import CheckpointError, ConfigError
+from nanollm.errors import CheckpointError, ConfigError, did_you_mean
 from tests.hostile import good
 
 
@@ -96,6 +97,27 @@ def test_what_may_not_be_read_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as end:
         cli.main(lambda: denied(tmp_path))
     assert end.value.code == f"error: {tmp_path}: Permission denied"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has /dev/full")
+def test_a_full_disk_is_one_line(monkeypatch):
+    """Where text waits for standard output, it was that; else the system does not say what it was."""
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "stdout", full)
+        cli.main(lambda: print("met at the end"))
+    assert end.value.code == "error: standard output: No space left on device"
+    with pytest.raises(SystemExit) as end:
+        cli.main(lambda: Path("/dev/full").write_text("x") and None)
+    assert end.value.code == "error: standard output or a file: No space left on device"
+
+
+def test_suggestions():
+    """What begins with the word comes first; of two words that are merely alike none is suggested."""
+    options = ["--temperature", "--template", "--seed", "--steps", "--shard-tokens", "--prompts"]
+    for typed, expected in (("--temp", "--temperature or --template"), ("--step", "--steps"), ("--promts", "--prompts"),
+                            ("--shards", "--shard-tokens")):
+        assert did_you_mean(typed, options) == f"; did you mean {expected}?"
+    assert did_you_mean("--serve", options) == did_you_mean("/nope", ["/undo", "/save"]) == ""
 
 
 def test_a_warning_is_one_line_of_a_command(capsys):

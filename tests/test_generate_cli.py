@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import transformers
@@ -17,9 +18,11 @@ import checkpoints
 import generate as script
 from nanollm.cache import Cache
 from nanollm.errors import InputError
+from nanollm.inference import machine
 from nanollm.inference.batches import finished, read_jobs
 from nanollm.inference.context import MEMORY, cache_bytes, default_context, past_context
 from nanollm.inference.generation import answer_batch
+from nanollm.inference.machine import fitted_new, free_memory, need_memory
 from nanollm.inference.request import Request
 from nanollm.inference.sample import Sampling, processed
 from nanollm.inference.settings import read_settings, spellings
@@ -122,7 +125,8 @@ def test_a_file_of_prompts(folder: Path, tmp_path: Path) -> None:
              {"prompt": "no line ends here"}, {"messages": QUESTION}]
     file.write_text("\n".join(map(json.dumps, asked)) + "\n\n")
     run = ("--model", folder, "--prompts", file, "--out", out, "--batch-size", 2, "--max-new-tokens", 5, "--stop", "es")
-    assert cli(*run).codes == [0]
+    first = cli(*run)
+    assert first.codes == [0]
     whole = out.read_bytes()
     said = {"answer": "Y", "finish_reason": "stop"}
     assert lines(out)[:3] == [one | said for one in asked[:3]] and lines(out)[4] == asked[4] | said
@@ -131,7 +135,7 @@ def test_a_file_of_prompts(folder: Path, tmp_path: Path) -> None:
         out.write_bytes(whole[:size])
         done = cli(*run)
         assert done.codes == [0] and out.read_bytes() == whole, done.said
-    assert "has all 5 answers" in done.err
+    assert "has all 5 answers" in done.err and "[5 answers in " in first.err
 
 
 def test_a_file_of_answers_to_other_prompts_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -158,6 +162,23 @@ def test_a_bad_line_is_named_before_the_first_answer(folder: Path, tmp_path: Pat
     with pytest.raises(Exception, match="in.jsonl, line 2: ") as error:
         read_jobs(file, Request(checkpoints.tokenizer(folder), 5, Sampling()))
     assert message in str(error.value)
+
+
+def test_where_the_answers_go_is_tried_before_the_model_is_read(folder: Path, tmp_path: Path) -> None:
+    """And nothing is left there. Prompts may come from standard input."""
+    weights = folder / "model.safetensors"
+    kept, prompts, out = weights.read_bytes(), '{"prompt": "a\\n"}\n', tmp_path / "out.jsonl"
+    weights.write_bytes(b"no weights")
+    try:
+        done = cli("--model", folder, "--prompts", "-", "--out", tmp_path / "none" / "x.jsonl", text=prompts)
+        assert done.err == f"error: {tmp_path / 'none' / 'x.jsonl'}: No such file or directory\n"
+        assert "model.safetensors" in cli("--model", folder, "--prompts", "-", "--out", out, text=prompts).err
+        assert not out.exists()
+    finally:
+        weights.write_bytes(kept)
+    done = cli("--model", folder, "--prompts", "-", "--out", out, text=prompts)
+    assert done.codes == [0] and done.err.endswith(f"[1 answer in {out}]\n") and lines(out)[0]["answer"] == "Yes"
+    assert "standard input, line 1: not JSON" in cli("--model", folder, "--prompts", "-", "--out", out, text="x").err
 
 
 # ---- generation_config.json
@@ -230,6 +251,8 @@ def test_settings_are_defaults_of_questions(tmp_path: Path) -> None:
 
 
 def test_options_that_change_nothing_are_named(folder: Path) -> None:
+    told = cli("--model", folder, "--prompt", "a\n", "--ignore", "foo", "--ignore", "rope_theta").err
+    assert "config.json: to ignore foo changes nothing: no key and no tensor has that name" in told
     told = cli("--model", folder, "--prompt", "a\n", "--top-p", 0.9, "--seed", 1, "--context", 99).err
     assert "at temperature 0 --top-p, --seed changes nothing" in told and "--context changes nothing" in told
     told = cli("--model", folder, "--prompt", "a\n", "--n", 2, "--batch-size", 2).err
@@ -314,6 +337,36 @@ def test_the_context_is_the_models_or_what_a_cache_of_a_gibibyte_holds() -> None
     assert past_context(config, 64) is None and "65 tokens are more than the 64" in str(past_context(config, 65))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells the memory that is free")
+def test_no_more_memory_is_taken_than_there_is(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A --context that does not fit is refused, with one that does; --max-new-tokens becomes what does."""
+    config, cpu = preset("llama-8b"), torch.device("cpu")
+    free = free_memory(cpu)
+    assert free is not None and 0 < free < psutil.virtual_memory().available + (1 << 30)     # less in a container
+    monkeypatch.setattr(machine, "free_memory", lambda _: 100 * 131_072)      # 100 slots, of which one is the bin
+    need_memory(config, 99, torch.bfloat16, cpu)
+    with pytest.raises(InputError, match=r"--context 100: its cache takes 13,238,272 bytes, and 13,107,200 are free; at"
+                       r" most --context 99 fits"):
+        need_memory(config, 100, torch.bfloat16, cpu)
+    assert fitted_new(config, 1, 40, 49, torch.bfloat16, cpu) == 49
+    assert fitted_new(config, 1, 40, 1 << 30, torch.bfloat16, cpu) == 89 - 40               # nine tenths of the memory
+    assert fitted_new(config, 2, 20, 1 << 30, torch.bfloat16, cpu) == 44 - 20
+    with pytest.raises(InputError, match="2 × 45 tokens of prompts"):
+        fitted_new(config, 2, 45, 99, torch.bfloat16, cpu)
+    monkeypatch.setattr(machine, "free_memory", lambda _: 1 << 36)
+    assert fitted_new(config, 1, 40, 1 << 30, torch.bfloat16, cpu) == 8192 and MEMORY == 8192 * 131_072
+    monkeypatch.undo()
+    done = cli("--model", folder, "--chat", "--context", 1 << 31)
+    assert done.codes == [1] and done.err.startswith("error: --context 2147483648: its cache takes ")
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a\\n"}\n')
+    for way in (["--ask", "x"],
+                ["--prompt", "a\n"], ["--prompt", "a\n", "--prompt", "b\n"],
+                ["--prompts", tmp_path / "in.jsonl", "--out", tmp_path / "out.jsonl"]):
+        done = cli("--model", folder, "--max-new-tokens", 1 << 31, *way)
+        assert done.codes == [0] and "no memory for --max-new-tokens 2147483648: the limit is " in done.err, done.said
+    assert lines(tmp_path / "out.jsonl")[0]["answer"] == "Yes"
+
+
 def test_until() -> None:
     assert until("one two three", ["three", "two"]) == "one " and until("one", ["x"]) == until("one", []) == "one"
 
@@ -327,6 +380,12 @@ def test_until() -> None:
     (["--prompt", "x", "--seed", str(10**20)], "--seed 100000000000000000000: expected"),
     (["--prompt", "x", "--device", "cuda:77"], "--device cuda:77: "),
     (["--prompt", "x", "--device", "nix"], "--device nix: "),
+    (["--ask", "x", "--ask", "y"], "--ask twice: expected one"), (["--ask", ""], "--ask '': expected a question"),
+    (["--ask", "-"], "--ask -: standard input is empty"),
+    (["--ask", "x", "--system", "y", "--system", "z"], "--system twice"),
+    (["--prompts", "-", "--out", "out.jsonl"], "standard input: there is no prompt in it"),
+    (["--chat", "--temp", "1"], "did you mean --template or --temperature?"),
+    (["--chat", "--serve"], "unknown option --serve; --help lists them"),
     (["--prompt", "x", "--device", "meta"], "it computes nothing"), (["--prompt", "x", "--stop", ""], "--stop ''"),
     (["--prompt", "-", "--prompt", "-"], "standard input can be read once"),
     (["--prompt", "x", "--system", "y"], "--system goes with --ask and --chat"),

@@ -4,7 +4,11 @@ real vocabularies that mistral-common ships, and compared with sentencepiece and
 tests/test_published.py compares with llama.cpp, where it is installed, and with a published file."""
 
 import json
+import os
 import random
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import gguf
@@ -228,3 +232,23 @@ def test_without_pre_a_warning_and_without_a_tokenizer_none(tmp_path):
         gguf_tokens.load(small(tmp_path / "x.gguf", pre=None))
     empty = write(tmp_path / "y.gguf", "no_vocab", ["a"], [1])
     assert gguf_tokens.load(empty) is None and gguf_tokens.files(empty) == {}
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_no_folder_for_good(tmp_path, monkeypatch):
+    """The next one that reads a GGUF takes it away; not the folder of a process that lives, be it old."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    path = small(tmp_path / "x.gguf")
+    loading = f"import os, signal, tempfile; from pathlib import Path; tempfile.tempdir = {tempfile.tempdir!r}\n" \
+              f"from checkpoints.layouts import gguf_tokens; kept = gguf_tokens.load(Path({str(path)!r}))\n" \
+              "os.kill(os.getpid(), signal.SIGKILL)"
+    subprocess.run([sys.executable, "-c", loading], cwd=Path(__file__).parent.parent, check=False)
+    left, = Path(tempfile.gettempdir()).iterdir()
+    os.utime(left, (1, 1))
+    alive = gguf_tokens.load(path)
+    os.utime(alive.folder, (1, 1))
+    other = gguf_tokens.load(path)
+    assert {*Path(tempfile.gettempdir()).iterdir()} == {alive.folder, other.folder} and not left.exists()
+    del alive, other
+    assert not [*Path(tempfile.gettempdir()).iterdir()]

@@ -138,6 +138,7 @@ def test_each_command(brief: Path, tmp_path: Path) -> None:
         assert [one["content"] for one in again] == ["Be brief.", "one", "Yes"]
         after("/clear", "begins anew]")
         assert saved(screen, file) == again[:1]
+        after("/stats", "the last answer: none yet]")
         after("/undo", "nothing to take back]")
         after("/retry", "there is no question yet")
         file.write_text(json.dumps(again))
@@ -146,13 +147,14 @@ def test_each_command(brief: Path, tmp_path: Path) -> None:
         after("/system", "[system message: none]")
         after("/help", "leave, as Ctrl-D does")
         after("/sav x", "did you mean /save?")
+        after("/nope", "/nope: no such command; /help")
         after("/save", "expected /save FILE")
-        after(f"/save {other}", "it exists and is no chat")
+        after(f"/save {other}", "it exists, and this chat was neither saved there nor loaded from it")
         after(f"/load {other}", "found what is not JSON")
         after(f"/load {tmp_path / 'none'}", "No such file or directory")
         after(f"/save {tmp_path / 'no' / 'folder'}", "No such file or directory")
         after("three", "tokens/s]")
-        screen.say("/exit")
+        screen.say("/exit now")
         assert screen.end() == 0
     assert other.read_text() == "no chat" and "Traceback" not in screen.screen
 
@@ -188,4 +190,96 @@ def slow_run() -> None:
         time.sleep(60)
 
     generation.feed = feed
+    generate.run()
+
+
+def test_only_a_file_of_this_chat_is_overwritten(brief: Path, tmp_path: Path) -> None:
+    """Its other keys stay. A chat that ends with a question is answered by /retry."""
+    theirs, mine = tmp_path / "theirs.json", tmp_path / "mine.json"
+    for file in (theirs, mine):
+        file.write_text(json.dumps({"messages": [{"role": "user", "content": "old"}], "source": "x"}))
+    with Terminal(generate.run, "--model", brief, "--chat") as screen:
+        screen.say("one")
+        screen.see("tokens/s]")
+        screen.say(f"/save {theirs}")
+        screen.see("neither saved there nor loaded from it; give another name")
+        screen.say(f"/load {mine}")
+        screen.see("1 messages from")
+        screen.see("the last is a question: /retry answers it]")
+        screen.say("/stats")
+        screen.see("the last answer: none yet]")
+        screen.say("/retry")
+        screen.see("tokens/s]")
+        messages = saved(screen, mine)
+    assert messages == [{"role": "user", "content": "old"}, {"role": "assistant", "content": "Yes"}]
+    assert json.loads(mine.read_text())["source"] == "x"
+    assert json.loads(theirs.read_text())["messages"][0]["content"] == "old"
+
+
+def test_a_block_that_ctrl_d_ends_is_not_sent(brief: Path, tmp_path: Path) -> None:
+    """The chat goes on."""
+    with Terminal(generate.run, "--model", brief, "--chat") as screen:
+        screen.say('"""')
+        screen.say("half", ". ")
+        screen.see("\x1b[?2004h. ")
+        screen.type(CTRL_D)
+        screen.see("the message was not finished, and is dropped")
+        screen.say("whole")
+        screen.see("tokens/s]")
+        messages = saved(screen, tmp_path / "chat.json")
+    assert said(messages) == ["whole"]
+
+
+def test_a_message_that_does_not_fit_changes_nothing(tmp_path: Path) -> None:
+    """/stats says the same before and after; a system message is measured when it is set."""
+    folder = scripted(tmp_path, ["a", "b", "c"], endless=True, context=120)
+    with Terminal(generate.run, "--model", folder, "--chat", "--max-new-tokens", 20) as screen:
+        def stats() -> str:
+            screen.say("/stats")
+            return screen.see(" turns: ").rpartition("[")[2]
+
+        for turn in range(5):
+            screen.say(f"question {turn}")
+            screen.see("--max-new-tokens 20]")
+        before = stats()
+        screen.say("word " * 200)
+        told = screen.see("the message is taken back")
+        assert "/system TEXT" in told and "--context of more than 120" in told
+        assert stats() == before
+        screen.say("/system " + "word " * 200)
+        screen.see("the system message and a question of one word are")
+        assert stats() == before
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_ends_an_answer_that_is_no_chat(endless: Path, as_json: bool) -> None:
+    """What there is of it is printed, and the shell's prompt begins on a line of its own."""
+    options = ("--json",) if as_json else ()
+    with Terminal(noted_run, "--model", endless, "--ask", "go", "--max-new-tokens", 50_000, *options) as screen:
+        screen.see("begun")
+        if as_json:
+            time.sleep(0.5)
+        else:
+            screen.see("abcabc")
+        screen.type(CTRL_C)
+        told = screen.see(" tokens/s]")
+        assert screen.end() == 130
+    if as_json:
+        one = json.loads(told[told.index("{") : told.index("\r\n[stopped; ")])
+        assert one["finish_reason"] == "interrupted" and one["answer"] == ("abc" * len(one["answer"]))[: one["tokens"]]
+        assert one["tokens"] > 1
+    else:
+        assert "\r\n[stopped; " in told
+
+
+def noted_run() -> None:
+    """generate.py that says when it has begun to answer."""
+    feed = generation.feed
+
+    def first(*how: object) -> object:
+        generation.feed = feed
+        print("begun", flush=True)
+        return feed(*how)
+
+    generation.feed = first
     generate.run()

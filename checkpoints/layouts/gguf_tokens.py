@@ -19,9 +19,12 @@ taken here too, and a warning says so.
 Source: llama.cpp as llama-cpp-python 0.3.36 carries it: src/llama-vocab.cpp, conversion/base.py.
 """
 
+import contextlib
 import json
 import reprlib
+import shutil
 import tempfile
+import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -29,12 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.layouts.gguf_pretokenizers import PRE, Step
-from checkpoints.storage import gguf
+from checkpoints.storage import gguf, writing
 from nanollm.errors import TokenizerError
 from nanollm.text import tokenizer
 from nanollm.text.tokenizer import Tokenizer
 
 PREFIX = "tokenizer.ggml."
+FOLDER = "nanollm-tokenizer-"                    # begins the name of each temporary folder
+YOUNG = 60                                       # seconds that a folder may be there before it is locked
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE_TOKEN = range(1, 7)
 
 # What ends a turn or a text in one model or another, where it is a control token: llama.cpp stops at each of them.
@@ -49,17 +54,30 @@ NAMES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_to
 # ---- out of the file
 
 def load(path: Path) -> Tokenizer | None:
-    """The tokenizer of a GGUF, or None if there is none inside. Its files lie in a temporary folder while it lives.
+    """The tokenizer of a GGUF, or None if there is none inside. Its files lie in a temporary folder while it lives:
+    training copies them beside its models.
 
     Raises TokenizerError."""
-    folder = tempfile.TemporaryDirectory(prefix="nanollm-tokenizer-")
-    if not write(path, Path(folder.name)):
-        folder.cleanup()
-        return None
-    found = tokenizer.load(folder.name)
+    remove_left_over()
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=FOLDER)))
+        with contextlib.suppress(OSError):       # where folders cannot be locked, none is taken away either
+            stack.enter_context(writing.locked(folder))
+        if not write(path, folder):
+            return None
+        found = tokenizer.load(folder)
+        kept = stack.pop_all()
     found.template_files = dict.fromkeys(found.chat_templates, path)     # for errors: not the folder that will be gone
-    weakref.finalize(found, folder.cleanup)
+    weakref.finalize(found, kept.close)
     return found
+
+
+def remove_left_over() -> None:
+    """Take away the temporary folders of processes that were killed: those that no process has locked."""
+    for left in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with contextlib.suppress(OSError), writing.locked(left):
+            if time.time() - left.stat().st_mtime > YOUNG:
+                shutil.rmtree(left)
 
 
 def write(path: Path, folder: Path) -> bool:

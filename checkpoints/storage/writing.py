@@ -51,7 +51,7 @@ def new_folder(destination: Path) -> Iterator[Path]:
         draft = home / f".{destination.name}.{uuid.uuid4().hex[:8]}.tmp"
         try:
             _make(draft, destination)
-            with _locked(draft):
+            with locked(draft):
                 yield draft
                 for path in [*_files_in(draft), draft]:
                     _to_disk(path)
@@ -84,7 +84,7 @@ def _home_of_drafts(destination: Path) -> Path:
                               "make that folder, or take the link away")
     home = destination if destination.is_dir() else destination.parent
     for left in home.glob(f".{glob.escape(destination.name)}.*.tmp"):
-        with contextlib.suppress(OSError), _locked(left):
+        with contextlib.suppress(OSError), locked(left):
             whole = any((home / name).exists() for name in DESCRIPTIONS)
             if home == destination and (left / MOVING).exists() and not whole:
                 names = (left / MOVING).read_text().split("\n")
@@ -123,8 +123,8 @@ def _remove(paths: list[Path]) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder is ours for the block. Raises OSError if another process has it."""
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is ours for the block; a process that is killed gives it back. Raises OSError if another has it."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         if sys.platform != "win32":

@@ -24,10 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nanollm.errors import InputError, NanollmError
+from nanollm.errors import InputError, NanollmError, counted
 from nanollm.inference.generation import answer_batch
 from nanollm.inference.request import Request
-from nanollm.inference.terminal import note
+from nanollm.inference.terminal import note, standard_input
 from nanollm.model import Decoder
 from nanollm.text.chat import Conversation, messages_of
 
@@ -41,13 +41,15 @@ class Job:
 
 
 def read_jobs(path: Path, request: Request, special: bool = False) -> list[Job]:
-    """All lines of a file of prompts; empty ones are passed over. special: a "prompt" may have special tokens.
+    """All lines of a file of prompts; empty ones are passed over.
 
-    Raises InputError or TokenizerError, with the file and the line.
+    path: - is standard input. special: a "prompt" may have special tokens. Raises InputError or TokenizerError, with
+    the file and the line.
     """
     jobs, tokenizer = [], request.tokenizer
-    for number, line in _lines(_read(path), path):
-        where = f"{path}, line {number}"
+    file, data = ("standard input", standard_input().encode()) if str(path) == "-" else (str(path), _read(path))
+    for number, line in _lines(data, file):
+        where = f"{file}, line {number}"
         if ("prompt" in line) == ("messages" in line):
             raise InputError(f'{where}: found {", ".join(line) or "nothing"}, expected "prompt" or "messages"')
         if taken := [name for name in request.added if name in line]:
@@ -64,6 +66,8 @@ def read_jobs(path: Path, request: Request, special: bool = False) -> list[Job]:
         except NanollmError as error:
             raise type(error)(f"{where}: {error}") from None
         jobs.append(Job(line, array("i", ids), "prompt" in line))
+    if not jobs:
+        raise InputError(f'{file}: there is no prompt in it; expected lines like {{"prompt": "Once"}}')
     return jobs
 
 
@@ -78,7 +82,7 @@ def finished(path: Path, jobs: Sequence[Job], request: Request) -> int:
     done, expected = 0, "go on with the prompts that it was made from, or give another --out"
     data = _read(path)
     whole = data.rfind(b"\n") + 1
-    for number, line in _lines(data[:whole], path):
+    for number, line in _lines(data[:whole], str(path)):
         asked = {name: value for name, value in line.items() if name not in added}
         belongs = done < n * len(jobs) and asked == jobs[done // n].line and added <= line.keys()
         if not belongs or n > 1 and line["index"] != done % n:
@@ -92,6 +96,19 @@ def finished(path: Path, jobs: Sequence[Job], request: Request) -> int:
     return done
 
 
+def need_place(out: Path) -> None:
+    """Raise InputError where a file cannot be written. One that was not there still is not, afterwards."""
+    there = out.exists()
+    if there and not out.is_file() and not out.is_dir():   # a pipe, which has a reader only once
+        return
+    try:
+        out.open("a").close()
+    except OSError as error:
+        raise InputError(f"{out}: {error.strerror}") from None
+    if not there:
+        out.unlink()
+
+
 def answer_jobs(model: Decoder, request: Request, jobs: Sequence[Job], done: int, out: Path, batch_size: int) -> None:
     """Write the answers that `out` lacks, those after the first `done`; a progress bar where there is a terminal.
 
@@ -102,6 +119,7 @@ def answer_jobs(model: Decoder, request: Request, jobs: Sequence[Job], done: int
         if rows is not None and len(job.ids) + most > rows + 1:
             raise InputError(f"prompt {number} has {len(job.ids)} tokens, and with {most} new ones it is "
                              f"longer than the {rows} positions of the model: give a smaller --max-new-tokens")
+    written = done
     try:
         with out.open("a", encoding="utf-8") as file, tqdm(total=n * len(jobs), initial=done, unit="answer",
                                                           disable=None) as bar:
@@ -115,11 +133,15 @@ def answer_jobs(model: Decoder, request: Request, jobs: Sequence[Job], done: int
                         file.write(json_line(job.line | request.told(answer, text, at % n)))
                         bar.update()
                 file.flush()
+                written = max(done, (start + batch_size) * n)
     except KeyboardInterrupt:
-        note(f"[stopped; the same command goes on where {out} ends]")
+        goes_on = f"; the same command goes on where {out} ends" if written else " before the first answer"
+        note(f"[stopped{goes_on}]")
         raise
     except OSError as error:
-        raise InputError(f"{out}: {error.strerror}; the same command goes on where the file ends") from None
+        goes_on = "; the same command goes on where the file ends" if written else ""
+        raise InputError(f"{out}: {error.strerror}{goes_on}") from None
+    note(f"[{counted(n * len(jobs), 'answer')} in {out}]")
 
 
 def json_line(value: dict[str, Any]) -> str:
@@ -139,14 +161,14 @@ def _read(path: Path) -> bytes:
         raise InputError(f"{path}: {error.strerror}") from None
 
 
-def _lines(data: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _lines(data: bytes, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a JSON Lines file, with the number of their line."""
     for number, text in enumerate(data.splitlines(), 1):
         if text.strip():
             try:
                 value = json.loads(text)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error!s:.80})") from None
+                raise InputError(f"{file}, line {number}: not JSON ({error!s:.80})") from None
             if not isinstance(value, dict):
-                raise InputError(f"{path}, line {number}: found {str(value)[:80]}, expected an object")
+                raise InputError(f"{file}, line {number}: found {str(value)[:80]}, expected an object")
             yield number, value

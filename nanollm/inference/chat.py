@@ -7,12 +7,11 @@ refused by the template) is taken back, with the reason; Ctrl-C ends an answer, 
 conversation. Where the context is full the oldest turns are no longer read, which is said.
 """
 
-import difflib
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from nanollm.errors import InputError, NanollmError
+from nanollm.errors import InputError, NanollmError, did_you_mean
 from nanollm.inference import terminal
 from nanollm.inference.context import past_context
 from nanollm.inference.generation import Session
@@ -47,6 +46,8 @@ class Chat:
         self.model, self.conversation, self.request, self.context = model, conversation, request, context
         self.session, self.last = Session(model, context), Written()
         self.answers, self.past = 0, False                 # past: it was said that the model's own context is passed
+        self.files: set[Path] = set()                      # that it was saved to or loaded from
+        self.check_system(self.system)
 
     def run(self) -> None:
         """Until Ctrl-D, /exit, or the end of the input."""
@@ -59,11 +60,12 @@ class Chat:
                     note(told)
                 told = ""
                 text = keyboard.message()
-                if text is None or text.strip() == "/exit":
+                command = COMMAND.fullmatch(text or "")
+                if text is None or command and command[1] == "/exit":
                     if text is None and keyboard.edited:
                         note("")                           # the shell's prompt begins on a line of its own
                     return
-                if command := COMMAND.fullmatch(text):
+                if command:
                     self.obey(command[1], command[2] or "")
                 elif text.strip():
                     self.ask(text.strip())
@@ -74,20 +76,32 @@ class Chat:
 
     def ask(self, text: str) -> None:
         """A question, and its answer. Where there is none the question is taken back."""
+        left_out = self.conversation.left_out
         self.conversation.add("user", text)
         try:
             answered = self.answer()
-        except (NanollmError, KeyboardInterrupt):
-            self.conversation.undo()
+        except (NanollmError, KeyboardInterrupt) as error:
+            self.take_back(left_out)
+            if isinstance(error, NanollmError):
+                raise type(error)(f"{error}; the message is taken back") from None
             raise
         if not answered:
-            self.conversation.undo()
+            self.take_back(left_out)
             note("[stopped before the answer began; the question is taken back]")
+
+    def take_back(self, left_out: int) -> None:
+        """The last question, which has no answer. left_out: turns that were left out before it."""
+        self.conversation.undo()
+        self.conversation.left_out = left_out
 
     def answer(self) -> bool:
         """Answer the question at the end of the conversation. False: Ctrl-C came before a word of it."""
         before, room = self.conversation.left_out, min(self.request.max_new_tokens, self.context // 4)
-        ids = self.conversation.fitted_ids(self.context, room)
+        try:
+            ids = self.conversation.fitted_ids(self.context, room)
+        except InputError as error:
+            raise InputError(f"{error}. Shorten it, or the system message (/system TEXT), or start the chat with a "
+                             f"--context of more than {self.context:,}") from None
         if (left_out := self.conversation.left_out) > before:
             note(f"[the context of {self.context:,} tokens is full: of {len(self.conversation.turns)} turns the oldest "
                  f"{left_out} {'is' if left_out == 1 else 'are'} no longer read]")
@@ -120,9 +134,7 @@ class Chat:
         """A command. Raises InputError for one that there is not, or that lacks its file."""
         names = {command.split()[0]: command for command in COMMANDS}
         if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise InputError(f"{name}: no such command{hint}; /help lists them. "
+            raise InputError(f"{name}: no such command{did_you_mean(name, names)}; /help lists them. "
                              "A message that begins with a space may have / after it")
         if names[name].endswith("FILE") and not argument:
             raise InputError(f"{name}: expected {names[name]}")
@@ -137,6 +149,7 @@ class Chat:
         system = self.system
         self.conversation.messages, self.conversation.left_out = [], 0
         self.conversation.set_system(system)
+        self.last = Written()
         note("[the conversation begins anew]")
 
     def do_undo(self, _: str) -> None:
@@ -150,7 +163,7 @@ class Chat:
             raise InputError("/retry: there is no question yet")
         if self.request.sampling.temperature == 0:
             note("[at temperature 0 the answer will be the same]")
-        old = messages[turns[-1] + 1 :]
+        old, left_out = messages[turns[-1] + 1 :], self.conversation.left_out
         del messages[turns[-1] + 1 :]
         answered = False
         try:
@@ -158,23 +171,40 @@ class Chat:
         finally:
             if not answered:
                 messages += old
+                self.conversation.left_out = left_out
 
     def do_system(self, text: str) -> None:
+        self.check_system(text)
         self.conversation.set_system(text)
         note(f"[system message: {text or 'none'}]")
 
     def do_save(self, file: str) -> None:
-        write_chat(Path(file).expanduser(), self.conversation.messages)
+        path = Path(file).expanduser()
+        write_chat(path, self.conversation.messages, ours=path.resolve() in self.files)
+        self.files.add(path.resolve())
         note(f"[{len(self.conversation.messages)} messages are in {file}]")
 
     def do_load(self, file: str) -> None:
-        self.conversation.messages, self.conversation.left_out = read_chat(Path(file).expanduser()), 0
-        note(f"[{len(self.conversation.messages)} messages from {file}]")
+        path = Path(file).expanduser()
+        messages = read_chat(path)
+        self.conversation.messages, self.conversation.left_out, self.last = messages, 0, Written()
+        self.files.add(path.resolve())
+        asks = "; the last is a question: /retry answers it" if messages and messages[-1]["role"] == "user" else ""
+        note(f"[{len(messages)} messages from {file}{asks}]")
 
     def do_stats(self, _: str) -> None:
         used = len(self.conversation.prompt_ids()) if self.conversation.messages else 0
         note(f"[{used:,} of {self.context:,} tokens in the context, turns: {len(self.conversation.turns)}; "
              f"the last answer: {self.last.speed if self.last.times else 'none yet'}]")
+
+    def check_system(self, text: str) -> None:
+        """Raise InputError for a system message that leaves no room for a question in the context."""
+        trial = Conversation(self.conversation.tokenizer)
+        trial.set_system(text)
+        trial.add("user", "Hi")
+        if (used := len(trial.prompt_ids())) >= self.context:
+            raise InputError(f"the system message and a question of one word are {used:,} tokens, and the context "
+                             f"holds {self.context:,} with the answer; shorten it, or give a larger --context")
 
     @property
     def system(self) -> str:

@@ -18,9 +18,9 @@ MEMORY = 1 << 30        # bytes of the cache
 UNKNOWN = 4096          # tokens, where config.json does not say what the model was trained for
 
 
-def cache_bytes(config: ModelConfig, length: int, dtype: torch.dtype) -> int:
-    """The memory of the cache of one conversation; nothing is allocated."""
-    states = Cache(config, 1, length, dtype, "meta").states
+def cache_bytes(config: ModelConfig, length: int, dtype: torch.dtype, rows: int = 1) -> int:
+    """The memory of the cache of one conversation, or of a batch of so many rows; nothing is allocated."""
+    states = Cache(config, rows, length, dtype, "meta").states
     held = itertools.chain.from_iterable(vars(state).values() for state in states)
     return sum(each.numel() * each.element_size() for each in held if isinstance(each, torch.Tensor))
 
@@ -35,8 +35,14 @@ def default_context(config: ModelConfig, dtype: torch.dtype) -> int:
     own = own_context(config) or UNKNOWN
     if cache_bytes(config, own, dtype) <= MEMORY:
         return own
-    lengths = range(2, own)
-    return lengths[max(0, bisect.bisect(lengths, MEMORY, key=lambda length: cache_bytes(config, length, dtype)) - 1)]
+    return longest_within(MEMORY, config, dtype, own)
+
+
+def longest_within(memory: int, config: ModelConfig, dtype: torch.dtype, most: int, rows: int = 1) -> int:
+    """The longest cache, of 2 to `most` tokens a row, that takes no more memory than this; 2 where none does."""
+    lengths = range(2, most + 1)
+    fitting = bisect.bisect(lengths, memory, key=lambda length: cache_bytes(config, length, dtype, rows))
+    return lengths[max(0, fitting - 1)]
 
 
 def session_length(config: ModelConfig, prompt: int, new: int) -> int:

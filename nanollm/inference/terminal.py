@@ -77,7 +77,8 @@ class Keyboard:
     def message(self) -> str | None:
         """The next one; None at the end of the input (Ctrl-D). Ctrl-C raises KeyboardInterrupt.
 
-        Raises InputError for a line that is not UTF-8; the next call reads on.
+        Raises InputError for a line that is not UTF-8, and where the end comes within a message, of which nothing is
+        sent then; the next call reads on.
         """
         lines: list[str] = []
         block = False
@@ -85,7 +86,12 @@ class Keyboard:
             try:
                 line = self._line(". " if lines or block else "> ")
             except EOFError:
-                return "\n".join(lines) if lines else None
+                if not lines and not block:
+                    return None
+                if self.edited:
+                    note("")                               # what is said next begins on a line of its own
+                end = f"a line that is only {BLOCK}" if block else "a line that does not end in a backslash"
+                raise InputError(f"the message was not finished, and is dropped; expected {end}") from None
             if line.strip() == BLOCK and (block or not lines):
                 if block:
                     return "\n".join(lines)

@@ -153,16 +153,25 @@ def read_chat(path: Path) -> list[dict[str, Any]]:
     return messages_of(value, str(path))
 
 
-def write_chat(path: Path, messages: list[dict[str, Any]]) -> None:
-    """As one line of JSON, whole or not at all. A file that is no chat is not overwritten. Raises InputError."""
+def write_chat(path: Path, messages: list[dict[str, Any]], ours: bool = False) -> None:
+    """As one line of JSON, whole or not at all. Raises InputError.
+
+    ours: the file may be there, with an earlier state of this chat, which is replaced; its other keys are kept.
+    """
+    value: dict[str, Any] = {}
     if path.exists():
+        if not ours:
+            raise InputError(f"{path}: it exists, and this chat was neither saved there nor loaded from it; "
+                             "give another name")
         try:
             read_chat(path)
         except InputError:
             raise InputError(f"{path}: it exists and is no chat; give another name") from None
+        there = json.loads(path.read_text(encoding="utf-8"))
+        value = there if isinstance(there, dict) else {}
     draft = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        draft.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(value | {"messages": messages}) + "\n", encoding="utf-8")
         os.replace(draft, path)
     except OSError as error:
         with contextlib.suppress(OSError):
