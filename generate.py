@@ -25,11 +25,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nanollm.cli import LARGE, SEEDS, Parser, main, quiet_ctrl_c
+
+if __name__ == "__main__":
+    quiet_ctrl_c()              # before torch
+
 import torch
 
 import checkpoints
 from checkpoints.layouts.hub import local_path
-from nanollm.cli import LARGE, SEEDS, Parser, main
 from nanollm.errors import InputError, TokenizerError
 from nanollm.inference import batches, settings
 from nanollm.inference.answer import Answer
