@@ -38,7 +38,7 @@ from nanollm.errors import InputError, TokenizerError
 from nanollm.inference import batches, settings
 from nanollm.inference.answer import Answer
 from nanollm.inference.chat import Chat
-from nanollm.inference.compiled import compile_decoding
+from nanollm.inference.compiled import compile_decoding, has_compiler
 from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
@@ -323,6 +323,9 @@ def device(name: str) -> torch.device:
 
 def run() -> None:
     args = parse()
+    if args.compile and not has_compiler():
+        note("warning: --compile: no C++ compiler (apt install g++, or CXX=…); decoding without it")
+        args.compile = False
     place, path = device(args.device), local_path(args.model)
     tokenizer = checkpoints.tokenizer(path)
     request = Request(tokenizer, args.max_new_tokens, sampling(args, path, tokenizer), args.stop, args.n, args.logprobs)
