@@ -26,19 +26,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nanollm.cli import LARGE, SEEDS, Once, Parser, main, quiet_ctrl_c
+
+if __name__ == "__main__":
+    quiet_ctrl_c()              # before torch
+
 import torch
 
 import checkpoints
 from checkpoints import layouts
 from checkpoints.layouts.hub import local_path
 from checkpoints.source import config_of
-from nanollm.cli import LARGE, SEEDS, Once, Parser, main
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError, TokenizerError
 from nanollm.inference import batches, settings
 from nanollm.inference.answer import Answer
 from nanollm.inference.chat import Chat
-from nanollm.inference.compiled import compile_decoding
+from nanollm.inference.compiled import compile_decoding, has_compiler
 from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.generation import Session, answer_batch
@@ -335,6 +339,9 @@ def config_alone(args: argparse.Namespace, path: Path) -> ModelConfig:
 
 def run() -> None:
     args = parse()
+    if args.compile and not has_compiler():
+        note("warning: --compile: no C++ compiler (apt install g++, or CXX=…); decoding without it")
+        args.compile = False
     place, path = device(args.device), local_path(args.model)
     tokenizer = checkpoints.tokenizer(path)
     request = Request(tokenizer, args.max_new_tokens, sampling(args, path, tokenizer), args.stop, args.n, args.logprobs)

@@ -37,13 +37,17 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
+from nanollm.cli import main, quiet_ctrl_c
+
+if __name__ == "__main__":
+    quiet_ctrl_c()
+
 import torch
 from tqdm import tqdm
 
 import checkpoints
 from checkpoints.export import layout_in_words
 from checkpoints.layouts import hub
-from nanollm.cli import main
 from nanollm.data.stream import Batch
 from nanollm.errors import RunError
 from nanollm.inference import quantize

@@ -22,9 +22,15 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
     commands     python -m checkpoints.convert   .inspect   .compare   .show
 """
 
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
+
+from nanollm.cli import quiet_ctrl_c
+
+if sys.argv[0] == "-m":         # Python is on its way to one of the commands
+    quiet_ctrl_c()
 
 import torch
 from torch import Tensor

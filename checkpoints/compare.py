@@ -33,6 +33,7 @@ its code from the hub is run.
 """
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ from nanollm.training import plot
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 0.05, torch.float16: 0.05}
 MOST = 1 << 16                  # random tokens of a run: both models keep what every layer makes of them
+UNQUOTED = re.compile(r"pip install ([\w.-]+[<>][\w.<>=,]+)")
 INSTALL = "comparing with transformers needs it: pip install -e \".[test]\""
 
 
@@ -79,6 +81,7 @@ def transformers_side(folder: Path, dtype: torch.dtype) -> tuple[Side, str, list
             output_loading_info=True)
     except Exception as error:                   # an unknown family, a missing key or file: they have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = UNQUOTED.sub(r'pip install "\1"', reason)       # a shell takes > for a file
         raise CheckpointError(f"{folder}: transformers does not read it: {reason}. "
                               "Give a second folder to compare with") from None
     if hasattr(model.config, "rescale_every"):
@@ -232,7 +235,7 @@ def in_our_decoder(a: Source, b: Source, args: argparse.Namespace, dtype: torch.
 
 def said(source: Source) -> str:
     """What is compared, in a line."""
-    return f"{source.folder} ({source.family.name}, {source.layout})"
+    return f"{source.name} ({source.family.name}, {source.layout})"
 
 
 def opened(source: str, args: argparse.Namespace) -> Source:

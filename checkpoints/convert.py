@@ -314,6 +314,8 @@ def run() -> None:
     target = Path(args.destination)
     if target.suffix == ".gguf":
         parser.error(f"DST {target}: expected a folder, in which model.gguf is written")
+    if not args.dry_run:
+        writing.need_place(target)               # before SRC is fetched from the hub
     path = hub.local_path(args.source, args.allow_pickle)
     if path.is_dir() and Path(os.path.realpath(path)) in Path(os.path.realpath(target)).parents:
         raise InputError(f"DST {target} is inside SRC {path}; expected a folder outside it")
@@ -326,7 +328,7 @@ def run() -> None:
     quantized = "Q8_0" if args.dtype == Q8_0 else None
     conversion = plan(source, args.to, DTYPES.get(args.dtype), quantized, args.quantize, args.group, adapter)
     total = conversion.written.nbytes
-    print(f"{source.folder} ({source.family.name}, {source.layout}) → {target} ({args.to}): "
+    print(f"{source.name} ({source.family.name}, {source.layout}) → {target} ({args.to}): "
           f"{counted(len(conversion.written.tensors), 'tensor')}, {total:,} bytes")
     if args.dry_run:
         print("\n".join(describe(conversion)))

@@ -42,9 +42,9 @@ from checkpoints import companions, folding, layouts
 from checkpoints.layouts import hub, original
 from checkpoints.layouts.found import LARGEST_CONFIG
 from checkpoints.names import table
-from checkpoints.show import amount, billions
+from checkpoints.show import amount, billions, stored_type
 from checkpoints.source import Source, said_dtype, understand
-from checkpoints.storage import files, pickles
+from checkpoints.storage import files, gguf, pickles
 from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
 from nanollm import cli
@@ -61,6 +61,7 @@ class Report:
     folder: Path
     layout: str
     family: str | None
+    path: Path                                   # what was given: the folder, or a file in it
     reason: str | None = None                    # why it would not load; None: it would
     parameters: int | None = None                # of the model, if it would load
     notes: list[str] = field(default_factory=list)
@@ -72,8 +73,15 @@ class Report:
         """The files that the tensors are in. A matrix that several ranks share out is in several."""
         return {part.file for one in self.stored.values() for part in getattr(one, "parts", (one,))}
 
+    @property
+    def one_file(self) -> bool:
+        """Whether a GGUF was given, which is a model by itself: others may lie beside it."""
+        return self.path.is_file() and gguf.is_gguf(self.path)
+
     def sizes(self) -> dict[Path, int]:
-        """All files of the folder that could hold weights, and their bytes."""
+        """All files of the folder that could hold weights, and their bytes; of a GGUF its own."""
+        if self.one_file:
+            return {path: path.stat().st_size for path in sorted(self.used or {self.path})}
         paths = [path for path in sorted(self.folder.iterdir()) if path.suffix in SUFFIXES and path.is_file()]
         return {path: path.stat().st_size for path in paths}
 
@@ -83,7 +91,7 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
 
     Raises OSError if the folder cannot be listed."""
     folder = path.parent if path.is_file() else path
-    report = Report(folder, which_layout(path), family)
+    report = Report(folder, which_layout(path), family, path)
     try:
         found = layouts.find(path, layouts.Asked(family, allow_pickle, tuple(ignore)))
         report.stored, report.layout, report.family = found.stored, found.layout, found.values.get("model_type")
@@ -182,7 +190,7 @@ def describe(report: Report, tensors: bool = False) -> str:
     """The report as text; `tensors`: one by one."""
     held: Counter[str] = Counter()
     for one in report.stored.values():
-        held[_dtype(one)] += one.size
+        held[stored_type(one)] += one.size
     numbers = sum(math.prod(one.shape) for one in report.stored.values())
     counted, by_tensors = report.parameters, ""
     if counted is None:
@@ -204,7 +212,8 @@ def describe(report: Report, tensors: bool = False) -> str:
     listed = _each(report) if tensors else _groups(report)
     if report.stored:
         lines.append("")
-    return "\n".join(map(_printable, [str(report.folder), *lines, *_aligned([_row(one) for one in listed])]))
+    head = str(report.path if report.one_file else report.folder)
+    return "\n".join(map(_printable, [head, *lines, *_aligned([_row(one) for one in listed])]))
 
 
 def facts(report: Report, tensors: bool = False) -> str:
@@ -236,7 +245,7 @@ def _files(report: Report) -> Iterator[str]:
 def _each(report: Report) -> Iterator[dict[str, Any]]:
     for name, one in report.stored.items():
         parts = [part.file.name for part in getattr(one, "parts", (one,))]
-        yield {"name": name, "dtype": _dtype(one), "shape": list(one.shape), "bytes": one.size,
+        yield {"name": name, "dtype": stored_type(one), "shape": list(one.shape), "bytes": one.size,
                "file": ", ".join(parts)}
 
 
@@ -244,16 +253,10 @@ def _groups(report: Report) -> Iterator[dict[str, Any]]:
     """Tensors that differ in numbers of layers and experts only."""
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, one in report.stored.items():
-        groups.setdefault((folding.pattern(name), _dtype(one), one.shape), []).append(name)
+        groups.setdefault((folding.pattern(name), stored_type(one), one.shape), []).append(name)
     for (_, dtype, shape), names in groups.items():
         yield {"name": folding.folded(names), "dtype": dtype, "shape": list(shape),
                "bytes": sum(report.stored[name].size for name in names), "tensors": len(names)}
-
-
-def _dtype(one: Stored) -> str:
-    """What lies in the file. Blocks of a GGUF have no dtype of their own, but so many bits a number: Q4_K 4.5."""
-    numbers = math.prod(one.shape)
-    return table.short(one.dtype) if one.size == numbers * one.dtype.itemsize else f"{8 * one.size / numbers:.3g} bits"
 
 
 def _row(one: Mapping[str, Any]) -> list[str]:

@@ -62,6 +62,11 @@ class Source:
     def config(self) -> ModelConfig:
         return self.model.config
 
+    @property
+    def name(self) -> Path:
+        """What it is called: a GGUF by its file, for a folder may have several."""
+        return self.inside or self.folder
+
     def parameters(self) -> dict[str, torch.Tensor]:
         """Names and shapes, each parameter once: of tied ones the first."""
         return dict(self.model.named_parameters())

@@ -9,6 +9,7 @@ none to store; GPT-2 has them always, so they are zeros. Its GELU is the exact o
 
 import argparse
 import json
+import pickle
 from pathlib import Path
 
 import torch
@@ -22,7 +23,14 @@ parser.add_argument("checkpoint", type=Path)
 parser.add_argument("folder", type=Path)
 args = parser.parse_args()
 
-saved = torch.load(args.checkpoint, map_location="cpu", weights_only=True)      # tensors and numbers: no code is run
+if args.folder.exists():
+    parser.error(f"{args.folder}: exists; nothing is overwritten")
+try:
+    saved = torch.load(args.checkpoint, map_location="cpu", weights_only=True)  # tensors and numbers: no code is run
+except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+    parser.error(f"{args.checkpoint}: torch does not read it: {str(error).splitlines()[0]}")
+if not (isinstance(saved, dict) and {"model_args", "model"} <= saved.keys()):
+    parser.error(f"{args.checkpoint}: not nanoGPT's, whose checkpoints have model_args and model")
 sizes = saved["model_args"]
 weights = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
 

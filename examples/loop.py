@@ -23,6 +23,8 @@ parser.add_argument("--steps", type=int, default=500)
 args = parser.parse_args()
 
 B, T, RATE, WARMUP = 8, 128, 3e-3, 10
+if not args.text.is_file() or args.text.stat().st_size < 10 * (T + 2):          # the last tenth is longer than T
+    parser.error(f"{args.text}: expected a text file of at least {10 * (T + 2)} bytes")
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 data = torch.frombuffer(bytearray(args.text.read_bytes()), dtype=torch.uint8).long().to(device)

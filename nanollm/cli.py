@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, NoReturn
 
 from nanollm.errors import NanollmError, did_you_mean
@@ -72,6 +73,18 @@ def one_line(message: Warning | str, category: type[Warning], filename: str, lin
     """In place of warnings.showwarning: without the line of our code that gave it, but for Python's own kinds."""
     where = "warning" if category is UserWarning else f"{filename}:{lineno}: {category.__name__}"
     print(f"{where}: {message}", file=sys.stderr, flush=True)
+
+
+def quiet_ctrl_c() -> None:
+    """End without a traceback on a Ctrl-C that comes before `main`: while torch is imported, which takes seconds."""
+    usual = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            raise SystemExit(130)
+        usual(kind, error, trace)
+
+    sys.excepthook = hook
 
 
 def main(run: Callable[[], None]) -> None:

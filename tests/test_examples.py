@@ -137,6 +137,33 @@ def test_surgery_changes_what_it_is_asked_to_and_nothing_else(folder, tmp_path, 
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
 
 
+@pytest.mark.parametrize("words, said", [
+    (["surgery.py", "FOLDER", "OUT", "--vocab", "5"], "--vocab 5: expected at least"),
+    (["surgery.py", "MISSING", "OUT", "--vocab", "5"], "MISSING: no such folder"),
+    (["finetune.py", "FOLDER", "MISSING", "OUT"], "MISSING"),
+    (["finetune.py", "FOLDER", "CHATS", "FULL", "--steps", "1"], "FULL: exists and is not an empty folder"),
+    (["loop.py", "MISSING"], "MISSING: expected a text file of at least 1300 bytes"),
+    (["from_nanogpt.py", "MISSING", "OUT"], "MISSING: torch does not read it"),
+    (["from_nanogpt.py", "CHATS", "OUT"], "CHATS: torch does not read it"),
+    (["from_nanogpt.py", "OTHER", "OUT"], "OTHER: not nanoGPT's"),
+    (["from_nanogpt.py", "OTHER", "FULL"], "FULL: exists; nothing is overwritten"),
+], ids=lambda case: " ".join(case) if isinstance(case, list) else "")
+def test_bad_input_is_told(words, said, folder, tmp_path, capsys, monkeypatch):
+    """As an error, not as a traceback; a fine-tuning that could not be saved does not begin."""
+    monkeypatch.setattr(torch.optim.AdamW, "step", None)
+    paths = {"FOLDER": folder} | {name: tmp_path / name for name in ("OUT", "MISSING", "FULL", "CHATS", "OTHER")}
+    paths["FULL"].mkdir()
+    (paths["FULL"] / "mine").touch()
+    paths["CHATS"].write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}))
+    torch.save({"weights": torch.zeros(2)}, paths["OTHER"])
+    with pytest.raises(SystemExit) as ended:
+        run(capsys, *(paths.get(word, word) for word in words))
+    told = capsys.readouterr().err if ended.value.code == 2 else ended.value.code
+    for name, path in paths.items():
+        said = said.replace(name, str(path))
+    assert said in told and not paths["OUT"].exists()
+
+
 def test_surgery_grows_a_head_of_its_own(tmp_path, capsys):
     write(FIXTURES["llama-1"], tmp_path / "llama")
     run(capsys, "surgery.py", tmp_path / "llama", tmp_path / "grown", "--vocab", "140")

@@ -40,7 +40,7 @@ ARROWS = {
     "checkpoints.export": "companions families layouts names source storage nanollm.config",
     "checkpoints.adapters": "export names source storage nanollm.model nanollm.training",
     "checkpoints.compressing": "export names packing source storage nanollm.inference nanollm.layers",
-    "checkpoints.show": "layouts names source nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
+    "checkpoints.show": "layouts names source storage nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
     "checkpoints.convert": "adapters compressing export layouts names source storage nanollm.cli nanollm.inference",
     "checkpoints.delta": "convert export families layouts source storage nanollm.cli",
     "checkpoints.inspect": "companions folding layouts names show source storage nanollm.cli",

@@ -45,15 +45,15 @@ def find(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
 
 
 @refused_in_words()
-def describe(path: Path) -> Found:
+def describe(path: Path, asked: Asked = NOTHING_SPECIAL) -> Found:
     """The same for who wants no weights: without tensors where a config.json is given, or stands beside pickles, which
     stay closed."""
     config = path / "config.json" if path.is_dir() else path
     weights = [path / name for name in (*huggingface.WEIGHTS, original.SINGLE, original.INDEX)]
     other = config.name == "params.json" or config.name.endswith(".index.json")
     if config.suffix == ".json" and not other and config.exists() and not any(each.exists() for each in weights):
-        return huggingface.described(config, NOTHING_SPECIAL, {})
-    return find(path)
+        return huggingface.described(config, asked, {})
+    return find(path, asked)
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -68,6 +68,6 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         return inside or tokenizer.load(folder)
     except TokenizerError:
-        if path.is_file() and not own or foreign.is_adapter(folder):
-            find(path)
+        if path.is_file() and not own or foreign.is_adapter(folder) or not described:
+            find(path)                           # which says what the folder is, or lacks
         raise

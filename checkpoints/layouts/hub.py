@@ -58,7 +58,8 @@ def local_path(source: str | Path, allow_pickle: bool = False, weights: bool = T
             raise CheckpointError(f"{source}: no such folder or file; {nearest(path)}")
     named = NAME.fullmatch(source) if isinstance(source, str) else None
     if named is None:
-        raise CheckpointError(f"{source}: no such folder, and not a hub name of the form owner/name")
+        raise CheckpointError(f"{source}: no such folder, and not a hub name of the form owner/name, such as "
+                              "openai-community/gpt2")
     from huggingface_hub import (  # imported late: a local folder needs neither it nor a network
         HfApi,
         hf_hub_download,

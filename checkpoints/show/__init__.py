@@ -16,6 +16,7 @@ show/words.py.
 """
 
 import json
+import math
 import textwrap
 from collections import Counter
 from pathlib import Path
@@ -25,11 +26,13 @@ import torch
 from torch import Tensor
 
 from checkpoints import layouts
-from checkpoints.layouts import hub
+from checkpoints.layouts import NOTHING_SPECIAL, Asked, hub
 from checkpoints.names import table
 from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
 from checkpoints.source import config_of, kept_as, said_dtype
+from checkpoints.storage import gguf
+from checkpoints.storage.files import Stored
 from nanollm import presets
 from nanollm.cli import LARGE
 from nanollm.config import ModelConfig, MoE
@@ -142,7 +145,15 @@ def amount(number: float) -> str:
 
 def billions(number: int) -> str:
     """Parameters are counted in billions: 8030261248 → 8.03 B."""
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else amount(number).rstrip()
+    return f"{number / 1e9:.2f} B" if number >= 0.9995e9 else amount(number).rstrip()
+
+
+def stored_type(one: Stored) -> str:
+    """What lies in the file: a dtype, a GGUF's own type (Q4_K, F32), or so many bits a number."""
+    if isinstance(one, gguf.Blocked):
+        return gguf.dequantizable()[one.kind]
+    numbers = math.prod(one.shape)
+    return table.short(one.dtype) if one.size == numbers * one.dtype.itemsize else f"{8 * one.size / numbers:.3g} bits"
 
 
 # ---- where it comes from
@@ -154,20 +165,22 @@ class Found(NamedTuple):
     weights: str | None                                     # what is stored
 
 
-def find(source: str) -> Found:
+def find(source: str, asked: Asked = NOTHING_SPECIAL) -> Found:
     """A preset, or what a folder, a config.json or the hub has. Raises ConfigError or CheckpointError."""
     if source.strip() and "/" not in source and not Path(source).exists():
         try:
             return Found(presets.preset(source), torch.bfloat16, None)
         except ConfigError as error:
             raise ConfigError(f"{source}: no such file or folder, and {error}") from None
-    found = layouts.describe(hub.local_path(source, weights=False))
-    config, values, stored = config_of(found)[1], found.values, found.stored
+    found = layouts.describe(hub.local_path(source, asked.allow_pickle, weights=False), asked)
+    config, values, stored = config_of(found, asked.ignore)[1], found.values, found.stored
     held: Counter[torch.dtype] = Counter()                  # bytes
+    kinds: Counter[str] = Counter()
     for tensor in stored.values():
         held[tensor.dtype] += tensor.size
+        kinds[stored_type(tensor)] += tensor.size
     usual = next((dtype for dtype, _ in held.most_common() if dtype in table.READABLE), torch.bfloat16)
-    parts = ", ".join(f"{amount(size)}B of {table.short(dtype)}" for dtype, size in held.most_common())
+    parts = ", ".join(f"{amount(size)}B of {kind}" for kind, size in kinds.most_common())
     used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
     where = f" in {counted(len(stored), 'tensor')} and {len(used)} file(s)"
     kept = kept_as(found)

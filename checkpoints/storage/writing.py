@@ -66,6 +66,14 @@ def new_folder(destination: Path) -> Iterator[Path]:
         raise CheckpointError(f"{destination}: cannot write: {error}") from error
 
 
+def need_place(destination: Path) -> None:
+    """Raises CheckpointError where `new_folder` would, for who reads long before it writes."""
+    try:
+        _home_of_drafts(destination.absolute())
+    except OSError as error:
+        raise CheckpointError(f"{destination}: cannot write: {error}") from error
+
+
 def _make(draft: Path, destination: Path) -> None:
     """The hidden folder. Raises CheckpointError with the folder, of those that are there, that takes none."""
     try:

@@ -70,6 +70,16 @@ def compile_decoding(model: Decoder) -> Decoder:
     return model
 
 
+def has_compiler() -> bool:
+    """Whether torch finds the C++ compiler that it would call."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except RuntimeError:
+        return False
+
+
 class CompiledBlock(nn.Module):
     """A block that runs compiled where it can."""
     lock = threading.Lock()

@@ -362,7 +362,9 @@ def check(weight: Tensor, bits: int, group: int, name: str) -> None:
     if bits == 4 and group not in GROUPS:
         raise InputError(f"{name}: groups of {group}, expected {', '.join(map(str, GROUPS))}")
     if bits == 4 and weight.shape[-1] % group:
-        raise InputError(f"{name}: {weight.shape[-1]} inputs, expected a multiple of the group of {group}")
+        fitting = [str(one) for one in GROUPS if weight.shape[-1] % one == 0]
+        advice = f"groups of {' and '.join(fitting)} divide them" if fitting else "no group divides them: take 8 bits"
+        raise InputError(f"{name}: {weight.shape[-1]} inputs, expected a multiple of the group of {group}; {advice}")
 
 
 def need_finite(weight: Tensor, name: str) -> None:
