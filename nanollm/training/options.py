@@ -87,8 +87,8 @@ def of_record(folder: Path, parser: Parser) -> list[str]:
     own = recorded(folder)
     if not own:
         raise RunError(f"{folder}: holds no run of train.py; name its folder with --out")
-    known = {action.dest for action in parser._actions} - FREE | {"data"}
-    return as_arguments({name: value for name, value in own.items() if name in known and value}, parser, "")
+    deciding = {action.dest for action in parser._actions} - FREE | {"data"}        # data may lie elsewhere by now
+    return as_arguments({name: value for name, value in own.items() if name in deciding and value}, parser, "")
 
 
 def check_chats(options: argparse.Namespace) -> None:
