@@ -86,7 +86,7 @@ def test_standard_library_is_python_without_its_tests():
     ("x.txt.gz", gzip.compress(b"text " * 999)[:-20], ["x.txt.gz", "cannot be unpacked"]),
     ("x.txt.gz", b"text", ["x.txt.gz", "cannot be unpacked"]),
     ("x.txt.xz", lzma.compress(b"text " * 999)[:-20], ["x.txt.xz", "cannot be unpacked"]),
-])
+], ids=range(17))
 def test_a_bad_file_is_named(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError) as error:
