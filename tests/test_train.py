@@ -658,8 +658,8 @@ def test_help_teaches_and_a_process_ends_with_the_right_code(tmp_path):
 
 @pytest.mark.slow
 def test_the_demo_beats_gzip_far(tmp_path):
-    """The default run, with two sevenths of its steps."""
-    run("--out", tmp_path / "demo", "--steps", "100", "--eval-every", "100")
+    """The default run, with four sevenths of its steps."""
+    run("--out", tmp_path / "demo", "--steps", "200", "--eval-every", "200")
     log = [json.loads(line) for line in (tmp_path / "demo" / "log.jsonl").read_text().splitlines()]
     facts = json.loads((tmp_path / "demo" / "data" / "meta.json").read_text())["facts"]
     held_out = [entry for entry in log if "held_out_loss" in entry][-1]
