@@ -47,7 +47,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             mass = powers.sum(-1)
             log_z = mass.log() + top[:, 0]
             nats, squares = log_z - chosen, log_z.square()
-            sums += torch.stack([(nats + z * squares) @ real, nats @ real, squares @ real])
+            sums += (torch.stack([nats + z * squares, nats, squares]) * real).sum(-1)
             if not wants_hidden and not wants_weight:
                 continue
             gradient = powers.mul_((real * (1 + 2 * z * log_z) / mass)[:, None])
