@@ -24,6 +24,7 @@ from checkpoints.storage.compressed import packed_down
 from nanollm import cli
 from nanollm.errors import CheckpointError, ConfigError, InputError, RunError
 from nanollm.inference.quantize import QuantizedExperts, QuantizedLinear, dequantize
+from nanollm.training.options import parse
 from tests.fixtures import FIXTURES, ONE_OF_EACH, slow_but
 from tests.oracles import difference, write
 from tests.test_quantized_load import same_state
@@ -351,8 +352,9 @@ def test_a_quantised_folder_is_not_quantised_again_nor_trained(made, tmp_path):
         convert.plan(open_source(folder), fewer="int4")
     with pytest.raises(InputError, match="already; load it without quantize"):
         checkpoints.load(folder, quantize="int8")
-    with pytest.raises(RunError, match=r"quantised, and those are not trained; python -m checkpoints\.convert"):
-        train.initial(str(folder))
+    expected = r"quantised, and those are not trained; --lora-rank trains adapters .* python -m checkpoints\.convert"
+    with pytest.raises(RunError, match=expected):
+        train.initial(parse("", ["--init", str(folder)]))
 
 
 def test_matrices_that_are_stored_turned_over_stay(tmp_path):
