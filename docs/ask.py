@@ -1,10 +1,14 @@
-"""How many chats of a file does a model answer word for word, asked greedily through its own template?
+"""How many chats of a file does a model answer word for word, asked greedily through its own template? And what has
+become of its perplexity on text that it was not taught, the beginning of LICENSE?
 
     python docs/ask.py runs/demo-tuned chats.jsonl
+    python docs/ask.py FOLDER facts.jsonl runs/FOLDER-tuned         the last is an adapter
 """
 
 import sys
 from pathlib import Path
+
+import torch
 
 import checkpoints
 from nanollm.data import sft
@@ -12,11 +16,17 @@ from nanollm.inference.generation import generate
 from nanollm.text import tokenizer
 from nanollm.text.chat import Conversation
 
-model, words = checkpoints.load(sys.argv[1]), tokenizer.load(sys.argv[1])
-for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(sys.argv[2]))), strict=True):
+folder, file, *adapter = sys.argv[1:]
+model, words = checkpoints.load(folder, adapter=adapter[0] if adapter else None), tokenizer.load(folder)
+for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(file))), strict=True):
     right = 0
     for chat in chats:
         *before, answer = chat.messages
         ids = [*generate(model, Conversation(words, before).prompt_ids(), 100, stop_ids=words.stop_ids)]
         right += ids[-1] in words.stop_ids and words.decode(ids) == answer["content"]
     print(f"{name}: {right} of {len(chats)}")
+
+text = torch.tensor([words.encode((Path(__file__).parent.parent / "LICENSE").read_text())[:1000]])
+with torch.inference_mode():
+    logits = model(text[:, :-1])[0].float()
+print(f"perplexity of LICENSE: {torch.nn.functional.cross_entropy(logits, text[0, 1:]).exp():.2f}")
