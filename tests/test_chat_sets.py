@@ -32,6 +32,7 @@ from nanollm.training.options import parse
 from tests.test_chat import TEMPLATES, TOOLS
 from tests.test_sft import assistant, example, lines, spelled, user
 from tests.tok_folders import begin_with, byte_bpe, write
+from tests.toys import OneRank
 
 PAIRS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(3)]
 
@@ -47,7 +48,8 @@ def init(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def opened(init: Path, out: Path, *arguments: object):
-    return open_chats(parse("", ["--init", str(init), "--out", str(out), "--context", "64", *map(str, arguments)]))
+    options = parse("", ["--init", str(init), "--out", str(out), "--context", "64", *map(str, arguments)])
+    return open_chats(options, OneRank())
 
 
 def talks(count: int, words: str = "word ") -> list[dict]:
@@ -241,17 +243,6 @@ def test_6_chats_are_mixed_with_text(init: Path, tmp_path: Path) -> None:
     assert padded[[i for i, source in enumerate(where) if source == 0]].any()
     assert not padded[[i for i, source in enumerate(where) if source == 1]].any()
     assert options.title.endswith(" on a.jsonl, shards")
-
-
-class OneRank:
-    """World of one process, as open_corpus uses it."""
-    def on_all_ranks(self, work):
-        return work()
-
-    on_rank_0 = on_all_ranks
-
-    def broadcast(self, value):
-        return value
 
 
 @pytest.mark.parametrize("arguments, words", [

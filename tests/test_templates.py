@@ -33,6 +33,7 @@ from nanollm.text.tokenizer import Tokenizer, load
 from nanollm.training.corpus import open_chats
 from nanollm.training.options import parse
 from tests.tok_folders import begin_with, byte_bpe, sentencepiece_model, write
+from tests.toys import OneRank
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 FIRST, ANSWER = {"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello!"}
@@ -589,7 +590,7 @@ def test_training_leaves_the_template_and_its_stops(tmp_path: Path) -> None:
         "--init", str(init), "--chat", str(tmp_path / "chats.jsonl"), "--template", "chatml",
         "--context", "128", "--out", str(tmp_path / "run"),
     ])
-    corpus = open_chats(options)
+    corpus = open_chats(options, OneRank())
     corpus.copy_tokenizer(tmp_path)
     trained = load(tmp_path)
     assert trained.chat_template == "<s>" + TEMPLATES["chatml"].jinja and trained.stop_ids == (450, 451)
@@ -610,7 +611,7 @@ def test_training_takes_and_leaves_named_templates(tmp_path: Path) -> None:
     (tmp_path / "chats.jsonl").write_text("\n".join(
         json.dumps({"messages": CHAT[:2]} | more) for more in ({}, {"tools": tools})))
     corpus = open_chats(parse("", ["--init", str(init), "--chat", str(tmp_path / "chats.jsonl"), "--context", "256",
-                                   "--out", str(tmp_path / "run")]))
+                                   "--out", str(tmp_path / "run")]), OneRank())
     ours, theirs = load(init), transformers.AutoTokenizer.from_pretrained(init)
     for chat in sft.read(tmp_path / "chats.jsonl"):
         example, = sft.examples(ours, chat)
@@ -633,7 +634,7 @@ def test_training_on_plain_text_needs_no_template(model: Path, tmp_path: Path) -
     (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "Hi there", "completion": " Hello!"}))
     corpus = open_chats(parse("", [
         "--init", str(model), "--chat", str(tmp_path / "pairs.jsonl"), "--context", "128", "--out", str(tmp_path / "run"),
-    ]))
+    ]), OneRank())
     corpus.copy_tokenizer(tmp_path)
     assert load(tmp_path).chat_template is None and corpus.prompt("Hi")[-1:] == load(tmp_path).encode("Hi")[-1:]
 

@@ -1,5 +1,6 @@
 """Adapters in the trainer: against peft and bitsandbytes, and against itself: resumed, on two ranks, recomputed."""
 
+import argparse
 import json
 import os
 import shutil
@@ -19,7 +20,9 @@ from nanollm.data.stream import stack
 from nanollm.errors import InputError, RunError
 from nanollm.inference.quantize import quantised as quantised_weight
 from nanollm.inference.quantize import quantize_as
-from nanollm.training import lora, options, tuning
+from nanollm.model import Decoder
+from nanollm.presets import transformer
+from nanollm.training import lora, optim, options, tuning
 from tests import forked, killed
 from tests.toys import grammar
 
@@ -145,6 +148,28 @@ def test_frozen_weights_stay_in_the_dtype_of_the_folder(base, tmp_path, monkeypa
     logged = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
     held_out = [entry["held_out_loss"] for entry in logged if "held_out_loss" in entry]     # at step 0, 4 and 6
     assert len(held_out) == 3 and held_out[2] < held_out[1] < held_out[0]
+
+
+def test_lora_plus_gives_each_parameter_the_rate_that_peft_gives_it():
+    """λ times the rate for B, the rate itself for A, and weight decay for both."""
+    transformers, optimizers = pytest.importorskip("transformers"), pytest.importorskip("peft.optimizers")
+    small = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    peft = pytest.importorskip("peft")
+    theirs = peft.get_peft_model(transformers.LlamaForCausalLM(transformers.LlamaConfig(**small)),
+                                 peft.LoraConfig(r=4, target_modules="all-linear"))
+    made = optimizers.create_loraplus_optimizer(theirs, torch.optim.AdamW, lr=1e-3, loraplus_lr_ratio=16,
+                                                loraplus_weight_decay=0.1)
+    part = {p: name.split(".lora_")[1][0] for name, p in theirs.named_parameters() if ".lora_" in name}
+    expected = {(part[p], group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
+
+    model = lora.add(Decoder(transformer(64, 32, 2, 4, 4, 48)), lora.LoRA(4, 8))
+    asked = argparse.Namespace(lora_plus=16.0, weight_decay=0.1, betas=(0.9, 0.95))
+    ours = tuning.optimizers(model, asked, torch.float32)
+    optim.step(ours, 1e-3)                                      # no parameter has a gradient: rates are set, no more
+    part = {p: name[-1] for name, p in lora.adapters(model).items()}
+    found = {(part[p], group["lr"], group["weight_decay"])
+             for one in ours for group in one.param_groups for p in group["params"]}
+    assert found == expected and len(found) == 2
 
 
 # ---- against itself

@@ -244,11 +244,9 @@ def measured_on(options: argparse.Namespace, corpus: Corpus) -> Corpus:
                                notes=(*notes, f"measured on {held_out.name}"))
 
 
-def open_chats(options: argparse.Namespace, world: World | None = None) -> Corpus:
+def open_chats(options: argparse.Namespace, world: World) -> Corpus:
     """The chats of all --chat, written with the template of --init and packed into rows (data/chat_sets.py). All ranks
-    call it: rank 0 writes what the others read. None: there is one rank."""
-    on_all_ranks, on_rank_0 = (world.on_all_ranks, world.on_rank_0) if world else (lambda work: work(),) * 2
-
+    call it: rank 0 writes what the others read."""
     def read() -> tuple[Tokenizer, chat_sets.Sets]:
         folder = adding.folder_of(options)
         assert folder is not None, "--chat goes with --init"
@@ -258,10 +256,10 @@ def open_chats(options: argparse.Namespace, world: World | None = None) -> Corpu
         columns = dict(pair.split("=", 1) for pair in options.columns or ())
         return reader, chat_sets.Sets(options.chat, options.held_out, options.dataset_dir, columns)
 
-    reader, sets = on_all_ranks(read)
+    reader, sets = world.on_all_ranks(read)
     folder = chat_store.folder_for(options.out, reader, sets.every)
-    on_rank_0(lambda: chat_store.build(folder, reader, sets.every))
-    train, held, notes = on_all_ranks(lambda: sets.rows(folder, reader, options.context, options.long or "drop"))
+    world.on_rank_0(lambda: chat_store.build(folder, reader, sets.every))
+    train, held, notes = world.on_all_ranks(lambda: sets.rows(folder, reader, options.context, options.long or "drop"))
     stream = Stream(train, options.mix if len(options.mix or ()) == len(train) else None, options.seed)
     largest = max(source.largest for source in (*train, held) if source)
     return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes), examples=folder)

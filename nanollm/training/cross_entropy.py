@@ -68,6 +68,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_total: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        # in place, as (V, D) may be gigabytes: a second backward pass through this graph is then an error of torch's
         d_hidden, d_weight = ctx.saved_tensors
-        return (None if d_hidden is None else d_hidden * d_total.to(d_hidden.dtype),
-                None if d_weight is None else (d_weight * d_total).to(ctx.dtype), None, None, None)
+        return (None if d_hidden is None else d_hidden.mul_(d_total.to(d_hidden.dtype)),
+                None if d_weight is None else d_weight.mul_(d_total).to(ctx.dtype), None, None, None)

@@ -4,7 +4,7 @@
     rsLoRA   s = α / √r                                                Kalajdzievski 2023 (arXiv 2312.03732) eq. 4
     DoRA     V = W + s B A,   y = (m / ‖V‖) ⊙ V x + b                  Liu et al. 2024 (arXiv 2402.09353) eq. 5
              ‖V‖, of each row, is a constant to the gradient (§4.3); m begins as ‖W‖
-    LoRA+    B learns several times as fast as A (`is_B`)              Hayou et al. 2024 (arXiv 2402.12354)
+    LoRA+    B learns several times as fast as A (tuning.py)           Hayou et al. 2024 (arXiv 2402.12354)
 
 B begins as 0, so that y is W x + b before the first step; lora_weights.py has other beginnings. A, B and m are float32.
 Where the layer's numbers have fewer bits, the side path is computed in float32, added to W x + b, and the sum is
@@ -176,11 +176,6 @@ def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of adapters, by name: layers.0.mixer.q.A …"""
     owners = loras(model)
     return {name: p for name, p in model.named_parameters() if name.rpartition(".")[0] in owners}
-
-
-def is_B(name: str) -> bool:
-    """Whether a parameter of `adapters` is a B, which LoRA+ gives a learning rate of its own."""
-    return name.endswith(".B")
 
 
 @torch.no_grad()
