@@ -10,6 +10,7 @@
     pre only      Llama, Mistral, Qwen, Mamba (no ffn)      Xiong et al. 2020 (arXiv 2002.04745), pre-LN
     pre and post  Gemma-2                                    post only   OLMo-2
     parallel      GPT-NeoX with two norms; with one (Phi), pre_ffn is None and the ffn reads what the mixer reads
+    scaled        Granite: both branches times residual_scale before they are added
 
 Shapes: B batch, T tokens, D model width.
 """
@@ -28,7 +29,7 @@ class Block(nn.Module):
 
     def __init__(self, config: c.Layer, dim: int) -> None:
         super().__init__()
-        self.parallel = config.parallel
+        self.parallel, self.scale = config.parallel, config.residual_scale
         self.pre_mixer = build_norm(config.pre_mixer, dim)
         self.mixer = MODULES[type(config.mixer)](config.mixer, dim)
         self.post_mixer = build_norm(config.post_mixer, dim)
@@ -40,7 +41,7 @@ class Block(nn.Module):
         """x (B, T, D) → (B, T, D)."""
         # .to(ctx.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
         h = normed(self.pre_mixer, x).to(ctx.dtype)
-        mixed = normed(self.post_mixer, self.mixer(h, ctx, state))
+        mixed = self.scaled(normed(self.post_mixer, self.mixer(h, ctx, state)))
         if self.ffn is None:
             return x + mixed
         if self.parallel:
@@ -49,5 +50,9 @@ class Block(nn.Module):
             x = h = x + mixed
         else:
             x, h = self.pre_ffn.add(x, mixed)
-        out = normed(self.post_ffn, self.ffn(h.to(ctx.dtype)))
+        out = self.scaled(normed(self.post_ffn, self.ffn(h.to(ctx.dtype))))
         return x + out if not self.parallel else x + mixed + out
+
+    def scaled(self, branch: Tensor) -> Tensor:
+        """What a branch adds to the stream."""
+        return branch if self.scale == 1 else branch * self.scale

@@ -12,6 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_glm
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.granite import modeling_granite as granite
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_half
 from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -324,4 +325,27 @@ def test_parallel_with_one_norm_equals_a_phi_layer():
     )
     x = torch.randn(2, 13, 32)
     reference = theirs(x, attention_mask=causal(13), position_embeddings=angles(4, 13))
+    assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6
+
+
+def test_a_scaled_branch_equals_a_granite_layer():
+    config = eager(
+        AutoConfig.for_model(
+            "granite", hidden_size=32, intermediate_size=48, num_attention_heads=4, num_key_value_heads=2,
+            num_hidden_layers=2, rms_norm_eps=1e-2, residual_multiplier=0.22, attention_multiplier=0.1,
+        )
+    )
+    theirs, norm = granite.GraniteDecoderLayer(config, 0).eval(), Norm(eps=1e-2)
+    ours = Block(Layer(Attention(4, 2, 8, Rope(), scale=0.1), MLP(48), norm, None, norm, residual_scale=0.22), 32)
+    make_loud(theirs)
+    a, m = theirs.self_attn, theirs.mlp
+    copy(
+        {
+            ours.mixer.q: a.q_proj, ours.mixer.k: a.k_proj, ours.mixer.v: a.v_proj, ours.mixer.o: a.o_proj,
+            ours.ffn.gate: m.gate_proj, ours.ffn.up: m.up_proj, ours.ffn.down: m.down_proj,
+            ours.pre_mixer: theirs.input_layernorm, ours.pre_ffn: theirs.post_attention_layernorm,
+        }
+    )
+    x = torch.randn(2, 13, 32)
+    reference = theirs(x, attention_mask=causal(13), position_embeddings=angles(8, 13))
     assert difference(ours(x, ctx(2, 13)), reference[0] if isinstance(reference, tuple) else reference) < 1e-6

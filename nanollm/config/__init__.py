@@ -19,7 +19,8 @@ import itertools
 from dataclasses import dataclass
 from typing import Any
 
-from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, need_types, present
+from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
+from nanollm.config.encoding import decoded, encoded
 from nanollm.config.mixers import (
     RGLRU,
     RWKV,
@@ -61,11 +62,13 @@ class Layer(Part):
     pre_ffn: Norm | None = Norm()           # before the feed-forward; None where it reads what the mixer reads (Phi)
     post_ffn: Norm | None = None            # as post_mixer
     parallel: bool = False                  # the feed-forward reads the same input as the mixer; GPT-NeoX
+    residual_scale: float = 1.0             # times what mixer and feed-forward add to the stream; Granite 0.22
 
     def __post_init__(self) -> None:
         need(isinstance(self.mixer, Mixer), self, "mixer", "Attention or another mixer")
         need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
         need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
+        need_positive(self, "residual_scale")
         alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
         expected = "a feed-forward, or pre_ffn None, post_ffn None and parallel False"
         need(self.ffn is not None or alone, self, "ffn", expected)
@@ -97,30 +100,14 @@ class ModelConfig(Part):
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: each dataclass with its class name under "is", the layers as runs [count, layer]."""
-        runs = [[len(list(same)), _encode(layer)] for layer, same in itertools.groupby(self.layers)]
-        return {**_encode(dataclasses.replace(self, layers=self.layers[:1])), "layers": runs}
+        runs = [[len(list(same)), encoded(layer)] for layer, same in itertools.groupby(self.layers)]
+        return {**encoded(dataclasses.replace(self, layers=self.layers[:1])), "layers": runs}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "ModelConfig":
         """The inverse of `to_dict`. Raises ConfigError on anything that `to_dict` does not write."""
         try:
-            layers = tuple(layer for count, entry in data["layers"] for layer in [_decode(entry)] * count)
-            return _decode({**data, "layers": layers})
+            layers = tuple(layer for count, entry in data["layers"] for layer in [decoded(entry)] * count)
+            return decoded({**data, "layers": layers})
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise ConfigError(f"not a ModelConfig as to_dict writes it: {type(error).__name__}: {error}") from None
-
-
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        fields = {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {"is": type(value).__name__} | fields
-    return [_encode(item) for item in value] if isinstance(value, tuple) else value
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, dict):
-        fields = {name: _decode(item) for name, item in value.items() if name != "is"}
-        kind = Part.BY_NAME[value["is"]]
-        need_types(kind, fields)
-        return kind(**fields)
-    return tuple(_decode(item) for item in value) if isinstance(value, list) else value
