@@ -70,15 +70,12 @@ from nanollm.training.phase import learning
 
 @dataclass
 class Run:
-    """All that a step needs and changes. A checkpoint holds all but options, world, corpus and what never changes."""
+    """All that a step needs and changes. A checkpoint holds all but options, world, corpus and source."""
     options: argparse.Namespace
     world: World
     corpus: Corpus
     model: Decoder
-    origin: checkpoints.Origin | None           # of a model that was loaded: it is written back the same way
-    blank: Decoder                              # the model on the meta device, as one that is whole will be
-    base: str | None                            # the fingerprint of what is frozen
-    dtype: torch.dtype                          # that the model is written in
+    source: tuning.Source
     optimizers: list[torch.optim.Optimizer]
     balance: Balance
     recent: list[tuple[float, float]] = field(default_factory=list)     # loss and gradient norm of the last steps taken
@@ -189,7 +186,8 @@ def sample(run: Run, log: Log, length: int = 100) -> None:
     """How the model continues the prompt, at temperature 0.8, into the log. All ranks take part in the all-gather."""
     options, tokenizer = run.options, run.corpus.tokenizer
     with averaged(run.average):
-        whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype], run.blank)
+        whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype],
+                                   run.source.blank)
         if whole is None or tokenizer is None:
             return
         ids = run.corpus.prompt(options.prompt)
@@ -276,10 +274,10 @@ def initial(options: argparse.Namespace) -> Decoder:
     return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as)
 
 
-def build(options: argparse.Namespace, world: World) -> Run:
+def build(options: argparse.Namespace, world: World, given: str) -> Run:
     """The corpus, and the sharded model with its first weights: drawn, or those of --init. Raises NanollmErrors."""
     source = world.on_rank_0(lambda: initial(options)) if options.init else None
-    config, dtype, tuned, base = world.broadcast(source and (
+    config, dtype, tuned, frozen = world.broadcast(source and (
         source.config, source.embed.weight.dtype, tuning.blank(source, options), tuning.fingerprint(source, options),
     )) or (preset(options.preset, context=options.context), torch.float32, None, None)
     fit_context(options, config)
@@ -307,8 +305,9 @@ def build(options: argparse.Namespace, world: World) -> Run:
     distributed.fill(model.eval(), values)
     measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
     optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
-    return Run(options, world, corpus, model, source.origin if source else None, blank, base, dtype, optimizers,
-               Balance(model), average=Average(model, options.ema) if options.ema else None)
+    before = tuning.Source(given, source.origin if source else None, blank, frozen, dtype)
+    return Run(options, world, corpus, model, before, optimizers, Balance(model),
+               average=Average(model, options.ema) if options.ema else None)
 
 
 def restore(run: Run, which: str | None = None) -> bool:
@@ -327,25 +326,26 @@ def restore(run: Run, which: str | None = None) -> bool:
 def written_as(run: Run) -> str:
     """The layout in which `export` will write the model, for a person, before the first step."""
     if tuning.tunes(run.options):
-        return tuning.how_to_use(run.options)
-    return f"{run.options.out}: will be {layout_in_words(run.model.config, run.origin)}"
+        return tuning.how_to_use(run.options, run.source.name)
+    return f"{run.options.out}: will be {layout_in_words(run.model.config, run.source.origin)}"
 
 
 def export(run: Run) -> None:
     """The model in the run folder, in the layout of `written_as`: written aside, and moved in when it is complete."""
-    dtype = torch.float32 if tuning.tunes(run.options) else run.dtype       # of adapters, whatever their base has
+    options, source = run.options, run.source
+    dtype = torch.float32 if tuning.tunes(options) else source.dtype    # of adapters, whatever their base has
 
     def write() -> None:
-        with runs.replacing(run.options.out) as draft:
-            if run.origin:
-                whole.origin = run.origin
+        with runs.replacing(options.out) as draft:
+            if source.origin:
+                whole.origin = source.origin
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)        # `written_as` has said it before the first step
-                tuning.export(whole, draft, run.options, run.dtype, checkpoints.save, checkpoints.save_adapter)
+                tuning.export(whole, draft, options, source, checkpoints.save, checkpoints.save_adapter)
             run.corpus.copy_tokenizer(draft)
 
     with averaged(run.average):
-        whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), dtype, run.blank)
+        whole = distributed.gather(run.model, run.world.rank == 0, torch.device("cpu"), dtype, source.blank)
         run.world.on_rank_0(write)
 
 
@@ -371,9 +371,9 @@ def run() -> None:
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))
         world.on_rank_0(lambda: held.enter_context(runs.locked(folder)))
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))           # what it holds by now
-        here = build(options, world)
+        here = build(options, world, str(given))
         facts = {"options": vars(options) | {"init": given}, "model": here.model.config.to_dict(),
-                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "base": {"weights": here.base},
+                 "data": {"fingerprint": here.corpus.stream.fingerprint}, "base": {"weights": here.source.frozen},
                  "muon": optim.constants(options.optimizer)}
         if resume and not force:
             world.on_rank_0(lambda: runs.compare(folder, facts))

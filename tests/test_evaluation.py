@@ -344,8 +344,8 @@ def test_a_method_is_a_loss_and_a_collator(data, tmp_path, monkeypatch):
     monkeypatch.setattr("nanollm.data.stream.Batch.divisor", property(lambda self: len(self.tokens)))
     build = train.build
 
-    def built(options, world):
-        made = build(options, world)
+    def built(*given):
+        made = build(*given)
         made.loss = always_seven
         return made
 

@@ -124,7 +124,7 @@ def test_a_checkpoint_holds_adapters_alone_and_the_base_keeps_its_bits(base, tmp
     here(monkeypatch, tmp_path / "run", *tuned(base), *LORA, "--quantize", "int4")
     run = kept[0]
     run.model.state_dict()                                      # puts the codes of quantised modules in order
-    assert original(run.model, run.options) == run.base
+    assert original(run.model, run.options) == run.source.frozen
     names = json.loads(next((tmp_path / "run/steps").glob("*6/manifest.json")).read_text())["tensors"]
     assert names and all(name.endswith((".A", ".B", ".exp_avg", ".exp_avg_sq", ".step")) for name in names)
     assert not any(p.grad is not None for p in run.model.parameters() if not p.requires_grad)
@@ -318,3 +318,10 @@ def test_what_the_model_cannot_have_leaves_no_folder(monkeypatch, base, tmp_path
 def test_the_learning_rate_of_adapters(tmp_path):
     assert parsed("--init", tmp_path, *LORA).lr == 0.0002 and parsed("--init", tmp_path).lr == 0.00002
     assert parsed("--init", tmp_path, *LORA, "--lr", 0.001).lr == 0.001
+
+
+def test_the_adapter_of_a_model_from_the_hub_names_it_as_the_hub_does(base, tmp_path, monkeypatch):
+    """Not the folder of this machine's cache, which no one else has."""
+    monkeypatch.setattr(train.hub, "to_train", {"owner/name": base / "base"}.get)
+    here(monkeypatch, tmp_path / "run", *tuned(base), "--init", "owner/name", *LORA, "--steps", 1)
+    assert json.loads((tmp_path / "run/adapter_config.json").read_text())["base_model_name_or_path"] == "owner/name"

@@ -20,6 +20,7 @@ import argparse
 import copy
 import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,16 @@ SAMPLE = 4096                   # numbers of a tensor that the fingerprint reads
 SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora", "lora_init")
 FREEZE = ("expand", "freeze", "train_last")
 OTHER = (*FREEZE, "grow_vocab", "add_tokens", "rope_scaling")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a model was before the first step, and how it is written back."""
+    name: str                       # --init as it was given: a folder, or a name on the hub
+    origin: Any                     # of a model that was loaded: it is written back the same way
+    blank: Decoder                  # the model on the meta device, as one that is whole will be
+    frozen: str | None              # the fingerprint of what is frozen
+    dtype: torch.dtype              # that the model is written in
 
 
 def tunes(options: argparse.Namespace) -> bool:
@@ -214,23 +225,24 @@ def beside_base(options: argparse.Namespace) -> bool:
     return not (options.quantize and options.lora_init in ("pissa", "loftq"))
 
 
-def how_to_use(options: argparse.Namespace) -> str:
-    """What the run folder will be, and the commands for it."""
+def how_to_use(options: argparse.Namespace, name: str) -> str:
+    """What the run folder will be, and the commands for it. `name` is that of --init."""
     if not beside_base(options):
         return (f"{options.out}: will be a whole model with the adapter in its weights, as --lora-init "
-                f"{options.lora_init} quantises other weights than those of {options.init}")
+                f"{options.lora_init} quantises other weights than those of {name}")
     kind = f" --quantize {options.quantize}" if options.quantize else ""
     return (f"{options.out}: will be an adapter, as peft has them:\n"
-            f"  python generate.py --model {options.init} --adapter {options.out}{kind}\n"
-            f"  python -m checkpoints.convert {options.init} OUT --adapter {options.out} --merge")
+            f"  python generate.py --model {name} --adapter {options.out}{kind}\n"
+            f"  python -m checkpoints.convert {name} OUT --adapter {options.out} --merge")
 
 
-def export(whole: Decoder, folder: Path, options: argparse.Namespace, dtype: torch.dtype,
+def export(whole: Decoder, folder: Path, options: argparse.Namespace, source: Source,
            save: Callable[[Decoder, Path], None], save_adapter: Callable[..., None]) -> None:
-    """Write the model; of one with adapters those alone, or the model with them in it, in dtype."""
+    """Write the model; of one with adapters those alone, which name their base as source.name, or the model with them
+    in it, in source.dtype."""
     if not tunes(options):
         save(whole, folder)
     elif beside_base(options):
-        save_adapter(whole, folder, base=str(options.init))
+        save_adapter(whole, folder, base=source.name)
     else:
-        save(lora.merge(whole).to(dtype), folder)
+        save(lora.merge(whole).to(source.dtype), folder)
