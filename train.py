@@ -269,9 +269,8 @@ def initial(options: argparse.Namespace) -> Decoder:
     bits to be trained."""
     model = checkpoints.load(options.init, **tuning.loading(options))
     tuning.need_trainable(model, options)
-    if not tuning.tunes(options):
-        return growing.grow(model, options)
-    return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as)
+    model = growing.grow(model, options)
+    return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as) if tuning.tunes(options) else model
 
 
 def build(options: argparse.Namespace, world: World, given: str) -> Run:

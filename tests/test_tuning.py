@@ -76,7 +76,8 @@ def tuned(base: Path) -> tuple:
 @pytest.mark.parametrize("more", [
     ("--quantize", "nf4"), *(pytest.param(more, marks=pytest.mark.slow) for more in (
         (), ("--dora",), ("--quantize", "int8"), ("--quantize", "int4"), ("--lora-init", "pissa"),
-        ("--lora-init", "loftq", "--quantize", "nf4"),
+        ("--lora-init", "loftq", "--quantize", "nf4"), ("--rope-scaling", "yarn", "--rope-factor", 2),
+        ("--rope-scaling", "linear", "--rope-factor", 2, "--quantize", "int8"),
         ("--lora-plus", 4, "--rslora", "--lora-targets", "q", "v")))], ids=str)
 def test_what_is_exported_is_what_was_trained(monkeypatch, base, tmp_path, more):
     """The loss of the model that the run folder and the base give, with the last held-out loss of the run."""
@@ -90,7 +91,7 @@ def test_what_is_exported_is_what_was_trained(monkeypatch, base, tmp_path, more)
         kind = more[more.index("--quantize") + 1] if "--quantize" in more else None
         model = checkpoints.load(base / "base", quantize=kind, adapter=tmp_path / "run")
     else:
-        assert "loftq" in more
+        assert "loftq" in more or "--rope-scaling" in more
         model = checkpoints.load(tmp_path / "run")
     corpus = train.open_corpus(parsed(*tuned(base), *LORA, "--context", 32), Alone(), 300)
     rows = stack([corpus.held_out.row(i) for i in range(corpus.held_out.rows)])

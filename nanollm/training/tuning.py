@@ -40,7 +40,7 @@ SAMPLE = 4096                   # numbers of a tensor that the fingerprint reads
 # Options of LoRA that an adapter's own folder answers, and those that change the model under an adapter.
 SHAPE = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "dora", "lora_init")
 FREEZE = ("expand", "freeze", "train_last")
-OTHER = (*FREEZE, "grow_vocab", "add_tokens", "rope_scaling")
+OTHER = (*FREEZE, "grow_vocab", "add_tokens")
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,10 @@ def check(options: argparse.Namespace) -> None:
     if other := given(options, OTHER):
         raise InputError(f"{name} with {other[0]}: an adapter is trained and written alone, for its base as it is; "
                          "what changes the base is a run of its own, whose folder --init can then name")
+    if options.adapter and options.rope_scaling:
+        raise InputError("--adapter with --rope-scaling: an adapter goes on beside the base that it is for; merge it "
+                         "first (python -m checkpoints.convert BASE OUT --adapter FOLDER --merge), and begin another "
+                         "beside OUT with --lora-rank")
     if options.lora_init == "loftq" and not options.quantize:
         raise InputError("--lora-init loftq makes up for what quantising loses: give --quantize nf4 or int4 with it")
     if options.quantize and options.offload:
@@ -92,8 +96,8 @@ def check(options: argparse.Namespace) -> None:
 
 
 def loading(options: argparse.Namespace) -> dict[str, Any]:
-    """What checkpoints.load is asked for. Where adapters begin with the weights, those are quantised after that."""
-    early = options.quantize and (options.lora_init or "zero") == "zero"
+    """What checkpoints.load is asked for. Where the weights are needed as they are, they are quantised after that."""
+    early = options.quantize and (options.lora_init or "zero") == "zero" and not options.rope_scaling
     return {"quantize": options.quantize if early else None, "adapter": options.adapter}
 
 
@@ -108,7 +112,7 @@ def prepare(model: Decoder, options: argparse.Namespace, quantise: Callable[[Ten
                       tuple(options.lora_targets or ("all",)), init=init)
         one = (lambda W, bias: quantise(W, bias, options.quantize)) if init == "loftq" else None
         lora.add(model, config, options.seed, one)
-        if options.quantize and init != "zero":
+        if options.quantize:
             quantise_all(model, options.quantize)
     trained = set(lora.adapters(model).values())
     if not trained:
@@ -219,17 +223,20 @@ def need_trainable(model: Decoder, options: argparse.Namespace) -> None:
                        "bits")
 
 
-def beside_base(options: argparse.Namespace) -> bool:
-    """Whether the adapter fits the weights of --init. What pissa and loftq quantise is not those: beside them the
-    adapter would be a little wrong, so the whole model is written, with the adapter in its weights."""
-    return not (options.quantize and options.lora_init in ("pissa", "loftq"))
+def other_base(options: argparse.Namespace) -> str | None:
+    """What makes the weights beside the adapter others than those of --init: then the whole model is written, with the
+    adapter in its weights."""
+    if options.rope_scaling:
+        return f"--rope-scaling {options.rope_scaling} changes the model of"
+    if options.quantize and options.lora_init in ("pissa", "loftq"):
+        return f"--lora-init {options.lora_init} quantises other weights than those of"
+    return None
 
 
 def how_to_use(options: argparse.Namespace, name: str) -> str:
     """What the run folder will be, and the commands for it. `name` is that of --init."""
-    if not beside_base(options):
-        return (f"{options.out}: will be a whole model with the adapter in its weights, as --lora-init "
-                f"{options.lora_init} quantises other weights than those of {name}")
+    if reason := other_base(options):
+        return f"{options.out}: will be a whole model with the adapter in its weights, as {reason} {name}"
     kind = f" --quantize {options.quantize}" if options.quantize else ""
     return (f"{options.out}: will be an adapter, as peft has them:\n"
             f"  python generate.py --model {name} --adapter {options.out}{kind}\n"
@@ -242,7 +249,7 @@ def export(whole: Decoder, folder: Path, options: argparse.Namespace, source: So
     in it, in source.dtype."""
     if not tunes(options):
         save(whole, folder)
-    elif beside_base(options):
+    elif other_base(options) is None:
         save_adapter(whole, folder, base=source.name)
     else:
         save(lora.merge(whole).to(source.dtype), folder)
