@@ -207,9 +207,9 @@ def test_the_norm_and_its_gate_round_as_transformers(monkeypatch):
     theirs.weight.data.copy_(mixer.norm.gain)
     x, o = torch.randn(2, 5, 24).bfloat16(), torch.randn(2, 5, 4, 16).bfloat16()
     monkeypatch.setattr("nanollm.layers.gated_delta_net.delta_rule", lambda *given: (o, given[5]))
-    mixer.o.register_forward_hook(lambda _, given, out: seen.update(y=given[0]))
+    mixer.out_proj.register_forward_hook(lambda _, given, out: seen.update(y=given[0]))
     mixer(x, ForwardContext(torch.arange(5).expand(2, 5), True, torch.bfloat16))
-    assert torch.equal(seen["y"], theirs(o, mixer.gate(x).unflatten(-1, (4, 16))).flatten(-2))
+    assert torch.equal(seen["y"], theirs(o, mixer.z(x).unflatten(-1, (4, 16))).flatten(-2))
 
 
 def test_first_values():

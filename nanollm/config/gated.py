@@ -27,7 +27,7 @@ class GatedDeltaNet(Mixer):
 
 @dataclass(frozen=True)
 class GatedAttention(Mixer):
-    """Attention each channel of whose output is multiplied by a gate that reads the token, gated_attention.py."""
+    """Attention whose output is multiplied, channel by channel, by a gate that reads the token, gated_attention.py."""
     attention: Attention                    # what is gated
 
     def __post_init__(self) -> None:

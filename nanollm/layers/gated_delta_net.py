@@ -2,10 +2,10 @@
 
            ┌── qkv ── causal conv, silu ──┬── q ── /|q| ── /√N ──┐
            │                              ├── k ── /|k| ─────────┤
-    x ─────┤                              └── v ─────────────────┼── delta rule ── o ── norm ── ⊙ ── out
+    x ─────┤                              └── v ─────────────────┼── delta rule ── o ── norm ── ⊙ ── out_proj
            ├── alpha ── −exp(A_log) softplus(· + dt_bias) ───────┤  log α                       │
            ├── beta ─── σ ───────────────────────────────────────┘  β                           │
-           └── gate ─── silu ───────────────────────────────────────────────────────────────────┘
+           └── z ────── silu ───────────────────────────────────────────────────────────────────┘
                                                   Yang, Kautz & Hatamizadeh 2024 (arXiv 2412.06464), §3.4, Figure 1
 
 Keys have length 1: then I − β k kᵀ has no eigenvalue outside [0, 1] for β in (0, 1), and no token can make the state
@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from nanollm.config import GatedDeltaNet as GatedDeltaNetConfig
 from nanollm.config import Norm
-from nanollm.init import inverse_softplus, one, residual
+from nanollm.init import inverse_softplus, residual
 from nanollm.layers.delta import delta_rule
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
@@ -45,7 +45,7 @@ def unit(x: Tensor) -> Tensor:
 
 class GatedDeltaNet(nn.Module):
     """The mixer drawn at the head of the file."""
-    INIT = {"A_log": log_uniform_decay, "dt_bias": inverse_softplus(0.001, 0.1), "norm.gain": one, "o.weight": residual}
+    INIT = {"A_log": log_uniform_decay, "dt_bias": inverse_softplus(0.001, 0.1), "out_proj.weight": residual}
     WORDS: dict[str, str] = {}
 
     def __init__(self, config: GatedDeltaNetConfig, dim: int) -> None:
@@ -54,21 +54,21 @@ class GatedDeltaNet(nn.Module):
         GN, HP = config.key_heads * config.key_dim, config.heads * config.head_dim
         self.widths = [GN, GN, HP]                                              # rows of qkv
         self.qkv = Linear(dim, sum(self.widths), bias=False)
-        self.gate = Linear(dim, HP, bias=False)
+        self.z = Linear(dim, HP, bias=False)
         self.alpha = Linear(dim, config.heads, bias=False)
         self.beta = Linear(dim, config.heads, bias=False)
         self.conv1d = Conv1d(sum(self.widths), config.conv, bias=False)
         self.dt_bias = nn.Parameter(torch.empty(config.heads))
         self.A_log = nn.Parameter(torch.empty(config.heads))
         self.norm = RMSNorm(Norm(eps=config.eps), config.head_dim)
-        self.o = Linear(HP, dim, bias=False)
+        self.out_proj = Linear(HP, dim, bias=False)
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
         config = self.config
         if state is None:
             state = self.new_state(config, x.shape[0], 0, x.dtype, x.device)
-        z, alpha, beta = self.gate(x), self.alpha(x), torch.sigmoid(self.beta(x))
+        z, alpha, beta = self.z(x), self.alpha(x), torch.sigmoid(self.beta(x))
         x, before = aligned(self.qkv(x).transpose(1, 2), state.conv, ctx.real)          # (B, 2GN + HP, T)
         positions = None if ctx.regular else ctx.positions
         x, state.conv = self.conv1d(x, before, positions).transpose(1, 2), window(x, before, ctx.real)
@@ -81,7 +81,7 @@ class GatedDeltaNet(nn.Module):
         q, k = unit(q) * config.key_dim**-0.5, unit(k)
         o, state.state = delta_rule(q, k, v, log_alpha, beta, state.state, ctx.begins)
         y = (self.norm(o) * F.silu(z.float())).to(x.dtype)
-        return self.o(y.flatten(-2))
+        return self.out_proj(y.flatten(-2))
 
     @staticmethod
     def new_state(config: GatedDeltaNetConfig, batch: int, length: int, dtype: torch.dtype,
