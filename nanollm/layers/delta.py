@@ -26,7 +26,7 @@ solution for all chunks side by side will do (the WY representation; §3.3):
 
     (I + A) [W  Y] = [β v   β Γ k]      A_ts = β_t L_ts (k_t · k_s) for s < t, else 0      U = W − Y Sᵀ          (3)
 
-and S goes from chunk to chunk in T/Q short steps:
+and S goes from chunk to chunk in T/Q short steps, the one part that has to wait for itself (`delta_walk`):
 
     o = Γ q Sᵀ + ((q kᵀ) ∘ L) U              S ← Γ_Q S + Uᵀ (L_Q · k)                                              (4)
 
@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from nanollm.layers.ssd import segment_sums
+from nanollm.ops import accelerated
 
 CHUNKED_FROM = 16       # tokens on, products of chunks take less time than steps
 
@@ -72,7 +73,7 @@ def delta_rule_sequential(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, be
 def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta: Tensor, S: Tensor,
                        begins: Tensor | None = None, chunk: int = 64) -> tuple[Tensor, Tensor]:
     """The same, chunk by chunk: c chunks of Q tokens, eq. (2) … (4)."""
-    dtype, (batch, length, H, P) = v.dtype, v.shape
+    dtype, (batch, length, H, _) = v.dtype, v.shape
     if begins is None:
         begins = torch.zeros(batch, length, dtype=torch.bool, device=v.device)
     pad = -length % chunk
@@ -90,14 +91,24 @@ def delta_rule_chunked(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, beta:
 
     A = beta * L * (k @ k.mT)                                                               # what is read is s < t
     right = torch.cat([beta * v, beta * gamma * k], -1)
-    W, Y = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True).split([P, k.shape[-1]], -1)
+    WY = torch.linalg.solve_triangular(A, right, upper=False, unitriangular=True)
 
-    to_end = L[..., -1, :, None] * k                                                        # L_Q · k
-    corrections, before = [], []
-    for c in range(v.shape[1]):
-        before.append(S)
-        U = W[:, c] - Y[:, c] @ S.mT                                                        # (B, H, Q, P)
-        S = gamma[:, c, :, -1:] * S + U.mT @ to_end[:, c]
-        corrections.append(U)
-    o = gamma * q @ torch.stack(before, 1).mT + (L * (q @ k.mT)) @ torch.stack(corrections, 1)
+    U, before, S = delta_walk(WY, L[..., -1, :, None] * k, gamma[..., -1, 0], S)
+    o = gamma * q @ before.mT + (L * (q @ k.mT)) @ U
     return o.transpose(2, 3).flatten(1, 2)[:, :length].to(dtype), S
+
+
+@accelerated
+def delta_walk(WY: Tensor, K: Tensor, gamma: Tensor, S: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (B, c, H, Q, P), the S before each chunk (B, c, H, P, N), and the last S (B, H, P, N): eq. (3) and (4).
+
+    WY (B, c, H, Q, P + N) has W beside Y. K (B, c, H, Q, N) is L_Q · k, gamma (B, c, H) is Γ_Q.
+    """
+    W, Y = WY.split([S.shape[-2], S.shape[-1]], -1)
+    corrections, before = [], []
+    for c in range(WY.shape[1]):
+        before.append(S)
+        U = W[:, c] - Y[:, c] @ S.mT
+        S = gamma[:, c, :, None, None] * S + U.mT @ K[:, c]
+        corrections.append(U)
+    return torch.stack(corrections, 1), torch.stack(before, 1), S
