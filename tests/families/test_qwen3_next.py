@@ -9,9 +9,22 @@ from safetensors.torch import load_file, save_file
 import checkpoints
 from checkpoints.families import FAMILIES, read_config, write_config
 from checkpoints.families.qwen3_next import QKVZ, ByHead, key_heads, query_heads
-from nanollm.config import MLP, Attention, GatedAttention, GatedDeltaNet, Layer, ModelConfig, MoE, Norm, Rope, Yarn
+from nanollm.config import (
+    MLP,
+    Attention,
+    GatedAttention,
+    GatedDeltaNet,
+    Layer,
+    Linear,
+    ModelConfig,
+    MoE,
+    Norm,
+    Rope,
+    Yarn,
+)
 from nanollm.errors import ConfigError
 from nanollm.model import Decoder
+from nanollm.training.growing import stretched
 from tests.fixtures import FIXTURES
 from tests.oracles import write
 from tests.test_roundtrip import all_tensors, same_tensors
@@ -68,6 +81,16 @@ def test_published_sizes():
     with torch.device("meta"):
         assert sum(p.numel() for p in Decoder(read(A3B)).parameters()) == 79_674_391_296
         assert sum(p.numel() for p in Decoder(read(WHOLE_27B)).parameters()) == 26_895_998_464
+
+
+def test_a_model_made_here_is_written_as_qwen3_5():
+    delta, whole = GatedDeltaNet(4, 2, 16, 8, 3), GatedAttention(Attention(4, 2, 16, Rope(fraction=0.5), qk_norm=NORM))
+    layers = tuple(Layer(mixer, MLP(48), NORM, pre_ffn=NORM) for mixer in (whole, delta, delta))
+    config = ModelConfig(50, 32, layers, NORM, context=64)
+    family, values = write_config(config)
+    assert family is FAMILIES["qwen3_5_text"] and read_config(values)[1] == config
+    longer = stretched(config, "linear", 2.0)
+    assert longer.layers[0].mixer.rope.scaling == Linear(2.0) and longer.layers[1:] == layers[1:]
 
 
 def test_which_layer_is_what():
