@@ -112,7 +112,7 @@ KINDS = {
     "delta": (
         Layer(GatedDeltaNet(4, 2, 6, 8, 4), MLP(48)),
         Layer(GatedAttention(attention(rope=Rope(fraction=0.5), qk_norm=Norm(offset=1.0))), MLP(48)),
-        Layer(GatedDeltaNet(3, 3, 8, 5, 3), MLP(48)),
+        Layer(GatedDeltaNet(3, 3, 8, 5, 3, reflects=True), MLP(48)),
         Layer(GatedAttention(attention(window=6, qkv_bias=True)), MLP(48)),
     ),
     "hybrid": (

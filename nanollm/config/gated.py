@@ -1,4 +1,4 @@
-"""Two mixers whose output a gate multiplies: attention, and a state that is corrected; every fourth layer is the first.
+"""Two mixers whose output is multiplied by a gate, as data: a state that is corrected, and attention.
 
 Each class names the file of nanollm/layers that explains it.
 """
@@ -18,6 +18,7 @@ class GatedDeltaNet(Mixer):
     key_dim: int                            # N, width of a query or key; 128
     conv: int                               # width of the causal convolution on q, k and v; 4
     eps: float = 1e-6                       # of the norm of each head before the gate
+    reflects: bool = False                  # β goes up to 2, not 1: past 1 a value changes its sign; OLMo-hybrid True
 
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "key_heads", "head_dim", "key_dim", "conv")

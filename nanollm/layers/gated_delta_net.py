@@ -9,7 +9,9 @@
                                                   Yang, Kautz & Hatamizadeh 2024 (arXiv 2412.06464), §3.4, Figure 1
 
 Keys have length 1: then I − β k kᵀ has no eigenvalue outside [0, 1] for β in (0, 1), and no token can make the state
-grow but by what it writes. α is exp(Δ A) as in Mamba-2, one number a head. H/G heads of values share a query and a key.
+grow but by what it writes. With β in (0, 2) they lie in [−1, 1], as much of a bound, and a state can follow what turns
+to and fro (Grazzi et al. 2024, arXiv 2411.12537). α is exp(Δ A) as in Mamba-2, one number a head. H/G heads of values
+share a query and a key.
 
 The norm is of each head by itself, with one gain for all heads, and comes before the gate (in Mamba-2 behind it):
 
@@ -46,7 +48,7 @@ def unit(x: Tensor) -> Tensor:
 class GatedDeltaNet(nn.Module):
     """The mixer drawn at the head of the file."""
     INIT = {"A_log": log_uniform_decay, "dt_bias": inverse_softplus(0.001, 0.1), "out_proj.weight": residual}
-    WORDS: dict[str, str] = {}
+    WORDS = {"reflects": "β up to 2, so that what is under a key can change its sign"}
 
     def __init__(self, config: GatedDeltaNetConfig, dim: int) -> None:
         super().__init__()
@@ -68,7 +70,7 @@ class GatedDeltaNet(nn.Module):
         config = self.config
         if state is None:
             state = self.new_state(config, x.shape[0], 0, x.dtype, x.device)
-        z, alpha, beta = self.z(x), self.alpha(x), torch.sigmoid(self.beta(x))
+        z, alpha, beta = self.z(x), self.alpha(x), torch.sigmoid(self.beta(x)) * (2 if config.reflects else 1)
         x, before = aligned(self.qkv(x).transpose(1, 2), state.conv, ctx.real)          # (B, 2GN + HP, T)
         positions = None if ctx.regular else ctx.positions
         x, state.conv = self.conv1d(x, before, positions).transpose(1, 2), window(x, before, ctx.real)
