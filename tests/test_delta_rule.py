@@ -30,7 +30,7 @@ BOUND = 3e-6
 
 
 def inputs(T: int = 70, heads: int = 4, groups: int = 2, batch: int = 2, P: int = 6, N: int = 8) -> list[torch.Tensor]:
-    """q, k, v, log α, β, S. Keys of length 1; decays from nearly none to nearly all, β from 0 to 1."""
+    """q, k, v, log α, β, S. Keys of length 1; decays from nearly none to nearly all, β from 0 to 2."""
     draw = torch.Generator().manual_seed(T)
 
     def randn(*shape: int) -> torch.Tensor:
@@ -38,7 +38,8 @@ def inputs(T: int = 70, heads: int = 4, groups: int = 2, batch: int = 2, P: int 
 
     q, k = (F.normalize(randn(batch, T, groups, N), dim=-1) for _ in "qk")
     log_alpha = -torch.logspace(-3, 1, heads) * F.softplus(randn(batch, T, heads))
-    return [q, k, randn(batch, T, heads, P), log_alpha, randn(batch, T, heads).sigmoid(), randn(batch, heads, P, N)]
+    beta = 2 * randn(batch, T, heads).sigmoid()
+    return [q, k, randn(batch, T, heads, P), log_alpha, beta, randn(batch, heads, P, N)]
 
 
 def at(given: list[torch.Tensor], *places: slice) -> list[torch.Tensor]:
