@@ -1,8 +1,8 @@
 """What benchmarks/kernels.py measures: each operation at the shapes of real models, with its floor, goal and rivals.
 
 Shapes are those of a Llama-3-8B layer, and of the models that the other operations come from (Qwen3-30B-A3B's experts,
-Mamba-2.8B's scan, Mamba-2-2.7B's SSD). `Sizes(small=True)` shrinks them all, for the test that asks only whether every
-case runs.
+Mamba-2.8B's scan, Mamba-2-2.7B's SSD, Qwen3-Next's delta rule). `Sizes(small=True)` shrinks them all, for the test that
+asks only whether every case runs.
 """
 
 import importlib
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from kernels import roofline
 from kernels.roofline import Work
 from nanollm.inference import quantize
-from nanollm.layers import attention, mamba, mlp, moe, norm, rope, scan, ssd
+from nanollm.layers import attention, delta, mamba, mlp, moe, norm, rope, scan, ssd
 from nanollm.training import losses
 
 
@@ -203,6 +203,16 @@ def duals(s: Sizes) -> Iterator[Case]:
     yield from both("ssd", f"{B} x {T} x {H} x {P} x {N}",
                     lambda x, delta, A, b, c: ssd.ssd(x, delta, A, b, c, decay, first)[0], inputs,
                     partial(roofline.ssd, B, T, H, P, G, N, 256), ("33 %", ""))
+
+    (B, c, H, P, N), Q = s(8, 32, 32, 128, 128), 16 if s.small else 64
+    state, gamma = torch.zeros(B, H, P, N, device=s.device), torch.rand(B, c, H, device=s.device)
+
+    def chunks() -> tuple:
+        return tuple(s.draw(B, c, H, Q, width, scale=0.1).float().detach().requires_grad_() for width in (P + N, N))
+
+    yield from both("delta_walk", f"{B} x {c * Q} x {H} x {P} x {N}",
+                    lambda WY, K: delta.delta_walk(WY, K, gamma, state)[0], chunks,
+                    partial(roofline.delta_walk, B, c * Q, H, P, N, Q), ("", ""))
 
 
 def products(s: Sizes) -> Iterator[Case]:

@@ -20,6 +20,7 @@ OPERATIONS = {                              # operation → the file it is in
     "mamba_scan": "scan",
     "causal_conv": "conv",
     "ssd": "duality",
+    "delta_walk": "delta",
     "linear_cross_entropy": "cross_entropy",
     "quantized_linear": "quantized",
 }

@@ -130,6 +130,14 @@ def ssd(B: int, T: int, H: int, P: int, G: int, N: int, Q: int, *, backward: boo
     return Work((tensors + states) * (2 if backward else 1), flops * (2.5 if backward else 1))
 
 
+def delta_walk(B: int, T: int, H: int, P: int, N: int, Q: int, *, backward: bool = False) -> Work:
+    """W, Y and K read, U and the states written, two products a chunk; three more for the gradients.
+
+    All float32: of a floor in FLOPs of 16-bit products no more than a twelfth can be reached."""
+    states, rows = B * (T // Q) * H * P * N, B * T * H * (2 * P + 2 * N)
+    return Work((states + rows) * 4 * (2 if backward else 1), 4 * B * T * H * N * P * (2.5 if backward else 1))
+
+
 def linear_cross_entropy(M: int, D: int, V: int, *, backward: bool = True, size: int = 2) -> Work:
     """Logits, and with gradients dx and dW: 2MDV each. Bytes: x and W, and their gradients; logits need not exist."""
     return Work((M * D + V * D) * size * (2 if backward else 1), 2 * M * D * V * (3 if backward else 1))
@@ -160,6 +168,7 @@ def examples() -> dict[str, Work]:
         "mamba_scan backward": mamba_scan(8, 2048, 4096, 16, backward=True),
         "causal_conv        8 x 2048 x 4096": causal_conv(8, 2048, 4096),
         "ssd                8 x 2048 x 64 x 64 x 128": ssd(8, 2048, 64, 64, 1, 128, 256),
+        "delta_walk         8 x 2048 x 32 x 128 x 128": delta_walk(8, 2048, 32, 128, 128, 64),
         "linear_cross_entropy  4096 x 4096 x 128256": linear_cross_entropy(4096, 4096, 128256),
         "quantized_linear   28672 x 8192 int8": quantized_linear(1, 28672, 8192, 8, 8192),
         "quantized_linear   28672 x 8192 int4": quantized_linear(1, 28672, 8192, 4, 128),

@@ -20,6 +20,8 @@ from nanollm.config import (
     DynamicNTK,
     ExpertGroups,
     FilteredAttention,
+    GatedAttention,
+    GatedDeltaNet,
     Hyena,
     LatentAttention,
     Layer,
@@ -106,6 +108,12 @@ KINDS = {
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),
         Layer(FilteredAttention(Attention(3, 3, 8, Rope(scaling=DynamicNTK(2.0, 16))), 24), MLP(48)),
+    ),
+    "delta": (
+        Layer(GatedDeltaNet(4, 2, 6, 8, 4), MLP(48)),
+        Layer(GatedAttention(attention(rope=Rope(fraction=0.5), qk_norm=Norm(offset=1.0))), MLP(48)),
+        Layer(GatedDeltaNet(3, 3, 8, 5, 3, reflects=True), MLP(48)),
+        Layer(GatedAttention(attention(window=6, qkv_bias=True)), MLP(48)),
     ),
     "hybrid": (
         Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48)),

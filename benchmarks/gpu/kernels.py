@@ -29,7 +29,7 @@ from nanollm import ops
 GROUPS = (attentions, products, norms, elementwise, experts, duals, scans)
 FIRST = ("attend 2 x 8192", "attend backward 2 x 8192", "quantized_linear", "decode", "linear_cross_entropy",
          "rms_norm 16384 x 4096", "rms_norm backward 16384 x 4096", "gated", "add_rms_norm", "rotate", "expert_mlp",
-         "ssd", "mamba_scan", "causal_conv")
+         "ssd", "delta_walk", "mamba_scan", "causal_conv")
 DRY = ("rms_norm 16", "gated 16", "quantized_linear")
 AMOUNTS: dict[str, Callable[[Work], tuple[float, str]]] = {
     "bytes": lambda work: (work.bytes / 1e9, "GB/s"), "FLOPs": lambda work: (work.flops / 1e12, "TFLOP/s"),

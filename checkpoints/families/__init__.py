@@ -26,7 +26,7 @@ for _file in pkgutil.iter_modules(__path__):
         assert _kind not in FAMILIES, f"two families of model_type {_kind}"
         FAMILIES[_kind], FILES[_kind] = _family, _file.name
 
-TRAINED_HERE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "mamba", "mamba2", "gpt2")
+TRAINED_HERE = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "mamba", "mamba2", "gpt2", "qwen3_5_text")
 
 
 def family_called(kind: str) -> Family:

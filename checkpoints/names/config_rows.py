@@ -129,15 +129,16 @@ class RopeKeys(Row):
     theta, fraction            the family's base, and its part of a head that turns where their keys are missing;
                                fraction None: there is no such key, and all of the head turns
     theta_key, fraction_key    what the family calls the two at the top level
+    path                       of the RoPE in a layer
 
     A family that says it otherwise has a subclass with its own `rope` or `original`.
     """
 
     def __init__(
         self, theta: float = 10_000.0, fraction: float | None = None,
-        theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor",
+        theta_key: str = "rope_theta", fraction_key: str = "partial_rotary_factor", path: str = "mixer.rope",
     ) -> None:
-        self.theta, self.fraction = theta, fraction
+        self.theta, self.fraction, self.path = theta, fraction, path
         self.theta_key, self.fraction_key = theta_key, fraction_key
 
     def original(self, r: Reader, draft: Draft) -> int | None:
@@ -157,11 +158,11 @@ class RopeKeys(Row):
             if general != own:
                 r.must(general, value, None)     # transformers' name beside the family's own: they must agree
         for name in ("theta", "fraction", "scaling"):
-            draft[f"mixer.rope.{name}"] = getattr(rope, name)
+            draft[f"{self.path}.{name}"] = getattr(rope, name)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """The keys in both dialects; none where no layer has RoPE."""
-        found = next((rope for rope in draft.each("mixer.rope") if isinstance(rope, Part)), None)
+        found = next((rope for rope in draft.each(self.path) if isinstance(rope, Part)), None)
         if found is None:
             return {}
         rope: Rope = found.build()
@@ -173,7 +174,7 @@ class RopeKeys(Row):
         return values
 
     def says(self) -> str:
-        return f"mixer.rope: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
+        return f"{self.path}: base {self.theta:g}" + ("" if self.fraction is None else f", part {self.fraction:g}")
 
 
 class Windows(Row):

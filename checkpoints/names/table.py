@@ -80,12 +80,14 @@ def under(theirs: str, ours: str, names: Mapping[str, str], op: Op = Same) -> li
     return [rule(join(theirs, name), join(ours, mine), op) for name, mine in names.items()]
 
 
-def override(base: Table, *rules: Rule) -> Table:
-    """`base` with these rules in place of the ones of the same name. A table that is not one-to-one is refused here."""
+def override(base: Table, *rules: Rule, shared: tuple[str, ...] = ()) -> Table:
+    """`base` with these rules in place of the ones of the same name. A table that is not one-to-one is refused here.
+
+    shared: stored names that are one parameter in some layers and another one in the others. No layer has both."""
     table = base | {name: each for each in rules for name in each.ours}
     assert all(table[name] is each for each in table.values() for name in each.ours), "a rule was replaced in part"
     theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs]
-    twice = sorted({name for name in theirs if theirs.count(name) > 1})
+    twice = sorted({name for name in theirs if theirs.count(name) > 1 and name not in shared})
     assert not twice, f"named twice: {twice}"
     return table
 

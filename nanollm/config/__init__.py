@@ -9,7 +9,7 @@
 Families differ in *which object stands at index i*: a window on every other layer, experts on the last ten, a scan
 in between. Nothing below knows a family's name. To read a `config.json`, see `checkpoints/families/`.
 
-The parts are in config/parts.py (Norm, Rope, Attention, MLP), config/mixers.py (the rarer ones) and config/scaling.py
+The parts are in config/parts.py (Norm, Rope, Attention, MLP), mixers.py and gated.py (the rarer ones), and scaling.py
 (long contexts); all of them can be imported from here. Every dataclass is frozen, so equal layers can share one object
 and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
 """
@@ -21,6 +21,7 @@ from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.encoding import decoded, encoded
+from nanollm.config.gated import GatedAttention, GatedDeltaNet
 from nanollm.config.mixers import (
     RGLRU,
     RWKV,
@@ -40,8 +41,9 @@ from nanollm.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
-    "FilteredAttention", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2",
-    "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+    "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3",
+    "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope",
+    "SCANS", "Scaling", "SteppedNTK", "Yarn",
 ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
+from nanollm.config.gated import GatedDeltaNet
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Attention, Norm, Rope, need_rotation
 
 
@@ -195,4 +196,5 @@ class MoE(FeedForward):
         need(alone, self, "sparse", "None where any other field says how experts are weighed")
 
 
-SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena)      # what a token costs them does not depend on how many came before
+# what a token costs them does not depend on how many came before
+SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena, GatedDeltaNet)

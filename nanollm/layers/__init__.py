@@ -17,6 +17,8 @@ from typing import Any
 from nanollm import config as c
 from nanollm.layers.attention import Attention
 from nanollm.layers.filtered_attention import FilteredAttention
+from nanollm.layers.gated_attention import GatedAttention
+from nanollm.layers.gated_delta_net import GatedDeltaNet
 from nanollm.layers.hyena import Hyena
 from nanollm.layers.latent_attention import LatentAttention
 from nanollm.layers.mamba import Mamba
@@ -30,11 +32,13 @@ MODULES: dict[type, Any] = {
     c.Attention: Attention,
     c.LatentAttention: LatentAttention,
     c.FilteredAttention: FilteredAttention,
+    c.GatedAttention: GatedAttention,
     c.Mamba: Mamba,
     c.Mamba2: Mamba2,
     c.RGLRU: RGLRU,
     c.RWKV: RWKV,
     c.Hyena: Hyena,
+    c.GatedDeltaNet: GatedDeltaNet,
     c.MLP: MLP,
     c.MoE: MoE,
 }

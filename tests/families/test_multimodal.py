@@ -1,4 +1,5 @@
-"""Gemma-3 and Qwen-VL folders: the language model is loaded and says what it left out; what is saved is a text model.
+"""Gemma-3, Qwen-VL and Qwen3.5 folders: the language model is loaded, and a warning says what was left out; what is
+saved is a text model.
 
 The oracle is transformers' multimodal class, given text.
 """
@@ -14,6 +15,8 @@ import checkpoints
 from checkpoints.families import read_config
 from nanollm.config import Attention, Linear, Rope, Yarn
 from nanollm.errors import ConfigError
+from tests.fixtures.qwen3_5 import MROPE
+from tests.fixtures.qwen3_next import EXPERTS, MIXERS
 from tests.oracles import difference, make_loud
 
 TEXT = dict(
@@ -25,6 +28,9 @@ GEMMA = dict(
     rope_scaling={"rope_type": "linear", "factor": 8.0},
 )
 QWEN = dict(num_hidden_layers=2, rope_theta=1e5, rope_scaling={"type": "mrope", "mrope_section": [1, 1, 2]})
+QWEN3_5 = MIXERS | dict(num_hidden_layers=4, linear_num_key_heads=3, rms_norm_eps=1e-2, **MROPE)
+QWEN3_5_VISION = dict(
+    depth=1, hidden_size=16, out_hidden_size=64, num_heads=2, intermediate_size=16, num_position_embeddings=16)
 IDS = dict(image_token_id=128, video_token_id=129, vision_start_token_id=127, vision_end_token_id=126)
 MODELS = {
     "gemma3": dict(
@@ -43,13 +49,22 @@ MODELS = {
             depth=1, hidden_size=16, out_hidden_size=64, num_heads=2, intermediate_size=16, fullatt_block_indexes=[0]
         ),
     ),
+    "qwen3_5": IDS | dict(text_config=TEXT | QWEN3_5, vision_config=QWEN3_5_VISION),
+    "qwen3_5_moe": IDS | dict(text_config=TEXT | QWEN3_5 | EXPERTS, vision_config=QWEN3_5_VISION),
 }
-TEXT_CLASS = {"gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2"}
-LANGUAGE = {"gemma3": "language_model.", "qwen2_vl": "", "qwen2_5_vl": ""}  # what stands before a text model's names
+GAIN = dict.fromkeys(("qwen3_5", "qwen3_5_moe"), 0.1)  # louder, three states in a row make of one rounding 1e-5
+TEXT_CLASS = {"gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text",
+              "qwen3_5_moe": "qwen3_5_moe_text"}
+INSIDE = ("model.", "model.language_model.")
+LANGUAGE = {  # how a text model's names begin, and how those of the folder do
+    "gemma3": ("", "language_model."), "qwen2_vl": ("", ""), "qwen2_5_vl": ("", ""), "qwen3_5": INSIDE,
+    "qwen3_5_moe": INSIDE,
+}
 MODULES = {"gemma3": (("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
                       ("multi_modal_projector.", "model.multi_modal_projector.")),
            "qwen2_vl": (("model.", "model.language_model."), ("visual.", "model.visual."))}
 MODULES["qwen2_5_vl"] = MODULES["qwen2_vl"]
+MODULES["qwen3_5"] = MODULES["qwen3_5_moe"] = (INSIDE[1:] * 2, ("model.visual.",) * 2)  # on the hub as the modules
 
 
 def write(kind, folder):
@@ -57,9 +72,15 @@ def write(kind, folder):
     model = transformers.AutoModelForImageTextToText.from_config(
         transformers.AutoConfig.for_model(kind, **MODELS[kind])
     ).eval()
-    make_loud(model)
+    make_loud(model, gain=GAIN.get(kind, 0.25))
     model.save_pretrained(folder)
     return model
+
+
+def of_folder(kind, names):
+    """Names of a text model → those of the folder."""
+    old, new = LANGUAGE[kind]
+    return {new + name.removeprefix(old) if name.startswith(old) else name: name for name in names}
 
 
 def load(folder, *towers):
@@ -113,8 +134,9 @@ def test_what_is_saved_is_a_text_model(case, tmp_path):
     assert (values["bos_token_id"], values["eos_token_id"], values["pad_token_id"]) == (1, [2, 3], 0)
     stored, kept = load_file(folder / "model.safetensors"), load_file(tmp_path / "out/model.safetensors")
     towers = tuple(old for old, _ in MODULES[kind][1:])
-    assert {LANGUAGE[kind] + name for name in kept} == {name for name in stored if not name.startswith(towers)}
-    assert all(torch.equal(tensor, stored[LANGUAGE[kind] + name]) for name, tensor in kept.items())
+    names = of_folder(kind, kept)
+    assert names.keys() == {name for name in stored if not name.startswith(towers)}
+    assert all(torch.equal(kept[name], stored[outer]) for outer, name in names.items())
 
     text, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report.values()), report

@@ -13,7 +13,19 @@ import checkpoints
 import kernels
 from nanollm import ops
 from nanollm.cache import Cache
-from nanollm.config import MLP, Alibi, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
+from nanollm.config import (
+    MLP,
+    Alibi,
+    Attention,
+    GatedAttention,
+    GatedDeltaNet,
+    Layer,
+    Mamba,
+    ModelConfig,
+    MoE,
+    Norm,
+    Rope,
+)
 from nanollm.inference.generation import generate, generate_batch
 from nanollm.model import Decoder
 from nanollm.presets import transformer
@@ -50,6 +62,11 @@ MODELS = {      # name → (config, the operations that must have run as kernels
     "experts": (
         config(Attention(4, 2, 16, Rope()), MoE(4, 2, MLP(24), renormalize=True, shared=MLP(32), shared_gate=True)),
         {"rms_norm", "add_rms_norm", "attend", "gated", "expert_mlp"}),
+    "delta rule, gated attention": (
+        ModelConfig(61, 32, (Layer(GatedDeltaNet(4, 2, 16, 8, 4), MLP(48), Norm()),
+                             Layer(GatedAttention(Attention(4, 2, 16, Rope(fraction=0.25), qk_norm=Norm())), MLP(48))),
+                    Norm()),
+        {"rms_norm", "causal_conv", "delta_walk", "attend", "rotate", "gated"}),
     "mamba": (
         ModelConfig(61, 32, (Layer(Mamba(64, 4, 4, 2), None, Norm(), pre_ffn=None),) * 2, Norm(),
                     float32_residual=True),

@@ -115,8 +115,8 @@ def test_every_operation_is_a_definition_too():
     homes = {
         "rms_norm": "layers.norm", "add_rms_norm": "layers.norm", "layer_norm": "layers.norm", "rotate": "layers.rope",
         "gated": "layers.mlp", "attend": "layers.attention", "expert_mlp": "layers.moe", "mamba_scan": "layers.scan",
-        "causal_conv": "layers.mamba", "ssd": "layers.ssd", "linear_cross_entropy": "training.losses",
-        "quantized_linear": "inference.quantize",
+        "causal_conv": "layers.mamba", "ssd": "layers.ssd", "delta_walk": "layers.delta",
+        "linear_cross_entropy": "training.losses", "quantized_linear": "inference.quantize",
     }
     assert set(homes) == set(kernels.OPERATIONS)
     for name, home in homes.items():

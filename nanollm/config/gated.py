@@ -1,0 +1,42 @@
+"""Two mixers whose output is multiplied by a gate, as data: a state that is corrected, and attention.
+
+Each class names the file of nanollm/layers that explains it.
+"""
+
+from dataclasses import dataclass
+
+from nanollm.config.checks import Mixer, need, need_positive, need_sizes
+from nanollm.config.parts import Attention, Rope
+
+
+@dataclass(frozen=True)
+class GatedDeltaNet(Mixer):
+    """A recurrence that writes into its state what the state did not yet say, gated_delta_net.py."""
+    heads: int                              # H, heads of values, of the gates and of the state; 32
+    key_heads: int                          # G, heads of queries and keys, a divisor of heads; 16
+    head_dim: int                           # P, width of a value; 128
+    key_dim: int                            # N, width of a query or key; 128
+    conv: int                               # width of the causal convolution on q, k and v; 4
+    eps: float = 1e-6                       # of the norm of each head before the gate
+    reflects: bool = False                  # β goes up to 2, not 1: past 1 a value changes its sign; OLMo-hybrid True
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "heads", "key_heads", "head_dim", "key_dim", "conv")
+        need(self.heads % self.key_heads == 0, self, "key_heads", f"a divisor of heads ({self.heads})")
+        need_positive(self, "eps")
+
+
+@dataclass(frozen=True)
+class GatedAttention(Mixer):
+    """Attention whose output is multiplied, channel by channel, by a gate that reads the token, gated_attention.py."""
+    attention: Attention                    # what is gated
+
+    def __post_init__(self) -> None:
+        inner = self.attention
+        plain = inner.alibi is None and not inner.sinks and inner.softcap is None
+        need(plain, self, "attention", "no alibi, sinks or softcap")
+
+    @property
+    def rope(self) -> Rope | None:
+        """As Attention.rope: what decides whether a cache must begin again as a sequence grows."""
+        return self.attention.rope
