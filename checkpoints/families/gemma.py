@@ -26,7 +26,7 @@ from checkpoints.families.family import Family
 from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen import QK_NORM
 from checkpoints.names.config_rows import FULL, SLIDING, DividingHeads, Periodic
-from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, of_config, only, part, size
+from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
 from checkpoints.names.table import moved, override, under
@@ -68,11 +68,13 @@ class TwoRopes(Row):
             given = {**(own.values if own else {}), **(scaling.values if scaling and kind == FULL else {})}
             values = {"rope_theta": r.number(base, theta, above=1), "rope_parameters": given}
             inner = r.of(values, f"{r.prefix}{kind}.")
-            ropes[kind] = of_config(read_rope(inner, theta, draft["context"]))
+            ropes[kind] = read_rope(inner, theta, draft["context"])
         if each:
             each.close()
         for layer in draft.layers:
-            layer.set("mixer.rope", ropes[SLIDING if layer.get("mixer.window") else FULL])
+            rope = ropes[SLIDING if layer.get("mixer.window") else FULL]
+            for name in ("theta", "fraction", "scaling"):
+                layer.set(f"mixer.rope.{name}", getattr(rope, name))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """Both, in the keys of the old dialect and of the new one."""
