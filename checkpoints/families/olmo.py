@@ -9,11 +9,11 @@ OLMo-3 is OLMo-2 with a window (4096) on three layers of four, base 5e5, and YaR
 Without RoPE by kind of layer, `rope_theta` is the base of both kinds, as in the published code; transformers 5.23 gives
 the sliding ones 5e5 then, which is what every published config says.
 
-OLMo-2's norms round to the working dtype after the gain, OLMoE's before it; OLMo-1, -2 and -3 rotate in float32. `clip_qkv`
-cuts q, k and v off at ± its value (8.0 in OLMo-1.7-7B and OLMo-1B-0724, null in OLMo-1B and -7B), in OLMoE after the
-norm. OLMo-1 has no tensor for its norms and no key for their ε, which is 1e-5. OLMoE: 64 experts, 8 a token, their
-weights not renormalised. The OLMo-1 uploads whose names do not end in -hf (fused `att_proj`, `ff_proj`, model_type
-"hf_olmo") are another layout.
+OLMo-2's norms round to the working dtype after the gain, OLMoE's before it; OLMo-1, -2 and -3 rotate in float32.
+`clip_qkv` cuts q, k and v off at ± its value (8.0 in OLMo-1.7-7B and OLMo-1B-0724, null in OLMo-1B and -7B), in OLMoE
+after the norm. OLMo-1 has no tensor for its norms and no key for their ε, which is 1e-5. OLMoE: 64 experts, 8 a token,
+their weights not renormalised. The OLMo-1 uploads whose names do not end in -hf (fused `att_proj`, `ff_proj`,
+model_type "hf_olmo") are another layout.
 """
 
 from checkpoints.families.gemma import TwoRopes
