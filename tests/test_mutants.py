@@ -53,6 +53,7 @@ REASONS = {
     ("phi-3.5-mini", "short"): PAST_ORIGINAL,
     ("phi-4-mini", "short"): PAST_ORIGINAL,
     ("phi-3.5-moe", "short"): PAST_ORIGINAL,
+    ("minicpm3-4b", "short"): PAST_ORIGINAL,
     **{("kimi-k2", field): ONE_STEP for field in ("original", "slow", "truncate")},
 }
 

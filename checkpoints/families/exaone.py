@@ -1,4 +1,4 @@
-"""EXAONE 3.0, 3.5, Deep (exaone): a Llama with names of its own. EXAONE 4.0 (exaone4): OLMo-2's wiring, a norm on q and k.
+"""EXAONE 3.0, 3.5 and Deep (exaone): a Llama with names of its own. EXAONE 4.0 (exaone4): OLMo-2's wiring.
 
     EXAONE 3      ln_1, attn.attention, ln_2 and mlp are Llama's parts; c_fc_0 is the gate, c_fc_1 the up projection.
                   Llama 3.1's stretch from 3.5 on; the 2.4B is tied. An, Bae et al. 2024, arXiv 2408.03541, 2412.04862
@@ -6,11 +6,9 @@
       32B         three layers of four slide (4096) and rotate, the fourth sees all, not rotated
       1.2B        sliding_window null: every layer sees all and rotates
 
-`sliding_window_pattern` is a period, or one of its letters a layer, "LLLG", of which the last layer is always global. It
+`sliding_window_pattern` is a period, or letters, one a layer, "LLLG", of which the last layer is always global. It
 counts where there is no `layer_types`.
 """
-
-from typing import Any
 
 from checkpoints.families.llama import EPS, INV_FREQ, LLAMA_SHAPE
 from checkpoints.families.olmo import OLMO2_NAMES

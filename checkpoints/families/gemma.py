@@ -7,7 +7,7 @@
     1, CodeGemma  –       √d                                   –                 all full                   2403.08295
     2             yes     √query_pre_attn_scalar: 256, but     50 on scores,     sliding (4096) and full    2408.00118
                           144 for 27B                          30 on logits      in turn
-    Vault         –       √query_pre_attn_scalar: 256          those of 2               as 2, trained in privacy   2510.15001
+    Vault         –       √query_pre_attn_scalar: 256          as 2              as 2                       2510.15001
     3             yes     likewise, but 168 for 27B            –                 5 sliding, 1 full …        2503.19786
 
 Gemma 3 also normalises every head of q and k, and has two RoPEs: the sliding layers (512 keys in 1B and 270M, 1024

@@ -79,6 +79,7 @@ def layout(dim: str, layers: str, heads: str, hidden: str, context: str, eps: fl
         "rotary_emb_base": base("mixer.rope.theta", missing=10_000.0),
         "rope_theta": only(field("mixer.rope.theta")),  # said twice in the 72B
         "seq_length": Stretch(missing=stretched),
+        "ffn_inter_padding_size": only(lambda draft: 2 * draft["ffn.hidden"]),  # what a server pads it to
         "tie_word_embeddings": flag("tied", missing=False), "rotary_pct": only(1.0, written=True),
         "no_bias": only(True, written=True), "scale_attn_weights": only(True, written=True),
         "pos_emb": only("rotary"), "activation": only("swiglu"), "n_inner": only(None),

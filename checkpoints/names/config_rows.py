@@ -341,6 +341,11 @@ def whole(r: Reader, key: str, missing: int) -> int:
     return value
 
 
+def roundest(function: Callable[[float], float], wanted: float, near: float) -> float | None:
+    """The number with the fewest digits, beside one that is near, for which the function is exactly `wanted`."""
+    return next((round(near, digits) for digits in range(18) if function(round(near, digits)) == wanted), None)
+
+
 def halved(*paths: str, **more: Any) -> Key:
     """An even number, of which a half is ours."""
     def check(r: Reader, key: str) -> int:
