@@ -67,10 +67,11 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> Family:
 def unnamed(values: dict[str, Any]) -> str | None:
     """The model_type of a config.json that has none: that of its class, whose name `architectures` has (Qwen's first
     uploads), or of the first Mamba, by a key of its own."""
-    kinds = {family.architecture: kind for kind, family in reversed(FAMILIES.items())}
+    if "ssm_cfg" in values:
+        return "state-spaces"
     named = values.get("architectures")
-    first = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
-    return kinds.get(first, "state-spaces" if "ssm_cfg" in values else None)
+    texts = ((kind, family) for kind, family in FAMILIES.items() if not family.left_out)
+    return next((kind for kind, family in texts if named == [family.architecture]), None)
 
 
 def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Family, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """GPT-J-6B, and CodeGen, which is GPT-J with q, k and v in one tensor. CodeGen: Nijkamp et al. 2022, arXiv 2203.13474.
 
-    h = ln_1(x);  x += out_proj(attention(h)) + fc_out(gelu_tanh(fc_in(h)))      one LayerNorm a layer, for both branches
+    h = ln_1(x);  x += out_proj(attention(h)) + fc_out(gelu_tanh(fc_in(h)))     one LayerNorm a layer, for both branches
 
 No biases on attention, but on the feed-forward and on the head, which is not tied. RoPE turns neighbours, in the first
 `rotary_dim` channels of each head, base 1e4. The rows of CodeGen's `qkv_proj` are in four blocks, each with its quarter

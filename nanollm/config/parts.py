@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
-from nanollm.config.scaling import LongRope, Scaling
+from nanollm.config.scaling import Growth, LongRope, Scaling
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,12 @@ class Attention(Mixer):
     alibi: Alibi | None = None              # BLOOM
     clip: float | None = None               # q, k and v are cut off at ± this; OLMo-1 8.0
     sinks: bool = False                     # a learned score a head in the softmax, whose value is 0; gpt-oss
-    logn: int | None = None                 # queries past this many tokens grow by log_L(position); Qwen-7B 2048
+    growth: Growth | None = None            # far queries grow by a logarithm; Qwen-7B LogLength(2048)
 
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "kv_heads", "head_dim")
         need(self.heads % self.kv_heads == 0, self, "kv_heads", f"a divisor of heads ({self.heads})")
-        need_sizes(self, *present(self, "window", "logn"))
-        need(self.logn != 1, self, "logn", "more than 1")
+        need_sizes(self, *present(self, "window"))
         need_positive(self, *present(self, "scale", "softcap", "clip"))
         need(not self.sinks or self.softcap is None, self, "sinks", "False where scores have a soft cap")
         if self.rope is not None:

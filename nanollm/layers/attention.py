@@ -82,7 +82,7 @@ class Attention(nn.Module):
         "alibi": "a penalty linear in distance (ALiBi)",
         "clip": "q, k and v cut off at ±{}",
         "sinks": "a learned score a head that takes its share of the softmax and adds nothing",
-        "logn": "queries grow with the logarithm of the length, past {} tokens",
+        "growth": "queries grow far into a sequence: {}",
     }
 
     def __init__(self, config: AttentionConfig, dim: int) -> None:
@@ -118,8 +118,8 @@ class Attention(nn.Module):
         if config.rope is not None:
             cos, sin = ctx.rotation(config.rope, config.head_dim)
             q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
-        if config.logn is not None:
-            q = q * ctx.log_growth(config.logn)
+        if config.growth is not None:
+            q = q * ctx.query_growth(config.growth)
         return q, k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
