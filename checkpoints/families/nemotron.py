@@ -1,4 +1,4 @@
-"""Minitron and Nemotron-4, dense: LayerNorms with a gain stored as an offset from one, half of each head rotated, relu².
+"""Minitron and Nemotron-4, dense: LayerNorms with a gain stored as an offset from one, half of a head rotated, relu².
 
     norm     LayerNorm(x) · (1 + g) + b                     "LayerNorm1P"
     x += o(attention(norm(x)));  x += down(relu(up(norm(x)))²)
