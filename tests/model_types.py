@@ -46,7 +46,8 @@ def coverage() -> Coverage:
     others = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
               *NO_TEXT_DECODER}
     decoders = [kind for kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind not in others]
-    return Coverage([kind for kind in decoders if kind in FAMILIES], [kind for kind in decoders if kind not in FAMILIES])
+    loaded = [kind for kind in decoders if kind in FAMILIES]
+    return Coverage(loaded, [kind for kind in decoders if kind not in loaded])
 
 
 if __name__ == "__main__":

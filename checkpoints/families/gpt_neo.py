@@ -31,7 +31,7 @@ class Local(Row):
         """Both keys, and `attention_layers`, which says the same once more."""
         number, window, said = len(draft.layers), r.size("window_size", 256), r.get(key, [[["global", "local"], 12]])
         try:
-            kinds = [kind for kinds, times in said for kind in kinds * min(times, number)]
+            kinds = [kind for kinds, times in said for kind in kinds * min(times, number + 1)]
         except (TypeError, ValueError):
             kinds = []
         if len(kinds) != number or set(kinds) - {"global", "local"}:
