@@ -155,7 +155,7 @@ def test_allowed_is_the_table_of_its_docstring():
 # ---- feed-forward
 
 @pytest.mark.parametrize(
-    "ours, theirs", [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("relu2", "relu2")]
+    "ours, theirs", [(one, one) for one in ("silu", "gelu", "relu", "relu2")] + [("gelu_tanh", "gelu_pytorch_tanh")]
 )
 def test_activations(ours, theirs):
     assert ours in ACTIVATIONS

@@ -100,8 +100,8 @@ def need_rotation(owner: Mixer, rope: Rope, width: int) -> None:
     need(lists is None or len(lists.short) == pairs, owner, "rope", f"LongRope lists of {pairs} numbers")
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 @dataclass(frozen=True)
