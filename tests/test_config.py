@@ -85,6 +85,8 @@ def test_broken_json_is_one_error(broken):
     (lambda: c.Norm(bias=True), "Norm.bias = True: expected False"),
     (lambda: c.Norm("rms_outer", offset=1.0), "Norm.offset = 1.0: expected 0 for kind 'rms_outer'"),
     (lambda: c.Norm("layer", cast_after_gain=True), "Norm.cast_after_gain = True: expected False for kind 'layer'"),
+    (lambda: c.Positions(2, 2), "Positions.first = 2: expected less than rows"),
+    (lambda: dataclasses.replace(GOOD, positions=0), "ModelConfig.positions = 0"),
     (lambda: c.LogLength(1), "LogLength.original = 1: expected more than 1"),
     (lambda: c.LogSteps(8, 0.0), "LogSteps.beta = 0.0"),
     (lambda: dataclasses.replace(GOOD, vocab=-1), "ModelConfig.vocab = -1"),

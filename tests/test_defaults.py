@@ -32,6 +32,7 @@ SIZES = {  # without these nothing is known of a model, and every published conf
 LATENT = "the class fills its own number, whatever the heads; latent attention has a key for each head"
 EXPLAINED = {  # where our reading differs on purpose
     ("deepseek_v3", "num_key_value_heads"): LATENT, ("minicpm3", "num_key_value_heads"): LATENT,
+    ("youtu", "num_key_value_heads"): LATENT,
 }
 
 

@@ -21,7 +21,9 @@ from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 
 from nanollm.block import Block
-from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Rope
+from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Positions, Rope
+from nanollm.config.positions import places
+from nanollm.errors import InputError
 from nanollm.layers.alibi import alibi_bias, alibi_slopes
 from nanollm.layers.attention import attend_fused, attend_plainly
 from nanollm.layers.forward_context import ForwardContext
@@ -30,6 +32,7 @@ from nanollm.layers.mlp import activate
 from nanollm.layers.moe import MoE as MoEModule
 from nanollm.layers.moe import routing
 from nanollm.layers.norm import build_norm, rms_norm
+from nanollm.layers.positions import PositionTable
 from nanollm.layers.rope import rotate, rotation_tables
 from tests.oracles import difference, make_loud
 
@@ -150,6 +153,18 @@ def test_allowed_is_the_table_of_its_docstring():
     assert draw(allowed(arange, arange, 3)) == ["x....", "xx...", "xxx..", ".xxx.", "..xxx"]
     packed, document = torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[1, 1, 1, 2, 2]])
     assert draw(allowed(packed, packed, None, document, document)) == ["x....", "xx...", "xxx..", "...x.", "...xx"]
+
+
+# ---- positions
+
+def test_a_table_with_rows_before_position_0():
+    """OPT: position p is row p + 2, and padding reads what position 0 does."""
+    table = PositionTable(Positions(6, 2), 3)
+    table.weight.data = torch.arange(18.0).view(6, 3)
+    assert torch.equal(table(torch.tensor([[-1, 0, 3]])), table.weight[[2, 2, 5]][None])
+    assert (places(Positions(6, 2)), places(6), places(None)) == (4, 6, None)
+    with pytest.raises(InputError, match=r"the model has 4 positions, from 0 to 3; .* \(row 0, token 1\)"):
+        table(torch.tensor([[3, 4]]))
 
 
 # ---- feed-forward

@@ -15,11 +15,10 @@ import math
 from typing import Any
 
 from checkpoints.families.deepseek import LATENT_NAMES, TemperedRope, width
-from checkpoints.families.llama import ATTENTION_BIAS, GATED, HEADS_SHARE_DIM, LLAMA_SHAPE
+from checkpoints.families.llama import ATTENTION_BIAS, HEADS_SHARE_DIM, LLAMA_SHAPE
 from checkpoints.names.config_rows import even_share, roundest
 from checkpoints.names.config_table import Draft, Row, field, number, only, part, size
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, under
 from nanollm.config import LatentAttention, Rope
 from nanollm.errors import ConfigError
 
@@ -75,7 +74,7 @@ MINICPM = LLAMA_SHAPE.but(
 )
 MINICPM3 = MINICPM.but(
     "minicpm3", "MiniCPM3ForCausalLM",
-    names=(override(LATENT_NAMES, *under("model.layers.{i}.mlp", "layers.{i}.ffn", GATED)),),
+    names=(LATENT_NAMES,),
     layer={"mixer": part(LatentAttention, rope=part(Rope, rounds="result"))},
     missing={"rms_norm_eps": 1e-5, "max_position_embeddings": 32768},
     keys={

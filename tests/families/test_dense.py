@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 from checkpoints.families import FAMILIES, read_config, write_config
-from nanollm.config import Attention, Llama3, LongRope, Rope
+from nanollm.config import Attention, Llama3, LongRope, Norm, Rope
 from nanollm.errors import ConfigError
 from tests.fixtures import FIXTURES
 from tests.oracles import write
@@ -45,6 +45,16 @@ def test_which_layers_slide_and_which_rotate():
     local = read("exaone4", sliding_window_pattern="LG", num_hidden_layers=3)
     assert (windows(local), rotated(local)) == ([4096, None, None], [True, False, False])
     assert rotated(read("exaone4", sliding_window=None)) == [True] * 4
+
+
+def test_the_factors_of_granite_and_its_kin():
+    swash = read("granite_swa", layer_rope_theta=[0, 1e4, 500, 1e4])
+    assert (windows(swash), rotated(swash)) == ([None, 128, 128, 128], [False, True, True, True])
+    assert swash.layers[0].mixer.sinks and swash.layers[2].mixer.rope.theta == 500.0
+    clova, plain = read("hyperclovax", logits_scaling=0.5), read("hyperclovax", use_post_norm=False)
+    assert (clova.head_scale, clova.layers[0].mixer.scale, clova.layers[0].post_ffn) == (0.5, None, Norm())
+    assert (plain.layers[0].post_mixer, plain.layers[0].post_ffn) == (None, None)
+    assert read("granite", logits_scaling=8).head_scale == 1 / 8 and read("granite").layers[0].mixer.scale == 1.0
 
 
 def test_ropes_that_other_keys_decide():
@@ -101,6 +111,7 @@ REFUSED = {
     "experts": ("minicpm", dict(num_experts=8), "num_experts is 8; expected 0"),
     "sparse attention": ("minicpm", dict(sparse_config={"topk": 64}), "sparse_config"),
     "a theta beside none": ("cwm", dict(rope_theta=5e5), "rope_theta is 500000.0; expected 1000000.0"),
+    "a base that is none": ("granite_swa", dict(layer_rope_theta=[1e4, 1e4, False, 1e4]), "layer_rope_theta is"),
     "clipping": ("iquestcoder", dict(clip_qkv=8.0), "clip_qkv is 8.0; expected None"),
     "shared keys of layers": ("hunyuan_v1_dense", dict(use_cla=True), "use_cla is True; expected False"),
     "an alpha without dynamic": (
