@@ -84,6 +84,6 @@ LINEAGES = (
     "persimmon-8b", "glm-4-9b-hf", "glm-4-9b-0414", "chatglm2-6b", "internlm-7b", "baichuan-7b", "qwen-7b-2023-08",
     "qwen2-moe-sliding", "qwen3-moe-mixed", "deepseek-v2", "deepseek-v3", "phi-moe-window", "gpt-oss-full-first",
     "mamba-biases", "falcon-mamba-7b", "codestral-mamba", "mamba2-limits", "jamba-v0.1", "recurrentgemma-narrow",
-    "rwkv-4", "stripedhyena-7b", "yuan2-2b", "codegen-2b", "nanochat-d32", "opt-1.3b",
+    "rwkv-4", "stripedhyena-7b", "yuan2-2b",
 )
 GROUPS = {f"tensors {name}": lineage(name) for name in LINEAGES}
