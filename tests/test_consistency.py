@@ -14,6 +14,7 @@ from nanollm.config import (
     MLP,
     RGLRU,
     RWKV,
+    XIELU,
     Alibi,
     Attention,
     ClippedGLU,
@@ -69,6 +70,7 @@ KINDS = {
             post_mixer=Norm("rms_outer"),
         ),
     ),
+    "xielu": (Layer(attention(), XIELU(48)),) * 2,
     "log steps": (Layer(attention(growth=LogSteps(8, 0.5)), MLP(48)),) * 2,
     "log n": (
         Layer(attention(growth=LogLength(8), rope=Rope(scaling=SteppedNTK(8))), MLP(48), Norm("layer", gain=False)),

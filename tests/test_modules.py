@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -34,6 +34,7 @@ from nanollm.layers.moe import routing
 from nanollm.layers.norm import build_norm, rms_norm
 from nanollm.layers.positions import PositionTable
 from nanollm.layers.rope import rotate, rotation_tables
+from nanollm.layers.xielu import FIRST, xielu
 from tests.oracles import difference, make_loud
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -176,6 +177,17 @@ def test_activations(ours, theirs):
     assert ours in ACTIVATIONS
     x = torch.linspace(-6, 6, 1001)
     assert torch.equal(activate(ours, x), ACT2FN[theirs](x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_xielu_and_that_two_of_its_numbers_are_constants(dtype):
+    theirs = ACT2CLS["xielu"](dtype=dtype)
+    x, first = torch.linspace(-6, 6, 1001).to(dtype), torch.tensor(FIRST).to(dtype)
+    torch.testing.assert_close(xielu(x, first), theirs(x), rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    curve = torch.stack([theirs.alpha_p[0], theirs.alpha_n[0], theirs.beta, theirs.eps]).detach().requires_grad_()
+    assert torch.equal(xielu(x, curve), theirs(x))
+    xielu(x, curve).sum().backward()
+    assert curve.grad[:2].abs().min() > 0 and not curve.grad[2:].any()
 
 
 def copy_experts(ours: MoEModule, theirs: nn.Module) -> None:

@@ -24,11 +24,15 @@ class FirstOfFourFull(Windows):
 class StretchedRope(RopeKeys):
     """Where there are neither rope_parameters nor rope_scaling, the published stretch."""
 
+    def __init__(self, theta: float, stretch: Llama3) -> None:
+        super().__init__(theta)
+        self.stretch = stretch
+
     def rope(self, r: Reader, draft: Draft) -> Rope:
         """Base and stretch; the class then reads no rope_theta either."""
         if r.get("rope_parameters", None) is None and r.get("rope_scaling", None) is None:
             r.must("rope_theta", self.theta)
-            return Rope(self.theta, scaling=Llama3(16.0, 8192))
+            return Rope(self.theta, scaling=self.stretch)
         return super().rope(r, draft)
 
 
@@ -37,7 +41,7 @@ CWM = LLAMA_SHAPE.but(
     missing={"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
     keys={
         "mlp_bias": flag("ffn.bias", missing=False), "layer_types": FirstOfFourFull(8192),
-        "rope_parameters": StretchedRope(theta=1e6),
+        "rope_parameters": StretchedRope(1e6, Llama3(16.0, 8192)),
     },
 )
 FAMILIES = {"cwm": CWM}

@@ -18,7 +18,7 @@ from checkpoints.families.family import Family
 from checkpoints.families.mistral import MISTRAL
 from checkpoints.families.multimodal import TextInside, inside
 from checkpoints.names.config_rows import RopeKeys
-from checkpoints.names.config_table import ABSENT, Draft, Keys, part, read_keys, size
+from checkpoints.names.config_table import ABSENT, Draft, part, read_keys, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import ORIGINAL
 from nanollm.config import LogSteps, ModelConfig, Rope
@@ -65,9 +65,19 @@ class OrMistral(Family):
         return super().write(config) if grows else MISTRAL.write(config)
 
 
+MINISTRAL3 = OrMistral(
+    MISTRAL.name, MISTRAL.architecture, keys=MISTRAL.keys, layer=MISTRAL.layer, names=MISTRAL.names,
+    ignorable=MISTRAL.ignorable,
+).but(
+    "ministral3", "Ministral3ForCausalLM",
+    missing={"head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 262144},
+    keys={"rope_parameters": GrowingQueries(theta=1e6), "sliding_window": size("mixer.window", missing=None)},
+)
+
+
 class EitherInside(TextInside):
-    """A text_config of Mistral or of Ministral 3."""
-    KEYS: dict[str, Keys] = {}
+    """A text_config of Mistral, which a missing model_type means, or of Ministral 3."""
+    KEYS = {"mistral": MISTRAL.keys, "ministral3": MINISTRAL3.keys}
 
     def read(self, r: Reader) -> ModelConfig:
         """The language model. Raises ConfigError where there is no text_config."""
@@ -82,14 +92,6 @@ class EitherInside(TextInside):
         return config
 
 
-_TEXT = MISTRAL.but(
-    "ministral3", "Ministral3ForCausalLM",
-    missing={"head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 262144},
-    keys={"rope_parameters": GrowingQueries(theta=1e6), "sliding_window": size("mixer.window", missing=None)},
-)
-MINISTRAL3 = OrMistral(_TEXT.name, _TEXT.architecture, keys=_TEXT.keys, layer=_TEXT.layer, names=_TEXT.names,
-                       model=_TEXT.model, ignorable=_TEXT.ignorable)
-EitherInside.KEYS = {"mistral": MISTRAL.keys, "ministral3": MINISTRAL3.keys}
 MISTRAL3 = EitherInside.of(
     MINISTRAL3, names=inside(MINISTRAL3.names),
     irrelevant=frozenset({"vision_config", "image_token_index", "multimodal_projector_bias", "projector_hidden_act",

@@ -25,6 +25,7 @@ from nanollm.config.mixers import (
     RGLRU,
     RWKV,
     SCANS,
+    XIELU,
     ClippedGLU,
     ExpertGroups,
     FilteredAttention,
@@ -43,7 +44,7 @@ __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
     "FilteredAttention", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
     "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "Positions", "RGLRU", "RWKV",
-    "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+    "Rope", "SCANS", "Scaling", "SteppedNTK", "XIELU", "Yarn",
 ]
 
 

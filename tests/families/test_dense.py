@@ -59,6 +59,7 @@ def test_the_factors_of_granite_and_its_kin():
 
 def test_ropes_that_other_keys_decide():
     assert read("cwm").layers[0].mixer.rope == Rope(1e6, scaling=Llama3(16.0, 8192))
+    assert read("apertus").layers[0].mixer.rope == Rope(12e6, scaling=Llama3(8.0, 8192))
     for kind in (None, 4096):                                # as published, one base for both kinds of layers
         bases = {layer.mixer.rope.theta for layer in read("olmo3", rope_theta=1e6).layers
                  if layer.mixer.window == kind}
