@@ -3,7 +3,7 @@
     Mistral-7B v0.1, Zephyr    window 4096, theta 1e4
     v0.2, v0.3                 window null, theta 1e6; v0.3 has a vocabulary of 32768
     Nemo                       head_dim 128, which is not hidden_size / heads
-    Ministral-8B               model_type "ministral": three layers of four slide (32768), by `layer_types`
+    Ministral-8B               model_type "ministral": `layer_types` says which layers slide (32768); without it, all
 
 A config.json without `sliding_window` has one of 4096: only an explicit null turns it off. The repositories hold the
 weights twice; `consolidated.safetensors` is the other copy, with other names and the interleaved RoPE layout.

@@ -58,10 +58,11 @@ OPT = Family(
         "tie_word_embeddings": flag("tied", missing=True),
         "do_layer_norm_before": only(True), "_remove_final_layer_norm": only(False),
         "word_embed_proj_dim": only(field("dim"), None),
+        "learned_embeddings": only(True), "scale_embeddings": only(False),  # Galactica's
     },
     layer=part(Layer, mixer=part(Attention), ffn=part(MLP, gated=False), pre_mixer=LAYER_NORM, pre_ffn=LAYER_NORM).but(
         {"pre_mixer.eps": 1e-5, "pre_ffn.eps": 1e-5}),
     model=part(ModelConfig, final_norm=LAYER_NORM).but({"final_norm.eps": 1e-5}),
-    names=(OPT_NAMES, stripped(OPT_NAMES, "model.")), irrelevant=frozenset({"dropout", "layerdrop", "init_std"}),
+    names=(OPT_NAMES, stripped(OPT_NAMES, "model.")), irrelevant=frozenset({"dropout", "activation_dropout", "layerdrop", "init_std"}),
 )
 FAMILIES = {"opt": OPT}

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 from checkpoints.families import FAMILIES, read_config, write_config
-from nanollm.config import Attention, Llama3, LongRope, Norm, Rope
+from nanollm.config import Attention, Llama3, LongRope, Norm, Positions, Rope
 from nanollm.errors import ConfigError
 from tests.fixtures import FIXTURES
 from tests.oracles import write
@@ -18,6 +18,7 @@ SIZES = dict(
     num_key_value_heads=2,
 )
 GPTJ = dict(model_type="gptj", vocab_size=97, n_embd=48, n_layer=2, n_head=4, rotary_dim=6)
+OPT = dict(model_type="opt", vocab_size=97, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, ffn_dim=80)
 NEO = dict(model_type="gpt_neo", vocab_size=97, hidden_size=48, num_layers=2, num_heads=4,
            attention_types=[[["global", "local"], 1]])
 
@@ -105,6 +106,14 @@ def test_gpt_neo_says_its_windows_three_times():
     assert config.layers[1].mixer == Attention(4, 4, 12, window=8, out_bias=True, scale=1.0)
 
 
+def test_opt_has_two_rows_before_position_0():
+    config = read_config(OPT | {"max_position_embeddings": 30})[1]
+    assert (config.positions, config.context, config.final_norm.eps) == (Positions(32, 2), 30, 1e-5)
+    plain = read_config(OPT | {"layer_norm_elementwise_affine": False, "enable_bias": False})[1]
+    assert plain.final_norm == plain.layers[0].pre_ffn == Norm("layer", eps=1e-5, gain=False)
+    assert write_config(config, FAMILIES["opt"])[1]["max_position_embeddings"] == 30
+
+
 REFUSED = {
     "a short list": ("smollm3", dict(no_rope_layers=[1, 0]), "no_rope_layers is .*; expected 4 times 0 or 1"),
     "no list of layers": ("ministral", dict(layer_types=["chunked_attention"] * 4), "layer_types is"),
@@ -131,6 +140,9 @@ def test_refused(case):
 
 
 @pytest.mark.parametrize("values, words", [
+    (OPT | {"do_layer_norm_before": False}, "do_layer_norm_before is False; expected True"),
+    (OPT | {"word_embed_proj_dim": 24}, "word_embed_proj_dim is 24; expected 48 or None"),
+    (OPT | {"scale_embeddings": True}, "scale_embeddings is True"),
     (GPTJ | {"rotary_dim": 14}, r"rotary_dim is 14; expected at most the width of a head \(12\)"),
     (GPTJ | {"rotary_dim": None}, "rotary_dim is None; expected a whole number"),
     (GPTJ | {"rotary": False}, "rotary is False"),
