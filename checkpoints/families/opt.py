@@ -63,6 +63,7 @@ OPT = Family(
     layer=part(Layer, mixer=part(Attention), ffn=part(MLP, gated=False), pre_mixer=LAYER_NORM, pre_ffn=LAYER_NORM).but(
         {"pre_mixer.eps": 1e-5, "pre_ffn.eps": 1e-5}),
     model=part(ModelConfig, final_norm=LAYER_NORM).but({"final_norm.eps": 1e-5}),
-    names=(OPT_NAMES, stripped(OPT_NAMES, "model.")), irrelevant=frozenset({"dropout", "activation_dropout", "layerdrop", "init_std"}),
+    names=(OPT_NAMES, stripped(OPT_NAMES, "model.")),
+    irrelevant=frozenset({"dropout", "activation_dropout", "layerdrop", "init_std"}),
 )
 FAMILIES = {"opt": OPT}
