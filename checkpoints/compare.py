@@ -50,6 +50,7 @@ from checkpoints.layouts import hub
 from checkpoints.source import Source, open_source
 from checkpoints.tracing import Part, Side
 from nanollm import cli
+from nanollm.config.positions import places
 from nanollm.errors import CheckpointError, ConfigError, InputError
 from nanollm.training import plot
 
@@ -202,7 +203,7 @@ def need_bounds(context: int | None, batch: int, tokens: int) -> None:
 
 def against_transformers(source: Source, args: argparse.Namespace, dtype: torch.dtype, bound: float) -> Report:
     """One folder."""
-    need_bounds(source.config.positions or source.config.context, args.batch, args.tokens)
+    need_bounds(places(source.config.positions) or source.config.context, args.batch, args.tokens)
     if source.layout != "hf":
         raise CheckpointError(f"{source.folder}: transformers does not read this layout ({source.layout}): convert it "
                               f"first: python -m checkpoints.convert {shlex.quote(args.source)} FOLDER; or give a "
@@ -224,7 +225,7 @@ def in_our_decoder(a: Source, b: Source, args: argparse.Namespace, dtype: torch.
         if one != other:
             raise ConfigError(f"{b.folder}: {field} is {other}, and {one} in {a.folder}: they cannot run side by side")
     for source in (a, b):
-        need_bounds(source.config.positions or source.config.context, args.batch, args.tokens)
+        need_bounds(places(source.config.positions) or source.config.context, args.batch, args.tokens)
     tokens = random_tokens(a.config.vocab, args.batch, args.tokens, args.seed)
     outline, parts = between.same_names(a, b)
     one, other = (tracing.side(source.fill(dtype)) for source in (a, b))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanollm.config import ModelConfig
+from nanollm.config.positions import places
 from nanollm.errors import InputError
 from nanollm.layers import MODULES
 from nanollm.layers.scaling import length_key
@@ -79,7 +80,7 @@ class Cache:
 
     def check_room(self, longest: int) -> None:
         """Raise InputError where a row of so many tokens does not fit."""
-        rows = self.config.positions
+        rows = places(self.config.positions)
         if rows is not None and longest > rows:
             raise InputError(f"the model has {rows} positions, from 0 to {rows - 1}; position {longest - 1} was fed")
         if longest > self.length and not self.endless:

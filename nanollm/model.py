@@ -23,6 +23,7 @@ from nanollm.init import init_weights, normal, zero
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
 from nanollm.layers.norm import build_norm, normed
+from nanollm.layers.positions import PositionTable, check_positions
 
 
 class Embedding(nn.Module):
@@ -75,7 +76,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab, config.dim)
-        self.positions = None if config.positions is None else Embedding(config.positions, config.dim)
+        self.positions = None if config.positions is None else PositionTable(config.positions, config.dim)
         self.embed_norm = build_norm(config.embed_norm, config.dim)
         self.layers = nn.ModuleList(Block(layer, config.dim) for layer in config.layers)
         self.norm = build_norm(config.final_norm, config.dim)
@@ -128,27 +129,6 @@ class Decoder(nn.Module):
         if self.config.embed_scale != 1:
             # the factor itself is rounded to the working dtype: 55.5, not 55.4256
             x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
-        rows = self.config.positions
-        if self.positions is not None and rows is not None:
-            refusal = f"the model has {rows} positions, from 0 to {rows - 1}; it cannot read a longer sequence"
-            demand(positions < rows, refusal)
-            x = x + self.positions(positions.clamp(min=0))
+        if self.positions is not None:
+            x = x + self.positions(positions)
         return normed(self.embed_norm, x)
-
-
-def check_positions(positions: Tensor) -> None:
-    """Positions (B, T) must rise by one inside a document. Raises InputError."""
-    risen = (positions[:, 1:] <= 0) | (positions[:, 1:] == positions[:, :-1] + 1)
-    demand(risen, "positions rise by one inside a document; 0 begins one, -1 is padding between them")
-
-
-def demand(holds: Tensor, message: str) -> None:
-    """holds (B, n) must be true everywhere. Raises InputError with the first place where it is not.
-
-    On a GPU the check does not wait for the device, which says so later.
-    """
-    if holds.is_cuda:
-        torch._assert_async(holds.all(), message)
-    elif not holds.all():
-        row, column = (~holds).nonzero()[0].tolist()
-        raise InputError(f"{message} (row {row}, token {column})")

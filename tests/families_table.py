@@ -28,6 +28,7 @@ from nanollm.inference.generation import generate
 from nanollm.layers import MODULES
 from nanollm.text.templates import PROOFS
 from tests.fixtures import FIXTURES, LINEAGES
+from tests.model_types import coverage
 from tests.oracles import TOKENS, Fixture, difference, reference_logits, tokens, write
 from tests.record import here_and_now, lettered, places
 
@@ -74,6 +75,14 @@ are in `nanollm/text/templates.py`, as the folders ship none.
 
 | file | model_type | lines | parts of its own | tokenizer | chat templates |
 |---|---|--:|---|---|---|
+"""
+MISSING = """
+## What of transformers' text decoders loads
+
+Counted by `python -m tests.model_types`, which says what a text decoder is, and names those that do not load. The
+number is a record.
+
+{coverage}.
 """
 PROVED = """
 ## Tokenizers and templates
@@ -252,7 +261,7 @@ def document(rows: dict[str, Row]) -> str:
     summary = (f"{len(rows)} fixtures. The largest difference of all is {worst:.0e}; "
                f"{equal} of them are bit-equal in bfloat16.")
     head = HEAD.format(bound=Fixture.bound, tokens=TOKENS, summary=summary, measured=measured)
-    return head + body + COSTS + "\n".join(costs()) + "\n" + proved()
+    return head + body + COSTS + "\n".join(costs()) + "\n" + MISSING.format(coverage=coverage()) + proved()
 
 
 def committed() -> dict[str, Row]:

@@ -14,6 +14,7 @@ from nanollm.config import (
     MLP,
     RGLRU,
     RWKV,
+    XIELU,
     Alibi,
     Attention,
     ClippedGLU,
@@ -25,6 +26,8 @@ from nanollm.config import (
     Hyena,
     LatentAttention,
     Layer,
+    LogLength,
+    LogSteps,
     LongRope,
     Mamba,
     Mamba2,
@@ -69,8 +72,11 @@ KINDS = {
             post_mixer=Norm("rms_outer"),
         ),
     ),
-    "log n": (Layer(attention(logn=8, rope=Rope(scaling=SteppedNTK(8))), MLP(48), pre_mixer=Norm("layer", gain=False)),)
-    * 2,
+    "xielu": (Layer(attention(), XIELU(48)),) * 2,
+    "log steps": (Layer(attention(growth=LogSteps(8, 0.5)), MLP(48)),) * 2,
+    "log n": (
+        Layer(attention(growth=LogLength(8), rope=Rope(scaling=SteppedNTK(8))), MLP(48), Norm("layer", gain=False)),
+    ) * 2,
     "softcap": (Layer(attention(softcap=2.0, qk_norm=Norm()), MoE(4, 2, MLP(20), True, MLP(12), True)),) * 2,
     "latent": (
         Layer(

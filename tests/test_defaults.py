@@ -25,14 +25,14 @@ for _name, _fixture in FIXTURES.items():
 
 SIZES = {  # without these nothing is known of a model, and every published config has them
     "model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
-    "n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_experts_per_tok",
+    "n_embd", "n_layer", "n_head", "d_model", "n_layers", "n_heads", "num_layers", "num_heads", "num_experts_per_tok",
 }
 
 
+LATENT = "the class fills its own number, whatever the heads; latent attention has a key for each head"
 EXPLAINED = {  # where our reading differs on purpose
-    (
-        "deepseek_v3", "num_key_value_heads",
-    ): "the class fills 128, whatever the heads; latent attention has a key for each head",
+    ("deepseek_v3", "num_key_value_heads"): LATENT, ("minicpm3", "num_key_value_heads"): LATENT,
+    ("youtu", "num_key_value_heads"): LATENT,
 }
 
 

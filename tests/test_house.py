@@ -47,7 +47,7 @@ ARROWS = {
     "checkpoints.tracing": "names storage nanollm.config nanollm.model",
     "checkpoints.folding": "",
     "checkpoints.between": "convert folding layouts names show source storage tracing nanollm.config",
-    "checkpoints.compare": "between convert folding layouts names source storage tracing nanollm.cli nanollm.training",
+    "checkpoints.compare": "between convert folding layouts names source storage tracing nanollm.cli nanollm.config nanollm.training",
 }
 LIBRARIES = {  # of a package, beside torch, numpy and the standard library
     "nanollm": set(), "checkpoints": {"safetensors", "huggingface_hub", "tqdm", "gguf"}, "kernels": {"triton"},

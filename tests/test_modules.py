@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig
-from transformers.activations import ACT2FN
+from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_interleaved
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -21,7 +21,9 @@ from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 
 from nanollm.block import Block
-from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Rope
+from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Positions, Rope
+from nanollm.config.positions import places
+from nanollm.errors import InputError
 from nanollm.layers.alibi import alibi_bias, alibi_slopes
 from nanollm.layers.attention import attend_fused, attend_plainly
 from nanollm.layers.forward_context import ForwardContext
@@ -30,7 +32,9 @@ from nanollm.layers.mlp import activate
 from nanollm.layers.moe import MoE as MoEModule
 from nanollm.layers.moe import routing
 from nanollm.layers.norm import build_norm, rms_norm
+from nanollm.layers.positions import PositionTable
 from nanollm.layers.rope import rotate, rotation_tables
+from nanollm.layers.xielu import FIRST, xielu
 from tests.oracles import difference, make_loud
 
 DTYPES = [torch.float32, torch.bfloat16]
@@ -152,15 +156,38 @@ def test_allowed_is_the_table_of_its_docstring():
     assert draw(allowed(packed, packed, None, document, document)) == ["x....", "xx...", "xxx..", "...x.", "...xx"]
 
 
+# ---- positions
+
+def test_a_table_with_rows_before_position_0():
+    """OPT: position p is row p + 2, and padding reads what position 0 does."""
+    table = PositionTable(Positions(6, 2), 3)
+    table.weight.data = torch.arange(18.0).view(6, 3)
+    assert torch.equal(table(torch.tensor([[-1, 0, 3]])), table.weight[[2, 2, 5]][None])
+    assert (places(Positions(6, 2)), places(6), places(None)) == (4, 6, None)
+    with pytest.raises(InputError, match=r"the model has 4 positions, from 0 to 3; .* \(row 0, token 1\)"):
+        table(torch.tensor([[3, 4]]))
+
+
 # ---- feed-forward
 
 @pytest.mark.parametrize(
-    "ours, theirs", [("silu", "silu"), ("gelu", "gelu"), ("gelu_tanh", "gelu_pytorch_tanh"), ("relu2", "relu2")]
+    "ours, theirs", [(one, one) for one in ("silu", "gelu", "relu", "relu2")] + [("gelu_tanh", "gelu_pytorch_tanh")]
 )
 def test_activations(ours, theirs):
     assert ours in ACTIVATIONS
     x = torch.linspace(-6, 6, 1001)
     assert torch.equal(activate(ours, x), ACT2FN[theirs](x))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_xielu_and_that_two_of_its_numbers_are_constants(dtype):
+    theirs = ACT2CLS["xielu"](dtype=dtype)
+    x, first = torch.linspace(-6, 6, 1001).to(dtype), torch.tensor(FIRST).to(dtype)
+    torch.testing.assert_close(xielu(x, first), theirs(x), rtol=1e-6 if dtype == torch.float32 else 2e-2, atol=1e-6)
+    curve = torch.stack([theirs.alpha_p[0], theirs.alpha_n[0], theirs.beta, theirs.eps]).detach().requires_grad_()
+    assert torch.equal(xielu(x, curve), theirs(x))
+    xielu(x, curve).sum().backward()
+    assert curve.grad[:2].abs().min() > 0 and not curve.grad[2:].any()
 
 
 def copy_experts(ours: MoEModule, theirs: nn.Module) -> None:

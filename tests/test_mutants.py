@@ -53,6 +53,7 @@ REASONS = {
     ("phi-3.5-mini", "short"): PAST_ORIGINAL,
     ("phi-4-mini", "short"): PAST_ORIGINAL,
     ("phi-3.5-moe", "short"): PAST_ORIGINAL,
+    ("minicpm3-4b", "short"): PAST_ORIGINAL,
     **{("kimi-k2", field): ONE_STEP for field in ("original", "slow", "truncate")},
 }
 
@@ -186,7 +187,8 @@ EVERY_FIELD = {
     "deepseek-v3", "recurrentgemma-narrow", "mamba2-limits", "gpt-oss-full-first", "phi-qk-norm", "mamba-biases",
     "gemma2-27b", "gemma3-27b", "phi-4-mini", "rwkv-4", "stripedhyena-7b", "command-r-plus", "falcon-rw-1b",
     "internlm-7b", "llama-3.1", "falcon-mamba-7b", "qwen-7b-2023-08", "yuan2-2b", "gpt2-stanford", "mpt-clipped",
-    "phi-moe-window", "qwen2-moe-sliding", "baichuan2-7b", "qwen3-next-mixed",
+    "phi-moe-window", "qwen2-moe-sliding", "baichuan2-7b", "qwen3-next-mixed", "granite-3-2b", "ministral-3-3b",
+    "opt-1.3b",
 }
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.integrations.neftune import activate_neftune
 
 import checkpoints
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Rope
+from nanollm.config import MLP, Attention, Layer, LogLength, ModelConfig, Rope
 from nanollm.errors import InputError
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.mask import AttentionMask
@@ -116,7 +116,7 @@ PACKED = torch.tensor([[0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4,
                        [*range(24)], [-1, -1, *range(15), *range(7)]])
 VARIANTS = {
     "plain": {}, "one key head": dict(kv_heads=1), "a key head a query": dict(kv_heads=4), "window": dict(window=5),
-    "softcap": dict(softcap=3.0), "sinks": dict(sinks=True), "log n": dict(logn=6),
+    "softcap": dict(softcap=3.0), "sinks": dict(sinks=True), "log n": dict(growth=LogLength(6)),
 }
 
 

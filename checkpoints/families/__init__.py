@@ -53,7 +53,7 @@ def read_config(
 
 def family_of(values: dict[str, Any], where: str = "config.json") -> Family:
     """The family that a config.json names. Raises ConfigError on a model_type that is not read."""
-    kind = values.get("model_type", "state-spaces" if "ssm_cfg" in values else None)
+    kind = values["model_type"] if "model_type" in values else unnamed(values)
     if isinstance(kind, str) and kind in ELSEWHERE:
         raise ConfigError(f"{where}: model_type is {brief(kind)}: {ELSEWHERE[kind]}")
     if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
@@ -62,6 +62,16 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> Family:
         raise ConfigError(f"{where}: model_type is {brief(kind)}; {hint}"
                           f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
     return family_called(kind)
+
+
+def unnamed(values: dict[str, Any]) -> str | None:
+    """The model_type of a config.json that has none: that of its class, whose name `architectures` has (Qwen's first
+    uploads), or of the first Mamba, by a key of its own."""
+    if "ssm_cfg" in values:
+        return "state-spaces"
+    named = values.get("architectures")
+    texts = ((kind, family) for kind, family in FAMILIES.items() if not family.left_out)
+    return next((kind for kind, family in texts if named == [family.architecture]), None)
 
 
 def write_config(config: ModelConfig, family: Family | None = None) -> tuple[Family, dict[str, Any]]:

@@ -31,7 +31,7 @@ from typing import Any
 
 from checkpoints.families.llama import ATTENTION_BIAS, GATED, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen_moe import with_experts
-from checkpoints.names.config_rows import Kinds, RopeKeys, whole
+from checkpoints.names.config_rows import Kinds, RopeKeys, roundest, whole
 from checkpoints.names.config_table import Draft, Follows, Row, choice, count, field, flag, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import temperature
@@ -180,8 +180,7 @@ def tempered(draft: Draft, factor: float, mscale: float) -> float:
 
 def solved(function: Callable[[float], float], wanted: float, heat: float, factor: float) -> float:
     """The roundest m with function(m) exactly `wanted`, where temperature(factor, m) is `heat` but for rounding."""
-    m = (heat - 1) / (0.1 * math.log(factor))
-    found = next((round(m, digits) for digits in range(1, 18) if function(round(m, digits)) == wanted), None)
+    found = roundest(function, wanted, (heat - 1) / (0.1 * math.log(factor)))
     if found is None:
         raise ConfigError(f"no mscale is exactly a temperature of {heat:g}")
     return found

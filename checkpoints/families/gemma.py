@@ -7,6 +7,7 @@
     1, CodeGemma  –       √d                                   –                 all full                   2403.08295
     2             yes     √query_pre_attn_scalar: 256, but     50 on scores,     sliding (4096) and full    2408.00118
                           144 for 27B                          30 on logits      in turn
+    Vault         –       √query_pre_attn_scalar: 256          as 2              as 2                       2510.15001
     3             yes     likewise, but 168 for 27B            –                 5 sliding, 1 full …        2503.19786
 
 Gemma 3 also normalises every head of q and k, and has two RoPEs: the sliding layers (512 keys in 1B and 270M, 1024
@@ -26,10 +27,10 @@ from checkpoints.families.family import Family
 from checkpoints.families.llama import ATTENTION_BIAS, LLAMA_NAMES, LLAMA_SHAPE
 from checkpoints.families.qwen import QK_NORM
 from checkpoints.names.config_rows import FULL, SLIDING, DividingHeads, Periodic
-from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, of_config, only, part, size
+from checkpoints.names.config_table import Draft, Follows, Part, Repeats, Row, number, only, part, size
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
-from checkpoints.names.table import moved, override, under
+from checkpoints.names.table import moved, override, rule, under
 from nanollm.config import ModelConfig, Norm, Rope
 
 GEMMA2_NAMES = override(LLAMA_NAMES, *under("model.layers.{i}", "layers.{i}", {
@@ -68,11 +69,13 @@ class TwoRopes(Row):
             given = {**(own.values if own else {}), **(scaling.values if scaling and kind == FULL else {})}
             values = {"rope_theta": r.number(base, theta, above=1), "rope_parameters": given}
             inner = r.of(values, f"{r.prefix}{kind}.")
-            ropes[kind] = of_config(read_rope(inner, theta, draft["context"]))
+            ropes[kind] = read_rope(inner, theta, draft["context"])
         if each:
             each.close()
         for layer in draft.layers:
-            layer.set("mixer.rope", ropes[SLIDING if layer.get("mixer.window") else FULL])
+            rope = ropes[SLIDING if layer.get("mixer.window") else FULL]
+            for name in ("theta", "fraction", "scaling"):
+                layer.set(f"mixer.rope.{name}", getattr(rope, name))
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """Both, in the keys of the old dialect and of the new one."""
@@ -127,6 +130,10 @@ GEMMA2 = GEMMA.but(
     },
     irrelevant=UNREAD,
 )
+VAULTGEMMA = GEMMA2.but(
+    "vaultgemma", "VaultGemmaForCausalLM", layer={"post_mixer": None, "post_ffn": None},
+    names=(override(LLAMA_NAMES, rule("model.layers.{i}.pre_feedforward_layernorm", "layers.{i}.pre_ffn")),),
+)
 GEMMA3 = GEMMA2.but(
     "gemma3_text", "Gemma3ForCausalLM", names=(GEMMA3_NAMES,), layer={"mixer.qk_norm": NORM},
     without=("sliding_window_size",),
@@ -146,4 +153,6 @@ GEMMA3_WITH_VISION = WithVision(
                           "eoi_token_index", "image_token_id", "boi_token_id", "eoi_token_id"}),
     left_out=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
 )
-FAMILIES = {"gemma": GEMMA, "gemma2": GEMMA2, "gemma3_text": GEMMA3, "gemma3": GEMMA3_WITH_VISION}
+FAMILIES = {
+    "gemma": GEMMA, "gemma2": GEMMA2, "vaultgemma": VAULTGEMMA, "gemma3_text": GEMMA3, "gemma3": GEMMA3_WITH_VISION,
+}

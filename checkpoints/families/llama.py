@@ -14,6 +14,7 @@
     Aquila, Aquila2            model_type "aquila"; the 16K one has linear scaling by 4
     XVERSE                     model_type "xverse", and two keys about how it was stored
     InternLM-1 as converted    attention_bias, which puts a bias on o too
+    IQuest-Coder               model_type "iquestcoder": heads 128 wide whatever hidden_size is
 
 The tables of Llama are what the other Llama-shaped lineages start from.
 """
@@ -73,4 +74,12 @@ LLAMA = LLAMA_SHAPE.but(
     },
     irrelevant=frozenset({"max_sequence_length", "max_tokenizer_truncation", "is_llama_config", "initializer_weight"}),
 )
-FAMILIES = dict.fromkeys(("llama", "aquila", "xverse", "Yi"), LLAMA)
+IQUESTCODER = LLAMA_SHAPE.but(
+    "iquestcoder", "IQuestCoderForCausalLM",
+    missing={"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
+    keys={
+        "attention_bias": ATTENTION_BIAS, "mlp_bias": flag("ffn.bias", missing=False),
+        "clip_qkv": only(None), "use_sliding_window": only(False),  # the class refuses both
+    },
+)
+FAMILIES = {**dict.fromkeys(("llama", "aquila", "xverse", "Yi"), LLAMA), "iquestcoder": IQUESTCODER}

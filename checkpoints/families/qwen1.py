@@ -21,7 +21,7 @@ from checkpoints.names.config_table import ABSENT, Draft, Keys, Row, field, flag
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import QKV, override, rule, under
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope, SteppedNTK
+from nanollm.config import MLP, Attention, Layer, LogLength, ModelConfig, Norm, Rope, SteppedNTK
 
 QWEN1_NAMES = override(
     {},
@@ -58,14 +58,14 @@ class Stretch(Row):
         steps, logn = (r.flag(name, self.missing) for name in ("use_dynamic_ntk", "use_logn_attn"))
         original = r.size(key) if steps or logn else r.size(key, None)
         draft["mixer.rope.scaling"] = part(SteppedNTK, original=original) if steps else None
-        draft["mixer.logn"] = original if logn else None
+        draft["mixer.growth"] = part(LogLength, original=original) if logn else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """A stretch and log n with different contexts do not read back."""
-        original, logn = draft["mixer.rope.scaling.original"], draft["mixer.logn"]
+        original, logn = draft["mixer.rope.scaling.original"], draft["mixer.growth.original"]
         steps = original is not ABSENT
-        context = original if steps else logn or draft["context"]
-        return {key: context, "use_dynamic_ntk": steps, "use_logn_attn": logn is not None}
+        context = next((one for one in (original, logn) if one is not ABSENT), draft["context"])
+        return {key: context, "use_dynamic_ntk": steps, "use_logn_attn": logn is not ABSENT}
 
 
 def layout(dim: str, layers: str, heads: str, hidden: str, context: str, eps: float, stretched: bool) -> Keys:
@@ -79,6 +79,7 @@ def layout(dim: str, layers: str, heads: str, hidden: str, context: str, eps: fl
         "rotary_emb_base": base("mixer.rope.theta", missing=10_000.0),
         "rope_theta": only(field("mixer.rope.theta")),  # said twice in the 72B
         "seq_length": Stretch(missing=stretched),
+        "ffn_inter_padding_size": only(lambda draft: 2 * draft["ffn.hidden"]),  # what a server pads it to
         "tie_word_embeddings": flag("tied", missing=False), "rotary_pct": only(1.0, written=True),
         "no_bias": only(True, written=True), "scale_attn_weights": only(True, written=True),
         "pos_emb": only("rotary"), "activation": only("swiglu"), "n_inner": only(None),

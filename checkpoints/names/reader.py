@@ -61,7 +61,7 @@ TOKEN_ID = re.compile(r"(?!reward_)\w+_token_id", re.ASCII)
 WHOLE = ("", "text_config.")  # where a config of a language model stands, in place of an object inside one
 ACTIVATIONS = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh", "relu2": "relu2",
+    "gelu_fast": "gelu_tanh", "relu": "relu", "relu2": "relu2",
 }
 UNKNOWN = 10_000                                 # layers or experts, where no tensors are known that bound them
 LARGEST = 2**31                                  # of one size; products of sizes are compared with the files

@@ -36,6 +36,7 @@ from checkpoints.storage.files import Stored
 from nanollm import presets
 from nanollm.cli import LARGE
 from nanollm.config import ModelConfig, MoE
+from nanollm.config.positions import places
 from nanollm.errors import ConfigError, InputError, counted
 from nanollm.layers import MODULES
 from nanollm.training import flops as speed
@@ -89,7 +90,7 @@ def _bytes(state: Any) -> int:
 
 def usual_context(config: ModelConfig) -> int:
     """The context that is drawn where none is asked for."""
-    return min(CONTEXT, config.positions or config.context or CONTEXT)
+    return min(CONTEXT, places(config.positions) or config.context or CONTEXT)
 
 
 def describe(config: ModelConfig, context: int | None = None, dtype: torch.dtype = torch.bfloat16,
@@ -117,8 +118,8 @@ def describe(config: ModelConfig, context: int | None = None, dtype: torch.dtype
 
 def _measured(config: ModelConfig, context: int | None, dtype: torch.dtype) -> tuple[list[Kind], int, Costs]:
     context = usual_context(config) if context is None else context
-    if not 1 <= context <= (config.positions or LARGE):
-        raise InputError(f"--context {context}: expected 1 to {config.positions or LARGE} tokens")
+    if not 1 <= context <= (places(config.positions) or LARGE):
+        raise InputError(f"--context {context}: expected 1 to {places(config.positions) or LARGE} tokens")
     try:
         kinds = kinds_of(config)
     except RuntimeError as error:                           # torch's word for sizes whose product exceeds 64 bits

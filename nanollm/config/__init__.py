@@ -26,6 +26,7 @@ from nanollm.config.mixers import (
     RGLRU,
     RWKV,
     SCANS,
+    XIELU,
     ClippedGLU,
     ExpertGroups,
     FilteredAttention,
@@ -36,14 +37,15 @@ from nanollm.config.mixers import (
     MoE,
 )
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
-from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
+from nanollm.config.positions import Positions
+from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LogLength, LogSteps, LongRope, Scaling, SteppedNTK, Yarn
 from nanollm.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
     "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3",
-    "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope",
-    "SCANS", "Scaling", "SteppedNTK", "Yarn",
+    "LogLength", "LogSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part",
+    "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "XIELU", "Yarn",
 ]
 
 
@@ -88,14 +90,15 @@ class ModelConfig(Part):
     context: int | None = None              # positions it was trained for; a caller may warn past it; 4096
     embed_scale: float = 1.0                # times the embedding, once rounded to the working dtype; Gemma √dim
     embed_norm: Norm | None = None          # right after the embedding; BLOOM
-    positions: int | None = None            # rows of a learned table of positions, added to the embedding; GPT-2 1024
+    positions: int | Positions | None = None    # rows of a learned table, added to the embedding; GPT-2 1024
     head_bias: bool = False                 # Phi-2 True
     head_scale: float = 1.0                 # of the logits; Command-R 0.0625
     head_softcap: float | None = None       # logits become c·tanh(logit / c); Gemma-2 30.0
     unit_head: bool = False                 # every row of the head is brought to length 1 first; Baichuan2
 
     def __post_init__(self) -> None:
-        need_sizes(self, "vocab", "dim", *present(self, "context", "positions"))
+        counted = ["positions"] if isinstance(self.positions, int) else []
+        need_sizes(self, "vocab", "dim", *present(self, "context"), *counted)
         need_positive(self, "embed_scale", "head_scale", *present(self, "head_softcap"))
         need_whole_vectors(self, "final_norm", "embed_norm")
         need(len(self.layers) > 0, self, "layers", "at least one")

@@ -133,6 +133,15 @@ class FilteredAttention(Mixer):
 # ---- feed-forward
 
 @dataclass(frozen=True)
+class XIELU(FeedForward):
+    """A plain MLP whose activation has two learned slopes, xielu.py."""
+    hidden: int                             # F, its width; 21504 (Apertus)
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "hidden")
+
+
+@dataclass(frozen=True)
 class ClippedGLU(Part):
     """An expert with biases, whose gate and up projections are cut off; ClippedExperts in moe.py."""
     hidden: int                             # F, its width; 2880 (gpt-oss)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
-from nanollm.config.scaling import LongRope, Scaling
+from nanollm.config.scaling import Growth, LongRope, Scaling
 
 
 @dataclass(frozen=True)
@@ -17,24 +17,26 @@ class Norm(Part):
     kind: Literal["rms", "layer", "rms_outer"] = "rms"  # mean left in; taken out (GPT-NeoX); ε outside the root
                                             # (StripedHyena)
     eps: float = 1e-6                       # added to the mean square before the root; Llama-2 1e-5
-    offset: float = 0.0                     # the gain is stored as an offset from this; Gemma 1.0
+    offset: float = 0.0                     # the gain is stored as an offset from this; Gemma, Nemotron 1.0
     cast_after_gain: bool = False           # round to the working dtype after the gain (Gemma) or before it (Llama)
     bias: bool = False                      # a learned shift, LayerNorm only; GPT-NeoX True
     gain: bool = True                       # a learned stretch; OLMo-1 False
-    scope: Literal["head", "each", "all"] = "head"      # of norms on q and k: every head with one gain (Qwen3), each
-                                            # with its own (Command-R+), or all heads as one vector (OLMo-2)
+    scope: Literal["head", "each", "all", "rotated"] = "head"   # of norms on q and k: every head with one gain (Qwen3),
+                                            # each with its own (Command-R+), all heads as one vector (OLMo-2), or every
+                                            # head once it is rotated (Hunyuan)
 
     def __post_init__(self) -> None:
         need(self.kind in ("rms", "layer", "rms_outer"), self, "kind", "'rms', 'layer' or 'rms_outer'")
         need_positive(self, "eps")
         need(self.kind == "layer" or not self.bias, self, "bias", "False, an RMSNorm has none")
         plain = self.offset == 0 and not self.cast_after_gain
-        need(self.kind == "rms" or plain, self, "offset", f"0 and cast_after_gain False for kind {self.kind!r}")
+        need(self.kind != "rms_outer" or self.offset == 0, self, "offset", "0 for kind 'rms_outer'")
+        need(self.kind == "rms" or not self.cast_after_gain, self, "cast_after_gain", f"False for kind {self.kind!r}")
         whole = self.gain or (plain and not self.bias)
         need(whole, self, "gain", "True where there is an offset, a cast after it, or a bias")
-        need(self.scope in ("head", "each", "all"), self, "scope", "'head', 'each' or 'all'")
-        need(self.scope != "each" or (self.kind == "layer" and self.gain and not self.bias), self, "scope",
-             "'head' or 'all', but for a LayerNorm with gain and no bias")
+        need(self.scope in ("head", "each", "all", "rotated"), self, "scope", "'head', 'each', 'all' or 'rotated'")
+        need(self.scope != "each" or (self.kind == "layer" and self.gain and plain and not self.bias), self, "scope",
+             "'each' only for a LayerNorm with a plain gain and no bias")
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,11 @@ class Attention(Mixer):
     alibi: Alibi | None = None              # BLOOM
     clip: float | None = None               # q, k and v are cut off at ± this; OLMo-1 8.0
     sinks: bool = False                     # a learned score a head in the softmax, whose value is 0; gpt-oss
-    logn: int | None = None                 # queries past this many tokens grow by log_L(position); Qwen-7B 2048
+    growth: Growth | None = None            # far queries grow by a logarithm; Qwen-7B LogLength(2048)
 
     def __post_init__(self) -> None:
-        need_sizes(self, "heads", "kv_heads", "head_dim")
+        need_sizes(self, "heads", "kv_heads", "head_dim", *present(self, "window"))
         need(self.heads % self.kv_heads == 0, self, "kv_heads", f"a divisor of heads ({self.heads})")
-        need_sizes(self, *present(self, "window", "logn"))
-        need(self.logn != 1, self, "logn", "more than 1")
         need_positive(self, *present(self, "scale", "softcap", "clip"))
         need(not self.sinks or self.softcap is None, self, "sinks", "False where scores have a soft cap")
         if self.rope is not None:
@@ -100,8 +100,8 @@ def need_rotation(owner: Mixer, rope: Rope, width: int) -> None:
     need(lists is None or len(lists.short) == pairs, owner, "rope", f"LongRope lists of {pairs} numbers")
 
 
-Activation = Literal["silu", "gelu", "gelu_tanh", "relu2"]
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2"]
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""How the angles of RoPE are stretched for longer contexts, as data: a class each. The formulas: layers/scaling.py."""
+"""How the angles of RoPE are stretched for longer contexts, and how queries grow there, as data: a class each.
+
+The formulas: layers/scaling.py.
+"""
 
 from dataclasses import dataclass
 
@@ -77,4 +80,26 @@ class LongRope(Part):
         need(all(x > 0 for x in self.short + self.long), self, "long", "numbers above 0, and so in short")
 
 
+@dataclass(frozen=True)
+class LogLength(Part):
+    """Queries past the original context grow with the logarithm of their position."""
+    original: int                           # the base of the logarithm; Qwen-7B 2048
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "original")
+        need(self.original > 1, self, "original", "more than 1")
+
+
+@dataclass(frozen=True)
+class LogSteps(Part):
+    """Queries grow with the logarithm of how many original contexts lie before them."""
+    original: int                           # 16384 (Ministral 3)
+    beta: float                             # times the logarithm; 0.1
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "original")
+        need_positive(self, "beta")
+
+
 Scaling = Linear | DynamicNTK | SteppedNTK | Llama3 | Yarn | LongRope
+Growth = LogLength | LogSteps

@@ -24,6 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nanollm.config.positions import places
 from nanollm.errors import InputError, NanollmError, counted
 from nanollm.inference.generation import answer_batch
 from nanollm.inference.request import Request
@@ -114,7 +115,7 @@ def answer_jobs(model: Decoder, request: Request, jobs: Sequence[Job], done: int
 
     batch_size: prompts, each with all its samples. A seed is that of the first prompt, and counts one up with each.
     """
-    rows, n, most = model.config.positions, request.n, request.max_new_tokens
+    rows, n, most = places(model.config.positions), request.n, request.max_new_tokens
     for number, job in enumerate(jobs, 1):
         if rows is not None and len(job.ids) + most > rows + 1:
             raise InputError(f"prompt {number} has {len(job.ids)} tokens, and with {most} new ones it is "

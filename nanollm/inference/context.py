@@ -13,6 +13,7 @@ import torch
 
 from nanollm.cache import Cache
 from nanollm.config import ModelConfig
+from nanollm.config.positions import places
 
 MEMORY = 1 << 30        # bytes of the cache
 UNKNOWN = 4096          # tokens, where config.json does not say what the model was trained for
@@ -27,7 +28,7 @@ def cache_bytes(config: ModelConfig, length: int, dtype: torch.dtype, rows: int 
 
 def own_context(config: ModelConfig) -> int | None:
     """The positions that the model was trained for, or has a table of; None where config.json names neither."""
-    return min((size for size in (config.context, config.positions) if size is not None), default=None)
+    return min((size for size in (config.context, places(config.positions)) if size is not None), default=None)
 
 
 def default_context(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -51,9 +52,10 @@ def session_length(config: ModelConfig, prompt: int, new: int) -> int:
     A prompt that is itself too long gets no less than it asks for, and `Session` says what is wrong with that.
     """
     whole = prompt + new
-    if config.positions is None or prompt > config.positions:
+    most = places(config.positions)
+    if most is None or prompt > most:
         return whole
-    return min(whole, config.positions + 1)              # the last new token is never read
+    return min(whole, most + 1)              # the last new token is never read
 
 
 def past_context(config: ModelConfig, tokens: int) -> str | None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nanollm.cache import Cache
+from nanollm.config.positions import places
 from nanollm.errors import InputError
 from nanollm.inference.answer import Answer, Ended, Stream, logprobs_of
 from nanollm.inference.sample import Constraint, Sampling, next_tokens, settings
@@ -204,7 +205,7 @@ def feed(model: Decoder, tokens: Tensor, positions: Tensor | None, cache: Cache)
 
 def new_cache(model: Decoder, batch: int, length: int) -> Cache:
     """An empty cache on the model's device. Raises InputError where a learned table of positions is too short."""
-    rows = model.config.positions
+    rows = places(model.config.positions)
     if rows is not None and length > rows + 1:           # the last new token is never read
         raise InputError(f"prompt and new tokens may be {length} long together, and the model has {rows} positions; "
                          f"ask for at most {rows + 1}")

@@ -27,6 +27,7 @@ from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
+from nanollm.layers.xielu import XIELU
 
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
@@ -41,4 +42,5 @@ MODULES: dict[type, Any] = {
     c.GatedDeltaNet: GatedDeltaNet,
     c.MLP: MLP,
     c.MoE: MoE,
+    c.XIELU: XIELU,
 }

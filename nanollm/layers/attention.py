@@ -82,7 +82,7 @@ class Attention(nn.Module):
         "alibi": "a penalty linear in distance (ALiBi)",
         "clip": "q, k and v cut off at ±{}",
         "sinks": "a learned score a head that takes its share of the softmax and adds nothing",
-        "logn": "queries grow with the logarithm of the length, past {} tokens",
+        "growth": "queries grow far into a sequence: {}",
     }
 
     def __init__(self, config: AttentionConfig, dim: int) -> None:
@@ -118,21 +118,23 @@ class Attention(nn.Module):
         if config.rope is not None:
             cos, sin = ctx.rotation(config.rope, config.head_dim)
             q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)
-        if config.logn is not None:
-            q = q * ctx.log_growth(config.logn)
+        if config.qk_norm is not None and config.qk_norm.scope == "rotated":
+            q, k = normed(self.q_norm, q), normed(self.k_norm, k)
+        if config.growth is not None:
+            q = q * ctx.query_growth(config.growth)
         return q, k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""
         config = self.config
         q, k, v = self.q(x), self.k(x), self.v(x)                                       # (B, T, H·d or K·d)
-        whole = config.qk_norm is not None and config.qk_norm.scope == "all"            # over all heads at once
-        if whole:
+        scope = "head" if config.qk_norm is None else config.qk_norm.scope
+        if scope == "all":                                                              # over all heads at once
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         if config.clip is not None:
             q, k, v = (z.clamp(-config.clip, config.clip) for z in (q, k, v))
         q, k, v = (z.unflatten(-1, (-1, config.head_dim)) for z in (q, k, v))           # (B, T, H or K, d)
-        if not whole:
+        if scope in ("head", "each"):
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 

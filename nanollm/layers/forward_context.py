@@ -7,7 +7,6 @@ causal over the new keys, or over everything for a single new token.
 Shapes: B batch, T new tokens, S keys, r rotated channels.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 
 from nanollm.config import Rope
+from nanollm.config.scaling import Growth
 from nanollm.layers.rope import rotation_tables
+from nanollm.layers.scaling import grown
 from nanollm.layers.state import KVCache, RowLengths, SlotMapping
 
 
@@ -37,13 +38,10 @@ class ForwardContext:
             table.to(rounded).to(kept)
             for table in rotation_tables(rope, head_dim, self.rows(self.positions), self.rows(self.lengths()))))
 
-    def log_growth(self, original: int) -> Tensor:
-        """max(1, log_L n) for the n-th token of its document, (B or 1, 1, T, 1), with L = `original`."""
-        def make() -> Tensor:
-            n = (self.rows(self.positions) + 1).clamp(min=original)
-            return (torch.log(n.float()) / math.log(original)).to(self.dtype)[:, None, :, None]
-
-        return self.once(("log_growth", original), make)
+    def query_growth(self, growth: Growth) -> Tensor:
+        """What queries are multiplied by, (B or 1, 1, T, 1), see scaling.py."""
+        return self.once(("growth", growth), lambda: grown(
+            growth, self.rows(self.positions)).to(self.dtype)[:, None, :, None])
 
     def lengths(self) -> Tensor:
         """(B, T): the length of the sequence that each token belongs to, itself and what is cached included."""

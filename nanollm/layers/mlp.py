@@ -3,7 +3,7 @@
     gated    down( act(gate x) ⊙ up x )         SwiGLU with act = silu, GeGLU with gelu; Shazeer 2020 (arXiv 2002.05202)
     plain    down( act(up x) )                  Vaswani et al. 2017, eq. 2
 
-    silu(x) = x σ(x)      gelu(x) = x Φ(x)      gelu_tanh: its tanh approximation      relu2(x) = max(x, 0)²
+    silu(x) = x σ(x)    gelu(x) = x Φ(x)    gelu_tanh: its tanh approximation    relu(x) = max(x, 0)    relu2: squared
 
 Shapes: B batch, T tokens, D model width, F feed-forward width.
 """
@@ -26,6 +26,8 @@ def activate(name: str, x: Tensor) -> Tensor:
             return F.gelu(x)
         case "gelu_tanh":
             return F.gelu(x, approximate="tanh")
+        case "relu":
+            return F.relu(x)
         case "relu2":
             return F.relu(x).square()
     raise AssertionError(name)

@@ -62,8 +62,8 @@ class RMSNorm(nn.Module):
 
     @property
     def INIT(self) -> dict[str, Draw]:
-        """A gain of 1, as it is stored."""
-        return {"gain": constant(1 - self.config.offset)}
+        """A gain of 1, as it is stored, and no shift."""
+        return {"gain": constant(1 - self.config.offset), "bias": zero}
 
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
         if self.gain is None:
@@ -82,7 +82,7 @@ class RMSNorm(nn.Module):
 
 class LayerNorm(nn.Module):
     """Mean and variance normalisation over the last dimension; gain g and shift b are there if the config says so."""
-    INIT = {"gain": one, "bias": zero}
+    INIT = RMSNorm.INIT
 
     def __init__(self, config: Norm, dim: int) -> None:
         super().__init__()
@@ -93,7 +93,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:             # (…, D) → (…, D)
         if self.gain is None:
             return F.layer_norm(x, x.shape[-1:], eps=self.config.eps)
-        return layer_norm(x, self.gain, self.bias, self.config.eps)
+        gain = self.gain + self.config.offset if self.config.offset else self.gain
+        return layer_norm(x, gain, self.bias, self.config.eps)
 
     def add(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x + y and its norm."""

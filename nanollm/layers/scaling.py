@@ -7,8 +7,14 @@
     DynamicNTK   θ grows with the length n of the sequence     once n > L
     SteppedNTK   the same, in steps
 
-Shapes: B batch, T tokens, r rotated channels. The last three depend on n, so a longer sequence turns *all* its tokens
-by other angles; `length_key` says when. The meaning is always that of one full pass over the whole sequence.
+and what queries are multiplied by there, so that a softmax over more keys stays as sharp:
+
+    LogLength    max(1, log_L n)                               the n-th token; Su 2021, Qwen's use_logn_attn
+    LogSteps     1 + β ln(1 + ⌊p / L⌋)                         at position p; Llama 4, Ministral 3
+
+Shapes: B batch, T tokens, r rotated channels. The last three formulas of angles depend on n, so a longer sequence turns
+*all* its tokens by other angles; `length_key` says when. The meaning is always that of one full pass over the whole
+sequence.
 """
 
 import math
@@ -16,7 +22,8 @@ import math
 import torch
 from torch import Tensor
 
-from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Scaling, SteppedNTK, Yarn
+from nanollm.config import DynamicNTK, Linear, Llama3, LogLength, LogSteps, LongRope, Rope, Scaling, SteppedNTK, Yarn
+from nanollm.config.scaling import Growth
 
 
 def scaled_frequencies(scaling: Scaling, theta: float, r: int, exponents: Tensor, lengths: Tensor) -> Tensor:
@@ -119,3 +126,13 @@ def length_key(rope: Rope | None, lengths: Tensor) -> Tensor | None:
         case SteppedNTK():
             return growth(scaling, lengths)
     return None
+
+
+def grown(growth: Growth, positions: Tensor) -> Tensor:
+    """What queries are multiplied by, float32, for positions (B, T)."""
+    match growth:
+        case LogLength(original):
+            return torch.log((positions + 1).clamp(min=original).float()) / math.log(original)
+        case LogSteps(original, beta):
+            return 1 + beta * torch.log(1 + torch.floor(positions.clamp(min=0) / original))
+    raise AssertionError(growth)

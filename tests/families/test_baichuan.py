@@ -72,7 +72,7 @@ def test_published_configs(name):
             "nothing here knows what these mean: num_key_value_heads = 2",
         ),
         (dict(TINY, vocab_size=97, max_position_embeddings=64, rope_theta=1e6), "nothing here knows .* rope_theta"),
-        (dict(TINY, vocab_size=97, max_position_embeddings=64, hidden_act="relu"), "hidden_act is 'relu'"),
+        (dict(TINY, vocab_size=97, max_position_embeddings=64, hidden_act="mish"), "hidden_act is 'mish'"),
         (
             dict(TINY, vocab_size=97, max_position_embeddings=64, num_attention_heads=7),
             "num_attention_heads is 7; expected a divisor",

@@ -91,7 +91,7 @@ def test_what_is_written_reads_back():
     (F40B, {"num_kv_heads": 7}, "Attention.kv_heads = 7"),
     (F7B, {"apply_residual_connection_post_layernorm": True}, "apply_residual_connection_post_layernorm is True"),
     (F7B, {"n_head": 32}, "n_head is 32; expected 71"),
-    (F7B, {"activation": "relu"}, "activation is 'relu'"),
+    (F7B, {"activation": "mish"}, "activation is 'mish'"),
     (F7B, {"alibi": None}, "alibi is None; expected true or false"),
 ])
 def test_refusals(base, keys, complaint):

@@ -132,7 +132,7 @@ def test_what_is_written_reads_back(base, keys):
             MEDIUM, {"attention_head_type": "multiquery"},
             "attention_head_type is 'multiquery'; expected 'multihead'",
         ),  # SantaCoder's first upload
-        (MEDIUM, {"activation_function": "relu"}, "activation_function is 'relu'"),
+        (MEDIUM, {"activation_function": "mish"}, "activation_function is 'mish'"),
         (MEDIUM, {"n_head": 5}, r"n_head is 5; expected a divisor of the model's width \(1024\)"),
         (MEDIUM, {"n_positions": None}, "n_positions is None"),
         (MEDIUM, {"rope_theta": 1e4}, "nothing here knows what these mean: rope_theta"),

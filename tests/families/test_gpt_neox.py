@@ -76,7 +76,7 @@ def test_what_is_written_reads_back():
     ({"rotary_pct": 0}, "rotary_pct is 0"),
     ({"num_attention_heads": 7}, "num_attention_heads is 7; expected a divisor"),
     ({"num_key_value_heads": 2}, "nothing here knows what these mean: num_key_value_heads = 2"),
-    ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+    ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
     ({"rope_theta": 5e4}, "rope_theta is 50000.0; expected 10000.0"),
 ])
 def test_refusals(keys, complaint):

@@ -63,9 +63,9 @@ def test_what_is_written_reads_back():
 @pytest.mark.parametrize(
     "keys, complaint",
     [
-        ({"model_type": "phi-msft"}, "model_type is 'phi-msft'; .*python -m checkpoints.families lists"),
+        ({"model_type": "mixformer-sequential"}, "model_type is 'mixformer-sequential'; .*checkpoints.families lists"),
         ({"partial_rotary_factor": 0.9375}, "an even number of rotated channels, not 75 of 80"),
-        ({"hidden_act": "relu"}, "hidden_act is 'relu'"),
+        ({"hidden_act": "mish"}, "hidden_act is 'mish'"),
         ({"num_attention_heads": 33}, "num_attention_heads is 33; expected a divisor"),
         ({"qk_layernorm": 0}, "qk_layernorm is 0; expected true or false"),
         (

@@ -4,7 +4,7 @@ import pytest
 
 from checkpoints.families import read_config, write_config
 from checkpoints.families.qwen1 import QWEN1
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope, SteppedNTK
+from nanollm.config import MLP, Attention, Layer, LogLength, ModelConfig, Norm, Rope, SteppedNTK
 from nanollm.errors import ConfigError
 
 FIRST = dict(model_type="qwen", vocab_size=97, n_embd=256, n_layer=2, n_head=2, n_positions=6144, seq_length=2048)
@@ -25,7 +25,7 @@ def model(eps: float, context: int, **attention) -> ModelConfig:
 
 def test_missing_keys_differ_between_the_layouts():
     assert read(FIRST) == model(1e-5, 6144)
-    assert read(SECOND) == model(1e-6, 8192, rope=Rope(scaling=SteppedNTK(2048)), logn=2048)
+    assert read(SECOND) == model(1e-6, 8192, rope=Rope(scaling=SteppedNTK(2048)), growth=LogLength(2048))
     assert read(FIRST, use_dynamic_ntk=True, use_logn_attn=True, layer_norm_epsilon=1e-6, n_positions=8192) == read(
         SECOND
     )
@@ -37,7 +37,7 @@ def test_each_of_the_two_stretches_alone():
         read(SECOND, use_logn_attn=False).layers[0].mixer
         == model(1e-6, 1, rope=Rope(scaling=SteppedNTK(2048))).layers[0].mixer
     )
-    assert read(SECOND, use_dynamic_ntk=False).layers[0].mixer == model(1e-6, 1, logn=2048).layers[0].mixer
+    assert read(SECOND, use_dynamic_ntk=False).layers[0].mixer == model(1e-6, 1, growth=LogLength(2048)).layers[0].mixer
     without = {key: value for key, value in SECOND.items() if key != "seq_length"}
     assert read(without, use_dynamic_ntk=False, use_logn_attn=False).context == 8192
     for one, other in (("use_dynamic_ntk", "use_logn_attn"), ("use_logn_attn", "use_dynamic_ntk")):

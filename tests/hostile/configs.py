@@ -62,7 +62,7 @@ CONFIGS: dict[str, Case] = {
     **{name: (put(CONFIG, text), f"config.json: .*{cause}") for name, (text, cause) in ENDS.items()},
     "{}": (put(CONFIG, "{}"), "model_type is None; .* lists the"),
     # which model
-    "unknown model_type": (keys(model_type="gpt5"), "model_type is 'gpt5'; near it are gpt2"),
+    "unknown model_type": (keys(model_type="gpt5"), "model_type is 'gpt5'; near it are gpt"),
     "model_type is a list": (keys(model_type=["llama"]), "model_type is"),
     "model_type of a megabyte": (keys(model_type="x" * 1_000_000), "model_type is"),
     "model_type is deep": (keys(model_type=nested(DEEPEST)), "model_type is"),
