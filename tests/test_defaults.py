@@ -29,10 +29,10 @@ SIZES = {  # without these nothing is known of a model, and every published conf
 }
 
 
+A_KEY_A_HEAD = "the class fills a number, whatever the heads; latent attention has a key for each head"
 EXPLAINED = {  # where our reading differs on purpose
-    (
-        "deepseek_v3", "num_key_value_heads",
-    ): "the class fills 128, whatever the heads; latent attention has a key for each head",
+    ("deepseek_v3", "num_key_value_heads"): A_KEY_A_HEAD,
+    ("glm4_moe_lite", "num_key_value_heads"): A_KEY_A_HEAD,
 }
 
 
