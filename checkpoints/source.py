@@ -261,8 +261,11 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
     def lacking(names: table.Table) -> int:
         return len(table.missing(table.expand(names, parameters, config), stored))
 
+    def unlike(names: table.Table) -> tuple[int, int]:           # two tables may differ in nothing but arrangements
+        return lacking(names), len(table.reshaped(table.expand(names, parameters, config), parameters, stored))
+
     tables, where = found.tables or family.tables(config), str(found.inside or found.folder)
-    names = min(tables, key=lacking)
+    names = min(tables, key=unlike) if len(tables) > 1 else tables[0]
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
     if lacking(names):
         needed = {name for step in table.expand(names, parameters, config) for name in step.theirs}

@@ -181,12 +181,15 @@ class Windows(Row):
 
     default     what a missing `sliding_window` means
     switch      whether the window counts only with `use_sliding_window`
+    null        whether a window of null means that no layer slides, as it does where there is a switch
     full        what else is so in the layers without a window: path → value
     """
     shapes = True
 
-    def __init__(self, default: int = 4096, switch: bool = False, full: dict[str, Any] | None = None) -> None:
-        self.default, self.switch, self.full = default, switch, full or {}
+    def __init__(
+        self, default: int = 4096, switch: bool = False, null: bool = False, full: dict[str, Any] | None = None
+    ) -> None:
+        self.default, self.switch, self.null, self.full = default, switch, null or switch, full or {}
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
         """Which layers slide where there is no `layer_types`."""
@@ -201,7 +204,7 @@ class Windows(Row):
         number, window = len(draft.layers), r.get("sliding_window", self.default)
         if self.switch and not r.flag("use_sliding_window", False):
             window = None
-        elif window is not None or not self.switch:
+        elif window is not None or not self.null:
             window = r.size("sliding_window", self.default)
         slides, types = self.pattern(r, number), r.get("layer_types", None)
         if types is None:
@@ -220,7 +223,7 @@ class Windows(Row):
         slides = [window is not None for window in windows]
         used = next((window for window in windows if window is not None), None)
         values = {
-            "sliding_window": used or (None if self.switch else self.default),
+            "sliding_window": used or (None if self.null else self.default),
             "layer_types": [SLIDING if each else FULL for each in slides],
         }
         return values | ({"use_sliding_window": used is not None} if self.switch else {}) | self.pattern_keys(slides)

@@ -2,7 +2,8 @@
 
     GateUp         gate rows above up rows, in each expert          (E, 2F, D)      transformers in memory
     Interleaved    a gate row, an up row, and so on, transposed     (E, D, 2F)      gpt-oss; its biases (E, 2F)
-    Turned         each expert's matrix transposed                  (E, F, D)       gpt-oss, down
+    TurnedGateUp   gate columns left of up columns, in each         (E, D, 2F)      Qwen3-VL-MoE, Llama 4
+    Turned         each expert's matrix transposed                  (E, F, D)       down of these three
 
 Shapes: E experts, F feed-forward width, D model width. Ours: gate and up (E, F, D), down (E, D, F).
 """
@@ -40,6 +41,19 @@ class Interleaved:
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
         for gate, up in zip(*ours, strict=True):  # (F, D), of a bias (F,)
             yield 0, Beside([part.T.unsqueeze(-1) if part.ndim == 2 else part.unsqueeze(-1) for part in (gate, up)])
+
+
+class TurnedGateUp:
+    """One stored tensor has, for each expert, the columns of gate, then those of up."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return Interleaved.shapes(ours, layer)
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        for gate, up in zip(*ours, strict=True):  # (F, D)
+            yield 0, Beside([gate.T, up.T])
 
 
 class Turned:
