@@ -20,7 +20,7 @@ DOTS1 = LLAMA_SHAPE.but(
     keys=V3_ROUTING | {
         "first_k_dense_replace": FirstDense(missing=0, **V3_EXPERTS), "n_group": Groups(count=1, kept=1, best=2),
         "n_routed_experts": count("ffn.experts"), "num_experts_per_tok": size("ffn.top_k"),
-        "attention_bias": ATTENTION_BIAS, "layer_types": LastLayersSlide(first=62, null=True),
+        "attention_bias": ATTENTION_BIAS, "layer_types": LastLayersSlide(first=62, or_null=True),
         "scoring_func": only("sigmoid", "noaux_tc"), "topk_method": only("noaux_tc"), "moe_layer_freq": only(1),
     },
 )

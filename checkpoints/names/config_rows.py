@@ -181,15 +181,16 @@ class Windows(Row):
 
     default     what a missing `sliding_window` means
     switch      whether the window counts only with `use_sliding_window`
-    null        whether a window of null means that no layer slides, as it does where there is a switch
+    or_null     whether a null means that no layer has a window
     full        what else is so in the layers without a window: path → value
     """
     shapes = True
 
     def __init__(
-        self, default: int = 4096, switch: bool = False, null: bool = False, full: dict[str, Any] | None = None
+        self, default: int | None = 4096, switch: bool = False, or_null: bool = False,
+        full: dict[str, Any] | None = None,
     ) -> None:
-        self.default, self.switch, self.null, self.full = default, switch, null or switch, full or {}
+        self.default, self.switch, self.or_null, self.full = default, switch, switch or or_null, full or {}
 
     def pattern(self, r: Reader, layers: int) -> list[bool]:
         """Which layers slide where there is no `layer_types`."""
@@ -204,7 +205,7 @@ class Windows(Row):
         number, window = len(draft.layers), r.get("sliding_window", self.default)
         if self.switch and not r.flag("use_sliding_window", False):
             window = None
-        elif window is not None or not self.null:
+        elif window is not None or not self.or_null:
             window = r.size("sliding_window", self.default)
         slides, types = self.pattern(r, number), r.get("layer_types", None)
         if types is None:
@@ -223,7 +224,7 @@ class Windows(Row):
         slides = [window is not None for window in windows]
         used = next((window for window in windows if window is not None), None)
         values = {
-            "sliding_window": used or (None if self.null else self.default),
+            "sliding_window": used or (None if self.or_null else self.default),
             "layer_types": [SLIDING if each else FULL for each in slides],
         }
         return values | ({"use_sliding_window": used is not None} if self.switch else {}) | self.pattern_keys(slides)
@@ -340,6 +341,11 @@ def whole(r: Reader, key: str, missing: int) -> int:
     return value
 
 
+def roundest(function: Callable[[float], float], wanted: float, near: float) -> float | None:
+    """The number with the fewest digits, beside one that is near, for which the function is exactly `wanted`."""
+    return next((round(near, digits) for digits in range(18) if function(round(near, digits)) == wanted), None)
+
+
 def halved(*paths: str, **more: Any) -> Key:
     """An even number, of which a half is ours."""
     def check(r: Reader, key: str) -> int:
@@ -349,6 +355,11 @@ def halved(*paths: str, **more: Any) -> Key:
         return value
 
     return Key(check, *paths, to=lambda value: value // 2, of=lambda ours: 2 * ours, **more)
+
+
+def reciprocal(*paths: str, **more: Any) -> Key:
+    """A number that divides, where our field multiplies."""
+    return Key(Reader.number, *paths, to=lambda value: 1 / value, of=lambda ours: 1 / ours, **more)
 
 
 def base(*paths: str, **more: Any) -> Key:
