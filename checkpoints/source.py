@@ -242,7 +242,7 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
     """The tensors without those of a multimodal model's other towers, and of a layer that predicts ahead.
 
     A warning counts what is left out."""
-    marks = [mark.replace("{i}", str(len(config.layers))) for mark in family.ahead]
+    marks = [mark.replace("{i}", str(len(config.layers))) for mark in family.ahead.split()]
     spare = (*family.left_out, *(mark.rsplit(".", 2)[0] + "." for mark in marks if mark in stored))
     towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
     told = [f"{prefix}… ({counted(len(tower), 'tensor')}, {sum(one.size for one in tower):,} bytes)"

@@ -48,7 +48,7 @@ LATENT_NAMES = override(
     }),
 )
 CORRECTION = rule("model.layers.{i}.mlp.gate.e_score_correction_bias", "layers.{i}.ffn.router.correction")
-AHEAD = ("model.layers.{i}.eh_proj.weight",)  # of the layer behind the last, which predicts the token after the next
+AHEAD = "model.layers.{i}.eh_proj.weight"  # of the layer behind the last, which predicts the token after the next
 V3_EXPERTS = dict(score="sigmoid", correction=True, router_float32=True)
 
 

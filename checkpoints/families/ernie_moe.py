@@ -25,7 +25,7 @@ from nanollm.config import MLP, MoE
 
 CORRECTION = rule(
     "model.layers.{i}.mlp.moe_statics.e_score_correction_bias", "layers.{i}.ffn.router.correction", Leading)
-AHEAD = tuple(f"model.mtp_{name}.weight" for name in (
+AHEAD = " ".join(f"model.mtp_{name}.weight" for name in (
     "block.0.input_layernorm", "emb_norm.0", "hidden_norm.0", "linear_proj.0"))
 
 

@@ -29,8 +29,8 @@ class Family:
 
     left_out    of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model, and
                 is saved as FAMILIES[name]
-    ahead       tensors of what predicts the token after the next one and is left out: where one is stored, so is all
-                that its layer or module has. {i} is the number of the model's own layers, behind which such layers lie
+    ahead       tensors, separated by spaces, of what predicts the token after the next one: where one is stored, its
+                whole layer or module is left out. {i} is that of the layer behind the model's own
     """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it
@@ -42,7 +42,7 @@ class Family:
     ignorable: frozenset[str] = frozenset()  # stored tensors that are no weights, with {i} for numbers
     irrelevant: frozenset[str] = frozenset()  # keys of this family that do not reach the logits
     left_out: tuple[str, ...] = ()
-    ahead: tuple[str, ...] = ()
+    ahead: str = ""
 
     def but(
         self, name: str, architecture: str = "", *, keys: Keys | None = None, without: tuple[str, ...] = (),

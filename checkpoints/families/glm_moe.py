@@ -34,19 +34,25 @@ from nanollm.config import Norm
 WORDS = {"dense": "mlp", "sparse": "experts"}
 
 
+def named_kinds(r: Reader, layers: int) -> list[str]:
+    """The kinds that a list with "dense" or "sparse" for each layer says; none where there is no list."""
+    words = r.get("mlp_layer_types", None)
+    if words is None:
+        return []
+    if not isinstance(words, list) or len(words) != layers or not all(word in WORDS for word in words):
+        raise r.error("mlp_layer_types", f"{layers} times {' or '.join(WORDS)}")
+    return [WORDS[word] for word in words]
+
+
 class NamedDense(FirstDense):
     """A list with "dense" or "sparse" for each layer; where it is missing only the first are dense. In published
     configs `first_k_dense_replace` says the same, and must."""
 
     def kinds(self, r: Reader, layers: int) -> list[str]:
         """The kind of each layer."""
-        words = r.get("mlp_layer_types", None)
-        if words is None:
-            words = ["dense" if i < self.missing else "sparse" for i in range(layers)]
-        if not isinstance(words, list) or len(words) != layers or not all(word in WORDS for word in words):
-            raise r.error("mlp_layer_types", f"{layers} times {' or '.join(WORDS)}")
-        r.must("first_k_dense_replace", [*words, "sparse"].index("sparse"))
-        return [WORDS[word] for word in words]
+        kinds = named_kinds(r, layers) or ["mlp" if i < self.missing else "experts" for i in range(layers)]
+        r.must("first_k_dense_replace", [*kinds, "experts"].index("experts"))
+        return kinds
 
     def keys(self, kinds: list[str]) -> dict[str, Any]:
         """The list."""
