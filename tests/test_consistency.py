@@ -21,6 +21,7 @@ from nanollm.config import (
     ExpertGroups,
     FilteredAttention,
     Hyena,
+    Indexer,
     LatentAttention,
     Layer,
     LongRope,
@@ -30,6 +31,7 @@ from nanollm.config import (
     MoE,
     Norm,
     Rope,
+    SparseLatentAttention,
     SteppedNTK,
 )
 from nanollm.errors import InputError
@@ -85,6 +87,11 @@ KINDS = {
     "latent dynamic": (
         Layer(LatentAttention(4, 8, 8, 6, 12, 10, Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),
         Layer(LatentAttention(4, 8, 8, 6, 12, None, Rope(scaling=DynamicNTK(2.0, 16), rounds="result")), MLP(48)),
+    ),
+    "sparse latent": (
+        Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope(), indexer=Indexer(16, 10, 5)), MLP(48)),
+        Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope()), MLP(48)),
+        Layer(SparseLatentAttention(4, 6, 8, 10, 12, 9, Rope(), indexer=Indexer(16, 8, 9, "interleaved")), MLP(48)),
     ),
     "sinks": (
         Layer(attention(sinks=True, window=6), MoE(4, 2, ClippedGLU(20, limit=0.5), True, router_bias=True)),

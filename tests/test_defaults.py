@@ -32,7 +32,7 @@ SIZES = {  # without these nothing is known of a model, and every published conf
 A_KEY_A_HEAD = "the class fills a number, whatever the heads; latent attention has a key for each head"
 EXPLAINED = {  # where our reading differs on purpose
     ("deepseek_v3", "num_key_value_heads"): A_KEY_A_HEAD,
-    ("glm4_moe_lite", "num_key_value_heads"): A_KEY_A_HEAD,
+    **{(kind, "num_key_value_heads"): A_KEY_A_HEAD for kind in ("glm4_moe_lite", "deepseek_v32", "glm_moe_dsa")},
 }
 
 

@@ -19,7 +19,7 @@ from nanollm.layers import MODULES
 
 SIZES = frozenset("""
     vocab dim layers context heads kv_heads head_dim hidden eps theta
-    Layer.mixer Layer.ffn ClippedGLU.slope ClippedGLU.limit
+    Layer.mixer Layer.ffn Indexer.top ClippedGLU.slope ClippedGLU.limit
 """.split())                                                # a Llama has them too, or they are said with the part
 
 PLACES = {
@@ -35,6 +35,7 @@ WORDS: dict[str, str | dict[Any, str]] = {
     "Norm.bias": "a bias",
     "Norm.gain": "no gain",
     "Norm.scope": {"each": "a gain for each head", "all": "over all heads as one vector"},
+    "Indexer.layout": {"interleaved": "neighbouring channels turn together"},
     "Alibi.coarse": "its penalties rounded to bfloat16",
     "Rope.layout": {"interleaved": "neighbouring channels turn together (2j, 2j + 1), not (j, j + d/2)"},
     "Rope.rounds": {"tables": "cos, sin and the result are rounded, the products are not",

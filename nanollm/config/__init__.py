@@ -36,12 +36,14 @@ from nanollm.config.mixers import (
 )
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
+from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
-    "FilteredAttention", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2",
-    "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+    "FilteredAttention", "Hyena", "Indexer", "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba",
+    "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling",
+    "SparseLatentAttention", "SteppedNTK", "Yarn",
 ]
 
 

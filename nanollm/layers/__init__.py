@@ -25,10 +25,12 @@ from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
+from nanollm.layers.sparse_attention import SparseLatentAttention
 
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
     c.LatentAttention: LatentAttention,
+    c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,
     c.Mamba: Mamba,
     c.Mamba2: Mamba2,
