@@ -16,12 +16,14 @@ from nanollm.config import (
     RWKV,
     Alibi,
     Attention,
+    ChunkedAttention,
     ClippedGLU,
     DynamicNTK,
     ExpertGroups,
     FilteredAttention,
     Hyena,
     Indexer,
+    InputWeightedMoE,
     LatentAttention,
     Layer,
     LongRope,
@@ -33,6 +35,7 @@ from nanollm.config import (
     Rope,
     SparseLatentAttention,
     SteppedNTK,
+    TemperedAttention,
 )
 from nanollm.errors import InputError
 from nanollm.layers.scan import selective_scan, selective_scan_chunked
@@ -87,6 +90,11 @@ KINDS = {
     "latent dynamic": (
         Layer(LatentAttention(4, 8, 8, 6, 12, 10, Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),
         Layer(LatentAttention(4, 8, 8, 6, 12, None, Rope(scaling=DynamicNTK(2.0, 16), rounds="result")), MLP(48)),
+    ),
+    "chunked": (
+        Layer(ChunkedAttention(4, 2, 8, Rope(), 7, Norm(gain=False)), InputWeightedMoE(4, 2, MLP(20), True, MLP(12))),
+        Layer(TemperedAttention(4, 2, 8, logn=5), InputWeightedMoE(4, 1, MLP(20), False, score="sigmoid")),
+        Layer(ChunkedAttention(4, 1, 8, Rope(fraction=0.5), 16), MLP(48)),
     ),
     "sparse latent": (
         Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope(), indexer=Indexer(16, 10, 5)), MLP(48)),

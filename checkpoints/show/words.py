@@ -90,9 +90,10 @@ def of_layer(layer: Any, dim: int) -> Iterator[tuple[str, str]]:
 
 
 def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
-    """Attention against attention, anything else by what its class says of itself."""
-    if not isinstance(mixer, Attention):
+    """Attention against attention, anything else by what its class says of itself; a kind of attention by both."""
+    if type(mixer) is not Attention:
         yield "mixer", f"{type(mixer).__name__} in place of attention: {purpose(mixer)}"
+    if not isinstance(mixer, Attention):
         yield from (("mixer", words) for words in fields(mixer))
         for part in (getattr(mixer, field.name) for field in dataclasses.fields(mixer)):
             if isinstance(part, Attention):

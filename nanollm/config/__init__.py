@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
+from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE, TemperedAttention
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.mixers import (
     RGLRU,
@@ -40,10 +41,10 @@ from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
-    "FilteredAttention", "Hyena", "Indexer", "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba",
-    "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling",
-    "SparseLatentAttention", "SteppedNTK", "Yarn",
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK", "ExpertGroups",
+    "FeedForward", "FilteredAttention", "Hyena", "Indexer", "InputWeightedMoE", "LatentAttention", "Layer", "Linear",
+    "Llama3", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV",
+    "Rope", "SCANS", "Scaling", "SparseLatentAttention", "SteppedNTK", "TemperedAttention", "Yarn",
 ]
 
 

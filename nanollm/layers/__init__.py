@@ -16,8 +16,10 @@ from typing import Any
 
 from nanollm import config as c
 from nanollm.layers.attention import Attention
+from nanollm.layers.chunked_attention import ChunkedAttention, TemperedAttention
 from nanollm.layers.filtered_attention import FilteredAttention
 from nanollm.layers.hyena import Hyena
+from nanollm.layers.input_weighted_moe import InputWeightedMoE
 from nanollm.layers.latent_attention import LatentAttention
 from nanollm.layers.mamba import Mamba
 from nanollm.layers.mamba2 import Mamba2
@@ -29,6 +31,8 @@ from nanollm.layers.sparse_attention import SparseLatentAttention
 
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
+    c.ChunkedAttention: ChunkedAttention,
+    c.TemperedAttention: TemperedAttention,
     c.LatentAttention: LatentAttention,
     c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,
@@ -39,4 +43,5 @@ MODULES: dict[type, Any] = {
     c.Hyena: Hyena,
     c.MLP: MLP,
     c.MoE: MoE,
+    c.InputWeightedMoE: InputWeightedMoE,
 }

@@ -287,12 +287,16 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
         flat = x.flatten(0, -2)                                 # (N, D)
-        routed = self.router(flat)
-        y = self.experts(flat, routed.weights, routed.chosen)
+        y = self.routed(flat)
         if self.shared is not None:
             shared = self.shared(flat)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)
         return y.view_as(x)
+
+    def routed(self, flat: Tensor) -> Tensor:
+        """What a token's own experts say, (N, D) → (N, D)."""
+        routed = self.router(flat)
+        return self.experts(flat, routed.weights, routed.chosen)
 
     @staticmethod
     def multiply_adds(config: MoEConfig, dim: int) -> int:
