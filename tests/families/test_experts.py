@@ -1,5 +1,5 @@
 """What the keys of families with DeepSeek-V3's experts, or experts of their own, mean: dots.llm1, Solar-Open,
-MiniMax-M2, ERNIE-4.5, DBRX, FlexOlmo."""
+MiniMax-M2, ERNIE-4.5, DBRX, FlexOlmo, Hunyuan 3."""
 
 import pytest
 import torch
@@ -30,6 +30,7 @@ M2 = dict(
     shared_intermediate_size=0, tie_word_embeddings=False, use_mtp=True, use_qk_norm=True, use_routing_bias=True,
     vocab_size=200064,
 )
+HY3 = SIZES | dict(model_type="hy_v3", num_key_value_heads=2)
 ERNIE = SIZES | dict(model_type="ernie4_5_moe", intermediate_size=80, num_hidden_layers=6, num_key_value_heads=2)
 DBRX = dict(
     model_type="dbrx", d_model=6144, n_heads=48, n_layers=40, max_seq_len=32768, vocab_size=100352, resid_pdrop=0.0,
@@ -60,6 +61,7 @@ def test_published_sizes():
 def test_which_layers_have_experts():
     def kinds(base, **keys):
         return "".join("-M"[isinstance(layer.ffn, MoE)] for layer in read(base, **keys).layers)
+    assert kinds(HY3) == "-MM" and kinds(HY3, mlp_layer_types=["sparse"] * 3) == "MMM"
     assert kinds(DOTS) == "MMM" and kinds(DOTS, first_k_dense_replace=2) == "--M"
     assert kinds(ERNIE) == kinds(ERNIE, moe_layer_end_index=None) == "-MMMMM"
     assert kinds(ERNIE, moe_layer_start_index=2, moe_layer_end_index=4) == "--MMM-"
@@ -104,6 +106,7 @@ REFUSED = {
     "linear attention": (M2, dict(attn_type_list=[0, 1] * 31), "attn_type_list"),
     "no correction": (M2, dict(use_routing_bias=False), "use_routing_bias is False"),
     "more than a head": (M2, dict(rotary_dim=129), "rotary_dim is 129; expected a whole number from 1 to 128"),
+    "dense layers said twice": (HY3, dict(first_k_dense_replace=2), "first_k_dense_replace is 2; expected 1"),
     "biases": (ERNIE, dict(use_bias=True), "use_bias is True"),
     "a norm of order 2": (DBRX, dict(ffn_config={"moe_normalize_expert_weights": 2}), "ffn_config.moe_normalize"),
     "an activation with more": (
