@@ -50,8 +50,8 @@ class NamedActivation(Row):
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """The object."""
-        ours = draft["ffn.expert.activation"]
-        return {key: {"name": next(name for name, one in ACTIVATIONS.items() if one == ours)}}
+        name = next((name for name, ours in ACTIVATIONS.items() if ours == draft["ffn.expert.activation"]), None)
+        return {key: {"name": name}} if name else {}
 
 
 class Normalised(Row):
