@@ -242,8 +242,8 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
     """The tensors without those of a multimodal model's other towers, and of a layer that predicts ahead.
 
     A warning counts what is left out."""
-    mark = family.ahead.replace("{i}", str(len(config.layers)))
-    spare = (*family.left_out, *([mark.rsplit(".", 2)[0] + "."] if mark in stored else []))
+    marks = [mark.replace("{i}", str(len(config.layers))) for mark in family.ahead.split()]
+    spare = (*family.left_out, *(mark.rsplit(".", 2)[0] + "." for mark in marks if mark in stored))
     towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
     told = [f"{prefix}… ({counted(len(tower), 'tensor')}, {sum(one.size for one in tower):,} bytes)"
             for prefix, tower in towers.items() if tower]
@@ -261,8 +261,11 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
     def lacking(names: table.Table) -> int:
         return len(table.missing(table.expand(names, parameters, config), stored))
 
+    def unlike(names: table.Table) -> tuple[int, int]:           # two tables may differ in nothing but arrangements
+        return lacking(names), len(table.reshaped(table.expand(names, parameters, config), parameters, stored))
+
     tables, where = found.tables or family.tables(config), str(found.inside or found.folder)
-    names = min(tables, key=lacking)
+    names = min(tables, key=unlike) if len(tables) > 1 else tables[0]
     head, embed = (names[one].theirs[0] + ".weight" for one in ("head", "embed"))
     if lacking(names):
         needed = {name for step in table.expand(names, parameters, config) for name in step.theirs}

@@ -17,6 +17,7 @@ from nanollm.config import (
     XIELU,
     Alibi,
     Attention,
+    ChunkedAttention,
     ClippedGLU,
     DynamicNTK,
     ExpertGroups,
@@ -24,10 +25,13 @@ from nanollm.config import (
     GatedAttention,
     GatedDeltaNet,
     Hyena,
+    Indexer,
+    InputWeightedMoE,
     LatentAttention,
     Layer,
     LogLength,
     LogSteps,
+    LogTokenSteps,
     LongRope,
     Mamba,
     Mamba2,
@@ -35,6 +39,7 @@ from nanollm.config import (
     MoE,
     Norm,
     Rope,
+    SparseLatentAttention,
     SteppedNTK,
 )
 from nanollm.errors import InputError
@@ -93,6 +98,17 @@ KINDS = {
     "latent dynamic": (
         Layer(LatentAttention(4, 8, 8, 6, 12, 10, Rope(scaling=DynamicNTK(2.0, 16))), MLP(48)),
         Layer(LatentAttention(4, 8, 8, 6, 12, None, Rope(scaling=DynamicNTK(2.0, 16), rounds="result")), MLP(48)),
+    ),
+    "chunked": (
+        Layer(ChunkedAttention(4, 2, 8, Rope(), 7, Norm(gain=False)), InputWeightedMoE(4, 2, MLP(20), True, MLP(12))),
+        Layer(Attention(4, 2, 8, growth=LogTokenSteps(5, 0.1)),
+              InputWeightedMoE(4, 1, MLP(20), False, score="sigmoid")),
+        Layer(ChunkedAttention(4, 1, 8, Rope(fraction=0.5), 16), MLP(48)),
+    ),
+    "sparse latent": (
+        Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope(), indexer=Indexer(16, 10, 5)), MLP(48)),
+        Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope()), MLP(48)),
+        Layer(SparseLatentAttention(4, 6, 8, 10, 12, 9, Rope(), indexer=Indexer(16, 8, 9, "interleaved")), MLP(48)),
     ),
     "sinks": (
         Layer(attention(sinks=True, window=6), MoE(4, 2, ClippedGLU(20, limit=0.5), True, router_bias=True)),

@@ -31,8 +31,8 @@ SIZES = {  # without these nothing is known of a model, and every published conf
 
 LATENT = "the class fills its own number, whatever the heads; latent attention has a key for each head"
 EXPLAINED = {  # where our reading differs on purpose
-    ("deepseek_v3", "num_key_value_heads"): LATENT, ("minicpm3", "num_key_value_heads"): LATENT,
-    ("youtu", "num_key_value_heads"): LATENT,
+    **{(kind, "num_key_value_heads"): LATENT for kind in (
+        "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa")},
 }
 
 

@@ -188,7 +188,7 @@ EVERY_FIELD = {
     "gemma2-27b", "gemma3-27b", "phi-4-mini", "rwkv-4", "stripedhyena-7b", "command-r-plus", "falcon-rw-1b",
     "internlm-7b", "llama-3.1", "falcon-mamba-7b", "qwen-7b-2023-08", "yuan2-2b", "gpt2-stanford", "mpt-clipped",
     "phi-moe-window", "qwen2-moe-sliding", "baichuan2-7b", "qwen3-next-mixed", "granite-3-2b", "ministral-3-3b",
-    "opt-1.3b",
+    "opt-1.3b", "glm-5.2", "llama-4-scout",
 }
 
 

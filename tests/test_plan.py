@@ -14,9 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollm.config import MLP, SCANS, ClippedGLU, ExpertGroups, Layer, ModelConfig, Norm
+from nanollm.config import MLP, SCANS, ChunkedAttention, ClippedGLU, ExpertGroups, Layer, ModelConfig, Norm
 from nanollm.errors import InputError
 from nanollm.layers import MODULES
+from nanollm.layers.sparse_attention import SparseLatentAttention
 from nanollm.model import Decoder
 from nanollm.presets import preset, transformer
 from nanollm.training import distributed, optim, plan
@@ -78,11 +79,21 @@ def test_a_scan_counts_its_products_and_what_torch_does_not_count():
 
 
 def without_windows(layer: Layer) -> Layer:
+    wide = 64 if isinstance(layer.mixer, ChunkedAttention) else None        # one chunk
     return (
-        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=None))
+        dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=wide))
         if getattr(layer.mixer, "window", None)
         else layer
     )
+
+
+def ranking(layer: Layer, dim: int, context: int) -> int:
+    """Multiply-adds of an index of keys: it has no backward pass, which flops_per_token counts all the same."""
+    if not getattr(layer.mixer, "indexer", None):
+        return 0
+    plain = dataclasses.replace(layer.mixer, indexer=None)
+    return SparseLatentAttention.multiply_adds(layer.mixer, dim, context) - SparseLatentAttention.multiply_adds(
+        plain, dim, context)
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -95,7 +106,8 @@ def test_flops_of_every_kind_of_layer(name):
         met = sum(p.numel() for layer in Decoder(config).layers for p in layer.parameters() if p.ndim == 2)
         assert flops > 6 * met and speed.flops_per_token(config, 1) > 6 * met
     else:
-        assert flops == counted(Decoder(config), 64).get_total_flops() / 64
+        forward_only = sum(ranking(layer, 32, 64) for layer in config.layers)
+        assert flops - 4 * forward_only == counted(Decoder(config), 64).get_total_flops() / 64
 
 
 def test_every_mixer_there_is_has_a_kind():
@@ -157,9 +169,10 @@ def test_activations_of_every_kind_of_layer(name):
     with plan.Live() as live:
         loss = token_loss(model.head, model.hidden(tokens), tokens)[0]
         kept = live.now - loss.nbytes
+    chosen = [layer for layer in KINDS[name] if MODULES[type(layer.mixer)] is SparseLatentAttention]
     masks = (
-        8 * 8 * len({getattr(layer.mixer, "window", None) for layer in KINDS[name]})
-    )  # the plan keeps them to the end of the step
+        8 * 8 * (len({getattr(layer.mixer, "window", None) for layer in KINDS[name]}) + 2 * len(chosen))
+    )  # the plan keeps them to the end of the step; a layer that chooses its keys has one of its own
     assert 0 <= plan.activations(model.config, 2, 8, BF16, "none")[0] - (kept + tokens.nbytes) <= masks
 
 

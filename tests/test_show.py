@@ -495,7 +495,9 @@ def test_every_field_that_is_no_size_has_its_words():
     """A new field with a default is a difference from Llama: say it in WORDS."""
     special = {
         "Layer.pre_mixer", "Layer.post_mixer", "Layer.pre_ffn", "Layer.post_ffn", "ModelConfig.final_norm",
-        "ModelConfig.embed_norm", "Attention.qk_norm", "Attention.rope",
+        "ModelConfig.embed_norm",
+        *(f"{kind}.{field}" for kind in ("Attention", "ChunkedAttention")
+          for field in ("qk_norm", "rope")),
     }  # said by of_norm and of_mixer
     kinds = [
         kind

@@ -48,6 +48,8 @@ LATENT_NAMES = override(
     }),
 )
 CORRECTION = rule("model.layers.{i}.mlp.gate.e_score_correction_bias", "layers.{i}.ffn.router.correction")
+AHEAD = "model.layers.{i}.eh_proj.weight"  # of the layer behind the last, which predicts the token after the next
+V3_EXPERTS = dict(score="sigmoid", correction=True, router_float32=True)
 
 
 class FirstDense(Kinds):
@@ -225,11 +227,17 @@ DEEPSEEK_V3 = DEEPSEEK_V2.but(
     },
     keys={
         "rope_interleave": choice({True: "interleaved", False: "half"}, "mixer.rope.layout", missing=True),
-        "first_k_dense_replace": FirstDense(missing=3, score="sigmoid", correction=True, router_float32=True),
+        "first_k_dense_replace": FirstDense(missing=3, **V3_EXPERTS),
         "scoring_func": only("sigmoid", written=True), "topk_method": only("noaux_tc", written=True),
         "n_group": Groups(count=8, kept=4, best=2),
     },
     without=("mlp_bias", "ffn.scale"),
-    irrelevant=DEEPSEEK.irrelevant | {"num_nextn_predict_layers"}, ahead="model.layers.{i}.eh_proj.weight",
+    irrelevant=DEEPSEEK.irrelevant | {"num_nextn_predict_layers"}, ahead=AHEAD,
 )
+V3_ROUTING = {  # what families with V3's experts and another attention take from it
+    key: DEEPSEEK_V3.keys[key] for key in (
+        "first_k_dense_replace", "intermediate_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts",
+        "num_experts_per_tok", "norm_topk_prob", "routed_scaling_factor", "n_group",
+    )
+}
 FAMILIES = {"deepseek": DEEPSEEK, "deepseek_v2": DEEPSEEK_V2, "deepseek_v3": DEEPSEEK_V3, "kimi_k2": DEEPSEEK_V3}

@@ -29,8 +29,8 @@ class Family:
 
     left_out    of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model, and
                 is saved as FAMILIES[name]
-    ahead       a tensor of the layers behind the model's own ({i} stands for the number of its layer), which predict
-                the token after the next one, and are left out
+    ahead       tensors, separated by spaces, of what predicts the token after the next one: where one is stored, its
+                whole layer or module is left out. {i} is that of the layer behind the model's own
     """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it

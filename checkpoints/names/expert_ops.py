@@ -2,7 +2,10 @@
 
     GateUp         gate rows above up rows, in each expert          (E, 2F, D)      transformers in memory
     Interleaved    a gate row, an up row, and so on, transposed     (E, D, 2F)      gpt-oss; its biases (E, 2F)
-    Turned         each expert's matrix transposed                  (E, F, D)       gpt-oss, down
+    TurnedGateUp   gate columns left of up columns, in each         (E, D, 2F)      Qwen3-VL-MoE, Llama 4
+    Turned         each expert's matrix transposed                  (E, F, D)       down of these three
+    Piled          all experts' rows in one matrix                  (E·F, D)        DBRX; its down transposed first
+    Leading        a vector as a matrix of one row                  (1, E)          ERNIE-4.5, the correction
 
 Shapes: E experts, F feed-forward width, D model width. Ours: gate and up (E, F, D), down (E, D, F).
 """
@@ -42,6 +45,19 @@ class Interleaved:
             yield 0, Beside([part.T.unsqueeze(-1) if part.ndim == 2 else part.unsqueeze(-1) for part in (gate, up)])
 
 
+class TurnedGateUp:
+    """One stored tensor has, for each expert, the columns of gate, then those of up."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return Interleaved.shapes(ours, layer)
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        for gate, up in zip(*ours, strict=True):  # (F, D)
+            yield 0, Beside([gate.T, up.T])
+
+
 class Turned:
     """One stored tensor, each expert's matrix transposed."""
 
@@ -53,3 +69,41 @@ class Turned:
     @staticmethod
     def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
         yield 0, ours[0].transpose(1, 2)
+
+
+class Piled:
+    """One stored matrix has the rows of all experts, one expert under another."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        experts, rows, columns = ours[0].shape
+        return [(experts * rows, columns)]
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield 0, ours[0]
+
+
+class PiledTurned:
+    """The same of each expert's matrix transposed."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        experts, rows, columns = ours[0].shape
+        return [(experts * columns, rows)]
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield 0, ours[0].transpose(1, 2)
+
+
+class Leading:
+    """One stored matrix has one row, which is our vector."""
+
+    @staticmethod
+    def shapes(ours: Sequence[Tensor], layer: Layer | None) -> list[Shape]:
+        return [(1, len(ours[0]))]
+
+    @staticmethod
+    def pieces(ours: Sequence[Tensor], layer: Layer | None) -> Pieces:
+        yield 0, ours[0]

@@ -160,6 +160,13 @@ def missing(steps: Iterable[Step], stored: Mapping[str, Header]) -> list[str]:
     return [name for step in steps for name in step.theirs if name not in stored]
 
 
+def reshaped(steps: Iterable[Step], parameters: Mapping[str, Tensor], stored: Mapping[str, Header]) -> list[str]:
+    """The stored tensors that have another shape than the steps expect, each with both shapes."""
+    wanted = ((name, want) for step in steps for name, want in step.shapes(parameters).items())
+    return [f"{name}: {stored[name].shape} stored, {want}" for name, want in wanted
+            if name in stored and stored[name].shape != want]
+
+
 def unexpected(
     steps: Iterable[Step], stored: Mapping[str, Header], ignorable: Iterable[str], ignore: Iterable[str]
 ) -> list[str]:
@@ -181,16 +188,10 @@ def check(
     """Raise one CheckpointError with every tensor that is missing, unexpected, of another shape or of another type.
 
     `parameters` are on the meta device and nothing is read."""
-    shapes, types = [], []
-    for step in steps:
-        expected = step.shapes(parameters)
-        present = [name for name in expected if name in stored]
-        for name in present:
-            want, found = expected[name], stored[name].shape
-            if want != found:
-                shapes.append(f"{name}: {found} stored, {want} by {said_by}")
-            if stored[name].dtype not in READABLE:
-                types.append(f"{name}: {short(stored[name].dtype)} stored, floats of 16 bits or more expected")
+    shapes = [f"{each} by {said_by}" for each in reshaped(steps, parameters, stored)]
+    present = [name for step in steps for name in step.theirs if name in stored]
+    types = [f"{name}: {short(stored[name].dtype)} stored, floats of 16 bits or more expected"
+             for name in present if stored[name].dtype not in READABLE]
     spare = unexpected(steps, stored, ignorable, ignore)
     problems = [_list(*kind) for kind in (
         ("missing", missing(steps, stored)),

@@ -19,7 +19,7 @@ from nanollm.layers import MODULES
 
 SIZES = frozenset("""
     vocab dim layers context heads kv_heads head_dim hidden eps theta
-    Layer.mixer Layer.ffn ClippedGLU.slope ClippedGLU.limit
+    Layer.mixer Layer.ffn Indexer.top ClippedGLU.slope ClippedGLU.limit
 """.split())                                                # a Llama has them too, or they are said with the part
 
 PLACES = {
@@ -36,6 +36,7 @@ WORDS: dict[str, str | dict[Any, str]] = {
     "Norm.gain": "no gain",
     "Norm.scope": {"each": "a gain for each head", "all": "over all heads as one vector",
                    "rotated": "after the rotation"},
+    "Indexer.layout": {"interleaved": "neighbouring channels turn together"},
     "Alibi.coarse": "its penalties rounded to bfloat16",
     "Rope.layout": {"interleaved": "neighbouring channels turn together (2j, 2j + 1), not (j, j + d/2)"},
     "Rope.rounds": {"tables": "cos, sin and the result are rounded, the products are not",
@@ -90,9 +91,10 @@ def of_layer(layer: Any, dim: int) -> Iterator[tuple[str, str]]:
 
 
 def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
-    """Attention against attention, anything else by what its class says of itself."""
-    if not isinstance(mixer, Attention):
+    """Attention against attention, anything else by what its class says of itself; a kind of attention by both."""
+    if type(mixer) is not Attention:
         yield "mixer", f"{type(mixer).__name__} in place of attention: {purpose(mixer)}"
+    if not isinstance(mixer, Attention):
         yield from (("mixer", words) for words in fields(mixer))
         for part in (getattr(mixer, field.name) for field in dataclasses.fields(mixer)):
             if isinstance(part, Attention):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
+from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.gated import GatedAttention, GatedDeltaNet
 from nanollm.config.mixers import (
@@ -38,14 +39,27 @@ from nanollm.config.mixers import (
 )
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.positions import Positions
-from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LogLength, LogSteps, LongRope, Scaling, SteppedNTK, Yarn
+from nanollm.config.scaling import (
+    DynamicNTK,
+    Linear,
+    Llama3,
+    LogLength,
+    LogSteps,
+    LogTokenSteps,
+    LongRope,
+    Scaling,
+    SteppedNTK,
+    Yarn,
+)
+from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
-    "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3",
-    "LogLength", "LogSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part",
-    "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "XIELU", "Yarn",
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
+    "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
+    "InputWeightedMoE", "LatentAttention", "Layer", "Linear", "Llama3", "LogLength", "LogSteps", "LogTokenSteps",
+    "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "Positions", "RGLRU",
+    "RWKV", "Rope", "SCANS", "Scaling", "SparseLatentAttention", "SteppedNTK", "XIELU", "Yarn",
 ]
 
 

@@ -181,7 +181,7 @@ class MoE(FeedForward):
     sparse: float | None = None             # each choice is weighed against those within 2 of these; Phi-3.5-MoE 0.01
     router_bias: bool = False               # gpt-oss True
     router_float32: bool = False            # the router's product in float32, whatever the weights are; DeepSeek
-    round_weights: bool = False             # chosen weights rounded to the working dtype; Qwen, gpt-oss (Mixtral: not)
+    round_weights: bool = False             # chosen weights rounded to the working dtype; Qwen, ERNIE (Mixtral: not)
 
     def __post_init__(self) -> None:
         need_sizes(self, "experts", "top_k")
@@ -198,8 +198,6 @@ class MoE(FeedForward):
             need(even, self, "groups", f"equal parts of the {self.experts} experts, with at least `best` in each")
             enough = self.top_k <= self.groups.kept * size
             need(enough, self, "groups", f"at least top_k ({self.top_k}) experts in the groups kept")
-        rounded = self.round_weights and self.router_float32
-        need(not rounded, self, "round_weights", "False where the router works in float32")
         others = self.renormalize or self.correction or self.groups or self.scale != 1 or self.score != "softmax"
         alone = self.sparse is None or not others
         need(alone, self, "sparse", "None where any other field says how experts are weighed")

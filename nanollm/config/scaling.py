@@ -4,6 +4,7 @@ The formulas: layers/scaling.py.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from nanollm.config.checks import Part, need, need_positive, need_sizes
 
@@ -84,6 +85,7 @@ class LongRope(Part):
 class LogLength(Part):
     """Queries past the original context grow with the logarithm of their position."""
     original: int                           # the base of the logarithm; Qwen-7B 2048
+    rounded: ClassVar[bool] = True          # the factor to the working dtype, before it multiplies
 
     def __post_init__(self) -> None:
         need_sizes(self, "original")
@@ -95,11 +97,18 @@ class LogSteps(Part):
     """Queries grow with the logarithm of how many original contexts lie before them."""
     original: int                           # 16384 (Ministral 3)
     beta: float                             # times the logarithm; 0.1
+    rounded: ClassVar[bool] = True          # as above
 
     def __post_init__(self) -> None:
         need_sizes(self, "original")
         need_positive(self, "beta")
 
 
+@dataclass(frozen=True)
+class LogTokenSteps(LogSteps):
+    """The same, where the token itself counts among those before it; Llama 4, original 8192."""
+    rounded = False
+
+
 Scaling = Linear | DynamicNTK | SteppedNTK | Llama3 | Yarn | LongRope
-Growth = LogLength | LogSteps
+Growth = LogLength | LogSteps | LogTokenSteps

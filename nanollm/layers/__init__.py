@@ -16,10 +16,12 @@ from typing import Any
 
 from nanollm import config as c
 from nanollm.layers.attention import Attention
+from nanollm.layers.chunked_attention import ChunkedAttention
 from nanollm.layers.filtered_attention import FilteredAttention
 from nanollm.layers.gated_attention import GatedAttention
 from nanollm.layers.gated_delta_net import GatedDeltaNet
 from nanollm.layers.hyena import Hyena
+from nanollm.layers.input_weighted_moe import InputWeightedMoE
 from nanollm.layers.latent_attention import LatentAttention
 from nanollm.layers.mamba import Mamba
 from nanollm.layers.mamba2 import Mamba2
@@ -27,11 +29,14 @@ from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
+from nanollm.layers.sparse_attention import SparseLatentAttention
 from nanollm.layers.xielu import XIELU
 
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
+    c.ChunkedAttention: ChunkedAttention,
     c.LatentAttention: LatentAttention,
+    c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,
     c.GatedAttention: GatedAttention,
     c.Mamba: Mamba,
@@ -43,4 +48,5 @@ MODULES: dict[type, Any] = {
     c.MLP: MLP,
     c.MoE: MoE,
     c.XIELU: XIELU,
+    c.InputWeightedMoE: InputWeightedMoE,
 }

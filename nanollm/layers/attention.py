@@ -121,7 +121,7 @@ class Attention(nn.Module):
         if config.qk_norm is not None and config.qk_norm.scope == "rotated":
             q, k = normed(self.q_norm, q), normed(self.k_norm, k)
         if config.growth is not None:
-            q = q * ctx.query_growth(config.growth)
+            q = (q * ctx.query_growth(config.growth)).to(q.dtype)
         return q, k, v
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -40,8 +40,11 @@ class ForwardContext:
 
     def query_growth(self, growth: Growth) -> Tensor:
         """What queries are multiplied by, (B or 1, 1, T, 1), see scaling.py."""
-        return self.once(("growth", growth), lambda: grown(
-            growth, self.rows(self.positions)).to(self.dtype)[:, None, :, None])
+        def make() -> Tensor:
+            factor = grown(growth, self.rows(self.positions))[:, None, :, None]
+            return factor.to(self.dtype) if growth.rounded else factor
+
+        return self.once(("growth", growth), make)
 
     def lengths(self) -> Tensor:
         """(B, T): the length of the sequence that each token belongs to, itself and what is cached included."""

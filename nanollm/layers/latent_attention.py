@@ -66,19 +66,19 @@ class LatentAttention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        config = self.config
-        q = self.query(x).unflatten(-1, (config.heads, -1)).transpose(1, 2)             # (B, H, T, n + r)
+        config, source = self.config, self.query_source(x)
+        q = self.query(source).unflatten(-1, (config.heads, -1)).transpose(1, 2)        # (B, H, T, n + r)
         latent, k_rope = self.kv_down(x).split([config.kv_rank, config.rope_dim], -1)
         latent, k_rope = self.kv_norm(latent)[:, None], k_rope[:, None]                 # one head: (B, 1, T, c or r)
         cos, sin = ctx.rotation(config.rope, config.rope_dim)
         q_nope, q_rope = q.split([config.nope, config.rope_dim], -1)
         q_rope, k_rope = (rotate(part, cos, sin, config.rope.layout) for part in (q_rope, k_rope))
-        slots, known = None, torch.cat([latent, k_rope], -1)                             # (B, 1, T, c + r)
+        slots, known, beside = None, torch.cat([latent, k_rope], -1), self.beside(x, ctx)       # (B, 1, T, c + r)
         if state is not None:
             slots = ctx.slots(state)
-            known, _ = state.extend(known, known[..., :0], slots)                        # (B, 1, S, c + r)
+            known, beside = state.extend(known, beside, slots)                           # (B, 1, S, c + r)
         latent, k_rope = known.split([config.kv_rank, config.rope_dim], -1)
-        mask = AttentionMask(ctx, slots)
+        mask = self.seen(AttentionMask(ctx, slots), x, source, beside, ctx)
         if x.shape[1] == 1 and isinstance(self.kv_up, Linear):          # a quantised kv_up has no weight to take apart
             mixed = self.absorbed(q_nope, q_rope, known, mask)
         else:
@@ -88,12 +88,28 @@ class LatentAttention(nn.Module):
             mixed = attend(torch.cat([q_nope, q_rope], -1), k, v, mask, self.scale)
         return self.o(mixed.transpose(1, 2).flatten(-2))
 
-    def query(self, x: Tensor) -> Tensor:
-        """x (B, T, D) → the queries of all heads, before the rotation (B, T, H·(n + r))."""
-        if self.q is not None:
-            return self.q(x)
-        assert self.q_down is not None and self.q_norm is not None and self.q_up is not None, "in place of q"
-        return self.q_up(self.q_norm(self.q_down(x)))
+    def query_source(self, x: Tensor) -> Tensor:
+        """x (B, T, D) → what queries are made from: c^Q (B, T, q_rank), or x itself."""
+        if self.q_down is None:
+            return x
+        assert self.q_norm is not None, "with q_down"
+        return self.q_norm(self.q_down(x))
+
+    def query(self, source: Tensor) -> Tensor:
+        """Their source → the queries of all heads, before the rotation (B, T, H·(n + r))."""
+        up = self.q_up if self.q is None else self.q
+        assert up is not None, "one of the two"
+        return up(source)
+
+    def beside(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x (B, T, D) → what is remembered beside the latent: nothing here, (B, 1, T, 0)."""
+        return x[:, None, :, :0]
+
+    def seen(
+        self, mask: AttentionMask, x: Tensor, source: Tensor, beside: Tensor, ctx: ForwardContext
+    ) -> AttentionMask:
+        """Which keys the queries see, of those that the mask lets them. Here: all."""
+        return mask
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, known: Tensor, mask: AttentionMask) -> Tensor:
         """One token: q (B, H, 1, ·) and the cache (B, 1, S, c + r) → (B, H, 1, v), and no key or value is made."""

@@ -67,7 +67,8 @@ class Router(Linear):
             logits = F.linear(x.float(), self.weight.float(), None if self.bias is None else self.bias.float())
         else:
             logits = super().forward(x)
-        return Routed(logits, *route(logits, self.config, self.correction))
+        weights, chosen = route(logits, self.config, self.correction)
+        return Routed(logits, weights.to(x.dtype).float() if self.config.round_weights else weights, chosen)
 
 
 def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -85,7 +86,7 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)         # sigmoids, unlike softmax, may all be 0
         if config.scale != 1:
             weights = weights * config.scale
-    return weights.to(logits.dtype).float() if config.round_weights else weights, chosen
+    return weights, chosen
 
 
 def in_best_groups(ranking: Tensor, groups: ExpertGroups) -> Tensor:
@@ -286,12 +287,16 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
         flat = x.flatten(0, -2)                                 # (N, D)
-        routed = self.router(flat)
-        y = self.experts(flat, routed.weights, routed.chosen)
+        y = self.routed(flat)
         if self.shared is not None:
             shared = self.shared(flat)
             y = y + (shared if self.shared_gate is None else torch.sigmoid(self.shared_gate(flat)) * shared)
         return y.view_as(x)
+
+    def routed(self, flat: Tensor) -> Tensor:
+        """What a token's own experts say, (N, D) → (N, D)."""
+        routed = self.router(flat)
+        return self.experts(flat, routed.weights, routed.chosen)
 
     @staticmethod
     def multiply_adds(config: MoEConfig, dim: int) -> int:

@@ -10,7 +10,8 @@
 and what queries are multiplied by there, so that a softmax over more keys stays as sharp:
 
     LogLength    max(1, log_L n)                               the n-th token; Su 2021, Qwen's use_logn_attn
-    LogSteps     1 + β ln(1 + ⌊p / L⌋)                         at position p; Llama 4, Ministral 3
+    LogSteps     1 + β ln(1 + ⌊p / L⌋)                         at position p; Ministral 3
+    LogTokenSteps    the same of p + 1                         Llama 4; Nakanishi 2025 (arXiv 2501.19399)
 
 Shapes: B batch, T tokens, r rotated channels. The last three formulas of angles depend on n, so a longer sequence turns
 *all* its tokens by other angles; `length_key` says when. The meaning is always that of one full pass over the whole
@@ -22,7 +23,19 @@ import math
 import torch
 from torch import Tensor
 
-from nanollm.config import DynamicNTK, Linear, Llama3, LogLength, LogSteps, LongRope, Rope, Scaling, SteppedNTK, Yarn
+from nanollm.config import (
+    DynamicNTK,
+    Linear,
+    Llama3,
+    LogLength,
+    LogSteps,
+    LogTokenSteps,
+    LongRope,
+    Rope,
+    Scaling,
+    SteppedNTK,
+    Yarn,
+)
 from nanollm.config.scaling import Growth
 
 
@@ -133,6 +146,8 @@ def grown(growth: Growth, positions: Tensor) -> Tensor:
     match growth:
         case LogLength(original):
             return torch.log((positions + 1).clamp(min=original).float()) / math.log(original)
+        case LogTokenSteps(original, beta):
+            return 1 + beta * torch.log1p(torch.floor((positions + 1) / original))
         case LogSteps(original, beta):
             return 1 + beta * torch.log(1 + torch.floor(positions.clamp(min=0) / original))
     raise AssertionError(growth)

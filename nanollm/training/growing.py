@@ -33,11 +33,13 @@ from nanollm.config import (
     DynamicNTK,
     FilteredAttention,
     GatedAttention,
+    Layer,
     Linear,
     Mixer,
     ModelConfig,
     Rope,
     Scaling,
+    SparseLatentAttention,
     Yarn,
 )
 from nanollm.errors import InputError, counted
@@ -125,7 +127,16 @@ def deeper(config: ModelConfig, count: int) -> ModelConfig:
     if count > old:
         raise InputError(f"--expand {count}: the model has {counted(old, 'layer')}, each of which is copied at most "
                          "once")
-    return dataclasses.replace(config, layers=tuple(config.layers[number] for number in order(old, count)))
+    new, places = new_layers(old + count, count), enumerate(order(old, count))
+    layers = tuple(copied(config.layers[number]) if place in new else config.layers[number] for place, number in places)
+    return dataclasses.replace(config, layers=layers)
+
+
+def copied(layer: Layer) -> Layer:
+    """The layer as its copy is. A copy ranks no keys: those that it chose would be what later layers read."""
+    if not isinstance(layer.mixer, SparseLatentAttention):
+        return layer
+    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, indexer=None))
 
 
 def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int) -> tuple[ModelConfig, Values]:
