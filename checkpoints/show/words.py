@@ -84,13 +84,16 @@ def of_layer(layer: Any, dim: int) -> Iterator[tuple[str, str]]:
         elif place == "ffn":
             yield from of_ffn(part)
         else:
-            expected = place == "pre_mixer" or (place == "pre_ffn" and layer.ffn is not None)
+            branch = {"pre_mixer": layer.mixer, "pre_ffn": layer.ffn}.get(place)
+            expected = branch is not None
             yield from of_norm(place, part, expected)
 
 
 def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
     """Attention against attention, anything else by what its class says of itself."""
-    if not isinstance(mixer, Attention):
+    if mixer is None:
+        yield "mixer", "none, the feed-forward is all"
+    elif not isinstance(mixer, Attention):
         yield "mixer", f"{type(mixer).__name__} in place of attention: {purpose(mixer)}"
         yield from (("mixer", words) for words in fields(mixer))
         for part in (getattr(mixer, field.name) for field in dataclasses.fields(mixer)):
@@ -98,13 +101,13 @@ def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
                 yield from of_mixer(part, dim)
             elif isinstance(part, Rope):
                 yield from (("rope", words) for words in fields(part))
-        return
-    if mixer.heads * mixer.head_dim != dim:
-        yield "mixer", f"the heads are {mixer.heads * mixer.head_dim} wide together, the stream {dim}"
-    yield from (("mixer", words) for words in fields(mixer, skip=("qk_norm", "rope")))
-    rotation = ["none, q and k stay as they are"] if mixer.rope is None else fields(mixer.rope)
-    yield from (("rope", words) for words in rotation)
-    yield from of_norm("qk_norm", mixer.qk_norm, expected=False)
+    else:
+        if mixer.heads * mixer.head_dim != dim:
+            yield "mixer", f"the heads are {mixer.heads * mixer.head_dim} wide together, the stream {dim}"
+        yield from (("mixer", words) for words in fields(mixer, skip=("qk_norm", "rope")))
+        rotation = ["none, q and k stay as they are"] if mixer.rope is None else fields(mixer.rope)
+        yield from (("rope", words) for words in rotation)
+        yield from of_norm("qk_norm", mixer.qk_norm, expected=False)
 
 
 def of_ffn(ffn: Any) -> Iterator[tuple[str, str]]:

@@ -55,7 +55,7 @@ def need_whole_vectors(owner: Any, *fields: str) -> None:
 @dataclass(frozen=True)
 class Layer(Part):
     """One residual block; block.py draws how the parts are wired. An absent norm is None, and absent in the module."""
-    mixer: Mixer                            # what moves information between tokens: Attention, Mamba, …
+    mixer: Mixer | None                     # moves information between tokens: Attention, Mamba; None: the ffn is all
     ffn: FeedForward | None                 # what each token does alone: MLP, MoE; None: the mixer is all (Mamba)
     pre_mixer: Norm | None = Norm()         # before the mixer; OLMo-2 None
     post_mixer: Norm | None = None          # on what the mixer adds, before it is added; Gemma-2
@@ -65,13 +65,15 @@ class Layer(Part):
     residual_scale: float = 1.0             # times what mixer and feed-forward add to the stream; Granite 0.22
 
     def __post_init__(self) -> None:
-        need(isinstance(self.mixer, Mixer), self, "mixer", "Attention or another mixer")
+        need(self.mixer is None or isinstance(self.mixer, Mixer), self, "mixer", "Attention, another mixer, or None")
         need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
         need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
         need_positive(self, "residual_scale")
         alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
         expected = "a feed-forward, or pre_ffn None, post_ffn None and parallel False"
         need(self.ffn is not None or alone, self, "ffn", expected)
+        alone = self.ffn is not None and self.pre_mixer is None and self.post_mixer is None and not self.parallel
+        need(self.mixer is not None or alone, self, "mixer", "a mixer, or a feed-forward, no norm for it, not parallel")
 
 
 @dataclass(frozen=True)

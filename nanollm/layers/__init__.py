@@ -23,6 +23,7 @@ from nanollm.layers.mamba import Mamba
 from nanollm.layers.mamba2 import Mamba2
 from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
+from nanollm.layers.no_mixer import NoMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
 
@@ -35,6 +36,7 @@ MODULES: dict[type, Any] = {
     c.RGLRU: RGLRU,
     c.RWKV: RWKV,
     c.Hyena: Hyena,
+    type(None): NoMixer,
     c.MLP: MLP,
     c.MoE: MoE,
 }

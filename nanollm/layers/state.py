@@ -1,4 +1,4 @@
-"""What one layer remembers between calls: keys and values for attention, a window and a state for a scan.
+"""What one layer remembers between calls: keys and values for attention, a window and a state for a scan, or nothing.
 
 Attention with a window W needs no more than the last W keys, so its cache is a ring of W slots; without one it has a
 slot for every token. Either way position p of a row lives in slot p mod S. A ring of S = 4 fed positions 0 … 5:
@@ -52,6 +52,10 @@ class ScanState:
                  device: torch.device) -> None:
         self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
         self.state = torch.zeros(batch, *state, dtype=torch.float32, device=device)
+
+
+class NoState:
+    """Of a layer without a mixer, which remembers nothing."""
 
 
 class SlotMapping:
