@@ -243,7 +243,8 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
 
     A warning counts what is left out."""
     mark = family.ahead.replace("{i}", str(len(config.layers)))
-    spare = (*family.left_out, *([mark.rsplit(".", 2)[0] + "."] if mark in stored else []))
+    ahead = mark if mark.endswith(".") else mark.rsplit(".", 2)[0] + "." if mark in stored else ""
+    spare = (*family.left_out, *filter(None, [ahead]))
     towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
     told = [f"{prefix}… ({counted(len(tower), 'tensor')}, {sum(one.size for one in tower):,} bytes)"
             for prefix, tower in towers.items() if tower]

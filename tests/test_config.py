@@ -79,7 +79,7 @@ def test_broken_json_is_one_error(broken):
     (lambda: c.Norm(eps=-1.0), "Norm.eps = -1.0"),
     (lambda: c.MLP(16, "tanh"), "MLP.activation = 'tanh': expected one of silu"),
     (lambda: c.MoE(4, 5, c.MLP(8), True), "MoE.top_k = 5: expected at most experts"),
-    (lambda: c.MoE(4, 2, c.MLP(8, gated=False), True), "MoE.expert"),
+    (lambda: c.MoE(4, 2, c.MLP(8, bias=True), True), "MoE.expert"),
     (lambda: c.MoE(4, 2, c.MLP(8), True, None, True), "MoE.shared_gate = True"),
     (lambda: c.Layer(c.Mamba(8, 4, 4, 1), None), "Layer.ffn = None"),
     (lambda: c.Norm(bias=True), "Norm.bias = True: expected False"),

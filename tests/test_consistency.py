@@ -22,6 +22,7 @@ from nanollm.config import (
     FilteredAttention,
     Hyena,
     LatentAttention,
+    LatentExpert,
     Layer,
     LongRope,
     Mamba,
@@ -94,6 +95,12 @@ KINDS = {
     "mamba-2": (
         Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None),
         Layer(Mamba2(6, 8, 1, 5, 3), MLP(48)),
+    ),
+    "one branch": (
+        Layer(None, MLP(48, "relu2", gated=False), None),
+        Layer(Mamba2(6, 8, 2, 5, 3), None, pre_ffn=None), Layer(attention(rope=None), None, pre_ffn=None),
+        Layer(None, MoE(4, 2, LatentExpert(12, MLP(20, "relu2", gated=False)), True, MLP(12, gated=False)), None),
+        Layer(None, MoE(4, 2, MLP(20, "relu2", gated=False), True), None, post_ffn=Norm(), residual_scale=0.5),
     ),
     "rwkv": (Layer(RWKV(32, 48, Norm("layer", bias=True)), None, None, pre_ffn=None),) * 2,
     "griffin": (

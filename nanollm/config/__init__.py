@@ -9,9 +9,10 @@
 Families differ in *which object stands at index i*: a window on every other layer, experts on the last ten, a scan
 in between. Nothing below knows a family's name. To read a `config.json`, see `checkpoints/families/`.
 
-The parts are in config/parts.py (Norm, Rope, Attention, MLP), config/mixers.py (the rarer ones) and config/scaling.py
-(long contexts); all of them can be imported from here. Every dataclass is frozen, so equal layers can share one object
-and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
+The parts are in config/parts.py (Norm, Rope, Attention, MLP), config/mixers.py and config/scans.py (the rarer ones)
+and config/scaling.py (long contexts); all can be imported from here. Every dataclass is frozen, so equal layers can
+share one object and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain
+JSON.
 """
 
 import dataclasses
@@ -21,27 +22,17 @@ from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.encoding import decoded, encoded
-from nanollm.config.mixers import (
-    RGLRU,
-    RWKV,
-    SCANS,
-    ClippedGLU,
-    ExpertGroups,
-    FilteredAttention,
-    Hyena,
-    LatentAttention,
-    Mamba,
-    Mamba2,
-    MoE,
-)
+from nanollm.config.mixers import ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
+from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2
 from nanollm.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
-    "FilteredAttention", "Hyena", "LatentAttention", "Layer", "Linear", "Llama3", "LongRope", "MLP", "Mamba", "Mamba2",
-    "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling", "SteppedNTK", "Yarn",
+    "FilteredAttention", "Hyena", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LongRope", "MLP",
+    "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling",
+    "SteppedNTK", "Yarn",
 ]
 
 

@@ -40,10 +40,10 @@ from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
 from nanollm.layers.forward_context import ForwardContext
-from nanollm.layers.state import KVCache, ScanState, SlotMapping
+from nanollm.layers.state import KVCache, NoState, ScanState, SlotMapping
 from nanollm.model import Decoder, Head
 
-State = KVCache | ScanState
+State = KVCache | ScanState | NoState
 Program = Callable[..., Sequence[Tensor]]
 STREAMS = 4
 
@@ -202,7 +202,8 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
                 old.copy_(new)
         return (y,)
 
-    what = f"layers with {type(block.config.mixer).__name__} and {type(block.config.ffn).__name__} are"
+    parts = [type(part).__name__ for part in (block.config.mixer, block.config.ffn) if part is not None]
+    what = f"layers with {' and '.join(parts)} are"
     return compile_function(what, step, tensors, weights, open_dims)
 
 
