@@ -63,6 +63,8 @@ class StepLimits(Row):
         draft["mixer.least_step"], draft["mixer.largest_step"] = float(low), None if endless else float(high)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        if "mixer.least_step" not in draft:
+            return {}
         return {key: [draft["mixer.least_step"], draft["mixer.largest_step"] or INFINITY]}
 
 

@@ -19,13 +19,13 @@ predict further tokens, `mtp.…`, they are left out.
 
 from typing import Any
 
+from checkpoints.families.bamba import MAMBA2_PARTS
 from checkpoints.families.deepseek import Groups
 from checkpoints.families.family import Family
 from checkpoints.families.llama import EPS, HEADS
-from checkpoints.families.mamba import SCAN
 from checkpoints.families.mamba2 import StepLimits
 from checkpoints.names.config_table import Draft, Fixed, Repeats, Row, activation, count, flag, number, only, part, size
-from checkpoints.names.layer_kinds import Among, LayerKinds
+from checkpoints.names.layer_kinds import NEW_WORDS, Among, LayerKinds, words_of
 from checkpoints.names.ops import Stack
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import either, moved, override, under
@@ -36,10 +36,7 @@ NEMOTRON_H_NAMES = override(
     {},
     *under("", "", {"backbone.embeddings": "embed", "backbone.norm_f": "norm", "lm_head": "head"}),
     *either("backbone.layers.{i}.norm", "layers.{i}.pre_mixer", "layers.{i}.pre_ffn"),
-    *under("backbone.layers.{i}.mixer", "layers.{i}.mixer", {
-        **{theirs: ours for theirs, ours in SCAN.items() if theirs not in ("x_proj", "dt_proj")},
-        "dt_bias": "dt_bias", "norm": "norm", **HEADS,
-    }),
+    *under("backbone.layers.{i}.mixer", "layers.{i}.mixer", MAMBA2_PARTS | HEADS),
     *under("backbone.layers.{i}.mixer", "layers.{i}.ffn", {
         **PLAIN, "gate": "router", "gate.e_score_correction_bias": "router.correction",
         "fc1_latent_proj": "narrow", "fc2_latent_proj": "widen",
@@ -54,7 +51,6 @@ IN_MEMORY = override(  # as transformers 5 has it in memory
 )
 
 LETTERS = {"M": "mamba", "*": "attention", "-": "mlp", "E": "moe"}
-WORDS = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers' since 5
 USUAL = ["mamba", "moe", "attention", "mlp"]
 NORM = part(Norm, cast_after_gain=True)
 
@@ -81,9 +77,7 @@ def read_kinds(r: Reader) -> list[str]:
     if letters is not None and (not isinstance(letters, str) or not letters or set(letters) - set(LETTERS)):
         raise r.error("hybrid_override_pattern", f"a letter a layer, of {' '.join(LETTERS)}")
     if words is not None:
-        found = [WORDS.get(one, one) for one in words if isinstance(one, str)] if isinstance(words, list) else []
-        if not found or len(found) < len(words) or set(found) - set(BRANCHES):
-            raise r.error("layers_block_type", f"a list of {', '.join(BRANCHES)}")
+        found = words_of(r, "layers_block_type", {kind: kind for kind in BRANCHES} | NEW_WORDS)
         if letters is None or found == [LETTERS[letter] for letter in letters]:
             return found
         raise r.error("layers_block_type", f"what hybrid_override_pattern ({letters}) says")

@@ -4,7 +4,7 @@
     Among          a row for the layers with one kind of mixer: the heads of Mamba-2 are not those of attention
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from checkpoints.names.config_rows import WriteKinds
@@ -51,6 +51,18 @@ def kind_of(layer: Part, slot: str) -> type:
     """The class of what stands in a slot of a layer; NoneType where nothing does."""
     value = layer.get(slot)
     return value.kind if isinstance(value, Part) else type(value)
+
+
+NEW_WORDS = {"linear_attention": "mamba", "full_attention": "attention"}  # transformers' since version 5
+
+
+def words_of(r: Reader, key: str, known: Mapping[str, str], number: int | None = None) -> list[str]:
+    """A list of words, one a layer, each as what it is called here. Raises ConfigError for any other word."""
+    words = r.get(key)
+    found = [known[one] for one in words if isinstance(one, str) and one in known] if isinstance(words, list) else []
+    if not found or len(found) < len(words) or number not in (None, len(found)):
+        raise r.error(key, f"{number or 'as many as there are layers'} times {' or '.join(known)}")
+    return found
 
 
 class Among(Row):

@@ -62,7 +62,7 @@ def test_words_in_place_of_letters():
 @pytest.mark.parametrize("keys, cause", [
     (dict(hybrid_override_pattern="M-x"), "hybrid_override_pattern is 'M-x'; expected a letter a layer, of M . - E"),
     (dict(layers_block_type=["mamba"]), "expected what hybrid_override_pattern"),
-    (dict(layers_block_type=["mamba", "hyena"]), "layers_block_type is .*expected a list of mamba, attention"),
+    (dict(layers_block_type=["mamba", "hyena"]), "layers_block_type is .*expected as many .* times mamba or attention"),
     (dict(num_hidden_layers=52), "num_hidden_layers is 52; expected 88"),
     (dict(mlp_bias=True), "mlp_bias is True"),
     (dict(norm_eps=1e-6), "norm_eps is 1e-06; expected 1e-05"),
