@@ -21,7 +21,7 @@ from nanollm import config as c
 from nanollm.layers import MODULES
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.norm import build_norm, normed
-from nanollm.layers.state import KVCache, NoState, ScanState
+from nanollm.layers.state import State
 
 
 class Block(nn.Module):
@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.ffn = None if config.ffn is None else MODULES[type(config.ffn)](config.ffn, dim)
         self.post_ffn = build_norm(config.post_ffn, dim)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | ScanState | NoState | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, state: State | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
         # .to(ctx.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
         if self.mixer is None:

@@ -31,6 +31,7 @@ from nanollm.config import (
     MoE,
     Norm,
     Rope,
+    ShortConv,
     SteppedNTK,
 )
 from nanollm.errors import InputError
@@ -109,6 +110,10 @@ KINDS = {
     "hyena": (
         Layer(Hyena(32, 4, 2, 3), MLP(48)), Layer(attention(window=6), MLP(48)),
         Layer(Hyena(24, 1, 3, 4), MLP(48), post_mixer=Norm("rms_outer")),
+    ),
+    "short convolution": (
+        Layer(ShortConv(40, 3), MLP(48)), Layer(attention(window=6), MLP(48)),
+        Layer(ShortConv(32, 4, bias=True), MLP(48)),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

@@ -13,6 +13,7 @@ from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_glm
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.granite import modeling_granite as granite
+from transformers.models.lfm2_moe import modeling_lfm2_moe as lfm2_moe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_half
 from transformers.models.mixtral import modeling_mixtral as mixtral
@@ -214,6 +215,23 @@ def test_router_logits_are_collected_inside_the_block_only():
 
 
 # ---- wiring: whole layers of other families
+
+def test_sigmoids_that_are_nearly_0_are_divided_by_their_sum_and_a_little():
+    """1e-6 beside a sum of 4e-6: without it the weights would be a quarter larger."""
+    config = AutoConfig.for_model(
+        "lfm2_moe", hidden_size=32, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3,
+        experts_implementation="eager",
+    )
+    theirs = lfm2_moe.Lfm2MoeSparseMoeBlock(config)
+    ours = MoEModule(MoE(6, 3, MLP(24), 1e-6, score="sigmoid", correction=True), 32)
+    make_loud(theirs)
+    theirs.gate.weight.data = -(13 + torch.rand(6, 32)) / 32
+    theirs.expert_bias.normal_(0, 1e-6)
+    copy_experts(ours, theirs)
+    ours.router.correction.data = theirs.expert_bias
+    x = 1 + 0.1 * torch.rand(2, 13, 32)
+    assert difference(ours(x), theirs(x)) < 1e-6
+
 
 def eager(config):
     config._attn_implementation = "eager"

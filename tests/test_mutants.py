@@ -53,6 +53,7 @@ REASONS = {
     ("phi-3.5-mini", "short"): PAST_ORIGINAL,
     ("phi-4-mini", "short"): PAST_ORIGINAL,
     ("phi-3.5-moe", "short"): PAST_ORIGINAL,
+    ("lfm2-8b-a1b", "renormalize"): "1e-6 or 2e-6, beside a sum of sigmoids near 2; test_modules kills it",
     **{("kimi-k2", field): ONE_STEP for field in ("original", "slow", "truncate")},
 }
 

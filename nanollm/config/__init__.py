@@ -25,14 +25,14 @@ from nanollm.config.encoding import decoded, encoded
 from nanollm.config.mixers import ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
-from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2
+from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, ShortConv
 from nanollm.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
     "FilteredAttention", "Hyena", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LongRope", "MLP",
     "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling",
-    "SteppedNTK", "Yarn",
+    "ShortConv", "SteppedNTK", "Yarn",
 ]
 
 

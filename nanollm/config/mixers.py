@@ -94,7 +94,8 @@ class MoE(FeedForward):
     experts: int                            # E; 8
     top_k: int                              # experts a token visits; 2
     expert: MLP | ClippedGLU | LatentExpert     # what one expert is; MLP(14336)
-    renormalize: bool                       # divide the chosen weights by their sum; Mixtral True, Qwen1.5-MoE False
+    renormalize: bool | float               # divide the chosen weights by their sum, plus this if it is a number;
+                                            # Mixtral True, Qwen1.5-MoE False, LFM2 1e-6
     shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
     score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"

@@ -86,5 +86,16 @@ class Hyena(Mixer):
         need_sizes(self, "inner", "heads", "state", "conv")
         need(self.inner % self.heads == 0, self, "heads", f"a divisor of inner ({self.inner})")
 
+@dataclass(frozen=True)
+class ShortConv(Mixer):
+    """A convolution over a few tokens between two gates, short_conv.py."""
+    width: int                              # I, its channels; 2048 (LFM2)
+    conv: int                               # k, tokens that it sees, itself included; 3
+    bias: bool = False                      # on the convolution and on the projections in and out
 
-SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena)      # what a token costs them does not depend on how many came before
+    def __post_init__(self) -> None:
+        need_sizes(self, "width", "conv")
+
+
+# what a token costs them does not depend on how many came before
+SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena, ShortConv)

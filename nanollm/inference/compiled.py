@@ -40,10 +40,9 @@ from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
 from nanollm.layers.forward_context import ForwardContext
-from nanollm.layers.state import KVCache, NoState, ScanState, SlotMapping
+from nanollm.layers.state import KVCache, SlotMapping, State
 from nanollm.model import Decoder, Head
 
-State = KVCache | ScanState | NoState
 Program = Callable[..., Sequence[Tensor]]
 STREAMS = 4
 

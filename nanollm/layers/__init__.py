@@ -26,6 +26,7 @@ from nanollm.layers.moe import MoE
 from nanollm.layers.no_mixer import NoMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
+from nanollm.layers.short_conv import ShortConv
 
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
@@ -36,6 +37,7 @@ MODULES: dict[type, Any] = {
     c.RGLRU: RGLRU,
     c.RWKV: RWKV,
     c.Hyena: Hyena,
+    c.ShortConv: ShortConv,
     type(None): NoMixer,
     c.MLP: MLP,
     c.MoE: MoE,

@@ -10,6 +10,7 @@
 What is in brackets, and λ, is there where the config has it:
 
     Mixtral       s softmax, renormalised                                                       arXiv 2401.04088 §2.1
+    LFM2          s sigmoid, renormalised with Σ_T s + 1e-6, c as in V3                         arXiv 2511.23404
     DeepSeek-V2   groups: each is as good as its best expert; experts of the others are out     arXiv 2405.04434 §2.2.2
     DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient,     arXiv 2412.19437 §2.1.2,
                   it counts for the choice and not for g; a group is as good as its             eq. 12-16
@@ -84,7 +85,8 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
         chosen = ranking.topk(config.top_k, -1).indices
         weights = scores.gather(-1, chosen)
         if config.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)         # sigmoids, unlike softmax, may all be 0
+            least = 1e-20 if config.renormalize is True else config.renormalize     # sigmoids may all be 0
+            weights = weights / (weights.sum(-1, keepdim=True) + least)
         if config.scale != 1:
             weights = weights * config.scale
     return weights.to(logits.dtype).float() if config.round_weights else weights, chosen
@@ -288,7 +290,7 @@ class MoE(nn.Module):
     """Route, run the chosen experts on the tokens that chose them, add up."""
     INIT = {"widen.weight": residual}
     WORDS = {
-        "renormalize": "their weights divided by their sum",
+        "renormalize": {True: "their weights divided by their sum", 1e-6: "their weights divided by their sum + 1e-6"},
         "shared": "every token goes to {} too",
         "shared_gate": "which has a gate of its own",
         "score": {"sigmoid": "scores are sigmoids"},

@@ -42,20 +42,30 @@ class KVCache:
         return (k, v) if slots.fresh else (self.k[:, :, : slots.used], self.v[:, :, : slots.used])
 
 
-class ScanState:
-    """What a recurrence carries on: the last inputs of its convolution, (B, channels, k − 1), and its state, (B, …).
+class ConvState:
+    """The last inputs of a convolution, (B, channels, k − 1)."""
+
+    def __init__(self, batch: int, channels: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
+
+
+class ScanState(ConvState):
+    """What a recurrence carries on: the last inputs of its convolution, and its state, (B, …).
 
     The state is float32 whatever the weights are.
     """
 
     def __init__(self, batch: int, channels: int, width: int, state: tuple[int, ...], dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
+        super().__init__(batch, channels, width, dtype, device)
         self.state = torch.zeros(batch, *state, dtype=torch.float32, device=device)
 
 
 class NoState:
     """Of a layer without a mixer, which remembers nothing."""
+
+
+State = KVCache | ConvState | NoState
 
 
 class SlotMapping:
