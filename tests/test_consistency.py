@@ -30,7 +30,9 @@ from nanollm.config import (
     ModelConfig,
     MoE,
     Norm,
+    ParallelMixer,
     Rope,
+    ScaledMLP,
     ShortConv,
     SteppedNTK,
 )
@@ -114,6 +116,11 @@ KINDS = {
     "short convolution": (
         Layer(ShortConv(40, 3), MLP(48)), Layer(attention(window=6), MLP(48)),
         Layer(ShortConv(32, 4, bias=True), MLP(48)),
+    ),
+    "side by side": (
+        Layer(ParallelMixer(attention(), Mamba2(6, 8, 2, 5, 3, eps=None, scales=(0.5, 1.5, 0.8, 1.2, 0.7)), keys=0.5),
+              ScaledMLP(MLP(48), 0.5, 1.5)),
+        Layer(ParallelMixer(attention(rope=None), Mamba2(4, 8, 1, 6, 4), 1.5, 0.5, 0.7, 2.0), MLP(48)),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

@@ -1,6 +1,7 @@
 """Rows of config_table.py for families whose layers are of several kinds, and whose keys speak of one kind alone.
 
     LayerKinds     which kind of layer, with its mixer and its feed-forward, stands where
+    Within         a row for one of the mixers that a layer has side by side
     Among          a row for the layers with one kind of mixer: the heads of Mamba-2 are not those of attention
 """
 
@@ -10,6 +11,7 @@ from typing import Any
 from checkpoints.names.config_rows import WriteKinds
 from checkpoints.names.config_table import Draft, Part, Row
 from checkpoints.names.reader import Reader
+from nanollm.config import Layer
 from nanollm.errors import ConfigError
 
 
@@ -86,3 +88,20 @@ class Among(Row):
 
     def says(self) -> str:
         return f"{self.row.says()} of {self.mixer.__name__}"
+
+
+class Within(Among):
+    """A row for a mixer that stands in a field of a layer's mixer: its paths begin with "mixer", as elsewhere."""
+
+    def __init__(self, inner: str, row: Row) -> None:
+        self.inner, self.row, self.shapes = inner, row, row.shapes
+
+    def where_missing(self, value: Any) -> "Within":
+        return Within(self.inner, self.row.where_missing(value))
+
+    def part_of(self, draft: Draft) -> Draft:
+        """The same part of each layer, as the mixer of a layer of its own: what is set there is set here."""
+        return Draft(draft.model, [Part(Layer, mixer=layer.get(f"mixer.{self.inner}")) for layer in draft.layers])
+
+    def says(self) -> str:
+        return self.row.says().replace("mixer.", f"mixer.{self.inner}.")

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from checkpoints.show.drawing import PARTS, WIDTH, Kind, brief
-from nanollm.config import MLP, Attention, ModelConfig, MoE, Norm, Rope
+from nanollm.config import MLP, Attention, Mixer, ModelConfig, MoE, Norm, Rope
 from nanollm.layers import MODULES
 
 SIZES = frozenset("""
@@ -99,6 +99,9 @@ def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
         for part in (getattr(mixer, field.name) for field in dataclasses.fields(mixer)):
             if isinstance(part, Attention):
                 yield from of_mixer(part, dim)
+            elif isinstance(part, Mixer):
+                yield "mixer", f"{type(part).__name__}: {purpose(part)}"
+                yield from (("mixer", words) for words in fields(part))
             elif isinstance(part, Rope):
                 yield from (("rope", words) for words in fields(part))
     else:

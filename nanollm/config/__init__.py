@@ -23,6 +23,7 @@ from typing import Any
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.mixers import ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
+from nanollm.config.parallel import ParallelMixer, ScaledMLP
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.scaling import DynamicNTK, Linear, Llama3, LongRope, Scaling, SteppedNTK, Yarn
 from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, ShortConv
@@ -31,8 +32,8 @@ from nanollm.errors import ConfigError
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ClippedGLU", "DynamicNTK", "ExpertGroups", "FeedForward",
     "FilteredAttention", "Hyena", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LongRope", "MLP",
-    "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "RGLRU", "RWKV", "Rope", "SCANS", "Scaling",
-    "ShortConv", "SteppedNTK", "Yarn",
+    "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "ParallelMixer", "Part", "RGLRU", "RWKV", "Rope", "SCANS",
+    "ScaledMLP", "Scaling", "ShortConv", "SteppedNTK", "Yarn",
 ]
 
 

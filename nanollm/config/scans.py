@@ -34,16 +34,19 @@ class Mamba2(Mixer):
     groups: int                             # G, sets of B and C, a divisor of heads; Mamba-2 1, Codestral 8
     state: int                              # N, numbers kept per channel; 128
     conv: int                               # width of the causal convolution on x, B and C; 4
-    eps: float = 1e-5                       # of the norm after the gate, which is over the channels of a group
+    eps: float | None = 1e-5                # of the norm after the gate, over the channels of a group; Falcon-H1 None:
+                                            # there is none
     conv_bias: bool = True                  # on that convolution
     bias: bool = False                      # on the projections in and out
     least_step: float = 0.0                 # Δ is cut off below this
     largest_step: float | None = None       # and above this
+    scales: tuple[float, ...] | None = None     # times z, x, B, C and Δ, as they are projected; Falcon-H1
 
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "head_dim", "groups", "state", "conv")
         need(self.heads % self.groups == 0, self, "groups", f"a divisor of heads ({self.heads})")
-        need_positive(self, "eps", *present(self, "largest_step"))
+        need_positive(self, *present(self, "eps", "largest_step"))
+        need(self.scales is None or len(self.scales) == 5, self, "scales", "5 numbers, for z, x, B, C and Δ")
         ordered = 0 <= self.least_step < (self.largest_step or float("inf"))
         need(ordered, self, "least_step", "0 or more, and less than largest_step")
 

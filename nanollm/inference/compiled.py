@@ -180,7 +180,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
     _, arrangement = pytree.tree_flatten([owner[name] for owner, name in places])
     open_dims: dict[int, int] = {}
     if slots is not None:
-        open_dims = {first - 1: 1} | dict.fromkeys(range(first, len(tensors)), 2)
+        open_dims = {first - 1: 1} | dict.fromkeys((first, first + 1), 2)      # keys and values come first
 
     def step(*values: Tensor) -> tuple[Tensor]:
         """The block's forward pass with these values in the places of its own."""

@@ -61,6 +61,13 @@ class ScanState(ConvState):
         self.state = torch.zeros(batch, *state, dtype=torch.float32, device=device)
 
 
+class ParallelState(KVCache, ScanState):
+    """Of attention and a scan side by side: keys and values, and a window and a state, as one object."""
+
+    def __init__(self, keys: KVCache, scan: ScanState) -> None:
+        vars(self).update(vars(keys) | vars(scan))
+
+
 class NoState:
     """Of a layer without a mixer, which remembers nothing."""
 

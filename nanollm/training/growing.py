@@ -29,7 +29,7 @@ import zlib
 import torch
 from torch import Tensor, nn
 
-from nanollm.config import DynamicNTK, FilteredAttention, Linear, Mixer, ModelConfig, Rope, Scaling, Yarn
+from nanollm.config import DynamicNTK, FilteredAttention, Linear, Mixer, ModelConfig, ParallelMixer, Rope, Scaling, Yarn
 from nanollm.errors import InputError, counted
 from nanollm.init import residual
 from nanollm.model import Decoder
@@ -227,7 +227,7 @@ def with_rope(mixer: Mixer | None, rope: Rope) -> Mixer | None:
     """The mixer with this RoPE, where it has one."""
     if rope_of(mixer) is None:
         return mixer
-    if isinstance(mixer, FilteredAttention):
+    if isinstance(mixer, (FilteredAttention, ParallelMixer)):
         return dataclasses.replace(mixer, attention=dataclasses.replace(mixer.attention, rope=rope))
     return dataclasses.replace(mixer, rope=rope)  # type: ignore[type-var]  # all mixers are dataclasses
 
