@@ -187,7 +187,8 @@ EVERY_FIELD = {
     "deepseek-v3", "recurrentgemma-narrow", "mamba2-limits", "gpt-oss-full-first", "phi-qk-norm", "mamba-biases",
     "gemma2-27b", "gemma3-27b", "phi-4-mini", "rwkv-4", "stripedhyena-7b", "command-r-plus", "falcon-rw-1b",
     "internlm-7b", "llama-3.1", "falcon-mamba-7b", "qwen-7b-2023-08", "yuan2-2b", "gpt2-stanford", "mpt-clipped",
-    "phi-moe-window", "qwen2-moe-sliding", "baichuan2-7b",
+    "phi-moe-window", "qwen2-moe-sliding", "baichuan2-7b", "nemotron-3-super", "granite-4.0-h-tiny", "falcon-h1-0.5b",
+    "lfm2-1.2b",
 }
 
 
