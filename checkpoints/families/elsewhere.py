@@ -7,9 +7,9 @@ transformers' own lists say the same: MODEL_FOR_MASKED_LM_MAPPING_NAMES and MODE
 ENCODER = ("an encoder, which turns a text into vectors and has no next token; sentence-transformers, or transformers' "
            "AutoModel, runs it")
 BOTH = "an encoder with a decoder, which reads one sequence and writes another; transformers runs it"
-SHARED = ("a decoder several of whose layers have the weights of one transformer block, which reads the embedding beside "
-          "the stream, and no layer here does; transformers runs it")
-REPLACED = ("a decoder whose layers go on with what their norm gives, in place of the stream, which no layer here does; "
+SHARED = ("a decoder several of whose layers share one transformer block, which reads the embedding beside the stream; "
+          "no layer here does either. transformers runs it")
+REPLACED = ("a decoder whose layers go on with what their norm gives, in place of the stream, as none does here; "
             "transformers runs it")
 ELSEWHERE = {
     **dict.fromkeys("""
