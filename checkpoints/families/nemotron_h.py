@@ -11,7 +11,8 @@
                  vector that is so long (moe.py). NVIDIA 2026 (arXiv 2604.12374)
     norms        rounded after the gain
 
-Heads of Mamba-2 are their own, `mamba_num_heads` of `mamba_head_dim`; `expand` says nothing. Published, Δ is bounded by
+Heads of Mamba-2 are their own, `mamba_num_heads` of `mamba_head_dim`; `expand` says nothing. The first configs call the
+width of attention's heads `attention_head_dim`. Published, Δ is bounded by
 `time_step_limit`, which is no bound in any checkpoint. transformers 5.23 has `time_step_min` in its place as a lower
 bound of prompts, and none for the tokens that follow: this follows the published code. Where the folder has layers that
 predict further tokens, `mtp.…`, they are left out.
@@ -81,10 +82,7 @@ def read_kinds(r: Reader) -> list[str]:
         if letters is None or found == [LETTERS[letter] for letter in letters]:
             return found
         raise r.error("layers_block_type", f"what hybrid_override_pattern ({letters}) says")
-    kinds = USUAL if letters is None else [LETTERS[letter] for letter in letters]
-    if len(kinds) > r.most:
-        raise r.error("hybrid_override_pattern", f"at most {r.most} layers")
-    return kinds
+    return USUAL if letters is None else [LETTERS[letter] for letter in letters]
 
 
 def write_kinds(kinds: list[str]) -> dict[str, Any]:
@@ -114,7 +112,7 @@ NEMOTRON_H = Family(
         "num_hidden_layers": only(lambda draft: len(draft.layers)),
         "num_attention_heads": Among(Attention, size("mixer.heads", missing=32)),
         "num_key_value_heads": size("mixer.kv_heads", missing=8),
-        "head_dim": Among(Attention, size("mixer.head_dim", missing=128)),
+        "head_dim": Among(Attention, size("mixer.head_dim", missing=128, also=("attention_head_dim",))),
         "mamba_num_heads": Among(Mamba2, size("mixer.heads", missing=128)),
         "mamba_head_dim": Among(Mamba2, size("mixer.head_dim", missing=64)),
         "ssm_state_size": size("mixer.state", missing=128), "n_groups": size("mixer.groups", missing=8),
@@ -128,7 +126,8 @@ NEMOTRON_H = Family(
         "n_routed_experts": count("ffn.experts", missing=8), "num_experts_per_tok": size("ffn.top_k", missing=2),
         "n_group": Groups(count=1, kept=1, best=2), "norm_topk_prob": flag("ffn.renormalize", missing=True),
         "routed_scaling_factor": number("ffn.scale", missing=1.0),
-        "layer_norm_epsilon": number(*EPS, "mixer.eps", missing=1e-5), "norm_eps": Repeats("layer_norm_epsilon", 1e-5),
+        "layer_norm_epsilon": number(*EPS, "mixer.eps", missing=1e-5),
+        **dict.fromkeys(("norm_eps", "rms_norm_eps"), Repeats("layer_norm_epsilon", 1e-5)),
         "tie_word_embeddings": flag("tied", missing=False), "max_position_embeddings": size("context", missing=4096),
         "attention_bias": only(False), "mlp_bias": only(False), "mamba_proj_bias": only(False),
         "n_shared_experts": only(1), "sliding_window": only(None), "residual_in_fp32": only(False),

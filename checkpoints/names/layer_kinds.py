@@ -29,7 +29,10 @@ class LayerKinds(Row):
         self.layers, self.read_kinds, self.write_kinds = layers, read_kinds, write_kinds
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        draft.layers = [self.layers[kind].copy() for kind in self.read_kinds(r)]
+        kinds = self.read_kinds(r)
+        if len(kinds) > r.most:
+            raise r.error(key, f"at most {r.most} layers")
+        draft.layers = [self.layers[kind].copy() for kind in kinds]
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """Raises ConfigError for a layer that is none of them."""

@@ -59,10 +59,16 @@ def test_words_in_place_of_letters():
     assert config.layers[1] == Layer(None, plain(2688), None, pre_ffn=NORM)
 
 
+def test_the_first_configs_call_the_width_of_a_head_otherwise():
+    first = {key: value for key, value in SUPER.items() if key != "head_dim"} | dict(attention_head_dim=64)
+    assert read_config(first)[1].layers[7].mixer == Attention(32, 2, 64)
+
+
 @pytest.mark.parametrize("keys, cause", [
     (dict(hybrid_override_pattern="M-x"), "hybrid_override_pattern is 'M-x'; expected a letter a layer, of M . - E"),
     (dict(layers_block_type=["mamba"]), "expected what hybrid_override_pattern"),
     (dict(layers_block_type=["mamba", "hyena"]), "layers_block_type is .*expected as many .* times mamba or attention"),
+    (dict(hybrid_override_pattern="M" * 20_000), "expected at most 10000 layers"),
     (dict(num_hidden_layers=52), "num_hidden_layers is 52; expected 88"),
     (dict(mlp_bias=True), "mlp_bias is True"),
     (dict(norm_eps=1e-6), "norm_eps is 1e-06; expected 1e-05"),
