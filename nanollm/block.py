@@ -7,7 +7,7 @@
     └─┬─ pre_ffn ── ffn ─── post_ffn ──── + ─→
       └───────────────────────────────────┘
 
-    pre only      Llama, Mistral, Qwen, Mamba (no ffn), Nemotron-H (one of both)     Xiong et al. 2020 (arXiv 2002.04745)
+    pre only      Llama, Mistral, Qwen, Mamba (no ffn), Nemotron-H (one of both)    Xiong et al. 2020, arXiv 2002.04745
     pre and post  Gemma-2                                    post only   OLMo-2
     parallel      GPT-NeoX with two norms; with one (Phi), pre_ffn is None and the ffn reads what the mixer reads
     scaled        Granite: both branches times residual_scale before they are added

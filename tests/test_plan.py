@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollm.config import MLP, SCANS, ClippedGLU, ExpertGroups, Layer, ModelConfig, Norm, ParallelMixer
+from nanollm.config import MLP, SCANS, ClippedGLU, ExpertGroups, LatentExpert, Layer, ModelConfig, Norm, ParallelMixer
 from nanollm.errors import InputError
 from nanollm.layers import MODULES
 from nanollm.model import Decoder
@@ -107,7 +107,8 @@ def test_every_mixer_there_is_has_a_kind():
         )
 
     used = {type(part) for layers in KINDS.values() for layer in layers for part in parts(layer)}
-    assert used >= {*MODULES, ClippedGLU, ExpertGroups}
+    used |= {type(layer.mixer) for layers in KINDS.values() for layer in layers}        # there may be none
+    assert used >= {*MODULES, ClippedGLU, ExpertGroups, LatentExpert}
 
 
 def test_flops_of_the_published_shape_by_hand_and_the_published_mfu():
