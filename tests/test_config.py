@@ -80,6 +80,7 @@ def test_broken_json_is_one_error(broken):
     (lambda: c.MLP(16, "tanh"), "MLP.activation = 'tanh': expected one of silu"),
     (lambda: c.MoE(4, 5, c.MLP(8), True), "MoE.top_k = 5: expected at most experts"),
     (lambda: c.MoE(4, 2, c.MLP(8, bias=True), True), "MoE.expert"),
+    (lambda: c.MoE(4, 2, c.MLP(8), 1), "MoE.renormalize = 1: expected True, False, or a number between 0 and 1"),
     (lambda: c.MoE(4, 2, c.MLP(8), True, None, True), "MoE.shared_gate = True"),
     (lambda: c.Layer(c.Mamba(8, 4, 4, 1), None), "Layer.ffn = None"),
     (lambda: c.Layer(None, None), "Layer.ffn = None"),

@@ -161,7 +161,8 @@ def fields(owner: Any, skip: Sequence[str] = ()) -> Iterator[str]:
         if usual or field.name in skip or SIZES & {name, field.name}:
             continue
         words = known.get(name, f"{field.name} {{}}")
-        yield (words[value] if isinstance(words, dict) else words).format(brief(value))
+        text = words.get(value, words.get(type(value))) if isinstance(words, dict) else words
+        yield str(text).format(brief(value))
         if field.name == "alibi":
             yield from fields(value)
 

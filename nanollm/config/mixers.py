@@ -113,6 +113,8 @@ class MoE(FeedForward):
         one = self.expert
         known = isinstance(one, (ClippedGLU, LatentExpert)) or (isinstance(one, MLP) and not one.bias)
         need(known, self, "expert", "an MLP without bias, a ClippedGLU or a LatentExpert")
+        rule = isinstance(self.renormalize, bool) or 0 < self.renormalize < 1
+        need(rule, self, "renormalize", "True, False, or a number between 0 and 1")
         need(self.shared is not None or not self.shared_gate, self, "shared_gate", "False where nothing is shared")
         need(self.score in ("softmax", "sigmoid"), self, "score", "'softmax' or 'sigmoid'")
         need_positive(self, "scale", *present(self, "sparse"))

@@ -290,7 +290,7 @@ class MoE(nn.Module):
     """Route, run the chosen experts on the tokens that chose them, add up."""
     INIT = {"widen.weight": residual}
     WORDS = {
-        "renormalize": {True: "their weights divided by their sum", 1e-6: "their weights divided by their sum + 1e-6"},
+        "renormalize": {True: "their weights divided by their sum", float: "their weights divided by their sum + {}"},
         "shared": "every token goes to {} too",
         "shared_gate": "which has a gate of its own",
         "score": {"sigmoid": "scores are sigmoids"},
