@@ -243,7 +243,9 @@ def _language_model(stored: dict[str, files.Stored], family: Family, config: Mod
 
     A warning counts what is left out."""
     marks = [mark.replace("{i}", str(len(config.layers))) for mark in family.ahead.split()]
-    spare = (*family.left_out, *(mark.rsplit(".", 2)[0] + "." for mark in marks if mark in stored))
+    ahead = [mark if mark.endswith(".") else mark.rsplit(".", 2)[0] + "." for mark in marks
+             if mark.endswith(".") or mark in stored]
+    spare = (*family.left_out, *ahead)
     towers = {prefix: [one for name, one in stored.items() if name.startswith(prefix)] for prefix in spare}
     told = [f"{prefix}… ({counted(len(tower), 'tensor')}, {sum(one.size for one in tower):,} bytes)"
             for prefix, tower in towers.items() if tower]

@@ -82,7 +82,8 @@ class Side:
     def module(self, name: str) -> nn.Module | None:
         """The module of a name, None if there is none."""
         modules = dict(self.model.named_modules())
-        return modules.get(name) or modules.get(f"{self.prefix}.{name}")
+        renamed = f"{self.prefix}.{name.partition('.')[2]}"     # stored under another first part; Nemotron-H
+        return modules.get(name) or modules.get(f"{self.prefix}.{name}") or modules.get(renamed)
 
 
 def side(model: Decoder) -> Side:

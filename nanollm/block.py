@@ -7,7 +7,7 @@
     └─┬─ pre_ffn ── ffn ─── post_ffn ──── + ─→
       └───────────────────────────────────┘
 
-    pre only      Llama, Mistral, Qwen, Mamba (no ffn)      Xiong et al. 2020 (arXiv 2002.04745), pre-LN
+    pre only      Llama, Mistral, Qwen, Mamba (no ffn), Nemotron-H (one of both)    Xiong et al. 2020, arXiv 2002.04745
     pre and post  Gemma-2                                    post only   OLMo-2
     parallel      GPT-NeoX with two norms; with one (Phi), pre_ffn is None and the ffn reads what the mixer reads
     scaled        Granite: both branches times residual_scale before they are added
@@ -21,7 +21,7 @@ from nanollm import config as c
 from nanollm.layers import MODULES
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.norm import build_norm, normed
-from nanollm.layers.state import KVCache, ScanState
+from nanollm.layers.state import State
 
 
 class Block(nn.Module):
@@ -31,15 +31,18 @@ class Block(nn.Module):
         super().__init__()
         self.parallel, self.scale = config.parallel, config.residual_scale
         self.pre_mixer = build_norm(config.pre_mixer, dim)
-        self.mixer = MODULES[type(config.mixer)](config.mixer, dim)
+        self.mixer = None if config.mixer is None else MODULES[type(config.mixer)](config.mixer, dim)
         self.post_mixer = build_norm(config.post_mixer, dim)
         self.pre_ffn = build_norm(config.pre_ffn, dim)
         self.ffn = None if config.ffn is None else MODULES[type(config.ffn)](config.ffn, dim)
         self.post_ffn = build_norm(config.post_ffn, dim)
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | ScanState | None = None) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext, state: State | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
         # .to(ctx.dtype) does nothing, except where the stream x is kept in float32 and the parts are narrower (Mamba)
+        if self.mixer is None:
+            assert self.ffn is not None
+            return x + self.scaled(normed(self.post_ffn, self.ffn(normed(self.pre_ffn, x).to(ctx.dtype))))
         h = normed(self.pre_mixer, x).to(ctx.dtype)
         mixed = self.scaled(normed(self.post_mixer, self.mixer(h, ctx, state)))
         if self.ffn is None:

@@ -20,7 +20,7 @@ from tests.oracles import difference, make_loud
 from tests.test_consistency import KINDS, tokens
 
 # which cannot be traced, by the name in KINDS, and how many kinds of layers in each
-EXPERTS = {"softcap": 1, "latent": 2, "sinks": 1}
+EXPERTS = {"softcap": 1, "latent": 2, "sinks": 1, "one branch": 2}
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 

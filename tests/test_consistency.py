@@ -28,6 +28,7 @@ from nanollm.config import (
     Indexer,
     InputWeightedMoE,
     LatentAttention,
+    LatentExpert,
     Layer,
     LogLength,
     LogSteps,
@@ -38,7 +39,10 @@ from nanollm.config import (
     ModelConfig,
     MoE,
     Norm,
+    ParallelMixer,
     Rope,
+    ScaledMLP,
+    ShortConv,
     SparseLatentAttention,
     SteppedNTK,
 )
@@ -119,6 +123,12 @@ KINDS = {
         Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None),
         Layer(Mamba2(6, 8, 1, 5, 3), MLP(48)),
     ),
+    "one branch": (
+        Layer(None, MLP(48, "relu2", gated=False), None),
+        Layer(Mamba2(6, 8, 2, 5, 3), None, pre_ffn=None), Layer(attention(rope=None), None, pre_ffn=None),
+        Layer(None, MoE(4, 2, LatentExpert(12, MLP(20, "relu2", gated=False)), True, MLP(12, gated=False)), None),
+        Layer(None, MoE(4, 2, MLP(20, "relu2", gated=False), True), None, post_ffn=Norm(), residual_scale=0.5),
+    ),
     "rwkv": (Layer(RWKV(32, 48, Norm("layer", bias=True)), None, None, pre_ffn=None),) * 2,
     "griffin": (
         Layer(RGLRU(40, 4, 4), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(RGLRU(32, 2, 2, "silu"), MLP(48)),
@@ -126,6 +136,15 @@ KINDS = {
     "hyena": (
         Layer(Hyena(32, 4, 2, 3), MLP(48)), Layer(attention(window=6), MLP(48)),
         Layer(Hyena(24, 1, 3, 4), MLP(48), post_mixer=Norm("rms_outer")),
+    ),
+    "short convolution": (
+        Layer(ShortConv(40, 3), MLP(48)), Layer(attention(window=6), MLP(48)),
+        Layer(ShortConv(32, 4, bias=True), MLP(48)),
+    ),
+    "side by side": (
+        Layer(ParallelMixer(attention(), Mamba2(6, 8, 2, 5, 3, eps=None, scales=(0.5, 1.5, 0.8, 1.2, 0.7)), keys=0.5),
+              ScaledMLP(MLP(48), 0.5, 1.5)),
+        Layer(ParallelMixer(attention(rope=None), Mamba2(4, 8, 1, 6, 4), 1.5, 0.5, 0.7, 2.0), MLP(48)),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

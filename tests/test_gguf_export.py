@@ -107,6 +107,8 @@ def test_a_byte_that_turned_is_noticed(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name, words", [
     ("falcon-7b", "a falcon model is not written as GGUF; those are llama, mistral"),
+    ("yuan2-2b", "a yuan model is not written as GGUF"), ("falcon-h1-0.5b", "a falcon_h1 model is not written as GGUF"),
+    ("nemotron-3-super", "a nemotron_h model is not written as GGUF"),
     ("qwen2-moe-sliding", "a GGUF cannot say what the model is"),
     ("llama-dynamic", "a GGUF cannot say what the model is"),
     ("llama-3.1", "a GGUF cannot say what the model is: .*divisors other than Llama 3.1's"),    # original context 16

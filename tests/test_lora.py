@@ -21,6 +21,7 @@ NAMES = ["q", "k", "v", "o", "gate", "up", "down"]
 KINDS = {"LoRA": {}, "rsLoRA": dict(rslora=True), "DoRA": dict(dora=True),
          "DoRA with rsLoRA": dict(dora=True, rslora=True)}
 EXPERTS = c.MoE(4, 2, c.MLP(24), renormalize=True)
+LATENT = c.MoE(4, 2, c.LatentExpert(16, c.MLP(24, "relu2", gated=False)), renormalize=True)
 CLIPPED = c.MoE(4, 2, c.ClippedGLU(24, 7.0, 1.702), renormalize=True, router_bias=True)
 
 
@@ -148,7 +149,7 @@ class Rounded(nn.Module):
 
 # ---- a model
 
-@pytest.mark.parametrize("ffn", [EXPERTS, CLIPPED], ids=["experts", "clipped experts"])
+@pytest.mark.parametrize("ffn", [EXPERTS, CLIPPED, LATENT], ids=["experts", "clipped experts", "latent experts"])
 def test_a_model_begins_as_it_was_and_merges_into_what_it_has_become(ffn):
     model = toy(ffn)
     before, names = model(TOKENS).detach(), list(dict(model.named_parameters()))

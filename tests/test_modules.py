@@ -8,20 +8,37 @@ from transformers import AutoConfig
 from transformers.activations import ACT2CLS, ACT2FN
 from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.cohere.modeling_cohere import apply_rotary_pos_emb as rotate_interleaved
+from transformers.models.falcon_h1 import modeling_falcon_h1 as falcon_h1
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma2 import modeling_gemma2 as gemma2
 from transformers.models.glm.modeling_glm import apply_rotary_pos_emb as rotate_glm
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.granite import modeling_granite as granite
+from transformers.models.lfm2 import modeling_lfm2 as lfm2
+from transformers.models.lfm2_moe import modeling_lfm2_moe as lfm2_moe
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as rotate_half
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
 
 from nanollm.block import Block
-from nanollm.config import ACTIVATIONS, MLP, Alibi, Attention, Layer, MoE, Norm, Positions, Rope
+from nanollm.config import (
+    ACTIVATIONS,
+    MLP,
+    Alibi,
+    Attention,
+    LatentExpert,
+    Layer,
+    MoE,
+    Norm,
+    Positions,
+    Rope,
+    ScaledMLP,
+    ShortConv,
+)
 from nanollm.config.positions import places
 from nanollm.errors import InputError
 from nanollm.layers.alibi import alibi_bias, alibi_slopes
@@ -34,6 +51,8 @@ from nanollm.layers.moe import routing
 from nanollm.layers.norm import build_norm, rms_norm
 from nanollm.layers.positions import PositionTable
 from nanollm.layers.rope import rotate, rotation_tables
+from nanollm.layers.scaled_mlp import ScaledMLP as ScaledMLPModule
+from nanollm.layers.short_conv import ShortConv as ShortConvModule
 from nanollm.layers.xielu import FIRST, xielu
 from tests.oracles import difference, make_loud
 
@@ -241,6 +260,64 @@ def test_router_logits_are_collected_inside_the_block_only():
 
 
 # ---- wiring: whole layers of other families
+
+def test_sigmoids_that_are_nearly_0_are_divided_by_their_sum_and_a_little():
+    """1e-6 beside a sum of 4e-6: without it the weights would be a quarter larger."""
+    config = AutoConfig.for_model(
+        "lfm2_moe", hidden_size=32, moe_intermediate_size=24, num_experts=6, num_experts_per_tok=3,
+        experts_implementation="eager",
+    )
+    theirs = lfm2_moe.Lfm2MoeSparseMoeBlock(config)
+    ours = MoEModule(MoE(6, 3, MLP(24), 1e-6, score="sigmoid", correction=True), 32)
+    make_loud(theirs)
+    theirs.gate.weight.data = -(13 + torch.rand(6, 32)) / 32
+    theirs.expert_bias.normal_(0, 1e-6)
+    copy_experts(ours, theirs)
+    ours.router.correction.data = theirs.expert_bias
+    x = 1 + 0.1 * torch.rand(2, 13, 32)
+    assert difference(ours(x), theirs(x)) < 1e-6
+
+
+def test_latent_experts_without_gates_equal_nemotrons():
+    config = AutoConfig.for_model(
+        "nemotron_h", hidden_size=32, moe_intermediate_size=24, moe_latent_size=12, n_routed_experts=6,
+        num_experts_per_tok=3, moe_shared_expert_intermediate_size=20, routed_scaling_factor=2.5,
+        experts_implementation="eager",
+    )
+    plain = MLP(24, "relu2", gated=False)
+    ours = MoEModule(MoE(6, 3, LatentExpert(12, plain), True, MLP(20, "relu2", gated=False), score="sigmoid",
+                         correction=True, scale=2.5, router_float32=True), 32)
+    theirs = nemotron_h.NemotronHMoE(config)
+    make_loud(theirs)
+    theirs.gate.e_score_correction_bias.normal_(0, 0.1)
+    ours.router.correction.data = theirs.gate.e_score_correction_bias
+    ours.experts.up.data, ours.experts.down.data = theirs.experts.up_proj.data, theirs.experts.down_proj.data
+    copy({
+        ours.router: theirs.gate, ours.narrow: theirs.fc1_latent_proj, ours.widen: theirs.fc2_latent_proj,
+        ours.shared.up: theirs.shared_experts.up_proj, ours.shared.down: theirs.shared_experts.down_proj,
+    })
+    x = torch.randn(2, 13, 32)
+    assert difference(ours(x), theirs(x)) < 1e-6
+
+
+def test_a_short_convolution_equals_lfm2s():
+    config = AutoConfig.for_model("lfm2", hidden_size=32, conv_L_cache=4, conv_bias=True, num_hidden_layers=1,
+                                  layer_types=["conv"])
+    theirs, ours = lfm2.Lfm2ShortConv(config, 0), ShortConvModule(ShortConv(32, 4, bias=True), 32)
+    make_loud(theirs)
+    copy({ours.in_proj: theirs.in_proj, ours.conv1d: theirs.conv, ours.out_proj: theirs.out_proj})
+    x = torch.randn(2, 13, 32)
+    assert difference(ours(x, ctx(2, 13)), theirs(x)) < 1e-6
+
+
+def test_a_scaled_mlp_equals_falcon_h1s():
+    config = AutoConfig.for_model("falcon_h1", hidden_size=32, intermediate_size=24, mlp_multipliers=[0.88, 0.6])
+    theirs, ours = falcon_h1.FalconH1MLP(config), ScaledMLPModule(ScaledMLP(MLP(24), 0.88, 0.6), 32)
+    make_loud(theirs)
+    copy({ours.gate: theirs.gate_proj, ours.up: theirs.up_proj, ours.down: theirs.down_proj})
+    x = torch.randn(2, 13, 32)
+    assert difference(ours(x), theirs(x)) < 1e-6
+
 
 def eager(config):
     config._attn_implementation = "eager"

@@ -14,7 +14,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanollm.config import MLP, SCANS, ChunkedAttention, ClippedGLU, ExpertGroups, Layer, ModelConfig, Norm
+from nanollm.config import (
+    MLP,
+    SCANS,
+    ChunkedAttention,
+    ClippedGLU,
+    ExpertGroups,
+    LatentExpert,
+    Layer,
+    ModelConfig,
+    Norm,
+    ParallelMixer,
+)
 from nanollm.errors import InputError
 from nanollm.layers import MODULES
 from nanollm.layers.sparse_attention import SparseLatentAttention
@@ -102,7 +113,7 @@ def test_flops_of_every_kind_of_layer(name):
     more."""
     config = ModelConfig(97, 32, tuple(map(without_windows, KINDS[name])))
     flops = speed.flops_per_token(config, 64)
-    if any(isinstance(layer.mixer, SCANS) for layer in config.layers):
+    if any(isinstance(layer.mixer, (*SCANS, ParallelMixer)) for layer in config.layers):
         met = sum(p.numel() for layer in Decoder(config).layers for p in layer.parameters() if p.ndim == 2)
         assert flops > 6 * met and speed.flops_per_token(config, 1) > 6 * met
     else:
@@ -119,7 +130,8 @@ def test_every_mixer_there_is_has_a_kind():
         )
 
     used = {type(part) for layers in KINDS.values() for layer in layers for part in parts(layer)}
-    assert used >= {*MODULES, ClippedGLU, ExpertGroups}
+    used |= {type(layer.mixer) for layers in KINDS.values() for layer in layers}        # there may be none
+    assert used >= {*MODULES, ClippedGLU, ExpertGroups, LatentExpert}
 
 
 def test_flops_of_the_published_shape_by_hand_and_the_published_mfu():

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from nanollm.config import MLP, Attention, ClippedGLU, Layer, Mamba, ModelConfig, MoE, Rope
+from nanollm.config import MLP, Attention, ClippedGLU, LatentExpert, Layer, Mamba, ModelConfig, MoE, Rope
 from nanollm.errors import InputError
 from nanollm.inference import cpu_products
 from nanollm.inference.generation import generate
@@ -152,6 +152,7 @@ MIXTURES = {
     "Mixtral": MoE(4, 2, MLP(64), True),
     "Qwen-MoE": MoE(6, 3, MLP(64), False, MLP(96), True),
     "gpt-oss": MoE(4, 2, ClippedGLU(64), True, router_bias=True),
+    "Nemotron 3": MoE(4, 2, LatentExpert(32, MLP(64, "relu2", gated=False)), True, MLP(64, "relu2", gated=False)),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 
 from checkpoints.families import FAMILIES
 from checkpoints.names.ops import Blocks, Groups, Halving, Interleaving, Same, Stack, Transposed
-from checkpoints.names.table import check, expand, override, rule, under
+from checkpoints.names.table import check, either, expand, moved, override, rule, under
 from checkpoints.storage.files import Stored
 from nanollm.config import MLP, Attention, Layer, ModelConfig
 from nanollm.errors import CheckpointError
@@ -93,15 +93,22 @@ def test_a_table_is_one_to_one():
         override(fused, rule("q_proj", "q"))
 
 
-SHARED = {"olmo_hybrid": {"model.layers.{i}.post_attention_layernorm"}}     # one norm in some layers, another in others
+def test_one_stored_name_may_be_either_of_two_parameters_but_is_said_so():
+    both = [rule("layers.{i}.norm", f"layers.{{i}}.{ours}") for ours in ("pre_mixer", "pre_ffn")]
+    with pytest.raises(AssertionError, match="named twice: .*layers"):
+        override({}, *both)
+    table = override({}, *either("layers.{i}.norm", "layers.{i}.pre_mixer", "layers.{i}.pre_ffn"))
+    assert table.keys() == {"layers.{i}.pre_mixer", "layers.{i}.pre_ffn"}
+    assert moved(table, "layers.", "model.layers.")["layers.{i}.pre_ffn"].theirs == ("model.layers.{i}.norm",)
+    with pytest.raises(AssertionError, match="named twice"):
+        override(table, rule("layers.{i}.norm", "layers.{i}.post_ffn"))
 
 
 @pytest.mark.parametrize("family", dict.fromkeys(FAMILIES.values()), ids=lambda family: family.name)
 def test_family_tables_name_nothing_twice(family):
     for table in family.names:
-        theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs]
-        twice = {name for name in theirs if theirs.count(name) > 1}
-        assert twice == SHARED.get(family.name, set()) and {"embed", "head"} <= table.keys()
+        theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs if not each.either]
+        assert len(theirs) == len(set(theirs)) and {"embed", "head"} <= table.keys()
         assert all(("{i}" in name) == ("{i}" in each.theirs[0]) for name, each in table.items())
 
 

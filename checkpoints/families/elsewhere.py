@@ -1,4 +1,4 @@
-"""Published model_types that are no decoders of text: what each is, for whoever tries one.
+"""Published model_types that are not read, and why: no decoders of text, or decoders whose wiring is another one.
 
 transformers' own lists say the same: MODEL_FOR_MASKED_LM_MAPPING_NAMES and MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 (tests/test_foreign.py).
@@ -7,6 +7,10 @@ transformers' own lists say the same: MODEL_FOR_MASKED_LM_MAPPING_NAMES and MODE
 ENCODER = ("an encoder, which turns a text into vectors and has no next token; sentence-transformers, or transformers' "
            "AutoModel, runs it")
 BOTH = "an encoder with a decoder, which reads one sequence and writes another; transformers runs it"
+SHARED = ("a decoder several of whose layers share one transformer block, which reads the embedding beside the stream; "
+          "no layer here does either. transformers runs it")
+REPLACED = ("a decoder whose layers go on with what their norm gives, in place of the stream, as none does here; "
+            "transformers runs it")
 ELSEWHERE = {
     **dict.fromkeys("""
         albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm flaubert
@@ -15,5 +19,7 @@ ELSEWHERE = {
     **dict.fromkeys("""
         bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5
     """.split(), BOTH),
+    "zamba": SHARED, "zamba2": SHARED,
+    "minimax": REPLACED, "minimax_text_01": REPLACED,
     "whisper": "a model that writes down speech; transformers runs it",
 }

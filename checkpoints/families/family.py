@@ -14,6 +14,7 @@ from typing import Any
 
 from checkpoints.names.config_rows import Kinds
 from checkpoints.names.config_table import Keys, Part, part, read_keys, write_keys
+from checkpoints.names.layer_kinds import LayerKinds, kind_of
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Table
 from nanollm.config import ModelConfig
@@ -29,8 +30,8 @@ class Family:
 
     left_out    of a multimodal family: prefixes of the tensors of its other towers. What is loaded is a text model, and
                 is saved as FAMILIES[name]
-    ahead       tensors, separated by spaces, of what predicts the token after the next one: where one is stored, its
-                whole layer or module is left out. {i} is that of the layer behind the model's own
+    ahead       what predicts the token after the next one, and is left out: tensors, separated by spaces, where one is
+                stored its whole layer or module ({i}: of the layer behind the model's own); or prefixes, with the dot
     """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it
@@ -75,9 +76,9 @@ class Family:
     def write(self, config: ModelConfig) -> dict[str, Any]:
         """What it cannot say is found by reading it back. Raises ConfigError for a model of other parts."""
         for slot in ("mixer", "ffn"):
-            choices = [row for row in self.keys.values() if isinstance(row, Kinds) and row.slot == slot]
-            parts = choices[0].parts.values() if choices else [self.layer.fields[slot]]
-            kinds = [type(None) if each is None else each.kind for each in parts]
+            rows = [row for row in self.keys.values() if isinstance(row, (Kinds, LayerKinds))]
+            said = [kinds for row in rows if (kinds := row.kinds_in(slot))]
+            kinds = said[0] if said else [kind_of(self.layer, slot)]
             for i, layer in enumerate(config.layers):
                 if (found := type(getattr(layer, slot))) not in kinds:
                     wanted = " or ".join(kind.__name__ for kind in kinds)

@@ -57,12 +57,14 @@ class StepLimits(Row):
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         value = r.get(key, [0.0, INFINITY])
         low, high = value if isinstance(value, (list, tuple)) and len(value) == 2 else (math.nan, math.nan)
-        endless = high == INFINITY or high == math.inf
+        endless = high == INFINITY or (isinstance(high, float) and high >= 1e38)    # Nemotron 3 Ultra 1e308
         if not is_number(low, -1e-30) or not (endless or is_number(high, low)):
             raise r.error(key, "two numbers, the least and the largest step")
         draft["mixer.least_step"], draft["mixer.largest_step"] = float(low), None if endless else float(high)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        if "mixer.least_step" not in draft:
+            return {}
         return {key: [draft["mixer.least_step"], draft["mixer.largest_step"] or INFINITY]}
 
 

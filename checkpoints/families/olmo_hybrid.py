@@ -26,7 +26,7 @@ from checkpoints.names.config_rows import FULL, Heads, Kinds, RopeKeys
 from checkpoints.names.config_table import Draft, Row, field, flag, number, only, part, size
 from checkpoints.names.ops import Pieces, Shape
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, rule, under
+from checkpoints.names.table import either, override, rule, under
 from nanollm.config import Attention, GatedDeltaNet, Layer, Norm, Rope
 
 DELTA, STORED = "layers.{i}.mixer", "model.layers.{i}.linear_attn"
@@ -53,16 +53,14 @@ class Apart:
 
 OLMO_HYBRID_NAMES = override(
     LLAMA_NAMES, *QK_NORM,
-    *under("model.layers.{i}", "layers.{i}", {
-        "post_attention_layernorm": "post_mixer", "post_feedforward_layernorm": "post_ffn",
-    }),
+    *either("model.layers.{i}.post_attention_layernorm", "layers.{i}.pre_ffn", "layers.{i}.post_mixer"),
+    rule("model.layers.{i}.post_feedforward_layernorm", "layers.{i}.post_ffn"),
     *under(STORED, DELTA, {
         "g_proj": "z", "b_proj": "beta", "a_proj": "alpha", "o_proj": "out_proj", "o_norm": "norm",
         "A_log": "A_log", "dt_bias": "dt_bias",
     }),
     rule([f"{STORED}.{one}_proj" for one in "qkv"], f"{DELTA}.qkv", Apart),
     rule([f"{STORED}.{one}_conv1d" for one in "qkv"], f"{DELTA}.conv1d", Apart),
-    shared=("model.layers.{i}.post_attention_layernorm",),
 )
 NORM = part(Norm, cast_after_gain=True)
 MIXERS = {

@@ -108,6 +108,8 @@ def find(path: Path, asked: Asked) -> Found | None:
 def with_rope_layout(config: ModelConfig, layout: RopeLayout) -> ModelConfig:
     """The same model with its heads' channels in another order."""
     def turned(mixer: Any) -> Any:
+        if isinstance(inner := getattr(mixer, "attention", None), Attention):       # whose rope such a mixer has
+            return dataclasses.replace(mixer, attention=turned(inner))
         rope = getattr(mixer, "rope", None)
         if not isinstance(rope, Rope):
             return mixer

@@ -1,6 +1,6 @@
 """Rows of config_table.py in which several keys or fields are one thing.
 
-    how many layers, and of which parts    LayerCount, Kinds
+    how many layers, and of which parts    LayerCount, Kinds; layer_kinds.py
     heads                                  Heads, HeadDim, DividingHeads
     positions                              RopeKeys; Windows, Periodic, OneWindow
     how wide a scan is                     Expand, Rank
@@ -63,6 +63,10 @@ class Kinds(Row):
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         names = {each.kind: name for name, each in self.parts.items()}
         return self.write_kinds([names[layer.get(self.slot).kind] for layer in draft.layers])
+
+    def kinds_in(self, slot: str) -> list[type] | None:
+        """What may stand in a slot of a layer; None: this row does not say."""
+        return [each.kind for each in self.parts.values()] if slot == self.slot else None
 
     def says(self) -> str:
         return f"{self.slot}: {' or '.join(each.kind.__name__ for each in self.parts.values())}"

@@ -24,6 +24,7 @@ Our parameters come first: a parameter without a rule is an error when it is sav
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,10 +53,13 @@ class Header(Protocol):
 
 @dataclass(frozen=True)
 class Rule:
-    """Which stored tensors are which of our parameters, and how the numbers are arranged."""
+    """Which stored tensors are which of our parameters, and how the numbers are arranged.
+
+    either: other rules have the same stored names; every layer has the parameters of one of them."""
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     op: Op
+    either: bool = False
 
 
 Table = dict[str, Rule]
@@ -80,14 +84,18 @@ def under(theirs: str, ours: str, names: Mapping[str, str], op: Op = Same) -> li
     return [rule(join(theirs, name), join(ours, mine), op) for name, mine in names.items()]
 
 
-def override(base: Table, *rules: Rule, shared: tuple[str, ...] = ()) -> Table:
-    """`base` with these rules in place of the ones of the same name. A table that is not one-to-one is refused here.
+def either(theirs: str, *ours: str) -> list[Rule]:
+    """One stored name for several of ours, of which a layer has one: the norm before a mixer or a feed-forward."""
+    return [Rule((theirs,), (mine,), Same, either=True) for mine in ours]
 
-    shared: stored names that are one parameter in some layers and another one in the others. No layer has both."""
+
+def override(base: Table, *rules: Rule) -> Table:
+    """`base` with these rules in place of the ones of the same name. A table that is not one-to-one is refused here."""
     table = base | {name: each for each in rules for name in each.ours}
     assert all(table[name] is each for each in table.values() for name in each.ours), "a rule was replaced in part"
-    theirs = [name for each in dict.fromkeys(table.values()) for name in each.theirs]
-    twice = sorted({name for name in theirs if theirs.count(name) > 1 and name not in shared})
+    theirs = [name for each in dict.fromkeys(table.values()) if not each.either for name in each.theirs]
+    theirs += {name for each in table.values() if each.either for name in each.theirs}
+    twice = sorted({name for name in theirs if theirs.count(name) > 1})
     assert not twice, f"named twice: {twice}"
     return table
 
@@ -103,7 +111,7 @@ def moved(table: Table, old: str, new: str) -> Table:
     def renamed(name: str) -> str:
         return new + name[len(old):] if name.startswith(old) else name
 
-    rules = {each: Rule(tuple(map(renamed, each.theirs)), each.ours, each.op) for each in table.values()}
+    rules = {each: Rule(tuple(map(renamed, each.theirs)), each.ours, each.op, each.either) for each in table.values()}
     return {name: rules[each] for name, each in table.items()}
 
 
@@ -146,6 +154,9 @@ def expand(table: Table, parameters: Mapping[str, Tensor], config: ModelConfig) 
             steps[ours] = Step(names, ours, each.op, config.layers[int(layer)] if layer else None)
     if orphans:
         raise CheckpointError(_list("parameters that this family has no name for", orphans))
+    times = Counter(name for step in steps.values() for name in step.theirs)
+    if twice := [name for name, count in times.items() if count > 1]:
+        raise CheckpointError(_list("stored tensors that would be several parameters of one layer", twice))
     return list(steps.values())
 
 

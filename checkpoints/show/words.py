@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from checkpoints.show.drawing import PARTS, WIDTH, Kind, brief
-from nanollm.config import MLP, Attention, ModelConfig, MoE, Norm, Rope
+from nanollm.config import MLP, Attention, Mixer, ModelConfig, MoE, Norm, Rope
 from nanollm.layers import MODULES
 
 SIZES = frozenset("""
@@ -86,28 +86,34 @@ def of_layer(layer: Any, dim: int) -> Iterator[tuple[str, str]]:
         elif place == "ffn":
             yield from of_ffn(part)
         else:
-            expected = place == "pre_mixer" or (place == "pre_ffn" and layer.ffn is not None)
+            branch = {"pre_mixer": layer.mixer, "pre_ffn": layer.ffn}.get(place)
+            expected = branch is not None
             yield from of_norm(place, part, expected)
 
 
 def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
     """Attention against attention, anything else by what its class says of itself; a kind of attention by both."""
-    if type(mixer) is not Attention:
+    if mixer is None:
+        yield "mixer", "none, the feed-forward is all"
+    elif type(mixer) is not Attention:
         yield "mixer", f"{type(mixer).__name__} in place of attention: {purpose(mixer)}"
     if not isinstance(mixer, Attention):
         yield from (("mixer", words) for words in fields(mixer))
         for part in (getattr(mixer, field.name) for field in dataclasses.fields(mixer)):
             if isinstance(part, Attention):
                 yield from of_mixer(part, dim)
+            elif isinstance(part, Mixer):
+                yield "mixer", f"{type(part).__name__}: {purpose(part)}"
+                yield from (("mixer", words) for words in fields(part))
             elif isinstance(part, Rope):
                 yield from (("rope", words) for words in fields(part))
-        return
-    if mixer.heads * mixer.head_dim != dim:
-        yield "mixer", f"the heads are {mixer.heads * mixer.head_dim} wide together, the stream {dim}"
-    yield from (("mixer", words) for words in fields(mixer, skip=("qk_norm", "rope")))
-    rotation = ["none, q and k stay as they are"] if mixer.rope is None else fields(mixer.rope)
-    yield from (("rope", words) for words in rotation)
-    yield from of_norm("qk_norm", mixer.qk_norm, expected=False)
+    else:
+        if mixer.heads * mixer.head_dim != dim:
+            yield "mixer", f"the heads are {mixer.heads * mixer.head_dim} wide together, the stream {dim}"
+        yield from (("mixer", words) for words in fields(mixer, skip=("qk_norm", "rope")))
+        rotation = ["none, q and k stay as they are"] if mixer.rope is None else fields(mixer.rope)
+        yield from (("rope", words) for words in rotation)
+        yield from of_norm("qk_norm", mixer.qk_norm, expected=False)
 
 
 def of_ffn(ffn: Any) -> Iterator[tuple[str, str]]:
@@ -158,7 +164,8 @@ def fields(owner: Any, skip: Sequence[str] = ()) -> Iterator[str]:
         if usual or field.name in skip or SIZES & {name, field.name}:
             continue
         words = known.get(name, f"{field.name} {{}}")
-        yield (words[value] if isinstance(words, dict) else words).format(brief(value))
+        text = words.get(value, words.get(type(value))) if isinstance(words, dict) else words
+        yield str(text).format(brief(value))
         if field.name == "alibi":
             yield from fields(value)
 

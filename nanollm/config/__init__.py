@@ -9,9 +9,10 @@
 Families differ in *which object stands at index i*: a window on every other layer, experts on the last ten, a scan
 in between. Nothing below knows a family's name. To read a `config.json`, see `checkpoints/families/`.
 
-The parts are in config/parts.py (Norm, Rope, Attention, MLP), mixers.py and gated.py (the rarer ones), and scaling.py
-(long contexts); all of them can be imported from here. Every dataclass is frozen, so equal layers can share one object
-and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
+The parts are in config/parts.py (Norm, Rope, Attention, MLP); mixers.py, scans.py, gated.py, chunked.py, sparse.py and
+parallel.py (the rarer ones); and scaling.py (long contexts). All can be imported from here. Every dataclass is frozen,
+so equal layers can share one object and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact
+inverses and plain JSON.
 """
 
 import dataclasses
@@ -23,20 +24,8 @@ from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive,
 from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.gated import GatedAttention, GatedDeltaNet
-from nanollm.config.mixers import (
-    RGLRU,
-    RWKV,
-    SCANS,
-    XIELU,
-    ClippedGLU,
-    ExpertGroups,
-    FilteredAttention,
-    Hyena,
-    LatentAttention,
-    Mamba,
-    Mamba2,
-    MoE,
-)
+from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
+from nanollm.config.parallel import ParallelMixer, ScaledMLP
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.positions import Positions
 from nanollm.config.scaling import (
@@ -51,15 +40,17 @@ from nanollm.config.scaling import (
     SteppedNTK,
     Yarn,
 )
+from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, ShortConv
 from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
     "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
-    "InputWeightedMoE", "LatentAttention", "Layer", "Linear", "Llama3", "LogLength", "LogSteps", "LogTokenSteps",
-    "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "Part", "Positions", "RGLRU",
-    "RWKV", "Rope", "SCANS", "Scaling", "SparseLatentAttention", "SteppedNTK", "XIELU", "Yarn",
+    "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
+    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "ParallelMixer",
+    "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "ShortConv",
+    "SparseLatentAttention", "SteppedNTK", "XIELU", "Yarn",
 ]
 
 
@@ -73,7 +64,7 @@ def need_whole_vectors(owner: Any, *fields: str) -> None:
 @dataclass(frozen=True)
 class Layer(Part):
     """One residual block; block.py draws how the parts are wired. An absent norm is None, and absent in the module."""
-    mixer: Mixer                            # what moves information between tokens: Attention, Mamba, …
+    mixer: Mixer | None                     # moves information between tokens: Attention, Mamba; None: the ffn is all
     ffn: FeedForward | None                 # what each token does alone: MLP, MoE; None: the mixer is all (Mamba)
     pre_mixer: Norm | None = Norm()         # before the mixer; OLMo-2 None
     post_mixer: Norm | None = None          # on what the mixer adds, before it is added; Gemma-2
@@ -83,13 +74,15 @@ class Layer(Part):
     residual_scale: float = 1.0             # times what mixer and feed-forward add to the stream; Granite 0.22
 
     def __post_init__(self) -> None:
-        need(isinstance(self.mixer, Mixer), self, "mixer", "Attention or another mixer")
+        need(self.mixer is None or isinstance(self.mixer, Mixer), self, "mixer", "Attention, another mixer, or None")
         need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
         need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
         need_positive(self, "residual_scale")
         alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
         expected = "a feed-forward, or pre_ffn None, post_ffn None and parallel False"
         need(self.ffn is not None or alone, self, "ffn", expected)
+        alone = self.ffn is not None and self.pre_mixer is None and self.post_mixer is None and not self.parallel
+        need(self.mixer is not None or alone, self, "mixer", "a mixer, or a feed-forward, no norm for it, not parallel")
 
 
 @dataclass(frozen=True)

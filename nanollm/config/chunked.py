@@ -6,7 +6,7 @@ Each class names the file of nanollm/layers that explains it.
 from dataclasses import dataclass
 
 from nanollm.config.checks import need
-from nanollm.config.mixers import MoE
+from nanollm.config.mixers import LatentExpert, MoE
 from nanollm.config.parts import Attention
 
 
@@ -24,3 +24,7 @@ class ChunkedAttention(Attention):
 @dataclass(frozen=True)
 class InputWeightedMoE(MoE):
     """Experts that read x times their weight, in place of what they say times it, input_weighted_moe.py."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need(not isinstance(self.expert, LatentExpert), self, "expert", "an expert that reads all of x")

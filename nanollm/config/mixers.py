@@ -1,14 +1,13 @@
-"""What may stand in the place of attention or of the MLP, as data: latent attention, scans, mixtures of experts.
+"""What may stand in the place of attention or of the MLP, as data: latent attention, mixtures of experts.
 
-Each class names the file of nanollm/layers that explains it: mamba.py, moe.py.
+Each class names the file of nanollm/layers that explains it: latent_attention.py, moe.py. Scans: scans.py.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
-from nanollm.config.gated import GatedDeltaNet
-from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Attention, Norm, Rope, need_rotation
+from nanollm.config.parts import MLP, Attention, Norm, Rope, need_rotation
 
 
 @dataclass(frozen=True)
@@ -30,84 +29,6 @@ class LatentAttention(Mixer):
         need(self.rope is not None, self, "rope", "a Rope")
         need_rotation(self, self.rope, self.rope_dim)
         need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
-
-
-@dataclass(frozen=True)
-class Mamba(Mixer):
-    """Selective state space, first generation, mamba.py."""
-    inner: int                              # I, channels of the scan; 2 × dim
-    state: int                              # N, numbers kept per channel; 16
-    conv: int                               # width of the causal convolution before the scan; 4
-    dt_rank: int                            # R, rank of the step-size projection; dim / 16
-    conv_bias: bool = True                  # on that convolution
-    bias: bool = False                      # on the projections in and out
-    inner_norm: Norm | None = None          # on the low-rank Δ, on B and on C; Jamba, Falcon-Mamba without gain
-
-    def __post_init__(self) -> None:
-        need_sizes(self, "inner", "state", "conv", "dt_rank")
-        plain = self.inner_norm is None or self.inner_norm.scope == "head"
-        need(plain, self, "inner_norm", "a norm whose scope is 'head'")
-
-
-@dataclass(frozen=True)
-class Mamba2(Mixer):
-    """Selective state space, second generation: heads, and one decay a head, mamba2.py."""
-    heads: int                              # H; 128
-    head_dim: int                           # P, channels of a head; 64
-    groups: int                             # G, sets of B and C, a divisor of heads; Mamba-2 1, Codestral 8
-    state: int                              # N, numbers kept per channel; 128
-    conv: int                               # width of the causal convolution on x, B and C; 4
-    eps: float = 1e-5                       # of the norm after the gate, which is over the channels of a group
-    conv_bias: bool = True                  # on that convolution
-    bias: bool = False                      # on the projections in and out
-    least_step: float = 0.0                 # Δ is cut off below this
-    largest_step: float | None = None       # and above this
-
-    def __post_init__(self) -> None:
-        need_sizes(self, "heads", "head_dim", "groups", "state", "conv")
-        need(self.heads % self.groups == 0, self, "groups", f"a divisor of heads ({self.heads})")
-        need_positive(self, "eps", *present(self, "largest_step"))
-        ordered = 0 <= self.least_step < (self.largest_step or float("inf"))
-        need(ordered, self, "least_step", "0 or more, and less than largest_step")
-
-
-@dataclass(frozen=True)
-class RGLRU(Mixer):
-    """The recurrent block of Griffin and RecurrentGemma around a real-gated linear recurrent unit, recurrent.py."""
-    width: int                              # I, channels of the recurrence; 2560
-    heads: int                              # H, blocks of the gates' block-diagonal matrices, a divisor of width; 10
-    conv: int                               # width of the causal convolution before the recurrence; 4
-    activation: Activation = "gelu_tanh"    # of the branch that multiplies what the recurrence says
-
-    def __post_init__(self) -> None:
-        need_sizes(self, "width", "heads", "conv")
-        need(self.width % self.heads == 0, self, "heads", f"a divisor of width ({self.width})")
-        need(self.activation in ACTIVATIONS, self, "activation", f"one of {', '.join(ACTIVATIONS)}")
-
-
-@dataclass(frozen=True)
-class RWKV(Mixer):
-    """Both halves of an RWKV-4 block, time mixing and channel mixing, rwkv.py; so a layer of it has no ffn."""
-    width: int                              # D, that of the residual stream; 4096
-    hidden: int                             # F, width of the channel mixing; 16384
-    norm: Norm                              # before each half; LayerNorm with bias
-
-    def __post_init__(self) -> None:
-        need_sizes(self, "width", "hidden")
-        need(self.norm.scope == "head", self, "norm", "a norm whose scope is 'head'")
-
-
-@dataclass(frozen=True)
-class Hyena(Mixer):
-    """A convolution of any length between two gates, hyena.py."""
-    inner: int                              # I, its channels; 4096
-    heads: int                              # H: the projection's rows lie head by head, a divisor of inner; 32
-    state: int                              # N, poles of a channel's filter; 2
-    conv: int                               # k, width of the causal convolution after the projection; 3
-
-    def __post_init__(self) -> None:
-        need_sizes(self, "inner", "heads", "state", "conv")
-        need(self.inner % self.heads == 0, self, "heads", f"a divisor of inner ({self.inner})")
 
 
 @dataclass(frozen=True)
@@ -154,6 +75,17 @@ class ClippedGLU(Part):
 
 
 @dataclass(frozen=True)
+class LatentExpert(Part):
+    """An expert that works on a shorter vector, which one matrix makes for all of them; MoE in moe.py."""
+    width: int                              # L, numbers in that vector; 1024 (Nemotron 3 Super)
+    mlp: MLP                                # what it does with them; MLP(2688, "relu2", gated=False)
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "width")
+        need(isinstance(self.mlp, MLP) and not self.mlp.bias, self, "mlp", "an MLP without bias")
+
+
+@dataclass(frozen=True)
 class ExpertGroups(Part):
     """Experts that live on one machine, of which a token visits few."""
     count: int                              # groups that the experts are cut into, side by side; 8
@@ -167,11 +99,12 @@ class ExpertGroups(Part):
 
 @dataclass(frozen=True)
 class MoE(FeedForward):
-    """A router that sends each token to a few of many gated MLPs, moe.py."""
+    """A router that sends each token to a few of many MLPs, moe.py."""
     experts: int                            # E; 8
     top_k: int                              # experts a token visits; 2
-    expert: MLP | ClippedGLU                # what one expert is; MLP(14336)
-    renormalize: bool                       # divide the chosen weights by their sum; Mixtral True, Qwen1.5-MoE False
+    expert: MLP | ClippedGLU | LatentExpert     # what one expert is; MLP(14336)
+    renormalize: bool | float               # divide the chosen weights by their sum, plus this if it is a number;
+                                            # Mixtral True, Qwen1.5-MoE False, LFM2 1e-6
     shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
     score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"
@@ -187,8 +120,10 @@ class MoE(FeedForward):
         need_sizes(self, "experts", "top_k")
         need(self.top_k <= self.experts, self, "top_k", f"at most experts ({self.experts})")
         one = self.expert
-        plain = isinstance(one, ClippedGLU) or (isinstance(one, MLP) and one.gated and not one.bias)
-        need(plain, self, "expert", "a gated MLP without bias, or a ClippedGLU")
+        known = isinstance(one, (ClippedGLU, LatentExpert)) or (isinstance(one, MLP) and not one.bias)
+        need(known, self, "expert", "an MLP without bias, a ClippedGLU or a LatentExpert")
+        rule = isinstance(self.renormalize, bool) or 0 < self.renormalize < 1
+        need(rule, self, "renormalize", "True, False, or a number between 0 and 1")
         need(self.shared is not None or not self.shared_gate, self, "shared_gate", "False where nothing is shared")
         need(self.score in ("softmax", "sigmoid"), self, "score", "'softmax' or 'sigmoid'")
         need_positive(self, "scale", *present(self, "sparse"))
@@ -201,7 +136,3 @@ class MoE(FeedForward):
         others = self.renormalize or self.correction or self.groups or self.scale != 1 or self.score != "softmax"
         alone = self.sparse is None or not others
         need(alone, self, "sparse", "None where any other field says how experts are weighed")
-
-
-# what a token costs them does not depend on how many came before
-SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena, GatedDeltaNet)

@@ -1,7 +1,7 @@
 """The parts of a Llama-shaped layer, as data: norm, position, attention, feed-forward. The layer: config/__init__.py.
 
 Each class names the file of nanollm/layers that explains it. The rarer mixers and the mixture of experts are in
-config/mixers.py, the formulas of long contexts in config/scaling.py.
+config/mixers.py and config/scans.py, the formulas of long contexts in config/scaling.py.
 """
 
 from dataclasses import dataclass

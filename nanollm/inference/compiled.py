@@ -40,10 +40,9 @@ from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
 from nanollm.layers.forward_context import ForwardContext
-from nanollm.layers.state import KVCache, ScanState, SlotMapping
+from nanollm.layers.state import KVCache, SlotMapping, State
 from nanollm.model import Decoder, Head
 
-State = KVCache | ScanState
 Program = Callable[..., Sequence[Tensor]]
 STREAMS = 4
 
@@ -181,7 +180,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
     _, arrangement = pytree.tree_flatten([owner[name] for owner, name in places])
     open_dims: dict[int, int] = {}
     if slots is not None:
-        open_dims = {first - 1: 1} | dict.fromkeys(range(first, len(tensors)), 2)
+        open_dims = {first - 1: 1} | dict.fromkeys((first, first + 1), 2)      # keys and values come first
 
     def step(*values: Tensor) -> tuple[Tensor]:
         """The block's forward pass with these values in the places of its own."""
@@ -202,7 +201,8 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
                 old.copy_(new)
         return (y,)
 
-    what = f"layers with {type(block.config.mixer).__name__} and {type(block.config.ffn).__name__} are"
+    parts = [type(part).__name__ for part in (block.config.mixer, block.config.ffn) if part is not None]
+    what = f"layers with {' and '.join(parts)} are"
     return compile_function(what, step, tensors, weights, open_dims)
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from nanollm import ops
 from nanollm.cache import Cache
 from nanollm.inference.static import StaticStep, refuses
-from nanollm.layers.moe import ClippedExperts, Experts
+from nanollm.layers.moe import ClippedExperts, Experts, PlainExperts
 from nanollm.model import Decoder
 
 Feed = Callable[[Decoder, Tensor, Tensor | None, Cache], Tensor]
@@ -100,6 +100,8 @@ def uncapturable(model: Decoder) -> str | None:
     for module in model.modules():
         if isinstance(module, ClippedExperts):
             return "experts with a clipped GLU have no kernel, and their definition waits for the device"
+        if isinstance(module, PlainExperts):
+            return "experts without gates have no kernel, and their definition waits for the device"
         if isinstance(module, Experts) and (ops.mode() == "torch" or not ops.has_triton()):
             return "the definition of the experts waits for the device, and their kernel is switched off"
     return None

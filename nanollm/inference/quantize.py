@@ -227,7 +227,7 @@ def each(change: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:
 
 
 class QuantizedExperts(SplitExperts):
-    """Experts whose three weights are QuantizedLinears, or NF4Linears."""
+    """Experts whose weights are QuantizedLinears, or NF4Linears."""
 
 
 # ---- a model
@@ -318,7 +318,7 @@ def skipped(name: str, skip: Collection[str]) -> bool:
 def leaves(module: nn.Module) -> tuple[str, ...]:
     """The weights of a module that can be quantised; none of any other."""
     if isinstance(module, Experts):
-        return "gate", "up", "down"
+        return module.leaves
     return ("weight",) if type(module) is Linear else ()        # a router or a head does more than multiply
 
 
@@ -326,10 +326,9 @@ def replace(model: Decoder, name: str, weights: Mapping[str, Packed]) -> None:
     """Put a quantised module in the place of the Linear or the Experts of this name."""
     old = model.get_submodule(name)
     if isinstance(old, Experts):
-        biases = (getattr(old, f"{leaf}_bias", None) for leaf in leaves(old))
-        gate, up, down = (linear(old.get_parameter(leaf), weights[leaf], bias)
-                          for leaf, bias in zip(leaves(old), biases, strict=True))
-        new: nn.Module = QuantizedExperts(old.config, gate, up, down)
+        parts = {leaf: linear(old.get_parameter(leaf), weights[leaf], getattr(old, f"{leaf}_bias", None))
+                 for leaf in old.leaves}
+        new: nn.Module = QuantizedExperts(old.config, **parts)
     else:
         assert isinstance(old, Linear), "as chosen"
         new = linear(old.weight, weights["weight"], old.bias)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from nanollm.cache import Cache
 from nanollm.errors import InputError
-from nanollm.layers.state import KVCache, ScanState, SlotMapping
+from nanollm.layers.state import KVCache, SlotMapping, State
 from nanollm.model import Decoder
 
 
@@ -132,7 +132,7 @@ def refuses(cache: Cache) -> str | None:
     return None
 
 
-def replaced(state: KVCache | ScanState) -> Iterator[str]:
+def replaced(state: State) -> Iterator[str]:
     """The attributes of a state that a call replaces; keys and values are written in place."""
     for name in vars(state):
         if tensors(state, name) and not (isinstance(state, KVCache) and name in ("k", "v")):

@@ -27,8 +27,12 @@ from nanollm.layers.mamba import Mamba
 from nanollm.layers.mamba2 import Mamba2
 from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
+from nanollm.layers.no_mixer import NoMixer
+from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
+from nanollm.layers.scaled_mlp import ScaledMLP
+from nanollm.layers.short_conv import ShortConv
 from nanollm.layers.sparse_attention import SparseLatentAttention
 from nanollm.layers.xielu import XIELU
 
@@ -45,7 +49,11 @@ MODULES: dict[type, Any] = {
     c.RWKV: RWKV,
     c.Hyena: Hyena,
     c.GatedDeltaNet: GatedDeltaNet,
+    c.ShortConv: ShortConv,
+    c.ParallelMixer: ParallelMixer,
+    type(None): NoMixer,
     c.MLP: MLP,
+    c.ScaledMLP: ScaledMLP,
     c.MoE: MoE,
     c.XIELU: XIELU,
     c.InputWeightedMoE: InputWeightedMoE,

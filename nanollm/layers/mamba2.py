@@ -41,14 +41,14 @@ def log_uniform_decay(value: Tensor, stream: torch.Generator, depth: int) -> Ten
 class GatedNorm(nn.Module):
     """u / sqrt(mean(u²) + ε) · g for u = y ⊙ silu(z), group by group, in float32; the result is rounded once."""
 
-    def __init__(self, config: Mamba2Config) -> None:
+    def __init__(self, config: Mamba2Config, eps: float) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.eps = config, eps
         self.gain = nn.Parameter(torch.empty(config.heads * config.head_dim))
 
     def forward(self, y: Tensor, z: Tensor) -> Tensor:                          # (B, T, I) each → (B, T, I)
         u = (y.float() * F.silu(z.float())).unflatten(-1, (self.config.groups, -1))
-        u_hat = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.config.eps)
+        u_hat = u * torch.rsqrt(u.square().mean(-1, keepdim=True) + self.eps)
         return (u_hat.flatten(-2) * self.gain.float()).to(y.dtype)
 
 
@@ -64,6 +64,8 @@ class Mamba2(nn.Module):
     WORDS = {
         "conv_bias": "no bias on the convolution",
         "bias": "biases on the projections in and out",
+        "eps": {None: "no norm after the gate"},
+        "scales": "z, x, B, C and Δ as projected times {}",
         "least_step": "Δ at least {}",
         "largest_step": "Δ at most {}",
     }
@@ -78,7 +80,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(config.heads))
         self.A_log = nn.Parameter(torch.empty(config.heads))
         self.D = nn.Parameter(torch.empty(config.heads))
-        self.norm = GatedNorm(config)
+        self.norm = None if config.eps is None else GatedNorm(config, config.eps)
         self.out_proj = Linear(I, dim, config.bias)
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: ScanState | None = None) -> Tensor:
@@ -86,7 +88,7 @@ class Mamba2(nn.Module):
         config = self.config
         if state is None:
             state = self.new_state(config, x.shape[0], 0, x.dtype, x.device)
-        z, x, delta = self.in_proj(x).split(self.widths, -1)
+        z, x, delta = self.projected(x).split(self.widths, -1)
         x, before = aligned(x.transpose(1, 2), state.conv, ctx.real)                  # (B, I + 2GN, T)
         positions = None if ctx.regular else ctx.positions
         x, state.conv = self.conv1d(x, before, positions).transpose(1, 2), window(x, before, ctx.real)
@@ -97,7 +99,18 @@ class Mamba2(nn.Module):
         if ctx.real is not None:
             delta = delta * ctx.real[..., None]                                       # Δ = 0: the state stays
         y, state.state = ssd(x, delta, -torch.exp(self.A_log.float()), B, C, self.D, state.state, ctx.begins)
-        return self.out_proj(self.norm(y.flatten(-2), z))
+        y = y.flatten(-2)
+        gated = (y.float() * F.silu(z.float())).to(y.dtype) if self.norm is None else self.norm(y, z)
+        return self.out_proj(gated)
+
+    def projected(self, x: Tensor) -> Tensor:
+        """x (B, T, D) → z, x, B, C and Δ side by side (B, T, 2I + 2GN + H)."""
+        together, config = self.in_proj(x), self.config
+        if config.scales is None:
+            return together
+        I, GN = config.heads * config.head_dim, config.groups * config.state
+        parts = together.split([I, I, GN, GN, config.heads], -1)
+        return torch.cat([part * scale for part, scale in zip(parts, config.scales, strict=True)], -1)
 
     @staticmethod
     def new_state(config: Mamba2Config, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> ScanState:

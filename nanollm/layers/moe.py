@@ -4,17 +4,20 @@
     s = softmax(z)  over all E experts [or σ(z), each by itself], in float32
     T = the k largest of s [+ c], [among the experts of the best groups]; ties: torch.topk's; no token is dropped
     g_e = λ s_e,  or  λ s_e / Σ_T s  where the config renormalises
-    expert_e(x) = down_e( act(gate_e x) ⊙ up_e x )
+    expert_e(x) = down_e( act(gate_e x) ⊙ up_e x )      or without gates  down_e( act(up_e x) )
     y = Σ_{e ∈ T} g_e · expert_e(x)   [ + σ(w·x) · shared(x)  or  shared(x) ]
 
 What is in brackets, and λ, is there where the config has it:
 
     Mixtral       s softmax, renormalised                                                       arXiv 2401.04088 §2.1
+    LFM2          s sigmoid, renormalised with Σ_T s + 1e-6, c as in V3                         arXiv 2511.23404
     DeepSeek-V2   groups: each is as good as its best expert; experts of the others are out     arXiv 2405.04434 §2.2.2
     DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient,     arXiv 2412.19437 §2.1.2,
                   it counts for the choice and not for g; a group is as good as its             eq. 12-16
                   two best experts together
     Phi-3.5-MoE   another rule, `sparse_route`
+    Nemotron 3    no gates; in Super and Ultra y = widen Σ g_e · expert_e(narrow x), so that    arXiv 2604.12374
+                  experts are small and many; router and shared expert read x itself
 
 Groups, E = 8 in 4 groups of which 2 are kept, each as good as its two best (V3), k = 3:
 
@@ -36,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.config import MLP as MLPConfig
-from nanollm.config import ClippedGLU, ExpertGroups
+from nanollm.config import ClippedGLU, ExpertGroups, LatentExpert
 from nanollm.config import MoE as MoEConfig
 from nanollm.init import Draw, matrix, residual, zero
 from nanollm.layers.linear import Linear
@@ -83,7 +86,8 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
         chosen = ranking.topk(config.top_k, -1).indices
         weights = scores.gather(-1, chosen)
         if config.renormalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)         # sigmoids, unlike softmax, may all be 0
+            least = 1e-20 if config.renormalize is True else config.renormalize     # sigmoids may all be 0
+            weights = weights / (weights.sum(-1, keepdim=True) + least)
         if config.scale != 1:
             weights = weights * config.scale
     return weights, chosen
@@ -141,9 +145,6 @@ def routing(model: nn.Module) -> Iterator[list[Routed]]:
 
 # ---- the experts
 
-LEAVES = "gate", "up", "down"                   # the weights of experts
-
-
 def visits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """chosen (N, k) → expert, the tokens that chose it, and as which of their k. Experts without tokens are skipped."""
     for e in chosen.unique().tolist():
@@ -170,8 +171,11 @@ def mixed(x: Tensor, weights: Tensor, chosen: Tensor, expert: Callable[[Tensor, 
     return y
 
 
-def gated(config: MLPConfig | ClippedGLU, gate: Tensor, up: Tensor) -> Tensor:
-    """What an expert hands to down, of gate_e x and up_e x."""
+def gated(config: MLPConfig | ClippedGLU, gate: Tensor | None, up: Tensor) -> Tensor:
+    """What an expert hands to down, of gate_e x, if there is a gate, and up_e x."""
+    if gate is None:
+        assert isinstance(config, MLPConfig)
+        return activate(config.activation, up)
     if isinstance(config, MLPConfig):
         return activate(config.activation, gate) * up
     gate, up = gate.clamp(max=config.limit), up.clamp(-config.limit, config.limit)
@@ -181,6 +185,7 @@ def gated(config: MLPConfig | ClippedGLU, gate: Tensor, up: Tensor) -> Tensor:
 class Experts(nn.Module):
     """The weights of E gated MLPs side by side."""
     INIT: dict[str, Draw] = {"gate": matrix, "up": matrix, "down": residual}
+    leaves: tuple[str, ...] = ("gate", "up", "down")
 
     def __init__(self, experts: int, config: MLPConfig | ClippedGLU, dim: int) -> None:
         super().__init__()
@@ -192,6 +197,21 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
         assert isinstance(self.config, MLPConfig), "ClippedExperts have a forward of their own"
         return expert_mlp(x, self.gate, self.up, self.down, weights, chosen, self.config.activation)
+
+
+class PlainExperts(Experts):
+    """The same without gates."""
+    leaves = "up", "down"
+
+    def __init__(self, experts: int, config: MLPConfig, dim: int) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.up = nn.Parameter(torch.empty(experts, config.hidden, dim))
+        self.down = nn.Parameter(torch.empty(experts, dim, config.hidden))
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
+        return mixed(x, weights, chosen, lambda own, e: F.linear(
+            gated(self.config, None, F.linear(own, self.up[e])), self.down[e]))
 
 
 class ClippedExperts(Experts):
@@ -228,40 +248,50 @@ class Stacked(nn.Module):
 
 
 class SplitExperts(nn.Module):
-    """Experts whose three weights are modules, quantised or with adapters, called with x and an expert's number."""
+    """Experts whose weights are modules, quantised or with adapters, called with x and an expert's number."""
 
-    def __init__(self, config: MLPConfig | ClippedGLU, gate: nn.Module, up: nn.Module, down: nn.Module) -> None:
+    def __init__(self, config: MLPConfig | ClippedGLU, up: nn.Module, down: nn.Module,
+                 gate: nn.Module | None = None) -> None:
         super().__init__()
         self.config, self.gate, self.up, self.down = config, gate, up, down
+        self.leaves = kind_of(config).leaves
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
         def expert(own: Tensor, e: int) -> Tensor:
-            return self.down(gated(self.config, self.gate(own, e), self.up(own, e)), e)
+            gate = None if self.gate is None else self.gate(own, e)
+            return self.down(gated(self.config, gate, self.up(own, e)), e)
 
         return mixed(x, weights, chosen, expert)
 
 
+def kind_of(config: MLPConfig | ClippedGLU) -> type[Experts]:
+    """The experts that a config describes."""
+    if isinstance(config, ClippedGLU):
+        return ClippedExperts
+    return Experts if config.gated else PlainExperts
+
+
 def split(experts: Experts) -> SplitExperts:
-    """The same experts, each of the three weights in a module of its own."""
-    parts = (Stacked(getattr(experts, leaf), getattr(experts, f"{leaf}_bias", None)) for leaf in LEAVES)
-    return SplitExperts(experts.config, *parts).train(experts.training)
+    """The same experts, each of the weights in a module of its own."""
+    parts = {leaf: Stacked(getattr(experts, leaf), getattr(experts, f"{leaf}_bias", None)) for leaf in experts.leaves}
+    return SplitExperts(experts.config, **parts).train(experts.training)
 
 
 def joined(experts: SplitExperts) -> Experts:
     """The inverse: the parts have a `weight` and a `bias`."""
-    clipped = isinstance(experts.config, ClippedGLU)
-    whole = (ClippedExperts if clipped else Experts)(0, experts.config, 0)  # type: ignore[arg-type]
-    for leaf in LEAVES:
+    whole = kind_of(experts.config)(0, experts.config, 0)
+    for leaf in experts.leaves:
         setattr(whole, leaf, getattr(experts, leaf).weight)
-        if clipped:
+        if isinstance(whole, ClippedExperts):
             setattr(whole, f"{leaf}_bias", getattr(experts, leaf).bias)
     return whole.train(experts.training)
 
 
 class MoE(nn.Module):
     """Route, run the chosen experts on the tokens that chose them, add up."""
+    INIT = {"widen.weight": residual}
     WORDS = {
-        "renormalize": "their weights divided by their sum",
+        "renormalize": {True: "their weights divided by their sum", float: "their weights divided by their sum + {}"},
         "shared": "every token goes to {} too",
         "shared_gate": "which has a gate of its own",
         "score": {"sigmoid": "scores are sigmoids"},
@@ -278,10 +308,10 @@ class MoE(nn.Module):
         super().__init__()
         self.config = config
         self.router = Router(config, dim)
-        if isinstance(config.expert, ClippedGLU):
-            self.experts: nn.Module = ClippedExperts(config.experts, config.expert, dim)
-        else:
-            self.experts = Experts(config.experts, config.expert, dim)
+        (one, width), latent = inside(config, dim), isinstance(config.expert, LatentExpert)
+        self.narrow = Linear(dim, width, bias=False) if latent else None
+        self.widen = Linear(width, dim, bias=False) if latent else None
+        self.experts: nn.Module = kind_of(one)(config.experts, one, width)
         self.shared = None if config.shared is None else MLP(config.shared, dim)
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
 
@@ -296,10 +326,20 @@ class MoE(nn.Module):
     def routed(self, flat: Tensor) -> Tensor:
         """What a token's own experts say, (N, D) → (N, D)."""
         routed = self.router(flat)
-        return self.experts(flat, routed.weights, routed.chosen)
+        if self.narrow is None or self.widen is None:
+            return self.experts(flat, routed.weights, routed.chosen)
+        return self.widen(self.experts(self.narrow(flat), routed.weights, routed.chosen))
 
     @staticmethod
     def multiply_adds(config: MoEConfig, dim: int) -> int:
         """Experts count where they are chosen."""
+        (one, width), latent = inside(config, dim), isinstance(config.expert, LatentExpert)
+        experts = config.top_k * len(kind_of(one).leaves) * width * one.hidden + 2 * dim * width * latent
         shared = MLP.multiply_adds(config.shared, dim) if config.shared else 0
-        return config.top_k * 3 * dim * config.expert.hidden + dim * config.experts + shared + dim * config.shared_gate
+        return experts + dim * config.experts + shared + dim * config.shared_gate
+
+
+def inside(config: MoEConfig, dim: int) -> tuple[MLPConfig | ClippedGLU, int]:
+    """What an expert is, and the width of what it reads."""
+    one = config.expert
+    return (one.mlp, one.width) if isinstance(one, LatentExpert) else (one, dim)

@@ -1,4 +1,4 @@
-"""What one layer remembers between calls: keys and values for attention, a window and a state for a scan.
+"""What one layer remembers between calls: keys and values for attention, a window and a state for a scan, or nothing.
 
 Attention with a window W needs no more than the last W keys, so its cache is a ring of W slots; without one it has a
 slot for every token. Either way position p of a row lives in slot p mod S. A ring of S = 4 fed positions 0 … 5:
@@ -42,16 +42,37 @@ class KVCache:
         return (k, v) if slots.fresh else (self.k[:, :, : slots.used], self.v[:, :, : slots.used])
 
 
-class ScanState:
-    """What a recurrence carries on: the last inputs of its convolution, (B, channels, k − 1), and its state, (B, …).
+class ConvState:
+    """The last inputs of a convolution, (B, channels, k − 1)."""
+
+    def __init__(self, batch: int, channels: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
+
+
+class ScanState(ConvState):
+    """What a recurrence carries on: the last inputs of its convolution, and its state, (B, …).
 
     The state is float32 whatever the weights are.
     """
 
     def __init__(self, batch: int, channels: int, width: int, state: tuple[int, ...], dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.conv = torch.zeros(batch, channels, width - 1, dtype=dtype, device=device)
+        super().__init__(batch, channels, width, dtype, device)
         self.state = torch.zeros(batch, *state, dtype=torch.float32, device=device)
+
+
+class ParallelState(KVCache, ScanState):
+    """Of attention and a scan side by side: keys and values, and a window and a state, as one object."""
+
+    def __init__(self, keys: KVCache, scan: ScanState) -> None:
+        vars(self).update(vars(keys) | vars(scan))
+
+
+class NoState:
+    """Of a layer without a mixer, which remembers nothing."""
+
+
+State = KVCache | ConvState | NoState
 
 
 class SlotMapping:

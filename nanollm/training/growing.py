@@ -37,6 +37,7 @@ from nanollm.config import (
     Linear,
     Mixer,
     ModelConfig,
+    ParallelMixer,
     Rope,
     Scaling,
     SparseLatentAttention,
@@ -239,16 +240,16 @@ def stretched(config: ModelConfig, kind: str, factor: float) -> ModelConfig:
     return dataclasses.replace(config, layers=layers, context=context)
 
 
-def rope_of(mixer: Mixer) -> Rope | None:
+def rope_of(mixer: Mixer | None) -> Rope | None:
     """The RoPE of a mixer that has one."""
     return getattr(mixer, "rope", None)
 
 
-def with_rope(mixer: Mixer, rope: Rope) -> Mixer:
+def with_rope(mixer: Mixer | None, rope: Rope) -> Mixer | None:
     """The mixer with this RoPE, where it has one."""
     if rope_of(mixer) is None:
         return mixer
-    if isinstance(mixer, FilteredAttention | GatedAttention):
+    if isinstance(mixer, FilteredAttention | GatedAttention | ParallelMixer):
         return dataclasses.replace(mixer, attention=dataclasses.replace(mixer.attention, rope=rope))
     return dataclasses.replace(mixer, rope=rope)  # type: ignore[type-var]  # all mixers are dataclasses
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from nanollm.errors import InputError
 from nanollm.init import one, zero
 from nanollm.layers.linear import Linear
-from nanollm.layers.moe import LEAVES, Experts, SplitExperts, Stacked, joined, split
+from nanollm.layers.moe import Experts, SplitExperts, Stacked, joined, split
 from nanollm.model import Decoder
 from nanollm.training import lora_weights
 
@@ -143,7 +143,7 @@ def targets(model: Decoder) -> dict[str, bool]:
     names: dict[str, bool] = {}
     for name, module in model.layers.named_modules(prefix="layers"):
         if isinstance(module, (Experts, SplitExperts)):
-            names |= dict.fromkeys((f"{name}.{leaf}" for leaf in LEAVES), True)
+            names |= dict.fromkeys((f"{name}.{leaf}" for leaf in module.leaves), True)
         elif type(module) is Linear or hasattr(module, "dense"):
             names.setdefault(name, False)
     return names
@@ -186,7 +186,7 @@ def merge(model: Decoder) -> Decoder:
     dtype = model.embed.weight.dtype
     for name, experts in [pair for pair in model.named_modules() if isinstance(pair[1], SplitExperts)]:
         if loras(experts):
-            for leaf in LEAVES:
+            for leaf in experts.leaves:
                 setattr(experts, leaf, lora_weights.plain(getattr(experts, leaf), dtype))
             model.set_submodule(name, joined(experts))
     for name, module in loras(model).items():

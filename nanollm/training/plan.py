@@ -131,7 +131,8 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
                     for length in (context, *SHORT)}
         for block, (layer, count) in zip(model.layers, kinds.items(), strict=True):
             experts = layer.ffn.experts if isinstance(layer.ffn, c.MoE) else 0
-            T, T2 = SHORT if isinstance(layer.mixer, c.SCANS) and context > SHORT[1] else (context, context)
+            scans = isinstance(layer.mixer, (*c.SCANS, c.ParallelMixer))    # of attention too the memory grows linearly
+            T, T2 = SHORT if scans and context > SHORT[1] else (context, context)
             with Live(experts), torch.no_grad():
                 block(torch.zeros(rows, T, config.dim, dtype=stream), contexts[T])      # makes what all layers share
             held = []
