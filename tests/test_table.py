@@ -87,7 +87,6 @@ def test_a_table_is_one_to_one():
     assert override(base, rule("c", "y"))["y"].theirs == ("c",)
     with pytest.raises(AssertionError, match="named twice"):
         override(base, rule("a", "z"))
-    assert override(base, rule("a", "z"), shared=("a",))["z"].theirs == ("a",)
     fused = override({}, rule("qkv", ["q", "k", "v"]))
     with pytest.raises(AssertionError, match="in part"):
         override(fused, rule("q_proj", "q"))

@@ -95,7 +95,8 @@ def of_mixer(mixer: Any, dim: int) -> Iterator[tuple[str, str]]:
     """Attention against attention, anything else by what its class says of itself; a kind of attention by both."""
     if mixer is None:
         yield "mixer", "none, the feed-forward is all"
-    elif type(mixer) is not Attention:
+        return
+    if type(mixer) is not Attention:
         yield "mixer", f"{type(mixer).__name__} in place of attention: {purpose(mixer)}"
     if not isinstance(mixer, Attention):
         yield from (("mixer", words) for words in fields(mixer))
