@@ -2,7 +2,7 @@
 
     load_step    weights of 16 bits, which are quantised as they come: of a step there are those in memory, of experts
                  one expert's
-    take_step    weights that are stored so (storage/compressed.py), which stay as they are
+    take_step    weights that are stored so (storage/quantized/integers.py), which stay as they are
 
 A stored weight and its parts have the same rows. So what a step does to rows is done to packed, s and z, each by
 itself; where it turns a matrix over (Transposed, the experts of gpt-oss) their groups would run along the wrong side.
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from checkpoints.names.table import Step
 from checkpoints.storage import stream
-from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
+from checkpoints.storage.quantized.integers import Ints
 from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Packed, Plan, Quantised, leaves, skipped
 from nanollm.model import Decoder
 
@@ -88,11 +88,12 @@ def moved_by_rows(model: Decoder, plan: Plan, steps: Iterable[Step], also: Calla
 def stored_so(model: Decoder, steps: Iterable[Step], stored: Mapping[str, Stored]) -> Plan:
     """The modules of a model on the meta device whose weights stay as they are stored.
 
-    Of 8 bits those with a scale a row and without zero points, as quantize.py has no others."""
+    Of 8 bits those with a scale a row and without zero points, as quantize.py has no others; none whose inputs are in
+    an order of their own."""
     def whole_numbers(step: Step) -> bool:
         parts = [stored[name] for name in step.theirs]
-        return all(isinstance(one, Ints) and (one.how.bits == 4 or (one.how.group is None and one.how.symmetric))
-                   for one in parts)
+        return all(isinstance(one, Ints) and one.in_order and (
+            one.how.bits == 4 or (one.how.bits == 8 and one.how.group is None and one.how.symmetric)) for one in parts)
 
     modules = [name for name, module in model.named_modules() if leaves(module) and not skipped(name, LEFT_ALONE)]
     return moved_by_rows(model, Plan(0, 0, modules), steps, whole_numbers)
