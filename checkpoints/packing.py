@@ -67,8 +67,18 @@ def load_step(step: Step, plan: Plan, packed: Mapping[str, Packed], stored: Mapp
 
 def by_rows(step: Step, parameters: Mapping[str, Tensor]) -> bool:
     """Whether a step puts the rows of its weights into rows of matrices, and does nothing else to them."""
+    return all(len(shape) == 2 and shape[1] == 0 for shape in _without_inputs(step, parameters))
+
+
+def by_columns(step: Step, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether it puts them into columns of matrices, as GPT-2 has them."""
+    return all(len(shape) == 2 and shape[0] == 0 for shape in _without_inputs(step, parameters))
+
+
+def _without_inputs(step: Step, parameters: Mapping[str, Tensor]) -> list[Shape]:
+    """The shapes of what a step stores, were there no inputs: their 0 shows where they go."""
     ours = [torch.empty(*parameters[name].shape[:-1], 0, device="meta") for name in step.ours]
-    return all(len(shape) == 2 and shape[1] == 0 for shape in step.op.shapes(ours, step.layer))
+    return list(step.op.shapes(ours, step.layer))
 
 
 def moved_by_rows(model: Decoder, plan: Plan, steps: Iterable[Step], also: Callable[[Step], bool]) -> Plan:

@@ -29,10 +29,10 @@ from checkpoints.names.reader import Reader, brief, brief_list
 from checkpoints.storage import files
 from checkpoints.storage.files import Stored
 from checkpoints.storage.quantized import awq, bnb, compressed, fp4, fp8, gptq, mlx, modelopt
-from checkpoints.storage.quantized.parts import Layout, Packed, whole
+from checkpoints.storage.quantized.parts import AsStored, Layout, Packed, packed, whole
 from nanollm.errors import CheckpointError, ConfigError, counted
 
-__all__ = ["Layout", "beside", "plain_config", "plain_tensors", "without_idle_biases"]
+__all__ = ["Layout", "as_stored", "beside", "plain_config", "plain_tensors", "without_idle_biases"]
 KEYS = ("quantization_config", "compression_config")
 UPLOAD = "Take the unquantised upload, of which this was made"
 WRITE = ('python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained(\'FOLDER\'{options})'
@@ -143,6 +143,12 @@ def plain_tensors(stored: Mapping[str, Stored], how: Layout | None, where: str =
                                   f"{'nothing' if how is None else 'another layout'}: it lacks the "
                                   f"quantization_config of the upload. {UPLOAD}, or its config.json")
     return plain
+
+
+def as_stored(stored: Mapping[str, Stored], over: Collection[str]) -> dict[str, Stored]:
+    """The tensors; of those in `over`, which the family's folders have turned over, quantised ones are turned too."""
+    return {name: packed(AsStored, one.shape[::-1], one) if name in over and isinstance(one, Packed)
+            and len(one.shape) == 2 else one for name, one in stored.items()}
 
 
 def without_idle_biases(stored: Mapping[str, Stored], needed: Collection[str], where: str) -> dict[str, Stored]:

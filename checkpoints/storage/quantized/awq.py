@@ -95,7 +95,7 @@ def read(r: Reader) -> Awq:
     r.must("bits", 4)
     r.must("w_bit", 4)
     r.must("version", "gemm", "GEMM")
-    group = r.get("group_size", r.get("q_group_size", 128))
-    found = Awq(None if type(group) is int and group == -1 else r.size("group_size", 128))
+    key = "q_group_size" if "q_group_size" in r.values else "group_size"         # of AutoAWQ's own quant_config.json
+    found = Awq(None if r.get(key, 128) == -1 else r.size(key, 128))
     r.close(MADE)
     return found

@@ -4,7 +4,8 @@
 
     X.qweight   (K b/32, N) int32    q of b bits, packed down the inputs, the first in the lowest bits
     X.scales    (G, N) float16       s
-    X.qzeros    (G, N b/32) int32    z − 1 ("gptq"), or z ("gptq_v2"), packed along the outputs
+    X.qzeros    (G, N b/32) int32    z − 1 ("gptq"), or z ("gptq_v2"), packed along the outputs; of
+                                     z = 0 the 1 is taken from the word, as GPTQModel does it
     X.g_idx     (K,) int32           k // group_size, or another order, where desc_act sorted the inputs ("act-order");
                                      not there: k // group_size
 
@@ -29,7 +30,7 @@ from checkpoints.storage.quantized.integers import Integers, Ints
 from checkpoints.storage.quantized.parts import FLOATS, Held, Layout, packed, part, turned, unpacked, whole
 from nanollm.errors import CheckpointError
 
-BITS = (2, 3, 4, 5, 6, 7, 8)
+BITS = (2, 3, 4, 8)
 # how it was quantised, and by which kernels it runs elsewhere
 MADE = frozenset("""
     act_group_aware backend batch_size block_name_to_quantize cache_block_outputs damp_auto_increment damp_percent
@@ -93,7 +94,7 @@ class Gptq(Layout):
             group = -(-K // G)
         order = part(stored, f"{module}.g_idx", (torch.int32,), where, (K,)) if f"{module}.g_idx" in stored else None
         how = Integers(bits, None if G == 1 else group, False)
-        found = Zeros(zeros.file, torch.int8 if bits < 7 else torch.int16, (N, G), zeros.start, zeros.size, zeros, bits,
+        found = Zeros(zeros.file, torch.int8 if bits < 8 else torch.int16, (N, G), zeros.start, zeros.size, zeros, bits,
                       self.plus)
         return packed(Ints, (N, K), turned(codes), turned(scales), found, how, order)
 
@@ -105,7 +106,12 @@ class Zeros(Held):
     plus: int
 
     def make(self) -> Tensor:
-        return (unpacked(whole(self.of), self.bits) + self.plus).to(self.dtype).T.contiguous()
+        words = whole(self.of)
+        if 32 % self.bits:
+            z = unpacked(words, self.bits) + self.plus & (1 << self.bits) - 1
+        else:                                    # z = 0 took 1 from its neighbour, so that it is added to whole words
+            z = unpacked(words + self.plus * sum(1 << at for at in range(0, 32, self.bits)), self.bits)
+        return z.to(self.dtype).T.contiguous()
 
 
 def read(r: Reader) -> Gptq:
@@ -130,9 +136,10 @@ def read_autoround(r: Reader) -> "Gptq | awq.Awq":
         r.must(key, None, {}, [])
     packing = r.get("packing_format", None) or r.get("backend", None) or "auto_round:auto_gptq"
     if packing in OF_AWQ:
-        r.close(OF_AUTOROUND | {"bits", "packing_format"})
         r.must("bits", 4)
-        return awq.Awq(r.size("group_size", None) if r.get("group_size") != -1 else None)
+        group = r.get("group_size", 128)
+        r.close(OF_AUTOROUND)
+        return awq.Awq(None if group == -1 else r.size("group_size", 128))
     if not isinstance(packing, str) or packing not in PACKINGS:
         raise r.error("packing_format", f"{', '.join(map(brief, (*PACKINGS, *OF_AWQ)))}, which are read")
     own = bool(r.get("extra_config", None) or r.get("regex_config", None))
@@ -144,6 +151,4 @@ def read_autoround(r: Reader) -> "Gptq | awq.Awq":
 def _sizes(r: Reader) -> tuple[int, int | None]:
     """Bits, and the inputs of a group."""
     r.get("bits")
-    bits = r.must("bits", *BITS)
-    group = r.get("group_size", 128)
-    return bits, None if type(group) is int and group == -1 else r.size("group_size", 128)
+    return r.must("bits", *BITS), None if r.get("group_size", 128) == -1 else r.size("group_size", 128)

@@ -91,6 +91,26 @@ class Turned(Held):
         return whole(self.of).T.contiguous()
 
 
+@dataclass(frozen=True)
+class AsStored(Packed):
+    """A weight (N, K) as (K, N), for a model whose own folders have it turned over: what quantises GPT-2's Conv1D keeps
+    it as a Linear's. It is float32, and whole, from its first run until its last: its rows are columns of groups."""
+
+    @cached_property
+    def made(self) -> Tensor:
+        found = torch.empty(self.codes.shape)
+        self.codes.read_run(0, found)
+        return found.T.contiguous()
+
+    def rows(self, top: int, end: int) -> Tensor:
+        return self.made[top:end]
+
+    def read_run(self, first: int, run: Tensor) -> None:
+        super().read_run(first, run)
+        if first + run.numel() == math.prod(self.shape):
+            self.__dict__.pop("made")
+
+
 def turned(one: Stored) -> Turned:
     return Turned(one.file, one.dtype, one.shape[::-1], one.start, one.size, one)
 
