@@ -266,7 +266,6 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.update({f"{NAME}_g_idx": torch.zeros(64, dtype=torch.int32)}), "groups from 0 to 0"),
     (lambda t: t.pop(f"{NAME}_scale"), r"_scale is missing; expected floats \(160, 2\)"),
     (lambda t: t.pop(f"{NAME}_zero_point"), r"_zero_point is missing; expected int32 \(20, 2\)"),
     (lambda t: t.update({f"{NAME}_scale": torch.ones(160, 4)}), r"_scale is torch.float32 \(160, 4\); expected floats"),
