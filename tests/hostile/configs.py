@@ -154,7 +154,7 @@ CONFIGS: dict[str, Case] = {
         keys(quantization_config={"quant_method": "compressed-tensors"}), r"CompressedTensorsConfig\(dequantize=True\)",
     ),
     "compressed-tensors by an older key": (
-        keys(compression_config={"quant_method": "compressed-tensors"}), "compression_config.quant_method is",
+        keys(compression_config={"quant_method": "compressed-tensors"}), "compression_config.format is missing",
     ),
     "ModelOpt's AWQ": (
         keys(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}),

@@ -20,7 +20,18 @@ from torch import Tensor
 from checkpoints.names.reader import Reader
 from checkpoints.storage.files import Stored
 from checkpoints.storage.quantized.integers import Integers, Ints
-from checkpoints.storage.quantized.parts import FLOATS, Held, Layout, packed, part, rows_of, turned, unpacked, whole
+from checkpoints.storage.quantized.parts import (
+    FLOATS,
+    Held,
+    Layout,
+    matrix,
+    packed,
+    part,
+    rows_of,
+    turned,
+    unpacked,
+    whole,
+)
 from nanollm.errors import CheckpointError
 
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)                # where in a word n = 0 … 7 stand
@@ -49,10 +60,10 @@ class Awq(Layout):
         return plain
 
     def _weight(self, module: str, stored: Mapping[str, Stored], where: str) -> Ints:
-        codes = part(stored, f"{module}.qweight", (torch.int32,), where)
-        K, N = codes.shape[0], codes.shape[-1] * 8
+        codes = matrix(stored, f"{module}.qweight", (torch.int32,), where)
+        K, N = codes.shape[0], codes.shape[1] * 8
         group = self.group or K
-        if len(codes.shape) != 2 or K % group or K % 8:
+        if K % group or K % 8:
             raise CheckpointError(f"{where}: {module}.qweight is {codes.shape}; expected (K, N/8), K a multiple of the "
                                   f"group of {group}, as config.json says")
         G = K // group

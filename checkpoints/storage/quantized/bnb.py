@@ -26,7 +26,7 @@ from torch import Tensor
 from checkpoints.names.reader import Reader, is_number
 from checkpoints.storage.files import Stored, as_bytes, parse_json
 from checkpoints.storage.quantized.fp8 import Scaled
-from checkpoints.storage.quantized.parts import Layout, Packed, packed, part, whole
+from checkpoints.storage.quantized.parts import Layout, Packed, matrix, packed, part, whole
 from nanollm.errors import CheckpointError
 
 STATE = ".quant_state.bitsandbytes__"
@@ -35,6 +35,7 @@ MADE = ("bnb_4bit_compute_dtype", "bnb_4bit_quant_storage", "bnb_4bit_quant_type
         "llm_int8_enable_fp32_cpu_offload", "llm_int8_has_fp16_weight", "llm_int8_skip_modules", "llm_int8_threshold",
         "load_in_4bit", "load_in_8bit", "modules_to_not_convert")
 LARGEST = 100_000                                # bytes of the JSON of a weight
+LONGEST = 4096                                   # numbers that share an a, or an s
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def _four(name: str, kind: str, stored: Mapping[str, Stored], where: str) -> Blo
         raise CheckpointError(f"{where}: {name}{STATE}{kind} is of {state.size} bytes; expected "
                               f"{' or '.join(KINDS)}, and less than {LARGEST}")
     said = Reader(parse_json(bytes(as_bytes(whole(state))), f"{where}: {name}{STATE}{kind}"), f"{where}: {name}")
-    shape, block = said.get("shape"), said.size("blocksize")
+    shape, block = said.get("shape"), said.size("blocksize", most=LONGEST)
     good = isinstance(shape, list) and shape and all(type(one) is int and 0 < one < 2**31 for one in shape)
     if not good or block % 2:
         raise said.error("shape", "whole numbers, and an even blocksize")
@@ -120,7 +121,7 @@ def _four(name: str, kind: str, stored: Mapping[str, Stored], where: str) -> Blo
     if said.get("nested_blocksize", None) is None:
         scales, nested = part(stored, f"{name}.absmax", (torch.float32,), where, (b,)), None
     else:
-        inner, mean = said.size("nested_blocksize"), said.get("nested_offset")
+        inner, mean = said.size("nested_blocksize", most=LONGEST), said.get("nested_offset")
         if not is_number(mean, -1e38):
             raise said.error("nested_offset", "a finite number")
         scales = part(stored, f"{name}.absmax", (torch.uint8,), where, (b,))
@@ -131,9 +132,7 @@ def _four(name: str, kind: str, stored: Mapping[str, Stored], where: str) -> Blo
 
 
 def _eight(module: str, stored: Mapping[str, Stored], where: str) -> Scaled:
-    codes = part(stored, f"{module}.weight", (torch.int8,), where)
-    if len(codes.shape) != 2:
-        raise CheckpointError(f"{where}: {module}.weight is {codes.dtype} {codes.shape}; expected a matrix")
+    codes = matrix(stored, f"{module}.weight", (torch.int8,), where)
     N, K = codes.shape
     scales = part(stored, f"{module}.SCB", (torch.float32, torch.float16, torch.bfloat16), where, (N,))
     if f"{module}.weight_format" in stored:

@@ -34,6 +34,7 @@ from checkpoints.storage.quantized.integers import Integers, Ints
 from checkpoints.storage.quantized.parts import (
     FLOATS,
     Layout,
+    matrix,
     must_be,
     packed,
     part,
@@ -168,11 +169,9 @@ def _of_type(name: str, schemes: tuple[Scheme, ...], kind: str, bits: range, whe
 
 def _bytes(name: str, stored: Mapping[str, Stored], schemes: tuple[Scheme, ...], where: str) -> Scaled:
     """A weight with a byte for each q."""
-    codes = part(stored, name, (torch.float8_e4m3fn, torch.int8), where)
+    codes = matrix(stored, name, (torch.float8_e4m3fn, torch.int8), where)
     real = codes.dtype == torch.float8_e4m3fn
     fitting = _of_type(name, schemes, "float" if real else "int", range(8, 9) if real else range(2, 9), where)
-    if len(codes.shape) != 2:
-        raise CheckpointError(f"{where}: {name} is {codes.dtype} {codes.shape}; expected a matrix")
     N, K = codes.shape
     scales, shapes = stored[name + SCALE], []
     for one in fitting:
@@ -193,9 +192,7 @@ def _bytes(name: str, stored: Mapping[str, Stored], schemes: tuple[Scheme, ...],
 
 def _fp4(name: str, stored: Mapping[str, Stored], schemes: tuple[Scheme, ...], where: str) -> Fp4:
     fitting = {one.group for one in _of_type(name, schemes, "float", range(4, 5), where)}
-    codes = part(stored, name + PACKED, (torch.uint8,), where)
-    if len(codes.shape) != 2:
-        raise CheckpointError(f"{where}: {name + PACKED} is {codes.dtype} {codes.shape}; expected a matrix")
+    codes = matrix(stored, name + PACKED, (torch.uint8,), where)
     N, K = codes.shape[0], 2 * codes.shape[1]
     shapes = [(N, K // group) for group in fitting if group and K % group == 0]
     scales = part(stored, name + SCALE, (torch.uint8, torch.float8_e4m3fn), where, *(shapes or [(N, 0)]))
@@ -235,7 +232,7 @@ def _of_scheme(name: str, codes: Stored, stored: Mapping[str, Stored], scheme: S
     N, K = codes.shape[0], codes.shape[1] * 32 // how.bits
     scales, zeros, order = (stored.get(name + end) for end in (SCALE, ZERO, ORDER))
     groups = 1 if how.group is None else K // how.group
-    if scales is None or scales.dtype not in FLOATS or scales.shape != (N, groups) or K != K // groups * groups:
+    if not groups or K % groups or scales is None or scales.dtype not in FLOATS or scales.shape != (N, groups):
         raise wrong(SCALE, f"floats {(N, groups)}")
     if scheme.order and (order is None or order.dtype != torch.int32 or order.shape != (K,)):
         raise wrong(ORDER, f"int32 {(K,)}")

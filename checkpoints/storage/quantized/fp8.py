@@ -23,7 +23,16 @@ from torch import Tensor
 
 from checkpoints.names.reader import Reader
 from checkpoints.storage.files import Stored
-from checkpoints.storage.quantized.parts import FLOATS, Layout, Packed, packed, part, rows_of, without_activations
+from checkpoints.storage.quantized.parts import (
+    FLOATS,
+    Layout,
+    Packed,
+    matrix,
+    packed,
+    part,
+    rows_of,
+    without_activations,
+)
 
 SCALES = (*FLOATS, torch.float8_e8m0fnu)
 Block = tuple[int, int]                          # rows and columns that share a scale
@@ -72,21 +81,15 @@ class Fp8(Layout):
         return plain
 
 
-def scaled(name: str, scale: str, stored: Mapping[str, Stored], block: Block | None, where: str,
-           dtype: torch.dtype = torch.float8_e4m3fn, zeros: Stored | None = None) -> Scaled:
+def scaled(name: str, scale: str, stored: Mapping[str, Stored], block: Block | None, where: str) -> Scaled:
     """The weight of this name, with a scale a block; block None: as many as there are scales."""
-    codes = part(stored, name, (dtype,), where)
-    if len(codes.shape) != 2:
-        part(stored, name, (dtype,), where, (0, 0))
+    codes = matrix(stored, name, (torch.float8_e4m3fn,), where)
     N, K = codes.shape
     if block is None:
         scales = part(stored, scale, SCALES, where, (), (1,), (1, 1), (N,), (N, 1))
-        block = (N, K) if scales.shape in ((), (1,), (1, 1)) else (1, K)
-    else:
-        grid = -(-N // block[0]), -(-K // block[1])
-        shapes = [grid, *([grid[:1]] if grid[1] == 1 else []), *([()] if grid == (1, 1) else [])]
-        scales = part(stored, scale, SCALES, where, *shapes)
-    return packed(Scaled, (N, K), codes, scales, block, zeros)
+        return packed(Scaled, (N, K), codes, scales, (N, K) if scales.shape in ((), (1,), (1, 1)) else (1, K))
+    grid = -(-N // block[0]), -(-K // block[1])
+    return packed(Scaled, (N, K), codes, part(stored, scale, SCALES, where, grid), block)
 
 
 def read(r: Reader) -> Fp8:

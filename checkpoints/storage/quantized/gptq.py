@@ -27,7 +27,7 @@ from checkpoints.names.reader import Reader, brief
 from checkpoints.storage.files import Stored
 from checkpoints.storage.quantized import awq
 from checkpoints.storage.quantized.integers import Integers, Ints
-from checkpoints.storage.quantized.parts import FLOATS, Held, Layout, packed, part, turned, unpacked, whole
+from checkpoints.storage.quantized.parts import FLOATS, Held, Layout, matrix, packed, part, turned, unpacked, whole
 from nanollm.errors import CheckpointError
 
 BITS = (2, 3, 4, 8)
@@ -67,26 +67,25 @@ class Gptq(Layout):
 
     def plain(self, stored: Mapping[str, Stored], where: str) -> dict[str, Stored]:
         plain = dict(stored)
-        for name, codes in stored.items():
+        for name in stored:
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
                 for one in ("qweight", "qzeros", "scales", "g_idx"):
                     plain.pop(f"{module}.{one}", None)
-                plain[f"{module}.weight"] = self._weight(module, codes, stored, where)
+                plain[f"{module}.weight"] = self._weight(module, stored, where)
         return plain
 
-    def _weight(self, module: str, codes: Stored, stored: Mapping[str, Stored], where: str) -> Ints:
-        codes = part(stored, f"{module}.qweight", (torch.int32,), where)
-        scales = part(stored, f"{module}.scales", FLOATS, where)
-        zeros = part(stored, f"{module}.qzeros", (torch.int32,), where)
-        fits = len(codes.shape) == len(scales.shape) == len(zeros.shape) == 2 and codes.shape[1] == scales.shape[1]
-        N, G = codes.shape[-1], scales.shape[0]
-        bits = zeros.shape[-1] * 32 // max(N, 1)
+    def _weight(self, module: str, stored: Mapping[str, Stored], where: str) -> Ints:
+        codes = matrix(stored, f"{module}.qweight", (torch.int32,), where)
+        scales = matrix(stored, f"{module}.scales", FLOATS, where)
+        zeros = matrix(stored, f"{module}.qzeros", (torch.int32,), where)
+        G, N = scales.shape
+        bits = zeros.shape[1] * 32 // max(N, 1)
         K = codes.shape[0] * 32 // max(bits, 1)
         shapes = f"qweight {codes.shape}, scales {scales.shape}, qzeros {zeros.shape}"
-        if not fits or zeros.shape != (G, N * bits // 32) or bits not in BITS or not G or K % 32:
+        if codes.shape[1] != N or zeros.shape != (G, N * bits // 32) or bits not in BITS or not G or K % 32:
             raise CheckpointError(f"{where}: {module} has {shapes}; expected (K b/32, N), (G, N), (G, N b/32) of b "
-                                  f"bits, {BITS[0]} to {BITS[-1]}")
+                                  f"bits, {', '.join(map(str, BITS))}")
         group = self.group or K
         if not self.own and (bits != self.bits or -(-K // group) != G):
             raise CheckpointError(f"{where}: {module} has {shapes}: {bits} bits in {G} groups; config.json says {self}")

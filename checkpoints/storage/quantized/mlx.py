@@ -26,7 +26,7 @@ from torch import Tensor
 from checkpoints.names.reader import Reader
 from checkpoints.storage.files import Stored
 from checkpoints.storage.quantized.fp4 import POWERS, Fp4
-from checkpoints.storage.quantized.parts import FLOATS, Layout, Packed, packed, part, rows_of, unpacked
+from checkpoints.storage.quantized.parts import FLOATS, Layout, Packed, matrix, packed, part, rows_of, unpacked
 from nanollm.errors import CheckpointError
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -83,8 +83,8 @@ class Mlx(Layout):
 
 
 def _weight(module: str, kind: Kind, stored: Mapping[str, Stored], where: str) -> Packed:
-    codes = part(stored, f"{module}.weight", (torch.uint32,), where)
-    if len(codes.shape) != 2 or codes.shape[1] * 32 % (kind.bits * kind.group):
+    codes = matrix(stored, f"{module}.weight", (torch.uint32,), where)
+    if codes.shape[1] * 32 % (kind.bits * kind.group):
         raise CheckpointError(f"{where}: {module}.weight is {codes.dtype} {codes.shape}; expected a matrix, "
                               f"{kind}, as config.json says")
     N, K = codes.shape[0], codes.shape[1] * 32 // kind.bits

@@ -21,7 +21,7 @@ from checkpoints.names.reader import Reader, brief
 from checkpoints.storage.files import Stored
 from checkpoints.storage.quantized import fp8
 from checkpoints.storage.quantized.fp4 import Fp4
-from checkpoints.storage.quantized.parts import Layout, packed, part
+from checkpoints.storage.quantized.parts import Layout, matrix, packed, part
 from nanollm.errors import CheckpointError
 
 FILE = "hf_quant_config.json"
@@ -52,8 +52,8 @@ class ModelOpt(Layout):
 
 
 def _nvfp4(name: str, stored: Mapping[str, Stored], where: str) -> Fp4:
-    codes = part(stored, name, (torch.uint8,), where)
-    if len(codes.shape) != 2 or codes.shape[1] % 8:
+    codes = matrix(stored, name, (torch.uint8,), where)
+    if codes.shape[1] % 8:
         raise CheckpointError(f"{where}: {name} is {codes.dtype} {codes.shape}; expected a matrix (N, K/2), K a "
                               "multiple of 16")
     N, K = codes.shape[0], 2 * codes.shape[1]
@@ -74,15 +74,15 @@ def read(r: Reader) -> ModelOpt:
     layers = r.get("quantized_layers", None)
     if algorithms == [MIXED]:
         each = layers.values() if isinstance(layers, dict) else ()
-        algorithms = list({one.get("quant_algo") if isinstance(one, dict) else one: None for one in each})
-        if not algorithms or not set(algorithms) <= set(ALGORITHMS):
+        algorithms = [one.get("quant_algo") if isinstance(one, dict) else one for one in each]
+        if not algorithms or not all(one in ALGORITHMS for one in algorithms):
             raise r.error("quantized_layers", f"{', '.join(map(brief, ALGORITHMS))} for each layer")
     r.must("group_size", 16, None)
     r.must("moe_quant_algo", None, "NVFP4")
     r.close((*MADE, "weight_block_size", "fmt", "activation_scheme", "scale_fmt"))
     others = fp8.read(r.of({key: value for key, value in r.values.items() if key in (
         "weight_block_size", "fmt", "activation_scheme", "scale_fmt")}))
-    return ModelOpt(tuple(sorted(algorithms)), others)
+    return ModelOpt(tuple(sorted(set(algorithms))), others)
 
 
 def of_file(values: dict[str, Any]) -> dict[str, Any]:

@@ -158,6 +158,14 @@ def part(stored: Mapping[str, Stored], name: str, dtypes: Collection[torch.dtype
     return one
 
 
+def matrix(stored: Mapping[str, Stored], name: str, dtypes: Collection[torch.dtype], where: Where) -> Stored:
+    """A part of two dimensions."""
+    one = part(stored, name, dtypes, where)
+    if len(one.shape) != 2:
+        raise CheckpointError(f"{where}: {name} is {one.dtype} {one.shape}; expected a matrix")
+    return one
+
+
 def without_activations(stored: Mapping[str, Stored], where: Where) -> dict[str, Stored]:
     """The tensors without the scales of activations and of a cache. A warning counts them."""
     over = [name for name in stored if name.rpartition(".")[2] in ACTIVATIONS]
