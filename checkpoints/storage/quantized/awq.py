@@ -81,10 +81,12 @@ class Codes(Held):
     def make(self) -> Tensor:
         (N, words), each = self.shape, max(1, SLAB // self.shape[0] // 8)       # words of a row that are made at a time
         out = torch.empty(N, words, dtype=torch.int32)
-        shifts = 4 * torch.arange(8, dtype=torch.int32)
+        shifts = 4 * torch.arange(8, dtype=torch.int32)[:, None]
         for first in range(0, words, each):
-            inputs = in_order(rows_of(self.of, 8 * first, min(8 * (first + each), 8 * words)))      # (8 each, N)
-            out[:, first : first + each] = (inputs.T.unflatten(1, (-1, 8)) << shifts).sum(-1, dtype=torch.int32)
+            theirs = rows_of(self.of, 8 * first, 8 * min(first + each, words)).unflatten(0, (-1, 8))
+            for n, place in enumerate(PLACES):
+                ours = ((theirs >> 4 * place & 15) << shifts).sum(1, dtype=torch.int32)            # (each, N/8)
+                out[n::8, first : first + each] = ours.T
         return out
 
 

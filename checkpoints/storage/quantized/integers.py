@@ -51,7 +51,8 @@ class Ints(Packed):
             codes = codes.unflatten(1, (groups, -1))
             return ((codes - (half if zeros is None else zeros[..., None])).float() * scales[..., None]).flatten(1)
         each = self._groups()
-        return (codes - (half if zeros is None else zeros[:, each])).float() * scales[:, each]
+        offsets = half if zeros is None else zeros.index_select(1, each)
+        return (codes - offsets).float() * scales.index_select(1, each)
 
     def _groups(self) -> Tensor:
         """(K,) the group of each input."""
