@@ -46,7 +46,7 @@ from checkpoints.show import amount, billions, stored_type
 from checkpoints.source import Source, said_dtype, stored_as, understand
 from checkpoints.storage import files, gguf, pickles
 from checkpoints.storage.files import Stored
-from checkpoints.storage.quantized.integers import Ints
+from checkpoints.storage.quantized.parts import Packed
 from nanollm import cli
 from nanollm.errors import CheckpointError, NanollmError, counted
 
@@ -135,7 +135,7 @@ def _casts(source: Source) -> Iterator[str]:
     for step in source.steps:
         kept = source.dtype(step.ours[0], None)
         for name in step.theirs:
-            if isinstance(source.stored[name], Ints):
+            if isinstance(source.stored[name], Packed):
                 continue
             if (found := source.stored[name].dtype) not in (working, kept) or kept != working:
                 others[found, kept].append(name)

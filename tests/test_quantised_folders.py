@@ -7,6 +7,7 @@ fp8                                    written here, by the formula
 
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -26,6 +27,8 @@ from nanollm.inference.quantize import QuantizedLinear
 from nanollm.training.plan import Live
 from tests.oracles import difference
 from tests.quantised import HERE
+from tests.test_compressed import MADE, compressed
+from tests.test_quantized_load import same_state
 
 CASES = sorted(path.name for path in HERE.iterdir() if path.is_dir() and (path / "config.json").exists())
 KEPT = {"gptq": 7, "auto-round": 7, "awq": 7, "gptq-v2-dynamic": 4}                   # Linears that stay in 4 bits
@@ -87,7 +90,7 @@ def test_what_is_written_is_a_plain_folder(name, tmp_path):
     """By save where nothing is kept packed, and by convert, in bfloat16; other than by convert nothing is dropped."""
     convert.convert(convert.plan(open_source(HERE / name), "hf", torch.bfloat16), tmp_path / "out", verify=True)
     values = json.loads((tmp_path / "out/config.json").read_text())
-    assert not values.keys() & {"quantization_config", "quantization"} and values["torch_dtype"] == "bfloat16"
+    assert not values.keys() & {"quantization_config", "quantization"} and values["dtype"] == "bfloat16"
     found, oracle = checkpoints.load(tmp_path / "out"), load_file(HERE / f"oracles/{name}.safetensors")
     assert {one.dtype for one in found.parameters()} == {torch.bfloat16}
     assert difference(found.float()(oracle["tokens"]), oracle["logits"]) < 0.05
@@ -108,7 +111,7 @@ def test_what_is_written_is_a_plain_folder(name, tmp_path):
 def test_inspect_says_what_it_is(name, said):
     report = look(HERE / name)
     assert report.reason is None and said in describe(report)
-    assert report.parameters == look(HERE / "gptq").parameters
+    assert report.parameters == 35_008
 
 
 def test_what_is_passed_over_is_said_once():
@@ -308,21 +311,30 @@ def test_each_weight_of_several_groups_is_in_one_of_them(llama, package):
     assert sum(isinstance(module, QuantizedLinear) for module in found.modules()) == 2 * (LINEARS - 1)
 
 
-@quiet
-def test_an_order_of_inputs_is_followed(llama, package):
-    """weight_g_idx is compressed-tensors' name of it; the formula, as the package has left it off since 0.13."""
-    args = arguments(4, "int", "group", 32)
+# ---- GPTQ of what has other shapes
 
-    def pack(name, weight):
-        order = torch.randperm(weight.shape[1])
-        stored, found = by_package(name, weight[:, order], args, "pack-quantized")
-        back = order.argsort()
-        codes = unpacked(stored["weight_packed"], 4)[:, back]
-        words = (codes.unflatten(1, (-1, 8)) << 4 * torch.arange(8)).sum(-1).to(torch.int32)
-        return stored | {"weight_packed": words, "weight_g_idx": (back // 32).int()}, found[:, back]
-
-    group = {"targets": ["Linear"], "weights": args | {"actorder": "group"}, "input_activations": None}
-    agree(*llama(said("pack-quantized", {"group_0": group}), pack))
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "qwen2-moe"])
+def test_fused_matrices_and_experts_stay_packed(name, tmp_path):
+    """The numbers of a folder that we quantised, in GPTQ's arrangement: the same modules, bit by bit."""
+    transformers.AutoModelForCausalLM.from_config(MADE[name]()).save_pretrained(tmp_path / "in")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")          # which experts transformers reads
+        compressed(tmp_path / "in", tmp_path / "ours", "int4", 32)
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    tensors = load_file(tmp_path / "ours/model.safetensors")
+    for key in [key for key in tensors if key.endswith("_packed")]:
+        module = key.removesuffix(".weight_packed")
+        words, scales, zeros, shape = (tensors.pop(f"{module}.weight_{end}") for end in (
+            "packed", "scale", "zero_point", "shape"))
+        z = unpacked(zeros.T.contiguous(), 4)[:, : shape[0]]                                       # (G, N)
+        tensors |= {f"{module}.qweight": words.T.contiguous(), f"{module}.scales": scales.T.contiguous(),
+                    f"{module}.qzeros": (z.unflatten(1, (-1, 8)) << 4 * torch.arange(8)).sum(-1).to(torch.int32)}
+    save_file(tensors, tmp_path / "theirs/model.safetensors")
+    values = json.loads((tmp_path / "theirs/config.json").read_text())
+    values["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32,
+                                     "checkpoint_format": "gptq_v2"}
+    (tmp_path / "theirs/config.json").write_text(json.dumps(values))
+    assert same_state(checkpoints.load(tmp_path / "theirs"), checkpoints.load(tmp_path / "ours"))
 
 
 # ---- fp8
@@ -358,6 +370,17 @@ def test_scales_may_be_powers_of_two_in_a_byte(llama):
         return {"weight": codes, "weight_scale_inv": scale}, codes.float() * scale.float()
 
     agree(*llama({"quant_method": "fp8", "scale_fmt": "ue8m0"}, pack))
+
+
+def test_the_last_group_of_a_row_may_be_short(tmp_path):
+    """96 inputs in groups of 64."""
+    scales = torch.rand(2, 32)
+    save_file({"a.qweight": torch.full((12, 32), 0x33333333, dtype=torch.int32), "a.scales": scales,
+               "a.qzeros": torch.zeros(2, 4, dtype=torch.int32)}, tmp_path / "model.safetensors")
+    how = plain_config({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}})[1]
+    one, ours = plain_tensors(read_folder(tmp_path), how)["a.weight"], torch.empty(32, 96)
+    stream.read(one, 0, ours, "a.weight")
+    assert not one.in_order and torch.equal(ours, 2 * scales.T.repeat_interleave(64, 1)[:, :96])
 
 
 # ---- a run at a time, and what does not fit

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.quantised import HERE
 
-CONFIG = dict(vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
+LLAMA = dict(vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=2,
               num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=False, bos_token_id=1,
               eos_token_id=2, pad_token_id=None)
 
@@ -18,6 +18,7 @@ CONFIG = dict(vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_la
 class Packer:
     """One program: `config` is what it says in config.json, `pack` gives tensors by name and the weight (N, K)."""
     config: dict
+    model = transformers.LlamaConfig(**LLAMA)
 
     def pack(self, name, weight):
         raise NotImplementedError
@@ -120,6 +121,28 @@ class Awq(Packer):
         return {f"{name}.{part}": getattr(module, part).contiguous() for part in ("qweight", "qzeros", "scales")}, found
 
 
+class ActOrder(Packer):
+    """Of compressed-tensors 0.12: later ones follow no g_idx."""
+    args = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    config = {"quantization_config": {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "ignore": ["lm_head"], "kv_cache_scheme": None, "version": "0.12.2", "config_groups": {"group_0": {
+            "targets": ["Linear"], "input_activations": None, "output_activations": None,
+            "weights": {**args, "actorder": "group", "dynamic": False, "block_structure": None}}}}}
+
+    def pack(self, name, weight):
+        from compressed_tensors.compressors import PackedQuantizationCompressor
+        from compressed_tensors.quantization import QuantizationArgs
+
+        order, args = torch.randperm(weight.shape[1]), QuantizationArgs(**self.args)
+        groups = (order.argsort() // 32).int()
+        scale = weight[:, order].unflatten(1, (-1, 32)).abs().amax(2) / 7
+        parts = {"weight_scale": scale, "weight_g_idx": groups, **PackedQuantizationCompressor().compress_weight(
+            weight, scale, args, torch.zeros_like(scale, dtype=torch.int8), groups)}
+        return ({f"{name}.{part}": one for part, one in parts.items()},
+                PackedQuantizationCompressor().decompress_weight(parts, args))
+
+
 class ModelOptFp8(Packer):
     config = {"quantization_config": {
         "config_groups": {"group_0": {"input_activations": {"dynamic": False, "num_bits": 8, "type": "float"},
@@ -162,11 +185,19 @@ class Mlx(Packer):
         self.config = {"quantization": said, "quantization_config": said}
 
     def takes(self, name, weight):
-        return weight.ndim == 2
+        return weight.ndim > 1
 
     def pack(self, name, weight):
         import mlx.core as mx
 
+        if weight.ndim == 3:                     # of transformers: experts in one tensor, gate and up in one matrix
+            halves = {"gate_proj": weight[:, :64], "up_proj": weight[:, 64:]} if "gate_up" in name else {
+                "down_proj": weight}
+            packed = {end: self.pack(f"{name.rpartition('.experts.')[0]}.switch_mlp.{end}", half.flatten(0, 1))
+                      for end, half in halves.items()}
+            stored = {key: one.unflatten(0, (len(weight), -1)) for parts, _ in packed.values()
+                      for key, one in parts.items()}
+            return stored, torch.cat([packed[end][1].unflatten(0, (len(weight), -1)) for end in halves], 1)
         how = {**self.usual, **self.own.get(name.replace(".", "__"), {})}
         parts = mx.quantize(mx.array(weight.half().numpy()), **how)
         affine = how["mode"] == "affine"
@@ -178,16 +209,28 @@ class Mlx(Packer):
         return {f"{name}.{part}": one for part, one in stored.items()}, found
 
 
+class MlxExperts(Mlx):
+    """As mlx-lm names the experts of Qwen3-MoE; the router has 8 bits."""
+    model = transformers.Qwen3MoeConfig(**LLAMA | dict(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=32, norm_topk_prob=True))
+
+    def __init__(self):
+        super().__init__(4, 32, model__layers__0__mlp__gate={"group_size": 32, "bits": 8},
+                         model__layers__0__mlp__switch_mlp__down_proj={"group_size": 64, "bits": 6})
+
+
 CASES = {
     "gptq": lambda: Gptq(4, 4, ordered=False, v1=True, sym=True),
     "gptq-act-order": lambda: Gptq(4, 4, ordered=True, v1=True),
     "gptq-v2-dynamic": lambda: Gptq(4, 8, ordered=False, v1=False),
     "gptq-3bit": lambda: Gptq(3, 2, ordered=True, v1=True),
-    "auto-round": AutoRound, "awq": Awq, "modelopt-fp8": ModelOptFp8, "modelopt-nvfp4": ModelOptFp4,
+    "auto-round": AutoRound, "awq": Awq, "compressed-act-order": ActOrder,
+    "modelopt-fp8": ModelOptFp8, "modelopt-nvfp4": ModelOptFp4,
     "mlx": lambda: Mlx(4, 32, model__layers__0__mlp__down_proj={"group_size": 32, "bits": 6},
                        model__layers__0__mlp__up_proj={"group_size": 32, "bits": 8}),
     "mlx-3bit": lambda: Mlx(3, 64, model__layers__0__mlp__down_proj={"group_size": 32, "bits": 2},
                             model__layers__0__mlp__up_proj={"group_size": 64, "bits": 5}),
+    "mlx-experts": MlxExperts,
     "mlx-mxfp4": lambda: Mlx(4, 32, "mxfp4"), "mlx-nvfp4": lambda: Mlx(4, 16, "nvfp4"),
 }
 
@@ -195,7 +238,7 @@ CASES = {
 def write(name):
     torch.manual_seed(0)
     packer, folder = CASES[name](), HERE / name
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG)).eval()
+    model = transformers.AutoModelForCausalLM.from_config(packer.model).eval()
     stored = {}
     with torch.no_grad():
         for key, weight in model.named_parameters():
@@ -215,9 +258,9 @@ def write(name):
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     (HERE / "oracles").mkdir(exist_ok=True)
     save_file({"tokens": tokens, "logits": logits}, HERE / f"oracles/{name}.safetensors")
-    config = {**CONFIG, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float16",
-              "hidden_act": "silu", "rms_norm_eps": model.config.rms_norm_eps, "rope_theta": 10000.0}
-    (folder / "config.json").write_text(json.dumps({**config, **packer.config}, indent=1) + "\n")
+    packer.model.dtype, packer.model.architectures = torch.float16, [type(model).__name__]
+    config = packer.model.to_diff_dict() | packer.config
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -87,10 +87,11 @@ class Gptq(Layout):
             raise CheckpointError(f"{where}: {module} has {shapes}; expected (K b/32, N), (G, N), (G, N b/32) of b "
                                   f"bits, {', '.join(map(str, BITS))}")
         group = self.group or K
-        if not self.own and (bits != self.bits or -(-K // group) != G):
-            raise CheckpointError(f"{where}: {module} has {shapes}: {bits} bits in {G} groups; config.json says {self}")
-        if self.own:
-            group = -(-K // G)
+        if (bits, -(-K // group)) != (self.bits, G):
+            if not self.own or -(-K // group) != G and K % G:
+                raise CheckpointError(f"{where}: {module} has {shapes}: {bits} bits in {G} groups; config.json says "
+                                      f"{self}")
+            group = group if -(-K // group) == G else K // G
         order = part(stored, f"{module}.g_idx", (torch.int32,), where, (K,)) if f"{module}.g_idx" in stored else None
         how = Integers(bits, None if G == 1 else group, False)
         found = Zeros(zeros.file, torch.int8 if bits < 8 else torch.int16, (N, G), zeros.start, zeros.size, zeros, bits,

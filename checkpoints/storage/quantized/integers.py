@@ -67,6 +67,4 @@ class Ints(Packed):
     def in_order(self) -> bool:
         """Whether the groups are neighbours, all of one size. Reads the order, if there is one."""
         K, groups = self.shape[1], self.scales.shape[1]
-        if K % groups:
-            return False
-        return self.order is None or torch.equal(self._groups(), torch.arange(K) // (K // groups))
+        return K % groups == 0 and torch.equal(self._groups(), torch.arange(K) // (K // groups))

@@ -6,13 +6,16 @@
 
     config.json: "quantization": {"bits": 4, "group_size": 64, "model.layers.0.self_attn.q_proj": {"bits": 8, …}, …}
 
+Experts are in one tensor, X.mlp.switch_mlp.up_proj (E, N, …), of which each is given the name that it has elsewhere,
+X.mlp.experts.0.up_proj ….
+
 A name may stand there with bits and a group of its own, or with false: it is not quantised. "mode" is "affine", which
 is the above, or fp4.py's "mxfp4" (X.scales bytes of exponents, 32 neighbours) and "nvfp4" (float8_e4m3fn, 16).
 
 s and t are rounded by themselves, so −t/s is no whole number z: such weights have no place in our int4, and are read as
 what they stand for.
 
-Shapes: N outputs, K inputs.   https://github.com/ml-explore/mlx, mx.quantize
+Shapes: N outputs, K inputs, E experts.   https://github.com/ml-explore/mlx, mx.quantize
 """
 
 import dataclasses
@@ -30,6 +33,9 @@ from checkpoints.storage.quantized.parts import FLOATS, Layout, Packed, matrix, 
 from nanollm.errors import CheckpointError
 
 BITS = (2, 3, 4, 5, 6, 8)
+STACKED = ".switch_mlp."
+MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}       # its own names
+MOST = 10_000                                    # experts
 FLOAT = {"mxfp4": (32, POWERS), "nvfp4": (16, torch.float8_e4m3fn)}     # inputs of a group, what its byte is
 
 
@@ -68,18 +74,37 @@ class Mlx(Layout):
         return str(self.usual)
 
     def plain(self, stored: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+        stored = {**stored}
+        own = {**self.own}
+        for name in [name for name, one in stored.items() if STACKED in name and len(one.shape) == 3]:
+            module, _, end = name.rpartition(".")
+            for expert, one in _experts(module, stored.pop(name)).items():
+                stored[f"{expert}.{end}"] = one
+                if module in own:
+                    own[expert] = own[module]
         plain = dict(stored)
         for name in stored:
             module = name.removesuffix(".scales")
             if module == name or f"{module}.weight" not in stored:
                 continue
-            kind = self.own.get(module, self.usual)
+            kind = own.get(module, self.usual)
             if kind is None:
                 raise CheckpointError(f"{where}: {name} is stored; config.json says that {module} is not quantised")
             plain[f"{module}.weight"] = _weight(module, kind, stored, where)
             for end in ("scales", "biases"):
                 plain.pop(f"{module}.{end}", None)
         return plain
+
+
+def _experts(module: str, all_: Stored) -> dict[str, Stored]:
+    """Each expert's part of a tensor (E, N, …), by the name that the expert's module has elsewhere."""
+    before, _, name = module.partition(STACKED)
+    name = MIXTRAL.get(name, name) if before.endswith("block_sparse_moe") else name
+    (E, *shape), each = all_.shape, all_.size // max(all_.shape[0], 1)
+    if not 0 < E <= MOST:
+        raise CheckpointError(f"{all_.file}: {module}: {E} experts; expected 1 to {MOST}")
+    return {f"{before}.experts.{e}.{name}": dataclasses.replace(
+        all_, shape=tuple(shape), start=all_.start + e * each, size=each) for e in range(E)}
 
 
 def _weight(module: str, kind: Kind, stored: Mapping[str, Stored], where: str) -> Packed:
