@@ -283,8 +283,9 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)
-    stored = quantized.as_stored(stored, {name for step in steps if packing.by_columns(step, parameters)
-                                          for name in step.theirs})
+    stored = quantized.as_stored(stored, [name for step in steps for name in step.theirs
+                                          if isinstance(stored.get(name), quantized.Packed)
+                                          and packing.by_columns(step, parameters)])
     stored = quantized.without_idle_biases(stored, {name for step in steps for name in step.theirs}, where)
     table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, where, found.said_by)
     return stored, model, names, steps

@@ -32,7 +32,7 @@ from checkpoints.storage.quantized import awq, bnb, compressed, fp4, fp8, gptq, 
 from checkpoints.storage.quantized.parts import AsStored, Layout, Packed, packed, whole
 from nanollm.errors import CheckpointError, ConfigError, counted
 
-__all__ = ["Layout", "as_stored", "beside", "plain_config", "plain_tensors", "without_idle_biases"]
+__all__ = ["Layout", "Packed", "as_stored", "beside", "plain_config", "plain_tensors", "without_idle_biases"]
 KEYS = ("quantization_config", "compression_config")
 UPLOAD = "Take the unquantised upload, of which this was made"
 WRITE = ('python -c "import transformers as t; t.AutoModelForCausalLM.from_pretrained(\'FOLDER\'{options})'
@@ -146,9 +146,9 @@ def plain_tensors(stored: Mapping[str, Stored], how: Layout | None, where: str =
 
 
 def as_stored(stored: Mapping[str, Stored], over: Collection[str]) -> dict[str, Stored]:
-    """The tensors; of those in `over`, which the family's folders have turned over, quantised ones are turned too."""
-    return {name: packed(AsStored, one.shape[::-1], one) if name in over and isinstance(one, Packed)
-            and len(one.shape) == 2 else one for name, one in stored.items()}
+    """The tensors; those in `over` are quantised, and turned over as the family's own folders have them."""
+    return {**stored, **{name: packed(AsStored, one.shape[::-1], one) for name in over
+                         if len((one := stored[name]).shape) == 2}}
 
 
 def without_idle_biases(stored: Mapping[str, Stored], needed: Collection[str], where: str) -> dict[str, Stored]:
