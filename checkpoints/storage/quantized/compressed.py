@@ -19,6 +19,7 @@ Shapes: N outputs, K inputs, G groups of K/G inputs.   https://github.com/vllm-p
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -173,21 +174,26 @@ def _bytes(name: str, stored: Mapping[str, Stored], schemes: tuple[Scheme, ...],
     real = codes.dtype == torch.float8_e4m3fn
     fitting = _of_type(name, schemes, "float" if real else "int", range(8, 9) if real else range(2, 9), where)
     N, K = codes.shape
-    scales, shapes = stored[name + SCALE], []
-    for one in fitting:
-        rows, columns = {"tensor": (N, K), "channel": (1, K), "block": one.block or (1, 1)}.get(
-            one.strategy, (1, one.group or K))
-        grid = -(-N // rows), -(-K // columns)
-        shapes += [grid, *([grid[:1], ()][: 1 + (grid == (1, 1))] if grid[1] == 1 else [])]
-        if scales.shape in shapes:
-            break
-    scales = part(stored, name + SCALE, (*SCALES, torch.uint8), where, *shapes)
-    if scales.dtype == torch.uint8:
-        scales = dataclasses.replace(scales, dtype=POWERS)
+    shapes = [_shapes(N, K, one) for one in fitting]
+    scales = part(stored, name + SCALE, SCALES, where, *itertools.chain(*shapes))
+    one = next(one for one, each in zip(fitting, shapes, strict=True) if scales.shape in each)
     zeros = stored.get(name + ZERO)
     if not one.symmetric or zeros is not None:
         zeros = part(stored, name + ZERO, (torch.int8, codes.dtype, *FLOATS), where, scales.shape)
-    return packed(Scaled, (N, K), codes, scales, (rows, columns), zeros)
+    return packed(Scaled, (N, K), codes, scales, _block(N, K, one), zeros)
+
+
+def _block(N: int, K: int, scheme: Scheme) -> tuple[int, int]:
+    """Rows and columns that share a scale."""
+    blocks = {"tensor": (N, K), "channel": (1, K), "block": scheme.block or (1, 1)}
+    return blocks.get(scheme.strategy, (1, scheme.group or K))
+
+
+def _shapes(N: int, K: int, scheme: Scheme) -> list[tuple[int, ...]]:
+    """The shapes that scales may have: sizes of 1 may be left off."""
+    rows, columns = _block(N, K, scheme)
+    grid = -(-N // rows), -(-K // columns)
+    return [grid, *([grid[:1]] if grid[1] == 1 else []), *([()] if grid == (1, 1) else [])]
 
 
 def _fp4(name: str, stored: Mapping[str, Stored], schemes: tuple[Scheme, ...], where: str) -> Fp4:

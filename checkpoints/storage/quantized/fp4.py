@@ -35,14 +35,14 @@ LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, 
 class Fp4(Packed):
     """A matrix (N, K)."""
     scales: Stored                               # (N, K/32) of POWERS, or (N, K/16) float8_e4m3fn
-    all: Stored | None = None                    # one number, times s
-    inverse: bool = False                        # s is divided by it
+    second: Stored | None = None                 # t, one number
+    inverse: bool = False                        # what is stored is 1/t
 
     def rows(self, top: int, end: int) -> Tensor:
         scales = rows_of(self.scales, top, end).float()
-        if self.all:
-            one = whole(self.all).float().view(())
-            scales = scales / one if self.inverse else scales * one
+        if self.second:
+            t = whole(self.second).float().view(())
+            scales = scales / t if self.inverse else scales * t
         codes = rows_of(self.codes, top, end).unflatten(1, (scales.shape[1], -1))
         return (values(codes) * scales[..., None]).flatten(1)
 

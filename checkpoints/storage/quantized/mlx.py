@@ -74,8 +74,7 @@ class Mlx(Layout):
         return str(self.usual)
 
     def plain(self, stored: Mapping[str, Stored], where: str) -> dict[str, Stored]:
-        stored = {**stored}
-        own = {**self.own}
+        stored, own = dict(stored), dict(self.own)
         for name in [name for name, one in stored.items() if STACKED in name and len(one.shape) == 3]:
             module, _, end = name.rpartition(".")
             for expert, one in _experts(module, stored.pop(name)).items():
@@ -96,15 +95,15 @@ class Mlx(Layout):
         return plain
 
 
-def _experts(module: str, all_: Stored) -> dict[str, Stored]:
+def _experts(module: str, stacked: Stored) -> dict[str, Stored]:
     """Each expert's part of a tensor (E, N, …), by the name that the expert's module has elsewhere."""
     before, _, name = module.partition(STACKED)
     name = MIXTRAL.get(name, name) if before.endswith("block_sparse_moe") else name
-    (E, *shape), each = all_.shape, all_.size // max(all_.shape[0], 1)
+    (E, *shape), each = stacked.shape, stacked.size // max(stacked.shape[0], 1)
     if not 0 < E <= MOST:
-        raise CheckpointError(f"{all_.file}: {module}: {E} experts; expected 1 to {MOST}")
+        raise CheckpointError(f"{stacked.file}: {module}: {E} experts; expected 1 to {MOST}")
     return {f"{before}.experts.{e}.{name}": dataclasses.replace(
-        all_, shape=tuple(shape), start=all_.start + e * each, size=each) for e in range(E)}
+        stacked, shape=tuple(shape), start=stacked.start + e * each, size=each) for e in range(E)}
 
 
 def _weight(module: str, kind: Kind, stored: Mapping[str, Stored], where: str) -> Packed:
