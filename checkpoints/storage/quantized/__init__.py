@@ -120,7 +120,7 @@ def _said(values: dict[str, Any], where: str) -> tuple[str, dict[str, Any] | Non
     found = values.get(key)
     if found is not None and not isinstance(found, dict):
         raise ConfigError(f"{where}: {key} is {brief(found)}; expected an object")
-    return key, found
+    return key, found or None
 
 
 def _method(key: str, found: dict[str, Any]) -> Any:
