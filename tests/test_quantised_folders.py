@@ -30,7 +30,6 @@ from tests.test_quantized_load import same_state
 
 CASES = sorted(path.name for path in HERE.iterdir() if path.is_dir() and (path / "config.json").exists())
 KEPT = {"gptq": 7, "auto-round": 7, "awq": 7, "gptq-v2-dynamic": 4}                   # Linears that stay in 4 bits
-LINEARS = 7
 quiet = pytest.mark.filterwarnings("ignore:.*passed over:UserWarning", "ignore:.*not kept so:UserWarning")
 
 
@@ -142,6 +141,20 @@ def test_fused_matrices_and_experts_stay_packed(name, tmp_path):
                                      "checkpoint_format": "gptq_v2"}
     (tmp_path / "theirs/config.json").write_text(json.dumps(values))
     assert same_state(checkpoints.load(tmp_path / "theirs"), checkpoints.load(tmp_path / "ours"))
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_zero_point_of_0_has_taken_its_1_from_the_word(bits, tmp_path):
+    """GPTQModel's convert_gptq_v2_to_v1_format_module subtracts 1 … 1 from words, whatever is in them."""
+    z, each = torch.randint(0, 1 << bits, (2, 32)), 32 // bits
+    z[:, ::3] = 0
+    words = (z.unflatten(1, (-1, each)) << bits * torch.arange(each)).sum(-1) - sum(1 << bits * i for i in range(each))
+    save_file({"a.qweight": torch.zeros(2 * bits, 32, dtype=torch.int32), "a.scales": torch.ones(2, 32),
+               "a.qzeros": words.to(torch.int32)}, tmp_path / "model.safetensors")
+    how = plain_config({"quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": 32}})[1]
+    ours = torch.empty(32, 64)
+    stream.read(plain_tensors(read_folder(tmp_path), how)["a.weight"], 0, ours, "a.weight")
+    assert torch.equal(ours, -z.T.repeat_interleave(32, 1).float())
 
 
 def test_the_last_group_of_a_row_may_be_short(tmp_path):
