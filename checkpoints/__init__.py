@@ -9,7 +9,7 @@
 Nothing is allocated before the plan holds: every parameter has its tensor and every tensor its parameter, in the right
 shape. Values are checked as they are read; a NaN or an infinity is an error with a name. All errors are NanollmErrors.
 
-    storage/     bytes on disk: files.py safetensors, pickles.py, gguf.py, quantized.py 8 and 4 bits; stream.py moves
+    storage/     bytes on disk: files.py safetensors, pickles.py, gguf.py, quantized/ 8 and 4 bits; stream.py moves
                  them, writing.py makes a folder or none at all
     layouts/     which files of a folder are the model, and what they say it is; hub.py fetches them
     names/       table.py which tensor is which parameter, both ways; ops.py, expert_ops.py how it is arranged;

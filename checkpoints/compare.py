@@ -85,6 +85,8 @@ def transformers_side(folder: Path, dtype: torch.dtype) -> tuple[Side, str, list
         reason = UNQUOTED.sub(r'pip install "\1"', reason)       # a shell takes > for a file
         raise CheckpointError(f"{folder}: transformers does not read it: {reason}. "
                               "Give a second folder to compare with") from None
+    if model.config.to_dict().get("quantization_config", {}).get("quant_method") == "bitsandbytes":
+        model = model.dequantize().to(dtype)     # or it rounds activations too
     if hasattr(model.config, "rescale_every"):
         model.config.rescale_every = 0           # RWKV halves the stream every so many layers, for float16 only
     lost = sorted(info["missing_keys"])

@@ -1,4 +1,5 @@
-"""A Hugging Face folder whose weights have 8 or 4 bits, in compressed-tensors' layout (storage/compressed.py).
+"""A Hugging Face folder whose weights have 8 or 4 bits, in compressed-tensors' layout
+(storage/quantized/compressed.py).
 
     written as usual           written here
     X.weight (N, K)      ──→   X.weight_packed, X.weight_scale [, X.weight_zero_point], X.weight_shape
@@ -21,8 +22,10 @@ from checkpoints.export import Export
 from checkpoints.names.table import Step
 from checkpoints.source import Source
 from checkpoints.storage import stream
-from checkpoints.storage.compressed import PACKED, SCALE, SHAPE, ZERO, Integers, Ints, packed_down
 from checkpoints.storage.files import Stored
+from checkpoints.storage.quantized import compressed
+from checkpoints.storage.quantized.compressed import PACKED, SCALE, SHAPE, ZERO, packed_down
+from checkpoints.storage.quantized.integers import Integers, Ints
 from nanollm.errors import InputError
 from nanollm.inference.quantize import BITS, Plan, choose, quantize_weight
 from nanollm.layers.moe import Experts
@@ -105,7 +108,7 @@ def compress(written: Export, source: Source, kind: str, group: int | None) -> C
         tensors |= own
         if name in fewer:
             parts[name] = tuple(own)
-    config = how.config(sorted(_ignored(written, source, fewer)))
+    config = compressed.config(how, sorted(_ignored(written, source, fewer)))
     values = {**written.values, "quantization_config": config}
     return Compressed(written.to, values, written.steps, tensors, plan, weights, parts)
 

@@ -43,10 +43,10 @@ from checkpoints.layouts import hub, original
 from checkpoints.layouts.found import LARGEST_CONFIG
 from checkpoints.names import table
 from checkpoints.show import amount, billions, stored_type
-from checkpoints.source import Source, said_dtype, understand
+from checkpoints.source import Source, said_dtype, stored_as, understand
 from checkpoints.storage import files, gguf, pickles
-from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
+from checkpoints.storage.quantized.parts import Packed
 from nanollm import cli
 from nanollm.errors import CheckpointError, NanollmError, counted
 
@@ -101,8 +101,9 @@ def look(path: Path, ignore: Collection[str] = (), family: str | None = None, al
         report.notes += [str(one.message) for one in told]
         report.family = source.family.name
         report.parameters = sum(parameter.numel() for parameter in source.parameters().values())
-        if source.integers:
-            report.notes.append(f"weights quantised by compressed-tensors: {source.integers}; load() keeps them so")
+        if how := stored_as(found):
+            report.notes.append(f"weights quantised by {how.NAME}: {how}; load() " + (
+                "keeps whole numbers so" if source.integers else "reads them as what they stand for"))
         report.notes += _casts(source)
         report.notes += _unreadable(source)
         eos = source.values.get("eos_token_id")
@@ -134,7 +135,7 @@ def _casts(source: Source) -> Iterator[str]:
     for step in source.steps:
         kept = source.dtype(step.ours[0], None)
         for name in step.theirs:
-            if isinstance(source.stored[name], Ints):
+            if isinstance(source.stored[name], Packed):
                 continue
             if (found := source.stored[name].dtype) not in (working, kept) or kept != working:
                 others[found, kept].append(name)

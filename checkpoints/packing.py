@@ -2,7 +2,7 @@
 
     load_step    weights of 16 bits, which are quantised as they come: of a step there are those in memory, of experts
                  one expert's
-    take_step    weights that are stored so (storage/compressed.py), which stay as they are
+    take_step    weights that are stored so (storage/quantized/integers.py), which stay as they are
 
 A stored weight and its parts have the same rows. So what a step does to rows is done to packed, s and z, each by
 itself; where it turns a matrix over (Transposed, the experts of gpt-oss) their groups would run along the wrong side.
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from checkpoints.names.table import Step
 from checkpoints.storage import stream
-from checkpoints.storage.compressed import Ints
 from checkpoints.storage.files import Stored
+from checkpoints.storage.quantized.integers import Ints
 from nanollm.inference.quantize import GROUPS, LEFT_ALONE, Packed, Plan, Quantised, leaves, skipped
 from nanollm.model import Decoder
 
@@ -67,8 +67,18 @@ def load_step(step: Step, plan: Plan, packed: Mapping[str, Packed], stored: Mapp
 
 def by_rows(step: Step, parameters: Mapping[str, Tensor]) -> bool:
     """Whether a step puts the rows of its weights into rows of matrices, and does nothing else to them."""
+    return all(len(shape) == 2 and shape[1] == 0 for shape in _without_inputs(step, parameters))
+
+
+def by_columns(step: Step, parameters: Mapping[str, Tensor]) -> bool:
+    """Whether it puts them into columns of matrices, as GPT-2 has them."""
+    return all(len(shape) == 2 and shape[0] == 0 for shape in _without_inputs(step, parameters))
+
+
+def _without_inputs(step: Step, parameters: Mapping[str, Tensor]) -> list[Shape]:
+    """The shapes of what a step stores, were there no inputs: their 0 shows where they go."""
     ours = [torch.empty(*parameters[name].shape[:-1], 0, device="meta") for name in step.ours]
-    return all(len(shape) == 2 and shape[1] == 0 for shape in step.op.shapes(ours, step.layer))
+    return list(step.op.shapes(ours, step.layer))
 
 
 def moved_by_rows(model: Decoder, plan: Plan, steps: Iterable[Step], also: Callable[[Step], bool]) -> Plan:
@@ -88,11 +98,12 @@ def moved_by_rows(model: Decoder, plan: Plan, steps: Iterable[Step], also: Calla
 def stored_so(model: Decoder, steps: Iterable[Step], stored: Mapping[str, Stored]) -> Plan:
     """The modules of a model on the meta device whose weights stay as they are stored.
 
-    Of 8 bits those with a scale a row and without zero points, as quantize.py has no others."""
+    Of 8 bits those with a scale a row and without zero points, as quantize.py has no others; none whose inputs are in
+    an order of their own."""
     def whole_numbers(step: Step) -> bool:
         parts = [stored[name] for name in step.theirs]
-        return all(isinstance(one, Ints) and (one.how.bits == 4 or (one.how.group is None and one.how.symmetric))
-                   for one in parts)
+        return all(isinstance(one, Ints) and one.in_order and (
+            one.how.bits == 4 or (one.how.bits == 8 and one.how.group is None and one.how.symmetric)) for one in parts)
 
     modules = [name for name, module in model.named_modules() if leaves(module) and not skipped(name, LEFT_ALONE)]
     return moved_by_rows(model, Plan(0, 0, modules), steps, whole_numbers)

@@ -37,7 +37,7 @@ from checkpoints.families import Family, read_config
 from checkpoints.layouts.original import with_rope_layout
 from checkpoints.names import prefixes, table
 from checkpoints.storage import files, quantized, stream
-from checkpoints.storage.compressed import Integers, Ints
+from checkpoints.storage.quantized.integers import Integers, Ints
 from nanollm.config import ModelConfig
 from nanollm.errors import CheckpointError, ConfigError, counted
 from nanollm.inference.quantize import Packed, Plan, leaves, replace
@@ -231,10 +231,9 @@ def config_of(found: layouts.Found, ignore: tuple[str, ...] = ()) -> tuple[Famil
     return kind, with_rope_layout(config, "interleaved") if found.interleaved else config
 
 
-def kept_as(found: layouts.Found) -> str | None:
-    """How weights are kept, in words, where they are stored as whole numbers."""
-    how = quantized.plain_config(found.values, found.where)[1]
-    return str(how) if isinstance(how, Integers) else None
+def stored_as(found: layouts.Found) -> quantized.Layout | None:
+    """How weights are stored, where that is in few bits."""
+    return quantized.plain_config(found.values, found.where)[1]
 
 
 def _language_model(stored: dict[str, files.Stored], family: Family, config: ModelConfig,
@@ -289,6 +288,10 @@ def _plan(family: Family, found: layouts.Found, config: ModelConfig, stored: dic
             model = _on_meta(dataclasses.replace(config, tied=False), found.where)
             parameters = dict(model.named_parameters())
     steps = table.expand(names, parameters, model.config)
+    stored = quantized.as_stored(stored, [name for step in steps for name in step.theirs
+                                          if isinstance(stored.get(name), quantized.Packed)
+                                          and packing.by_columns(step, parameters)])
+    stored = quantized.without_idle_biases(stored, {name for step in steps for name in step.theirs}, where)
     table.check(steps, parameters, stored, family.ignorable | found.ignorable, ignore, where, found.said_by)
     return stored, model, names, steps
 

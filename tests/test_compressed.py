@@ -20,7 +20,7 @@ from checkpoints import convert
 from checkpoints.inspect import describe, look
 from checkpoints.show import find
 from checkpoints.source import open_source
-from checkpoints.storage.compressed import packed_down
+from checkpoints.storage.quantized.compressed import packed_down
 from nanollm import cli
 from nanollm.errors import CheckpointError, ConfigError, InputError, RunError
 from nanollm.inference.quantize import QuantizedExperts, QuantizedLinear, dequantize
@@ -238,18 +238,19 @@ WEIGHTS = (*GROUP, "weights")
 
 
 @pytest.mark.parametrize("config, message", [
-    (wrong("format", "naive-quantized"), "quantization_config.format is 'naive-quantized'; expected 'pack-quantized'"),
-    (wrong("num_bits", 3, WEIGHTS), "group_0.weights.num_bits is 3; expected 4 or 8"),
-    (wrong("type", "float", WEIGHTS), "weights.type is 'float'; expected 'int'"),
-    (wrong("strategy", "tensor", WEIGHTS), "weights.strategy is 'tensor'; expected 'group' or 'channel'"),
-    (wrong("actorder", "group", WEIGHTS), "weights.actorder is 'group'; expected None or 'static' or 'weight'"),
+    (wrong("format", "marlin-24"), "quantization_config.format is 'marlin-24'; expected 'pack-quantized' or"),
+    (wrong("format", "marlin-24", GROUP), "group_0.format is 'marlin-24'; expected"),
+    (wrong("num_bits", 1, WEIGHTS), "group_0.weights.num_bits is 1; expected 2 or 3 or 4"),
+    (wrong("type", "complex", WEIGHTS), "weights.type is 'complex'; expected 'int' or 'float'"),
+    (wrong("strategy", "block", WEIGHTS), "weights.strategy is 'block'; expected 'group' or 'channel'"),
+    (wrong("actorder", "random", WEIGHTS), "weights.actorder is 'random'; expected None or 'static' or 'weight'"),
     (wrong("dynamic", True, WEIGHTS), "weights.dynamic is True"),
     (wrong("group_size", None, WEIGHTS), "weights.group_size is None; expected a number of inputs"),
     (wrong("symmetric", "yes", WEIGHTS), "weights.symmetric is 'yes'; expected true or false"),
     (wrong("new_trick", 3, WEIGHTS), "nothing here knows what these mean: .*weights.new_trick = 3"),
-    (wrong("input_activations", {"num_bits": 8}, GROUP), "group_0.input_activations is"),
-    (wrong("kv_cache_scheme", {"num_bits": 8}), "quantization_config.kv_cache_scheme is"),
-    (wrong("config_groups", {"a": {}, "b": {}}), "config_groups is .* one group"),
+    (wrong("transform_config", {"config_groups": {}}), "quantization_config.transform_config is"),
+    (wrong("sparsity_config", {"format": "sparse-24-bitmask"}), "sparsity_config.format is 'sparse-24-bitmask'"),
+    (wrong("config_groups", []), "config_groups is .* expected an object of objects"),
     (wrong("config_groups", {"a": {}}), r"config_groups\.a\.weights is missing"),
 ])
 def test_another_way_of_packing_is_refused_by_its_key(config, message, made):
@@ -257,7 +258,7 @@ def test_another_way_of_packing_is_refused_by_its_key(config, message, made):
     by_hand(source, IN_GROUPS, config=config)
     with pytest.raises(ConfigError, match=message) as error:
         checkpoints.load(source)
-    assert "Read of compressed-tensors are weights of 8 and 4 bits" in str(error.value)
+    assert "Read of compressed-tensors are: pack-quantized, float-quantized" in str(error.value)
     assert "CompressedTensorsConfig(dequantize=True)" in str(error.value)
 
 
@@ -265,7 +266,6 @@ NAME = "model.layers.0.mlp.up_proj.weight"
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda t: t.update({f"{NAME}_g_idx": torch.zeros(64, dtype=torch.int32)}), "_g_idx: inputs in an order of their"),
     (lambda t: t.pop(f"{NAME}_scale"), r"_scale is missing; expected floats \(160, 2\)"),
     (lambda t: t.pop(f"{NAME}_zero_point"), r"_zero_point is missing; expected int32 \(20, 2\)"),
     (lambda t: t.update({f"{NAME}_scale": torch.ones(160, 4)}), r"_scale is torch.float32 \(160, 4\); expected floats"),

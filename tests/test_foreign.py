@@ -49,8 +49,8 @@ def test_shards_of_fsdp_become_a_folder_by_the_command_that_is_advised(tmp_path)
 
 def test_what_is_advised_of_quantised_folders_is_what_transformers_can_undo():
     """`dequantize` of the model is there for bitsandbytes, and an option at loading for compressed-tensors; the methods
-    for which an unquantised upload is advised have neither. (save_original_format=False: a model that was dequantised
-    cannot be written in the form that it was read in.)"""
+    for which an unquantised upload alone is advised have neither. (save_original_format=False: a model that was
+    dequantised cannot be written in the form that it was read in.)"""
     def undone(kind: str) -> bool:
         return QUANTIZERS[kind]._dequantize is not HfQuantizer._dequantize
 
@@ -59,8 +59,8 @@ def test_what_is_advised_of_quantised_folders_is_what_transformers_can_undo():
     assert "modelopt" not in QUANTIZERS
     assert "save_original_format" in inspect.signature(transformers.PreTrainedModel.save_pretrained).parameters
     assert "dequantize" in inspect.signature(transformers.CompressedTensorsConfig.__init__).parameters
-    for kind, (_, undo) in quantized.METHODS.items():
-        assert undo.endswith("upload") or undo == quantized.UPLOAD, kind
+    assert quantized.UNDO.keys() == {"bitsandbytes", "compressed-tensors", "mlx"}
+    assert all(undo.endswith("upload") for undo in quantized.UNDO.values())
 
 
 def test_no_decoder_is_called_something_else():

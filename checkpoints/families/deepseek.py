@@ -21,7 +21,7 @@ Where the published code and transformers differ:
   and as 0 in its first, which differs only where a kept expert's corrected score is below 0.
 
 V3 has one more layer on disk, number 61, which predicts the token after the next; it is left out, which load says. Its
-weights are 8-bit with a scale for each block of 128 × 128: checkpoints/storage/quantized.py. Moonlight is V3 in other
+weights are 8-bit with a scale for each block of 128 × 128: storage/quantized/fp8.py. Moonlight is V3 in other
 numbers, and so is Kimi-K2, whose model_type is kimi_k2: the published code is V3's, and so are its defaults.
 """
 

@@ -11,7 +11,7 @@ Llama's block with biases on q, k, v and o, and three things of its own:
 
 Norms round to the working dtype after the gain, and the chosen weights are rounded to it. `hidden_act` is not read by
 the published code: the gate is always x·σ(1.702 x). On disk the experts of a layer are one tensor, transposed, columns
-gate up gate up …, 4-bit (MXFP4) in the published folders: checkpoints/storage/quantized.py makes bfloat16 of it.
+gate up gate up …, 4-bit (MXFP4) in the published folders: storage/quantized/fp4.py makes bfloat16 of it.
 """
 
 import dataclasses

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from checkpoints.families import family_of
 from checkpoints.layouts.found import LARGEST_CONFIG, Asked, Found
-from checkpoints.storage import files, foreign, pickles
+from checkpoints.storage import files, foreign, pickles, quantized
 from checkpoints.storage.files import Stored
 from nanollm.errors import CheckpointError
 
@@ -46,6 +46,6 @@ def described(where: Path, asked: Asked, stored: dict[str, Stored]) -> Found:
     """What a config.json says, for these tensors."""
     if not where.exists() and not where.is_symlink():
         raise CheckpointError(f"{where}: no such file; {foreign.no_config(where.parent)}")
-    values = files.read_json(where, largest=LARGEST_CONFIG)
+    values = quantized.beside(where.parent, files.read_json(where, largest=LARGEST_CONFIG))
     kind = {} if asked.family is None else {"model_type": asked.family}
     return Found(where.parent, "hf", {**values, **kind}, str(where), stored)

@@ -30,7 +30,7 @@ from checkpoints.layouts import NOTHING_SPECIAL, Asked, hub
 from checkpoints.names import table
 from checkpoints.show.drawing import Kind, draw, kinds_of
 from checkpoints.show.words import different
-from checkpoints.source import config_of, kept_as, said_dtype
+from checkpoints.source import config_of, said_dtype, stored_as
 from checkpoints.storage import gguf
 from checkpoints.storage.files import Stored
 from nanollm import presets
@@ -184,6 +184,6 @@ def find(source: str, asked: Asked = NOTHING_SPECIAL) -> Found:
     parts = ", ".join(f"{amount(size)}B of {kind}" for kind, size in kinds.most_common())
     used = {part.file for tensor in stored.values() for part in getattr(tensor, "parts", (tensor,))}
     where = f" in {counted(len(stored), 'tensor')} and {len(used)} file(s)"
-    kept = kept_as(found)
+    kept = stored_as(found)
     parts = f"{kept}: {parts}" if kept else parts
     return Found(config, said_dtype(values) or usual, parts + where if stored else None)

@@ -105,7 +105,7 @@ def test_an_eps_of_its_own_does_not_read_back():
 
 def test_the_norm_behind_the_gate_by_hand():
     """Two groups of two channels. A gate of 0 halves nothing: silu(0) = 0."""
-    norm = GatedNorm(Mamba2(2, 2, 2, 4, 4, eps=1e-12))
+    norm = GatedNorm(Mamba2(2, 2, 2, 4, 4), 1e-12)
     norm.gain.data = torch.tensor([1.0, 1.0, 10.0, 10.0])
     z = torch.full((1, 1, 4), 1.2785)                                           # silu(1.2785) = 1
     out = norm(torch.tensor([[[3.0, 4.0, 0.6, -0.8]]]), z)

@@ -132,24 +132,43 @@ CONFIGS: dict[str, Case] = {
     "an unknown key that is half a character": (keys(**{"\ud800": 1}), r"\\ud800 = 1"),
     "an unknown key that is deep": (keys(mystery=nested(DEEPEST)), "mystery = "),
     # quantised
-    "AWQ": (keys(quantization_config={"quant_method": "awq"}), "quant_method is 'awq': .*by AWQ.*unquantised upload"),
-    "GPTQ": (keys(quantization_config={"quant_method": "gptq", "bits": 4}), "by GPTQ, .*unquantised upload"),
+    "AWQ of 3 bits": (
+        keys(quantization_config={"quant_method": "awq", "bits": 3}), "bits is 3; .*Read of awq are: .*unquantised up",
+    ),
+    "GPTQ without bits": (
+        keys(quantization_config={"quant_method": "gptq"}), "bits is missing; .*Read of gptq are: .*unquantised upload",
+    ),
+    "GPTQ in groups of 10¹²": (
+        keys(quantization_config={"quant_method": "gptq", "bits": 4, "group_size": 10**12}), "group_size is 1000000",
+    ),
+    "AutoRound packed in another way": (
+        keys(quantization_config={"quant_method": "auto-round", "bits": 4, "packing_format": ["x"]}),
+        "packing_format is .'x'.; .*unquantised upload",
+    ),
+    "AQLM": (keys(quantization_config={"quant_method": "aqlm"}), "quant_method is 'aqlm': .*unquantised upload"),
     "bitsandbytes": (
-        keys(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
-        r"by bitsandbytes, .*\.dequantize\(\)\.save_pretrained\('OUT', save_original_format=False\)",
+        keys(quantization_config={"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "af4"}),
+        r"bnb_4bit_quant_type is 'af4'; .*\.dequantize\(\)\.save_pretrained\('OUT', save_original_format=False\)",
     ),
     "compressed-tensors": (
         keys(quantization_config={"quant_method": "compressed-tensors"}), r"CompressedTensorsConfig\(dequantize=True\)",
     ),
     "compressed-tensors by an older key": (
-        keys(compression_config={"quant_method": "compressed-tensors"}), "compression_config.quant_method is",
+        keys(compression_config={"quant_method": "compressed-tensors"}), "compression_config.format is missing",
     ),
-    "ModelOpt": (keys(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4"}), "NVIDIA's ModelOpt"),
-    "ModelOpt, by its producer": (
-        keys(quantization_config={"quant_algo": "FP8", "producer": {"name": "modelopt"}}), "NVIDIA's ModelOpt",
+    "ModelOpt's AWQ": (
+        keys(quantization_config={"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}),
+        "quant_algo is 'NVFP4_AWQ'; .*Read of modelopt are: FP8",
     ),
-    "MLX": (keys(quantization={"group_size": 64, "bits": 4}), "quantization is .* by MLX, .*--dequantize"),
-    "an unknown quantization": (keys(quantization_config={"quant_method": "mine"}), "quantised by 'mine'"),
+    "ModelOpt of layers that are deep": (
+        keys(quantization_config={"quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": [[1]]}}}),
+        "quantized_layers is .* expected 'FP8'",
+    ),
+    "MLX of 7 bits": (keys(quantization={"group_size": 64, "bits": 7}), "quantization.bits is 7; .*--dequantize"),
+    "MLX with a layer of its own that is deep": (
+        keys(quantization={"group_size": 64, "bits": 4, "lm_head": {"bits": nested(9)}}), "quantization.lm_head.bits",
+    ),
+    "an unknown quantization": (keys(quantization_config={"quant_method": "mine"}), "quant_method is 'mine'"),
     "a quantization that is a list": (keys(quantization_config=[1] * 100_000), "quantization_config is"),
     "a quantization that is deep": (
         keys(quantization_config={"quant_method": nested(DEEPEST - 50)}), "quant_method is",
@@ -164,9 +183,9 @@ CONFIGS: dict[str, Case] = {
         keys(quantization_config={"quant_method": "fp8", "fmt": "e5m2", "weight_block_size": [128, 128]}),
         "fmt is 'e5m2'",
     ),
-    "fp8 with stored scales of activations": (
-        keys(quantization_config={"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "static"}),
-        "activation_scheme is 'static'; .*unquantised upload",
+    "fp8 with another scheme of activations": (
+        keys(quantization_config={"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "token"}),
+        "activation_scheme is 'token'; .*unquantised upload",
     ),
     # legal
     "code of its own, which is not run": (keys(auto_map={"AutoModelForCausalLM": "modeling.Mine"}), None),
