@@ -135,6 +135,7 @@ class Seen(NamedTuple):
     read: Tensor
     gave: Tensor
     alone: bool                                  # it read no second tensor of the shape that it gives: no residual
+    several: bool                                # it gave a second tensor of that shape: which of them is ours?
 
 
 def watch(one: Side, names: Sequence[str], tokens: Tensor) -> tuple[dict[str, Seen], Tensor]:
@@ -146,8 +147,10 @@ def watch(one: Side, names: Sequence[str], tokens: Tensor) -> tuple[dict[str, Se
         given = [*args, *kwargs.values()]
         read, gave = _first(given), _first([output])
         if read is not None and gave is not None:
-            alone = sum(isinstance(value, Tensor) and value.shape == gave.shape for value in given) < 2
-            seen.setdefault(name, Seen(read.detach().cpu().clone(), gave.detach().cpu().clone(), alone))
+            shaped = [sum(isinstance(value, Tensor) and value.shape == gave.shape for value in values)
+                      for values in (given, output if isinstance(output, tuple) else ())]
+            seen.setdefault(name, Seen(read.detach().cpu().clone(), gave.detach().cpu().clone(), shaped[0] < 2,
+                                       shaped[1] > 1))
 
     hooks = [module.register_forward_hook(partial(note, name), with_kwargs=True) for name, module in modules.items()]
     added = [module for module in modules.values() if hasattr(module, "add")]
@@ -251,6 +254,8 @@ def look_inside(ours: Side, theirs: Side, parts: Sequence[Part], tokens: Tensor)
         elif not other[part.theirs].alone:
             reason = f"{part.theirs} reads two tensors, such as the residual that it adds"
             found.skipped.append(f"{', '.join(part.ours)}: {reason}")
+        elif other[part.theirs].several:
+            found.skipped.append(f"{', '.join(part.ours)}: {part.theirs} gives several tensors of one shape")
         else:
             lines |= _compared(part, mine, other[part.theirs], found.skipped)
     found.lines = [lines[name] for name in mine if name in lines]

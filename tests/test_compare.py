@@ -33,7 +33,9 @@ NO_CLASS = {
     "yi-early", "aquila-7b", "aquila-34b-16k", "xverse", "phi-3-mini-128k", "falcon-7b", "falcon-40b-first",
     "falcon-rw-6-heads", "mamba-original", "mamba2-130m",
 }                       # transformers has none of that model_type, or wants another dialect
-WRONG = {"phi-3.5-moe"}                          # takes the short list of LongRoPE at lengths that are for the long one
+# takes the short list of LongRoPE at lengths that are for the long one; passes over the base of the rotation; divides
+# by a window that is null
+WRONG = {"phi-3.5-moe", "dbrx-132b", "exaone-4-1.2b"}
 NATIVE = {
     name: fixture for name, fixture in FIXTURES.items() if fixture.oracle == "native" and name not in NO_CLASS | WRONG
 }

@@ -177,8 +177,8 @@ def load_expert(step: Step, expert: int, experts: int, stored: Mapping[str, Stor
     """Fill the parameters of one step, (1, …) each, with those of one expert of so many.
 
     Either each has tensors of its own, or all are in one tensor, one after another."""
-    shape = step.op.shapes([parameters[name] for name in step.ours], step.layer)[0]     # of one expert's part
-    together = len(shape) == 3
+    shapes = step.op.shapes([parameters[name] for name in step.ours], step.layer)       # of one expert's part
+    together, shape = len(shapes) == len(step.theirs), shapes[0]
     own = step if together else dataclasses.replace(step, theirs=step.theirs[expert::experts])
     _fill(own, stored, parameters, dict.fromkeys(own.theirs, expert * math.prod(shape) if together else 0))
 
