@@ -15,9 +15,11 @@ from nanollm.data import sft
 from nanollm.inference.generation import generate
 from nanollm.text import tokenizer
 from nanollm.text.chat import Conversation
+from nanollm.training import lora
 
 folder, file, *adapter = sys.argv[1:]
-model, words = checkpoints.load(folder, adapter=adapter[0] if adapter else None), tokenizer.load(folder)
+words = tokenizer.load(folder)
+model = lora.merge(checkpoints.load(folder, dtype=torch.float32, adapter=adapter[0] if adapter else None))
 for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(file))), strict=True):
     right = 0
     for chat in chats:
