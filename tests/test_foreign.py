@@ -79,6 +79,24 @@ def test_an_unknown_family_is_told_the_nearest_and_where_the_list_is():
         f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
 
 
+@pytest.mark.parametrize("kind, reason", [
+    ("llava", "reads pictures or sound beside text"), ("qwen3_asr", "reads pictures or sound beside text"),
+    ("mllama", "cross attention"), ("deepseek_v4", "several residual streams"),
+])
+def test_what_is_no_relative_of_its_name_is_told_the_reason(kind, reason):
+    """No family is near `mllama` but by its letters: to call it llama does not help."""
+    with pytest.raises(ConfigError, match=reason) as error:
+        read_config({"model_type": kind})
+    assert "near it" not in str(error.value)
+
+
+def test_a_text_model_that_has_a_text_config_is_told_so():
+    """As MLC's copy of Ministral 3 has it; the folder itself says mistral3."""
+    text = {"model_type": "ministral3", "hidden_size": 64, "num_hidden_layers": 2}
+    with pytest.raises(ConfigError, match="is missing; expected a value. A ministral3 is a text model.* a text_config"):
+        read_config({"model_type": "ministral3", "text_config": text})
+
+
 def test_what_every_config_of_transformers_has_is_known():
     fields = transformers.PretrainedConfig().to_dict().keys()
     assert fields <= IRRELEVANT | DEFAULTS.keys()

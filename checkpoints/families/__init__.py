@@ -45,7 +45,10 @@ def read_config(
     try:
         config = family.read(reader)
     except ConfigError as error:  # a combination that the dataclasses refuse does not know its file
-        raise ConfigError(str(error) if where in str(error) else f"{where}: {error}") from None
+        nested = isinstance(values.get("text_config"), dict) and "text_config" not in reader.seen
+        hint = (f". A {family.name} is a text model, whose keys stand at the top; there is a text_config, as a "
+                "multimodal model has, which has another model_type") if nested else ""
+        raise ConfigError((str(error) if where in str(error) else f"{where}: {error}") + hint) from None
     reader.close(family.irrelevant)
     reader.warn()
     return family, config

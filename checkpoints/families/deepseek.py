@@ -118,6 +118,8 @@ class Groups(Row):
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         """Read both keys; one group, and null, mean no groups."""
         number, kept = r.size(key, self.count, or_null=True) or 1, r.size("topk_group", self.kept, or_null=True) or 1
+        if number == 1 < kept and "topk_group" in r.values:
+            raise r.error("topk_group", f"1, or {key} of at least as many")
         draft["ffn.groups"] = part(ExpertGroups, count=number, kept=kept, best=self.best) if number > 1 else None
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
@@ -131,10 +133,13 @@ class GreedyOrGroups(Groups):
     """Groups that count only where `topk_method` says so."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        """Read the groups, and drop them where the method is greedy."""
-        super().read(r, draft, key)
-        if r.must("topk_method", "greedy", "group_limited_greedy") == "greedy":
+        """Read the groups; where the method is greedy there are none, whatever sizes stand there."""
+        if r.must("topk_method", "greedy", "group_limited_greedy") == "group_limited_greedy":
+            super().read(r, draft, key)
+        else:
             draft["ffn.groups"] = None
+            for unused in (key, "topk_group"):
+                r.size(unused, None)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """The keys of the groups, and the method; greedy where there are no groups."""

@@ -1,4 +1,5 @@
-"""Published model_types that are not read, and why: no decoders of text, or decoders whose wiring is another one.
+"""Published model_types that are not read, and why: no decoders of text, or decoders whose wiring is another one,
+or text models inside folders that are not known.
 
 transformers' own lists say the same: MODEL_FOR_MASKED_LM_MAPPING_NAMES and MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 (tests/test_foreign.py).
@@ -11,6 +12,10 @@ SHARED = ("a decoder several of whose layers share one transformer block, which 
           "no layer here does either. transformers runs it")
 REPLACED = ("a decoder whose layers go on with what their norm gives, in place of the stream, as none does here; "
             "transformers runs it")
+SEES = ("a model that reads pictures or sound beside text, and whose folder is not read here, nor the text model "
+        "inside it")
+CROSSED = "a decoder that reads pictures by cross attention, as no layer here does; transformers runs it"
+STREAMS = "a decoder with several residual streams (hyper-connections), where all have one here"
 ELSEWHERE = {
     **dict.fromkeys("""
         albert bert camembert convbert data2vec-text deberta deberta-v2 distilbert electra ernie esm flaubert
@@ -21,5 +26,12 @@ ELSEWHERE = {
     """.split(), BOTH),
     "zamba": SHARED, "zamba2": SHARED,
     "minimax": REPLACED, "minimax_text_01": REPLACED,
+    **dict.fromkeys("""
+        deepseek_vl_v2 falcon_perception git idefics2 idefics3 internvl internvl_chat janus llava llava_next
+        llava_onevision locateanything minicpmv minicpmv4_6 molmo multi_modality paligemma phi3_v phi4_multimodal
+        qwen2_audio qwen3_asr
+    """.split(), SEES),
+    "mllama": CROSSED,
+    "deepseek_v4": STREAMS, "deepseek_ref": STREAMS,   # before transformers had it, V4 was uploaded so
     "whisper": "a model that writes down speech; transformers runs it",
 }

@@ -1,4 +1,7 @@
-"""Youtu-LLM-2B: DeepSeek-V3's latent attention in a Llama's block, with an MLP in every layer; tied. December 2025."""
+"""Youtu-LLM-2B: DeepSeek-V3's latent attention in a Llama's block, with an MLP in every layer; tied. December 2025.
+
+Held to the stored weights. transformers 5.23's class sets row `pad_token_id` of the embedding, and so of the head, to 0
+when it loads a folder, whatever is stored there."""
 
 from checkpoints.families.deepseek import DEEPSEEK_V3, LATENT_NAMES
 from checkpoints.names.config_table import part

@@ -189,6 +189,12 @@ REFUSED = {
 }
 
 
+def test_groups_count_only_where_the_method_chooses_groups():
+    assert read(V2_LITE, topk_group=3) == read(V2_LITE, n_group=None) == read(V2_LITE)
+    with pytest.raises(ConfigError, match="topk_group is 3; expected 1, or n_group of at least as many"):
+        read(V3, n_group=1, topk_group=3)
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_refused(case):
     base, keys, words = REFUSED[case]

@@ -59,6 +59,7 @@ REFUSED = {
     "too few words": (FLASH, dict(mlp_layer_types=["dense"]), "expected 47 times dense or sparse"),
     "half of the rotated part": (FLASH, dict(partial_rotary_factor=0.5), "partial_rotary_factor is 0.5; expected 1.0"),
     "a bias on latents": (FLASH, dict(attention_bias=True), "attention_bias is True; expected False"),
+    "more groups than there are": (AIR, dict(topk_group=3), "topk_group is 3; expected 1, or n_group of at least"),
     "groups of one": (AIR, dict(n_group=128, topk_group=8), "ExpertGroups"),
 }
 
