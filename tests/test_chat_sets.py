@@ -20,6 +20,7 @@ import pytest
 import zstandard
 
 from nanollm.data import chat_store, sft
+from nanollm.data.chat_files import resolve
 from nanollm.data.chat_sets import Sets
 from nanollm.data.encode import marks
 from nanollm.data.sft import Chat, Chats, Writer
@@ -211,6 +212,19 @@ def test_5_llama_factorys_sets_are_read(described: Path) -> None:
 def test_5_sets_that_are_not_for_this_are_named(described: Path, name: str, words: str) -> None:
     with pytest.raises(DataError, match=words):
         sft.read(name, described)
+
+
+def test_5_a_dataset_info_without_a_name_says_what_it_holds(described: Path) -> None:
+    """It was read as chats, and lacked their keys."""
+    with pytest.raises(DataError, match="name one of them, as .*dataset_info.json:plain; there are plain, named"):
+        sft.read(described / "dataset_info.json")
+
+
+def test_5_a_set_of_the_hub_is_named_as_a_person_would(tmp_path: Path) -> None:
+    """Errors spoke of hf:owner/name:::"""
+    sets = {"a": {"hf_hub_url": "o/n"}, "b": {"hf_hub_url": "o/n", "split": "x"}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(sets))
+    assert resolve("a", tmp_path)[0] == "hf:o/n" and resolve("b", tmp_path)[0] == "hf:o/n::x"
 
 
 # ---- several sets

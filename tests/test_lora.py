@@ -263,6 +263,7 @@ def test_layers_that_read_a_weight_read_what_it_has_become():
 
 REFUSED = {
     "another target": (dict(targets=("q", "qkv")), "no weight of the layers is called qkv.*there are q, k, v, o, gate"),
+    "a target by its name in the folder": (dict(targets=("q_proj",)), "called q_proj .did you mean q.*there are q, k"),
     "another rank's target": (dict(ranks={"x": 3}), "no weight of the layers is called x"),
     "rank 0": (dict(rank=0), "an adapter of rank 0; expected 1 or more"),
     "dropout 1": (dict(dropout=1.0), "an adapter with dropout 1.0; expected 0 or more, below 1"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import checkpoints
@@ -319,6 +320,17 @@ def test_what_the_model_cannot_have_leaves_no_folder(monkeypatch, base, tmp_path
 def test_the_learning_rate_of_adapters(tmp_path):
     assert parsed("--init", tmp_path, *LORA).lr == 0.0002 and parsed("--init", tmp_path).lr == 0.00002
     assert parsed("--init", tmp_path, *LORA, "--lr", 0.001).lr == 0.001
+
+
+@pytest.mark.parametrize("more", [(), ("--quantize", "int8")], ids=["lora", "qlora"])
+def test_a_run_says_how_many_parameters_there_are_and_are_trained(base, tmp_path, monkeypatch, capsys, more):
+    """In whatever number of bits: those of a QLoRA were counted without the weights that are quantised."""
+    whole = sum(p.numel() for p in checkpoints.load(base / "base").parameters())
+    here(monkeypatch, tmp_path / "run", *tuned(base), *LORA, *more, "--steps", 2)
+    trained = sum(t.numel() for t in load_file(tmp_path / "run/adapter_model.safetensors").values())
+    said = capsys.readouterr().out
+    assert f": {whole / 1e6:.2f} M parameters, {trained:,} trained, 256 tokens to see, " in said
+    assert f"{tmp_path / 'run'}: adapter, tokenizer, log.jsonl" in said and "(training, last 2 steps)" in said
 
 
 def test_the_adapter_of_a_model_from_the_hub_names_it_as_the_hub_does(base, tmp_path, monkeypatch):

@@ -106,6 +106,10 @@ def resolve(source: str, dataset_dir: Path | None) -> tuple[str, Change]:
         return _described(Path(folder), name)
     if dataset_dir is not None and not source.startswith(records.HUB) and not Path(source).exists():
         return _described(dataset_dir / "dataset_info.json", source)
+    if Path(source).name == "dataset_info.json":
+        names = list(_sets(Path(source)))
+        raise DataError(f"{source}: says where sets are; name one of them, as {source}:{names[0]}; "
+                        f"there are {', '.join(names)}")
     return source, lambda item, where: item
 
 
@@ -137,14 +141,20 @@ HUBS = {"hf_hub_url", "ms_hub_url", "om_hub_url"}  # one set in several places; 
 UNDERSTOOD = {"file_name", "formatting", "columns", "tags", "ranking", "subset", "split"} | HUBS
 
 
-def _described(file: Path, name: str) -> tuple[str, Change]:
+def _sets(file: Path) -> dict[str, Any]:
+    """What a dataset_info.json says of each set, by name. Raises DataError."""
     try:
         info = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise DataError(f"{file}: not JSON: {error}") from None
-    need(isinstance(info, dict), str(file), "an object of sets", info)
+    need(isinstance(info, dict) and info, str(file), "an object of sets", info)
+    return info
+
+
+def _described(file: Path, name: str) -> tuple[str, Change]:
+    info = _sets(file)
     if name not in info:
         raise DataError(f"{file}: no set {name!r}, and no such file or folder; expected one of {', '.join(info)}")
     entry, where = info[name], f"{file}, {name}"
@@ -170,7 +180,7 @@ def _described(file: Path, name: str) -> tuple[str, Change]:
             made["conversations"] = [_turn(turn, f"{at}, message {n}", tags, roles) for n, turn in enumerate(turns, 1)]
         return made
     if hub := entry.get("hf_hub_url"):                  # goes before a file_name there, too
-        return f"{records.HUB}{hub}:{entry.get('subset') or ''}:{entry.get('split') or ''}", change
+        return f"{records.HUB}{hub}:{entry.get('subset') or ''}:{entry.get('split') or ''}".rstrip(":"), change
     return str(file.parent / entry["file_name"]), change
 
 

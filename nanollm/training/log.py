@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any, TextIO
 
-from torch import nn
+import torch
 from tqdm import tqdm
 
 from nanollm.errors import RunError
+from nanollm.model import Decoder
 from nanollm.training import monitors
 from nanollm.training.corpus import Corpus
 from nanollm.training.plot import loss_curve
@@ -93,12 +94,21 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def begun(options: argparse.Namespace, model: nn.Module, ranks: int, step: int) -> str:
-    """What a run is, in the line that it begins with."""
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    tokens = options.steps * options.batch_size * options.context / 1e6
-    return (f"{options.init or options.preset}: {parameters:.2f} M parameters, {tokens:.2f} M tokens to see, products "
-            f"in {options.dtype} on {ranks} × {options.device}" + (f", on from step {step}" if step else ""))
+def begun(options: argparse.Namespace, model: Decoder, ranks: int, step: int) -> str:
+    """What a run is, in the line that it begins with. The parameters are those of the model without adapters, in
+    whatever number of bits; how many are trained is said where not all of them are."""
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in Decoder(model.config).parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return (f"{options.init or options.preset}: {millions(parameters)} parameters, "
+            + (f"{millions(trained)} trained, " if trained != parameters else "")
+            + f"{millions(options.steps * options.batch_size * options.context)} tokens to see, products in "
+            f"{options.dtype} on {ranks} × {options.device}" + (f", on from step {step}" if step else ""))
+
+
+def millions(count: int) -> str:
+    """A count as a person reads it: 6,960, 0.72 M, 46,702.79 M."""
+    return f"{count / 1e6:,.2f} M" if count >= 1e5 else f"{count:,}"
 
 
 def shown(entry: dict[str, Any], held_out: float | None) -> dict[str, str]:
@@ -146,8 +156,9 @@ def report(folder: Path, corpus: Corpus, title: str) -> str:
     picture = " (loss.png needs: pip install matplotlib)"
     if losses:
         last = [loss for _, loss in losses[-50:]]
-        lines.append(f"  {'(training, last 50 steps)':<44}{sum(last) / len(last):>12.3f}")
+        lines.append(f"  {f'(training, last {len(last)} steps)':<44}{sum(last) / len(last):>12.3f}")
         references = known_losses(corpus) if held_out else {}
         if loss_curve(folder / "loss.png", losses, held_out, references, title):
             picture = ", loss.png"
-    return "\n".join([*lines, f"{folder}: model, tokenizer, log.jsonl{picture}"])
+    written = "adapter" if (folder / "adapter_config.json").exists() else "model"
+    return "\n".join([*lines, f"{folder}: {written}, tokenizer, log.jsonl{picture}"])

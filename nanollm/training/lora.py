@@ -158,9 +158,11 @@ def chosen(model: Decoder, config: LoRA) -> list[str]:
         raise InputError(f"an adapter of rank {least}; expected 1 or more")
     for part in (*config.targets, *config.ranks, *config.alphas):
         if part != "all" and not any(has(name, (part,)) for name in there):
-            known = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in there))
-            raise InputError(f"no weight of the layers is called {part}, which should have an adapter; there are "
-                             f"{known}, by full names {next(iter(there))} …, and all")
+            known = dict.fromkeys(name.rpartition(".")[2] for name in there)
+            meant = part.removesuffix("_proj")              # q_proj, as most folders and peft call q
+            hint = f" (did you mean {meant}?)" if meant in known else ", which should have an adapter"
+            raise InputError(f"no weight of the layers is called {part}{hint}; there are {', '.join(known)}, "
+                             f"by full names {next(iter(there))} …, and all")
     names = [name for name in there if "all" in config.targets or has(name, config.targets)]
     if config.dora and (stacked := [name for name in names if there[name]]):
         raise InputError(f"{stacked[0]}: DoRA is for Linears, and this is a weight of experts; name other targets")
