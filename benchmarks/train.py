@@ -37,6 +37,7 @@ from nanollm.presets import preset, transformer
 from nanollm.training import distributed, optim
 from nanollm.training.flops import flops_per_token, peak_flops
 from nanollm.training.losses import Balance
+from nanollm.training.tuning import Source
 
 
 def gpt(vocab: int, dim: int, layers: int, heads: int) -> ModelConfig:
@@ -73,7 +74,8 @@ def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: dis
                                  skip_steps=[], skip_sigma=0.0, z_loss=0.0, balance=0.0, clip=1.0, min_lr=0.0,
                                  seed=0)
     optimizer = optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype])
-    run = train.Run(options, world, None, model, None, model, None, torch.float32, optimizer, Balance(model))
+    source = Source("", None, model, None, torch.float32)
+    run = train.Run(options, world, None, model, source, optimizer, Balance(model))
 
     def step(tokens: torch.Tensor) -> float:
         entry, _ = train.take_step(run, [Batch(tokens[:, :-1], tokens[:, 1:], None)], 0)

@@ -427,7 +427,7 @@ def test_the_command(tmp_path, command):
     assert command(tmp_path / "in", tmp_path / "out")[2].endswith(
         "exists and is not an empty folder; nothing is overwritten\n"
     )
-    del config["model_type"]
+    del config["model_type"], config["architectures"]
     (tmp_path / "in/config.json").write_text(json.dumps(config))
     code, _, said = command(tmp_path / "in", tmp_path / "new")
     assert code == 1 and said.startswith("error: ") and said.count("\n") == 1 and "model_type is None" in said

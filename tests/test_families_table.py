@@ -7,7 +7,6 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto as auto
 
 from checkpoints.families import FAMILIES
-from checkpoints.families.elsewhere import ELSEWHERE
 from nanollm.text.templates import TEMPLATES
 from tests import families_table
 from tests.families_table import (
@@ -68,7 +67,7 @@ def test_every_model_type_has_a_fixture_which_make_test_tries():
 def test_what_no_text_decoder_is_has_its_reason_once():
     """And is a model_type of transformers that neither loads here nor stands in its lists of encoders."""
     kinds, encoders = set(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), set(auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-    assert NO_TEXT_DECODER.keys() <= kinds - encoders - FAMILIES.keys() - ELSEWHERE.keys() | {"whisper"}
+    assert NO_TEXT_DECODER.keys() <= kinds - encoders - FAMILIES.keys()
     found = coverage()
     assert set(found.loaded) == kinds & FAMILIES.keys() and not set(found.missing) & FAMILIES.keys()
 

@@ -61,6 +61,8 @@ class RotaryDim(Row):
         draft["mixer.rope.fraction"] = fraction if int(head * fraction) == width else math.nextafter(fraction, 1)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        if "mixer.rope.fraction" not in draft:
+            return {}
         return {key: int(draft["mixer.head_dim"] * draft["mixer.rope.fraction"])}
 
 

@@ -38,6 +38,8 @@ class RotaryDim(RopeKeys):
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """RoPE's keys, and the number of channels."""
         values = super().write(draft, key)
+        if "mixer.rope.fraction" not in draft:
+            return values
         return values | {"rotary_dim": int(draft["mixer.head_dim"] * draft["mixer.rope.fraction"])}
 
 

@@ -102,6 +102,7 @@ class Index(nn.Module):
 class SparseLatentAttention(LatentAttention):
     """The mixer at the head of the file."""
     WORDS = {**LatentAttention.WORDS, "indexer": "ranked by {}"}
+    HANDS_ON = True                     # layers speak to each other in the context: none can be traced alone
 
     def __init__(self, config: SparseLatentAttentionConfig, dim: int) -> None:
         super().__init__(config, dim)
