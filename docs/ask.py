@@ -3,6 +3,7 @@ become of its perplexity on text that it was not taught, the beginning of LICENS
 
     python docs/ask.py runs/demo-tuned chats.jsonl
     python docs/ask.py FOLDER facts.jsonl runs/FOLDER-tuned         the last is an adapter
+    python docs/ask.py FOLDER facts.jsonl runs/qlora nf4            one that was trained beside weights in few bits
 """
 
 import sys
@@ -17,9 +18,9 @@ from nanollm.text import tokenizer
 from nanollm.text.chat import Conversation
 from nanollm.training import lora
 
-folder, file, *adapter = sys.argv[1:]
+folder, file, adapter, kind, *_ = *sys.argv[1:], None, None
 words = tokenizer.load(folder)
-model = lora.merge(checkpoints.load(folder, dtype=torch.float32, adapter=adapter[0] if adapter else None))
+model = lora.merge(checkpoints.load(folder, dtype=torch.float32, adapter=adapter, quantize=kind))
 for name, chats in zip(("taught", "held out"), sft.split(sft.read(Path(file))), strict=True):
     right = 0
     for chat in chats:
