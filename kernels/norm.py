@@ -19,7 +19,7 @@ Roofline. Nothing is computed that a GPU would notice: bytes are all. In bf16, a
         └───────────────────┘    narrow rows (per-head norms) share a program, so that each has work enough
 
 Backward. With h = dy·(o + g), the chain rule through r gives   dx = r·(h − x̂·mean(h·x̂))   and for LayerNorm, whose
-mean is taken out too,   dx = r·(h − x̂·mean(h·x̂) − mean(h)).   dg = Σ_rows dy·x̂ is a sum over all rows: a fixed number
+mean is taken out too, dx = r·(h − x̂·mean(h·x̂) − mean(h)).   dg = Σ_rows dy·x̂ is a sum over all rows: a fixed number
 of programs walk down the rows, each keeps its own sum in registers and writes it once; the few sums are added after.
 No atomics: the same numbers every time.
 

@@ -103,7 +103,7 @@ def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_
         many = steps(tmp_path / "run")
     else:
         many = run(size, tmp_path / "run", *model, *more)
-    assert furthest(one, many) <= 4e-6
+    assert furthest(one, many) <= 1e-6
     assert furthest(one, many, "balance") < 1e-5
     assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many, strict=True)) < 2e-5
     assert all(entry["worst_rank_loss"] >= entry["loss"] - 1e-9 for entry in many)
@@ -122,12 +122,14 @@ def test_unequal_token_counts_weigh_alike_however_the_batch_is_cut(shards, alone
         )
     )
     _, model = alone("--preset", "llama", "--data", shards)
-    chat = ("--init", model, "--chat", chats, "--optimizer", "adamw")
+    # AdamW takes whole steps where a gradient is nothing but rounding, and they grow with the rate
+    chat = ("--init", model, "--chat", chats, "--optimizer", "adamw", "--lr", 0.0003)
     one = run(1, tmp_path / "one", *chat)
     assert len({entry["targets"] for entry in one}) > 4
     for size, micro in ((1, 2), (2, 2)):
         many = run(size, tmp_path / f"{size}x{micro}", *chat, "--micro-batch", micro)
-        assert furthest(one, many) <= 4e-6 and [a["targets"] for a in one] == [b["targets"] for b in many]
+        assert furthest(one, many) <= 1e-6 and [a["targets"] for a in one] == [b["targets"] for b in many]
+        assert all(abs(a["gradient_norm"] / b["gradient_norm"] - 1) < 2e-5 for a, b in zip(one, many, strict=True))
     means = run(2, tmp_path / "two", *chat)
     assert (
         max(entry["worst_rank_loss"] - entry["loss"] for entry in means) > 0.01
@@ -175,7 +177,7 @@ def test_two_machines_are_one_process(shards, alone, tmp_path):
     assert [agent.returncode for agent in agents] == [0, 0], said
     many = steps(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "run.json").read_text())["starts"][0]["ranks"] == 2
-    assert furthest(one, many) <= 4e-6
+    assert furthest(one, many) <= 1e-6
 
 
 # ---- its parts

@@ -74,6 +74,7 @@ class Multipliers(Row):
         self.number, self.paths = number, paths
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """The list into its fields. Raises ConfigError for another length, and for what is no number above 0."""
         values = r.get(key, None)
         if values is None:
             values = [1.0] * self.number

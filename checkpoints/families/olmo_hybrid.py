@@ -99,6 +99,7 @@ class MaybeRope(RopeKeys):
     """RoPE, or none where rope_theta is null."""
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """RoPE's keys; where the base is null, no layer rotates."""
         inner = r.inside(key) or r.of({}, f"{r.prefix}{key}.")
         if inner.get("rope_theta", r.values.get("rope_theta", self.theta)) is not None:
             super().read(r, draft, key)

@@ -23,7 +23,7 @@ from nanollm.layers.linear import Linear
 from nanollm.layers.mask import CAUSAL, AttentionMask
 from nanollm.layers.norm import build_head_norm, normed
 from nanollm.layers.rope import rotate
-from nanollm.layers.state import KVCache
+from nanollm.layers.state import KVCache, SlotMapping
 from nanollm.ops import accelerated
 
 
@@ -100,17 +100,25 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        config, slots = self.config, None
+        return self.o(self.mixed(x, ctx, state))
+
+    def mixed(self, x: Tensor, ctx: ForwardContext, state: KVCache | None) -> Tensor:
+        """x (B, T, D) → what the heads have read, side by side (B, T, H·d)."""
         q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
+        slots = None
         if state is not None:
             slots = ctx.slots(state)
             k, v = state.extend(k, v, slots)
-        mask = AttentionMask(ctx, slots, config.window, config.alibi, config.heads, self.scale)
+        mask = self.mask(ctx, slots)
         if self.sinks is None:
-            mixed = attend(q, k, v, mask, self.scale, config.softcap)
+            mixed = attend(q, k, v, mask, self.scale, self.config.softcap)
         else:
             mixed = attend_plainly(q, k, v, mask.dense, self.scale, sinks=self.sinks)
-        return self.o(mixed.transpose(1, 2).flatten(-2))
+        return mixed.transpose(1, 2).flatten(-2)
+
+    def mask(self, ctx: ForwardContext, slots: SlotMapping | None) -> AttentionMask:
+        """Which keys each query sees."""
+        return AttentionMask(ctx, slots, self.config.window, self.config.alibi, self.config.heads, self.scale)
 
     def placed(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), q and k rotated to their positions."""

@@ -17,10 +17,10 @@ Shapes: B batch, T queries, S keys, D model width, H query heads, K key/value he
 
 from torch import Tensor
 
-from nanollm.layers.attention import Attention, attend
+from nanollm.layers.attention import Attention
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.mask import CAUSAL, AttentionMask, allowed
-from nanollm.layers.state import KVCache, SlotMapping
+from nanollm.layers.state import SlotMapping
 
 
 class ChunkMask(AttentionMask):
@@ -49,13 +49,7 @@ class ChunkedAttention(Attention):
     """The mixer at the head of the file."""
     WORDS = Attention.WORDS | {"window": "a query sees the keys of its own chunk of {}"}
 
-    def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
-        """x (B, T, D) → (B, T, D)."""
-        q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
-        slots = None
-        if state is not None:
-            slots = ctx.slots(state)
-            k, v = state.extend(k, v, slots)
+    def mask(self, ctx: ForwardContext, slots: SlotMapping | None) -> ChunkMask:
+        """Those of its own chunk."""
         assert self.config.window is not None, "the length of a chunk"
-        mixed = attend(q, k, v, ChunkMask(ctx, slots, self.config.window), self.scale)
-        return self.o(mixed.transpose(1, 2).flatten(-2))
+        return ChunkMask(ctx, slots, self.config.window)

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from nanollm.config import GatedAttention as GatedAttentionConfig
-from nanollm.layers.attention import Attention, attend
+from nanollm.layers.attention import Attention
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
-from nanollm.layers.mask import AttentionMask
 from nanollm.layers.state import KVCache
 
 
@@ -33,13 +32,7 @@ class GatedAttention(Attention):
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
-        slots = None
-        if state is not None:
-            slots = ctx.slots(state)
-            k, v = state.extend(k, v, slots)
-        mixed = attend(q, k, v, AttentionMask(ctx, slots, self.config.window), self.scale)
-        return self.o(mixed.transpose(1, 2).flatten(-2) * torch.sigmoid(self.gate(x)))
+        return self.o(self.mixed(x, ctx, state) * torch.sigmoid(self.gate(x)))
 
     @staticmethod
     def new_state(  # type: ignore[override]  # of its own config

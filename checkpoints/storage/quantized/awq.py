@@ -79,6 +79,7 @@ class Codes(Held):
     """q (N, K/8), eight inputs a word as everywhere else, of words (K, N/8)."""
 
     def make(self) -> Tensor:
+        """int32 (N, K/8): the words turned over and put in order, a slab of inputs at a time."""
         (N, words), each = self.shape, max(1, SLAB // self.shape[0] // 8)       # words of a row that are made at a time
         out = torch.empty(N, words, dtype=torch.int32)
         shifts = 4 * torch.arange(8, dtype=torch.int32)[:, None]

@@ -85,6 +85,7 @@ class BitsAndBytes(Layout):
         return "4 bits in blocks" if self.bits == 4 else "8 bits with a scale a row"
 
     def plain(self, stored: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+        """X.weight in the place of its codes, scales and state. Raises CheckpointError."""
         plain = dict(stored)
         for name in stored:
             weight, _, kind = name.partition(STATE)

@@ -43,6 +43,7 @@ class Ints(Packed):
     order: Stored | None = None                  # (K,)
 
     def rows(self, top: int, end: int) -> Tensor:
+        """w = s (q − z) of the rows from `top` to `end`, float32 (end − top, K)."""
         groups = self.scales.shape[1]
         codes = unpacked(rows_of(self.codes, top, end), self.how.bits)[:, : self.shape[1]]
         zeros = rows_of(self.zeros, top, end).int() if self.zeros else None

@@ -74,6 +74,7 @@ class Mlx(Layout):
         return str(self.usual)
 
     def plain(self, stored: Mapping[str, Stored], where: str) -> dict[str, Stored]:
+        """X.weight in the place of its codes, scales and biases; stacked experts one by one. Raises CheckpointError."""
         stored, own = dict(stored), dict(self.own)
         for name in [name for name, one in stored.items() if STACKED in name and len(one.shape) == 3]:
             module, _, end = name.rpartition(".")

@@ -61,7 +61,8 @@ class Packed(Stored):
 
 def packed(kind: type[One], shape: tuple[int, ...], codes: Stored, *more: object, **named: object) -> One:
     """A weight of this kind and shape."""
-    return kind(codes.file, torch.bfloat16, shape, codes.start, codes.size, codes, *more, **named)  # type: ignore[arg-type]
+    place = codes.file, torch.bfloat16, shape, codes.start, codes.size
+    return kind(*place, codes, *more, **named)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
