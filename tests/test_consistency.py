@@ -42,6 +42,8 @@ from nanollm.config import (
     ParallelMixer,
     Rope,
     ScaledMLP,
+    SharedBlock,
+    SharedBlockScan,
     ShortConv,
     SparseLatentAttention,
     SteppedNTK,
@@ -58,6 +60,10 @@ LONG = LongRope((1.0, 1.5, 2.0, 2.5), (3.0, 4.0, 5.0, 6.0), original=16, attenti
 
 def attention(**fields) -> Attention:
     return Attention(4, 2, 8, **{"rope": Rope(), **fields})
+
+
+def shared(number: int, **fields) -> SharedBlock:
+    return SharedBlock(number, Attention(4, 2, 16, **fields), MLP(24, "gelu"))
 
 
 KINDS = {
@@ -145,6 +151,12 @@ KINDS = {
         Layer(ParallelMixer(attention(), Mamba2(6, 8, 2, 5, 3, eps=None, scales=(0.5, 1.5, 0.8, 1.2, 0.7)), keys=0.5),
               ScaledMLP(MLP(48), 0.5, 1.5)),
         Layer(ParallelMixer(attention(rope=None), Mamba2(4, 8, 1, 6, 4), 1.5, 0.5, 0.7, 2.0), MLP(48)),
+    ),
+    "shared": (
+        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), mlp_rank=3), None, None, pre_ffn=None),
+        Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), qkv_rank=2), None, None, pre_ffn=None),
+        Layer(Mamba2(6, 8, 1, 5, 3), None, pre_ffn=None),
+        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3)), MLP(48), None),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

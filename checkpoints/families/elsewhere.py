@@ -24,7 +24,7 @@ ELSEWHERE = {
     **dict.fromkeys("""
         bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5
     """.split(), BOTH),
-    "zamba": SHARED, "zamba2": SHARED,
+    "zamba": SHARED,
     "minimax": REPLACED, "minimax_text_01": REPLACED,
     **dict.fromkeys("""
         deepseek_vl_v2 falcon_perception git idefics2 idefics3 internvl internvl_chat janus llava llava_next

@@ -32,6 +32,7 @@ from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
 from nanollm.layers.scaled_mlp import ScaledMLP
+from nanollm.layers.shared_block import SharedBlockScan
 from nanollm.layers.short_conv import ShortConv
 from nanollm.layers.sparse_attention import SparseLatentAttention
 from nanollm.layers.xielu import XIELU
@@ -51,6 +52,7 @@ MODULES: dict[type, Any] = {
     c.GatedDeltaNet: GatedDeltaNet,
     c.ShortConv: ShortConv,
     c.ParallelMixer: ParallelMixer,
+    c.SharedBlockScan: SharedBlockScan,
     type(None): NoMixer,
     c.MLP: MLP,
     c.ScaledMLP: ScaledMLP,
