@@ -63,7 +63,7 @@ def attention(**fields) -> Attention:
 
 
 def shared(number: int, **fields) -> SharedBlock:
-    return SharedBlock(number, Attention(4, 2, 16, **fields), MLP(24, "gelu"))
+    return SharedBlock(number, Attention(4, 2, 16, scale=0.1, **fields), MLP(24, "gelu"))      # of a calm softmax
 
 
 KINDS = {
@@ -155,7 +155,6 @@ KINDS = {
     "shared": (
         Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), mlp_rank=3), None, None, pre_ffn=None),
         Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), qkv_rank=2), None, None, pre_ffn=None),
-        Layer(Mamba2(6, 8, 1, 5, 3), None, pre_ffn=None),
         Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3)), MLP(48), None),
     ),
     "filtered": (

@@ -169,7 +169,7 @@ ZAMBA2 = Family(
     keys={
         "vocab_size": size("vocab"), "hidden_size": size("dim"),
         "layers_block_type": LayerKinds(KINDS, read_kinds, write_kinds),
-        "num_hidden_layers": only(lambda draft: len(draft.layers)), "hybrid_layer_ids": only(hybrid_ids),
+        "num_hidden_layers": only(lambda draft: len(draft.layers), missing=54), "hybrid_layer_ids": only(hybrid_ids),
         "use_mem_rope": Switch(ROPE, part(Rope)), "num_mem_blocks": Turns(),
         "num_attention_heads": WideHeads(),
         "num_key_value_heads": size("mixer.block.attention.kv_heads", missing=field("mixer.block.attention.heads"),
