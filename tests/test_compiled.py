@@ -21,7 +21,7 @@ from tests.oracles import difference, make_loud
 from tests.test_consistency import KINDS, tokens
 
 # which cannot be traced, by the name in KINDS, and how many kinds of layers in each
-EXPERTS = {"softcap": 1, "latent": 2, "sinks": 1, "chunked": 2, "sparse latent": 3, "one branch": 2}
+EXPERTS = {"softcap": 1, "latent": 2, "sinks": 1, "chunked": 2, "sparse latent": 3, "one branch": 2, "shared": 3}
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 

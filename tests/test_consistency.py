@@ -63,7 +63,7 @@ def attention(**fields) -> Attention:
 
 
 def shared(number: int, **fields) -> SharedBlock:
-    return SharedBlock(number, Attention(4, 2, 16, scale=0.1, **fields), MLP(24, "gelu"))      # of a calm softmax
+    return SharedBlock(number, Attention(4, 2, 16, scale=0.1, **fields), MLP(24, "gelu"), Norm())  # a calm softmax
 
 
 KINDS = {
@@ -153,9 +153,9 @@ KINDS = {
         Layer(ParallelMixer(attention(rope=None), Mamba2(4, 8, 1, 6, 4), 1.5, 0.5, 0.7, 2.0), MLP(48)),
     ),
     "shared": (
-        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), mlp_rank=3), None, None, pre_ffn=None),
-        Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), qkv_rank=2), None, None, pre_ffn=None),
-        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3)), MLP(48), None),
+        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), Norm(), 3), None, None, pre_ffn=None),
+        Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), Norm(), qkv_rank=2), None, None, pre_ffn=None),
+        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), Norm()), MLP(48), None),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

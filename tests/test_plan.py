@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanollm.config import (
     MLP,
     SCANS,
+    WITH_SCAN,
     ChunkedAttention,
     ClippedGLU,
     ExpertGroups,
@@ -24,7 +25,6 @@ from nanollm.config import (
     Layer,
     ModelConfig,
     Norm,
-    ParallelMixer,
 )
 from nanollm.errors import InputError
 from nanollm.layers import MODULES
@@ -113,7 +113,7 @@ def test_flops_of_every_kind_of_layer(name):
     more."""
     config = ModelConfig(97, 32, tuple(map(without_windows, KINDS[name])))
     flops = speed.flops_per_token(config, 64)
-    if any(isinstance(layer.mixer, (*SCANS, ParallelMixer)) for layer in config.layers):
+    if any(isinstance(layer.mixer, (*SCANS, *WITH_SCAN)) for layer in config.layers):
         met = sum(p.numel() for layer in Decoder(config).layers for p in layer.parameters() if p.ndim == 2)
         assert flops > 6 * met and speed.flops_per_token(config, 1) > 6 * met
     else:

@@ -28,7 +28,7 @@ from checkpoints.names.config_table import Draft, Part, Row, Switch, activation,
 from checkpoints.names.layer_kinds import LayerKinds, words_of
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import Table, override, rule, under
+from checkpoints.names.table import Rule, Table, override, rule, under
 from nanollm.config import MLP, Attention, Layer, Mamba2, ModelConfig, Norm, Rope, SharedBlock, SharedBlockScan
 
 OWN_NAMES = override(  # all but the blocks
@@ -40,14 +40,16 @@ OWN_NAMES = override(  # all but the blocks
 )
 
 
-def names_of(config: ModelConfig) -> tuple[Table, ...]:
-    """The table of a model: which layer a block is stored under follows from its config."""
-    hybrid = [(i, layer.mixer.block) for i, layer in enumerate(config.layers)
+def names_of(config: ModelConfig, in_memory: bool = False) -> tuple[Table, ...]:
+    """The table of a model: which layer a block is stored under follows from its config.
+
+    In memory transformers has a block in each layer, and runs the adapters that stand there."""
+    hybrid = [(i, layer.mixer.block.number) for i, layer in enumerate(config.layers)
               if isinstance(layer.mixer, SharedBlockScan)]
-    first = {block.number: i for i, block in reversed(hybrid)}
-    rules = []
-    for number, i in first.items():
-        theirs, ours = f"model.layers.{i}.shared_transformer", f"shared.{number}"
+    first = {block: i for i, block in reversed(hybrid)}
+    rules: list[Rule] = []
+    for block, i in first.items():
+        theirs, ours = f"model.layers.{i}.shared_transformer", f"shared.{block}"
         rules += [
             *under(theirs, ours, {"input_layernorm": "norm", "pre_ff_layernorm": "mlp_norm"}),
             *under(f"{theirs}.self_attn", f"{ours}.attention", HEADS),
@@ -55,7 +57,8 @@ def names_of(config: ModelConfig) -> tuple[Table, ...]:
             rule(f"{theirs}.feed_forward.down_proj", f"{ours}.mlp.down"),
         ]
     for use, (i, block) in enumerate(hybrid):
-        theirs, ours = f"model.layers.{first[block.number]}.shared_transformer", f"layers.{i}.mixer"
+        at = i if in_memory else first[block]
+        theirs, ours = f"model.layers.{at}.shared_transformer", f"layers.{i}.mixer"
         lists = {"to_mlp": "feed_forward.gate_up_proj_adapter_list"}
         lists |= {f"to_{one}": f"self_attn.linear_{one}_adapter_list" for one in "qkv"}
         for own, name in lists.items():
@@ -69,7 +72,7 @@ def layer(**fields: Any) -> Any:
 
 
 SCAN = part(Mamba2, eps=1e-5)
-BLOCK = part(SharedBlock, number=0, attention=part(Attention), mlp=part(MLP))
+BLOCK = part(SharedBlock, number=0, attention=part(Attention), mlp=part(MLP), norm=part(Norm))
 KINDS = {
     "mamba": layer(mixer=SCAN, pre_mixer=part(Norm)),
     "hybrid": layer(mixer=part(SharedBlockScan, block=BLOCK, scan=SCAN, pre_scan=part(Norm)), pre_mixer=None),
@@ -164,7 +167,8 @@ class Ranks(Row):
 
 ROPE = "mixer.block.attention.rope"
 ZAMBA2 = Family(
-    "zamba2", "Zamba2ForCausalLM", names=(OWN_NAMES,), names_of=names_of, layer=KINDS["mamba"],
+    "zamba2", "Zamba2ForCausalLM", names=(OWN_NAMES,), names_of=names_of,
+    in_memory=lambda config: names_of(config, in_memory=True), layer=KINDS["mamba"],
     model=part(ModelConfig, tied=True),
     keys={
         "vocab_size": size("vocab"), "hidden_size": size("dim"),

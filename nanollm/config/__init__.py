@@ -40,7 +40,7 @@ from nanollm.config.scaling import (
     Yarn,
 )
 from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, ShortConv
-from nanollm.config.shared import SharedBlock, SharedBlockScan
+from nanollm.config.shared import WITH_SCAN, SharedBlock, SharedBlockScan
 from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
@@ -50,7 +50,7 @@ __all__ = [
     "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
     "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "ParallelMixer",
     "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
-    "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "XIELU", "Yarn",
+    "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
 

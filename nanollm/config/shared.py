@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from nanollm.config.checks import Mixer, Part, need, need_sizes, present
+from nanollm.config.parallel import ParallelMixer
 from nanollm.config.parts import MLP, Attention, Norm, Rope
 from nanollm.config.scans import Mamba2
 
@@ -13,7 +14,7 @@ class SharedBlock(Part):
     number: int                             # which of the model's: layers that name the same one share its weights; 0
     attention: Attention                    # reads 2 D numbers a token, gives D
     mlp: MLP                                # reads what attention gives
-    norm: Norm = Norm()                     # before either
+    norm: Norm                              # before either
 
     def __post_init__(self) -> None:
         need(type(self.number) is int and self.number >= 0, self, "number", "0 or a whole number above it")
@@ -29,7 +30,7 @@ class SharedBlockScan(Mixer):
     """A scan that reads the stream and what a shared transformer block says of it, shared_block.py."""
     block: SharedBlock                      # the same in each layer that uses it
     scan: Mamba2                            # this layer's own
-    pre_scan: Norm = Norm()                 # before the scan
+    pre_scan: Norm                          # before the scan
     mlp_rank: int | None = None             # of what this layer adds to the block's gate and up; None: nothing;
                                             # Zamba2 128
     qkv_rank: int | None = None             # the same of its q, k and v; Zamba2-1.2B 128, 2.7B None
@@ -39,9 +40,17 @@ class SharedBlockScan(Mixer):
         need(self.pre_scan.scope == "head", self, "pre_scan", "a norm whose scope is 'head'")
 
     @property
+    def attention(self) -> Attention:
+        """As FilteredAttention.attention."""
+        return self.block.attention
+
+    @property
     def rope(self) -> Rope | None:
         """As FilteredAttention.rope."""
         return self.block.attention.rope
+
+
+WITH_SCAN = (ParallelMixer, SharedBlockScan)  # mixers that have a scan beside attention
 
 
 def shared_blocks(mixers: list[Mixer | None]) -> dict[int, SharedBlock]:

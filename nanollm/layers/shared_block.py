@@ -62,8 +62,8 @@ class WideAttention(Attention):
         self, x: Tensor, ctx: ForwardContext, state: KVCache | None, added: Sequence[nn.Module | None]
     ) -> Tensor:
         """x (B, T, 2 D) → (B, T, D). added: to q, k and v."""
-        products = [part(x) if own is None else part(x) + own(x)
-                    for part, own in zip((self.q, self.k, self.v), added, strict=True)]
+        products = [part(x) for part in (self.q, self.k, self.v)]
+        products = [y if own is None else y + own(x) for y, own in zip(products, added, strict=True)]
         return self.o(self.mixed(torch.cat(products, -1), ctx, state))
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,7 +88,7 @@ class SharedBlock(nn.Module):
         """x and e (B, T, D) → (B, T, D). to_qkv, to_mlp: what the layer adds."""
         h = self.attention(self.norm(torch.cat([x, embedded], -1)), ctx, state, to_qkv)
         h = self.mlp_norm(h)
-        gate, up = self.mlp.gate(h), self.mlp.up(h)
+        gate, up = self.mlp.gate(h), self.mlp.up(h)  # type: ignore[misc]  # the config demands a gate
         if to_mlp is not None:
             to_gate, to_up = to_mlp(h).chunk(2, -1)
             gate, up = gate + to_gate, up + to_up
