@@ -38,6 +38,7 @@ from nanollm.config import (
     Mamba2,
     ModelConfig,
     MoE,
+    MultiHeadMamba,
     Norm,
     ParallelMixer,
     Rope,
@@ -125,6 +126,10 @@ KINDS = {
         Layer(attention(sinks=True), MLP(48)),
     ),
     "mamba": (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),) * 2,
+    "heads of mamba": (
+        Layer(MultiHeadMamba(64, 4, 4, 3, heads=2), None, pre_ffn=None), Layer(MultiHeadMamba(36, 3, 3, 2, heads=3),
+                                                                                MLP(48)),
+    ),
     "mamba-2": (
         Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None),
         Layer(Mamba2(6, 8, 1, 5, 3), MLP(48)),
@@ -155,7 +160,7 @@ KINDS = {
     "shared": (
         Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), Norm(), 3), None, None, pre_ffn=None),
         Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), Norm(), qkv_rank=2), None, None, pre_ffn=None),
-        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), Norm()), MLP(48), None),
+        Layer(SharedBlockScan(shared(0, rope=Rope()), MultiHeadMamba(48, 4, 3, 3, heads=2), Norm()), MLP(48), None),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

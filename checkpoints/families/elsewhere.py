@@ -8,8 +8,6 @@ transformers' own lists say the same: MODEL_FOR_MASKED_LM_MAPPING_NAMES and MODE
 ENCODER = ("an encoder, which turns a text into vectors and has no next token; sentence-transformers, or transformers' "
            "AutoModel, runs it")
 BOTH = "an encoder with a decoder, which reads one sequence and writes another; transformers runs it"
-SHARED = ("a decoder several of whose layers share one transformer block, which reads the embedding beside the stream; "
-          "no layer here does either. transformers runs it")
 REPLACED = ("a decoder whose layers go on with what their norm gives, in place of the stream, as none does here; "
             "transformers runs it")
 SEES = ("a model that reads pictures or sound beside text, and whose folder is not read here, nor the text model "
@@ -24,7 +22,6 @@ ELSEWHERE = {
     **dict.fromkeys("""
         bart blenderbot led longt5 m2m_100 marian mbart mt5 pegasus prophetnet switch_transformers t5 umt5
     """.split(), BOTH),
-    "zamba": SHARED,
     "minimax": REPLACED, "minimax_text_01": REPLACED,
     **dict.fromkeys("""
         deepseek_vl_v2 falcon_perception git idefics2 idefics3 internvl internvl_chat janus llava llava_next

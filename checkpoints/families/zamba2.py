@@ -23,21 +23,23 @@ from typing import Any
 from checkpoints.families.bamba import MAMBA2_PARTS
 from checkpoints.families.family import Family
 from checkpoints.families.llama import HEADS
+from checkpoints.families.mamba2 import inner
 from checkpoints.names.config_rows import RopeKeys, four_widths, whole_multiple
 from checkpoints.names.config_table import Draft, Part, Row, Switch, activation, field, flag, number, only, part, size
-from checkpoints.names.layer_kinds import LayerKinds, words_of
+from checkpoints.names.layer_kinds import Among, LayerKinds, kind_of, words_of
 from checkpoints.names.ops import Blocks
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import Rule, Table, override, rule, under
 from nanollm.config import MLP, Attention, Layer, Mamba2, ModelConfig, Norm, Rope, SharedBlock, SharedBlockScan
 
-OWN_NAMES = override(  # all but the blocks
+AROUND = override(  # all but scans and blocks
     {}, *under("", "", {"model.embed_tokens": "embed", "model.final_layernorm": "norm", "lm_head": "head"}),
     rule("model.layers.{i}.input_layernorm", "layers.{i}.pre_mixer"),
-    *under("model.layers.{i}.mamba", "layers.{i}.mixer", MAMBA2_PARTS),
-    *under("model.layers.{i}.mamba_decoder.mamba", "layers.{i}.mixer.scan", MAMBA2_PARTS),
     *under("model.layers.{i}", "layers.{i}.mixer", {"mamba_decoder.input_layernorm": "pre_scan", "linear": "linear"}),
 )
+PLAIN = "model.layers.{i}.mamba", "layers.{i}.mixer"  # where the scan of a layer is
+HYBRID = "model.layers.{i}.mamba_decoder.mamba", "layers.{i}.mixer.scan"
+OWN_NAMES = override(AROUND, *under(*PLAIN, MAMBA2_PARTS), *under(*HYBRID, MAMBA2_PARTS))
 
 
 def names_of(config: ModelConfig, in_memory: bool = False) -> tuple[Table, ...]:
@@ -66,31 +68,26 @@ def names_of(config: ModelConfig, in_memory: bool = False) -> tuple[Table, ...]:
     return (override(OWN_NAMES, *rules),)
 
 
-def layer(**fields: Any) -> Any:
-    """A layer that is a mixer alone."""
-    return part(Layer, ffn=None, pre_ffn=None, **fields)
-
-
 SCAN = part(Mamba2, eps=1e-5)
 BLOCK = part(SharedBlock, number=0, attention=part(Attention), mlp=part(MLP), norm=part(Norm))
-KINDS = {
-    "mamba": layer(mixer=SCAN, pre_mixer=part(Norm)),
-    "hybrid": layer(mixer=part(SharedBlockScan, block=BLOCK, scan=SCAN, pre_scan=part(Norm)), pre_mixer=None),
-}
+
+
+def kinds_with(scan: Part) -> dict[str, Part]:
+    """The two kinds of layers around a scan."""
+    mixers = {"mamba": scan, "hybrid": part(SharedBlockScan, block=BLOCK, scan=scan, pre_scan=part(Norm))}
+    before = {"mamba": part(Norm), "hybrid": None}
+    return {kind: part(Layer, mixer=mixer, ffn=None, pre_mixer=before[kind], pre_ffn=None)
+            for kind, mixer in mixers.items()}
+
+
+WORDS = {"mamba": "mamba", "hybrid": "hybrid", "linear_attention": "mamba"}
 USUAL = ["mamba"] + (["mamba"] * 5 + ["hybrid"]) * 7 + ["mamba"] * 4 + ["hybrid"] + ["mamba"] * 3 + ["hybrid"] + (
     ["mamba"] * 2)
 
 
-def both(name: str) -> tuple[str, str]:
-    """The paths of a field of Mamba-2, alone and behind a block."""
-    return f"mixer.{name}", f"mixer.scan.{name}"
-
-
 def read_kinds(r: Reader) -> list[str]:
     """A word a layer."""
-    if r.get("layers_block_type", None) is None:
-        return USUAL
-    return words_of(r, "layers_block_type", {kind: kind for kind in KINDS} | {"linear_attention": "mamba"})
+    return USUAL if r.get("layers_block_type", None) is None else words_of(r, "layers_block_type", WORDS)
 
 
 def write_kinds(kinds: list[str]) -> dict[str, Any]:
@@ -100,7 +97,23 @@ def write_kinds(kinds: list[str]) -> dict[str, Any]:
 
 def hybrid_ids(draft: Draft) -> list[int]:
     """The layers with a block."""
-    return [i for i, each in enumerate(draft.layers) if "block" in each.get("mixer").names]
+    return [i for i, each in enumerate(draft.layers) if kind_of(each, "mixer") is SharedBlockScan]
+
+
+class OfScan(Among):
+    """A row for the scan of each layer, alone or behind a block: its paths begin with "mixer", as elsewhere."""
+
+    def __init__(self, row: Row) -> None:
+        self.row, self.shapes = row, row.shapes
+
+    def part_of(self, draft: Draft) -> Draft:
+        """Each scan as the mixer of a layer of its own: what is set there is set here."""
+        hybrid = hybrid_ids(draft)
+        scans = [each.get("mixer.scan" if i in hybrid else "mixer") for i, each in enumerate(draft.layers)]
+        return Draft(draft.model, [Part(Layer, mixer=scan) for scan in scans])
+
+    def says(self) -> str:
+        return f"{self.row.says()}, also of mixer.scan"
 
 
 class Turns(Row):
@@ -117,9 +130,10 @@ class Turns(Row):
 
 class WideHeads(Row):
     """The number of query heads, each 2 D / heads wide."""
+    missing = 32
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        heads, wide = r.size(key, 32), 2 * draft["dim"]
+        heads, wide = r.size(key, self.missing), 2 * draft["dim"]
         if wide % heads:
             raise r.error(key, f"a divisor of twice hidden_size ({wide})")
         draft["mixer.block.attention.heads"], draft["mixer.block.attention.head_dim"] = heads, wide // heads
@@ -129,12 +143,6 @@ class WideHeads(Row):
         return {key: draft["mixer.block.attention.heads"]} if "mixer.block.attention.heads" in draft else {}
 
 
-def scan_of(draft: Draft) -> Part:
-    """The Mamba-2 of the first layer; those of all layers are alike."""
-    mixer = draft.layers[0].get("mixer")
-    return mixer.get("scan") if "scan" in mixer.names else mixer
-
-
 class ScanHeads(Row):
     """How many times wider than the model Mamba-2 is; its heads share that."""
 
@@ -142,14 +150,11 @@ class ScanHeads(Row):
         heads, channels = r.size("n_mamba_heads", 8), r.size(key, 2) * draft["dim"]
         if channels % heads:
             raise r.error("n_mamba_heads", f"a divisor of mamba_expand · hidden_size ({channels})")
-        for path in both("heads"):
-            draft[path] = heads
-        for path in both("head_dim"):
-            draft[path] = channels // heads
+        draft["mixer.heads"], draft["mixer.head_dim"] = heads, channels // heads
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        heads, width = scan_of(draft).get("heads"), scan_of(draft).get("head_dim")
-        return {"n_mamba_heads": heads, "mamba_headdim": width, key: whole_multiple(heads * width, draft["dim"])}
+        return {"n_mamba_heads": draft["mixer.heads"], "mamba_headdim": draft["mixer.head_dim"],
+                key: whole_multiple(inner(draft), draft["dim"])}
 
 
 class Ranks(Row):
@@ -165,6 +170,7 @@ class Ranks(Row):
         return {key: draft["mixer.mlp_rank"], "use_shared_attention_adapter": draft["mixer.qkv_rank"] is not None}
 
 
+KINDS = kinds_with(SCAN)
 ROPE = "mixer.block.attention.rope"
 ZAMBA2 = Family(
     "zamba2", "Zamba2ForCausalLM", names=(OWN_NAMES,), names_of=names_of,
@@ -182,12 +188,12 @@ ZAMBA2 = Family(
         "attention_hidden_size": only(lambda draft: 2 * draft["dim"]),
         "intermediate_size": size("mixer.block.mlp.hidden", missing=four_widths, null=four_widths),
         "hidden_act": activation("mixer.block.mlp.activation", missing="gelu"),
-        "adapter_rank": Ranks(), "mamba_expand": ScanHeads(),
-        "mamba_headdim": only(lambda draft: scan_of(draft).get("head_dim")),
-        "mamba_d_state": size(*both("state"), missing=64), "mamba_ngroups": size(*both("groups"), missing=1),
-        "mamba_d_conv": size(*both("conv"), missing=4),
-        "time_step_min": number(*both("least_step"), missing=0.001),
-        "add_bias_linear": flag(*both("bias"), "mixer.block.mlp.bias", missing=False),
+        "adapter_rank": Ranks(), "mamba_expand": OfScan(ScanHeads()),
+        "mamba_headdim": OfScan(only(field("mixer.head_dim"))),
+        "mamba_d_state": OfScan(size("mixer.state", missing=64)),
+        "mamba_ngroups": OfScan(size("mixer.groups", missing=1)), "mamba_d_conv": OfScan(size("mixer.conv", missing=4)),
+        "time_step_min": OfScan(number("mixer.least_step", missing=0.001)),
+        "add_bias_linear": flag("mixer.bias", "mixer.scan.bias", "mixer.block.mlp.bias", missing=False),
         "rms_norm_eps": number("final_norm.eps", "pre_mixer.eps", "mixer.pre_scan.eps", "mixer.block.norm.eps",
                                missing=1e-5),
         "rope_parameters": RopeKeys(path=ROPE),

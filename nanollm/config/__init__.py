@@ -39,7 +39,7 @@ from nanollm.config.scaling import (
     SteppedNTK,
     Yarn,
 )
-from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, ShortConv
+from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, MultiHeadMamba, ShortConv
 from nanollm.config.shared import WITH_SCAN, SharedBlock, SharedBlockScan
 from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
@@ -48,8 +48,8 @@ __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
     "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
     "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
-    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "ParallelMixer",
-    "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
+    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "Norm",
+    "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
     "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from nanollm.config.checks import Mixer, Part, need, need_sizes, present
 from nanollm.config.parallel import ParallelMixer
 from nanollm.config.parts import MLP, Attention, Norm, Rope
-from nanollm.config.scans import Mamba2
+from nanollm.config.scans import Mamba2, MultiHeadMamba
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SharedBlock(Part):
 class SharedBlockScan(Mixer):
     """A scan that reads the stream and what a shared transformer block says of it, shared_block.py."""
     block: SharedBlock                      # the same in each layer that uses it
-    scan: Mamba2                            # this layer's own
+    scan: Mamba2 | MultiHeadMamba           # this layer's own
     pre_scan: Norm                          # before the scan
     mlp_rank: int | None = None             # of what this layer adds to the block's gate and up; None: nothing;
                                             # Zamba2 128

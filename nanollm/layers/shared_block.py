@@ -20,10 +20,12 @@ Shapes: B batch, T tokens, D model width, H query heads, K key/value heads, d he
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanollm import config as c
 from nanollm.config import ModelConfig
 from nanollm.config import SharedBlock as SharedBlockConfig
 from nanollm.config import SharedBlockScan as SharedBlockScanConfig
@@ -34,8 +36,11 @@ from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
 from nanollm.layers.mamba2 import Mamba2
 from nanollm.layers.mlp import MLP, gated
+from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.norm import build_norm
 from nanollm.layers.state import KVCache, ParallelState
+
+SCANS: dict[type, Any] = {c.Mamba2: Mamba2, c.MultiHeadMamba: MultiHeadMamba}
 
 
 class Adapter(nn.Module):
@@ -113,7 +118,7 @@ class SharedBlockScan(nn.Module):
         self.to_mlp = Adapter(dim, config.mlp_rank, 2 * config.block.mlp.hidden) if config.mlp_rank else None
         self.linear = Linear(dim, dim, bias=False)                              # W
         self.pre_scan = build_norm(config.pre_scan, dim)
-        self.scan = Mamba2(config.scan, dim)
+        self.scan = SCANS[type(config.scan)](config.scan, dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: ParallelState | None = None) -> Tensor:
         """x (B, T, D), the stream itself → (B, T, D)."""
@@ -125,8 +130,8 @@ class SharedBlockScan(nn.Module):
     def new_state(config: SharedBlockScanConfig, batch: int, length: int, dtype: torch.dtype,
                   device: torch.device) -> ParallelState:
         shape = batch, length, dtype, device
-        inner = config.block.attention
-        return ParallelState(Attention.new_state(inner, *shape), Mamba2.new_state(config.scan, *shape))
+        keys = Attention.new_state(config.block.attention, *shape)
+        return ParallelState(keys, SCANS[type(config.scan)].new_state(config.scan, *shape))
 
     @staticmethod
     def multiply_adds(config: SharedBlockScanConfig, dim: int, context: int) -> int:
@@ -134,7 +139,7 @@ class SharedBlockScan(nn.Module):
         H, K, d = inner.heads, inner.kv_heads, inner.head_dim
         attention = Attention.multiply_adds(inner, 2 * dim, context) - dim * H * d      # o gives D, not 2 D
         added = (config.qkv_rank or 0) * (3 * 2 * dim + (H + 2 * K) * d) + (config.mlp_rank or 0) * (dim + 2 * F)
-        own = dim * dim + added + Mamba2.multiply_adds(config.scan, dim, context)
+        own = dim * dim + added + SCANS[type(config.scan)].multiply_adds(config.scan, dim, context)
         return attention + MLP.multiply_adds(config.block.mlp, dim) + own
 
 
