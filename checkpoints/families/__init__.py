@@ -59,6 +59,10 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> Family:
     kind = values["model_type"] if "model_type" in values else unnamed(values)
     if isinstance(kind, str) and kind in ELSEWHERE:
         raise ConfigError(f"{where}: model_type is {brief(kind)}: {ELSEWHERE[kind]}")
+    if kind is None:
+        raise ConfigError(f"{where}: no model_type, and no architectures that name a class that is read, so nothing says "
+                          "what it is; --family MODEL_TYPE does, for one of those that python -m checkpoints.families "
+                          "lists")
     if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         hint = f"near it are {', '.join(near)}; " if near else ""

@@ -13,6 +13,14 @@ REPLACED = ("a decoder whose layers go on with what their norm gives, in place o
 SEES = ("a model that reads pictures or sound beside text, and whose folder is not read here, nor the text model "
         "inside it")
 CROSSED = "a decoder that reads pictures by cross attention, as no layer here does; transformers runs it"
+BORROWED = ("a decoder whose layers take keys and values from other layers or keys for values, and read an embedding of "
+            "their own or experts beside the MLP; no layer here does. transformers runs it")
+BLOCKS = ("a decoder whose attention reads blocks of keys that depend on the head (block-sparse), and whose MLP clips "
+          "and interleaves its gate; no layer here does. Its own repository has the code")
+FATRELU = ("a Llama whose activation passes nothing below a threshold (FATReLU), as no feed-forward here has. Its own "
+           "repository has the code")
+UNCOMPARED = ("a decoder whose code is in its own repository and in no library here, so that nothing could be compared "
+              "with it")
 STREAMS = "a decoder with several residual streams (hyper-connections), where all have one here"
 ELSEWHERE = {
     **dict.fromkeys("""
@@ -29,6 +37,8 @@ ELSEWHERE = {
         qwen2_audio qwen3_asr
     """.split(), SEES),
     "mllama": CROSSED,
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), BORROWED),
+    "phi3small": BLOCKS, "sparsellama": FATRELU, "step3p7": UNCOMPARED,
     "deepseek_v4": STREAMS, "deepseek_ref": STREAMS,   # before transformers had it, V4 was uploaded so
     "whisper": "a model that writes down speech; transformers runs it",
 }

@@ -152,7 +152,7 @@ class Mamba(nn.Module):
         return self.out_proj(y)
 
     def scanned(self, x: Tensor, z: Tensor, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-        """What the convolution gives, and its gate, (B, T, I) each, and the state (B, I, N) → y (B, T, I), the state."""
+        """What the convolution gives and its gate, (B, T, I) each, and the state (B, I, N) → y (B, T, I), the state."""
         config = self.config
         delta, B, C = self.x_proj(x).split([config.dt_rank, config.state, config.state], -1)
         if config.inner_norm is not None:
