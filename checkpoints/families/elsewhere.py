@@ -13,10 +13,10 @@ REPLACED = ("a decoder whose layers go on with what their norm gives, in place o
 SEES = ("a model that reads pictures or sound beside text, and whose folder is not read here, nor the text model "
         "inside it")
 CROSSED = "a decoder that reads pictures by cross attention, as no layer here does; transformers runs it"
-BORROWED = ("a decoder whose layers take keys and values from other layers or keys for values, and read an embedding of "
-            "their own or experts beside the MLP; no layer here does. transformers runs it")
+BORROWED = ("a decoder whose layers take keys and values from other layers or keys for values, and read an embedding "
+            "of their own or experts beside the MLP, as none does here; transformers runs it")
 BLOCKS = ("a decoder whose attention reads blocks of keys that depend on the head (block-sparse), and whose MLP clips "
-          "and interleaves its gate; no layer here does. Its own repository has the code")
+          "its gate, as no layer here does; its own repository has the code")
 FATRELU = ("a Llama whose activation passes nothing below a threshold (FATReLU), as no feed-forward here has. Its own "
            "repository has the code")
 UNCOMPARED = ("a decoder whose code is in its own repository and in no library here, so that nothing could be compared "
