@@ -241,7 +241,7 @@ def _name_in(values: Mapping[str, Any], key: str, family: Family) -> str:
 def peft_tables(config: ModelConfig, origin: Origin | None) -> tuple[table.Table, ...]:
     """The tables with the names that transformers has for a model's tensors, and so peft for its adapters'."""
     if origin is not None and origin.layout == "hf" and origin.family is not NANOLLM:
-        return origin.family.tables(config)
+        return origin.family.in_memory(config) if origin.family.in_memory else origin.family.tables(config)
     try:
         values, names = _hf(config, origin)
     except ConfigError:
@@ -253,7 +253,7 @@ def _nanollm(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any]
     was = {}
     if origin and origin.layout == "hf" and origin.family is not NANOLLM:
         tables = origin.family.tables(read_config(origin.values, ignore=origin.ignore)[1])
-        number = next(number for number, names in enumerate(tables) if names is origin.names)
+        number = next(number for number, names in enumerate(tables) if names == origin.names)
         was = {"was": {"config": origin.values, "names": number, "ignore": list(origin.ignore)}}
     return NANOLLM.write(config) | was, NANOLLM.tables(config)[0]
 

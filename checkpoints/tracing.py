@@ -115,9 +115,12 @@ def parts_of(steps: Sequence[Step], block: Part) -> list[Part]:
 
 
 def _around(steps: Sequence[Step], ours: str) -> Part:
-    """The module there that has all that a module of ours has: the longest prefix that the names have in common."""
+    """The module there that has all that a module of ours has: the longest prefix that the names have in common.
+    Without what is stored under another layer (Zamba2's adapters, in a block that several layers share)."""
     names = [_owner(name).split(".") for step in steps if step.ours[0].startswith(f"{ours}.") for name in step.theirs]
-    return Part((ours,), ".".join(os.path.commonprefix(names)))
+    number = ours.split(".")[1]
+    own = [name for name in names if next(filter(str.isdigit, name), number) == number]
+    return Part((ours,), ".".join(os.path.commonprefix(own)))
 
 
 def _owner(name: str) -> str:

@@ -24,6 +24,7 @@ from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
 from nanollm.layers.norm import build_norm, normed
 from nanollm.layers.positions import PositionTable, check_positions
+from nanollm.layers.shared_block import build_shared
 
 
 class Embedding(nn.Module):
@@ -79,6 +80,7 @@ class Decoder(nn.Module):
         self.positions = None if config.positions is None else PositionTable(config.positions, config.dim)
         self.embed_norm = build_norm(config.embed_norm, config.dim)
         self.layers = nn.ModuleList(Block(layer, config.dim) for layer in config.layers)
+        self.shared = build_shared(config)                      # blocks that stand once and are used by many layers
         self.norm = build_norm(config.final_norm, config.dim)
         self.head = Head(config)
         self.tie()
@@ -103,8 +105,7 @@ class Decoder(nn.Module):
     def hidden(self, tokens: Tensor, positions: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """What the head reads, (B, T, D): for callers that need few of the logits, or the head in pieces."""
         if tokens.ndim != 2 or 0 in tokens.shape:
-            raise InputError(f"tokens have shape {tuple(tokens.shape)}, "
-                             "expected (batch, tokens) with at least one of each")
+            raise InputError(f"tokens have shape {tuple(tokens.shape)}, expected (batch, tokens), at least one of each")
         new = tokens.shape[1]
         regular = positions is None and not (cache is not None and cache.ragged)
         if cache is not None:
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
         else:
             check_positions(positions)
         x = self.embedded(tokens, positions)
-        ctx = ForwardContext(positions, regular, x.dtype, cache)
+        ctx = ForwardContext(positions, regular, x.dtype, cache, self.shared, x)
         if self.config.float32_residual:
             x = x.float()
         states = cache.states if cache is not None else [None] * len(self.layers)
@@ -127,8 +128,7 @@ class Decoder(nn.Module):
         """What the first layer reads: (B, T) and (B, T) → (B, T, D)."""
         x = self.embed(tokens)
         if self.config.embed_scale != 1:
-            # the factor itself is rounded to the working dtype: 55.5, not 55.4256
-            x = x * torch.full((), self.config.embed_scale, dtype=x.dtype, device=x.device)
+            x = x * x.new_full((), self.config.embed_scale)     # itself rounded to the working dtype: 55.5, not 55.4256
         if self.positions is not None:
             x = x + self.positions(positions)
         return normed(self.embed_norm, x)

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from nanollm import cli
+from nanollm.config import MLP, Attention, Layer, Mamba2, ModelConfig, Norm, Rope, SharedBlock, SharedBlockScan
 from nanollm.init import initial_values
 from nanollm.model import Decoder
 from nanollm.presets import preset
@@ -23,16 +24,16 @@ from nanollm.training.losses import token_loss
 torch.set_num_threads(1)
 
 
-def build(world: World, name: str, dtype: str = "float32", **how) -> Decoder:
+def build(world: World, name: str | ModelConfig, dtype: str = "float32", **how) -> Decoder:
     with torch.device("meta"):
-        model = Decoder(preset(name, 300, 32))
+        model = Decoder(preset(name, 300, 32) if isinstance(name, str) else name)
     distributed.shard(model, world.mesh, DTYPES[dtype], **how)
     model.to_empty(device="cpu")
     distributed.fill(model, initial_values(model, seed=3))
     return model
 
 
-def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **how) -> list[float]:
+def losses(world: World, name: str | ModelConfig, dtype: str = "float32", steps: int = 4, **how) -> list[float]:
     """A few steps on rows that all ranks share out; loss and gradient norm of each."""
     model, found = build(world, name, dtype, **how), []
     optimizer = torch.optim.SGD(
@@ -50,6 +51,14 @@ def losses(world: World, name: str, dtype: str = "float32", steps: int = 4, **ho
         optimizer.step()
         model.zero_grad()
     return found
+
+
+def shared(world: World) -> dict:
+    """Layers that use one block, beside which each has matrices of its own."""
+    block = SharedBlock(0, Attention(4, 2, 32, Rope()), MLP(40), Norm())
+    layer = Layer(SharedBlockScan(block, Mamba2(4, 16, 1, 8, 4), Norm(), 4), None, None, pre_ffn=None)
+    config = dataclasses.replace(preset("mamba", 300, 32), dim=64, layers=(layer,) * 3)
+    return {how: losses(world, config, recompute=how) for how in ("none", "full")}
 
 
 def initial(world: World) -> dict:

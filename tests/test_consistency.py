@@ -38,10 +38,13 @@ from nanollm.config import (
     Mamba2,
     ModelConfig,
     MoE,
+    MultiHeadMamba,
     Norm,
     ParallelMixer,
     Rope,
     ScaledMLP,
+    SharedBlock,
+    SharedBlockScan,
     ShortConv,
     SparseLatentAttention,
     SteppedNTK,
@@ -58,6 +61,10 @@ LONG = LongRope((1.0, 1.5, 2.0, 2.5), (3.0, 4.0, 5.0, 6.0), original=16, attenti
 
 def attention(**fields) -> Attention:
     return Attention(4, 2, 8, **{"rope": Rope(), **fields})
+
+
+def shared(number: int, **fields) -> SharedBlock:
+    return SharedBlock(number, Attention(4, 2, 16, scale=0.1, **fields), MLP(24, "gelu"), Norm())  # a calm softmax
 
 
 KINDS = {
@@ -119,6 +126,10 @@ KINDS = {
         Layer(attention(sinks=True), MLP(48)),
     ),
     "mamba": (Layer(Mamba(64, 4, 4, 3), None, pre_ffn=None),) * 2,
+    "heads of mamba": (
+        Layer(MultiHeadMamba(64, 4, 4, 3, heads=2), None, pre_ffn=None), Layer(MultiHeadMamba(36, 3, 3, 2, heads=3),
+                                                                                MLP(48)),
+    ),
     "mamba-2": (
         Layer(Mamba2(8, 8, 2, 6, 4, least_step=0.05, largest_step=0.5), None, pre_ffn=None),
         Layer(Mamba2(6, 8, 1, 5, 3), MLP(48)),
@@ -145,6 +156,11 @@ KINDS = {
         Layer(ParallelMixer(attention(), Mamba2(6, 8, 2, 5, 3, eps=None, scales=(0.5, 1.5, 0.8, 1.2, 0.7)), keys=0.5),
               ScaledMLP(MLP(48), 0.5, 1.5)),
         Layer(ParallelMixer(attention(rope=None), Mamba2(4, 8, 1, 6, 4), 1.5, 0.5, 0.7, 2.0), MLP(48)),
+    ),
+    "shared": (
+        Layer(SharedBlockScan(shared(0, rope=Rope()), Mamba2(6, 8, 2, 5, 3), Norm(), 3), None, None, pre_ffn=None),
+        Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), Norm(), qkv_rank=2), None, None, pre_ffn=None),
+        Layer(SharedBlockScan(shared(0, rope=Rope()), MultiHeadMamba(48, 4, 3, 3, heads=2), Norm()), MLP(48), None),
     ),
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),

@@ -195,6 +195,14 @@ def test_recomputed_activations_change_no_bit(tmp_path):
         assert found[f"{name} none"] == found[f"{name} selective"] == found[f"{name} full"]
 
 
+def test_a_block_that_layers_share_is_one_on_many_ranks(tmp_path):
+    """It is gathered at each use, and its gradients of all uses are summed."""
+    one, two = case("shared", 1, tmp_path), case("shared", 2, tmp_path)
+    assert one["none"] == one["full"] and two["none"] == two["full"]
+    assert np.allclose(one["none"][::2], two["none"][::2], rtol=0, atol=1e-6)               # losses
+    assert np.allclose(one["none"][1::2], two["none"][1::2], rtol=2e-5, atol=0)             # gradient norms
+
+
 @pytest.mark.slow
 def test_every_variant_computes_the_same(tmp_path):
     one, two = case("variants", 1, tmp_path), case("variants", 2, tmp_path)

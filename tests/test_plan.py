@@ -17,14 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanollm.config import (
     MLP,
     SCANS,
+    WITH_SCAN,
     ChunkedAttention,
     ClippedGLU,
     ExpertGroups,
     LatentExpert,
     Layer,
+    Mamba2,
     ModelConfig,
     Norm,
-    ParallelMixer,
+    SharedBlockScan,
 )
 from nanollm.errors import InputError
 from nanollm.layers import MODULES
@@ -35,7 +37,7 @@ from nanollm.training import distributed, optim, plan
 from nanollm.training import flops as speed
 from nanollm.training.losses import token_loss
 from nanollm.training.options import parse
-from tests.test_consistency import KINDS, attention
+from tests.test_consistency import KINDS, attention, shared
 
 BF16 = torch.bfloat16
 LLAMA_8B = 8_030_261_248
@@ -113,12 +115,31 @@ def test_flops_of_every_kind_of_layer(name):
     more."""
     config = ModelConfig(97, 32, tuple(map(without_windows, KINDS[name])))
     flops = speed.flops_per_token(config, 64)
-    if any(isinstance(layer.mixer, (*SCANS, ParallelMixer)) for layer in config.layers):
+    if any(isinstance(layer.mixer, (*SCANS, *WITH_SCAN)) for layer in config.layers):
         met = sum(p.numel() for layer in Decoder(config).layers for p in layer.parameters() if p.ndim == 2)
         assert flops > 6 * met and speed.flops_per_token(config, 1) > 6 * met
     else:
         forward_only = sum(ranking(layer, 32, 64) for layer in config.layers)
         assert flops - 4 * forward_only == counted(Decoder(config), 64).get_total_flops() / 64
+
+
+def test_flops_of_a_shared_block_are_those_that_torch_counts():
+    """At each use, though its weights are there once: what layers take beyond their scan."""
+    use = SharedBlockScan(shared(0), Mamba2(6, 8, 2, 5, 3), Norm(), 3, 2)
+    of_use, of_scan = (Layer(mixer, None, None, pre_ffn=None) for mixer in (use, use.scan))
+    with_blocks, scans = (ModelConfig(97, 32, (layer,) * 2) for layer in (of_use, of_scan))
+    torchs = [counted(Decoder(config), 64).get_total_flops() / 64 for config in (with_blocks, scans)]
+    ours = [speed.flops_per_token(config, 64) for config in (with_blocks, scans)]
+    assert ours[0] - ours[1] == torchs[0] - torchs[1]
+
+
+def test_what_a_plan_shares_out_has_each_block_once():
+    config = ModelConfig(97, 32, (Layer(SharedBlockScan(shared(0), Mamba2(6, 8, 2, 5, 3), Norm()), None, None,
+                                        pre_ffn=None),) * 3)
+    model, mine = Decoder(config), plan.share(config, 1, 1, BF16, "adamw")
+    once = sum(p.numel() for p in model.shared.parameters())
+    assert mine.parameters == mine.whole == sum(p.numel() for p in model.parameters())
+    assert sum(mine.groups) == mine.whole + 2 * once            # gathered at each use
 
 
 def test_every_mixer_there_is_has_a_kind():

@@ -147,7 +147,8 @@ def fit(folder: Folder, source: Source) -> Adapter:
     """The adapter of a model. Raises CheckpointError with every part that has no weight, or is not of its shape."""
     parameters = source.parameters()
     index: dict[str, tuple[Step, int]] = {}      # stored name → its step, and which of the step's it is
-    for names in (*export.peft_tables(source.config, export.origin_of(source)), source.names):
+    tables = export.peft_tables(source.config, export.origin_of(source))
+    for names in tables if source.family.in_memory else (*tables, source.names):
         for step in expand(names, parameters, source.config):
             index = {name: (step, k) for k, name in enumerate(step.theirs)} | index
     problems: list[str] = []
@@ -159,6 +160,9 @@ def fit(folder: Folder, source: Source) -> Adapter:
             problems.append(f"{module}: {lacking}")
         else:
             step, k = index[name]
+            if step.ours[0].startswith("shared."):
+                problems.append(f"{module}: several layers use this weight. There each has its own adapter beside it; "
+                                "here all would have one")
             found.setdefault(step.ours, (step, {}))[1][k] = (name, parts)
     known: dict[str, Part] = {}
     for step, theirs in found.values():

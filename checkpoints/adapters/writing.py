@@ -204,9 +204,10 @@ def plain_name(name: str) -> str:
 
 
 def _short(names: Collection[str], every: Collection[str], parts: int) -> list[str]:
-    """Names by their last parts, where all that end so are among them; otherwise in full."""
+    """Names by their last parts, where all that end so are among them; otherwise in full. A number is no name: layers
+    end so too."""
     def end(name: str) -> str:
         return ".".join(name.split(".")[-parts:])
 
     others = {end(name) for name in every if name not in names}
-    return sorted({name if end(name) in others else end(name) for name in names})
+    return sorted({name if end(name) in others or end(name).isdigit() else end(name) for name in names})

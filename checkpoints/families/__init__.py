@@ -62,6 +62,9 @@ def family_of(values: dict[str, Any], where: str = "config.json") -> Family:
     if not isinstance(kind, str) or kind not in (*FAMILIES, NANOLLM.name):
         near = difflib.get_close_matches(kind, FAMILIES, 3) if isinstance(kind, str) else []
         hint = f"near it are {', '.join(near)}; " if near else ""
+        if kind is None:
+            hint = ("no class in architectures says it either; who knows what it is says --family MODEL_TYPE to "
+                    "convert, inspect or show; ")
         raise ConfigError(f"{where}: model_type is {brief(kind)}; {hint}"
                           f"python -m checkpoints.families lists the {len(FAMILIES)} that are read")
     return family_called(kind)

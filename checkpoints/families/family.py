@@ -40,6 +40,7 @@ class Family:
     names: tuple[Table, ...]  # of tensors; several where they changed over time, the newest first, which is written
     model: Part = field(default_factory=lambda: part(ModelConfig))  # what surrounds the layers, likewise
     names_of: Callable[[ModelConfig], tuple[Table, ...]] | None = None  # in place of `names` where the config decides
+    in_memory: Callable[[ModelConfig], tuple[Table, ...]] | None = None  # where transformers has other names in memory
     ignorable: frozenset[str] = frozenset()  # stored tensors that are no weights, with {i} for numbers
     irrelevant: frozenset[str] = frozenset()  # keys of this family that do not reach the logits
     left_out: tuple[str, ...] = ()

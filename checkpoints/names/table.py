@@ -141,11 +141,12 @@ def expand(table: Table, parameters: Mapping[str, Tensor], config: ModelConfig) 
     orphans = []
     for name in parameters:
         layer, pattern = _split_layer(name)
-        found = next((one for one in INSIDE if pattern.endswith(one) and pattern.removesuffix(one) in table), None)
+        ways = ((own, one) for own in (name, pattern) for one in INSIDE if own.endswith(one))
+        own, found = next(((own, one) for own, one in ways if own.removesuffix(one) in table), ("", None))
         if found is None:
             orphans.append(name)
             continue
-        each = table[pattern.removesuffix(found)]
+        each = table[own.removesuffix(found)]
         ours = tuple(one.replace("{i}", layer) + found for one in each.ours)
         if ours not in steps:
             theirs = [one.replace("{i}", layer) + INSIDE[found] for one in each.theirs]

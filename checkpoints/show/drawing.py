@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollm.config import Layer, ModelConfig, Norm
+from nanollm.config import Layer, ModelConfig, Norm, SharedBlockScan
+from nanollm.errors import counted
 from nanollm.model import Decoder
 
 WIDTH = 100
@@ -111,7 +112,16 @@ def draw(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
             if value is not None:
                 body += _entry(part, brief(value), _of_part(part, kind.parameters), inner)
         rows += [f"│ {line.ljust(inner)} │" for line in body] + ["└" + "─" * (WIDTH - 2) + "┘"]
+    rows += _shared(config, kinds[0].around)
     return [*rows, *_around(config, kinds[0].around, ("norm", "head")), "  │", "  logits"]
+
+
+def _shared(config: ModelConfig, around: Mapping[str, Tensor]) -> list[str]:
+    """What several layers use and the model has once, as entries below their boxes."""
+    uses = Counter(layer.mixer.block for layer in config.layers if isinstance(layer.mixer, SharedBlockScan))
+    entries = [(f"shared.{block.number}", f"{_title(block)}, used by {counted(count, 'layer')}")
+               for block, count in uses.items()]
+    return [f"  {line}" for part, said in entries for line in _entry(part, said, _of_part(part, around), WIDTH - 2)]
 
 
 def _of_part(part: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,10 +9,9 @@
 Families differ in *which object stands at index i*: a window on every other layer, experts on the last ten, a scan
 in between. Nothing below knows a family's name. To read a `config.json`, see `checkpoints/families/`.
 
-The parts are in config/parts.py (Norm, Rope, Attention, MLP); mixers.py, scans.py, gated.py, chunked.py, sparse.py and
-parallel.py (the rarer ones); and scaling.py (long contexts). All can be imported from here. Every dataclass is frozen,
-so equal layers can share one object and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact
-inverses and plain JSON.
+The parts are in config/parts.py (Norm, Rope, Attention, MLP), scaling.py (long contexts), and the rarer ones in the
+other files of this folder. All can be imported from here. Every dataclass is frozen, so equal layers can share one
+object and a config can be a dictionary key. `ModelConfig.to_dict` / `from_dict` are exact inverses and plain JSON.
 """
 
 import dataclasses
@@ -40,7 +39,8 @@ from nanollm.config.scaling import (
     SteppedNTK,
     Yarn,
 )
-from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, ShortConv
+from nanollm.config.scans import RGLRU, RWKV, SCANS, Hyena, Mamba, Mamba2, MultiHeadMamba, ShortConv
+from nanollm.config.shared import WITH_SCAN, SharedBlock, SharedBlockScan
 from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
@@ -48,9 +48,9 @@ __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
     "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
     "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
-    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "Norm", "ParallelMixer",
-    "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "ShortConv",
-    "SparseLatentAttention", "SteppedNTK", "XIELU", "Yarn",
+    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "Norm",
+    "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
+    "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
 

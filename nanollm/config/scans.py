@@ -28,6 +28,18 @@ class Mamba(Mixer):
 
 
 @dataclass(frozen=True)
+class MultiHeadMamba(Mamba):
+    """The first Mamba with heads: parts of the channels that have Δ, B and C of their own, multi_head_mamba.py."""
+    heads: int = 1                          # H, equal parts of the channels; 2 (Zamba)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        need_sizes(self, "heads")
+        need(self.inner % self.heads == 0, self, "heads", f"a divisor of inner ({self.inner})")
+        need(self.inner_norm is None, self, "inner_norm", "None where there are heads")
+
+
+@dataclass(frozen=True)
 class Mamba2(Mixer):
     """Selective state space, second generation: heads, and one decay a head, mamba2.py."""
     heads: int                              # H; 128
@@ -102,4 +114,4 @@ class ShortConv(Mixer):
 
 
 # what a token costs them does not depend on how many came before
-SCANS = (Mamba, Mamba2, RGLRU, RWKV, Hyena, ShortConv, GatedDeltaNet)
+SCANS = (Mamba, MultiHeadMamba, Mamba2, RGLRU, RWKV, Hyena, ShortConv, GatedDeltaNet)

@@ -198,7 +198,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
     def step(*values: Tensor) -> tuple[Tensor]:
         """The block's forward pass with these values in the places of its own."""
         if getattr(block.block.mixer, "HANDS_ON", False):
-            raise InputError("they read what another layer chose")
+            raise InputError("they read what is no part of them")
         given, own = list(values[: len(tensors)]), values[len(tensors) :]
         x, positions = given[:2]
         mapping = None

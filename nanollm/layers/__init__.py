@@ -27,11 +27,13 @@ from nanollm.layers.mamba import Mamba
 from nanollm.layers.mamba2 import Mamba2
 from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
+from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.no_mixer import NoMixer
 from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
 from nanollm.layers.scaled_mlp import ScaledMLP
+from nanollm.layers.shared_block import SharedBlockScan
 from nanollm.layers.short_conv import ShortConv
 from nanollm.layers.sparse_attention import SparseLatentAttention
 from nanollm.layers.xielu import XIELU
@@ -44,6 +46,7 @@ MODULES: dict[type, Any] = {
     c.FilteredAttention: FilteredAttention,
     c.GatedAttention: GatedAttention,
     c.Mamba: Mamba,
+    c.MultiHeadMamba: MultiHeadMamba,
     c.Mamba2: Mamba2,
     c.RGLRU: RGLRU,
     c.RWKV: RWKV,
@@ -51,6 +54,7 @@ MODULES: dict[type, Any] = {
     c.GatedDeltaNet: GatedDeltaNet,
     c.ShortConv: ShortConv,
     c.ParallelMixer: ParallelMixer,
+    c.SharedBlockScan: SharedBlockScan,
     type(None): NoMixer,
     c.MLP: MLP,
     c.ScaledMLP: ScaledMLP,

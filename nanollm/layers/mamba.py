@@ -148,13 +148,18 @@ class Mamba(nn.Module):
         x, before = aligned(x.transpose(1, 2), state.conv, ctx.real)                  # (B, I, T)
         positions = None if ctx.regular else ctx.positions
         x, state.conv = self.conv1d(x, before, positions).transpose(1, 2), window(x, before, ctx.real)
+        y, state.state = self.scanned(x, z, state.state, ctx)
+        return self.out_proj(y)
+
+    def scanned(self, x: Tensor, z: Tensor, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+        """What the convolution gives and its gate, (B, T, I) each, and the state (B, I, N) → y (B, T, I), the state."""
+        config = self.config
         delta, B, C = self.x_proj(x).split([config.dt_rank, config.state, config.state], -1)
         if config.inner_norm is not None:
             delta = normed(self.dt_norm, delta.contiguous())
             B, C = normed(self.b_norm, B.contiguous()), normed(self.c_norm, C.contiguous())
         delta, A = F.linear(delta, self.dt_proj.weight), -torch.exp(self.A_log.float())
-        y, state.state = mamba_scan(x, delta, self.dt_proj.bias, A, B, C, self.D, z, state.state, ctx.begins, ctx.real)
-        return self.out_proj(y)
+        return mamba_scan(x, delta, self.dt_proj.bias, A, B, C, self.D, z, h, ctx.begins, ctx.real)
 
     @staticmethod
     def new_state(config: MambaConfig, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> ScanState:

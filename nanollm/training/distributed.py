@@ -157,7 +157,8 @@ def shard(
     model: Decoder, mesh: DeviceMesh, dtype: torch.dtype, *,
     recompute: str = "none", compile: bool = False, offload: bool = False, random: bool = False,
 ) -> None:
-    """Wrap each layer and then the whole model, in place. Parameters become shards; `fill` gives them their values.
+    """Wrap each layer, each block that layers share, and then the whole model, in place. Parameters become shards;
+    `fill` gives them their values.
 
     On one rank, without offload, nothing is sharded, and parameters stay as they are.
 
@@ -177,7 +178,7 @@ def shard(
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False),
         offload_policy=CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy(),
     )
-    for layer in model.layers:
+    for layer in [*model.shared.values(), *model.layers]:       # what layers share is gathered at each use
         wrap(layer, reshard_after_forward=mesh.size(-1) > 1 or offload)     # not sharded: one all-gather is enough
     wrap(model)                                             # embedding, last norm and head stay whole through a step
     register_fsdp_forward_method(model, "hidden")

@@ -81,8 +81,8 @@ def build(
     320 steps, seed 1, in bits per byte held out: 1.751; with 1.5 times the rate 1.799; with a momentum of 0.95, torch's
     default, 1.773. No other scale, and no larger model or longer run, was measured.
     """
-    layers = model.get_submodule("layers")
-    owners = [m for m in layers.modules() if isinstance(m, (Linear, Experts))]
+    inner = [m for name in ("layers", "shared") for m in model.get_submodule(name).modules()]
+    owners = [m for m in inner if isinstance(m, (Linear, Experts))]
     inside = {
         id(p) for m in owners for key, p in m.named_parameters(recurse=False)
         if p.ndim > 1 and not key.endswith("bias")

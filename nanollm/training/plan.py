@@ -127,11 +127,14 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
         if model.embed_norm is not None:
             first, more = trace(model.embed_norm, (rows, context, config.dim), dtype)
             kept += first
-        contexts = {length: ForwardContext(torch.arange(length).expand(rows, length), True, dtype)
-                    for length in (context, *SHORT)}
+        contexts = {}
+        for length in (context, *SHORT):
+            embedded = torch.zeros(rows, length, config.dim, dtype=dtype, requires_grad=True)
+            positions = torch.arange(length).expand(rows, length)
+            contexts[length] = ForwardContext(positions, True, dtype, None, model.shared, embedded)
         for block, (layer, count) in zip(model.layers, kinds.items(), strict=True):
             experts = layer.ffn.experts if isinstance(layer.ffn, c.MoE) else 0
-            scans = isinstance(layer.mixer, (*c.SCANS, c.ParallelMixer))    # of attention too the memory grows linearly
+            scans = isinstance(layer.mixer, (*c.SCANS, *c.WITH_SCAN))       # of attention too the memory grows linearly
             T, T2 = SHORT if scans and context > SHORT[1] else (context, context)
             with Live(experts), torch.no_grad():
                 block(torch.zeros(rows, T, config.dim, dtype=stream), contexts[T])      # makes what all layers share
@@ -166,7 +169,9 @@ class Share(NamedTuple):
     state: int              # bytes of the optimizer's
     frozen: int             # bytes of the shards of parameters that are not trained
     quantised: int          # bytes of weights in few bits, which no rank shares out
-    groups: list[int]       # what is gathered and reduced at a time: a layer each, and last embedding, norm and head
+    whole: int              # numbers of all parameters, padded to even shards
+    groups: list[int]       # what is gathered and reduced at a time: a layer each, with the block that it shares, and
+                            # last embedding, norm and head
     trained: list[int]      # the same, of what has gradients
     matrices: list[tuple[torch.Size, int]]      # that Muon has
 
@@ -192,10 +197,11 @@ def share(config: c.ModelConfig, ranks: int, replicas: int, dtype: torch.dtype, 
         distributed.shard(model, distributed.build_mesh("cpu", ranks, replicas), dtype)
         optimizers = optim.build(model, optimizer, 0.0, dtype)
         padded = {p: distributed.local(p).numel() * (ranks // replicas) for p in model.parameters()}
-        groups = [sum(padded[p] for p in layer.parameters()) for layer in model.layers]
-        groups.append(sum(padded.values()) - sum(groups))
-        trained = [sum(padded[p] for p in layer.parameters() if p.requires_grad) for layer in model.layers]
-        trained.append(sum(size for p, size in padded.items() if p.requires_grad) - sum(trained))
+        at_work = [{*block.parameters(), *shared_by(layer, model)}
+                   for block, layer in zip(model.layers, config.layers, strict=True)]
+        at_work.append(padded.keys() - set().union(*at_work))
+        groups = [sum(padded[p] for p in group) for group in at_work]
+        trained = [sum(padded[p] for p in group if p.requires_grad) for group in at_work]
         held = {p: distributed.local(p).nbytes for p in padded}
         states = [state for each in optimizers for state in each.state.values()]
         muon = [group["params"] for each in optimizers if isinstance(each, optim.Muon) for group in each.param_groups]
@@ -206,12 +212,20 @@ def share(config: c.ModelConfig, ranks: int, replicas: int, dtype: torch.dtype, 
             frozen=sum(size for p, size in held.items() if not p.requires_grad),
             quantised=sum(buffer.nbytes for buffer in model.buffers()),
             state=sum(distributed.local(value).nbytes for state in states for value in state.values()),
+            whole=sum(padded.values()),
             groups=groups,
             trained=trained,
             matrices=[(p.shape, padded[p]) for group in muon for p in group],
         )
     finally:
         dist.destroy_process_group()
+
+
+def shared_by(layer: c.Layer, model: Decoder) -> list[nn.Parameter]:
+    """The parameters of the block that a layer uses together with others."""
+    if not isinstance(layer.mixer, c.SharedBlockScan):
+        return []
+    return list(model.shared[str(layer.mixer.block.number)].parameters())
 
 
 def report(options: argparse.Namespace, config: c.ModelConfig, adapt: Adapt = as_it_is) -> str:
@@ -270,7 +284,7 @@ def report(options: argparse.Namespace, config: c.ModelConfig, adapt: Adapt = as
         f"  {'total':58}{step:9.3f}   MFU {flops * tokens / (step * ranks * peak):.1%}",
         f"\n{tokens / step:,.0f} tokens/s, {tokens / step / ranks:,.0f} a GPU; {steps:,} steps, "
         f"{steps * tokens / 1e9:,.2f} G tokens: {steps * step / 3600:,.1f} hours"]
-    if (uneven := sum(mine.groups) / mine.parameters) > 1.1:
+    if (uneven := mine.whole / mine.parameters) > 1.1:
         lines.append(f"warning: tensors with fewer rows than {shards:,} are padded, to {uneven:.1f} times the model; "
                      "more --replicas make fewer shards")
     if total > 0.9 * device.memory:                             # the rest: CUDA context, NCCL's buffers, fragmentation
@@ -314,7 +328,7 @@ def memory(
         working[what] = copied * dtype.itemsize + 4 * max(mine.trained[:-1])
         working[f"whole float32 gradients, until {passes} micro-batches are done"] = 4 * mine.learned * (passes > 1)
     elif dtype != torch.float32:
-        working[f"copies of the weights in {name}"] = sum(mine.trained) * dtype.itemsize
+        working[f"copies of the weights in {name}"] = mine.learned * dtype.itemsize
     working[f"activations kept (recomputed: {options.recompute})"] = kept
     working["activations and gradients of the part at work"] = more
     return resting, working
