@@ -31,6 +31,7 @@ if __name__ == "__main__":
 import torch
 
 import checkpoints
+from benchmarks.evaluate import needle, speed, text
 from checkpoints.layouts.hub import local_path
 from nanollm.errors import InputError
 from nanollm.inference.machine import device
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
     asked.add_argument("--limit", type=whole(), metavar="N", help="documents of each task (default all)")
     asked.add_argument("--apply-chat-template", action="store_true",
                        help="questions through the model's chat template; examples are turns before them")
-    asked.add_argument("--window", type=whole(), metavar="W", help="tokens read at once (default the model's context)")
+    asked.add_argument("--window", type=whole(), metavar="W", help="tokens read at once (default: the model's context)")
     asked.add_argument("--stride", type=whole(), metavar="S",
                        help="tokens that a window goes on by (default W: each is read once)")
     asked.add_argument("--places", action="store_true",
@@ -117,10 +118,14 @@ def need(package: str, extra: str) -> None:
 
 
 def load(args: argparse.Namespace, path: Path) -> Decoder:
-    """The model, ready to run."""
+    """The model as it is stored."""
     dtype = torch.float32 if args.against else DTYPES[args.dtype]
-    model = checkpoints.load(path, dtype=dtype, device=device(args.device), quantize=args.quantize)
-    return prepare(model, head_bits=8 if args.quantize else None)
+    return checkpoints.load(path, dtype=dtype, device=device(args.device), quantize=args.quantize)
+
+
+def ready(args: argparse.Namespace, path: Path) -> Decoder:
+    """The model, prepared to run."""
+    return prepare(load(args, path), head_bits=8 if args.quantize else None)
 
 
 def tasks(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
@@ -133,7 +138,7 @@ def tasks(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
     with contextlib.ExitStack() as held:
         folder = args.out / "tasks" if args.out else Path(held.enter_context(tempfile.TemporaryDirectory()))
         manager = files.local_tasks(args.tasks, args.data, args.fewshot, folder) if args.data else files.packaged()
-        lm = NanoLM(load(args, path), tokenizer, str(args.model), args.batch_tokens)
+        lm = NanoLM(ready(args, path), tokenizer, str(args.model), args.batch_tokens)
         results = run.evaluate(lm, args.tasks, manager, limit=args.limit, fewshot=args.fewshot,
                                chat=args.apply_chat_template, out=args.out)
     print(run.table(results))
@@ -145,6 +150,24 @@ def tasks(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
             raise InputError("not all answers are those of transformers")
 
 
+def perplexity(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
+    """--perplexity."""
+    if args.places:
+        picture = text.places(lambda: load(args, path), tokenizer, args.perplexity, args.window, args.batch_tokens,
+                              args.out)
+        return note(f"[{picture}]")
+    model = ready(args, path)
+    tokens, window, stride, found = text.report(model, tokenizer, args.perplexity, args.window, args.stride,
+                                                args.batch_tokens)
+    if (theirs := text.by_llama_cpp(path, tokens, window, stride)) is not None:
+        text.beside("llama.cpp", found.loss, theirs)
+    if args.against:
+        need("transformers", "test")
+        theirs = text.by_transformers(path, tokens, window, stride, device(args.device))
+        if text.beside("transformers", found.loss, theirs) > text.BOUND:
+            raise InputError(f"the perplexities differ by more than {text.BOUND:g}")
+
+
 def run() -> None:
     args = parse()
     path = local_path(args.model)
@@ -152,8 +175,14 @@ def run() -> None:
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
     if args.tasks:
-        return tasks(args, path, tokenizer)
-    note("not yet")
+        tasks(args, path, tokenizer)
+    elif args.perplexity:
+        perplexity(args, path, tokenizer)
+    elif args.needle:
+        needle.report(ready(args, path), tokenizer, args.needle, args.lengths, args.depths, args.apply_chat_template,
+                      args.out)
+    else:
+        speed.report(ready(args, path))
 
 
 if __name__ == "__main__":

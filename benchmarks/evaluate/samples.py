@@ -119,8 +119,8 @@ def files() -> dict[str, Items]:
         "mmlu_astronomy/test": mmlu[4:], "mmlu_astronomy/dev": mmlu[:2],
         "ceval-valid_law/val": ceval, "ceval-valid_law/dev": ceval[:1], "cmmlu_anatomy/test": cmmlu,
         "cmmlu_anatomy/dev": cmmlu[:1], "winogrande/validation": winogrande, "truthfulqa_mc1/validation": chosen,
-        "truthfulqa_mc2/validation": chosen, "truthfulqa_gen/validation": written, "gsm8k/test": sums(9)[3:],
-        "gsm8k/train": sums(3), "wikitext/test": [{"page": page(n)} for n in range(2)],
+        "truthfulqa_mc2/validation": chosen, "truthfulqa_gen/validation": written, "gsm8k/test": sums(10)[6:],
+        "gsm8k/train": sums(6), "wikitext/test": [{"page": page(n)} for n in range(2)],
         "longbench_hotpotqa/test": found, "longbench_gov_report/test": reports,
     }
 
