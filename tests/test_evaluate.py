@@ -201,3 +201,50 @@ def test_speed_is_a_table(folder, capsys, monkeypatch):
     speed.report(checkpoints.load(folder, dtype=torch.float32))
     rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()[2:]]
     assert [[cell.strip() for cell in row[:2]] for row in rows] == [["1", "8"], ["2", "8"]]     # the third is too long
+
+
+# ---- while training
+
+def test_a_run_asks_its_tasks_and_stops_by_them(folder, data, tmp_path, monkeypatch):
+    """The log has what the command says of the exported model; --patience and --keep-best go by the mean."""
+    pytest.importorskip("lm_eval", reason="the extra `eval` has lm_eval")
+    import train
+    from benchmarks.evaluate import training
+
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(CORPUS) * 3)
+    means = iter([0.2, 0.5, 0.4, 0.3])
+    real = training.measured
+
+    def planned(*how):
+        figures, mean = real(*how)
+        figures["real"] = mean
+        return figures, next(means)
+
+    monkeypatch.setattr(training, "measured", planned)
+    out = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["train", *map(str, (
+        "--init", folder, "--data", file, "--context", 64, "--batch-size", 2, "--steps", 20, "--save-every", 20,
+        "--eval-every", 20, "--optimizer", "adamw", "--dtype", "float32", "--sample-every", 0, "--out", out,
+        "--tasks", "arc_easy,wikitext", "--tasks-data", data, "--tasks-limit", 3, "--evaluate-every", 2,
+        "--patience", 2, "--keep-best"))])
+    train.run()
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    asked = {entry["step"]: entry for entry in log if "tasks" in entry}
+    assert [*asked] == [2, 4, 6, 8] and max(entry["step"] for entry in log) == 8
+    assert [entry["exported"] for entry in log if "exported" in entry] == [4]
+    assert {"arc_easy/acc", "arc_easy/acc_norm", "wikitext/word_perplexity"} <= asked[2].keys()
+    assert asked[4]["real"] == (asked[4]["arc_easy/acc"] - asked[4]["wikitext/word_perplexity"]) / 2
+    options = train.parse("")
+    again, _ = real(checkpoints.load(out), checkpoints.tokenizer(out), options)
+    assert again == pytest.approx({name: asked[4][name] for name in again}, rel=1e-4)
+
+
+def test_tasks_of_a_run_are_checked_before_it_begins(folder, data, tmp_path, monkeypatch):
+    import train
+    words = ["train", "--init", folder, "--out", tmp_path / "run", "--tasks", "helaswag", "--tasks-data", data]
+    monkeypatch.setattr(sys, "argv", [*map(str, words)])
+    there = importlib.util.find_spec("lm_eval") is not None
+    with pytest.raises(InputError, match="did you mean" if there else "lm_eval is not installed"):
+        train.run()
+    assert not (tmp_path / "run" / "run.json").exists()
