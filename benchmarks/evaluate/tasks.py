@@ -91,7 +91,8 @@ def over_files(name: str, folder: Path, fewshot: int | None) -> dict[str, Any]:
     if not any(named.get(key) in files for key in ASKED):
         wanted = " or ".join(f"{named[key]}.jsonl" for key in ASKED if key in named)
         raise InputError(f"{folder}: found {listed(folder)}, expected {wanted}: what {name} asks from")
-    shots = config.get("num_fewshot") if fewshot is None else fewshot
+    own = config.get("num_fewshot")
+    shots = own if fewshot is None or own == 0 else fewshot    # a task that says 0 has its examples in its prompt
     examples = named.get("fewshot_split") or named.get("training_split")
     if shots and examples and examples not in files:
         raise InputError(f"{folder}: found {listed(folder)}, expected {examples}.jsonl too, from which {name} takes "

@@ -44,7 +44,13 @@ def manager(tasks: tuple[str, ...], data: Path | None) -> Any:
     files.check_names(tasks)
     if data is None:
         return files.packaged()
-    return files.local_tasks(tasks, data, None, Path(tempfile.mkdtemp(prefix="tasks-")))
+    return files.local_tasks(tasks, data, None, Path(held().name))
+
+
+@functools.cache
+def held() -> tempfile.TemporaryDirectory[str]:
+    """For the task files of --tasks-data; it is gone when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="tasks-")
 
 
 def measured(model: Decoder, tokenizer: Tokenizer | None,
