@@ -73,7 +73,7 @@ def by_transformers(folder: Path, tokens: list[int], window: int, stride: int, d
     for begin, first, end in windows(len(tokens), window, stride):
         logits = model(torch.tensor([tokens[begin : end - 1]], device=device)).logits[0, first - begin - 1 :]
         targets = torch.tensor(tokens[first:end], device=device)
-        total += F.cross_entropy(logits, targets, reduction="none").double().sum().item()
+        total += F.cross_entropy(logits.double(), targets, reduction="sum").item()
     return total / (len(tokens) - 1)
 
 
