@@ -88,6 +88,7 @@ def by_llama_cpp(path: Path, tokens: list[int], window: int, stride: int) -> flo
         model.eval(tokens[begin : end - 1])
         logits = torch.from_numpy(model.scores[first - begin - 1 : end - begin - 1]).double()
         total -= logits.log_softmax(1).gather(1, torch.tensor(tokens[first:end])[:, None]).sum().item()
+    model.close()
     return total / (len(tokens) - 1)
 
 
