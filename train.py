@@ -31,9 +31,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-# Both are read when torch is imported, and ignored where they mean nothing. A thread that waits sleeps: that costs a
-# quarter of the speed on an idle CPU, and saves two thirds of the time on one that others use too. Memory comes in
-# large pages, not of 4 KiB.
+# Read when torch is imported, or ignored. A thread that waits sleeps: that costs a quarter of the speed on an idle CPU,
+# and saves two thirds of the time on one that others use too. Memory comes in large pages, not of 4 KiB.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
@@ -46,6 +45,7 @@ import torch
 from tqdm import tqdm
 
 import checkpoints
+from benchmarks.evaluate import training as tasks
 from checkpoints.export import layout_in_words
 from checkpoints.layouts import hub
 from nanollm.data.stream import Batch
@@ -57,7 +57,7 @@ from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
 from nanollm.training import distributed, growing, optim, runs, state, surgery, tuning
-from nanollm.training.averages import Average, averaged
+from nanollm.training.averages import Average, averaged, gathered
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
 from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss, need_held_out
@@ -92,6 +92,10 @@ class Run:
         """evaluation.py has it; with --ema of the averaged weights."""
         with averaged(self.average):
             return held_out_loss(self.model, self.loss, self.corpus.held_out, self.world, self.options, most)
+
+    def whole(self) -> contextlib.AbstractContextManager[Decoder | None]:
+        """On one device, on rank 0."""
+        return gathered(self.model, self.average, self.world, DTYPES[self.options.dtype], self.source.blank)
 
     @property
     def over(self) -> bool:
@@ -171,28 +175,25 @@ def my_batches(run: Run, step: int) -> list[Batch]:
 # ---- looking at the model
 
 def evaluate(run: Run, log: Log) -> bool:
-    """The held-out loss of this step into the log: over some rows, at the end of the run over all. Whether it is the
-    lowest so far, over those same rows."""
+    """The held-out loss into the log: over some rows, at the end over all. Whether it is the best, over those rows."""
     if run.corpus.held_out is None:
         return False
-    loss = run.held_out_loss(ROWS)
-    better = run.best.judge(run.step, loss)
+    run.best.newest = loss = run.held_out_loss(ROWS)
+    better = not run.options.tasks and run.best.judge(run.step, loss)
     loss = run.held_out_loss() if run.over else loss
     log(run.step, held_out_loss=loss, **run.corpus.in_bytes(loss))
     return better
 
 
 def sample(run: Run, log: Log, length: int = 100) -> None:
-    """How the model continues the prompt, at temperature 0.8, into the log. All ranks take part in the all-gather."""
+    """How the model continues the prompt, at temperature 0.8, into the log."""
     options, tokenizer = run.options, run.corpus.tokenizer
-    with averaged(run.average):
-        whole = distributed.gather(run.model, run.world.rank == 0, run.world.device, DTYPES[options.dtype],
-                                   run.source.blank)
-        if whole is None or tokenizer is None:
+    with run.whole() as model:
+        if model is None or tokenizer is None:
             return
         ids = run.corpus.prompt(options.prompt)
         room = run.model.config.context or len(ids) + length
-        new = generate(whole, ids[-room + 1 :], min(length, room), temperature=0.8, top_p=0.95,
+        new = generate(model, ids[-room + 1 :], min(length, room), temperature=0.8, top_p=0.95,
                        seed=options.seed + run.step, stop_ids=tokenizer.stop_ids)
         log(run.step, sample=(text := tokenizer.decode([*ids, *new])))
         tqdm.write(f"\n── a sample at step {run.step}\n{text}\n")
@@ -201,8 +202,7 @@ def sample(run: Run, log: Log, length: int = 100) -> None:
 # ---- the loop
 
 def train(run: Run, saver: state.Saver, log: Log) -> bool:
-    """Steps until the run is over, or until a signal asks to leave: then False. All ranks decide alike, from the same
-    numbers."""
+    """Steps until the run is over, or a signal asks to leave: then False. All ranks decide alike."""
     options, world = run.options, run.world
     speed = Speed(run.model.config, options, world)
     bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True,
@@ -228,12 +228,13 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             bar.update()
             if "skipped" in entry and world.rank == 0:
                 tqdm.write(f"step {run.step} is skipped ({entry['skipped']})")
-
             due = run.step == options.steps or run.step % options.eval_every == 0
             better = due and evaluate(run, log)
+            if tasks.due(options, run.step, run.over):
+                better = tasks.score(run, log, run.whole())
             last = run.over
             if last and run.step < options.steps and world.rank == 0:
-                tqdm.write(f"--patience ends the run: no lower held-out loss since step {run.best.step}")
+                tqdm.write(f"--patience ends the run: nothing better since step {run.best.step}")
             if run.corpus.tokenizer and options.sample_every and (last or run.step % options.sample_every == 0):
                 sample(run, log)
             if last or request or run.step % options.save_every == 0 or better and options.keep_best:
@@ -265,8 +266,7 @@ def save(run: Run, saver: state.Saver, log: Log) -> None:
 # ---- before and after
 
 def initial(options: argparse.Namespace) -> Decoder:
-    """The model of --init, grown as the options say, or with adapters. Raises RunError where its weights have too few
-    bits to be trained."""
+    """The model of --init, grown as the options say, or with adapters. Raises RunError where it cannot be trained."""
     model = checkpoints.load(options.init, **tuning.loading(options))
     tuning.need_trainable(model, options)
     model = growing.grow(model, options)
@@ -368,6 +368,7 @@ def run() -> None:
         if given:
             options.init = world.on_all_ranks(lambda: hub.to_train(str(given)))
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))
+        world.on_rank_0(lambda: tasks.check(options))
         world.on_rank_0(lambda: held.enter_context(runs.locked(folder)))
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))           # what it holds by now
         here = build(options, world, str(given))

@@ -292,8 +292,14 @@ def evaluation(add: Add) -> None:
         help="evaluation instead of training: the held-out loss of the model in --init, or with --out of the newest "
              "checkpoint in that run folder, whose options it takes")
     add("--patience", type=whole, metavar="N",
-        help="early stopping: the run ends after N evaluations in a row without a new lowest held-out loss (default: "
-             "never)")
+        help="early stopping: the run ends after N evaluations in a row without a new lowest held-out loss, or with "
+             "--tasks a new best mean (default: never)")
+    add("--tasks", type=lambda text: text.split(","), metavar="NAME,NAME",
+        help="tasks of lm-evaluation-harness that are asked on the way; needs lm_eval: pip install -e '.[eval]'")
+    add("--evaluate-every", type=whole, default=1000, metavar="N",
+        help="steps between evaluations of --tasks, which are asked at the end, too (default 1000)")
+    add("--tasks-data", type=Path, metavar="DIR", help="files of --tasks, DIR/TASK/SPLIT.jsonl: docs/evaluation.md")
+    add("--tasks-limit", type=whole, metavar="N", help="documents of each of --tasks (default all)")
     add("--sample-every", type=whole_or_0, default=200, metavar="N",
         help="steps between samples of text, 0 for none (default 200)")
     add("--prompt", metavar="TEXT",

@@ -16,7 +16,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from nanollm.training.distributed import local
+from nanollm.model import Decoder
+from nanollm.training import distributed
+from nanollm.training.distributed import World, local
 
 
 class Average:
@@ -59,3 +61,12 @@ def averaged(average: Average | None) -> Iterator[None]:
     finally:
         if average:
             average.exchange()
+
+
+@contextlib.contextmanager
+def gathered(model: Decoder, average: Average | None, world: World, dtype: torch.dtype,
+             blank: Decoder) -> Iterator[Decoder | None]:
+    """Inside the block the model with the means as its weights, on the device of rank 0; None on other ranks. All take
+    part in the all-gather; `blank` is as in `distributed.gather`."""
+    with averaged(average):
+        yield distributed.gather(model, world.rank == 0, world.device, dtype, blank)

@@ -6,7 +6,8 @@
     --keep-best       the checkpoint of the best evaluation stays beside the newest, and is exported at the end
     --patience N      the run ends after N evaluations in a row that were no better: early stopping
 
-"Best" is the lowest loss on those 64 rows; a loss that is no number is no better than any.
+"Best" is the lowest loss on those 64 rows; a loss that is no number is no better than any. With --tasks it is the
+highest mean over the tasks, as the lowest of its negatives (benchmarks/evaluate/training.py).
 """
 
 import argparse
@@ -36,11 +37,10 @@ class Best:
     step: int = 0
     loss: float | None = None           # None: nothing was evaluated yet
     since: int = 0                      # evaluations after it
-    newest: float | None = None         # the loss of the newest evaluation
+    newest: float | None = None         # the held-out loss of the newest evaluation
 
     def judge(self, step: int, loss: float) -> bool:
         """Take in one evaluation; whether it is the best so far."""
-        self.newest = loss
         if better := math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.since = step, loss, 0
         else:
@@ -97,7 +97,7 @@ def held_out_loss(
 def need_held_out(options: argparse.Namespace, source: Source | None) -> None:
     """Raise RunError where an option needs held-out rows, and there are none."""
     for name in ("eval_only", "keep_best", "patience"):
-        if getattr(options, name) and source is None:
+        if getattr(options, name) and source is None and (name == "eval_only" or not options.tasks):
             raise RunError(f"--{name.replace('_', '-')} needs a held-out loss, and of this data nothing is held out")
 
 

@@ -1,4 +1,5 @@
-"""Two pictures: the loss curve, and the difference of two models by depth. Only this file imports matplotlib."""
+"""Pictures: the loss curve, the difference of two models by depth, the loss by place in a context, and what is found
+where in one. Only this file imports matplotlib."""
 
 import statistics
 from pathlib import Path
@@ -54,5 +55,47 @@ def error_by_depth(path: Path, errors: list[tuple[str, float]], bound: float) ->
     axes.set_xticks(list(shown), [errors[i][0] for i in shown], rotation=60, ha="right")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def loss_by_place(path: Path, curves: dict[str, list[tuple[int, float]]], context: int | None, title: str) -> bool:
+    """Write a .png: (place, loss) of each curve, and a line where the model's own context ends.
+
+    False: there is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure  # as above
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for name, points in curves.items():
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    if context is not None:
+        axes.axvline(context, color="tab:gray", linestyle="--", label=f"context, {context:,}")
+    axes.set(title=title, xlabel="tokens before, in the window", ylabel="loss, nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def found_where(path: Path, lengths: list[int], depths: list[float], shares: list[list[float]], title: str) -> bool:
+    """Write a .png: the share that was found, 0 to 1, in a row a depth (0: the beginning), a column a length.
+
+    False: there is no matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure  # as above
+    except ImportError:
+        return False
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    drawn = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
+    axes.set(title=title, xlabel="tokens of the prompt", ylabel="depth of the needle")
+    figure.colorbar(drawn, label="found")
     figure.savefig(path, dpi=120)
     return True

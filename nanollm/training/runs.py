@@ -45,7 +45,8 @@ OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "te
 FREE = {"out", "data", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile",
         "offload", "eval_every", "sample_every", "save_every", "keep", "prompt", "tensorboard", "wandb", "skip_steps",
         "plan", "world_size", "mfu", "title", "mlflow", "gradient_accumulation", "eval_only", "export", "keep_best",
-        "patience", "epochs"}                   # epochs: steps and rows say it
+        "patience", "tasks", "evaluate_every", "tasks_data", "tasks_limit",
+        "epochs"}                               # steps and rows say it
 
 
 @contextlib.contextmanager
