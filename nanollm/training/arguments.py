@@ -20,6 +20,7 @@ from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing
 from nanollm.training.distributed import DTYPES, RECOMPUTE
 from nanollm.training.optim import BETAS, SCHEDULES
+from nanollm.training.preferences import BETA
 
 Add = Callable[..., Any]        # add_argument of a group
 
@@ -90,6 +91,10 @@ DEFAULTS: dict[str, tuple] = {
 LORA_DEFAULTS: dict[str, float] = {"lr": 0.0002}
 
 
+# Preferences move a model little and early; the rates are those of trl for all weights, ten times that for adapters.
+PREFERENCE_LR = {"full": 0.000001, "adapters": 0.00001}
+
+
 def kind(options: argparse.Namespace) -> int:
     """The column of DEFAULTS that a run takes."""
     return 2 if options.init else 0 if options.preset.endswith("-toy") or f"{options.preset}-toy" in PRESETS else 1
@@ -151,6 +156,24 @@ def chats(add: Add) -> None:
              f"or one of {', '.join(TEMPLATES)}")
 
 
+def preferences(add: Add) -> None:
+    """Learning from answers that were compared."""
+    add("--preference", type=Path, nargs="+", metavar="FILE",
+        help="preferences: prompts with a chosen and a rejected answer, or with an answer and a label for --loss kto, "
+             "as trl and LLaMA-Factory have them; files and sets as for --chat")
+    add("--loss", choices=(*BETA,),
+        help="loss on preferences: dpo (default), its kin robust, hinge and ipo; orpo and simpo, which need no "
+             "reference model; kto, on labels or on pairs taken apart")
+    add("--beta", type=rate, metavar="B",
+        help=f"strength of the loss: β of dpo, ipo (τ), kto, simpo, λ of orpo (default {BETA['dpo']}; simpo "
+             f"{BETA['simpo']:g})")
+    add("--label-smoothing", type=share, metavar="SHARE",
+        help="share of preferences that may be the wrong way round, for dpo and robust (default 0)")
+    add("--gamma", type=rate, metavar="G", help="margin of simpo that the better answer is to have (default 1)")
+    add("--kto-weights", type=rate, nargs=2, metavar=("GOOD", "BAD"),
+        help="weights of good and of bad answers in kto (default 1 1)")
+
+
 def run_folder(add: Add) -> None:
     """Where the run is kept, and whether one goes on."""
     add("--out", type=Path, metavar="FOLDER",
@@ -182,7 +205,9 @@ def optimization(add: Add) -> None:
              "say)")
     add("--context", type=whole, metavar="T",
         help=f"context length, tokens a row, at most what the model was made for ({default('context')})")
-    add("--lr", type=rate, metavar="RATE", help=f"peak learning rate ({default('lr')})")
+    add("--lr", type=rate, metavar="RATE",
+        help=f"peak learning rate ({default('lr')}; with --preference {PREFERENCE_LR['full']:g}, with adapters "
+             f"{PREFERENCE_LR['adapters']:g})")
     add("--min-lr", type=rate, default=0.0, metavar="RATE",
         help="minimum learning rate: the rate at which the schedule ends, not a share of --lr (default 0)")
     add("--schedule", choices=SCHEDULES, default="linear",
@@ -322,6 +347,7 @@ def planning(add: Add) -> None:
 GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, and who adds the group
     "the model and its data": model_and_data,
     "chats": chats,
+    "preferences": preferences,
     "the run folder": run_folder,
     "optimization": optimization,
     "growing and freezing a model": growing_and_freezing,

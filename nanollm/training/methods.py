@@ -1,0 +1,57 @@
+"""The methods of train.py: which options ask for which loss, and which options go with it.
+
+    --preference … --loss dpo      preferences.py, on pairs of answers or on labels
+    --reward …                     reward.py, on pairs of answers
+    otherwise                      next_token of losses.py: text, chats
+
+The collator of each comes with its data: corpus.py opens it.
+"""
+
+import argparse
+
+from nanollm.errors import InputError
+from nanollm.training import preferences
+from nanollm.training.losses import Loss, next_token
+
+# Options of one method or another, with what each is where it is not given.
+USUAL = {"label_smoothing": 0.0, "gamma": 1.0, "kto_weights": (1.0, 1.0)}
+# Which losses each of them is for.
+FOR = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "kto_weights": ("kto",), "beta": (*preferences.BETA,)}
+
+
+def loss_of(options: argparse.Namespace) -> Loss:
+    """The loss of a run."""
+    if not options.preference:
+        return next_token
+    return preferences.label_loss if options.loss == "kto" else preferences.preference_loss
+
+
+def compares(options: argparse.Namespace) -> bool:
+    """Whether a run learns from answers that are compared."""
+    return bool(options.preference)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Raise InputError for options that do not go together, before anything is read; set those of USUAL."""
+    if not options.preference:
+        if given := [name for name in ("loss", *FOR) if getattr(options, name) is not None]:
+            raise InputError(f"--{given[0].replace('_', '-')} goes with --preference")
+        return
+    if not options.init:
+        raise InputError("--preference tunes a model that exists: name its folder with --init")
+    for name in ("chat", "data", "plan", "z_loss"):
+        if getattr(options, name):
+            raise InputError(f"--preference with --{name.replace('_', '-')}: expected one of them")
+    if options.long == "truncate":
+        raise InputError("--long truncate: half an answer is not the one that was judged; expected drop or error")
+    options.loss = options.loss or "dpo"
+    for name, losses in FOR.items():
+        if getattr(options, name) is not None and options.loss not in losses:
+            raise InputError(f"--{name.replace('_', '-')} goes with --loss {', '.join(losses)}; found {options.loss}")
+    if options.beta == 0:
+        raise InputError("--beta 0: nothing would be learnt; expected a number above 0")
+    if options.loss == "robust" and not 0 < (options.label_smoothing or 0) < 0.5:
+        raise InputError("--loss robust: give --label-smoothing, the share of wrong labels, above 0 and below 0.5")
+    for name, value in USUAL.items():
+        if getattr(options, name) is None and options.loss in FOR[name]:
+            setattr(options, name, value)
