@@ -133,7 +133,7 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
         "worst_rank_loss": table[:, -2].max().item(),                           # a rank that is broken stands out
         "gradient_norm": norm,                                                  # before clipping
         "balance": run.balance.close(world.all_reduce),
-        "targets": int(targets),
+        "targets": int(targets), "tokens": int(tokens),
     }, int(table[:, -1].max())
 
 
@@ -217,7 +217,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
                 world.on_all_ranks(log.check)
             run.step += 1
             if "loss" in entry:
-                entry |= speed.entry(time.perf_counter() - began, waited)
+                entry |= speed.entry(entry["tokens"], time.perf_counter() - began, waited)
             log(run.step, **entry)
             bar.set_postfix(shown(entry, run.best.newest), refresh=False)
             bar.update()

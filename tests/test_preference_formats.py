@@ -96,9 +96,10 @@ WRONG = {
     "an empty answer with a label": ({"prompt": "a", "completion": "", "label": True}, "an answer that says something"),
     "prompts that differ": ({"chosen": [user("a"), assistant("y")], "rejected": [user("b"), assistant("n")]},
                             "that begin with the same one"),
-    "questions that differ": ({"chosen": [*PROMPT, assistant("y")], "rejected": [*PROMPT[:2], user("d"), assistant("n")]},
-                              "go on with an answer of the assistant"),
-    "an answer that is missing": ({"chosen": [*PROMPT, assistant("y")], "rejected": PROMPT}, "an answer of the assistant"),
+    "questions that differ": (
+        {"chosen": [*PROMPT, assistant("y")], "rejected": [*PROMPT[:2], user("d"), assistant("n")]},
+        "go on with an answer of the assistant"),
+    "an answer that is missing": ({"chosen": [*PROMPT, assistant("y")], "rejected": PROMPT}, "an answer of the"),
     "texts that share nothing": ({"chosen": "a", "rejected": "b"}, "that begin with the same one"),
     "two kinds": ({"prompt": "a", "chosen": "y", "rejected": [assistant("n")]}, "both text or both messages"),
     "a number": (PAIR | {"chosen": 3}, "'chosen' to be text"),

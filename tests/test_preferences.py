@@ -187,7 +187,8 @@ def theirs_of(name: str):
     pytest.importorskip("trl")
     if name == "simpo":
         from trl.experimental.cpo import CPOTrainer
-        me = SimpleNamespace(alpha=0.0, beta=0.3, simpo_gamma=0.5, loss_type="simpo", label_smoothing=0, accelerator=HERE)
+        me = SimpleNamespace(alpha=0.0, beta=0.3, simpo_gamma=0.5, loss_type="simpo", label_smoothing=0,
+                             accelerator=HERE)
         return CPOTrainer.get_batch_logps, lambda a, b: CPOTrainer.cpo_loss(me, a, b)[0]
     from trl.experimental.orpo import ORPOTrainer
     me = SimpleNamespace(beta=0.3, accelerator=HERE)
