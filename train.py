@@ -265,7 +265,9 @@ def initial(options: argparse.Namespace) -> Decoder:
     model = checkpoints.load(options.init, **tuning.loading(options))
     tuning.need_trainable(model, options)
     model = growing.grow(model, options)
-    return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as) if tuning.tunes(options) else model
+    if tuning.tunes(options):
+        model = tuning.prepare(model, options, quantize.quantised, quantize.quantize_as)
+    return methods.extended(model, options)
 
 
 def build(options: argparse.Namespace, world: World, given: str) -> Run:
@@ -286,7 +288,7 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
                        f"{corpus.vocab}; --grow-vocab gives it rows for them")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
     with torch.device("meta"):
-        model = tuned or Decoder(config)
+        model = methods.extended(tuned or Decoder(config), options)
     blank = copy.deepcopy(model)
     random = surgery.arrange(model, options)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,

@@ -4,7 +4,7 @@
     --data shards …    one source each, mixed by weight (data/stream.py)
     --chat file …      chats through the model's own template, packed into rows (data/sft.py), mixed by weight; also
                        with --data, after which one stream has rows of both kinds
-    --preference file …    pairs of answers, or answers with a label (data/preferences.py), mixed by weight
+    --preference, --reward file …    pairs of answers, or answers with a label (data/preferences.py), mixed by weight
     --held-out file    what is measured on; all of the above is then trained on
 """
 
@@ -135,7 +135,7 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
 
     vocab: the size of the BPE that is trained where no tokenizer is given. Raises DataError.
     """
-    if options.preference:
+    if options.preference or options.reward:
         return open_preferences(options, world)
     if not options.chat:
         return open_text(options, world, vocab)
@@ -280,7 +280,7 @@ def open_preferences(options: argparse.Namespace, world: World) -> Corpus:
     call it: rank 0 writes what the others read."""
     def read() -> tuple[Tokenizer, preferences.Sets]:
         return chat_tokenizer(options), preferences.Sets(
-            options.preference, options.held_out, options.dataset_dir, columns(options),
+            options.preference or options.reward, options.held_out, options.dataset_dir, columns(options),
             labels=options.loss == "kto")
 
     reader, sets = world.on_all_ranks(read)

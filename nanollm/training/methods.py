@@ -10,7 +10,8 @@ The collator of each comes with its data: corpus.py opens it.
 import argparse
 
 from nanollm.errors import InputError
-from nanollm.training import preferences
+from nanollm.model import Decoder
+from nanollm.training import preferences, reward
 from nanollm.training.losses import Loss, next_token
 
 # Options of one method or another, with what each is where it is not given.
@@ -21,6 +22,8 @@ FOR = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "kto_weights":
 
 def loss_of(options: argparse.Namespace) -> Loss:
     """The loss of a run."""
+    if options.reward:
+        return reward.reward_loss
     if not options.preference:
         return next_token
     return preferences.label_loss if options.loss == "kto" else preferences.preference_loss
@@ -28,22 +31,28 @@ def loss_of(options: argparse.Namespace) -> Loss:
 
 def compares(options: argparse.Namespace) -> bool:
     """Whether a run learns from answers that are compared."""
-    return bool(options.preference)
+    return bool(options.preference or options.reward)
+
+
+def extended(model: Decoder, options: argparse.Namespace) -> Decoder:
+    """The model with what its method adds to it, in place."""
+    return reward.add_score(model, options.seed) if options.reward else model
 
 
 def check(options: argparse.Namespace) -> None:
     """Raise InputError for options that do not go together, before anything is read; set those of USUAL."""
-    if not options.preference:
-        if given := [name for name in ("loss", *FOR) if getattr(options, name) is not None]:
-            raise InputError(f"--{given[0].replace('_', '-')} goes with --preference")
-        return
-    if not options.init:
-        raise InputError("--preference tunes a model that exists: name its folder with --init")
-    for name in ("chat", "data", "plan", "z_loss"):
-        if getattr(options, name):
-            raise InputError(f"--preference with --{name.replace('_', '-')}: expected one of them")
-    if options.long == "truncate":
-        raise InputError("--long truncate: half an answer is not the one that was judged; expected drop or error")
+    if options.preference:
+        check_data(options, "--preference")
+        check_loss(options)
+    elif given := [name for name in ("loss", *FOR) if getattr(options, name) is not None]:
+        raise InputError(f"--{given[0].replace('_', '-')} goes with --preference")
+    if options.reward:
+        check_data(options, "--reward")
+        options.sample_every = 0                                # what a reward model would write is of no interest
+
+
+def check_loss(options: argparse.Namespace) -> None:
+    """Settle --loss and its numbers. Raises InputError."""
     options.loss = options.loss or "dpo"
     for name, losses in FOR.items():
         if getattr(options, name) is not None and options.loss not in losses:
@@ -55,3 +64,14 @@ def check(options: argparse.Namespace) -> None:
     for name, value in USUAL.items():
         if getattr(options, name) is None and options.loss in FOR[name]:
             setattr(options, name, value)
+
+
+def check_data(options: argparse.Namespace, method: str) -> None:
+    """Raise InputError for options that do not go with answers that are compared."""
+    if not options.init:
+        raise InputError(f"{method} tunes a model that exists: name its folder with --init")
+    for name in ("reward", "chat", "data", "plan", "z_loss"):
+        if getattr(options, name) and method != f"--{name}":
+            raise InputError(f"{method} with --{name.replace('_', '-')}: expected one of them")
+    if options.long == "truncate":
+        raise InputError("--long truncate: half an answer is not the one that was judged; expected drop or error")

@@ -69,11 +69,12 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         monitors.require(options)
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    source = [path.name for path in (*(options.chat or ()), *(options.preference or ()), *options.data)]
+    files = options.chat or options.preference or options.reward or ()
+    source = [path.name for path in (*files, *options.data)]
     model = options.init.name if options.init else options.preset
     options.title = f"{model} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
-        options.prompt = "def " if not (options.data or options.chat or options.preference) else ""
+        options.prompt = "" if source else "def "
     return options
 
 
@@ -98,7 +99,7 @@ def check_chats(options: argparse.Namespace) -> None:
         for name in ("dataset_dir", "columns", "long"):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} goes with --chat")
-    sources = len(options.chat or options.preference or ()) + len(options.data)
+    sources = len(options.chat or options.preference or options.reward or ()) + len(options.data)
     if options.mix and len(options.mix) != sources:
         what = f"{len(options.chat)} --chat and {len(options.data)} --data" if options.chat else f"{sources} --data"
         raise InputError(f"--mix has {len(options.mix)} weights for {what}")
@@ -120,7 +121,7 @@ def settle(options: argparse.Namespace) -> None:
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None and name not in later:
             usual = LORA_DEFAULTS.get(name) if tuning.tunes(options) else None
-            if name == "lr" and methods.compares(options):
+            if name == "lr" and options.preference:
                 usual = PREFERENCE_LR["adapters" if tuning.tunes(options) else "full"]
             setattr(options, name, own.get(name, None if name == "context" else usual or values[kind(options)]))
     if options.dtype == "auto" and own.get("dtype") in DTYPES:
