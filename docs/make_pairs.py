@@ -1,7 +1,7 @@
 """Pairs of answers that say the same and differ in manner alone: the better one is kind, the worse one rude.
 
-    python docs/make_pairs.py > pairs.jsonl                     120 pairs on 30 countries
-    python docs/make_pairs.py held-out > held.jsonl             32 on 8 others, with kind and rude words of their own
+    python docs/make_pairs.py > pairs.jsonl                     144 pairs on 36 countries
+    python docs/make_pairs.py held-out > held.jsonl             8 on 2 others, with kind and rude words of their own
 """
 
 import itertools
@@ -27,7 +27,7 @@ RUDE = ("Leave me alone now.", "Everybody knows that.", "What a stupid question.
         "Stop bothering me.", "How can you not know?")
 
 held_out = sys.argv[1:] == ["held-out"]
-places, kind, rude = (PLACES[30:], KIND[4:], RUDE[4:]) if held_out else (PLACES[:30], KIND[:4], RUDE[:4])
+places, kind, rude = (PLACES[36:], KIND[4:], RUDE[4:]) if held_out else (PLACES[:36], KIND[:4], RUDE[:4])
 draw = random.Random(0)
 for place, (question, answer) in itertools.product(places, QUESTIONS):
     said = answer.format(*place.split())
