@@ -302,7 +302,8 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
     measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
     optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
     before = tuning.Source(given, source.origin if source else None, blank, frozen, dtype)
-    return Run(options, world, corpus, model, before, optimizers, Balance(model), loss=methods.loss_of(options),
+    loss = methods.loss_of(options, config.vocab, lambda: checkpoints.load(options.teacher, device=world.device))
+    return Run(options, world, corpus, model, before, optimizers, Balance(model), loss=loss,
                average=Average(model, options.ema) if options.ema else None)
 
 

@@ -18,6 +18,7 @@ from nanollm.data.sft import LONG
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing
+from nanollm.training.distillation import KINDS
 from nanollm.training.distributed import DTYPES, RECOMPUTE
 from nanollm.training.optim import BETAS, SCHEDULES
 from nanollm.training.preferences import BETA
@@ -270,6 +271,15 @@ def growing_and_freezing(add: Add) -> None:
         help="LongLoRA: attention inside groups of G tokens in training, shifted by G/2 in half of the heads")
 
 
+def teaching(add: Add) -> None:
+    """Learning from another model."""
+    add("--teacher", type=Path, metavar="FOLDER",
+        help="distillation: a frozen model with the same tokenizer, whose distribution over the next token is learnt "
+             "in the place of the token, on --data or --chat")
+    add("--distill", choices=KINDS,
+        help="divergence that is made small: forward, KL(teacher ‖ student), or reverse (default forward)")
+
+
 def adapters(add: Add) -> None:
     """Adapters, which are trained in the place of the weights."""
     add("--lora-rank", type=whole, metavar="R",
@@ -353,6 +363,7 @@ GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, 
     "the run folder": run_folder,
     "optimization": optimization,
     "growing and freezing a model": growing_and_freezing,
+    "distillation": teaching,
     "adapters": adapters,
     "hardware": hardware,
     "evaluation, samples, checkpoints": evaluation,

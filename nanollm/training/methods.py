@@ -2,16 +2,18 @@
 
     --preference … --loss dpo      preferences.py, on pairs of answers or on labels
     --reward …                     reward.py, on pairs of answers
+    --teacher FOLDER               distillation.py, on text or chats
     otherwise                      next_token of losses.py: text, chats
 
 The collator of each comes with its data: corpus.py opens it.
 """
 
 import argparse
+from collections.abc import Callable
 
 from nanollm.errors import InputError
 from nanollm.model import Decoder
-from nanollm.training import preferences, reward
+from nanollm.training import distillation, preferences, reward
 from nanollm.training.losses import Loss, next_token
 
 # Options of one method or another, with what each is where it is not given.
@@ -20,8 +22,12 @@ USUAL = {"label_smoothing": 0.0, "gamma": 1.0, "kto_weights": (1.0, 1.0)}
 FOR = {"label_smoothing": ("dpo", "robust"), "gamma": ("simpo",), "kto_weights": ("kto",), "beta": (*preferences.BETA,)}
 
 
-def loss_of(options: argparse.Namespace) -> Loss:
-    """The loss of a run."""
+def loss_of(options: argparse.Namespace, vocab: int, load: Callable[[], Decoder]) -> Loss:
+    """The loss of a run, of a model with this vocabulary. load: reads the model of --teacher. Raises InputError."""
+    if options.teacher:
+        teacher = load()
+        distillation.need_same_vocabulary(teacher, vocab, str(options.teacher))
+        return distillation.distillation(teacher, options.distill or "forward")
     if options.reward:
         return reward.reward_loss
     if not options.preference:
@@ -46,6 +52,8 @@ def check(options: argparse.Namespace) -> None:
         check_loss(options)
     elif given := [name for name in ("loss", *FOR) if getattr(options, name) is not None]:
         raise InputError(f"--{given[0].replace('_', '-')} goes with --preference")
+    if options.distill and not options.teacher:
+        raise InputError(f"--distill {options.distill} is for a teacher: give its folder with --teacher")
     if options.reward:
         check_data(options, "--reward")
         options.sample_every = 0                                # what a reward model would write is of no interest
@@ -70,7 +78,7 @@ def check_data(options: argparse.Namespace, method: str) -> None:
     """Raise InputError for options that do not go with answers that are compared."""
     if not options.init:
         raise InputError(f"{method} tunes a model that exists: name its folder with --init")
-    for name in ("reward", "chat", "data", "plan", "z_loss"):
+    for name in ("reward", "chat", "data", "teacher", "plan", "z_loss"):
         if getattr(options, name) and method != f"--{name}":
             raise InputError(f"{method} with --{name.replace('_', '-')}: expected one of them")
     if options.long == "truncate":
