@@ -1,9 +1,9 @@
 """Distillation: a student learns the whole distribution of a teacher over the next token, not the token alone.
 
-    forward    KL(t ‖ s) = Σ_v t_v (log t_v − log s_v)       the student covers all that the teacher finds likely
-                                                             Hinton et al. 2015 (arXiv 1503.02531) §2, temperature 1
-    reverse    KL(s ‖ t) = Σ_v s_v (log s_v − log t_v)       the student keeps to what the teacher finds likely, and may
-                                                             leave some of it out: Gu et al. 2023 (arXiv 2306.08543) §2.1
+    forward    KL(t ‖ s) = Σ_v t_v (log t_v − log s_v)       the student covers what the teacher finds likely
+                                                             Hinton et al. 2015 (arXiv 1503.02531) §2, T of 1
+    reverse    KL(s ‖ t) = Σ_v s_v (log s_v − log t_v)       the student keeps to what the teacher finds likely,
+                                                             not all of it: Gu et al. 2023 (arXiv 2306.08543) §2.1
 
 Both are of every target of the rows (text, or the answers of chats), and their sum is divided by the targets of the
 step. The teacher is frozen; teacher and student share a vocabulary.
