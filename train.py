@@ -4,6 +4,7 @@
     python train.py --preset mixtral                    another family: llama, qwen3, mistral, mixtral, mamba
     python train.py --data notes/ --steps 2000          your text: a file, a .jsonl with a "text" a line, or a folder
     python train.py --init FOLDER --chat chats.jsonl    fine-tuning of any Hugging Face folder on chats
+    python train.py --init FOLDER --preference pairs.jsonl --loss dpo --lora-rank 16       on pairs of answers
     torchrun --nproc-per-node 8 train.py …              the same run on 8 GPUs, sharded (FSDP2); or 8 processes on a CPU
     python train.py … --resume                          continue the run in --out where it stopped, to the bit
     python train.py --out runs/demo --export best       its best checkpoint becomes the model of the run folder
@@ -56,11 +57,11 @@ from nanollm.init import initial_values
 from nanollm.layers.moe import routing
 from nanollm.model import Decoder
 from nanollm.presets import preset
-from nanollm.training import distributed, growing, optim, runs, state, surgery, tuning
+from nanollm.training import distributed, growing, methods, optim, reference, runs, state, surgery, tuning
 from nanollm.training.averages import Average, averaged, gathered
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
-from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_loss, need_held_out
+from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_means, need_held_out
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, begun, finish, measured, report, shown
 from nanollm.training.losses import RECENT, Balance, Loss, means, next_token, spike
@@ -86,15 +87,15 @@ class Run:
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a step changes, by name, for a checkpoint."""
-        return optim.tensors(self.model, self.optimizers) | (self.average.tensors() if self.average else {})
+        return (optim.tensors(self.model, self.optimizers) | (self.average.tensors() if self.average else {})
+                | self.corpus.tensors())
 
-    def held_out_loss(self, most: int | None = None) -> float:
+    def held_out(self, most: int | None = None) -> dict[str, float]:
         """evaluation.py has it; with --ema of the averaged weights."""
         with averaged(self.average):
-            return held_out_loss(self.model, self.loss, self.corpus.held_out, self.world, self.options, most)
+            return held_out_means(self.model, self.loss, self.corpus.held_out, self.world, self.options, most)
 
-    def whole(self) -> contextlib.AbstractContextManager[Decoder | None]:
-        """On one device, on rank 0."""
+    def whole(self) -> contextlib.AbstractContextManager[Decoder | None]:       # on one device, on rank 0
         return gathered(self.model, self.average, self.world, DTYPES[self.options.dtype], self.source.blank)
 
     @property
@@ -135,7 +136,7 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
         "worst_rank_loss": table[:, -2].max().item(),                           # a rank that is broken stands out
         "gradient_norm": norm,                                                  # before clipping
         "balance": run.balance.close(world.all_reduce),
-        "targets": int(targets),
+        "targets": int(targets), "tokens": int(tokens),
     }, int(table[:, -1].max())
 
 
@@ -165,23 +166,17 @@ def take_step(run: Run, batches: list[Batch], request: int) -> tuple[dict, int]:
     return entry | measured, request
 
 
-def my_batches(run: Run, step: int) -> list[Batch]:
-    """This rank's micro-batches of a step. The rows of a step are the same however many ranks share them."""
-    each = run.options.batch_size // run.world.size
-    first = step * run.options.batch_size + run.world.rank * each
-    return run.corpus.batches(first, each, run.options.micro_batch)
-
-
 # ---- looking at the model
 
 def evaluate(run: Run, log: Log) -> bool:
     """The held-out loss into the log: over some rows, at the end over all. Whether it is the best, over those rows."""
     if run.corpus.held_out is None:
         return False
-    run.best.newest = loss = run.held_out_loss(ROWS)
-    better = not run.options.tasks and run.best.judge(run.step, loss)
-    loss = run.held_out_loss() if run.over else loss
-    log(run.step, held_out_loss=loss, **run.corpus.in_bytes(loss))
+    found = run.held_out(ROWS)
+    run.best.newest = found["loss"]
+    better = not run.options.tasks and run.best.judge(run.step, found["loss"])
+    found = run.held_out() if run.over else found
+    log(run.step, **{f"held_out_{name}": value for name, value in found.items()}, **run.corpus.in_bytes(found["loss"]))
     return better
 
 
@@ -208,21 +203,21 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
     bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True,
                disable=world.rank > 0)
     with ThreadPoolExecutor(1) as ahead, runs.signals() as requests, runs.gc_frozen(), bar:
-        coming = ahead.submit(my_batches, run, run.step)
+        coming = ahead.submit(run.corpus.of_step, run.step, options, world)
         if run.step == 0 and run.best.newest is None and evaluate(run, log) and options.keep_best:
             save(run, saver, log)
         while not run.over:
             began = time.perf_counter()
             batches = coming.result()
             waited = time.perf_counter() - began
-            coming = ahead.submit(my_batches, run, run.step + 1)
+            coming = ahead.submit(run.corpus.of_step, run.step + 1, options, world)
             entry, request = take_step(run, batches, max(requests.pending, log.request))
             requests.served(request)
             if request == runs.STOP:
                 world.on_all_ranks(log.check)
             run.step += 1
             if "loss" in entry:
-                entry |= speed.entry(time.perf_counter() - began, waited)
+                entry |= speed.entry(entry["tokens"], time.perf_counter() - began, waited)
             log(run.step, **entry)
             bar.set_postfix(shown(entry, run.best.newest), refresh=False)
             bar.update()
@@ -248,7 +243,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             if request == runs.LEAVE and not last:
                 return False
     if options.keep_best and run.best.restored(options.out / "steps", run.step, run.tensors(), world):
-        log(run.step, exported=run.best.step, exported_loss=run.held_out_loss())
+        log(run.step, exported=run.best.step, exported_loss=run.held_out()["loss"])
     export(run)                                 # also where an earlier start took the last step, and ended before this
     world.on_all_ranks(log.check)
     return True
@@ -270,7 +265,9 @@ def initial(options: argparse.Namespace) -> Decoder:
     model = checkpoints.load(options.init, **tuning.loading(options))
     tuning.need_trainable(model, options)
     model = growing.grow(model, options)
-    return tuning.prepare(model, options, quantize.quantised, quantize.quantize_as) if tuning.tunes(options) else model
+    if tuning.tunes(options):
+        model = tuning.prepare(model, options, quantize.quantised, quantize.quantize_as)
+    return methods.extended(model, options)
 
 
 def build(options: argparse.Namespace, world: World, given: str) -> Run:
@@ -291,7 +288,7 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
                        f"{corpus.vocab}; --grow-vocab gives it rows for them")
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
     with torch.device("meta"):
-        model = tuned or Decoder(config)
+        model = methods.extended(tuned or Decoder(config), options)
     blank = copy.deepcopy(model)
     random = surgery.arrange(model, options)
     distributed.shard(model, world.mesh, DTYPES[options.dtype], recompute=options.recompute, compile=options.compile,
@@ -305,7 +302,8 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
     measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
     optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
     before = tuning.Source(given, source.origin if source else None, blank, frozen, dtype)
-    return Run(options, world, corpus, model, before, optimizers, Balance(model),
+    loss = methods.loss_of(options, config.vocab, lambda: checkpoints.load(options.teacher, device=world.device))
+    return Run(options, world, corpus, model, before, optimizers, Balance(model), loss=loss,
                average=Average(model, options.ema) if options.ema else None)
 
 
@@ -378,11 +376,13 @@ def run() -> None:
         if resume and not force:
             world.on_rank_0(lambda: runs.compare(folder, facts))
         restored = resume and restore(here, options.export)
+        if not restored:
+            reference.measure(here.model, here.corpus, world, options)
         if options.export:
             export(here)
             return world.on_rank_0(lambda: print(f"{folder}: the model is now that of step {here.step}"))
         if options.eval_only:
-            loss = here.held_out_loss()
+            loss = here.held_out()["loss"]
             return world.on_rank_0(lambda: print(*measured(here.corpus, loss), sep="\n"))
         world.on_rank_0(lambda: runs.start(folder, facts, resume))  # the first change of what was there
         here.corpus = here.corpus.keep(world)

@@ -205,7 +205,7 @@ def test_5_llama_factorys_sets_are_read(described: Path) -> None:
 
 
 @pytest.mark.parametrize("name, words", [
-    ("ranked", "ranked: preference data, which is for a later method"), ("kto", "preference data"),
+    ("ranked", "ranked: preference data, which --preference and --reward read"), ("kto", "preference data"),
     ("hub", "a 'file_name' or a 'hf_hub_url', found"), ("pictures", 'no more, found \\["images"\\]'),
     ("nothing", "no set 'nothing', and no such file or folder; expected one of plain, named"),
 ])

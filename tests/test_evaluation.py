@@ -39,7 +39,7 @@ def data(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def planned(monkeypatch) -> None:
-    monkeypatch.setattr(train.Run, "held_out_loss", lambda self, most=None: PLAN[self.step])
+    monkeypatch.setattr(train.Run, "held_out", lambda self, most=None: {"loss": PLAN[self.step]})
 
 
 def weights(checkpoint: Path, kind: str = "model") -> dict[str, torch.Tensor]:

@@ -92,6 +92,29 @@ def test_lora_teaches_an_answer_that_peft_gives(folder, tmp_path, capsys):
         run(capsys, "lora.py", folder, tmp_path / "chats.jsonl", tmp_path / "out")
 
 
+def test_dpo_makes_the_better_answer_likelier_and_peft_agrees(folder, tmp_path, capsys):
+    pairs = [{"prompt": f"hello {i}", "chosen": "a brown fox", "rejected": "lazy dogs"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    said = run(capsys, "dpo.py", folder, tmp_path / "pairs.jsonl", tmp_path / "out", "--epochs", "6", "--lr", "0.002")
+    found = [(float(loss), float(margin)) for loss, margin in re.findall(r"loss ([\d.]+), .* by (-?[\d.]+)", said)]
+    assert found[0] == (0.693, 0.0) and len(found) == 12 and found[-1][0] < 0.5 and found[-1][1] > 3
+    words = tokenizer.load(folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompt = Conversation(words, [{"role": "user", "content": "hello"}]).prompt_ids()
+
+    def log_p(model: torch.nn.Module, text: str) -> float:
+        answer = words.encode(text, bos=False)
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return logits.gather(-1, torch.tensor(answer)[:, None]).sum().item()
+
+    def margin(model: torch.nn.Module) -> float:
+        return log_p(model, "a brown fox") - log_p(model, "lazy dogs")
+
+    before = margin(base)
+    assert margin(peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()) > before + 2
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt_becomes_a_gpt2(bias, tmp_path, capsys):
     """GPT-2 as nanoGPT stores it: matrices turned over, torch.compile's prefix, and no biases where it has none."""

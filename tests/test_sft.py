@@ -208,7 +208,7 @@ REFUSED = {
     "another prompt than the first question": ({"messages": TALK, "prompt": "b"}, ["one format", '"prompt"']),
     "two system messages": ({"messages": TALK, "system": "b"}, ["one system message", '"b"']),
     "two systems": ({"instruction": "a", "output": "b", "system": "c", "system_prompt": "d"}, ["one of 'system' and"]),
-    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen, rejected", "preference data", "later"]),
+    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, ["chosen, rejected", "preference data", "--preference"]),
     "a chat with a weight": ({"messages": TALK, "weight": 0.5}, ["'weight' of a whole chat", "--mix", "0.5"]),
     "weights that do not agree": (
         {"messages": [user("a"), assistant("b") | {"weight": 0, "train": True}]}, ["message 2", "agree", '"train"'],

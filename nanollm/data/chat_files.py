@@ -12,7 +12,8 @@ dataset_info.json (LLaMA-Factory, data/README.md) says where a set is and what i
     "NAME": {"file_name": "x.json", or "hf_hub_url": "owner/name", "subset", "split",
              "formatting": "alpaca" | "sharegpt" | "openai",
              "columns": {"prompt", "query", "response", "history", "system", "tools"}, or of the other two
-                        {"messages", "system", "tools"},
+                        {"messages", "system", "tools"}; of preferences also {"chosen", "rejected", "kto_tag"},
+             "ranking": true, where "chosen" and "rejected" are columns,
              "tags": {"role_tag", "content_tag", "user_tag", "assistant_tag", "observation_tag", "function_tag",
                       "system_tag"}}
 
@@ -24,37 +25,49 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nanollm.data import files, records
-from nanollm.data.chat_formats import EXPECTED, FORMATS, Chat, chat, need
+from nanollm.data.chat_formats import EXPECTED, FORMATS, chat, need
 from nanollm.errors import DataError, counted
 
 LINES = (".jsonl", ".ndjson", ".parquet")          # of a folder; what has other suffixes may be settings, not chats
 Change = Callable[[Any, str], Any]                 # an item and where it stands → an item of a format
 
 
+class Kind(NamedTuple):
+    """What the items of a source are: chats, or preferences (preference_formats.py)."""
+    name: str
+    parse: Callable[[Any, str], Any]               # an item of a format, and where it stands → what `read` returns
+    keys: frozenset[str]                           # of all formats
+    expected: str                                  # the formats, in words
+
+
+CHATS = Kind("chats", chat, frozenset(key for format in FORMATS for part in format for key in part), EXPECTED)
+
+
 def read(source: Path | str, dataset_dir: Path | None = None, columns: dict[str, str] | None = None,
-         say: Callable[[str], object] = lambda note: None) -> list[Chat]:
-    """The chats of a source, as at the head of the file. Raises DataError, with the file and line, item or row.
+         say: Callable[[str], object] = lambda note: None, kind: Kind = CHATS) -> list[Any]:
+    """The chats of a source, or what `kind` makes of its items, as at the head of the file. Raises DataError, with the
+    file and line, item or row.
 
     say     gets a line for each file that is not plain UTF-8, and one with the keys that are passed over
     """
-    place, change = resolve(str(source), dataset_dir)
+    place, change = resolve(str(source), dataset_dir, kind)
     if columns:
-        change = _renamed(columns)
-    chats, unknown = [], Counter[str]()
+        change = _renamed(columns, kind)
+    found, unknown = [], Counter[str]()
     for record in _records(place, say):
         item = change(_item(record), record.where)
-        chats.append(chat(item, record.where))
-        unknown.update(key for key, value in item.items() if key not in KEYS and value is not None)
+        found.append(kind.parse(item, record.where))
+        unknown.update(key for key, value in item.items() if key not in kind.keys and value is not None)
     if unknown:
         names = [json.dumps(name[:40]) for name, _ in unknown.most_common(8)]   # ASCII: cannot drive a terminal
         say(f"{source}: of no format, passed over: {', '.join(names)}{', …' if len(unknown) > 8 else ''}")
-    if not chats:
+    if not found:
         what = f"{', '.join(LINES)} files with " * Path(place).is_dir()
-        raise DataError(f"{place}: no chats in it; expected {what}objects of one of the formats {EXPECTED}")
-    return chats
+        raise DataError(f"{place}: no {kind.name} in it; expected {what}objects of one of the formats {kind.expected}")
+    return found
 
 
 def _records(place: str, say: Callable[[str], object]) -> Iterator[records.Record]:
@@ -96,16 +109,13 @@ def _item(record: records.Record) -> Any:
 
 # ---- what a person says about a set
 
-KEYS = {key for format in FORMATS for part in format for key in part}
-
-
-def resolve(source: str, dataset_dir: Path | None) -> tuple[str, Change]:
+def resolve(source: str, dataset_dir: Path | None, kind: Kind = CHATS) -> tuple[str, Change]:
     """Where the items of a source are, and what makes them items of a format. Raises DataError."""
     folder, colon, name = source.rpartition(":")
     if colon and Path(folder).name == "dataset_info.json":
-        return _described(Path(folder), name)
+        return _described(Path(folder), name, kind)
     if dataset_dir is not None and not source.startswith(records.HUB) and not Path(source).exists():
-        return _described(dataset_dir / "dataset_info.json", source)
+        return _described(dataset_dir / "dataset_info.json", source, kind)
     if Path(source).name == "dataset_info.json":
         names = list(_sets(Path(source)))
         raise DataError(f"{source}: says where sets are; name one of them, as {source}:{names[0]}; "
@@ -113,10 +123,10 @@ def resolve(source: str, dataset_dir: Path | None) -> tuple[str, Change]:
     return source, lambda item, where: item
 
 
-def _renamed(columns: dict[str, str]) -> Change:
-    if unknown := sorted(columns.keys() - KEYS):
+def _renamed(columns: dict[str, str], kind: Kind) -> Change:
+    if unknown := sorted(columns.keys() - kind.keys):
         raise DataError(f"--columns {unknown[0]}={columns[unknown[0]]}: no format has {unknown[0]}; expected "
-                        f"one of {', '.join(sorted(KEYS))}")
+                        f"one of {', '.join(sorted(kind.keys))}")
 
     def change(item: Any, where: str) -> Any:
         need(isinstance(item, dict), where, "an object", item)
@@ -132,6 +142,7 @@ COLUMNS = {"alpaca": {"prompt": "instruction", "query": "input", "response": "ou
 ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "history": "history", "system": "system",
           "tools": "tools"}
 SHAREGPT = {"messages": "conversations", "system": "system", "tools": "tools"}
+RANKED = {"chosen": "chosen", "rejected": "rejected", "kto_tag": "kto_tag"}
 TAGS = {"role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
         "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system"}
 OPENAI_TAGS = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant",
@@ -153,7 +164,7 @@ def _sets(file: Path) -> dict[str, Any]:
     return info
 
 
-def _described(file: Path, name: str) -> tuple[str, Change]:
+def _described(file: Path, name: str, kind: Kind) -> tuple[str, Change]:
     info = _sets(file)
     if name not in info:
         raise DataError(f"{file}: no set {name!r}, and no such file or folder; expected one of {', '.join(info)}")
@@ -163,10 +174,13 @@ def _described(file: Path, name: str) -> tuple[str, Change]:
     need(formatting in COLUMNS, where, "'formatting' to be alpaca, sharegpt or openai", formatting)
     columns = entry.get("columns", COLUMNS[formatting])
     need(isinstance(columns, dict), where, "'columns' to be an object", columns)
-    if entry.get("ranking") or {"chosen", "rejected", "kto_tag"} & {*columns}:
-        raise DataError(f"{where}: preference data, which is for a later method; expected chats to learn from")
+    ranked = bool(entry.get("ranking") or RANKED.keys() & {*columns})
+    if ranked and kind is CHATS:
+        raise DataError(f"{where}: preference data, which --preference and --reward read; expected chats to learn from")
+    need(ranked or kind is CHATS, where, "'ranking' with the columns chosen and rejected, or the column kto_tag",
+         sorted(columns))
     need({"file_name", "hf_hub_url"} & {*entry}, where, "a 'file_name' or a 'hf_hub_url'", sorted(entry))
-    known = ALPACA if formatting == "alpaca" else SHAREGPT
+    known = (ALPACA if formatting == "alpaca" else SHAREGPT) | (RANKED if ranked else {})
     strange = sorted((entry.keys() - UNDERSTOOD) | (columns.keys() - known.keys()))
     need(not strange, where, f"{', '.join(sorted(UNDERSTOOD))} and the columns {', '.join(known)}, no more", strange)
     tags = (OPENAI_TAGS if formatting == "openai" else TAGS) | entry.get("tags", {})
@@ -178,6 +192,9 @@ def _described(file: Path, name: str) -> tuple[str, Change]:
         made = {known[column]: item[key] for column, key in columns.items() if item.get(key) is not None}
         if isinstance(turns := made.get("conversations"), list):
             made["conversations"] = [_turn(turn, f"{at}, message {n}", tags, roles) for n, turn in enumerate(turns, 1)]
+        for column in ("chosen", "rejected"):
+            if isinstance(answer := made.get(column), dict):
+                made[column] = _turn(answer, f"{at}, {column}", tags, roles)
         return made
     if hub := entry.get("hf_hub_url"):                  # goes before a file_name there, too
         return f"{records.HUB}{hub}:{entry.get('subset') or ''}:{entry.get('split') or ''}".rstrip(":"), change

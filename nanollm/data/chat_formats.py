@@ -112,8 +112,8 @@ def chat(item: Any, where: str) -> Chat:
 def _format(item: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Of the format of an item: the keys that it needs, and those it may have."""
     if found := sorted(PREFERENCES & {*item}):
-        raise DataError(f"{where}: found {', '.join(found)}: preference data, which is for a later method; expected "
-                        f"chats to learn from, with the keys {EXPECTED}")
+        raise DataError(f"{where}: found {', '.join(found)}: preference data, which --preference and --reward read; "
+                        f"expected chats to learn from, with the keys {EXPECTED}")
     needed, more = next((format for format in FORMATS if format[0].keys() <= item.keys()), ({}, {}))
     need(needed, where, f"the keys {EXPECTED}", [*item])
     others = {key for format in FORMATS for part in format for key in part} - {*needed, *more}

@@ -26,6 +26,7 @@ import numpy as np
 from nanollm.data.chat_files import read
 from nanollm.data.chat_formats import Chat
 from nanollm.data.chat_writing import IGNORED, Example, Writer, examples
+from nanollm.data.stream import stack
 from nanollm.errors import DataError
 from nanollm.text.tokenizer import Tokenizer
 
@@ -110,6 +111,7 @@ class Chats:
     lost      the share of the tokens to learn that goes with them
     pad       any id of the model: what fills a row up has position −1, which nothing sees (layers/mask.py)
     """
+    stack = staticmethod(stack)
 
     def __init__(self, name: str, examples: Sequence[Example], context: int, pad: int, long: str = "drop") -> None:
         self.name, self.context, self.pad = name, context, pad

@@ -29,10 +29,10 @@ import re
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -94,7 +94,12 @@ class Source(Protocol):
         """Of all that the rows are made from."""
         ...
 
-    def row(self, index: int) -> Row: ...
+    @property
+    def stack(self) -> Callable[[Sequence[Any]], Any]:
+        """The collator: rows → a batch."""
+        ...
+
+    def row(self, index: int) -> Any: ...
     def verify(self, vocab: int) -> None: ...
     def unchanged(self) -> None: ...
 
@@ -105,6 +110,7 @@ class Tokens:
     end      the mark between documents, for shards that do not say; None: none, so positions never begin again
     short    True: the last window may be short, and is filled up with targets of −100, so that all tokens are predicted
     """
+    stack = staticmethod(stack)
 
     def __init__(self, name: str, shards: Sequence[Shard | InMemory], context: int, end: int | None = None, *,
                  short: bool = False) -> None:
@@ -264,10 +270,10 @@ class Stream:
         epoch, n = divmod(n, self.sources[source].rows)
         return source, epoch, int(shuffle(n, self.sources[source].rows, (self.seed, source, epoch)))
 
-    def batch(self, first: int, count: int) -> Batch:
-        """Rows first … first + count − 1."""
+    def batch(self, first: int, count: int) -> Any:
+        """Rows first … first + count − 1, as the collator of their source lays them out."""
         places = map(self.place, range(first, first + count))
-        return stack([self.sources[source].row(window) for source, _, window in places])
+        return self.sources[0].stack([self.sources[source].row(window) for source, _, window in places])
 
 
 def shares(weights: Sequence[float], block: int) -> list[int]:

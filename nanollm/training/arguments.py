@@ -18,8 +18,10 @@ from nanollm.data.sft import LONG
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing
+from nanollm.training.distillation import KINDS
 from nanollm.training.distributed import DTYPES, RECOMPUTE
 from nanollm.training.optim import BETAS, SCHEDULES
+from nanollm.training.preferences import BETA
 
 Add = Callable[..., Any]        # add_argument of a group
 
@@ -90,6 +92,10 @@ DEFAULTS: dict[str, tuple] = {
 LORA_DEFAULTS: dict[str, float] = {"lr": 0.0002}
 
 
+# Preferences move a model little and early; the rates are those of trl for all weights, ten times that for adapters.
+PREFERENCE_LR = {"full": 0.000001, "adapters": 0.00001}
+
+
 def kind(options: argparse.Namespace) -> int:
     """The column of DEFAULTS that a run takes."""
     return 2 if options.init else 0 if options.preset.endswith("-toy") or f"{options.preset}-toy" in PRESETS else 1
@@ -151,6 +157,26 @@ def chats(add: Add) -> None:
              f"or one of {', '.join(TEMPLATES)}")
 
 
+def preferences(add: Add) -> None:
+    """Learning from answers that were compared."""
+    add("--preference", type=Path, nargs="+", metavar="FILE",
+        help="preferences: prompts with a chosen and a rejected answer, or with an answer and a label for --loss kto, "
+             "as trl and LLaMA-Factory have them; files and sets as for --chat")
+    add("--reward", type=Path, nargs="+", metavar="FILE",
+        help="a reward model, from prompts with a chosen and a rejected answer: one number for each answer")
+    add("--loss", choices=(*BETA,),
+        help="loss on preferences: dpo (default), its kin robust, hinge and ipo; orpo and simpo, which need no "
+             "reference model; kto, on labels or on pairs taken apart")
+    add("--beta", type=rate, metavar="B",
+        help=f"strength of the loss: β of dpo, ipo (τ), kto, simpo, λ of orpo (default {BETA['dpo']}; simpo "
+             f"{BETA['simpo']:g})")
+    add("--label-smoothing", type=share, metavar="SHARE",
+        help="share of preferences that may be the wrong way round, for dpo and robust (default 0)")
+    add("--gamma", type=rate, metavar="G", help="margin of simpo that the better answer is to have (default 1)")
+    add("--kto-weights", type=rate, nargs=2, metavar=("GOOD", "BAD"),
+        help="weights of good and of bad answers in kto (default 1 1)")
+
+
 def run_folder(add: Add) -> None:
     """Where the run is kept, and whether one goes on."""
     add("--out", type=Path, metavar="FOLDER",
@@ -182,7 +208,9 @@ def optimization(add: Add) -> None:
              "say)")
     add("--context", type=whole, metavar="T",
         help=f"context length, tokens a row, at most what the model was made for ({default('context')})")
-    add("--lr", type=rate, metavar="RATE", help=f"peak learning rate ({default('lr')})")
+    add("--lr", type=rate, metavar="RATE",
+        help=f"peak learning rate ({default('lr')}; with --preference {PREFERENCE_LR['full']:g}, with adapters "
+             f"{PREFERENCE_LR['adapters']:g})")
     add("--min-lr", type=rate, default=0.0, metavar="RATE",
         help="minimum learning rate: the rate at which the schedule ends, not a share of --lr (default 0)")
     add("--schedule", choices=SCHEDULES, default="linear",
@@ -241,6 +269,15 @@ def growing_and_freezing(add: Add) -> None:
         help="NEFTune: noise on the embeddings in training, of this size (default 0; often 5)")
     add("--shift-attention", type=whole, metavar="G",
         help="LongLoRA: attention inside groups of G tokens in training, shifted by G/2 in half of the heads")
+
+
+def teaching(add: Add) -> None:
+    """Learning from another model."""
+    add("--teacher", type=Path, metavar="FOLDER",
+        help="distillation: a frozen model with the same tokenizer, whose distribution over the next token is learnt "
+             "in the place of the token, on --data or --chat")
+    add("--distill", choices=KINDS,
+        help="divergence that is made small: forward, KL(teacher ‖ student), or reverse (default forward)")
 
 
 def adapters(add: Add) -> None:
@@ -328,9 +365,11 @@ def planning(add: Add) -> None:
 GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, and who adds the group
     "the model and its data": model_and_data,
     "chats": chats,
+    "preferences": preferences,
     "the run folder": run_folder,
     "optimization": optimization,
     "growing and freezing a model": growing_and_freezing,
+    "distillation": teaching,
     "adapters": adapters,
     "hardware": hardware,
     "evaluation, samples, checkpoints": evaluation,

@@ -4,6 +4,7 @@
     --data shards …    one source each, mixed by weight (data/stream.py)
     --chat file …      chats through the model's own template, packed into rows (data/sft.py), mixed by weight; also
                        with --data, after which one stream has rows of both kinds
+    --preference, --reward file …    pairs of answers, or answers with a label (data/preferences.py), mixed by weight
     --held-out file    what is measured on; all of the above is then trained on
 """
 
@@ -12,15 +13,19 @@ import dataclasses
 import functools
 import json
 import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from nanollm.data import chat_sets, chat_store
+from torch import Tensor
+
+from nanollm.data import chat_sets, chat_store, preferences
 from nanollm.data import prepare as text
 from nanollm.data import stream as data
 from nanollm.data.encode import marks
 from nanollm.data.shards import read_meta
-from nanollm.data.stream import Batch, Source, Stream
+from nanollm.data.stream import Source, Stream
 from nanollm.errors import DataError, counted
 from nanollm.text import adding, templates, tokenizer
 from nanollm.text.chat import Conversation
@@ -85,16 +90,24 @@ class Corpus:
             config = json.loads(file.read_text()) if file.exists() else {}
             file.write_text(json.dumps(config | {"eos_token_id": list(tokenizer.stop_ids)}, indent=2) + "\n")
 
-    def batches(self, first: int, rows: int, at_once: int) -> list[Batch]:
-        """The rows first … first + rows − 1 of the stream, `at_once` to a batch.
+    def of_step(self, step: int, options: argparse.Namespace, world: World) -> list[Any]:
+        """This rank's micro-batches of a step. The rows of a step are the same however many ranks share them.
 
         Raises DataError where a file can no longer be read.
         """
+        each, at_once = options.batch_size // world.size, options.micro_batch
+        first = step * options.batch_size + world.rank * each
         try:
-            return [self.stream.batch(at, at_once) for at in range(first, first + rows, at_once)]
+            return [self.stream.batch(at, at_once) for at in range(first, first + each, at_once)]
         except DataError as error:
             error.alone = True                  # other ranks may have read their rows
             raise
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of the data, by name: log-probabilities of the reference model (reference.py)."""
+        sources = [*self.stream.sources, *([self.held_out] if self.held_out else [])]
+        return {f"reference.{number}": source.reference for number, source in enumerate(sources)
+                if isinstance(source, preferences.Pairs)}
 
     def describe(self, first: int, count: int) -> str:
         """Where `count` rows of the stream come from, beginning with row `first`, for messages."""
@@ -122,6 +135,8 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
 
     vocab: the size of the BPE that is trained where no tokenizer is given. Raises DataError.
     """
+    if options.preference or options.reward:
+        return open_preferences(options, world)
     if not options.chat:
         return open_text(options, world, vocab)
     chats = open_chats(options, world)
@@ -248,13 +263,8 @@ def open_chats(options: argparse.Namespace, world: World) -> Corpus:
     """The chats of all --chat, written with the template of --init and packed into rows (data/chat_sets.py). All ranks
     call it: rank 0 writes what the others read."""
     def read() -> tuple[Tokenizer, chat_sets.Sets]:
-        folder = adding.folder_of(options)
-        assert folder is not None, "--chat goes with --init"
-        reader = tokenizer.load(folder)
-        if options.template:
-            templates.choose(reader, options.template, to_file=True)
-        columns = dict(pair.split("=", 1) for pair in options.columns or ())
-        return reader, chat_sets.Sets(options.chat, options.held_out, options.dataset_dir, columns)
+        return chat_tokenizer(options), chat_sets.Sets(options.chat, options.held_out, options.dataset_dir,
+                                                       columns(options))
 
     reader, sets = world.on_all_ranks(read)
     folder = chat_store.folder_for(options.out, reader, sets.every)
@@ -263,6 +273,39 @@ def open_chats(options: argparse.Namespace, world: World) -> Corpus:
     stream = Stream(train, options.mix if len(options.mix or ()) == len(train) else None, options.seed)
     largest = max(source.largest for source in (*train, held) if source)
     return Corpus(stream, held, reader, largest + 1, True, None, tuple(notes), examples=folder)
+
+
+def open_preferences(options: argparse.Namespace, world: World) -> Corpus:
+    """The items of all --preference, or --reward, written with the template of --init (data/preferences.py). All ranks
+    call it: rank 0 writes what the others read."""
+    def read() -> tuple[Tokenizer, preferences.Sets]:
+        return chat_tokenizer(options), preferences.Sets(
+            options.preference or options.reward, options.held_out, options.dataset_dir, columns(options),
+            labels=options.loss == "kto")
+
+    reader, sets = world.on_all_ranks(read)
+    folder = chat_store.folder_for(options.out, reader, sets.chats)
+    world.on_rank_0(lambda: chat_store.build(folder, reader, sets.chats))
+    train, held, notes = world.on_all_ranks(lambda: sets.rows(folder, reader, options.context, options.long or "drop",
+                                                              sys.stdout.isatty()))
+    largest = max(source.largest for source in (*train, held) if source)
+    return Corpus(Stream(train, options.mix, options.seed), held, reader, largest + 1, True, None, tuple(notes),
+                  examples=folder)
+
+
+def chat_tokenizer(options: argparse.Namespace) -> Tokenizer:
+    """The tokenizer of --init, with the template of --template."""
+    folder = adding.folder_of(options)
+    assert folder is not None, "--chat and --preference go with --init"
+    reader = tokenizer.load(folder)
+    if options.template:
+        templates.choose(reader, options.template, to_file=True)
+    return reader
+
+
+def columns(options: argparse.Namespace) -> dict[str, str]:
+    """--columns, as a mapping."""
+    return dict(pair.split("=", 1) for pair in options.columns or ())
 
 
 def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:

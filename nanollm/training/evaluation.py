@@ -21,12 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanollm.data.stream import Source, stack
+from nanollm.data.stream import Source
 from nanollm.errors import RunError
 from nanollm.model import Decoder
 from nanollm.training import distributed, state
 from nanollm.training.distributed import DTYPES, World
-from nanollm.training.losses import Loss
+from nanollm.training.losses import Loss, means
 
 ROWS = 64               # of an evaluation between steps
 
@@ -70,28 +70,31 @@ class Best:
 
 
 @torch.no_grad()
-def held_out_loss(
+def held_out_means(
     model: Decoder, loss: Loss, source: Source | None, world: World, options: argparse.Namespace,
     most: int | None = None,
-) -> float:
-    """The "loss" of the method, nats per token as a rule, over `most` rows of the source, evenly spaced, or over all.
+) -> dict[str, float]:
+    """What the method says of `most` rows of the source, evenly spaced, or of all: "loss", nats per token as a rule,
+    and what else it has.
 
     The ranks share the rows out. Outside of a step the model is in eval mode, see phase.py.
     """
     assert source is not None
     rows = range(0, source.rows, 1 if most is None else math.ceil(source.rows / most))
-    each, total = options.micro_batch, torch.zeros(2, dtype=torch.float64)
+    each, parts, count = options.micro_batch, list[Tensor](), 0
     for at in range(0, len(rows), each * world.size):
         mine = rows[at + world.rank * each :][:each]
-        batch = stack([source.row(i) for i in mine or rows[:1]])        # all ranks take part in each forward pass
+        batch = source.stack([source.row(i) for i in mine or rows[:1]])     # all ranks take part in each forward pass
         with distributed.cast(model, DTYPES[options.dtype]):
             _, sums = loss(model, batch.to(world.device), options)
         if mine:
-            total += torch.tensor([sums["loss"].item(), batch.divisor])
+            parts.append(torch.stack([*sums.values()]).double())
+            count += batch.divisor
     for module in distributed.sharded_modules(model):
         module.reshard()                        # a backward pass would have; without one what was gathered stays
-    nats, count = world.all_reduce(*total.tolist())
-    return nats / count
+    mine_of_all = torch.stack(parts).sum(0).tolist() if parts else [0.0] * len(sums)
+    *totals, targets = world.all_reduce(*mine_of_all, count)
+    return means(dict(zip(sums, totals, strict=True)), targets)
 
 
 def need_held_out(options: argparse.Namespace, source: Source | None) -> None:

@@ -78,19 +78,19 @@ class Speed:
     """What a step of a run came to, for its log."""
 
     def __init__(self, config: c.ModelConfig, options: argparse.Namespace, world: "World") -> None:
-        self.tokens, self.device = options.batch_size * options.context, world.device
+        self.device = world.device
         peak = peak_flops(world.device, options.dtype)
         # MFU at one token a second
         self.share = peak and flops_per_token(config, options.context) / (peak * world.size)
 
-    def entry(self, seconds: float, waited: float) -> dict[str, float]:
-        """Of a step that took `seconds`, `waited` of them for its rows."""
+    def entry(self, tokens: int, seconds: float, waited: float) -> dict[str, float]:
+        """Of a step over so many tokens, padding not counted, that took `seconds`, `waited` of them for its rows."""
         found = {
-            "tokens_per_second": round(self.tokens / seconds),
+            "tokens_per_second": round(tokens / seconds),
             "data_wait": round(waited / seconds, 4),
             "memory_gb": round(peak_memory(self.device) / 1e9, 3),
         }
-        return found if self.share is None else found | {"mfu": round(self.tokens / seconds * self.share, 4)}
+        return found if self.share is None else found | {"mfu": round(tokens / seconds * self.share, 4)}
 
 
 # ---- FLOPs

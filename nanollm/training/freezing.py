@@ -65,6 +65,7 @@ def train_last(model: Decoder, count: int) -> None:
     if count > depth:
         raise InputError(f"--train-last {count}: the model has {depth} layers")
     kept = {*model.norm.parameters(), *model.head.parameters()}
+    kept |= {p for name, p in model.named_parameters() if name.startswith("score.")}        # of a reward model
     kept |= {p for layer in list(model.layers)[depth - count :] for p in layer.parameters()}
     for p in set(model.parameters()) - kept:
         p.requires_grad_(False)

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from nanollm.errors import RunError, counted
 from nanollm.model import Decoder
-from nanollm.training import monitors
+from nanollm.training import methods, monitors
 from nanollm.training.corpus import Corpus
 from nanollm.training.plot import loss_curve
 from nanollm.training.runs import STOP, write
@@ -100,10 +100,12 @@ def begun(options: argparse.Namespace, model: Decoder, ranks: int, step: int) ->
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model.config).parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = options.steps * options.batch_size
+    seen = f"{millions(rows)} rows" if methods.compares(options) else f"{millions(rows * options.context)} tokens"
     return (f"{options.init or options.preset}: {millions(parameters)} parameters, "
             + (f"{millions(trained)} trained, " if trained != parameters else "")
-            + f"{millions(options.steps * options.batch_size * options.context)} tokens to see, products in "
-            f"{options.dtype} on {ranks} × {options.device}" + (f", on from step {step}" if step else ""))
+            + f"{seen} to see, products in {options.dtype} on {ranks} × {options.device}"
+            + (f", on from step {step}" if step else ""))
 
 
 def millions(count: int) -> str:

@@ -3,8 +3,9 @@
 A training method is a loss and a collator, and the loop knows neither by name:
 
     loss        (model, batch, options) → the sum to minimise, and sums for the log: `next_token` here
-    collator    what makes batches of rows: data/stream.py. The loop asks a batch for .divisor, by which the sums are
-                divided (targets), for .seen (tokens that are no padding), .real and .to(device)
+    collator    what makes batches of rows: data/stream.py, data/preferences.py. The loop asks a batch for .divisor, by
+                which the sums are divided (targets; pairs), for .seen (tokens that are no padding), .real and
+                .to(device)
 
     L  =  1/n Σ_t [ −log p(y_t) + z · (log Z_t)² ]  +  b · balance
                                                 n  targets of the step, over all micro-batches and ranks
@@ -27,6 +28,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +44,8 @@ RECENT = 128            # steps that a spike is measured against
 SQUARES = {"log_z"}     # of these the sums are of squares, and the log has the root of the mean
 
 # The first sum has a gradient. The others, by name, are for the log and have none; "loss" is among them.
-Loss = Callable[[Decoder, Batch, argparse.Namespace], tuple[Tensor, dict[str, Tensor]]]
+# The batch is what the collator of the method makes: Batch here.
+Loss = Callable[[Decoder, Any, argparse.Namespace], tuple[Tensor, dict[str, Tensor]]]
 
 
 def next_token(model: Decoder, batch: Batch, options: argparse.Namespace) -> tuple[Tensor, dict[str, Tensor]]:

@@ -24,8 +24,8 @@ from nanollm.cli import Parser
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError, RunError
 from nanollm.presets import preset
-from nanollm.training import growing, monitors, tuning
-from nanollm.training.arguments import DEFAULTS, LORA_DEFAULTS, build_parser, kind
+from nanollm.training import growing, methods, monitors, tuning
+from nanollm.training.arguments import DEFAULTS, LORA_DEFAULTS, PREFERENCE_LR, build_parser, kind
 from nanollm.training.distributed import DTYPES
 from nanollm.training.runs import FREE
 
@@ -51,6 +51,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
     if options.chat and not options.init:
         raise InputError("--chat fine-tunes a model that exists: name its folder with --init")
     check_chats(options)
+    methods.check(options)
     growing.check(options)
     tuning.check(options)
     if options.steps and options.epochs:
@@ -68,11 +69,12 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         monitors.require(options)
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    source = [path.name for path in (*(options.chat or ()), *options.data)]
+    files = options.chat or options.preference or options.reward or ()
+    source = [path.name for path in (*files, *options.data)]
     model = options.init.name if options.init else options.preset
     options.title = f"{model} on {', '.join(source) or 'the standard library'}"
     if options.prompt is None:
-        options.prompt = "def " if not (options.data or options.chat) else ""
+        options.prompt = "" if source else "def "
     return options
 
 
@@ -93,11 +95,11 @@ def of_record(folder: Path, parser: Parser) -> list[str]:
 
 def check_chats(options: argparse.Namespace) -> None:
     """Raise InputError where options of chats and mixtures do not go together."""
-    if not options.chat:
+    if not options.chat and not methods.compares(options):
         for name in ("dataset_dir", "columns", "long"):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} goes with --chat")
-    sources = len(options.chat or ()) + len(options.data)
+    sources = len(options.chat or options.preference or options.reward or ()) + len(options.data)
     if options.mix and len(options.mix) != sources:
         what = f"{len(options.chat)} --chat and {len(options.data)} --data" if options.chat else f"{sources} --data"
         raise InputError(f"--mix has {len(options.mix)} weights for {what}")
@@ -119,6 +121,8 @@ def settle(options: argparse.Namespace) -> None:
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None and name not in later:
             usual = LORA_DEFAULTS.get(name) if tuning.tunes(options) else None
+            if name == "lr" and options.preference:
+                usual = PREFERENCE_LR["adapters" if tuning.tunes(options) else "full"]
             setattr(options, name, own.get(name, None if name == "context" else usual or values[kind(options)]))
     if options.dtype == "auto" and own.get("dtype") in DTYPES:
         options.dtype = own["dtype"]

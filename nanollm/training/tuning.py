@@ -31,7 +31,7 @@ from nanollm.errors import InputError, RunError
 from nanollm.layers.frozen import FrozenLinear
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
-from nanollm.training import lora, optim
+from nanollm.training import lora, optim, reward
 from nanollm.training.lora import LoRA
 
 QUANTIZED = ("int8", "int4", "nf4")
@@ -206,11 +206,13 @@ def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) 
     parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": []}
     for name, p in there.items():
         parts[name.rpartition(".")[2]].append(p)
+    parts["rest"] = [p for name, p in model.named_parameters() if p.requires_grad and name not in there]   # a score
     decay, faster = options.weight_decay, options.lora_plus or 1.0
     found = [optim.adamw([group for group in (
         {"params": parts["A"], "weight_decay": decay, "lr_scale": 1.0},
         {"params": parts["B"], "weight_decay": decay, "lr_scale": faster},
-        {"params": parts["magnitude"], "weight_decay": 0.0, "lr_scale": 1.0}) if group["params"]], options.betas)]
+        {"params": parts["magnitude"] + parts["rest"], "weight_decay": 0.0, "lr_scale": 1.0}) if group["params"]],
+        options.betas)]
     optim.init_state(found)
     return found
 
@@ -246,10 +248,12 @@ def how_to_use(options: argparse.Namespace, name: str) -> str:
 def export(whole: Decoder, folder: Path, options: argparse.Namespace, source: Source,
            save: Callable[[Decoder, Path], None], save_adapter: Callable[..., None]) -> None:
     """Write the model; of one with adapters those alone, which name their base as source.name, or the model with them
-    in it, in source.dtype."""
+    in it, in source.dtype. The score of a reward model is a file of its own beside it."""
+    score = reward.taken_off(whole)
     if not tunes(options):
         save(whole, folder)
     elif other_base(options) is None:
         save_adapter(whole, folder, base=source.name)
     else:
         save(lora.merge(whole).to(source.dtype), folder)
+    reward.write(score, folder)

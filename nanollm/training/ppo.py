@@ -1,0 +1,53 @@
+"""PPO for a decoder: a value for each token says what reward is still to come, and steps are kept small by clipping.
+
+    r_t  = −β (log π_old(y_t) − log π_ref(y_t)),  + R at the last token    Ouyang et al. 2022 (arXiv 2203.02155) eq. 2
+    δ_t  = r_t + γ V_{t+1} − V_t
+    A_t  = δ_t + γλ A_{t+1}                       GAE: Schulman et al. 2015 (arXiv 1506.02438) eq. 16
+    G_t  = A_t + V_t                              what the value of t is to become
+
+    policy     −min(w_t A_t, clip(w_t, 1 − ε, 1 + ε) A_t)     Schulman et al. 2017 (arXiv 1707.06347) eq. 7;
+                                                             `clipped` of grpo.py
+    value      ½ max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²)
+
+V_{t+1} behind the last token is 0 where the answer ended, and the value itself where it was cut at the longest length:
+what would have come is then not nothing. That is the first of the usual mistakes; the others are a KL that is computed
+from the new model (it is part of the reward, so a constant), and advantages that are whitened with the padding.
+
+Shapes: B answers, T tokens of the longest.
+"""
+
+import torch
+from torch import Tensor
+
+
+def token_rewards(reward: Tensor, log_p: Tensor, reference: Tensor, mask: Tensor, beta: float) -> Tensor:
+    """R (B,), log π_old and log π_ref (B, T) → r (B, T): the KL at every token, R at the last. 0 where mask is."""
+    rewards = -beta * (log_p - reference) * mask
+    last = mask.sum(1).long() - 1
+    return rewards.scatter_add(1, last[:, None], reward[:, None])
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, after: Tensor, gamma: float = 1.0,
+        lam: float = 0.95) -> tuple[Tensor, Tensor]:
+    """r, V, mask (B, T), after (B,) = V behind the last token, 0 where the answer ended → A, G (B, T), 0 where mask is.
+    """
+    found, following, advantage = torch.zeros_like(values), after, torch.zeros_like(after)
+    for t in reversed(range(values.shape[1])):
+        real = mask[:, t].bool()
+        delta = rewards[:, t] + gamma * following - values[:, t]
+        advantage = torch.where(real, delta + gamma * lam * advantage, advantage)
+        following = torch.where(real, values[:, t], following)
+        found[:, t] = torch.where(real, advantage, 0.0)
+    return found, (found + values) * mask
+
+
+def whitened(advantage: Tensor, mask: Tensor) -> Tensor:
+    """A (B, T) with mean 0 and variance 1 over all tokens of mask, 0 elsewhere."""
+    real = advantage[mask.bool()]
+    return (advantage - real.mean()) / (real.var() + 1e-8).sqrt() * mask
+
+
+def value_loss(value: Tensor, old: Tensor, aim: Tensor, clip: float) -> Tensor:
+    """V, V_old, G (B, T) → (B, T). The worse of two, so that a value does not move by more than `clip` for a gain."""
+    near = old + (value - old).clamp(-clip, clip)
+    return 0.5 * torch.max((value - aim).square(), (near - aim).square())
