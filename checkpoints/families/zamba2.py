@@ -11,7 +11,7 @@ of half of that. The ε of the norm after Mamba-2's gate is 1e-5, whatever rms_n
 
 A block is stored under the first layer that has it, and so are the adapters of all layers that use it, by the number of
 the hybrid layer: `adapter_list.2` is that of the third. transformers 5.23 bounds Δ from below by `time_step_min` in a
-prompt, and forgets it for a single token after it; here it is bounded for both, as up to 4.5x.
+prompt, and forgets it for a single token after it; here it is bounded for both.
 
 Refused are `tie_word_embeddings` false, where transformers 5.23 shares no block either, and `use_long_context`, for
 which the class once changed the base of RoPE, and does not any more.
