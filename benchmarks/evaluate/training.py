@@ -96,4 +96,7 @@ def score(run: Any, log: Log, whole: contextlib.AbstractContextManager[Decoder |
         found = run.world.on_rank_0(lambda: measured(model, run.corpus.tokenizer, run.options))
     figures, mean = run.world.broadcast(found)
     log(run.step, tasks=mean, **figures)
-    return run.best.judge(run.step, -mean)
+    held_out = run.best.newest                  # what the progress bar shows is a loss
+    better = run.best.judge(run.step, -mean)
+    run.best.newest = held_out
+    return better
