@@ -229,7 +229,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
                 better = tasks.score(run, log, run.whole())
             last = run.over
             if last and run.step < options.steps and world.rank == 0:
-                tqdm.write(f"--patience ends the run: nothing better since step {run.best.step}")
+                tqdm.write(f"--patience ends the run: no {tasks.better(options)} since step {run.best.step}")
             if run.corpus.tokenizer and options.sample_every and (last or run.step % options.sample_every == 0):
                 sample(run, log)
             if last or request or run.step % options.save_every == 0 or better and options.keep_best:

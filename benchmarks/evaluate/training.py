@@ -89,6 +89,11 @@ def due(options: argparse.Namespace, step: int, over: bool) -> bool:
     return bool(options.tasks) and (over or step % options.evaluate_every == 0)
 
 
+def better(options: argparse.Namespace) -> str:
+    """What --patience waits for, in words."""
+    return "better mean of --tasks" if options.tasks else "lower held-out loss"
+
+
 def score(run: Any, log: Log, whole: contextlib.AbstractContextManager[Decoder | None]) -> bool:
     """The tasks of a run of train.py into its log; whether this is the best so far. whole: gathers the model on rank
     0."""
@@ -96,4 +101,7 @@ def score(run: Any, log: Log, whole: contextlib.AbstractContextManager[Decoder |
         found = run.world.on_rank_0(lambda: measured(model, run.corpus.tokenizer, run.options))
     figures, mean = run.world.broadcast(found)
     log(run.step, tasks=mean, **figures)
-    return run.best.judge(run.step, -mean)
+    held_out = run.best.newest                  # what the progress bar shows is a loss
+    best = run.best.judge(run.step, -mean)
+    run.best.newest = held_out
+    return best
