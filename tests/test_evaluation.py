@@ -154,7 +154,7 @@ def test_a_run_ends_early_and_goes_on_where_more_patience_is_given(planned, data
     assert here(data, whole, *SHORT) is None
     early = (*SHORT, "--patience", "1")
     assert here(data, out, *early) is None
-    assert "nothing better since step 4" in capsys.readouterr().out
+    assert "no lower held-out loss since step 4" in capsys.readouterr().out
     assert saved(out)[-1] == 6 and evaluations(out) == [*PLAN.items()][:4] and len(steps(out)) == 6
     assert equal(exported(out), weights(out / "steps" / "00000006"))
     assert here(data, out, *early, "--resume") is None and len(steps(out)) == 6         # over is over

@@ -101,7 +101,4 @@ def score(run: Any, log: Log, whole: contextlib.AbstractContextManager[Decoder |
         found = run.world.on_rank_0(lambda: measured(model, run.corpus.tokenizer, run.options))
     figures, mean = run.world.broadcast(found)
     log(run.step, tasks=mean, **figures)
-    held_out = run.best.newest                  # what the progress bar shows is a loss
-    best = run.best.judge(run.step, -mean)
-    run.best.newest = held_out
-    return best
+    return run.best.judge(run.step, -mean)

@@ -163,7 +163,7 @@ def preferences(add: Add) -> None:
         help="preferences: prompts with a chosen and a rejected answer, or with an answer and a label for --loss kto, "
              "as trl and LLaMA-Factory have them; files and sets as for --chat")
     add("--reward", type=Path, nargs="+", metavar="FILE",
-        help="a reward model, from prompts with a chosen and a rejected answer: one number for each answer")
+        help="reward model, from prompts with a chosen and a rejected answer: one number for each answer")
     add("--loss", choices=(*BETA,),
         help="loss on preferences: dpo (default), its kin robust, hinge and ipo; orpo and simpo, which need no "
              "reference model; kto, on labels or on pairs taken apart")

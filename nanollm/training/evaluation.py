@@ -41,7 +41,6 @@ class Best:
 
     def judge(self, step: int, loss: float) -> bool:
         """Take in one evaluation; whether it is the best so far."""
-        self.newest = loss
         if better := math.isfinite(loss) and (self.loss is None or loss < self.loss):
             self.step, self.loss, self.since = step, loss, 0
         else:
