@@ -53,6 +53,10 @@ class Busy(InputError):
     """The queue is full."""
 
 
+class TooLong(InputError):
+    """A prompt that leaves no room for an answer."""
+
+
 class Ticket:
     """A request in an engine, and what has come of it so far."""
 
@@ -127,8 +131,7 @@ class Engine:
         """Put a request into the queue; what it takes is what `generate` takes (generation.py).
 
         listen: is told the ticket after each token and once at the end, in the engine's thread, which it must not hold
-        up. Raises InputError for what `generate` raises it for, for a prompt that leaves no room for an answer, and
-        Busy for a full queue.
+        up. Raises InputError for what `generate` raises it for, TooLong, and Busy for a full queue.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -138,8 +141,8 @@ class Engine:
         check_prompt(prompt, vocab)
         chosen.check(vocab)
         if room < 1:
-            raise InputError(f"the prompt has {len(prompt):,} tokens, and the context holds {self.length:,} with the "
-                             "answer")
+            raise TooLong(f"the prompt has {len(prompt):,} tokens, and the context holds {self.length:,} with the "
+                          "answer")
         if stop_ids is None:
             stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
         finish = Finish(stop_ids, stop, constrain, min(max_new_tokens, room),
