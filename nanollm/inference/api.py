@@ -23,8 +23,8 @@ from nanollm.inference.constrained import Grammar
 from nanollm.inference.engine import Busy, TooLong
 from nanollm.inference.request import Request
 from nanollm.inference.sample import LARGE
-from nanollm.inference.tools import Format, format_of
 from nanollm.text.chat import Conversation, messages_of
+from nanollm.text.tools import Format, format_of
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
             "seed")
