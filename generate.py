@@ -21,6 +21,7 @@ hub. Text goes to standard output, everything else to standard error. What each 
 import argparse
 import importlib.util
 import json
+import os
 import sys
 import time
 import warnings
@@ -163,7 +164,7 @@ def served(args: argparse.Namespace, model: Decoder, request: Request) -> None:
     from nanollm.inference.server import Server, serve
 
     engine = Engine(model, request.tokenizer, args.slots or 8, args.context)
-    name = Path(args.model).resolve().name if Path(args.model).exists() else args.model
+    name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
     port = 8000 if args.port is None else args.port                 # 0: any that is free
     serve(Server(engine, request, name, args.api_key), args.host or "127.0.0.1", port)
 
