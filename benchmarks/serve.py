@@ -70,7 +70,7 @@ def llama_cpp(path: Path, prompts: list[list[int]], new: int) -> Run | None:
         import llama_cpp as cpp
     except ImportError:
         return None
-    cpp.llama_log_set(cpp.llama_log_callback(lambda *_: None), None)
+    cpp.llama_log_set(silent := cpp.llama_log_callback(lambda *_: None), None)
     rows, total = len(prompts), sum(map(len, prompts))
     model = cpp.llama_model_load_from_file(str(path).encode(), cpp.llama_model_default_params())
     params = cpp.llama_context_default_params()
@@ -93,6 +93,7 @@ def llama_cpp(path: Path, prompts: list[list[int]], new: int) -> Run | None:
         return [int(row.argmax()) for row in logits]
 
     def run() -> list[list[int]]:
+        assert silent is not None                           # it must live as long as llama.cpp may call it
         cpp.llama_memory_clear(cpp.llama_get_memory(context), True)
         last = decode([(token, at, row, at == len(prompt) - 1) for row, prompt in enumerate(prompts)
                        for at, token in enumerate(prompt)])

@@ -280,6 +280,7 @@ WRONG = [
     (COMPLETION, {"prompt": [-1]}, 400), (COMPLETION, {"prompt": [1.5]}, 400),
     (COMPLETION, {"prompt": ["a"] * 65}, 400), (COMPLETION, {}, 400),
     (COMPLETION, {"prompt": "a", "echo": True}, 400), (COMPLETION, {"prompt": "a", "logprobs": 99}, 400),
+    (CHAT, b'{"messages": [], "\\ud800": 1}', 400), (CHAT, b'{"messages": [], "model": "\\ud800"}', 404),
     ("/v1/embeddings", {"input": "a"}, 404), ("/v1/../etc/passwd", {}, 404), ("/v1/models", {}, 405),
 ]
 

@@ -305,9 +305,9 @@ class Engine:
             with torch.inference_mode():
                 tokens, scores = next_tokens(logits, ticket.sampling, [ticket.prompt], [answer.tokens], finish.ids,
                                              ticket.draw, finish.constraints)
-                answer.tokens += tokens.tolist()
-                if ticket.logprobs is not None:
+                if ticket.logprobs is not None:         # before the token: another thread may look at any moment
                     answer.logprobs += logprobs_of(logits, scores, tokens, ticket.logprobs)
+                answer.tokens += tokens.tolist()
             self.counts["new_tokens"] += 1
             finish(answer)
             if answer.ended is None:

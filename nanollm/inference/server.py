@@ -30,7 +30,7 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from nanollm.errors import InputError, NanollmError
@@ -79,7 +79,7 @@ class Server:
         """The handler, for those who may; what it raises becomes an answer."""
         async def answer(http: Request) -> Response:
             try:
-                host = http.headers.get("host", "").rsplit(":", 1)[0].strip("[]")
+                host = str(http.url.hostname)
                 if self.local and host not in LOOPBACK:
                     raise BadRequest(f"host {host[:60]}: this server answers to localhost alone", status=403)
                 shown = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
@@ -104,7 +104,7 @@ class Server:
         """Whether the engine's thread runs."""
         thread = self.engine.thread
         well = thread is not None and thread.is_alive()
-        return JSONResponse({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
+        return as_json({"status": "ok" if well else "the engine has stopped"}, 200 if well else 503)
 
     async def metrics(self, http: Request) -> Response:
         """Prometheus' text format, version 0.0.4."""
@@ -122,9 +122,9 @@ class Server:
         asked, told = http.path_params.get("name"), {"id": self.name, "object": "model", "created": self.started,
                                                      "owned_by": "nanollm", "context_length": self.engine.length}
         if asked is None:
-            return JSONResponse({"object": "list", "data": [told]})
+            return as_json({"object": "list", "data": [told]})
         self.check_model(asked)
-        return JSONResponse(told)
+        return as_json(told)
 
     def check_model(self, name: Any) -> None:
         """Raise BadRequest for a model that is not this one. A body may leave it out."""
@@ -171,7 +171,7 @@ class Server:
         finally:
             leaving.cancel()
             cancel(replies)
-        return JSONResponse(told.whole(replies))
+        return as_json(told.whole(replies))
 
     def submit(self, asked: Asked, listen: Callable[[Ticket], None]) -> list[Reply]:
         """All answers of a body into the queue, or none."""
@@ -215,6 +215,11 @@ def cancel(replies: list[Reply]) -> None:
         reply.ticket.cancel()
 
 
+def as_json(value: dict[str, Any], status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """In ASCII, which can spell half a surrogate pair, too."""
+    return Response(json.dumps(value), status, headers, "application/json")
+
+
 def event(value: dict[str, Any]) -> str:
     """A server-sent event."""
     return f"data: {json.dumps(value)}\n\n"
@@ -230,7 +235,7 @@ def failure(error: Exception) -> tuple[int, dict[str, Any]]:
 def failed(error: Exception) -> Response:
     """The same as a response."""
     status, body = failure(error)
-    return JSONResponse(body, status, {"Retry-After": "1"} if isinstance(error, Busy) else None)
+    return as_json(body, status, {"Retry-After": "1"} if isinstance(error, Busy) else None)
 
 
 async def no_such_page(http: Request, error: Exception) -> Response:
