@@ -195,9 +195,10 @@ class Engine:
                 self._drop_all(error)
 
     def _drop_all(self, error: Exception | None) -> None:
-        tickets = [*self.live, *([self.joining] if self.joining else []), *self.waiting]
-        self.live, self.joining = [], None
-        self.waiting.clear()
+        with self.wake:
+            tickets = [*self.live, *([self.joining] if self.joining else []), *self.waiting]
+            self.live, self.joining = [], None
+            self.waiting.clear()
         for row in range(self.slots):
             self.rows.clear(row, wipe=error is not None)
         for ticket in tickets:
@@ -219,20 +220,25 @@ class Engine:
         return True
 
     def _drop_cancelled(self) -> None:
-        for ticket in [each for each in [*self.live, self.joining, *self.waiting] if each and each.cancelled]:
-            if ticket in self.live:
-                self._leave(ticket)
-            elif ticket is self.joining:
-                self.joining = None
-            else:
+        with self.wake:
+            gone = [each for each in self.waiting if each.cancelled]
+            for ticket in gone:
                 self.waiting.remove(ticket)
+        if self.joining is not None and self.joining.cancelled:
+            gone.append(self.joining)
+            self.joining = None
+        for ticket in [each for each in self.live if each.cancelled]:
+            self._leave(ticket)
+            gone.append(ticket)
+        for ticket in gone:
             ticket.end()
 
     def _admit(self) -> bool:
         """Let the next one in the queue join, in a row with as much as any row remembers of its prompt."""
         if not self.waiting or len(self.live) == self.slots:
             return False
-        ticket = self.joining = self.waiting.popleft()
+        with self.wake:
+            ticket = self.joining = self.waiting.popleft()
         free = range(len(self.live), self.slots)
         usable = [self.rows.usable(row, ticket.prompt) for row in range(self.slots)]
         source = max(range(self.slots), key=lambda row: (usable[row], row in free))
@@ -256,9 +262,9 @@ class Engine:
         elif not self.rows.rewinds and done < whole - 1:
             end = min(end, whole - 1)                   # so that the same prompt can begin here, with a token to read
         try:
-            logits = self.rows.read(ticket.row, ticket.prompt[done:end])
-            if end >= whole - 1:
+            if done == whole - 1:
                 self.rows.mark(ticket.row)
+            logits = self.rows.read(ticket.row, ticket.prompt[done:end])
         except Exception as error:
             self.joining = None
             self._fail(ticket, error)

@@ -88,15 +88,16 @@ class RowCache:
     # ---- reading
 
     @torch.inference_mode()
-    def read(self, row: int, new: Sequence[int]) -> Tensor:
-        """The next T tokens of one row; logits (1, V) of the last. Where it fails, the row is to be cleared."""
+    def read(self, row: int, new: Sequence[int], last: int = 1) -> Tensor:
+        """The next T tokens of one row; logits of the last, (1, V), or of the last few. Where it fails, the row is to
+        be cleared."""
         known = self.tokens[row]
         if known and self.turns(len(known), len(known) + len(new)):
             new = [*known, *new]
             self.clear(row)
-        logits = self._feed(slice(row, row + 1), [new], None)
+        hidden = self._feed(slice(row, row + 1), [new], None)
         self.tokens[row] += new
-        return logits
+        return self.model.head(hidden[0, -last:])
 
     @torch.inference_mode()
     def step(self, rows: int, new: Sequence[int]) -> Tensor:
@@ -105,10 +106,10 @@ class RowCache:
         if rows == 1:
             return self.read(0, new)
         places = [[len(tokens)] for tokens in self.tokens[:rows]]
-        logits = self._feed(slice(rows), [[token] for token in new], places)
+        hidden = self._feed(slice(rows), [[token] for token in new], places)
         for tokens, token in zip(self.tokens, new, strict=False):
             tokens.append(token)
-        return logits
+        return self.model.head(hidden[:, -1])
 
     def _feed(self, rows: slice, new: Sequence[Sequence[int]], places: Sequence[Sequence[int]] | None) -> Tensor:
         device = self.cache.device
@@ -116,7 +117,7 @@ class RowCache:
         positions = None if places is None else torch.tensor(places, device=device)
         hidden = self.model.hidden(torch.tensor(new, device=device), positions, view)   # (n, T, D)
         view.store()
-        return self.model.head(hidden[:, -1])
+        return hidden
 
     def turns(self, before: int, after: int) -> bool:
         """Whether a row that grows (or shrinks) so needs other angles for the tokens that it has."""
@@ -156,7 +157,7 @@ class RowCache:
 
     def mark(self, row: int) -> None:
         """Let this row come back to where it is now."""
-        if self.rewinds:
+        if self.rewinds or not self.tokens[row]:
             return
         marks = self.marks[row]
         marks[len(self.tokens[row])] = [x.clone() for x in memory(self.cache, row, len(self.tokens[row]), kept=True)]
