@@ -58,7 +58,8 @@ class DraftModel:
 
     def __call__(self, said: Sequence[int], most: int) -> list[int]:
         """Greedy, however the answer is drawn."""
-        rows, guess = self.rows, []
+        guess: list[int] = []
+        rows = self.rows
         if len(said) >= rows.length:
             return []
         known = rows.usable(0, said)
