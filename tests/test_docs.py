@@ -105,8 +105,8 @@ def commands(page: str) -> list[str]:
 
 def sources(script: str) -> str:
     """The text of all that declares the options of a script, or of a module after -m."""
-    if script == "train.py":
-        script = "nanollm/training/arguments.py"
+    elsewhere = {"train.py": "nanollm/training/arguments.py", "generate.py": "nanollm/inference/options.py"}
+    script = elsewhere.get(script, script)
     path = ROOT / (script if script.endswith(".py") else script.replace(".", "/"))
     if path.is_dir() and (path / "__main__.py").exists():
         return "".join(file.read_text() for file in path.glob("*.py"))

@@ -385,7 +385,7 @@ def test_until() -> None:
     (["--ask", "x", "--system", "y", "--system", "z"], "--system twice"),
     (["--prompts", "-", "--out", "out.jsonl"], "standard input: there is no prompt in it"),
     (["--chat", "--temp", "1"], "did you mean --template or --temperature?"),
-    (["--chat", "--serve"], "unknown option --serve; --help lists them"),
+    (["--chat", "--qqq"], "unknown option --qqq; --help lists them"),
     (["--prompt", "x", "--device", "meta"], "it computes nothing"), (["--prompt", "x", "--stop", ""], "--stop ''"),
     (["--prompt", "-", "--prompt", "-"], "standard input can be read once"),
     (["--prompt", "x", "--system", "y"], "--system goes with --ask and --chat"),

@@ -293,7 +293,7 @@ def test_chat(folder):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--prompt", "x"], "--model"),
-    (["--model", "x"], "one of the arguments --prompt --ask --chat --prompts is required"),
+    (["--model", "x"], "one of the arguments --prompt --ask --chat --prompts --serve is required"),
     (["--model", "x", "--prompt", "x", "--max-new-token", "3"], "did you mean --max-new-tokens?"),
     (["--model", "x", "--prompt", "x", "--top-p", "7"], "--top-p 7.0: expected 0 to 1"),
     (["--model", "no/such folder", "--prompt", "x"], "no such folder"),

@@ -642,7 +642,7 @@ def test_training_on_plain_text_needs_no_template(model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--prompt", "x", "--template", "vicuna"], "--template goes with --ask, --chat, --prompts or --suffix"),
+    (["--prompt", "x", "--template", "vicuna"], "--template goes with --ask, --chat, --prompts, --serve or --suffix"),
     (["--chat", "--suffix", "x", "--template", "codellama"], "--suffix goes with one --prompt"),
     (["--prompt", "x", "--suffix", "x"], "with a --template that says how"),
     (["--chat", "--no-bos"], "--bos and --no-bos go with --prompt"),

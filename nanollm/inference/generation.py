@@ -250,15 +250,27 @@ class StopText:
 
 def stream_text(pieces: Iterable[str], stop: Sequence[str] = ()) -> Iterator[str]:
     """Pass text on, piece by piece, up to the first of the stop strings. What may be the start of one is held back."""
-    held = ""
+    until = UpTo(stop)
     for piece in pieces:
-        held += piece
-        found = [at for at in (held.find(s) for s in stop) if at >= 0]
-        if found:
-            yield held[: min(found)]
+        if text := until.push(piece):
+            yield text
+        if until.over:
             return
-        keep = max((n for s in stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
-        if len(held) > keep:
-            yield held[: len(held) - keep]
-            held = held[len(held) - keep :]
-    yield held
+    yield until.held
+
+
+class UpTo:
+    """Text up to the first of the stop strings, for who is handed the pieces: push(piece) → what may be passed on."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop, self.over = stop, False
+        self.held = ""                                          # it may be the start of a string; at the end it is text
+
+    def push(self, piece: str) -> str:
+        held = self.held + piece
+        found = [at for at in (held.find(s) for s in self.stop) if at >= 0]
+        self.over = bool(found)
+        kept = max((n for s in self.stop for n in range(1, len(s)) if held.endswith(s[:n])), default=0)
+        end = min(found) if found else len(held) - kept
+        self.held = "" if found else held[end:]
+        return held[:end]

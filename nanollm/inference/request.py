@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanollm.inference.answer import Answer, Logprob
+from nanollm.inference.answer import Answer, Logprob, TokenLogprobs
 from nanollm.inference.generation import Constrain, StopText
 from nanollm.inference.sample import Sampling
 from nanollm.inference.written import finish_reason, until
@@ -70,9 +70,13 @@ class Request:
     def told(self, answer: Answer, text: str, index: int) -> dict[str, Any]:
         """The answer with these keys. index: of the sample."""
         values: dict[str, Any] = {"index": index, "answer": text, "finish_reason": finish_reason(answer.ended)}
-        content = [self._likely(each.chosen) | {"top_logprobs": [self._likely(other) for other in each.top]}
-                   for each in answer.logprobs]
+        content = self.likely(answer.logprobs)
         return {name: (values | {"logprobs": {"content": content}})[name] for name in self.added}
+
+    def likely(self, found: Sequence[TokenLogprobs]) -> list[dict[str, Any]]:
+        """The "content" above, of these tokens."""
+        return [self._likely(each.chosen) | {"top_logprobs": [self._likely(other) for other in each.top]}
+                for each in found]
 
     def _likely(self, token: Logprob) -> dict[str, Any]:
         data = self.tokenizer.backend.bytes_of(token.token) or b""             # none: it stands for nothing

@@ -1,0 +1,359 @@
+"""Many requests at once, each answered as if it were alone: continuous batching over the rows of one cache.
+
+    engine = Engine(model, tokenizer, slots=8)
+    one = engine.submit("Once upon a time", 64)                       # at once: a ticket
+    two = engine.submit(ids, 64, temperature=0.8, seed=1)
+    while engine.step():                                              # or engine.start(), and it runs in a thread
+        …
+    one.wait().tokens
+
+A step is a forward pass of one prompt, then one of all answers. Requests join and leave between two steps:
+
+    step      1         2         3         4            A … Z: a token of that request's prompt, a … z: of its answer
+    join      AAAAA     BBBB      BBBB      CC           a prompt is read CHUNK tokens a step, so that it holds the
+    row 0     a         a         a         a            answers up for no longer
+    row 1               ·         b         b            the rows that answer are always the first ones: where one
+    row 2                                   c            ends, the last takes its place (Yu et al. 2022, Orca)
+
+Rows are ragged, nothing is padded (rows.py). A row that has ended keeps what it remembers until its place is needed. A
+prompt that begins with tokens which any row has read, ended or not, takes over what that row remembers of them and
+reads only the rest: the turns of a chat, a common system message, several answers to one prompt.
+
+What holds for each request, whatever the others do:
+
+    tokens      in float32, greedy or drawn with a seed, those of `generate` alone (of bfloat16 see generation.py)
+    draws       from a source of its own
+    failures    of its grammar, its stop rule, its listener, its logits: it ends with the error, the others go on
+
+Requests wait in a queue of bounded length. The memory of the cache is asked for once, when the engine is made.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanollm.errors import InputError
+from nanollm.inference.answer import Answer, logprobs_of
+from nanollm.inference.context import cache_bytes, default_context, longest_within
+from nanollm.inference.generation import Constrain, Finish, Stop, check_prompt
+from nanollm.inference.machine import free_memory
+from nanollm.inference.rows import MARKS, RowCache, mark_bytes
+from nanollm.inference.sample import Sampling, next_tokens, settings
+from nanollm.model import Decoder
+from nanollm.text.tokenizer import Tokenizer
+
+CHUNK = 256             # prompt tokens a step
+
+
+class Busy(InputError):
+    """The queue is full."""
+
+
+class TooLong(InputError):
+    """A prompt that leaves no room for an answer."""
+
+
+class Ticket:
+    """A request in an engine, and what has come of it so far."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, finish: Finish, logprobs: int | None,
+                 listen: "Callable[[Ticket], None] | None", draw: torch.Generator | None) -> None:
+        self.prompt, self.sampling, self.finish, self.logprobs = prompt, sampling, finish, logprobs
+        self.listen, self.draw = listen, draw
+        self.answer = Answer()
+        self.error: Exception | None = None             # why it ended, where it failed
+        self.row = -1                                   # while its prompt is read or its answer is written
+        self.reused = 0                                 # tokens of the prompt that a row had read before
+        self.cancelled = False
+        self.done = threading.Event()
+
+    def cancel(self) -> None:
+        """End it at the next step; its answer is "interrupted"."""
+        self.cancelled = True
+
+    def wait(self, seconds: float | None = None) -> Answer:
+        """The whole answer, once it is there. Raises what it failed with."""
+        if not self.done.wait(seconds):
+            raise TimeoutError(f"no answer after {seconds} s")
+        if self.error is not None:
+            raise self.error
+        return self.answer
+
+    def tell(self) -> None:
+        """Tell the listener that there is a token more, or the end."""
+        if self.listen is not None:
+            self.listen(self)
+
+    def end(self, error: Exception | None = None) -> None:
+        """It is over, and if nothing else has ended it, interrupted."""
+        self.answer.ended, self.error = self.answer.ended or "interrupted", error
+        self.done.set()
+        try:
+            self.tell()
+        except Exception as failed:                     # a listener that breaks at the end hurts nobody
+            self.error = self.error or failed
+
+
+class Engine:
+    """The scheduler of the head of the file. Any thread may `submit` and `cancel`; one at a time may `step`."""
+
+    def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None, slots: int = 8, length: int | None = None,
+                 queue: int = 256) -> None:
+        """slots: answers at once; length: the most tokens of a prompt with its answer, else the model's own context as
+        far as half of the free memory holds it; queue: requests that may wait. The tokenizer reads prompts given as
+        text, and says which tokens end an answer where a request does not.
+
+        Raises InputError where the cache is larger than the memory that is free, before any of it is taken.
+        """
+        if slots < 1:
+            raise InputError(f"slots {slots}: expected at least 1")
+        self.model, self.tokenizer, self.slots, self.queue = model, tokenizer, slots, queue
+        self.length = fitting(model, slots, length)
+        self.rows = RowCache(model, slots, self.length)
+        self.waiting: deque[Ticket] = deque()
+        self.joining: Ticket | None = None              # its prompt is being read, in a row behind those that answer
+        self.live: list[Ticket] = []                    # row → who is answered in it
+        self.ended_at = [0] * slots                     # row → when it ended: those that did long ago go first
+        self.counts = {"requests": 0, "failed": 0, "prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "steps": 0}
+        self.wake, self.closed = threading.Condition(), False
+        self.thread: threading.Thread | None = None
+
+    # ---- from any thread
+
+    def submit(self, prompt: str | Sequence[int], max_new_tokens: int, sampling: Sampling | None = None, *,
+               stop_ids: Iterable[int] | None = None, stop: Callable[[], Stop] | None = None,
+               constrain: Constrain | None = None, logprobs: int | None = None,
+               listen: Callable[[Ticket], None] | None = None, **options: Any) -> Ticket:
+        """Put a request into the queue; what it takes is what `generate` takes (generation.py).
+
+        listen: is told the ticket after each token and once at the end, in the engine's thread, which it must not hold
+        up. Raises InputError for what `generate` raises it for, TooLong, and Busy for a full queue.
+        """
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise InputError("the prompt is text and the engine has no tokenizer; give token ids")
+            prompt = self.tokenizer.encode(prompt)
+        vocab, chosen, room = self.model.config.vocab, settings(sampling, options), self.length - len(prompt)
+        check_prompt(prompt, vocab)
+        chosen.check(vocab)
+        if room < 1:
+            raise TooLong(f"the prompt has {len(prompt):,} tokens, and the context holds {self.length:,} with the "
+                          "answer")
+        if stop_ids is None:
+            stop_ids = () if self.tokenizer is None else self.tokenizer.stop_ids
+        finish = Finish(stop_ids, stop, constrain, min(max_new_tokens, room),
+                        "length" if max_new_tokens <= room else "context")
+        ticket = Ticket(list(prompt), chosen, finish, logprobs, listen, chosen.generator(self.rows.cache.device))
+        finish(ticket.answer)
+        with self.wake:
+            if self.closed:
+                raise Busy("the engine is closed")
+            if len(self.waiting) >= self.queue:
+                raise Busy(f"{len(self.waiting):,} requests wait already, as many as may; try again later")
+            self.counts["requests"] += 1
+            if ticket.answer.ended is None:
+                self.waiting.append(ticket)
+                self.wake.notify()
+        if ticket.answer.ended is not None:             # no token was asked for
+            ticket.end()
+        return ticket
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do."""
+        return bool(self.waiting or self.joining or self.live)
+
+    def start(self) -> "Engine":
+        """Run in a thread of its own until `close`."""
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self.thread.start()
+        return self
+
+    def close(self) -> None:
+        """Let what runs end, interrupted, and the thread with it."""
+        with self.wake:
+            self.closed = True
+            self.wake.notify()
+        if self.thread is not None:
+            self.thread.join()
+        else:
+            self._drop_all(None)
+
+    def _run(self) -> None:
+        while True:
+            with self.wake:
+                self.wake.wait_for(lambda: self.closed or self.busy)
+            if self.closed:
+                return self._drop_all(None)
+            try:
+                self.step()
+            except Exception as error:                  # a bug of ours: nothing is known of any row
+                self._drop_all(error)
+
+    def _drop_all(self, error: Exception | None) -> None:
+        with self.wake:
+            tickets = [*self.live, *([self.joining] if self.joining else []), *self.waiting]
+            self.live, self.joining = [], None
+            self.waiting.clear()
+        for row in range(self.slots):
+            self.rows.clear(row, wipe=error is not None)
+        for ticket in tickets:
+            ticket.end(error)
+
+    # ---- the steps, in one thread
+
+    def step(self) -> bool:
+        """Read up to CHUNK tokens of prompts, then write a token of each answer. False: there is nothing to do."""
+        self._drop_cancelled()
+        if not self.busy:
+            return False
+        left = CHUNK
+        while left > 0 and (self.joining or self._admit()):
+            left -= self._read_prompt(left)
+        if self.live:
+            self._write()
+        self.counts["steps"] += 1
+        return True
+
+    def _drop_cancelled(self) -> None:
+        with self.wake:
+            gone = [each for each in self.waiting if each.cancelled]
+            for ticket in gone:
+                self.waiting.remove(ticket)
+        if self.joining is not None and self.joining.cancelled:
+            gone.append(self.joining)
+            self.joining = None
+        for ticket in [each for each in self.live if each.cancelled]:
+            self._leave(ticket)
+            gone.append(ticket)
+        for ticket in gone:
+            ticket.end()
+
+    def _admit(self) -> bool:
+        """Let the next one in the queue join, in a row with as much as any row remembers of its prompt."""
+        if not self.waiting or len(self.live) == self.slots:
+            return False
+        with self.wake:
+            ticket = self.joining = self.waiting.popleft()
+        free = range(len(self.live), self.slots)
+        usable = [self.rows.usable(row, ticket.prompt) for row in range(self.slots)]
+        source = max(range(self.slots), key=lambda row: (usable[row], row in free))
+        ticket.reused = usable[source]
+        goes_on = source in free and ticket.reused == len(self.rows.tokens[source]) > 0
+        oldest = min(free, key=lambda row: (len(self.rows.tokens[row]) > 0, self.ended_at[row]))     # or an empty one
+        ticket.row = source if goes_on else oldest
+        self.rows.take(ticket.row, source, ticket.reused)
+        self.counts["prompt_tokens"] += len(ticket.prompt)
+        self.counts["reused_tokens"] += ticket.reused
+        return True
+
+    def _read_prompt(self, most: int) -> int:
+        """Read up to so many tokens of the prompt of who joins; with the last it begins to answer. How many it read."""
+        ticket = self.joining
+        assert ticket is not None, "someone joins"
+        done, whole = len(self.rows.tokens[ticket.row]), len(ticket.prompt)
+        end = min(done + most, whole)
+        if self.rows.cache.ropes:                       # or each part would have all before it read again
+            end = whole
+        elif not self.rows.rewinds and done < whole - 1:
+            end = min(end, whole - 1)                   # so that the same prompt can begin here, with a token to read
+        try:
+            if done == whole - 1:
+                self.rows.mark(ticket.row)
+            logits = self.rows.read(ticket.row, ticket.prompt[done:end])
+        except Exception as error:
+            self.joining = None
+            self._fail(ticket, error)
+            return end - done
+        if end == whole:
+            self.joining, first_free = None, len(self.live)
+            self.rows.exchange(ticket.row, first_free)
+            self.ended_at[ticket.row] = self.ended_at[first_free]
+            ticket.row = first_free
+            self.live.append(ticket)
+            self._choose(ticket, logits)
+        return end - done
+
+    def _write(self) -> None:
+        """One token of each answer."""
+        tickets = list(self.live)
+        lengths = [len(self.rows.tokens[ticket.row]) for ticket in tickets]
+        if any(self.rows.turns(n, n + 1) for n in lengths):
+            return self._write_singly(tickets)
+        try:
+            logits = self.rows.step(len(tickets), [ticket.answer.tokens[-1] for ticket in tickets])
+        except Exception as error:
+            if len(tickets) == 1:
+                return self._fail(tickets[0], error)
+            return self._write_singly(tickets)
+        for ticket, row in zip(tickets, logits.split(1), strict=True):
+            self._choose(ticket, row)
+
+    def _write_singly(self, tickets: list[Ticket]) -> None:
+        """Where a row is to be read again from its beginning; and after a step that failed, so that it is only who
+        fails alone, too, that ends with it."""
+        for ticket in tickets:
+            try:
+                logits = self.rows.read(ticket.row, ticket.answer.tokens[-1:])
+            except Exception as error:
+                self._fail(ticket, error)
+            else:
+                self._choose(ticket, logits)
+
+    def _choose(self, ticket: Ticket, logits: Tensor) -> None:
+        """Its next token, from logits (1, V)."""
+        answer, finish = ticket.answer, ticket.finish
+        try:
+            with torch.inference_mode():
+                tokens, scores = next_tokens(logits, ticket.sampling, [ticket.prompt], [answer.tokens], finish.ids,
+                                             ticket.draw, finish.constraints)
+                if ticket.logprobs is not None:         # before the token: another thread may look at any moment
+                    answer.logprobs += logprobs_of(logits, scores, tokens, ticket.logprobs)
+                answer.tokens += tokens.tolist()
+            self.counts["new_tokens"] += 1
+            finish(answer)
+            if answer.ended is None:
+                ticket.tell()
+        except Exception as error:
+            return self._fail(ticket, error)
+        if answer.ended is not None:
+            self._leave(ticket)
+            ticket.end()
+
+    def _leave(self, ticket: Ticket) -> None:
+        """Let the last row take the place of this one, which keeps what it has read behind those that answer."""
+        last = len(self.live) - 1
+        self.rows.exchange(ticket.row, last)
+        moved = self.live.pop()
+        if moved is not ticket:
+            self.live[ticket.row], moved.row = moved, ticket.row
+        ticket.row = last
+        self.ended_at[last] = self.counts["steps"]
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        """End a ticket with an error; nothing is left of what it had in its row."""
+        if ticket in self.live:
+            self._leave(ticket)
+        self.rows.clear(ticket.row, wipe=True)
+        self.counts["failed"] += 1
+        ticket.end(error)
+
+
+def fitting(model: Decoder, slots: int, length: int | None) -> int:
+    """The length of a row. Raises InputError where the cache does not fit into the memory that is free."""
+    config, dtype, place = model.config, model.embed.weight.dtype, model.embed.weight.device
+    free = free_memory(place)
+    if length is None:
+        length = default_context(config, dtype)
+        if free is not None:
+            length = longest_within(free // 2, config, dtype, length, slots)
+    needed = cache_bytes(config, length, dtype, slots) + MARKS * slots * mark_bytes(config, length, dtype)
+    if free is not None and needed > free:
+        most = longest_within(free, config, dtype, length, slots)
+        raise InputError(f"{slots} slots of {length:,} tokens: their cache takes {needed:,} bytes, and {free:,} are "
+                         f"free; give fewer slots, or a length of at most {most:,}")
+    return length
