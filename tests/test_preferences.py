@@ -182,6 +182,17 @@ def test_kto_is_that_of_trl_for_ten_steps(folder, tmp_path):
     assert max(float((found[key] - p).abs().max()) for key, p in model.named_parameters()) < 2e-5
 
 
+def test_z_of_kto_is_never_below_0(folder):
+    """Where the model has come to find strange answers less likely than the reference does, by 50 nats here."""
+    ours, reference = ours_and_reference(folder)
+    batch = batch_of(ours, reference, 0, rows=4)
+    batch = batch._replace(reference=batch.reference + 50)
+    loss, said = losses.label_loss(ours, batch, argparse.Namespace(**OPTIONS))
+    ratio = (answer_log_probs(ours, batch.tokens, batch.targets).total - batch.reference)[:4]
+    expected = losses.kto(ratio, batch.labels, torch.tensor(0.0), 0.3, (1.3, 0.7)).sum()
+    assert said["kl"] == 0 and torch.allclose(loss, expected)
+
+
 def theirs_of(name: str):
     """trl's function of the mean log-probabilities of both answers."""
     pytest.importorskip("trl")
