@@ -1,0 +1,182 @@
+"""What a careful writer would strike out of a function once branches are gone: values that nobody reads, detours."""
+
+import ast
+import re
+import textwrap
+
+WIDTH = 120
+Live = frozenset[str]
+
+
+def reads(node: ast.AST) -> set[str]:
+    """Names that a node reads, in functions inside it too."""
+    found = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
+    return found | {one.target.id for one in ast.walk(node)
+                    if isinstance(one, ast.AugAssign) and isinstance(one.target, ast.Name)}
+
+
+def loaded(lines: list[str]) -> set[str]:
+    """The same of some lines."""
+    return reads(ast.parse(textwrap.dedent("\n".join(lines))))
+
+
+def harmless(node: ast.expr) -> bool:
+    """Whether nothing is lost where an expression is not worked out: it changes nothing in place."""
+    return not any(isinstance(one, ast.Call) and isinstance(one.func, ast.Attribute)
+                   and re.search(r"[a-z]_$|^(advance|append|extend)$", one.func.attr) for one in ast.walk(node))
+
+
+class Idle:
+    """Finds assignments whose values nobody reads, from the last statement to the first."""
+
+    def __init__(self, body: list[ast.stmt]) -> None:
+        self.found: dict[ast.stmt, set[int]] = {}               # statement → which of its targets are idle
+        self.block(body, frozenset())
+
+    def block(self, body: list[ast.stmt], live: Live) -> Live:
+        for node in reversed(body):
+            live = self.statement(node, live)
+        return live
+
+    def statement(self, node: ast.stmt, live: Live) -> Live:
+        match node:
+            case ast.If():
+                yes, no = self.block(node.body, live), self.block(node.orelse, live)
+                return yes | no | reads(node.test)
+            case ast.For():
+                around = live | reads(node)
+                self.block(node.body, around)
+                return around
+            case ast.Match():
+                return frozenset().union(live, reads(node.subject), *(self.block(one.body, live)
+                                                                      for one in node.cases))
+            case ast.Return():
+                return frozenset(reads(node))
+            case ast.FunctionDef():
+                if node.name not in live:
+                    self.found[node] = {0}
+                    return live
+                self.block(node.body, frozenset())
+                own = {one.arg for one in node.args.args}
+                return (live - {node.name}) | (reads(node) - own)
+            case ast.Assign(targets=[ast.Name(id=name)], value=value):
+                if name not in live and harmless(value):
+                    self.found[node] = {0}
+                    return live
+                return (live - {name}) | reads(value)
+            case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
+                if len(targets) == len(values):
+                    idle = {i for i, (one, value) in enumerate(zip(targets, values, strict=True))
+                            if (isinstance(one, ast.Name) and one.id not in live and harmless(value))
+                            or ast.unparse(one) == ast.unparse(value)}
+                    if idle:
+                        self.found[node] = idle
+                    live -= {one.id for one in targets if isinstance(one, ast.Name)}
+                    return live.union(*(reads(value) for i, value in enumerate(values) if i not in idle))
+        stored = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+        if isinstance(node, ast.AugAssign):
+            stored = set()
+        return (live - stored) | reads(node)
+
+
+def without_idle(lines: list[str]) -> list[str]:
+    """The lines of a function's body without assignments that nobody reads."""
+    while True:
+        text = textwrap.dedent("\n".join(lines))
+        found = Idle(ast.parse(text).body).found
+        if not found:
+            return lines
+        node = max(found, key=lambda one: one.lineno)
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple):
+            assert isinstance(node.value, ast.Tuple)
+            pairs = [pair for i, pair in enumerate(zip(node.targets[0].elts, node.value.elts, strict=True))
+                     if i not in found[node]]
+            lines = shortened(lines, node, pairs, text)
+        else:
+            lines = removed(lines, node.lineno, node.end_lineno or 0)
+
+
+def removed(lines: list[str], first: int, last: int) -> list[str]:
+    """Without a statement, and without the comment lines right above it."""
+    start = first - 1
+    while start > 0 and lines[start - 1].strip().startswith("#"):
+        start -= 1
+    rest = lines[:start] + lines[last:]
+    indent = len(lines[first - 1]) - len(lines[first - 1].lstrip())
+    above = next((line for line in reversed(rest[:start]) if line.strip()), "")
+    below = next((line for line in rest[start:] if line.strip()), "")
+    opens = above.split("#")[0].rstrip().endswith(":") and len(above) - len(above.lstrip()) < indent
+    if opens and len(below) - len(below.lstrip()) < indent:     # its block is empty now
+        rest.insert(start, " " * indent + "pass")
+    return rest
+
+
+def shortened(lines: list[str], node: ast.Assign, pairs: list[tuple[ast.expr, ast.expr]], text: str) -> list[str]:
+    """An assignment of several values with fewer of them."""
+    if not pairs:
+        return removed(lines, node.lineno, node.end_lineno or 0)
+    first, last = node.lineno - 1, node.end_lineno or 0
+    indent = lines[first][: len(lines[first]) - len(lines[first].lstrip())]
+    names = ", ".join(ast.get_source_segment(text, one) or "" for one, _ in pairs)
+    values = ", ".join(ast.get_source_segment(text, part) or "" for _, part in pairs)
+    comment = re.search(r"\s{2,}#.*$", lines[last - 1])
+    names = names[1:-1] if len(pairs) == 1 and names.startswith("(") else names
+    return [*lines[:first], f"{indent}{names} = {values}{comment[0] if comment else ''}", *lines[last:]]
+
+
+def straightened(lines: list[str]) -> list[str]:
+    """`y = f(x)` before `return y` is `return f(x)`."""
+    text = textwrap.dedent("\n".join(lines))
+    body = ast.parse(text).body
+    for one, other in zip(body, body[1:], strict=False):
+        match one, other:
+            case (ast.Assign(targets=[ast.Name(id=name)], value=value), ast.Return(value=ast.Name(id=again))):
+                if name == again and one.lineno == one.end_lineno:
+                    line = lines[one.lineno - 1]
+                    start = line.index(name)
+                    head = line[:start] + "return " + (ast.get_source_segment(text, value) or "")
+                    comment = re.search(r"\s{2,}#.*$", line)
+                    return [*lines[: one.lineno - 1], head + (comment[0] if comment else ""),
+                            *lines[other.end_lineno or 0 :]]
+    return lines
+
+
+def tidy(line: str) -> str:
+    """Parentheses around a single name or number, and arguments that say nothing."""
+    code, mark, comment = line.partition("  #")
+    if '"' not in code:
+        code = re.sub(r"(?<![\w)\]])\((\w+)\)(?! = )", r"\1", code)
+    code = re.sub(r"(F\.linear\([^()]*?), None\)", r"\1)", code)
+    return code + mark + comment
+
+
+def fitted(lines: list[str]) -> list[str]:
+    """Lines within the width: a comment closes up, or goes above; code is broken at a comma."""
+    out: list[str] = []
+    for line in lines:
+        if len(line) <= WIDTH or line.lstrip().startswith("#") or "#" not in line:
+            out += [line] if len(line) <= WIDTH else broken(line)
+            continue
+        code, comment = re.match(r"(.*?)\s*(#[^#]*)$", line).groups()     # type: ignore[union-attr]  # it has one
+        indent = line[: len(line) - len(line.lstrip())]
+        short = f"{code}  {comment}"
+        out += [short] if len(short) <= WIDTH else [indent + comment, *(broken(code) if len(code) > WIDTH else [code])]
+    return out
+
+
+def broken(line: str) -> list[str]:
+    """A line in two, behind the last comma or before the last operator that fits, inside a bracket."""
+    depth, opened, best = 0, [], 0
+    for i, letter in enumerate(line[:WIDTH]):
+        if letter in "([{":
+            opened.append(i)
+            depth += 1
+        elif letter in ")]}":
+            opened.pop()
+            depth -= 1
+        elif letter == "," and depth >= 1:
+            best, at = i + 1, opened[0]
+    if not best:
+        return [line]
+    rest = " " * (at + 1) + line[best:].lstrip()
+    return [line[:best], *(broken(rest) if len(rest) > WIDTH else [rest])]
