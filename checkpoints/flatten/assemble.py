@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import dataclasses
 import functools
 import inspect
 import re
@@ -15,11 +16,15 @@ from torch import nn
 
 from checkpoints.flatten import frame
 from checkpoints.flatten.constants import Constants
-from checkpoints.flatten.program import IN_PLACE, Spec
+from checkpoints.flatten.naming import naming
+from checkpoints.flatten.plain import TEXT, chosen
+from checkpoints.flatten.program import Spec
+from checkpoints.flatten.rewrite import is_config
 from checkpoints.flatten.sources import Code, code_of, global_value, is_ours, source
 from checkpoints.flatten.values import World
-from checkpoints.flatten.cleanup import WIDTH
+from checkpoints.flatten.cleanup import WIDTH, fitted, tidy
 from checkpoints.flatten.write import Writer
+from checkpoints.names.table import Table
 from nanollm.config import ModelConfig
 from nanollm.layers.linear import Linear
 from nanollm.layers.mask import AttentionMask
@@ -83,6 +88,106 @@ class File:
     def __init__(self, writer: Writer) -> None:
         self.writer = writer
 
+    def text(self, title: list[str], names: Table, train: bool = False) -> str:
+        """The whole file. title: the lines of its docstring."""
+        writer = self.writer
+        sections = self.sections()
+        code: list[str] = []
+        for module, parts in sections:
+            code += ["", "", *self.banner(module)]
+            code += "\n\n\n".join(parts).splitlines()
+        layers, records = self.layers(), self.records()
+        leaves = {leaf for one in writer.modules() for leaf in getattr(one, "FLOAT32", ())
+                  if isinstance(getattr(one, leaf, None), nn.Parameter)}
+        table = naming(writer.model, names, writer.constants)
+        there = {word for word, holds in {
+            "arranged": any(line.startswith("ARRANGED") for line in table), "experts": any('{e}"' in line or "{e}." in
+                                                                                           line for line in table),
+            "float32": bool(leaves), "tied": writer.model.config.tied, "cache": writer.cached}.items() if holds}
+        one_kind = len(set(writer.kind_of_layer)) == 1 or layers == []
+        words = {"LAYERS": "LAYERS" if not layers else "len(LAYERS)"}
+        rest = chosen(TEXT, there, words)
+        islands = ["", f"FLOAT32 = {sorted(leaves)!r}".replace("'", '"') + "   # kept as stored"] if leaves else []
+        body = [*code, "", "", *self.banner("weights"), *table, *islands, "", "", *rest]
+        head = [*title, *self.imports(body, records), "", *self.numbers(layers, one_kind), *records]
+        lines = fitted([tidy(line).rstrip() for line in [*head, *body]])
+        return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)) + "\n"
+
+    def banner(self, module: str) -> list[str]:
+        return [f"# ---- {module.rpartition('.')[2]}", ""]
+
+    def imports(self, body: list[str], records: list[str]) -> list[str]:
+        text = "\n".join(body)
+        out = ["import argparse", *(["import math"] if "math." in text else []),
+               "from collections.abc import Callable, Iterator" if "Callable" in text else
+               "from collections.abc import Iterator",
+               *(["from dataclasses import dataclass"] if records else []), "from pathlib import Path"]
+        typing = [word for word in ("Any", "NamedTuple") if re.search(rf"\b{word}\b", text)]
+        out += [f"from typing import {', '.join(typing)}"] if typing else []
+        return [*out, "", "import torch", "from safetensors.torch import load_file", "from torch import Tensor, nn",
+                "from torch.nn import functional as F"] if re.search(r"\bF\.", text) else [
+                *out, "", "import torch", "from safetensors.torch import load_file", "from torch import Tensor, nn"]
+
+    def numbers(self, layers: list[str], one_kind: bool) -> list[str]:
+        """The constants of the config."""
+        out = []
+        known = self.writer.constants.comments
+        for name, (value, comment) in known.items():
+            line = f"{name} = {value!r}"
+            out.append(f"{line:<40}# {comment}" if comment else line)
+        if not layers:
+            out.append(f"{'LAYERS = ' + str(len(self.writer.model.layers)):<40}# from the embedding to the head")
+        return out + layers
+
+    def layers(self) -> list[str]:
+        """LAYERS, a letter a layer, where they differ."""
+        writer = self.writer
+        texts = [writer.construct(layer) for layer in writer.layers]
+        if len(set(texts)) == 1:
+            return []
+        letters = {text: "abcdefghijklmnopqrstuvwxyz"[i] for i, text in enumerate(dict.fromkeys(texts))}
+        word = "".join(letters[texts[kind]] for kind in writer.kind_of_layer)
+        return [f"LAYERS = {repeated(word)}"]
+
+    def layer_function(self) -> list[str]:
+        """What each letter of LAYERS is."""
+        writer = self.writer
+        texts = list(dict.fromkeys(writer.construct(layer) for layer in writer.layers))
+        if len(texts) == 1:
+            return []
+        out = ["def layer(kind: str) -> Block:", '    """The kinds of layers."""']
+        for i, text in enumerate(texts[:-1]):
+            out += [f'    if kind == "{"abcdefghijklmnopqrstuvwxyz"[i]}":', f"        return {text}"]
+        return [*out, f"    return {texts[-1]}"]
+
+    def records(self) -> list[str]:
+        """Config classes of which something is left."""
+        out: list[str] = []
+        writer = self.writer
+        done: set[type] = set()
+
+        def one(kind: type) -> None:
+            if kind in done:
+                return
+            done.add(kind)
+            lines = ["", "", "@dataclass(frozen=True)", f"class {writer.name(kind)}:",
+                     f'    """{(kind.__doc__ or "").splitlines()[0]}"""']
+            fields = sorted(writer.records.get(kind, ()), key=[*kind.__dataclass_fields__].index)   # type: ignore
+            for field in fields:
+                values = [getattr(part, field) for part in writer.constants.objects if type(part) is kind]
+                for inner in {type(value) for value in values if is_config(value)}:
+                    one(inner)
+                names = sorted({writer.name(type(v)) if is_config(v) else type(v).__name__.replace("NoneType", "None")
+                                for v in values}, key=lambda name: (name == "None", name))
+                comment = writer.constants.comment(kind, field)
+                line = f"    {field}: {' | '.join(names)}"
+                lines.append(f"{line:<44}# {comment}" if comment else line)
+            out.extend(lines)
+
+        for kind in [*writer.records, *(kind for kind in writer.names if dataclasses.is_dataclass(kind))]:
+            one(kind)
+        return out
+
     def rank(self, module: str) -> tuple[int, str]:
         name = module.rpartition(".")[2]
         if name in ORDER:
@@ -111,6 +216,8 @@ class File:
                     parts.append(lines)
             text = "\n".join(line for part in parts for line in part)
             constants = self.constant_lines(module)
+            if module == "nanollm.block":
+                parts += [lines] if (lines := self.layer_function()) else []
             if parts or constants:
                 found.append((module, ["\n".join(constants)] * bool(constants) + ["\n".join(part) for part in parts]))
                 del text
@@ -136,12 +243,18 @@ class File:
             self.classes.add(kind)
             for one in kind.__mro__:
                 if is_ours(one):
-                    meet(IN_PLACE.get(one, one) if isinstance(IN_PLACE.get(one, one), type) else one)
+                    other = writer.in_place.get(one, one)
+                    meet(other if isinstance(other, type) else one)
             todo.extend(code for code in writer.specs if writer.class_of(code) in kind.__mro__
                         and code.name.rpartition(".")[2] in ("__init__", "forward"))
 
         meet(Decoder)
-        meet(frame.Cache)
+        if writer.cached:
+            meet(frame.Cache)
+        for layer in writer.layers:
+            for found in re.findall(r"[A-Za-z_]\w*", writer.construct(layer)):
+                if found in classes:
+                    meet(classes[found])
         while todo:
             code = todo.pop()
             if code in alive or not writer.specs[code].worlds:
@@ -234,13 +347,12 @@ class File:
 
     def kind_name(self, value: Any, name: str) -> str:
         if value is State:
-            alive = [kind for kind in (KVCache, ConvState) if kind in self.writer.names or IN_PLACE.get(kind) in
-                     self.writer.names or (kind is KVCache and frame.RingCache in self.writer.names)]
-            return " | ".join(self.writer.name(IN_PLACE.get(kind, kind)) for kind in alive) or "None"
+            found = [self.writer.in_place.get(kind, kind) for kind in (KVCache, ConvState)]
+            return " | ".join(self.writer.name(kind) for kind in found if kind in self.classes) or "None"
         if value is AttentionMask or (isinstance(value, type) and issubclass(value, AttentionMask)):
             return "Tensor | str | None"
         if isinstance(value, type) and is_ours(value) and value is not NoState:
-            value = IN_PLACE.get(value, value)
+            value = self.writer.in_place.get(value, value)
             return value.__name__ if value in (int,) else self.writer.name(value)
         return name
 
@@ -286,6 +398,19 @@ def wrapped(head: str, args: list[str], tail: str) -> list[str]:
     if not args:
         line += tail
     return [*lines, line]
+
+
+def repeated(word: str) -> str:
+    """A word of letters, shortened where it repeats itself: "aab" * 8 + "a"."""
+    for size in range(1, len(word) // 2 + 1):
+        times = len(word) // size
+        if word[:size] * times == word[: size * times] and times > 1:
+            rest = word[size * times :]
+            return f'"{word[:size]}" * {times}' + (f' + "{rest}"' if rest else "")
+    for size in range(1, len(word)):                            # a beginning, then one kind
+        if len(set(word[size:])) == 1 and len(word) - size > 3:
+            return f'"{word[:size]}" + "{word[-1]}" * {len(word) - size}'
+    return f'"{word}"'
 
 
 def pruned(spec: Spec, writer: Writer) -> list[str]:

@@ -60,7 +60,7 @@ class Idle:
                 own = {one.arg for one in node.args.args}
                 return (live - {node.name}) | (reads(node) - own)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                if name not in live and harmless(value):
+                if (name not in live and harmless(value)) or ast.unparse(value) == name:
                     self.found[node] = {0}
                     return live
                 return (live - {name}) | reads(value)
@@ -72,7 +72,8 @@ class Idle:
                     if idle:
                         self.found[node] = idle
                     live -= {one.id for one in targets if isinstance(one, ast.Name)}
-                    return live.union(*(reads(value) for i, value in enumerate(values) if i not in idle))
+                    kept = [i for i in range(len(values)) if i not in idle]
+                    return live.union(*(reads(values[i]) | reads(targets[i]) for i in kept))
         stored = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
         if isinstance(node, ast.AugAssign):
             stored = set()
@@ -120,7 +121,8 @@ def shortened(lines: list[str], node: ast.Assign, pairs: list[tuple[ast.expr, as
     names = ", ".join(ast.get_source_segment(text, one) or "" for one, _ in pairs)
     values = ", ".join(ast.get_source_segment(text, part) or "" for _, part in pairs)
     comment = re.search(r"\s{2,}#.*$", lines[last - 1])
-    names = names[1:-1] if len(pairs) == 1 and names.startswith("(") else names
+    if len(pairs) == 1 and names.startswith("(") and values.startswith("("):
+        names, values = names[1:-1], values[1:-1]
     return [*lines[:first], f"{indent}{names} = {values}{comment[0] if comment else ''}", *lines[last:]]
 
 
@@ -142,8 +144,11 @@ def straightened(lines: list[str]) -> list[str]:
 
 
 def tidy(line: str) -> str:
-    """Parentheses around a single name or number, and arguments that say nothing."""
+    """Without parentheses that say nothing: around a single name or number, or all that is returned or given."""
     code, mark, comment = line.partition("  #")
+    code = re.sub(r"(return |\s= )\(([^()]*(?:\([^()]*\)[^()]*)*)\)$", lambda m: m[0] if " for " in m[2] else m[1] + m[2],
+                  code)
+    code = re.sub(r"(?<=\w=)\(([^(),]*)\)(?=[,)])", r"\1", code)
     if '"' not in code:
         code = re.sub(r"(?<![\w)\]])\((\w+)\)(?! = )", r"\1", code)
     code = re.sub(r"(F\.linear\([^()]*?), None\)", r"\1)", code)

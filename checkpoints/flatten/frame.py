@@ -111,15 +111,17 @@ def rounded_tables(rope: Rope, head_dim: int, positions: Tensor, dtype: torch.dt
 
 
 def key_positions(ctx: ForwardContext, window: int | None) -> Tensor:
-    """The position of each key (1, S), as `extend` returns the keys."""
-    T, end = ctx.positions.shape[1], ctx.start + ctx.positions.shape[1]
+    """The position of each key (1, S), in the order in which `extend` returns the keys.
+
+    With a window that is the order of the slots for one new token, and slots before new keys for several.
+    """
+    start, end = ctx.start, ctx.start + ctx.positions.shape[1]
     if window is None:
         return torch.arange(end, device=ctx.positions.device)[None]
-    held = torch.arange(max(0, ctx.start - window), ctx.start, device=ctx.positions.device)
-    if T == 1 and ctx.start > 0:
-        held = torch.arange(max(0, end - window), end, device=ctx.positions.device)
-    by_slot = held[(held % window).argsort()][None]
-    return by_slot if T == 1 and ctx.start > 0 else torch.cat([by_slot, ctx.positions], 1)
+    one = end - start == 1 and start > 0
+    held = torch.arange(max(0, end - window if one else start - window), end if one else start)
+    held = held[(held % window).argsort()].to(ctx.positions.device)[None]
+    return held if one else torch.cat([held, ctx.positions], 1)
 
 
 def attention_mask(ctx: ForwardContext, slots: int | None, window: int | None = None, alibi: Alibi | None = None,

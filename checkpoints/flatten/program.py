@@ -4,7 +4,7 @@ import ast
 import inspect
 import itertools
 import types
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -29,8 +29,7 @@ IN_PLACE: dict[Any, Any] = {
     chunked_attention.ChunkMask: frame.chunk_mask,
 }
 CHECKS = (demand, check_positions, init_weights)
-# expressions whose value follows from the sizes of a model, not from its branches: function → expression → value
-HEADS = "H != k.shape[1]"
+STATE = ("batch", "length", "dtype", "device")                  # what a state is made from, beside a config
 
 
 def origin(module: str, name: str) -> tuple[str, str]:
@@ -74,9 +73,11 @@ class Program:
         self.new_needs: set[tuple[type, str]] = set()
         self.new_records: dict[type, set[str]] = {}
         self.new_ropes: dict[Any, str] = {}
+        self.found: list[tuple[Callable[[], None], str]] = []   # what to note if a name is still there at the end
         self.names: dict[Any, str] = {}
         self.globals: dict[tuple[str, str], str] = {}           # (module, constant) that is read → its name
         self.mask = mask.AttentionMask
+        self.in_place = IN_PLACE | {state.KVCache: frame.RingCache} if self.rings() else IN_PLACE
         self.final = False
         self.facts = self.worked_out()
         self.serial = itertools.count()
@@ -104,7 +105,7 @@ class Program:
         """The code of a function: of one whose class something stands in for, that of the other class."""
         found = code_of(function)
         owner = None if found.owner is None else global_value(found.module, found.owner)
-        other = IN_PLACE.get(owner)
+        other = self.in_place.get(owner)
         if isinstance(other, type) and found.name.rpartition(".")[2] in vars(other):
             return Code(other.__module__, f"{other.__name__}.{found.name.rpartition('.')[2]}")
         return found
@@ -113,7 +114,7 @@ class Program:
         return None if code.owner is None else global_value(code.module, code.owner)
 
     def evaluator(self, code: Code) -> Evaluator:
-        return Evaluator(code.module, self.facts.get(code.name.rpartition(".")[2], {}), IN_PLACE)
+        return Evaluator(code.module, self.facts.get(code.name.rpartition(".")[2], {}), self.in_place)
 
     def spec(self, code: Code) -> Spec:
         return self.specs.setdefault(code, Spec(code))
@@ -145,7 +146,7 @@ class Program:
 
     def annotation(self, node: ast.expr, module: str) -> Any:
         """What an annotation means."""
-        scope = {name: IN_PLACE.get(value, value) if isinstance(value, type) and value is not mask.AttentionMask
+        scope = {name: self.in_place.get(value, value) if isinstance(value, type) and value is not mask.AttentionMask
                  else value for name, value in vars(__import__(module, fromlist=["_"])).items()}
         try:
             return eval(ast.unparse(node), scope)
@@ -175,6 +176,8 @@ class Program:
     def dropped(self, code: Code, name: str) -> bool:
         """Whether a parameter is the same in all worlds of a function, or is not read."""
         spec = self.spec(code)
+        if code.name == "Cache.__init__":                       # who makes one need not know the model
+            return False
         if name in spec.unused or not spec.worlds:
             return True
         values = [world[name] for world in spec.worlds.values()]
@@ -211,10 +214,8 @@ class Program:
             return self.context(writer, node, worlds)
         if first is sparse_attention.ChosenKeys:
             return writer.expr(node.args[0], worlds)
-        if isinstance(first, type) and issubclass(first, state.KVCache | frame.KVCache):
+        if first in (frame.KVCache, frame.RingCache):           # which of the two was settled for all layers
             node.keywords = [one for one in node.keywords if one.arg != "ring"]
-            if first is frame.KVCache and self.rings():
-                return self.construction(writer, node, frame.RingCache, worlds)
         if ast.unparse(node).endswith(".to(ctx.dtype)") and not self.model.config.float32_residual and (
                 writer.code.module in ("nanollm.block", "nanollm.model")):
             assert isinstance(node.func, ast.Attribute)
@@ -251,12 +252,6 @@ class Program:
         """Whether a layer has a window."""
         return any(getattr(one, "window", None) for one in self.constants.objects)
 
-    def construction(self, writer: Rewriter, node: ast.Call, kind: type, worlds: list[World]) -> str:
-        code = code_of(kind.__init__)                           # type: ignore[misc]  # of the class itself
-        bounds = [writer.arguments(node, code, Run(kind=kind), world) for world in worlds]
-        self.enter(code, bounds)
-        return f"{self.name(kind)}({', '.join(writer.passed(node, [code], self.kept([code]), worlds))})"
-
     def super_call(self, writer: Rewriter, node: ast.Call, worlds: list[World]) -> str | None:
         """super().forward(…), or super().__init__(…), whose arguments are what the base's __init__ still takes."""
         assert isinstance(node.func, ast.Attribute)
@@ -264,9 +259,10 @@ class Program:
         base = next((one for one in writer.owner.__mro__[1:] if name in vars(one)), None)
         if base is None or not is_ours(base) or base is Linear:
             return None
-        if name != "__init__":
+        if name != "__init__" or not issubclass(base, nn.Module):
             code = code_of(vars(base)[name])
             self.enter(code, [writer.arguments(node, code, world["self"], world) for world in worlds])
+            writer.said(node, code, worlds)
             kept = self.kept([code])
             return f"super().{name}({', '.join(writer.passed(node, [code], kept, worlds))})"
         code = code_of(vars(base)[name])
@@ -275,13 +271,12 @@ class Program:
         for parameter, kind in self.init_parameters(base).items():
             out.append(writer.expr(given[parameter], worlds) if kind == "given" else parameter)
             if kind != "given":
-                self.new_lifts.setdefault(writer.owner, {})[parameter] = f"base {kind}"
+                self.note_lift(writer.owner, parameter, f"base {kind.removeprefix('base ')}")
         return f"super().__init__({', '.join(out)})"
 
     def new_state(self, writer: Rewriter, node: ast.Call, functions: list[Any], worlds: list[World]) -> str:
         """new_state(config, …) is a method here, of the module whose config that is."""
         assert isinstance(node.func, ast.Attribute)
-        rest = ast.Call(node.func, node.args[1:], node.keywords)
         owner = node.func.value
         modules = writer.values(owner, worlds)
         text = writer.expr(owner, worlds)
@@ -290,16 +285,16 @@ class Program:
                      for world, kind in zip(worlds, modules, strict=True)]
             modules = [getattr(world["self"], part) for world, part in zip(worlds, parts, strict=True)]
             text = f"self.{parts[0]}"
-        if writer.code.module == frame.__name__:
-            rest = ast.Call(node.func, node.args, node.keywords)
-        codes = []
-        for module, world in zip(modules, worlds, strict=True):
+        args = node.args if writer.code.module == frame.__name__ else node.args[1:]
+        for module in modules:
             code = self.new_state_code(module)
-            names = [one.arg for one in code.parameters][1:]
             bound: dict[str, Any] = {"self": module, "config": self.built(module, self.class_of(code))["config"]}
-            self.enter(code, [bound | {name: Run() for name in names}])
-            codes.append(code)
-        return f"{text}.new_state({', '.join(writer.expr(one, worlds) if not isinstance(one, ast.Starred) else writer.source.text(one) for one in rest.args)})"  # noqa: E501
+            self.enter(code, [bound | {name: Run() for name in STATE}])
+        kept = self.kept([code for code in self.specs if code.name.endswith(".new_state")])     # all are called alike
+        given = [ast.Name(name) for name in STATE] if isinstance(args[0], ast.Starred) else args
+        rest = [writer.write_Name(one, worlds) if isinstance(one, ast.Name) else writer.expr(one, worlds)
+                for name, one in zip(STATE, given, strict=True) if name in kept]
+        return f"{text}.new_state({', '.join(rest)})"
 
     def new_state_code(self, module: nn.Module) -> Code:
         """That of its class, or of the base whose state it shares."""
@@ -338,7 +333,9 @@ class Program:
         return {}
 
     def need(self, modules: list[Any], name: str) -> None:
-        self.new_needs |= {(type(one), name) for one in modules}
+        """An attribute is read."""
+        kinds = {(type(one), name) for one in modules}
+        self.found.append((lambda: self.new_needs.update(kinds), name))
 
     def needed(self, kind: type, name: str) -> bool:
         return any(issubclass(one, kind) and attribute == name for one, attribute in self.needs)
@@ -347,9 +344,14 @@ class Program:
         """A field of the modules' configs differs: it becomes an argument of the class that has the config."""
         for module in modules:
             kind = owner or next(one for one in type(module).__mro__ if self.sets(one, "config"))
-            self.new_lifts.setdefault(kind, {}).setdefault(field, "field" if owner is None else "read")
-            if owner is None:
-                self.new_lifts[kind][field] = "field"
+            self.note_lift(kind, field, "read" if owner else "field")
+
+    def note_lift(self, kind: type, name: str, where: str) -> None:
+        def note() -> None:
+            lifts = self.new_lifts.setdefault(kind, {})
+            lifts[name] = "field" if "field" in (where, lifts.get(name)) else where
+
+        self.found.append((note, name))
 
     def sets(self, kind: type, name: str) -> bool:
         """Whether the __init__ of a class itself sets an attribute."""
@@ -372,10 +374,14 @@ class Program:
         return {}
 
     def record(self, owners: list[Any], field: str) -> None:
-        for owner in owners:
-            if owner is not None:
-                self.new_records.setdefault(type(owner), set()).add(field)
-                self.name(type(owner))
+        """A field of config objects that differ is read: something of their classes stays."""
+        def note() -> None:
+            for owner in owners:
+                if owner is not None:
+                    self.new_records.setdefault(type(owner), set()).add(field)
+                    self.name(type(owner))
+
+        self.found.append((note, field))
 
     def constant(self, owners: list[Any], field: str) -> str | None:
         return self.constants.name(owners, field)
@@ -394,8 +400,6 @@ class Program:
         """What a class or function is called in the file."""
         if thing is Linear:
             return "nn.Linear"
-        if thing is frame.KVCache and self.rings():
-            thing = frame.RingCache
         if thing in self.names:
             return self.names[thing]
         plain = thing.__name__
@@ -414,7 +418,7 @@ class Program:
             value = global_value(module, name)
         except KeyError:
             return name                                         # len, zip
-        value = IN_PLACE.get(value, value) if isinstance(value, type) else value
+        value = self.in_place.get(value, value) if isinstance(value, type) else value
         if inspect.isfunction(value) and is_ours(inspect.unwrap(value)):
             return self.name(inspect.unwrap(value))
         if isinstance(value, type) and is_ours(value):

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from checkpoints.flatten.program import Program
 
 # (function, expression) → what it is where a cache never begins again
-INSTEAD = {("Decoder.hidden", "x[:, -new:]"): "x"}
+INSTEAD = {
+    ("Decoder.hidden", "x[:, -new:]"): "x",
+    ("Decoder.hidden", "torch.arange(new, device=tokens.device).expand(tokens.shape)"):
+        "torch.arange(tokens.shape[1], device=tokens.device)[None]",
+}
 SHORT = 72                      # characters: a function that comes to a shorter expression is written where it is called
 ROOMY = (ast.Call, ast.keyword, ast.Tuple, ast.List, ast.Subscript, ast.Dict)       # parents that need no parentheses
 
@@ -190,7 +194,9 @@ class Rewriter:
         callee = isinstance(parent, (ast.Call, ast.Subscript)) and child in (
             getattr(parent, "func", None), getattr(parent, "value", None))
         loose = isinstance(parent, ROOMY) and not callee
-        return f"({text})" if changed and not loose and not atomic(text) else text
+        first, end = self.source.span(child)
+        enclosed = self.source.bytes[first - 1 : first] == b"(" and self.source.bytes[end : end + 1] == b")"
+        return f"({text})" if changed and not loose and not enclosed and not atomic(text) else text
 
     def write_Name(self, node: ast.Name, worlds: list[World]) -> str:
         if node.id in self.rename:
@@ -438,7 +444,8 @@ class Rewriter:
                                        .body[0]) else 0        # type: ignore[arg-type]  # a function
         start = tree.body[0].end_lineno if first else 0
         self.prelude.append(text[start : last.lineno - 1])
-        return value.replace("\n", " ") if "#" not in value else value
+        value = value.replace("\n", " ") if "#" not in value else value
+        return f"({value})" if isinstance(last.value, ast.Tuple) and not value.startswith("(") else value
 
     # ---- statements
 

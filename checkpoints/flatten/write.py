@@ -4,6 +4,7 @@ import ast
 import re
 from typing import Any
 
+import torch
 from torch import nn
 
 from checkpoints.flatten import frame
@@ -12,7 +13,9 @@ from checkpoints.flatten.program import Program, Spec
 from checkpoints.flatten.rewrite import Rewriter, is_config, literal
 from checkpoints.flatten.sources import code_of, is_ours
 from checkpoints.flatten.values import Run, World, known, same
+from nanollm.config import Rope
 from nanollm.layers.linear import Linear
+from nanollm.layers.scaling import length_key
 from nanollm.model import Embedding, Head
 
 class InitWriter(Rewriter):
@@ -32,8 +35,12 @@ class InitWriter(Rewriter):
             return super().do_Assign(node, worlds, shift)
         comment = re.search(r"\s{2,}#.*$", self.source.lines(node.end_lineno or 0, node.end_lineno or 0)[0])
         lines = []
-        for target, value in pairs:
-            if isinstance(target, ast.Attribute):
+        apart = [] if isinstance(node.value, ast.Tuple) else self.values(node.value, worlds)
+        for i, (target, value) in enumerate(pairs):
+            if isinstance(target, ast.Name) and value is None:  # rows, self.first = table_of(config)
+                parts = [one[i] if isinstance(one, tuple) else Run() for one in apart]
+                worlds = [world | {target.id: part} for world, part in zip(worlds, parts, strict=True)]
+            elif isinstance(target, ast.Attribute):
                 lines += self.attribute(target, value, node, worlds)
             else:
                 inner = ast.copy_location(ast.Assign([target], value or node.value), node)
@@ -72,10 +79,12 @@ class InitWriter(Rewriter):
             plain = all(type(one) in (nn.Linear, Linear) for one in found) and value is not None
             if plain or len(texts) == 1:
                 return [f"self.{name} = {self.expr(value, worlds) if plain and value else texts.pop()}"]
-            program.new_lifts.setdefault(self.owner, {})[name] = "attribute"
+            program.note_lift(self.owner, name, "attribute")
             return [f"self.{name} = {name}"]
         if any(isinstance(one, nn.Parameter) for one in found):
             return [f"self.{name} = {self.created(value, node, worlds)}"]
+        if isinstance(found[0], list) and value is not None:
+            return [f"self.{name} = {self.expr(value, worlds)}"] if program.needed(self.owner, name) else []
         agreed = all(same(one, found[0]) for one in found) and literal(found[0]) is not None
         if agreed and value is not None:
             program.texts[self.owner, name] = self.expr(value, worlds)
@@ -83,7 +92,7 @@ class InitWriter(Rewriter):
             return []
         if agreed:
             return [f"self.{name} = {literal(found[0])}"]
-        program.new_lifts.setdefault(self.owner, {})[name] = "attribute"
+        program.note_lift(self.owner, name, "attribute")
         return [f"self.{name} = {name}"]
 
     def created(self, value: ast.expr | None, node: ast.Assign, worlds: list[World]) -> str:
@@ -117,10 +126,12 @@ class Writer(Program):
     def settle(self) -> None:
         """Find all worlds, all that differs, all that nobody reads."""
         forward = code_of(type(self.model).forward)
-        self.enter(forward, [{"self": self.model, "tokens": Run(), "positions": None, "cache": Run(True)}])
+        cache = Run(True) if self.cached else None
+        self.enter(forward, [{"self": self.model, "tokens": Run(), "positions": None, "cache": cache}])
         made = code_of(frame.Cache.__init__)
-        self.enter(made, [{"self": Run(kind=frame.Cache), "model": self.model,
-                           **{name: Run() for name in ("batch", "length", "dtype", "device")}}])
+        if self.cached:
+            self.enter(made, [{"self": Run(kind=frame.Cache), "model": self.model,
+                               **{name: Run() for name in ("batch", "length", "dtype", "device")}}])
         before = None
         for _ in range(30):
             self.pass_over()
@@ -138,6 +149,12 @@ class Writer(Program):
                 return
             before = self.state()
 
+    @property
+    def cached(self) -> bool:
+        """Whether what was computed for a token stays: not where the angles of RoPE follow the length."""
+        ropes = (one for one in self.constants.objects if isinstance(one, Rope))
+        return all(length_key(rope, torch.zeros(1)) is None for rope in ropes)
+
     def state(self) -> Any:
         return ({code: (len(spec.worlds), frozenset(spec.unused), frozenset(spec.group), len(spec.calls))
                  for code, spec in self.specs.items()}, len(self.needs), str(sorted(map(str, self.lifts.items()))),
@@ -147,7 +164,7 @@ class Writer(Program):
         """Write every function once. What differs and what is read is gathered anew, beside that of the last pass."""
         for spec in self.specs.values():
             spec.calls = set()
-        self.new_lifts, self.new_needs, self.new_records, self.new_ropes = {}, set(), {}, {}
+        self.new_lifts, self.new_needs, self.new_records, self.new_ropes, self.found = {}, set(), {}, {}, []
         kinds = self.kinds()
         for kind in kinds:
             if "__init__" in vars(kind):
@@ -157,6 +174,8 @@ class Writer(Program):
         for spec in list(self.specs.values()):
             if spec.worlds:
                 self.rewrite(spec)
+        for note, _ in self.found:
+            note()
         self.lifts, self.needs, self.records = self.new_lifts, self.new_needs, self.new_records
         self.ropes = self.new_ropes
 
@@ -175,11 +194,14 @@ class Writer(Program):
         code = spec.code
         owner = self.class_of(code)
         init = code.name.endswith("__init__") and isinstance(owner, type) and issubclass(owner, nn.Module)
-        worlds = [world for world in spec.worlds.values()]
-        writer = (InitWriter if init else Rewriter)(self, code, worlds)
+        writer = (InitWriter if init else Rewriter)(self, code, list(spec.worlds.values()))
+        before = self.found
+        self.found = []
         lines = straightened(without_idle([tidy(line) for line in writer.body()]))
-        spec.text = lines
-        read = loaded(lines)
+        spec.text, read = lines, loaded(lines)
+        words = set(re.findall(r"\w+", "\n".join(lines)))
+        before += [(note, word) for note, word in self.found if word in words]     # not of what was struck out since
+        self.found = before
         spec.unused = {one.arg for one in code.parameters if one.arg not in read and one.arg != "self"}
 
     def construct(self, module: nn.Module) -> str:
@@ -196,10 +218,9 @@ class Writer(Program):
         args = []
         for name, kind in self.init_parameters(type(module)).items():
             kind = kind.removeprefix("base ")
-            value = self.built(module, type(module)).get(name) if kind == "given" else getattr(
-                module if kind == "attribute" else module.config, name)     # type: ignore[arg-type]  # a dataclass
-            if kind == "read":
-                value = getattr(self.built(module, type(module))["config"], name)
+            given = self.built(module, type(module))
+            owner: Any = {"attribute": module, "field": getattr(module, "config", None), "read": given.get("config")}
+            value = given.get(name) if kind == "given" else getattr(owner[kind], name)
             text = self.value_text(value)
             args.append(text if kind == "given" else f"{name}={text}")
         return f"{self.name(type(module))}({', '.join(args)})"
