@@ -31,7 +31,7 @@ from nanollm.layers.mask import AttentionMask
 from nanollm.layers.state import ConvState, KVCache, NoState, State
 from nanollm.model import Decoder
 
-ORDER = """norm scaling rope alibi positions state frame mask attention ssd scan recurrent delta mamba mamba2
+ORDER = """norm scaling rope alibi positions frame state mask attention ssd scan recurrent delta mamba mamba2
            latent_attention gated_attention""".split()
 LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "block", "model"]
 
@@ -96,7 +96,8 @@ class File:
         for module, parts in sections:
             code += ["", "", *self.banner(module)]
             code += "\n\n\n".join(parts).splitlines()
-        layers, records = self.layers(), self.records()
+        layers = self.layers()
+        records = self.records(set(re.findall(r"\w+", "\n".join(code))))
         leaves = {leaf for one in writer.modules() for leaf in getattr(one, "FLOAT32", ())
                   if isinstance(getattr(one, leaf, None), nn.Parameter)}
         table = naming(writer.model, names, writer.constants)
@@ -104,12 +105,12 @@ class File:
             "arranged": any(line.startswith("ARRANGED") for line in table), "experts": any('{e}"' in line or "{e}." in
                                                                                            line for line in table),
             "float32": bool(leaves), "tied": writer.model.config.tied, "cache": writer.cached}.items() if holds}
-        one_kind = len(set(writer.kind_of_layer)) == 1 or layers == []
         words = {"LAYERS": "LAYERS" if not layers else "len(LAYERS)"}
         rest = chosen(TEXT, there, words)
         islands = ["", f"FLOAT32 = {sorted(leaves)!r}".replace("'", '"') + "   # kept as stored"] if leaves else []
         body = [*code, "", "", *self.banner("weights"), *table, *islands, "", "", *rest]
-        head = [*title, *self.imports(body, records), "", *self.numbers(layers, one_kind), *records]
+        used = set(re.findall(r"\w+", "\n".join([*body, *records])))
+        head = [*title, *self.imports(body, records), "", *self.numbers(layers, used), *records]
         lines = fitted([tidy(line).rstrip() for line in [*head, *body]])
         return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)) + "\n"
 
@@ -128,13 +129,14 @@ class File:
                 "from torch.nn import functional as F"] if re.search(r"\bF\.", text) else [
                 *out, "", "import torch", "from safetensors.torch import load_file", "from torch import Tensor, nn"]
 
-    def numbers(self, layers: list[str], one_kind: bool) -> list[str]:
+    def numbers(self, layers: list[str], used: set[str]) -> list[str]:
         """The constants of the config."""
         out = []
         known = self.writer.constants.comments
         for name, (value, comment) in known.items():
             line = f"{name} = {value!r}"
-            out.append(f"{line:<40}# {comment}" if comment else line)
+            if name in used:
+                out.append(f"{line:<40}# {comment}" if comment else line)
         if not layers:
             out.append(f"{'LAYERS = ' + str(len(self.writer.model.layers)):<40}# from the embedding to the head")
         return out + layers
@@ -160,7 +162,7 @@ class File:
             out += [f'    if kind == "{"abcdefghijklmnopqrstuvwxyz"[i]}":', f"        return {text}"]
         return [*out, f"    return {texts[-1]}"]
 
-    def records(self) -> list[str]:
+    def records(self, used: set[str]) -> list[str]:
         """Config classes of which something is left."""
         out: list[str] = []
         writer = self.writer
@@ -185,7 +187,8 @@ class File:
             out.extend(lines)
 
         for kind in [*writer.records, *(kind for kind in writer.names if dataclasses.is_dataclass(kind))]:
-            one(kind)
+            if writer.name(kind) in used:
+                one(kind)
         return out
 
     def rank(self, module: str) -> tuple[int, str]:
@@ -214,13 +217,11 @@ class File:
                     self.function_lines(Code(module, name), 0))
                 if lines:
                     parts.append(lines)
-            text = "\n".join(line for part in parts for line in part)
-            constants = self.constant_lines(module)
+            constants = self.constant_lines(module, "\n".join(line for part in parts for line in part))
             if module == "nanollm.block":
                 parts += [lines] if (lines := self.layer_function()) else []
             if parts or constants:
                 found.append((module, ["\n".join(constants)] * bool(constants) + ["\n".join(part) for part in parts]))
-                del text
         return found
 
     def reached(self) -> set[Code]:
@@ -270,11 +271,11 @@ class File:
                     todo += by_name.get(f".{node.attr}", [])
         return {code for code in alive if code.owner is None or writer.class_of(code) in self.classes}
 
-    def constant_lines(self, module: str) -> list[str]:
+    def constant_lines(self, module: str, heads: str) -> list[str]:
         """Constants of a module that what is left reads."""
         found = source(module)
         lines = []
-        text = "\n".join("\n".join(spec.text) for code, spec in self.writer.specs.items() if code in self.alive)
+        text = "\n".join("\n".join(spec.text) for code, spec in self.writer.specs.items() if code in self.alive) + heads
         for node in found.tree.body:
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             if not isinstance(target, ast.Name) or (module, target.id) not in self.writer.globals:
@@ -341,6 +342,8 @@ class File:
                 value = global_value(module, match[0])
             except KeyError:
                 return match[0]
+            if isinstance(value, types.GenericAlias):           # Sums = tuple[…]
+                return self.writer.global_text(module, match[0])
             return self.kind_name(value, match[0])
 
         return re.sub(r"(?<![\w.])[A-Za-z_]\w*", new, text.replace('"', ""))
@@ -356,6 +359,14 @@ class File:
             return value.__name__ if value in (int,) else self.writer.name(value)
         return name
 
+    def base_name(self, base: type, name: str) -> str:
+        """A base class; nn.Module in the place of one that has nothing left in it."""
+        base = self.writer.in_place.get(base, base)
+        own = any(self.used(code) for code in self.writer.specs if self.writer.class_of(code) is base)
+        module = isinstance(base, type) and issubclass(base, nn.Module)
+        return "nn.Module" if module and is_ours(base) and base is not Linear and not own else (
+            self.kind_name(base, name))
+
     def class_lines(self, module: str, node: ast.ClassDef) -> list[str]:
         kind = global_value(module, node.name)
         writer = self.writer
@@ -363,14 +374,17 @@ class File:
                 and self.used(Code(module, f"{node.name}.{one.name}"))]
         if kind not in self.classes:
             return []
-        bases = [self.kind_name(global_value(module, base.id), base.id) if isinstance(base, ast.Name)
+        bases = [self.base_name(global_value(module, base.id), base.id) if isinstance(base, ast.Name)
                  else source(module).text(base) for base in node.bases]
         lines = [f"class {writer.name(kind)}{'(' + ', '.join(bases) + ')' if bases else ''}:"]
         first = node.body[0]
         if isinstance(first, ast.Expr):
             lines += source(module).lines(first.lineno, first.end_lineno or 0)
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and "NamedTuple" in bases]
-        for field in fields:
+        text = "\n".join("\n".join(writer.specs[code].text) for code in self.alive)
+        fields += [one for one in node.body if isinstance(one, ast.AnnAssign) and not issubclass(kind, nn.Module)
+                   and module != frame.__name__ and re.search(rf"\.{ast.unparse(one.target)}\b", text)]
+        for field in dict.fromkeys(fields):
             lines += source(module).lines(field.lineno, field.end_lineno or 0)
         for one in here:
             body = self.function_lines(Code(module, f"{node.name}.{one.name}"), 4)

@@ -176,7 +176,7 @@ def broken(line: str) -> list[str]:
         if letter in "([{":
             opened.append(i)
             depth += 1
-        elif letter in ")]}":
+        elif letter in ")]}" and opened:
             opened.pop()
             depth -= 1
         elif letter == "," and depth >= 1:

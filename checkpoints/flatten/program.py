@@ -15,6 +15,7 @@ from checkpoints.flatten.rewrite import Rewriter, is_config, literal
 from checkpoints.flatten.sources import Code, code_of, global_value, is_ours, source
 from checkpoints.flatten.values import Evaluator, Run, World, annotated, known, same
 from nanollm import cache, errors
+from nanollm.config.checks import need
 from nanollm.errors import ConfigError
 from nanollm.init import init_weights
 from nanollm.layers import chunked_attention, forward_context, mask, sparse_attention, state
@@ -28,7 +29,7 @@ IN_PLACE: dict[Any, Any] = {
     state.RowLengths: frame.Cache, state.SlotMapping: int, mask.AttentionMask: frame.attention_mask,
     chunked_attention.ChunkMask: frame.chunk_mask,
 }
-CHECKS = (demand, check_positions, init_weights)
+CHECKS = (demand, check_positions, init_weights, need)
 STATE = ("batch", "length", "dtype", "device")                  # what a state is made from, beside a config
 
 

@@ -303,7 +303,8 @@ class Rewriter:
         for one, part in zip(targets, lists, strict=False):
             modules = self.program.listed(self.evaluator, part, world)
             if modules is not None and isinstance(one, ast.Name):
-                return [inner | {other.id: Run(optional=True) for other in targets
+                state = Run(optional=True) if self.program.cached else None
+                return [inner | {other.id: state for other in targets
                                  if isinstance(other, ast.Name)} | {one.id: module} for module in modules]
         return [inner]
 
@@ -414,6 +415,8 @@ class Rewriter:
         body = [one for one in tree.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
         if len(body) == 1 and isinstance(body[0], ast.Return) and body[0].value is not None:
             text = ast.get_source_segment(textwrap.dedent("\n".join(lines)), body[0].value) or ""
+            if isinstance(body[0].value, ast.Tuple) and not text.startswith("("):
+                text = f"({text})"
             twice = any(inner.reads.get(name, 0) > 1 and not re.fullmatch(r"[\w.]+", text)
                         for name, text in rename.items())
             return text if (len(text) <= SHORT or alone) and not twice and "\n" not in text else None

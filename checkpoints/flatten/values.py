@@ -251,6 +251,9 @@ def joined(one: Any, other: Any) -> Any:
         return OneOf(tuple(dict.fromkeys(functions[0] + functions[1])))
     if isinstance(one, tuple) and isinstance(other, tuple) and len(one) == len(other):
         return tuple(map(joined, one, other))
+    for value in (one, other):
+        if isinstance(value, tuple):                            # of as many that only a run knows
+            return tuple(joined(part, Run()) for part in value)
     optional = any(value is None or (isinstance(value, Run) and value.optional) for value in (one, other))
     kinds = {value.kind for value in (one, other) if isinstance(value, Run)}
     return Run(optional, kinds.pop() if len(kinds) == 1 else None)

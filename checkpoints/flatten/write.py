@@ -169,7 +169,7 @@ class Writer(Program):
         for kind in kinds:
             if "__init__" in vars(kind):
                 code = code_of(vars(kind)["__init__"])
-                modules = [one for one in self.modules() if isinstance(one, kind)]
+                modules = [one for one in self.modules() if kind in self.made.get(id(one), {})]
                 self.enter(code, [{"self": one, **self.built(one, kind)} for one in modules])
         for spec in list(self.specs.values()):
             if spec.worlds:
