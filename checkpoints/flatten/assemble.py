@@ -18,7 +18,7 @@ from checkpoints.flatten import frame
 from checkpoints.flatten.constants import Constants
 from checkpoints.flatten.naming import naming
 from checkpoints.flatten.plain import TEXT, chosen
-from checkpoints.flatten.program import Spec
+from checkpoints.flatten.prose import docstring, equations, legend, pruned
 from checkpoints.flatten.rewrite import is_config
 from checkpoints.flatten.sources import Code, code_of, global_value, is_ours, source
 from checkpoints.flatten.values import World
@@ -94,7 +94,7 @@ class File:
         sections = self.sections()
         code: list[str] = []
         for module, parts in sections:
-            code += ["", "", *self.banner(module)]
+            code += ["", "", *self.banner(module), *equations(module, self.gone)]
             code += "\n\n\n".join(parts).splitlines()
         layers = self.layers()
         records = self.records(set(re.findall(r"\w+", "\n".join(code))))
@@ -110,12 +110,14 @@ class File:
         islands = ["", f"FLOAT32 = {sorted(leaves)!r}".replace("'", '"') + "   # kept as stored"] if leaves else []
         body = [*code, "", "", *self.banner("weights"), *table, *islands, "", "", *rest]
         used = set(re.findall(r"\w+", "\n".join([*body, *records])))
+        title = [*title[:-2], "", *legend([module for module, _ in sections], "\n".join(code)), *title[-2:]]
         head = [*title, *self.imports(body, records), "", *self.numbers(layers, used), *records]
         lines = fitted([tidy(line).rstrip() for line in [*head, *body]])
         return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)) + "\n"
 
     def banner(self, module: str) -> list[str]:
-        return [f"# ---- {module.rpartition('.')[2]}", ""]
+        name = {"frame": "what is remembered, and shared by all layers"}.get(module.rpartition(".")[2])
+        return [f"# ---- {name or module.rpartition('.')[2].replace('_', ' ')}", "#"]
 
     def imports(self, body: list[str], records: list[str]) -> list[str]:
         text = "\n".join(body)
@@ -131,14 +133,16 @@ class File:
 
     def numbers(self, layers: list[str], used: set[str]) -> list[str]:
         """The constants of the config."""
+        known = dict(self.writer.constants.comments)
+        if not layers:
+            known["LAYERS"] = len(self.writer.model.layers), "from the embedding to the head"
+        order = ["VOCAB", "DIM", "LAYERS", *self.writer.constants.table.values()]
         out = []
-        known = self.writer.constants.comments
-        for name, (value, comment) in known.items():
+        for name in sorted(known, key=order.index):
+            value, comment = known[name]
             line = f"{name} = {value!r}"
             if name in used:
                 out.append(f"{line:<40}# {comment}" if comment else line)
-        if not layers:
-            out.append(f"{'LAYERS = ' + str(len(self.writer.model.layers)):<40}# from the embedding to the head")
         return out + layers
 
     def layers(self) -> list[str]:
@@ -191,6 +195,18 @@ class File:
                 one(kind)
         return out
 
+    def struck_out(self) -> set[str]:
+        """Names of classes, functions and kinds of things that the modules of this file have, and it does not."""
+        text = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
+        used = set(re.findall(r"\w+", text)) | {kind.__name__ for kind in self.classes}
+        found = set()
+        for module in {code.module for code in self.alive}:
+            here = source(module)
+            found |= {name.rpartition(".")[2] for name in here.defs} - {"forward", "project", "placed", "mixed", "add"}
+            found |= {one.value for one in ast.walk(here.tree) if isinstance(one, ast.Constant)
+                      and isinstance(one.value, str) and re.fullmatch(r"[a-z_]{4,}", one.value)}
+        return {name for name in found - used if len(name) > 3 and not name.startswith("_")}
+
     def rank(self, module: str) -> tuple[int, str]:
         name = module.rpartition(".")[2]
         if name in ORDER:
@@ -204,6 +220,7 @@ class File:
     def sections(self) -> list[tuple[str, list[str]]]:
         """(module, lines) of each module that something is left of."""
         self.alive = self.reached()
+        self.gone = self.struck_out()
         modules = sorted({code.module for code in self.alive} | {kind.__module__ for kind in self.writer.kinds()},
                          key=self.rank)
         found = []
@@ -262,8 +279,11 @@ class File:
                 continue
             alive.add(code)
             text = "\n".join(writer.specs[code].text)
-            for node in ast.walk(ast.parse(textwrap.dedent(text))):
-                if isinstance(node, ast.Name):
+            tree = ast.parse(textwrap.dedent(text))
+            stored = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name)
+                      and isinstance(one.ctx, ast.Store)} | {one.arg for one in code.parameters}
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name) and node.id not in stored:
                     todo += by_name.get(node.id, [])
                     if node.id in classes:
                         meet(classes[node.id])
@@ -292,7 +312,7 @@ class File:
             return []
         writer, node = self.writer, code.node
         spec = writer.specs[code]
-        body = pruned(spec, writer) if spec.text else []
+        body = pruned(spec.text, code, self.gone) if spec.text else []
         grad = [" " * indent + "@torch.no_grad()" for one in node.decorator_list if "no_grad" in ast.unparse(one)]
         return grad + self.head(code, indent) + body
 
@@ -379,7 +399,7 @@ class File:
         lines = [f"class {writer.name(kind)}{'(' + ', '.join(bases) + ')' if bases else ''}:"]
         first = node.body[0]
         if isinstance(first, ast.Expr):
-            lines += source(module).lines(first.lineno, first.end_lineno or 0)
+            lines += docstring(ast.get_docstring(node) or "", self.gone, 4)
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and "NamedTuple" in bases]
         text = "\n".join("\n".join(writer.specs[code].text) for code in self.alive)
         fields += [one for one in node.body if isinstance(one, ast.AnnAssign) and not issubclass(kind, nn.Module)
@@ -425,10 +445,6 @@ def repeated(word: str) -> str:
         if len(set(word[size:])) == 1 and len(word) - size > 3:
             return f'"{word[:size]}" + "{word[-1]}" * {len(word) - size}'
     return f'"{word}"'
-
-
-def pruned(spec: Spec, writer: Writer) -> list[str]:
-    return spec.text
 
 
 __all__ = ["File", "prepared", "types"]

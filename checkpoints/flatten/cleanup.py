@@ -145,14 +145,17 @@ def straightened(lines: list[str]) -> list[str]:
 
 def tidy(line: str) -> str:
     """Without parentheses that say nothing: around a single name or number, or all that is returned or given."""
-    code, mark, comment = line.partition("  #")
+    whole, mark, comment = line.partition("  #")
+    code = whole.rstrip()
     code = re.sub(r"(return |\s= )\(([^()]*(?:\([^()]*\)[^()]*)*)\)$", lambda m: m[0] if " for " in m[2] else m[1] + m[2],
                   code)
     code = re.sub(r"(?<=\w=)\(([^(),]*)\)(?=[,)])", r"\1", code)
     if '"' not in code:
         code = re.sub(r"(?<![\w)\]])\((\w+)\)(?! = )", r"\1", code)
     code = re.sub(r"(F\.linear\([^()]*?), None\)", r"\1)", code)
-    return code + mark + comment
+    code = re.sub(r"(?<= and )\(([\w.]+ [<>=]+ [\w.]+)\)", r"\1", code)
+    code = re.sub(r"(super\(\).__init__\(.*), False\)$", r"\1, bias=False)", code)
+    return code + (" " * max(0, len(whole) - len(code)) + mark + comment if mark else "")
 
 
 def fitted(lines: list[str]) -> list[str]:

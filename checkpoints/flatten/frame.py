@@ -26,7 +26,7 @@ class KVCache:
 
     def __init__(self, batch: int, heads: int, size: int, widths: tuple[int, int], dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.k, self.v = (torch.zeros(batch, heads, size, width, dtype=dtype, device=device) for width in widths)
+        self.k, self.v = (torch.zeros(batch, heads, size, d, dtype=dtype, device=device) for d in widths)
 
     def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, d) from position `start` on; return all keys and values so far (B, K, S, d)."""
@@ -40,7 +40,7 @@ class RingCache:
 
     def __init__(self, batch: int, heads: int, size: int, widths: tuple[int, int], dtype: torch.dtype,
                  device: torch.device) -> None:
-        self.k, self.v = (torch.zeros(batch, heads, size, width, dtype=dtype, device=device) for width in widths)
+        self.k, self.v = (torch.zeros(batch, heads, size, d, dtype=dtype, device=device) for d in widths)
 
     def extend(self, k: Tensor, v: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """Store k, v (B, K, T, d) from position `start` on; return those that the new queries may need (B, K, S, d)."""

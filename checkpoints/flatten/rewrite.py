@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 # (function, expression) → what it is where a cache never begins again
 INSTEAD = {
     ("Decoder.hidden", "x[:, -new:]"): "x",
+    ("frequencies", "lengths.device"): "positions.device",      # it is written inside rotation_tables
     ("Decoder.hidden", "torch.arange(new, device=tokens.device).expand(tokens.shape)"):
         "torch.arange(tokens.shape[1], device=tokens.device)[None]",
 }
@@ -319,6 +320,8 @@ class Rewriter:
     # ---- calls
 
     def write_Call(self, node: ast.Call, worlds: list[World]) -> str:
+        if isinstance(node.func, ast.Name) and self.rename.get(node.func.id, "").startswith("(lambda"):
+            return self.applied(node, self.rename[node.func.id], worlds)
         functions = self.values(node.func, worlds)
         text = self.program.special(self, node, functions, worlds)
         if text is not None:
@@ -339,6 +342,16 @@ class Rewriter:
             self.said(node, code, worlds)
         kept = self.program.kept(calls)
         return f"{self.callee(node, functions, worlds)}({', '.join(self.passed(node, calls, kept, worlds))})"
+
+    def applied(self, node: ast.Call, text: str, worlds: list[World]) -> str:
+        """A lambda that is called: its arguments by name before this statement, and here what it gives."""
+        made = ast.parse(text, mode="eval").body
+        assert isinstance(made, ast.Lambda)
+        for one, given in zip(made.args.args, node.args, strict=True):
+            value = self.expr(given, worlds)
+            if value != one.arg:
+                self.prelude.append([f"{one.arg} = {value}"])
+        return " ".join((ast.get_source_segment(text, made.body) or "").split())
 
     def said(self, node: ast.Call, code: Code, worlds: list[World]) -> None:
         """Note how a caller writes what it gives, where that is a constant expression."""
@@ -498,7 +511,11 @@ class Rewriter:
         """The whole lines of a statement, trailing comment included, with what is inside rewritten."""
         edits = self.edits(node, worlds)
         first, end = self.source.starts[node.lineno - 1], self.source.starts[last or node.end_lineno]  # type: ignore
-        return [line[shift:] for line in self.spliced(first, end, edits).splitlines()]
+        lines = [line[shift:] for line in self.spliced(first, end, edits).splitlines()]
+        column = self.source.lines(node.end_lineno, node.end_lineno)[0].find("  # ") + 2 - shift    # type: ignore
+        code, mark, comment = lines[-1].partition("  # ")
+        return [*lines[:-1], f"{code.rstrip():<{column}}# {comment.lstrip()}" if mark and column > len(code.rstrip()) + 1
+                else lines[-1]]
 
     def do_other(self, node: ast.stmt, worlds: list[World], shift: int) -> tuple[list[str], list[World]]:
         return self.lines(node, worlds, shift), worlds
