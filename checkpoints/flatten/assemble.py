@@ -25,7 +25,7 @@ from checkpoints.flatten.values import World
 from checkpoints.flatten.cleanup import WIDTH, fitted, tidy
 from checkpoints.flatten.write import Writer
 from checkpoints.names.table import Table
-from nanollm.config import ModelConfig
+from nanollm.config import MLP, ModelConfig
 from nanollm.layers.linear import Linear
 from nanollm.layers.mask import AttentionMask
 from nanollm.layers.state import ConvState, KVCache, NoState, State
@@ -92,9 +92,10 @@ class File:
         """The whole file. title: the lines of its docstring."""
         writer = self.writer
         sections = self.sections()
+        kinds = {type(one).__name__ for one in writer.constants.objects}
         code: list[str] = []
         for module, parts in sections:
-            code += ["", "", *self.banner(module), *equations(module, self.gone)]
+            code += ["", "", *self.banner(module), *equations(module, self.gone, kinds)]
             code += "\n\n\n".join(parts).splitlines()
         layers = self.layers()
         records = self.records(set(re.findall(r"\w+", "\n".join(code))))
@@ -117,7 +118,7 @@ class File:
 
     def banner(self, module: str) -> list[str]:
         name = {"frame": "what is remembered, and shared by all layers"}.get(module.rpartition(".")[2])
-        return [f"# ---- {name or module.rpartition('.')[2].replace('_', ' ')}", "#"]
+        return [f"# ---- {name or module.rpartition('.')[2].replace('_', ' ')}", ""]
 
     def imports(self, body: list[str], records: list[str]) -> list[str]:
         text = "\n".join(body)
@@ -203,9 +204,13 @@ class File:
         for module in {code.module for code in self.alive}:
             here = source(module)
             found |= {name.rpartition(".")[2] for name in here.defs} - {"forward", "project", "placed", "mixed", "add"}
-            found |= {one.value for one in ast.walk(here.tree) if isinstance(one, ast.Constant)
+            found |= {one.value for node in here.defs.values() if isinstance(node, ast.FunctionDef)
+                      for one in ast.walk(node) if isinstance(one, ast.Constant)
                       and isinstance(one.value, str) and re.fullmatch(r"[a-z_]{4,}", one.value)}
-        return {name for name in found - used if len(name) > 3 and not name.startswith("_")}
+        gates = {one.gated for one in self.writer.constants.objects if isinstance(one, MLP)}
+        found -= {"gated"} if True in gates else set()
+        found |= {"plain"} if gates == {True} else set()
+        return {name for name in found - (used - {"plain"}) if len(name) > 3 and not name.startswith("_")}
 
     def rank(self, module: str) -> tuple[int, str]:
         name = module.rpartition(".")[2]
@@ -399,7 +404,8 @@ class File:
         lines = [f"class {writer.name(kind)}{'(' + ', '.join(bases) + ')' if bases else ''}:"]
         first = node.body[0]
         if isinstance(first, ast.Expr):
-            lines += docstring(ast.get_docstring(node) or "", self.gone, 4)
+            lines += docstring(
+                ast.get_docstring(node) or "", self.gone if module != frame.__name__ else set(), 4)
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and "NamedTuple" in bases]
         text = "\n".join("\n".join(writer.specs[code].text) for code in self.alive)
         fields += [one for one in node.body if isinstance(one, ast.AnnAssign) and not issubclass(kind, nn.Module)
@@ -409,7 +415,7 @@ class File:
         for one in here:
             body = self.function_lines(Code(module, f"{node.name}.{one.name}"), 4)
             if body:
-                lines += [""] * (not (one.name == "__init__" and False)) + body
+                lines += [""] * (len(lines) > 1) + body
         if len(lines) == 1:
             lines.append("    pass")
         return lines

@@ -143,6 +143,40 @@ def straightened(lines: list[str]) -> list[str]:
     return lines
 
 
+def joined_up(lines: list[str], whole: bool) -> list[str]:
+    """A value that only the next statement reads, written there: where it is an attribute, or, `whole`, any short one."""
+    text = textwrap.dedent("\n".join(lines))
+    found = ast.parse(text)
+    for block in [one.body for one in ast.walk(found) if hasattr(one, "body") and isinstance(one.body, list)]:
+        for one, other in zip(block, block[1:], strict=False):
+            if not (isinstance(one, ast.Assign) and isinstance(one.targets[0], ast.Name)
+                    and isinstance(other, (ast.Assign, ast.Return)) and one.lineno == one.end_lineno
+                    and other.lineno == other.end_lineno and "#" not in lines[one.lineno - 1]):
+                continue
+            name, value = one.targets[0].id, ast.get_source_segment(text, one.value) or ""
+            times = [node for node in ast.walk(found) if isinstance(node, ast.Name) and node.id == name
+                     and isinstance(node.ctx, ast.Load) and node.lineno > one.lineno]
+            stores = [node for node in ast.walk(found) if isinstance(node, ast.Name) and node.id == name
+                      and isinstance(node.ctx, ast.Store) and node.lineno > one.lineno]
+            before_next = [node for node in times if not stores or node.lineno <= stores[0].lineno]
+            plain = re.fullmatch(r"[a-z]\w*\.[\w.]+", value) or whole
+            lazy = [node for node in ast.walk(other) if isinstance(node, (ast.Lambda, ast.GeneratorExp, ast.ListComp))]
+            if len(before_next) != 1 or before_next[0].lineno != other.lineno or not plain or lazy:
+                continue
+            if name == "x" and not (stores and stores[0].lineno == other.lineno):
+                continue                                        # the stream keeps its own line
+            at, line = before_next[0].col_offset, text.splitlines()[other.lineno - 1]
+            column = len(line.encode()[:at].decode())
+            new = line[:column] + value + line[column + len(name) :]
+            if len(new) > 100 or name == "x":
+                continue
+            indent = len(lines[other.lineno - 1]) - len(line)
+            out = [*lines[: one.lineno - 1], *lines[one.lineno : other.lineno - 1], " " * indent + new,
+                   *lines[other.lineno :]]
+            return joined_up(out, whole)
+    return lines
+
+
 def tidy(line: str) -> str:
     """Without parentheses that say nothing: around a single name or number, or all that is returned or given."""
     whole, mark, comment = line.partition("  #")

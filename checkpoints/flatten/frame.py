@@ -74,7 +74,7 @@ class Cache:
 
 
 class ForwardContext:
-    """What the layers of one forward pass share. start: the position of the first new token."""
+    """What the layers of one forward pass share: positions (1, T), that of the first new token, the rotation."""
     regular, real, begins, documents = True, None, None, None
 
     def __init__(self, positions: Tensor, regular: bool, dtype: torch.dtype, cache: Cache | None = None,
@@ -127,13 +127,16 @@ def key_positions(ctx: ForwardContext, window: int | None) -> Tensor:
 
 def attention_mask(ctx: ForwardContext, slots: int | None, window: int | None = None, alibi: Alibi | None = None,
                    heads: int = 1, scale: float = 1.0) -> Tensor | str | None:
-    """None: each query sees all keys. CAUSAL. Else bool (1, 1, T, S), True where it sees one; with ALiBi its bias."""
+    """Which keys each query sees. None: all. CAUSAL: those up to its own. Else bool (1, 1, T, S), or a bias for each."""
     T = ctx.positions.shape[1]
     if alibi is None:
         if T == 1:
             return None                                         # the cache holds nothing else
         if ctx.start == 0 and (window is None or T <= window):
             return CAUSAL
+    if window is None and alibi is None:
+        S = ctx.start + T                                       # T new tokens behind others
+        return torch.ones(1, 1, T, S, dtype=torch.bool, device=ctx.positions.device).tril(S - T)
     keys = key_positions(ctx, window)
     visible = allowed(ctx.positions, keys, window)[:, None]
     if alibi is None:

@@ -53,8 +53,10 @@ def generate(model: Decoder, prompt: list[int], new_tokens: int, temperature: fl
     tokens = torch.tensor([prompt], device=weight.device)
     for _ in range(new_tokens):
         logits = model(tokens, cache)[:, -1].float()
-        drawn = temperature and torch.multinomial((logits / temperature).softmax(-1), 1)
-        tokens = drawn if temperature else logits.argmax(-1, keepdim=True)
+        if temperature:
+            tokens = torch.multinomial((logits / temperature).softmax(-1), 1)
+        else:
+            tokens = logits.argmax(-1, keepdim=True)
         yield int(tokens)
 #.
 #? no cache

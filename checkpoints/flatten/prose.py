@@ -5,17 +5,19 @@ import re
 import textwrap
 
 from checkpoints.flatten.sources import Code, source
+from nanollm import config
 
 # things of the library that no flattened file has, and names of models, which say what others do
-ELSEWHERE = r"""padding|documents?|ragged|kernels?|quantised|packed|configs?|fork|absent|meta device|training|gradient|
-    [Ll]lama-?\d?|Mistral|Mixtral|Qwen\d?|Gemma(?:-\d)?|Falcon|Phi(?:-\d)?|BLOOM|OLMo|GPT-\w+|DeepSeek\S*|Command-R|
-    Nemotron|Granite|Jamba|StripedHyena|GLM|Cohere|NeoX|ERNIE|LFM2|families"""
-GONE = re.compile(rf"\b(?:{re.sub(chr(10) + ' *', '', ELSEWHERE)})\b")
+ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device)\b")
+MODELS = re.compile(r"\b(?:[Ll]lama|Mistral|Mixtral|Qwen|Gemma|Falcon|Phi|BLOOM|OLMo|GPT|DeepSeek|Command|Nemotron|Granite"
+                    r"|Jamba|StripedHyena|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
+KINDS = set(config.__all__)
 
 
-def speaks(text: str, gone: set[str]) -> bool:
-    """Whether a text names nothing that is gone."""
-    return not GONE.search(text) and not any(re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", text) for word in gone)
+def speaks(text: str, gone: set[str], models: bool = False) -> bool:
+    """Whether a text names nothing that is gone; nor, of comments, models, where it says what each of them does."""
+    return not ELSEWHERE.search(text) and not (models and MODELS.search(text)) and not any(
+        re.search(rf"(?<![\w.]){re.escape(word)}(?!\w)", text) for word in gone)
 
 
 def sentences(text: str) -> list[str]:
@@ -26,7 +28,7 @@ def sentences(text: str) -> list[str]:
 def docstring(text: str, gone: set[str], indent: int) -> list[str]:
     """The lines of a docstring without the sentences, or indented lines, that name what is gone; maybe none."""
     kept = []
-    for part in re.split(r"\n\s*\n", text.replace("at the head of the file", "above")):
+    for part in re.split(r"\n[ ]*\n", text.replace("at the head of the file", "above")):
         if part.startswith("    "):
             lines = [line for line in part.splitlines() if speaks(line, gone)]
             kept.append("\n".join(lines))
@@ -39,7 +41,7 @@ def docstring(text: str, gone: set[str], indent: int) -> list[str]:
     kept = [part for part in kept if part.strip()]
     if not kept:
         return []
-    lines = "\n\n".join(kept).splitlines()
+    lines = "\n\n".join(kept).lstrip().splitlines()
     first = f'"""{lines[0]}'
     rest = [line if not line else " " * indent + line for line in lines[1:]]
     return [" " * indent + first + '"""'] if not rest else [" " * indent + first, *rest, " " * indent + '"""']
@@ -59,27 +61,30 @@ def pruned(lines: list[str], code: Code, gone: set[str]) -> list[str]:
     out = []
     for line in lines:
         found = re.match(r"(.*?)\s\s+# (.*)$", line)
-        if found and found[1].strip() and not speaks(found[2], missing):
+        if found and found[1].strip() and not speaks(found[2], missing, True):
             line = found[1]
-        elif line.strip().startswith("# ") and not speaks(line, missing):
+        elif line.strip().startswith("# ") and not speaks(line, missing, True):
             continue
         out.append(line)
     return out
 
 
-def equations(module: str, gone: set[str]) -> list[str]:
-    """The head of a module as comments: its indented lines, which are equations and diagrams, as far as they hold."""
-    blocks = [part for part in re.split(r"\n\s*\n", source(module).docstring) if part.startswith("    ")]
+def equations(module: str, gone: set[str], kinds: set[str]) -> list[str]:
+    """The head of a module as comments: its indented lines, which are equations and diagrams, as far as they hold.
+
+    A line that begins with the name of a part of a config, as those of RoPE's scalings do, holds if the model has it."""
+    if module.endswith((".block", ".model", ".mask", ".state")):
+        return []                                               # these show all ways of wiring side by side
     out: list[str] = []
-    for block in blocks:
-        drawn = bool(re.search(r"[│┌└─┬┴]", block))
-        lines = block.splitlines()
-        kept = [line for line in lines if speaks(line, gone)]
-        if drawn and len(kept) < len(lines):
+    for block in re.split(r"\n[ ]*\n", source(module).docstring):
+        if not block.startswith("    "):
             continue
-        if kept:
+        lines = block.splitlines()
+        kept = [line for line in lines if (
+            line.split()[0] in kinds if line.split()[0] in KINDS else speaks(line, gone, True))]
+        if len(kept) == len(lines) or (kept and not re.search(r"[│┌└─┬┴▲]", block)):
             out += (["#"] if out else []) + [f"# {line}"[:119].rstrip() for line in kept]
-    return out
+    return [*out, ""] if out else []
 
 
 def legend(modules: list[str], text: str) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from checkpoints.flatten import frame
-from checkpoints.flatten.cleanup import loaded, straightened, tidy, without_idle
+from checkpoints.flatten.cleanup import joined_up, loaded, straightened, tidy, without_idle
 from checkpoints.flatten.program import Program, Spec
 from checkpoints.flatten.rewrite import Rewriter, is_config, literal
 from checkpoints.flatten.sources import code_of, is_ours
@@ -198,6 +198,8 @@ class Writer(Program):
         before = self.found
         self.found = []
         lines = straightened(without_idle([tidy(line) for line in writer.body()]))
+        if code.module in ("nanollm.block", frame.__name__) or code.name.endswith((".forward", ".new_state")):
+            lines = joined_up(lines, whole=code.module == "nanollm.block")
         spec.text, read = lines, loaded(lines)
         words = set(re.findall(r"\w+", "\n".join(lines)))
         before += [(note, word) for note, word in self.found if word in words]     # not of what was struck out since
