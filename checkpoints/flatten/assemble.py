@@ -27,6 +27,7 @@ from checkpoints.flatten.write import Writer
 from checkpoints.names.table import Table
 from nanollm.config import MLP, ModelConfig
 from nanollm.layers.linear import Linear
+from nanollm.layers import mask
 from nanollm.layers.mask import AttentionMask
 from nanollm.layers.state import ConvState, KVCache, NoState, State
 from nanollm.model import Decoder
@@ -103,7 +104,8 @@ class File:
                   if isinstance(getattr(one, leaf, None), nn.Parameter)}
         table = naming(writer.model, names, writer.constants)
         there = {word for word, holds in {
-            "arranged": any(line.startswith("ARRANGED") for line in table), "experts": any('{e}"' in line or "{e}." in
+            "arranged": any(line.startswith("ARRANGED") for line in table), "uniform": not layers and not any(line.startswith("ARRANGED") for line in table),
+            "experts": any('{e}"' in line or "{e}." in
                                                                                            line for line in table),
             "float32": bool(leaves), "tied": writer.model.config.tied, "cache": writer.cached}.items() if holds}
         words = {"LAYERS": "LAYERS" if not layers else "len(LAYERS)"}
@@ -118,15 +120,15 @@ class File:
 
     def banner(self, module: str) -> list[str]:
         name = {"frame": "what is remembered, and shared by all layers"}.get(module.rpartition(".")[2])
-        return [f"# ---- {name or module.rpartition('.')[2].replace('_', ' ')}", ""]
+        return [f"# ---- {name or module.rpartition('.')[2].replace('_', ' ')}"]
 
     def imports(self, body: list[str], records: list[str]) -> list[str]:
         text = "\n".join(body)
-        out = ["import argparse", *(["import math"] if "math." in text else []),
+        out = [*(["import math"] if "math." in text else []), "import sys",
                "from collections.abc import Callable, Iterator" if "Callable" in text else
                "from collections.abc import Iterator",
                *(["from dataclasses import dataclass"] if records else []), "from pathlib import Path"]
-        typing = [word for word in ("Any", "NamedTuple") if re.search(rf"\b{word}\b", text)]
+        typing = [word for word in ("Any", "NamedTuple") if re.search(rf"\b{word}[\],)]", text)]
         out += [f"from typing import {', '.join(typing)}"] if typing else []
         return [*out, "", "import torch", "from safetensors.torch import load_file", "from torch import Tensor, nn",
                 "from torch.nn import functional as F"] if re.search(r"\bF\.", text) else [
@@ -226,8 +228,10 @@ class File:
         """(module, lines) of each module that something is left of."""
         self.alive = self.reached()
         self.gone = self.struck_out()
-        modules = sorted({code.module for code in self.alive} | {kind.__module__ for kind in self.writer.kinds()},
-                         key=self.rank)
+        text = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
+        modules = sorted({code.module for code in self.alive} | {kind.__module__ for kind in self.classes}
+                         | {module for (module, _), name in self.writer.globals.items()
+                            if re.search(rf"\b{name}\b", text)}, key=self.rank)
         found = []
         for module in modules:
             parts: list[list[str]] = []
@@ -242,7 +246,9 @@ class File:
             constants = self.constant_lines(module, "\n".join(line for part in parts for line in part))
             if module == "nanollm.block":
                 parts += [lines] if (lines := self.layer_function()) else []
-            if parts or constants:
+            if module == mask.__name__ and not parts:           # one constant needs no section
+                found[-1][1].insert(0, "\n".join(constants))
+            elif parts or constants:
                 found.append((module, ["\n".join(constants)] * bool(constants) + ["\n".join(part) for part in parts]))
         return found
 
@@ -261,7 +267,7 @@ class File:
         todo: list[Code] = []
 
         def meet(kind: type) -> None:
-            if kind in self.classes or not is_ours(kind):
+            if kind in self.classes or not is_ours(kind) or kind is Linear:
                 return
             self.classes.add(kind)
             for one in kind.__mro__:
@@ -317,9 +323,15 @@ class File:
             return []
         writer, node = self.writer, code.node
         spec = writer.specs[code]
-        body = pruned(spec.text, code, self.gone) if spec.text else []
+        body = pruned(self.without_idle_attributes(spec.text), code, self.gone) if spec.text else []
         grad = [" " * indent + "@torch.no_grad()" for one in node.decorator_list if "no_grad" in ast.unparse(one)]
         return grad + self.head(code, indent) + body
+
+    def without_idle_attributes(self, lines: list[str]) -> list[str]:
+        """Without `self.memo = {}` where nothing reads .memo."""
+        text = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
+        return [line for line in lines if not (found := re.match(r" *self\.(\w+)(: [^=]*)? = \{\}$", line))
+                or len(re.findall(rf"\.{found[1]}\b", text)) > 1]
 
     def head(self, code: Code, indent: int) -> list[str]:
         """def f(…) -> …:"""

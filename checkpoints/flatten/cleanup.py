@@ -193,8 +193,11 @@ def tidy(line: str) -> str:
 
 
 def fitted(lines: list[str]) -> list[str]:
-    """Lines within the width: a comment closes up, or goes above; code is broken at a comma."""
+    """Lines within the width: a comment closes up, or goes above; code is broken at a comma, or no more broken."""
     out: list[str] = []
+    for i in range(len(lines) - 1, 0, -1):                      # what fits one line again, of those that end in `in`
+        if lines[i - 1].endswith(" in") and len(lines[i - 1]) + len(lines[i].strip()) < WIDTH:
+            lines[i - 1 : i + 1] = [f"{lines[i - 1]} {lines[i].strip()}"]
     for line in lines:
         if len(line) <= WIDTH or line.lstrip().startswith("#") or "#" not in line:
             out += [line] if len(line) <= WIDTH else broken(line)

@@ -63,8 +63,8 @@ class Cache:
                  device: torch.device | str = "cpu") -> None:
         """length: the longest sequence that will be fed."""
         self.length = 0
-        self.states = [None if layer.mixer is None else layer.mixer.new_state(batch, length, dtype, device)
-                       for layer in model.layers]
+        self.states = [None if layer.mixer is None else layer.mixer.new_state(batch, length, dtype, device) for layer in
+                       model.layers]
 
     def advance(self, tokens: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         """The new tokens (B, T), and their positions (1, T)."""

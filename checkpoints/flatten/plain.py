@@ -9,11 +9,18 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
         stored |= load_file(file)
     with torch.device("meta"):
         model = Decoder()
+#? uniform
+    values: dict[str, Tensor] = {}
+    for i in range(LAYERS):
+        values |= {mine.format(i=i): stored[theirs.format(i=i)] for mine, theirs in NAMES.items()}
+#.
+#? no uniform
     ours, values = dict(model.named_parameters()), {}
     for mine, theirs in NAMES.items():
         for i in range(@LAYERS@) if "{i}" in mine else (0,):
             if mine.format(i=i) in ours:
                 values[mine.format(i=i)] = stored[theirs.format(i=i)]
+#.
 #? arranged
     for mine, theirs, arrange in ARRANGED:
         for i in range(@LAYERS@):
@@ -53,38 +60,26 @@ def generate(model: Decoder, prompt: list[int], new_tokens: int, temperature: fl
     tokens = torch.tensor([prompt], device=weight.device)
     for _ in range(new_tokens):
         logits = model(tokens, cache)[:, -1].float()
-        if temperature:
-            tokens = torch.multinomial((logits / temperature).softmax(-1), 1)
-        else:
-            tokens = logits.argmax(-1, keepdim=True)
+        tokens = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax(-1, True)
         yield int(tokens)
 #.
 #? no cache
     ids = list(prompt)
     for _ in range(new_tokens):             # the angles of all tokens follow the length: nothing can be remembered
         logits = model(torch.tensor([ids], device=weight.device))[:, -1].float()
-        drawn = temperature and torch.multinomial((logits / temperature).softmax(-1), 1)
-        ids.append(int(drawn if temperature else logits.argmax(-1)))
+        ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax()))
         yield ids[-1]
 #.
 
 
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Continue a prompt with the weights of a Hugging Face folder.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("prompt", help="a text (needs the package tokenizers), or ids of tokens: 1,2,3")
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    args = parser.parse_args()
-    model, tokenizer = load(args.folder), None
-    if args.prompt.replace(",", "").isdigit():
-        ids = [int(one) for one in args.prompt.split(",")]
+if __name__ == "__main__":                  # python FILE FOLDER "a text", or ids of tokens: 1,2,3
+    folder, prompt = Path(sys.argv[1]), sys.argv[2]
+    if prompt.replace(",", "").isdigit():
+        print(list(generate(load(folder), [int(one) for one in prompt.split(",")], 32)))
     else:
         from tokenizers import Tokenizer
-        tokenizer = Tokenizer.from_file(str(args.folder / "tokenizer.json"))
-        ids = tokenizer.encode(args.prompt).ids
-    answer = list(generate(model, ids, args.new_tokens, args.temperature))
-    print(tokenizer.decode(answer) if tokenizer else answer)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        print(tokenizer.decode(list(generate(load(folder), tokenizer.encode(prompt).ids, 32))))
 '''
 
 

@@ -37,10 +37,13 @@ def docstring(text: str, gone: set[str], indent: int) -> list[str]:
         whole = " ".join(said)
         if whole:
             whole = re.sub(r";$", ".", whole)
-            kept.append("\n".join(textwrap.wrap(whole, 116 - indent)))
+            kept.append("\n".join(textwrap.wrap(whole, 114 - indent)))
     kept = [part for part in kept if part.strip()]
     if not kept:
         return []
+    together = " ".join(kept)
+    if "\n" not in together and "    " not in together and len(together) < 110 - indent:
+        kept = [together]
     lines = "\n\n".join(kept).lstrip().splitlines()
     first = f'"""{lines[0]}'
     rest = [line if not line else " " * indent + line for line in lines[1:]]
@@ -84,7 +87,7 @@ def equations(module: str, gone: set[str], kinds: set[str]) -> list[str]:
             line.split()[0] in kinds if line.split()[0] in KINDS else speaks(line, gone, True))]
         if len(kept) == len(lines) or (kept and not re.search(r"[│┌└─┬┴▲]", block)):
             out += (["#"] if out else []) + [f"# {line}"[:119].rstrip() for line in kept]
-    return [*out, ""] if out else []
+    return out
 
 
 def legend(modules: list[str], text: str) -> list[str]:

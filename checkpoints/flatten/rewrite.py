@@ -416,6 +416,10 @@ class Rewriter:
         inner_worlds = self.program.in_worlds(code, [bound for _, bound in bounds])
         texts = {name: self.expr(given[name], worlds) for name in given}
         rename = {name: text if atomic(text) else f"({text})" for name, text in texts.items()}
+        anew = {one.id for one in ast.walk(code.node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+        for name in anew & rename.keys():                       # what was known of it ends there
+            if all(known(world[name]) for world in inner_worlds):
+                del rename[name]
         if "self" in [one.arg for one in code.parameters] and isinstance(node.func, ast.Attribute):
             rename["self"] = self.expr(node.func.value, worlds)
         alone = self.program.called_once(code) and self.program.plain_enough(code, self.code) and self.hoists >= 0 and rename.get("self", "self") == "self"
