@@ -1,35 +1,27 @@
-"""The file: constants, records, functions and classes in the order of reading, then what loads, generates and trains."""
+"""The file: constants, records, functions and classes in the order of reading, then what loads and generates."""
 
 import ast
-import contextlib
 import dataclasses
-import functools
 import inspect
 import re
 import textwrap
-import types
-from collections.abc import Iterator
-from typing import Any
 
-import torch
 from torch import nn
 
-from checkpoints.flatten import frame
-from checkpoints.flatten.constants import Constants
+from checkpoints.flatten import frame, training
+from checkpoints.flatten.cleanup import fitted, tidy
+from checkpoints.flatten.expressions import is_config
+from checkpoints.flatten.heads import Heads
 from checkpoints.flatten.naming import naming
 from checkpoints.flatten.plain import TEXT, chosen
 from checkpoints.flatten.prose import docstring, equations, legend, pruned
-from checkpoints.flatten.rewrite import is_config
-from checkpoints.flatten.sources import Code, code_of, global_value, is_ours, source
-from checkpoints.flatten.values import World
-from checkpoints.flatten.cleanup import WIDTH, fitted, tidy
+from checkpoints.flatten.sources import Code, global_value, is_ours, source
+from checkpoints.flatten.training import drawing
 from checkpoints.flatten.write import Writer
 from checkpoints.names.table import Table
-from nanollm.config import MLP, ModelConfig
-from nanollm.layers.linear import Linear
+from nanollm.config import MLP
 from nanollm.layers import mask
-from nanollm.layers.mask import AttentionMask
-from nanollm.layers.state import ConvState, KVCache, NoState, State
+from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
 
 ORDER = """norm scaling rope alibi positions frame state mask attention ssd scan recurrent delta mamba mamba2
@@ -37,53 +29,7 @@ ORDER = """norm scaling rope alibi positions frame state mask attention ssd scan
 LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "block", "model"]
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[dict[int, dict[type, World]]]:
-    """Note what the __init__ of each module class is given inside the block."""
-    made: dict[int, dict[type, World]] = {}
-    originals: dict[type, Any] = {}
-
-    def subclasses(kind: type) -> Iterator[type]:
-        for one in kind.__subclasses__():
-            yield one
-            yield from subclasses(one)
-
-    def wrap(kind: type, init: Any) -> Any:
-        signature = inspect.signature(init)
-
-        @functools.wraps(init)
-        def run(self: nn.Module, *args: Any, **named: Any) -> None:
-            bound = signature.bind(self, *args, **named)
-            bound.apply_defaults()
-            made.setdefault(id(self), {})[kind] = {k: v for k, v in bound.arguments.items() if k != "self"}
-            init(self, *args, **named)
-
-        return run
-
-    try:
-        for kind in {one for one in subclasses(nn.Module) if is_ours(one) and one is not Linear}:
-            if "__init__" in vars(kind):
-                originals[kind] = vars(kind)["__init__"]
-                kind.__init__ = wrap(kind, originals[kind])     # type: ignore[misc]  # restored below
-        yield made
-    finally:
-        for kind, init in originals.items():
-            kind.__init__ = init                                # type: ignore[misc]
-
-
-def prepared(config: ModelConfig) -> Writer:
-    """All that is left of the decoder of a config."""
-    with recorded() as made, torch.device("meta"):
-        model = Decoder(config)
-    kinds = list(dict.fromkeys(config.layers))
-    first = {kind: config.layers.index(kind) for kind in kinds}
-    writer = Writer(model, [model.layers[first[kind]] for kind in kinds], made, Constants(config))
-    writer.kind_of_layer = [kinds.index(layer) for layer in config.layers]
-    writer.settle()
-    return writer
-
-
-class File:
+class File(Heads):
     """Puts together what a Writer has left."""
 
     def __init__(self, writer: Writer) -> None:
@@ -102,21 +48,32 @@ class File:
         records = self.records(set(re.findall(r"\w+", "\n".join(code))))
         leaves = {leaf for one in writer.modules() for leaf in getattr(one, "FLOAT32", ())
                   if isinstance(getattr(one, leaf, None), nn.Parameter)}
-        table = naming(writer.model, names, writer.constants)
-        there = {word for word, holds in {
-            "arranged": any(line.startswith("ARRANGED") for line in table), "uniform": not layers and not any(line.startswith("ARRANGED") for line in table),
-            "experts": any('{e}"' in line or "{e}." in
-                                                                                           line for line in table),
-            "float32": bool(leaves), "tied": writer.model.config.tied, "cache": writer.cached}.items() if holds}
-        words = {"LAYERS": "LAYERS" if not layers else "len(LAYERS)"}
-        rest = chosen(TEXT, there, words)
-        islands = ["", f"FLOAT32 = {sorted(leaves)!r}".replace("'", '"') + "   # kept as stored"] if leaves else []
-        body = [*code, "", "", *self.banner("weights"), *table, *islands, "", "", *rest]
+        body = [*code, "", "", *(self.training() if train else self.loading(names, layers, leaves))]
         used = set(re.findall(r"\w+", "\n".join([*body, *records])))
         title = [*title[:-2], "", *legend([module for module, _ in sections], "\n".join(code)), *title[-2:]]
         head = [*title, *self.imports(body, records), "", *self.numbers(layers, used), *records]
         lines = fitted([tidy(line).rstrip() for line in [*head, *body]])
         return re.sub(r"\n{4,}", "\n\n\n", "\n".join(lines)) + "\n"
+
+    def loading(self, names: Table, layers: list[str], leaves: set[str]) -> list[str]:
+        """The names of tensors, load, generate and the command."""
+        table = naming(self.writer.model, names, self.writer.constants)
+        text = "\n".join(table)
+        there = {word for word, holds in {
+            "arranged": "ARRANGED" in text, "uniform": not layers and "ARRANGED" not in text, "experts": "{e}" in text,
+            "float32": bool(leaves), "tied": self.writer.model.config.tied, "cache": self.writer.cached,
+        }.items() if holds}
+        islands = ["", f"FLOAT32 = {sorted(leaves)!r}".replace("'", '"') + "   # kept as stored"] if leaves else []
+        words = {"LAYERS": "LAYERS" if not layers else "len(LAYERS)"}
+        return ["# ---- weights", *table, *islands, "", "", *chosen(TEXT, there, words)]
+
+    def training(self) -> list[str]:
+        """How the weights are drawn, generate, and a loop."""
+        rest = chosen(TEXT, {"cache"} if self.writer.cached else set(), {})
+        generate = rest[next(i for i, line in enumerate(rest) if "inference_mode" in line) :]
+        end = next(i for i, line in enumerate(generate) if line.startswith("if __name__"))
+        return ["# ---- first values", *drawing(self.writer.model), "", "", *generate[:end],
+                *training.TEXT.strip("\n").splitlines()]
 
     def banner(self, module: str) -> list[str]:
         name = {"frame": "what is remembered, and shared by all layers"}.get(module.rpartition(".")[2])
@@ -124,15 +81,16 @@ class File:
 
     def imports(self, body: list[str], records: list[str]) -> list[str]:
         text = "\n".join(body)
-        out = [*(["import math"] if "math." in text else []), "import sys",
+        out = [f"import {name}" for name in ("math", "re") if re.search(rf"(?<![\w.]){name}\.", text)]
+        out += ["import sys",
                "from collections.abc import Callable, Iterator" if "Callable" in text else
                "from collections.abc import Iterator",
                *(["from dataclasses import dataclass"] if records else []), "from pathlib import Path"]
         typing = [word for word in ("Any", "NamedTuple") if re.search(rf"\b{word}[\],)]", text)]
         out += [f"from typing import {', '.join(typing)}"] if typing else []
-        return [*out, "", "import torch", "from safetensors.torch import load_file", "from torch import Tensor, nn",
-                "from torch.nn import functional as F"] if re.search(r"\bF\.", text) else [
-                *out, "", "import torch", "from safetensors.torch import load_file", "from torch import Tensor, nn"]
+        out += ["", "import torch", *(["from safetensors.torch import load_file"] if "load_file" in text else [])]
+        out += ["from torch import Tensor, nn"]
+        return out + (["from torch.nn import functional as F"] if re.search(r"\bF\.", text) else [])
 
     def numbers(self, layers: list[str], used: set[str]) -> list[str]:
         """The constants of the config."""
@@ -333,69 +291,6 @@ class File:
         return [line for line in lines if not (found := re.match(r" *self\.(\w+)(: [^=]*)? = \{\}$", line))
                 or len(re.findall(rf"\.{found[1]}\b", text)) > 1]
 
-    def head(self, code: Code, indent: int) -> list[str]:
-        """def f(…) -> …:"""
-        writer, node = self.writer, code.node
-        init = code.name.endswith("__init__") and issubclass(writer.class_of(code), nn.Module)
-        defaults = code.defaults()
-        if init:
-            kept = writer.init_parameters(writer.class_of(code))
-        else:
-            kept = dict.fromkeys(sorted(writer.kept([code])))
-        args = []
-        hints = {one.arg: one for one in code.parameters}
-        if code.owner is not None:
-            args.append("self")
-        for one in code.parameters:
-            if one.arg != "self" and one.arg in kept:
-                text = one.arg
-                if one.annotation is not None:
-                    text += f": {self.annotation(one.annotation, code.module)}"
-                if one.arg in defaults:
-                    text += f" = {writer_text(code, defaults[one.arg])}" if one.annotation else ""
-                args.append(text)
-        if init:
-            args += [f"{name}: {self.hint(writer.class_of(code), name, kind)}" for name, kind in kept.items()
-                     if name not in hints or name == "config"]
-        returns = f" -> {self.annotation(node.returns, code.module)}" if node.returns else ""
-        return wrapped(" " * indent + f"def {node.name}(", args, f"){returns}:")
-
-    def hint(self, kind: type, name: str, where: str) -> str:
-        """The type of what differs."""
-        values = [getattr(one, name, None) if where.endswith("attribute") else
-                  getattr(getattr(one, "config", None), name, None)
-                  for one in self.writer.modules() if isinstance(one, kind)]
-        kinds = {"nn.Module" if isinstance(one, nn.Module) and len({type(each) for each in values}) > 2 else
-                 "None" if one is None else self.writer.name(type(one)) if is_ours(type(one)) else
-                 type(one).__name__ for one in values}
-        kinds = {f"nn.{one}" if hasattr(nn, one) else one for one in kinds}
-        return " | ".join(sorted(kinds, key=lambda one: (one == "None", one)))
-
-    def annotation(self, node: ast.expr, module: str) -> str:
-        text = source(module).text(node)
-
-        def new(match: re.Match[str]) -> str:
-            try:
-                value = global_value(module, match[0])
-            except KeyError:
-                return match[0]
-            if isinstance(value, types.GenericAlias):           # Sums = tuple[…]
-                return self.writer.global_text(module, match[0])
-            return self.kind_name(value, match[0])
-
-        return re.sub(r"(?<![\w.])[A-Za-z_]\w*", new, text.replace('"', ""))
-
-    def kind_name(self, value: Any, name: str) -> str:
-        if value is State:
-            found = [self.writer.in_place.get(kind, kind) for kind in (KVCache, ConvState)]
-            return " | ".join(self.writer.name(kind) for kind in found if kind in self.classes) or "None"
-        if value is AttentionMask or (isinstance(value, type) and issubclass(value, AttentionMask)):
-            return "Tensor | str | None"
-        if isinstance(value, type) and is_ours(value) and value is not NoState:
-            value = self.writer.in_place.get(value, value)
-            return value.__name__ if value in (int,) else self.writer.name(value)
-        return name
-
     def base_name(self, base: type, name: str) -> str:
         """A base class; nn.Module in the place of one that has nothing left in it."""
         base = self.writer.in_place.get(base, base)
@@ -433,25 +328,6 @@ class File:
         return lines
 
 
-def writer_text(code: Code, node: ast.expr) -> str:
-    return code.source.text(node)
-
-
-def wrapped(head: str, args: list[str], tail: str) -> list[str]:
-    """A head in as many lines as it takes."""
-    lines, line = [], head
-    for i, one in enumerate(args):
-        piece = one + (", " if i < len(args) - 1 else tail)
-        if len((line + piece).rstrip()) > WIDTH:
-            lines.append(line.rstrip())
-            line = " " * len(head) + piece
-        else:
-            line += piece
-    if not args:
-        line += tail
-    return [*lines, line]
-
-
 def repeated(word: str) -> str:
     """A word of letters, shortened where it repeats itself: "aab" * 8 + "a"."""
     for size in range(1, len(word) // 2 + 1):
@@ -463,6 +339,3 @@ def repeated(word: str) -> str:
         if len(set(word[size:])) == 1 and len(word) - size > 3:
             return f'"{word[:size]}" + "{word[-1]}" * {len(word) - size}'
     return f'"{word}"'
-
-
-__all__ = ["File", "prepared", "types"]

@@ -144,7 +144,7 @@ def straightened(lines: list[str]) -> list[str]:
 
 
 def joined_up(lines: list[str], whole: bool) -> list[str]:
-    """A value that only the next statement reads, written there: where it is an attribute, or, `whole`, any short one."""
+    """A value that only the next statement reads, written there: an attribute, or, `whole`, any short one."""
     text = textwrap.dedent("\n".join(lines))
     found = ast.parse(text)
     for block in [one.body for one in ast.walk(found) if hasattr(one, "body") and isinstance(one.body, list)]:
@@ -202,7 +202,8 @@ def fitted(lines: list[str]) -> list[str]:
         if len(line) <= WIDTH or line.lstrip().startswith("#") or "#" not in line:
             out += [line] if len(line) <= WIDTH else broken(line)
             continue
-        code, comment = re.match(r"(.*?)\s*(#[^#]*)$", line).groups()     # type: ignore[union-attr]  # it has one
+        at = line.rindex("#")
+        code, comment = line[:at].rstrip(), line[at:]
         indent = line[: len(line) - len(line.lstrip())]
         short = f"{code}  {comment}"
         out += [short] if len(short) <= WIDTH else [indent + comment, *(broken(code) if len(code) > WIDTH else [code])]

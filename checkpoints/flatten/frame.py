@@ -127,7 +127,7 @@ def key_positions(ctx: ForwardContext, window: int | None) -> Tensor:
 
 def attention_mask(ctx: ForwardContext, slots: int | None, window: int | None = None, alibi: Alibi | None = None,
                    heads: int = 1, scale: float = 1.0) -> Tensor | str | None:
-    """Which keys each query sees. None: all. CAUSAL: those up to its own. Else bool (1, 1, T, S), or a bias for each."""
+    """Which keys each query sees. None: all. CAUSAL: those up to its own. Else bool (1, 1, T, S), or a bias."""
     T = ctx.positions.shape[1]
     if alibi is None:
         if T == 1:

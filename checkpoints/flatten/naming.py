@@ -20,7 +20,7 @@ FIELDS = {"KV_HEADS": "kv_heads", "HEADS": "heads", "HEAD_DIM": "head_dim", "KEY
 
 def rows(names: Table, parameters: Mapping[str, Tensor]) -> dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Any,
                                                                                                              str]]:
-    """(ours, theirs) → the operation, and the first layer that has them; {i} stands for the layer, {e} for an expert."""
+    """(ours, theirs) → the operation, and the first layer that has them; {i} is the layer, {e} an expert."""
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Any, str]] = {}
     for name in parameters:
         layer, pattern = _split_layer(name)

@@ -9,8 +9,8 @@ from nanollm import config
 
 # things of the library that no flattened file has, and names of models, which say what others do
 ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device)\b")
-MODELS = re.compile(r"\b(?:[Ll]lama|Mistral|Mixtral|Qwen|Gemma|Falcon|Phi|BLOOM|OLMo|GPT|DeepSeek|Command|Nemotron|Granite"
-                    r"|Jamba|StripedHyena|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
+MODELS = re.compile(r"\b(?:[Ll]lama|Mistral|Mixtral|Qwen|Gemma|Falcon|Phi|BLOOM|OLMo|GPT|DeepSeek|Command|Nemotron"
+                    r"|Granite|Jamba|StripedHyena|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
 KINDS = set(config.__all__)
 
 
@@ -75,7 +75,7 @@ def pruned(lines: list[str], code: Code, gone: set[str]) -> list[str]:
 def equations(module: str, gone: set[str], kinds: set[str]) -> list[str]:
     """The head of a module as comments: its indented lines, which are equations and diagrams, as far as they hold.
 
-    A line that begins with the name of a part of a config, as those of RoPE's scalings do, holds if the model has it."""
+    A line that begins with the name of a part of a config, as those of RoPE's scalings, holds if the model has it."""
     if module.endswith((".block", ".model", ".mask", ".state")):
         return []                                               # these show all ways of wiring side by side
     out: list[str] = []

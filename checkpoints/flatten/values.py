@@ -14,7 +14,6 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from checkpoints.flatten.sources import global_value, is_ours

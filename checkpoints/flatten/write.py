@@ -9,14 +9,17 @@ from torch import nn
 
 from checkpoints.flatten import frame
 from checkpoints.flatten.cleanup import joined_up, loaded, straightened, tidy, without_idle
-from checkpoints.flatten.program import Program, Spec
-from checkpoints.flatten.rewrite import Rewriter, is_config, literal
+from checkpoints.flatten.expressions import is_config, literal
+from checkpoints.flatten.program import Spec
+from checkpoints.flatten.rewrite import Rewriter
 from checkpoints.flatten.sources import code_of, is_ours
+from checkpoints.flatten.special import SpecialCalls
 from checkpoints.flatten.values import Run, World, known, same
 from nanollm.config import Rope
 from nanollm.layers.linear import Linear
 from nanollm.layers.scaling import length_key
 from nanollm.model import Embedding, Head
+
 
 class InitWriter(Rewriter):
     """Writes the __init__ of a module class: attributes that are constants are left out, those that differ come as
@@ -120,7 +123,7 @@ class InitWriter(Rewriter):
         return super().do_AugAssign(node, worlds, shift)
 
 
-class Writer(Program):
+class Writer(SpecialCalls):
     """Runs through all functions until no world is new, then writes them down."""
 
     def settle(self) -> None:
