@@ -63,7 +63,7 @@ def test_logits_are_equal_to_the_bit(flat, length):
 
 @torch.inference_mode()
 def test_so_are_those_with_a_cache(flat):
-    """A prompt, single tokens past every window, chunks between them. Without a cache: the tokens that are generated."""
+    """A prompt, single tokens past every window, chunks between them; and the tokens that are generated."""
     fixture, ours, _, module, model = flat
     if hasattr(module, "Cache"):
         x, mine, flats = tokens(fixture, length=60), Cache(ours.config, 2, 60), module.Cache(model, 2, 60)

@@ -181,8 +181,8 @@ def tidy(line: str) -> str:
     """Without parentheses that say nothing: around a single name or number, or all that is returned or given."""
     whole, mark, comment = line.partition("  #")
     code = whole.rstrip()
-    code = re.sub(r"(return |\s= )\(([^()]*(?:\([^()]*\)[^()]*)*)\)$", lambda m: m[0] if " for " in m[2] else m[1] + m[2],
-                  code)
+    whole_value = r"(return |\s= )\(([^()]*(?:\([^()]*\)[^()]*)*)\)$"
+    code = re.sub(whole_value, lambda found: found[0] if " for " in found[2] else found[1] + found[2], code)
     code = re.sub(r"(?<=\w=)\(([^(),]*)\)(?=[,)])", r"\1", code)
     if '"' not in code:
         code = re.sub(r"(?<![\w)\]])\((\w+)\)(?! = )", r"\1", code)
