@@ -114,6 +114,8 @@ class Calls(Expressions):
         """A call as the expression that the function comes to, where that is short; else None."""
         if code.name.endswith(("forward", "__init__")) or any(isinstance(one, ast.Starred) for one in node.args):
             return None
+        if code.owner != self.code.owner and "super()" in self.program.source_text(code):
+            return None                                         # of another class than this one's base
         names = [one.arg for one in code.parameters if one.arg != "self"]
         given = dict(zip(names, node.args, strict=False)) | {str(one.arg): one.value for one in node.keywords}
         self.program.spec(code).calls.add((self.code.name, node.lineno, node.col_offset))

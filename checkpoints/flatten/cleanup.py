@@ -183,7 +183,10 @@ def tidy(line: str) -> str:
     code = whole.rstrip()
     whole_value = r"(return |\s= )\(([^()]*(?:\([^()]*\)[^()]*)*)\)$"
     code = re.sub(whole_value, lambda found: found[0] if " for " in found[2] else found[1] + found[2], code)
-    code = re.sub(r"(?<=\w=)\(([^(),]*)\)(?=[,)])", r"\1", code)
+    while code != (code := re.sub(r"(?<![\w\]])\(\(([^(),]*(?:\([^()]*\))?[^(),]*)\)\)", r"(\1)", code)):
+        pass                                                    # ((x)), but not f((a, b))
+    code = re.sub(r"(?<=\w=)\(([^(),]*)\)(?=[,)])", r"\1", code).replace(", enable_gqa=False", "")
+    code = re.sub(r"(?<=\w\()\(([^(),]*(?:\([^()]*\)[^(),]*)?)\)(?=\))", r"\1", code)
     if '"' not in code:
         code = re.sub(r"(?<![\w)\]])\((\w+)\)(?! = )", r"\1", code)
     code = re.sub(r"(F\.linear\([^()]*?), None\)", r"\1)", code)

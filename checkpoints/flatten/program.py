@@ -192,6 +192,9 @@ class Program:
         """Whether one place in all calls a method, so that it may be written there."""
         return self.final and len(self.spec(code).calls) == 1
 
+    def source_text(self, code: Code) -> str:
+        return code.source.text(code.node)
+
     def plain_enough(self, code: Code, caller: Code) -> bool:
         """Whether a function reads well inside another: a method, or a helper of the same file without much to say."""
         says = ast.get_docstring(code.node) or ""

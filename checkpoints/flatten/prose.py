@@ -86,7 +86,7 @@ def equations(module: str, gone: set[str], kinds: set[str]) -> list[str]:
         kept = [line for line in lines if (
             line.split()[0] in kinds if line.split()[0] in KINDS else speaks(line, gone, True))]
         if len(kept) == len(lines) or (kept and not re.search(r"[│┌└─┬┴▲]", block)):
-            out += (["#"] if out else []) + [f"# {line}"[:119].rstrip() for line in kept]
+            out += (["#"] if out else []) + [f"# {line[2:]}".rstrip() for line in kept]
     return out
 
 
