@@ -225,7 +225,8 @@ class File(Heads):
         todo: list[Code] = []
 
         def meet(kind: type) -> None:
-            if kind in self.classes or not is_ours(kind) or kind is Linear:
+            if kind in self.classes or not is_ours(kind) or kind is Linear or kind.__module__.startswith(
+                    "nanollm.config"):                          # of a config something else stays, see `records`
                 return
             self.classes.add(kind)
             for one in kind.__mro__:
