@@ -370,11 +370,12 @@ def run() -> None:
     elif args.adapter and args.compile:
         raise InputError(f"{args.adapter}: --compile is for an adapter that is merged, and beside quantised weights it "
                          "is not: python -m checkpoints.convert MODEL OUT --adapter FOLDER --merge")
+    head_bits = 8 if args.quantize else None
     if args.compile:
         note("[compiling; the first time on a machine this takes up to a minute]")
-        compile_decoding(model)
+        compile_decoding(model, head_bits)
     else:
-        prepare(model, head_bits=8 if args.quantize else None)
+        prepare(model, head_bits)
     if args.prompts:
         size = min(args.batch_size or 8, len(jobs))
         request = fitted(request, model, size * args.n, max(len(job.ids) for job in jobs))

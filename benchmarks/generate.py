@@ -162,10 +162,8 @@ def real(path: Path, prompt_tokens: int, new: int, rounds: int) -> str:
             model = checkpoints.load(path, dtype=torch.bfloat16)
             if bits < 16:
                 quantize(model, bits)
-            if how:
-                compile_decoding(model)
-            else:
-                prepare(model, None if bits == 16 else 8)
+            head_bits = None if bits == 16 else 8
+            compile_decoding(model, head_bits) if how else prepare(model, head_bits)
             runs[f"nanollm, {bits} bits{how}"] = lambda model=model: ours(model, ids, new)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints.save(checkpoints.load(path, dtype=torch.bfloat16), f"{folder}/hf")

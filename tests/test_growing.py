@@ -190,6 +190,12 @@ def test_mean_rows_are_those_of_transformers(name, words, tmp_path):
     assert oracles.difference(logits(checkpoints.load(folder), ids), logits(theirs(folder), ids)) < 1e-5
 
 
+def test_where_nothing_grows_it_is_said(words, tmp_path):
+    model = with_words(words, tmp_path / "model", "llama-3.1", load(words).vocab_size + 5)
+    with pytest.warns(UserWarning, match="--grow-vocab: nothing grows"):
+        assert growing.grow(model, asked(init=tmp_path / "model", grow_vocab="mean")).config == model.config
+
+
 @pytest.mark.parametrize("how", ["zero", "normal"])
 def test_other_rows(how, words, tmp_path):
     vocab = load(words).vocab_size - 200

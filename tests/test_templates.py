@@ -489,6 +489,8 @@ def test_choose(tmp_path: Path) -> None:
     assert ours.chat_template.endswith("é") and not ours.chat_begins and ours.stop_ids == ()
     choose(ours, "chatml")
     assert ours.stop_ids == (ours.special_tokens["<|im_end|>"],) and ours.chat_begins
+    with pytest.warns(UserWarning, match="<\\|im_end\\|> is no token of this tokenizer"):
+        choose(load(bytes_folder(tmp_path, ("<|end|>",))), "chatml")
 
 
 def answer_and_prompt(ours: Tokenizer, name: str) -> tuple[list[str], list[int]]:

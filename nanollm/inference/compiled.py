@@ -9,11 +9,12 @@ surrounds them:
 
     product      y_n = Σ_k W_nk x_k            rows n, n + N/4, n + N/2, n + 3N/4 at a time: memory answers four
                                                streams that lie far apart sooner than one (17 GB/s in place of 11)
+                 y_n = s_n Σ_k Q_nk x_k        the same of weights in 8 bits
     attention    y = Σ_s softmax(q·k_s)_s v_s  of one query, over the keys that are there
 
 Layers of one config share a program: their weights and states are its inputs. How many keys there are, and for how many
-a cache has room, is open. Prompts, batches and padding run as before, and so does a layer that cannot be traced, for
-instance one that chooses experts; a warning says so, once.
+a cache has room, is open, and so are the numbers of the experts that a token chooses. Prompts, batches and padding run
+as before, and so does a layer that cannot be traced; a warning says so, once.
 
 Sums are rounded less often than in the model as it was, so logits in bfloat16 differ by as much as two orders of
 summation do. Tracing and compiling take a C++ compiler and, the first time on a machine, up to a minute; torch keeps
@@ -31,26 +32,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from nanollm import ops
 from nanollm.errors import InputError
 from nanollm.inference.generation import generate
-from nanollm.inference.prepare import linears, side_by_side, widen
+from nanollm.inference.prepare import head_product, linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.state import KVCache, SlotMapping, State
-from nanollm.model import Decoder, Head
+from nanollm.model import Decoder
 
 Program = Callable[..., Sequence[Tensor]]
 STREAMS = 4
+# a program's own frame in C++ too, and without looking at each weight's strides at each call: 3 ms a token of SmolLM2
+OPTIONS = {"cpp_wrapper": True, "size_asserts": False}
 
 
-def compile_decoding(model: Decoder) -> Decoder:
+def compile_decoding(model: Decoder, head_bits: int | None = None) -> Decoder:
     """Let each layer and the head of a model run compiled where one token follows, in place; return the model.
 
     On another device than a CPU, or where kernels were asked for by NANOLLM_KERNELS=triton, nothing is done.
+    head_bits: 8 for a head in 8 bits, as in `prepare`.
 
     The programs are made here, by three tokens of no meaning. InputError for a model that was compiled before."""
     if not model.embed.weight.is_cpu or ops.mode() == "triton":
@@ -63,7 +66,7 @@ def compile_decoding(model: Decoder) -> Decoder:
     programs: dict[Any, Program | None] = {}
     for index, layer in enumerate(model.layers):
         model.layers[index] = CompiledBlock(layer, model.config.layers[index], programs)
-    model.head.packed = CompiledProduct(model.head)
+    model.head.packed = CompiledProduct(head_product(model.head, head_bits))
     for _ in generate(model, [0, 0], 3):
         pass
     return model
@@ -118,21 +121,31 @@ class CompiledBlock(nn.Module):
 class CompiledProduct(nn.Module):
     """The product of the head, compiled for one row."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, linear: nn.Module) -> None:
         super().__init__()
-        self.weight, self.bias = head.rows().detach(), head.bias
-        self.ready: tuple[torch.dtype, Program | None] | None = None
+        self.linear = linear
+        self.ready: tuple[torch.dtype, list[Tensor], Program | None] | None = None
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, D) → (…, V)
         if x.shape[:-1].numel() != 1 or torch.is_grad_enabled() or not x.is_cpu:
-            return F.linear(x, self.weight, self.bias)
-        row, weights = x.reshape(1, -1), [self.weight, *([] if self.bias is None else [self.bias])]
+            return self.linear(x)
+        row = x.reshape(1, -1)
         if self.ready is None or self.ready[0] != x.dtype:
-            self.ready = x.dtype, compile_function("the head is", lambda *values: (F.linear(*values),), [row], weights)
-        program = self.ready[1]
-        if program is None:
-            return F.linear(x, self.weight, self.bias)
-        return program(row, *weights)[0].view(*x.shape[:-1], -1)
+            self.linear(row)                    # puts scales into this dtype
+            self.ready = x.dtype, *self.program(row)
+        _, weights, program = self.ready
+        return self.linear(x) if program is None else program(row, *weights)[0].view(*x.shape[:-1], -1)
+
+    def program(self, row: Tensor) -> tuple[list[Tensor], Program | None]:
+        """The weights, and the program that takes them."""
+        places = weight_places(self.linear)
+        weights, arrangement = pytree.tree_flatten([owner[name] for owner, name in places])
+
+        def run(row: Tensor, *values: Tensor) -> tuple[Tensor]:
+            with replaced(places, pytree.tree_unflatten(values, arrangement)):
+                return (self.linear(row),)
+
+        return weights, compile_function("the head is", run, [row], weights)
 
 
 # ---- from Python to a program
@@ -163,7 +176,7 @@ def compile_function(what: str, function: Callable[..., tuple[Tensor]], tensors:
             fakes: list[Any] = [fake(number, tensor) for number, tensor in enumerate([*tensors, *weights])]
             with fake_mode:
                 graph = make_fx(function, decomposition_table=WRITTEN_OUT)(*fakes)
-            program = torch._inductor.compile(graph, fakes)
+            program = torch._inductor.compile(graph, fakes, options=OPTIONS)
         program(*(tensor.clone() for tensor in tensors), *weights)              # a trial
         return program
     except Exception as error:                  # whatever the compiler stumbles over, the model runs without it
@@ -256,10 +269,18 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bo
     return ((p[..., None] * v.float()[:, :, None]).sum(-2) / total).to(q.dtype), total[..., 0]
 
 
+def row_product8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """x (1, K), Q (N, K) int8, s (N,) → (1, N)."""
+    if x.shape[0] != 1:
+        return NotImplemented
+    return (scales.float() * row_product(x.float(), codes.t())).to(x.dtype)
+
+
 aten = torch.ops.aten
 WRITTEN_OUT: dict[Any, Callable[..., Any]] = {
     aten.mm.default: row_product,
     aten.addmm.default: row_product_plus,
+    aten._weight_int8pack_mm.default: row_product8,
     aten._scaled_dot_product_flash_attention_for_cpu.default: attend_one,
 }
 

@@ -28,7 +28,7 @@ from nanollm.inference.quantize import QuantizedLinear, quantize_weight
 from nanollm.layers.attention import Attention
 from nanollm.layers.linear import Linear
 from nanollm.layers.mlp import MLP
-from nanollm.model import Decoder
+from nanollm.model import Decoder, Head
 
 
 class PackedLinear(nn.Module):
@@ -128,13 +128,22 @@ def prepare(model: Decoder, head_bits: int | None = None) -> Decoder:
                 widen(owner, name, linear)
     head = model.head
     if head_bits is not None:
-        bias = None if head.bias is None else head.bias.detach()
-        head.packed = QuantizedLinear(*quantize_weight(head.rows(), head_bits), bias)
+        head.packed = head_product(head, head_bits)
     elif has_packing(head.weight.dtype):
         head.packed = PackedLinear(head.rows().detach(), head.bias)
         if not model.config.tied:
             head.weight = nn.Parameter(head.weight.new_empty(0), requires_grad=False)      # it is read no more
     return model
+
+
+@torch.no_grad()
+def head_product(head: Head, bits: int | None) -> Linear | QuantizedLinear:
+    """W x + b of a head, as a module; in 8 bits, or None: with the weight as it is."""
+    if bits is not None:
+        return QuantizedLinear(*quantize_weight(head.rows(), bits), None if head.bias is None else head.bias.detach())
+    linear = Linear(head.in_features, head.out_features, head.bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(head.rows(), requires_grad=False), head.bias
+    return linear
 
 
 @torch.no_grad()

@@ -218,7 +218,7 @@ def restored(module: QuantizedLinear, *_: object) -> None:
 
 def of(expert: int | None, parts: Some) -> Some:
     """What is an expert's; None: there are no experts."""
-    return parts if parts is None or expert is None else parts[expert]
+    return parts if parts is None or expert is None else parts.select(0, expert)
 
 
 def each(change: Callable[[Tensor], Tensor], packed: Tensor) -> Tensor:

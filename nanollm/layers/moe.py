@@ -147,6 +147,10 @@ def routing(model: nn.Module) -> Iterator[list[Routed]]:
 
 def visits(chosen: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """chosen (N, k) → expert, the tokens that chose it, and as which of their k. Experts without tokens are skipped."""
+    if len(chosen) == 1:                                        # one token: its experts one by one, none is sought
+        for rank, e in enumerate(chosen[0].tolist()):
+            yield e, chosen.new_tensor([0]), chosen.new_tensor([rank])
+        return
     for e in chosen.unique().tolist():
         yield e, *torch.where(chosen == e)
 
@@ -159,7 +163,7 @@ def expert_mlp(x: Tensor, gate: Tensor, up: Tensor, down: Tensor, weights: Tenso
     x (N, D), gate and up (E, F, D), down (E, D, F), weights g (N, k) float32, chosen T (N, k) int64.
     """
     return mixed(x, weights, chosen, lambda own, e: F.linear(
-        activate(activation, F.linear(own, gate[e])) * F.linear(own, up[e]), down[e]))
+        activate(activation, F.linear(own, gate.select(0, e))) * F.linear(own, up.select(0, e)), down.select(0, e)))
 
 
 def mixed(x: Tensor, weights: Tensor, chosen: Tensor, expert: Callable[[Tensor, int], Tensor]) -> Tensor:
@@ -211,7 +215,7 @@ class PlainExperts(Experts):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
         return mixed(x, weights, chosen, lambda own, e: F.linear(
-            gated(self.config, None, F.linear(own, self.up[e])), self.down[e]))
+            gated(self.config, None, F.linear(own, self.up.select(0, e))), self.down.select(0, e)))
 
 
 class ClippedExperts(Experts):
@@ -230,10 +234,14 @@ class ClippedExperts(Experts):
 
     def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:    # (N, D), (N, k), (N, k) → (N, D)
         def expert(own: Tensor, e: int) -> Tensor:
-            gate, up = F.linear(own, self.gate[e], self.gate_bias[e]), F.linear(own, self.up[e], self.up_bias[e])
-            return F.linear(gated(self.config, gate, up), self.down[e], self.down_bias[e])
+            gate, up = self.product("gate", own, e), self.product("up", own, e)
+            return self.product("down", gated(self.config, gate, up), e)
 
         return mixed(x, weights, chosen, expert)
+
+    def product(self, leaf: str, x: Tensor, e: int) -> Tensor:
+        """leaf_e x + b, (n, K) → (n, N)."""
+        return F.linear(x, getattr(self, leaf).select(0, e), getattr(self, f"{leaf}_bias").select(0, e))
 
 
 class Stacked(nn.Module):
@@ -244,7 +252,8 @@ class Stacked(nn.Module):
         self.weight, self.bias = weight, bias
 
     def forward(self, x: Tensor, expert: int) -> Tensor:        # (n, K) → (n, N)
-        return F.linear(x, self.weight[expert], None if self.bias is None else self.bias[expert])
+        bias = None if self.bias is None else self.bias.select(0, expert)
+        return F.linear(x, self.weight.select(0, expert), bias)
 
 
 class SplitExperts(nn.Module):

@@ -26,6 +26,7 @@ import difflib
 import re
 import shlex
 import shutil
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -224,6 +225,9 @@ def choose(tokenizer: Tokenizer, choice: str | Path, *, to_file: bool = False) -
         written = "".join(texts[id] for id in tokenizer.prefix) if to_file and named.begins else ""
         tokenizer.chat_template, tokenizer.chat_begins = written + named.jinja, named.begins and not to_file
         stop_at(tokenizer, named.stops)
+        if spelled := [text for text in tokenizer.stop_texts if text.startswith("<")]:
+            warnings.warn(f"--template {choice}: {', '.join(spelled)} is no token of this tokenizer: it is spelled out "
+                          "in several; in training --add-tokens adds it", stacklevel=2)
         return
     try:
         tokenizer.chat_template, tokenizer.chat_begins = Path(choice).read_text(encoding="utf-8"), False

@@ -24,6 +24,7 @@ Shapes: V vocabulary, D model width, L layers before, N new ones.
 
 import argparse
 import dataclasses
+import warnings
 import zlib
 
 import torch
@@ -190,6 +191,9 @@ def more_tokens(config: ModelConfig, values: Values, options: argparse.Namespace
     assert folder is not None, "--init is given, see check"
     size = tokenizer.load(folder).vocab_size
     if size <= config.vocab:
+        if options.grow_vocab:
+            warnings.warn(f"--grow-vocab: nothing grows, as the model's {config.vocab} rows are enough for the "
+                          f"tokenizer's {size} tokens", stacklevel=2)
         return config, values
     like = None
     if options.grow_from is not None:

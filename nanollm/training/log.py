@@ -9,7 +9,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from nanollm.errors import RunError
+from nanollm.errors import RunError, counted
 from nanollm.model import Decoder
 from nanollm.training import monitors
 from nanollm.training.corpus import Corpus
@@ -156,7 +156,8 @@ def report(folder: Path, corpus: Corpus, title: str) -> str:
     picture = " (loss.png needs: pip install matplotlib)"
     if losses:
         last = [loss for _, loss in losses[-50:]]
-        lines.append(f"  {f'(training, last {len(last)} steps)':<44}{sum(last) / len(last):>12.3f}")
+        label = f"(training, last {counted(len(last), 'step')})"
+        lines.append(f"  {label:<44}{sum(last) / len(last):>12.3f}")
         references = known_losses(corpus) if held_out else {}
         if loss_curve(folder / "loss.png", losses, held_out, references, title):
             picture = ", loss.png"
