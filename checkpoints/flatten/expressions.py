@@ -152,7 +152,7 @@ class Expressions:
 
     def unfolded(self, node: ast.expr, worlds: list[World]) -> str:
         instead = INSTEAD.get((self.code.name, self.source.text(node)))
-        if instead is not None:
+        if instead is not None and (self.rename or self.code.owner):    # of a function, where it is written in another
             self.dropped_lead = True
             return instead
         method = getattr(self, f"write_{type(node).__name__}", None)
