@@ -19,7 +19,8 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
     source.py    a folder, understood and planned          export.py, companions.py    what is written
     packing.py   weights in 8 and 4 bits, on their way in  compressing.py              and out
     adapters/    peft's folders, in and out
-    commands     python -m checkpoints.convert   .inspect   .compare   .show
+    flatten/     one model as one file
+    commands     python -m checkpoints.convert   .inspect   .compare   .show   .flatten
 """
 
 import sys

@@ -43,6 +43,7 @@ ARROWS = {
     "checkpoints.show": "layouts names source storage nanollm.cli nanollm.config nanollm.layers nanollm.model nanollm.presets nanollm.training",
     "checkpoints.convert": "adapters compressing export layouts names source storage nanollm.cli nanollm.inference",
     "checkpoints.delta": "convert export families layouts source storage nanollm.cli",
+    "checkpoints.flatten": "families layouts names source nanollm.cache nanollm.cli nanollm.config nanollm.init nanollm.layers nanollm.model nanollm.presets",
     "checkpoints.inspect": "companions folding layouts names show source storage nanollm.cli",
     "checkpoints.tracing": "names storage nanollm.config nanollm.model",
     "checkpoints.folding": "",
