@@ -38,9 +38,11 @@ class Calls(Expressions):
             for code, first in found or ():
                 calls.setdefault(code, []).append((world, self.arguments(node, code, first, world)))
         if len(calls) == 1:
+            before = len(self.prelude)
             inlined = self.inlined(node, *next(iter(calls.items())), worlds)
             if inlined is not None:
                 return inlined
+            del self.prelude[before:]                           # its arguments are written once more below
         for code, bounds in calls.items():
             self.program.enter(code, [bound for _, bound in bounds])
             self.said(node, code, worlds)
@@ -114,6 +116,8 @@ class Calls(Expressions):
         """A call as the expression that the function comes to, where that is short; else None."""
         if code.name.endswith(("forward", "__init__")) or any(isinstance(one, ast.Starred) for one in node.args):
             return None
+        if any(isinstance(one, ast.JoinedStr) for one in ast.walk(code.node)):
+            return None                                         # names inside a string are not followed
         if code.owner != self.code.owner and "super()" in self.program.source_text(code):
             return None                                         # of another class than this one's base
         names = [one.arg for one in code.parameters if one.arg != "self"]

@@ -203,6 +203,9 @@ class Writer(SpecialCalls):
         lines = straightened(without_idle([tidy(line) for line in writer.body()]))
         if code.module in ("nanollm.block", frame.__name__) or code.name.endswith((".forward", ".new_state")):
             lines = joined_up(lines, whole=code.module == "nanollm.block")
+        if not self.cached:                                     # no layer has a state
+            zipped = "for layer, state in zip(self.layers, states, strict=True):"
+            lines = without_idle([line.replace(zipped, "for layer in self.layers:") for line in lines])
         spec.text, read = lines, loaded(lines)
         words = set(re.findall(r"\w+", "\n".join(lines)))
         before += [(note, word) for note, word in self.found if word in words]     # not of what was struck out since
