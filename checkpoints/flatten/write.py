@@ -73,6 +73,8 @@ class InitWriter(Rewriter):
         if name == "config":
             fields = program.lifts.get(self.owner, {})
             return [f"self.{field} = {field}" for field, kind in sorted(fields.items()) if kind == "field"]
+        if isinstance(found[0], nn.ModuleDict):
+            return []                                           # what layers share: nothing, see build.py
         if isinstance(found[0], nn.ModuleList):
             return [f"self.{name} = {program.layer_list()}"]
         if all(one is None for one in found):
