@@ -151,7 +151,8 @@ class File(Heads):
                 lines.append(f"{line:<44}# {comment}" if comment else line)
             out.extend(lines)
 
-        for kind in [*writer.records, *(kind for kind in writer.names if dataclasses.is_dataclass(kind))]:
+        named = (kind for kind in writer.names if isinstance(kind, type) and dataclasses.is_dataclass(kind))
+        for kind in [*writer.records, *named]:
             if writer.name(kind) in used:
                 one(kind)
         return out
@@ -190,7 +191,7 @@ class File(Heads):
         modules = sorted({code.module for code in self.alive} | {kind.__module__ for kind in self.classes}
                          | {module for (module, _), name in self.writer.globals.items()
                             if re.search(rf"\b{name}\b", text)}, key=self.rank)
-        found = []
+        found: list[tuple[str, list[str]]] = []
         for module in modules:
             parts: list[list[str]] = []
             constants = []

@@ -26,6 +26,7 @@ def recorded() -> Iterator[dict[int, dict[type, World]]]:
     originals: dict[type, Any] = {}
 
     def subclasses(kind: type) -> Iterator[type]:
+        one: type
         for one in kind.__subclasses__():
             yield one
             yield from subclasses(one)

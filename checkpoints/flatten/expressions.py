@@ -12,7 +12,7 @@ from checkpoints.flatten.sources import Code
 from checkpoints.flatten.values import Run, World, known, same
 
 if TYPE_CHECKING:
-    from checkpoints.flatten.program import Program
+    from checkpoints.flatten.write import Writer
 
 # (function, expression) → what it is where a cache never begins again
 INSTEAD = {
@@ -67,7 +67,7 @@ def shape(text: str) -> str:
 class Expressions:
     """Of one function. rename: what its parameters are called, where it is written inside another."""
 
-    def __init__(self, program: "Program", code: Code, worlds: list[World], rename: dict[str, str] | None = None):
+    def __init__(self, program: "Writer", code: Code, worlds: list[World], rename: dict[str, str] | None = None):
         self.program, self.code, self.worlds, self.rename = program, code, worlds, rename or {}
         self.source = code.source
         self.owner = program.class_of(code)
@@ -259,7 +259,8 @@ class Expressions:
         return found
 
     def write_BoolOp(self, node: ast.BoolOp, worlds: list[World]) -> str:
-        stops, kept = isinstance(node.op, ast.Or), []
+        stops = isinstance(node.op, ast.Or)
+        kept: list[str] = []
         for i, one in enumerate(node.values):
             value = self.agreed(one, worlds)
             if known(value) and bool(value) is not stops and i < len(node.values) - 1:

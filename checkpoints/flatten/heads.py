@@ -24,10 +24,7 @@ class Heads:
         writer, node = self.writer, code.node
         init = code.name.endswith("__init__") and issubclass(writer.class_of(code), nn.Module)
         defaults = code.defaults()
-        if init:
-            kept = writer.init_parameters(writer.class_of(code))
-        else:
-            kept = dict.fromkeys(sorted(writer.kept([code])))
+        kept = writer.init_parameters(writer.class_of(code)) if init else dict.fromkeys(sorted(writer.kept([code])), "")
         args = []
         hints = {one.arg: one for one in code.parameters}
         if code.owner is not None:

@@ -86,7 +86,7 @@ class Program:
     def worked_out(self) -> dict[str, dict[str, Any]]:
         """Expressions that compare sizes of tensors: function → expression → what it comes to in this model."""
         mixers = [module for layer in self.layers for module in layer.modules() if hasattr(module, "config")]
-        attentions = [one.config for one in mixers if hasattr(one.config, "kv_heads")]
+        attentions: list[Any] = [one.config for one in mixers if hasattr(one.config, "kv_heads")]
         turning = [one for one in self.constants.objects if type(one).__name__ == "Rope"]
         sparse = any(type(one).__name__ == "Indexer" for one in self.constants.objects)
         latent = any("kv_rank" in vars(one.config) for one in mixers)
@@ -130,7 +130,8 @@ class Program:
     def in_worlds(self, code: Code, bounds: Iterable[dict[str, Any]]) -> list[World]:
         """Worlds for the parameters of a function: what the caller's run knows becomes what this one's does."""
         hints = {one.arg: one.annotation for one in code.parameters}
-        spec, out = self.spec(code), {}
+        spec = self.spec(code)
+        out: dict[Any, World] = {}
         for bound in bounds:
             world: World = {}
             for name, value in bound.items():
@@ -139,8 +140,8 @@ class Program:
                 if isinstance(value, Run):
                     hint = hints.get(name)
                     said = annotated(self.annotation(hint, code.module), code.module) if hint is not None else Run()
-                    key = (name, value.optional, said.kind or value.kind)
-                    value = spec.runs.setdefault(key, Run(value.optional, said.kind or value.kind))
+                    kind = said.kind or value.kind
+                    value = spec.runs.setdefault((name, value.optional, kind), Run(value.optional, kind))
                 world[name] = value
             key = tuple((name, self.key(value)) for name, value in world.items())
             out.setdefault(key, world | {"#": next(self.serial)})
@@ -201,7 +202,7 @@ class Program:
         return code.owner is not None or ("\n" not in says and code.module == caller.module)
 
     def rewriter(self, code: Code, worlds: list[World], rename: dict[str, str] | None = None) -> Rewriter:
-        return Rewriter(self, code, worlds, rename)
+        return Rewriter(self, code, worlds, rename)  # type: ignore[arg-type]  # it is a Writer
 
     def special(self, writer: Any, node: ast.Call, functions: list[Any], worlds: list[World]) -> str | None:
         """Calls that are written in another way than they stand in the source, special.py."""

@@ -29,9 +29,9 @@ class Rewriter(Calls):
         at = before
         if header:                                              # the end of `def f(…) -> …:`
             node = self.code.node
-            ends = [one.end_lineno or 0 for one in [*node.args.args, *node.args.kwonlyargs, *node.args.defaults,
-                                                   *([node.returns] if node.returns else [])]]
-            at = max([node.lineno, *ends])
+            given = node.args
+            parts: list[Any] = [*given.args, *given.kwonlyargs, *given.defaults, *filter(None, [node.returns])]
+            at = max([node.lineno, *(part.end_lineno for part in parts)])
             if self.source.lines(at, at)[0].strip() not in (")", "):") and at + 1 < body[0].lineno and \
                     self.source.lines(at + 1, at + 1)[0].strip().startswith(")"):
                 at += 1

@@ -115,7 +115,8 @@ class InitWriter(Rewriter):
 
     def do_AnnAssign(self, node: ast.AnnAssign, worlds: list[World], shift: int) -> tuple[list[str], list[World]]:
         if isinstance(node.target, ast.Attribute):
-            lines = self.attribute(node.target, node.value, ast.Assign([node.target], node.value), worlds)
+            node_alike = ast.Assign([node.target], node.value)  # type: ignore[arg-type]  # its value may be None
+            lines = self.attribute(node.target, node.value, node_alike, worlds)
             return [" " * (node.col_offset - shift) + line for line in lines], worlds
         return super().do_AnnAssign(node, worlds, shift)
 
