@@ -64,6 +64,10 @@ class Idle:
                     self.found[node] = {0}
                     return live
                 return (live - {name}) | reads(value)
+            case ast.Assign(targets=[ast.Name(id=one), ast.Name(id=other)], value=value) if one != other:
+                if idle := {i for i, name in enumerate((one, other)) if name not in live}:
+                    self.found[node] = idle
+                return (live - {one, other}) | reads(value)
             case ast.Assign(targets=[ast.Tuple(elts=targets)], value=ast.Tuple(elts=values)):
                 if len(targets) == len(values):
                     idle = {i for i, (one, value) in enumerate(zip(targets, values, strict=True))
@@ -93,8 +97,25 @@ def without_idle(lines: list[str]) -> list[str]:
             pairs = [pair for i, pair in enumerate(zip(node.targets[0].elts, node.value.elts, strict=True))
                      if i not in found[node]]
             lines = shortened(lines, node, pairs, text)
+        elif isinstance(node, ast.Assign) and len(node.targets) == 2 and len(found[node]) == 1:    # x = h = …
+            idle, at = node.targets[found[node].pop()], node.lineno - 1
+            lines = [*lines[:at], lines[at].replace(f"{ast.unparse(idle)} = ", "", 1), *lines[at + 1 :]]
         else:
             lines = removed(lines, node.lineno, node.end_lineno or 0)
+
+
+def uncaptured(lines: list[str]) -> list[str]:
+    """`case Yarn(factor=f):` is `case Yarn():` where nobody reads f."""
+    text = textwrap.dedent("\n".join(lines))
+    for case in [one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.match_case)]:
+        if isinstance(case.pattern, ast.MatchClass):
+            read = set().union(*map(reads, case.body))
+            for field, part in zip(case.pattern.kwd_attrs, case.pattern.kwd_patterns, strict=True):
+                if isinstance(part, ast.MatchAs) and part.name and part.name not in read:
+                    at = case.pattern.lineno - 1
+                    line = re.sub(rf"\b{field}={part.name}(, )?", "", lines[at]).replace(", )", ")")
+                    lines = [*lines[:at], line, *lines[at + 1 :]]
+    return lines
 
 
 def removed(lines: list[str], first: int, last: int) -> list[str]:
@@ -215,17 +236,19 @@ def fitted(lines: list[str]) -> list[str]:
 
 def broken(line: str) -> list[str]:
     """A line in two, behind the last comma or before the last operator that fits, inside a bracket."""
-    depth, opened, best = 0, [], 0
+    indent = len(line) - len(line.lstrip())
+    goes_on = line.count(")") > line.count("(")                 # with what a line above opened
+    opened, best = [indent - 1] * goes_on, 0
     for i, letter in enumerate(line[:WIDTH]):
         if letter in "([{":
             opened.append(i)
-            depth += 1
         elif letter in ")]}" and opened:
             opened.pop()
-            depth -= 1
-        elif letter == "," and depth >= 1:
+        elif letter == "," and opened and line[opened[-1]] != "[":
             best, at = i + 1, opened[0]
     if not best:
-        return [line]
+        head, equals, value = line.partition(" = ")
+        cut = value.rfind(" ** ", 0, WIDTH - len(head) - 5)
+        return [line] if cut < 0 else [f"{head} = ({value[:cut]}", " " * (len(head) + 4) + f"{value[cut + 1 :]})"]
     rest = " " * (at + 1) + line[best:].lstrip()
     return [line[:best], *(broken(rest) if len(rest) > WIDTH else [rest])]

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from checkpoints.flatten import frame
-from checkpoints.flatten.cleanup import joined_up, loaded, straightened, tidy, without_idle
+from checkpoints.flatten.cleanup import joined_up, loaded, straightened, tidy, uncaptured, without_idle
 from checkpoints.flatten.expressions import is_config, literal
 from checkpoints.flatten.program import Spec
 from checkpoints.flatten.rewrite import Rewriter
@@ -203,7 +203,7 @@ class Writer(SpecialCalls):
         writer = (InitWriter if init else Rewriter)(self, code, list(spec.worlds.values()))
         before = self.found
         self.found = []
-        lines = straightened(without_idle([tidy(line) for line in writer.body()]))
+        lines = straightened(without_idle(uncaptured([tidy(line) for line in writer.body()])))
         if code.module in ("nanollm.block", frame.__name__) or code.name.endswith((".forward", ".new_state")):
             lines = joined_up(lines, whole=code.module == "nanollm.block")
         if not self.cached:                                     # no layer has a state
