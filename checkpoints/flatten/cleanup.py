@@ -244,7 +244,7 @@ def broken(line: str) -> list[str]:
             opened.append(i)
         elif letter in ")]}" and opened:
             opened.pop()
-        elif letter == "," and opened and line[opened[-1]] != "[":
+        elif letter == "," and opened and not re.search(r"[\w)\]]\[$", line[: opened[-1] + 1]):     # not in x[…, None]
             best, at = i + 1, opened[0]
     if not best:
         head, equals, value = line.partition(" = ")
