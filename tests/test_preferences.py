@@ -95,6 +95,19 @@ def by_their_names(model: Decoder, values: dict[str, torch.Tensor], folder: Path
     return load_file(folder / "model.safetensors")
 
 
+def take(steps: list[torch.optim.Optimizer]) -> None:
+    """A step of each optimizer."""
+    for optimizer in steps:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def assert_same_weights(ours, model, folder) -> None:
+    """After ten steps, by transformers' names."""
+    found = by_their_names(ours, dict(ours.named_parameters()), folder)
+    assert max(float((found[key] - p).abs().max()) for key, p in model.named_parameters()) < 2e-5
+
+
 def same_gradients(ours: Decoder, theirs: torch.nn.Module, folder: Path) -> float:
     """The largest difference of a gradient over the largest gradient."""
     found = by_their_names(ours, {key: p.grad for key, p in ours.named_parameters()}, folder)
@@ -139,11 +152,8 @@ def test_dpo_and_its_kin_are_those_of_trl_for_ten_steps(name, folder, tmp_path):
         if step == 0:
             assert same_gradients(ours, model, tmp_path / "gradients") <= 1e-6
             assert abs(said["margin"] / 3 - theirs._metrics["train"]["rewards/margins"][0]) < 1e-6 * 3
-        for optimizer in steps:
-            optimizer.step()
-            optimizer.zero_grad()
-    found = by_their_names(ours, dict(ours.named_parameters()), tmp_path / "weights")
-    assert max(float((found[key] - p).abs().max()) for key, p in model.named_parameters()) < 2e-5
+        take(steps)
+    assert_same_weights(ours, model, tmp_path / "weights")
 
 
 def test_smoothed_labels_are_those_of_the_authors():
@@ -228,11 +238,8 @@ def test_orpo_and_simpo_are_those_of_trl_for_ten_steps(name, folder, tmp_path):
         expected.backward()
         if step == 0:
             assert same_gradients(ours, model, tmp_path / "gradients") <= 1e-6
-        for optimizer in steps:
-            optimizer.step()
-            optimizer.zero_grad()
-    found = by_their_names(ours, dict(ours.named_parameters()), tmp_path / "weights")
-    assert max(float((found[key] - p).abs().max()) for key, p in model.named_parameters()) < 2e-5
+        take(steps)
+    assert_same_weights(ours, model, tmp_path / "weights")
 
 
 def test_orpo_stays_finite_where_a_probability_is_nearly_1_or_0():

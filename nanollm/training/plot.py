@@ -3,6 +3,17 @@ where in one. Only this file imports matplotlib."""
 
 import statistics
 from pathlib import Path
+from typing import Any
+
+
+def blank_figure() -> tuple[Any, Any] | None:
+    """A figure and its axes; None: there is no matplotlib."""
+    try:
+        from matplotlib.figure import Figure  # not pyplot: no window, no global state
+    except ImportError:
+        return None
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    return figure, figure.subplots()
 
 
 def loss_curve(
@@ -13,12 +24,9 @@ def loss_curve(
 
     False: there is no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot: no window, no global state
-    except ImportError:
+    if (blank := blank_figure()) is None:
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank
     steps, losses = zip(*train, strict=True)
     smooth = [statistics.fmean(losses[max(0, i - 10) : i + 11]) for i in range(len(losses))]
     axes.plot(steps, losses, color="tab:blue", alpha=0.2, linewidth=0.8)
@@ -40,13 +48,10 @@ def error_by_depth(path: Path, errors: list[tuple[str, float]], bound: float) ->
 
     False: there is no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure  # as above
-    except ImportError:
+    if (blank := blank_figure()) is None:
         return False
     least = min([bound, *(error for _, error in errors if error > 0)]) / 10
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank
     heights, label = [max(error, least) for _, error in errors], f"difference; {least:.0e} stands for none"
     axes.plot(heights, color="tab:blue", marker="o", markersize=4, label=label)
     axes.axhline(bound, color="tab:gray", linestyle="--", label=f"bound, {bound:g}")
@@ -64,12 +69,9 @@ def loss_by_place(path: Path, curves: dict[str, list[tuple[int, float]]], contex
 
     False: there is no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure  # as above
-    except ImportError:
+    if (blank := blank_figure()) is None:
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank
     for name, points in curves.items():
         axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
     if context is not None:
@@ -86,12 +88,9 @@ def found_where(path: Path, lengths: list[int], depths: list[float], shares: lis
 
     False: there is no matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure  # as above
-    except ImportError:
+    if (blank := blank_figure()) is None:
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = blank
     drawn = axes.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
