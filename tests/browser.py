@@ -11,6 +11,7 @@ import base64
 import json
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -24,7 +25,7 @@ class Browser:
 
     def __init__(self) -> None:
         assert CHROMIUM is not None, "no Chromium here"
-        self.profile = tempfile.TemporaryDirectory()
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)     # a helper may still write as it dies
         its_input, self.to = os.pipe()
         self.back, its_output = os.pipe()
         command = f'exec "$@" 3<&{its_input} 4>&{its_output}'
@@ -32,7 +33,8 @@ class Browser:
             ["bash", "-c", command, "bash", CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu",
              "--remote-debugging-pipe", "--disable-dev-shm-usage", "--no-first-run",
              f"--user-data-dir={self.profile.name}", "about:blank"],
-            pass_fds=(its_input, its_output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            pass_fds=(its_input, its_output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            start_new_session=True)
         os.close(its_input)
         os.close(its_output)
         self.number, self.held, self.session = 0, b"", None
@@ -43,7 +45,7 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
+        os.killpg(self.process.pid, signal.SIGKILL)        # its helpers too: each writes to the profile
         self.process.wait()
         os.close(self.to)
         os.close(self.back)
