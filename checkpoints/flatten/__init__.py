@@ -68,5 +68,5 @@ def find(source: str) -> tuple[ModelConfig, Family, Table]:
 def title(source: str, config: ModelConfig, family: Family) -> list[str]:
     """The docstring of the file."""
     name = Path(source).name
-    return [f'"""{name}, a model of the family {family.name}, in one file.', "",
+    return [f'"""{name}, a model of the family {family.name}, in one file.',
             f"Made by `python -m checkpoints.flatten {name}` from the sources of nanollm.", '"""', ""]

@@ -42,7 +42,8 @@ class File(Heads):
         kinds = {type(one).__name__ for one in writer.constants.objects}
         code: list[str] = []
         for module, parts in sections:
-            code += ["", "", *self.banner(module), *equations(module, self.gone, kinds)]
+            said = equations(module, self.gone, kinds)
+            code += ["", "", *(self.banner(module) if said or len(parts) > 1 else []), *said]
             code += "\n\n\n".join(parts).splitlines()
         layers = self.layers()
         records = self.records(set(re.findall(r"\w+", "\n".join(code))))
@@ -63,7 +64,8 @@ class File(Heads):
             "arranged": "ARRANGED" in text, "uniform": not layers and "ARRANGED" not in text, "experts": "{e}" in text,
             "float32": bool(leaves), "tied": self.writer.model.config.tied, "cache": self.writer.cached,
         }.items() if holds}
-        islands = ["", f"FLOAT32 = {sorted(leaves)!r}".replace("'", '"') + "   # kept as stored"] if leaves else []
+        ends = ", ".join(f'".{leaf}"' for leaf in sorted(leaves))
+        islands = ["", f"FLOAT32 = ({ends},)    # kept as stored"] if leaves else []
         words = {"LAYERS": "LAYERS" if not layers else "len(LAYERS)"}
         return ["# ---- weights", *table, *islands, "", "", *chosen(TEXT, there, words)]
 
@@ -167,7 +169,7 @@ class File(Heads):
             found |= {name.rpartition(".")[2] for name in here.defs} - {"forward", "project", "placed", "mixed", "add"}
             found |= {one.value for node in here.defs.values() if isinstance(node, ast.FunctionDef)
                       for one in ast.walk(node) if isinstance(one, ast.Constant)
-                      and isinstance(one.value, str) and re.fullmatch(r"[a-z_]{4,}", one.value)}
+                      and isinstance(one.value, str) and re.fullmatch(r"[a-z]\w{3,}", one.value)}
         gates = {one.gated for one in self.writer.constants.objects if isinstance(one, MLP)}
         found -= {"gated"} if True in gates else set()
         found |= {"plain"} if gates == {True} else set()

@@ -116,7 +116,9 @@ class Calls(Expressions):
         """A call as the expression that the function comes to, where that is short; else None."""
         if code.name.endswith(("forward", "__init__")) or any(isinstance(one, ast.Starred) for one in node.args):
             return None
-        if any(isinstance(one, ast.JoinedStr) for one in ast.walk(code.node)):
+        raises = (one for one in ast.walk(code.node) if isinstance(one, ast.Raise))
+        errors = {id(part) for one in raises for part in ast.walk(one)}
+        if any(isinstance(one, ast.JoinedStr) and id(one) not in errors for one in ast.walk(code.node)):
             return None                                         # names inside a string are not followed
         if code.owner != self.code.owner and "super()" in self.program.source_text(code):
             return None                                         # of another class than this one's base
@@ -132,7 +134,7 @@ class Calls(Expressions):
                 del rename[name]
         if "self" in [one.arg for one in code.parameters] and isinstance(node.func, ast.Attribute):
             rename["self"] = self.expr(node.func.value, worlds)
-        alone = self.hoists >= 0 and rename.get("self", "self") == "self" and self.program.called_once(code) and (
+        alone = self.hoists >= 0 and rename.get("self", "self").isidentifier() and self.program.called_once(code) and (
             self.program.plain_enough(code, self.code))
         inner = self.program.rewriter(code, inner_worlds, rename)
         lines = inner.body()
@@ -152,7 +154,11 @@ class Calls(Expressions):
         return self.hoisted(node, lines, rename, worlds) if alone and plain else None
 
     def read_later(self, name: str, call: ast.Call) -> bool:
-        """Whether a variable is read behind a call, or beside it in its statement."""
+        """Whether a variable is read behind a call, or beside it in its statement, with the value it had before."""
+        sets = [one.targets for one in ast.walk(self.code.node) if isinstance(one, ast.Assign) and one.value is call]
+        if any(isinstance(one, ast.Name) and one.id == name for targets in sets for target in targets
+               for one in ast.walk(target)):
+            return False                                        # the call's own statement sets it
         inside = {id(one) for one in ast.walk(call)}
         return any(isinstance(one, ast.Name) and one.id == name and isinstance(one.ctx, ast.Load)
                    and id(one) not in inside and one.lineno >= call.lineno for one in ast.walk(self.code.node))

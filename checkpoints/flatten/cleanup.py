@@ -180,7 +180,7 @@ def joined_up(lines: list[str], whole: bool) -> list[str]:
             stores = [node for node in ast.walk(found) if isinstance(node, ast.Name) and node.id == name
                       and isinstance(node.ctx, ast.Store) and node.lineno > one.lineno]
             before_next = [node for node in times if not stores or node.lineno <= stores[0].lineno]
-            plain = re.fullmatch(r"[a-z]\w*\.[\w.]+", value) or whole
+            plain = re.fullmatch(r"[a-z]\w*\.[\w.]+(\[-?\d\])?|[a-z]\w*\(\w+\)", value) or whole
             lazy = [node for node in ast.walk(other) if isinstance(node, (ast.Lambda, ast.GeneratorExp, ast.ListComp))]
             if len(before_next) != 1 or before_next[0].lineno != other.lineno or not plain or lazy:
                 continue
@@ -189,8 +189,11 @@ def joined_up(lines: list[str], whole: bool) -> list[str]:
             at, line = before_next[0].col_offset, text.splitlines()[other.lineno - 1]
             column = len(line.encode()[:at].decode())
             new = line[:column] + value + line[column + len(name) :]
-            if len(new) > 100 or name == "x":
+            new, mark, comment = new.partition("  # ")
+            if len(new.rstrip()) > 100 or name == "x":
                 continue
+            if mark:                                            # the comment stays in its column
+                new = f"{new.rstrip():<{line.index('  # ') + 2}}# {comment.lstrip()}"
             indent = len(lines[other.lineno - 1]) - len(line)
             out = [*lines[: one.lineno - 1], *lines[one.lineno : other.lineno - 1], " " * indent + new,
                    *lines[other.lineno :]]

@@ -59,10 +59,9 @@ class Cache:
     """What a model remembers of a batch of sequences: one state a layer, and how many tokens it has seen."""
     ragged = False
 
-    def __init__(self, model: nn.Module, batch: int, length: int, dtype: torch.dtype = torch.float32,
-                 device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: nn.Module, batch: int, length: int) -> None:
         """length: the longest sequence that will be fed."""
-        self.length = 0
+        self.length, dtype, device = 0, model.embed.weight.dtype, model.embed.weight.device
         self.states = [None if layer.mixer is None else layer.mixer.new_state(batch, length, dtype, device) for layer in
                        model.layers]
 
@@ -135,8 +134,8 @@ def attention_mask(ctx: ForwardContext, slots: int | None, window: int | None = 
         if ctx.start == 0 and (window is None or T <= window):
             return CAUSAL
     if window is None and alibi is None:
-        S = ctx.start + T                                       # T new tokens behind others
-        return torch.ones(1, 1, T, S, dtype=torch.bool, device=ctx.positions.device).tril(S - T)
+        seen = torch.ones(1, 1, T, ctx.start + T, dtype=torch.bool, device=ctx.positions.device)
+        return seen.tril(ctx.start)                             # T new tokens behind others
     keys = key_positions(ctx, window)
     visible = allowed(ctx.positions, keys, window)[:, None]
     if alibi is None:

@@ -4,15 +4,11 @@ stands between marks, `#? name` … `#.`, which is there where the model has it.
 TEXT = '''
 def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
     """The model with the weights of a Hugging Face folder. dtype None: that of its embedding."""
-    stored: dict[str, Tensor] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        stored |= load_file(file)
+    stored = {name: tensor for file in Path(folder).glob("*.safetensors") for name, tensor in load_file(file).items()}
     with torch.device("meta"):
         model = Decoder()
 #? uniform
-    values: dict[str, Tensor] = {}
-    for i in range(LAYERS):
-        values |= {mine.format(i=i): stored[theirs.format(i=i)] for mine, theirs in NAMES.items()}
+    values = {mine.format(i=i): stored[theirs.format(i=i)] for mine, theirs in NAMES.items() for i in range(LAYERS)}
 #.
 #? no uniform
     ours, values = dict(model.named_parameters()), {}
@@ -36,14 +32,18 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
                 values |= zip(names, arrange(tensors, [ours[name] for name in names]), strict=True)
 #.
     dtype = dtype or values["embed.weight"].dtype
-    for name, value in values.items():
-        module, _, leaf = name.rpartition(".")
 #? float32
-        kept = value.dtype if leaf in FLOAT32 else dtype
-        setattr(model.get_submodule(module), leaf, nn.Parameter(value.to(kept).contiguous()))
+    kept = {name: value.dtype if name.endswith(FLOAT32) else dtype for name, value in values.items()}
+    values = {name: value.to(kept[name]).contiguous() for name, value in values.items()}
 #.
 #? no float32
-        setattr(model.get_submodule(module), leaf, nn.Parameter(value.to(dtype).contiguous()))
+    values = {name: value.to(dtype).contiguous() for name, value in values.items()}
+#.
+#? tied
+    model.load_state_dict(values, assign=True, strict=False)
+#.
+#? no tied
+    model.load_state_dict(values, assign=True)
 #.
 #? tied
     model.head.weight = model.embed.weight
@@ -54,10 +54,8 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
 @torch.inference_mode()
 def generate(model: Decoder, prompt: list[int], new_tokens: int, temperature: float = 0.0) -> Iterator[int]:
     """The tokens that follow a prompt, one by one: the likeliest, or drawn at a temperature."""
-    weight = model.embed.weight
 #? cache
-    cache = Cache(model, 1, len(prompt) + new_tokens, weight.dtype, weight.device)
-    tokens = torch.tensor([prompt], device=weight.device)
+    cache, tokens = Cache(model, 1, len(prompt) + new_tokens), torch.tensor([prompt], device=model.embed.weight.device)
     for _ in range(new_tokens):
         logits = model(tokens, cache)[:, -1].float()
         tokens = torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax(-1, True)
@@ -66,20 +64,17 @@ def generate(model: Decoder, prompt: list[int], new_tokens: int, temperature: fl
 #? no cache
     ids = list(prompt)
     for _ in range(new_tokens):             # the angles of all tokens follow the length: nothing can be remembered
-        logits = model(torch.tensor([ids], device=weight.device))[:, -1].float()
+        logits = model(torch.tensor([ids], device=model.embed.weight.device))[:, -1].float()
         ids.append(int(torch.multinomial((logits / temperature).softmax(-1), 1) if temperature else logits.argmax()))
         yield ids[-1]
 #.
 
 
-if __name__ == "__main__":                  # python FILE FOLDER "a text", or ids of tokens: 1,2,3
+if __name__ == "__main__":                  # python FILE FOLDER "a text"
+    from tokenizers import Tokenizer
     folder, prompt = Path(sys.argv[1]), sys.argv[2]
-    if prompt.replace(",", "").isdigit():
-        print(list(generate(load(folder), [int(one) for one in prompt.split(",")], 32)))
-    else:
-        from tokenizers import Tokenizer
-        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        print(tokenizer.decode(list(generate(load(folder), tokenizer.encode(prompt).ids, 32))))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    print(tokenizer.decode(list(generate(load(folder), tokenizer.encode(prompt).ids, 32))))
 '''
 
 

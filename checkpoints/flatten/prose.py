@@ -10,7 +10,7 @@ from nanollm import config
 # things of the library that no flattened file has, and names of models, which say what others do
 ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device)\b")
 MODELS = re.compile(r"\b(?:[Ll]lama|Mistral|Mixtral|Qwen|Gemma|Falcon|Phi|BLOOM|OLMo|GPT|DeepSeek|Command|Nemotron"
-                    r"|Granite|Jamba|StripedHyena|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
+                    r"|Granite|Jamba|StripedHyena|V[23]\b|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
 KINDS = set(config.__all__)
 
 
@@ -42,8 +42,8 @@ def docstring(text: str, gone: set[str], indent: int) -> list[str]:
     if not kept:
         return []
     together = " ".join(kept)
-    if "\n" not in together and "    " not in together and len(together) < 110 - indent:
-        kept = [together]
+    if "\n" not in together and "    " not in together and len(together) < 2 * (110 - indent):
+        kept = ["\n".join(textwrap.wrap(together, 114 - indent))]
     lines = "\n\n".join(kept).lstrip().splitlines()
     first = f'"""{lines[0]}'
     rest = [line if not line else " " * indent + line for line in lines[1:]]
@@ -75,16 +75,26 @@ def pruned(lines: list[str], code: Code, gone: set[str]) -> list[str]:
 def equations(module: str, gone: set[str], kinds: set[str]) -> list[str]:
     """The head of a module as comments: its indented lines, which are equations and diagrams, as far as they hold.
 
-    A line that begins with the name of a part of a config, as those of RoPE's scalings, holds if the model has it."""
+    A line that begins with the name of a part of a config, as those of RoPE's scalings, holds if the model has it; one
+    that is set in further goes on with the line above; what is introduced by a sentence that is gone is gone too."""
     if module.endswith((".block", ".model", ".mask", ".state")):
         return []                                               # these show all ways of wiring side by side
     out: list[str] = []
+    introduced = True
     for block in re.split(r"\n[ ]*\n", source(module).docstring):
         if not block.startswith("    "):
+            introduced = not block.endswith(":") or speaks(block, set(), True)
+            continue
+        if not introduced:
             continue
         lines = block.splitlines()
-        kept = [line for line in lines if (
-            line.split()[0] in kinds if line.split()[0] in KINDS else speaks(line, gone, True))]
+        kept: list[str] = []
+        for line in lines:
+            if line.startswith(" " * 9) and not re.search(r"[│┌└─┬┴▲]", block):
+                holds = bool(kept) and kept[-1] == lines[lines.index(line) - 1] and speaks(line, gone, True)
+            else:
+                holds = line.split()[0] in kinds if line.split()[0] in KINDS else speaks(line, gone, True)
+            kept += [line] if holds else []
         if len(kept) == len(lines) or (kept and not re.search(r"[│┌└─┬┴▲]", block)):
             out += (["#"] if out else []) + [f"# {line[2:]}".rstrip() for line in kept]
     return out

@@ -147,6 +147,8 @@ class Rewriter(Calls):
 
     def do_AugAssign(self, node: ast.AugAssign, worlds: list[World], shift: int) -> tuple[list[str], list[World]]:
         edits = [(*self.source.span(node.value), self.expr(node.value, worlds))]
+        if isinstance(node.target, ast.Attribute):
+            edits.append((*self.source.span(node.target.value), self.expr(node.target.value, worlds)))
         first, end = self.source.starts[node.lineno - 1], self.source.starts[node.end_lineno or 0]
         names = [node.target.id] if isinstance(node.target, ast.Name) else []
         return ([line[shift:] for line in self.spliced(first, end, edits).splitlines()],

@@ -1,12 +1,14 @@
 """Calls that are not written as they stand in the source: what a flattened file has another thing for."""
 
 import ast
+import re
 import types
 from typing import Any
 
 from torch import nn
 
 from checkpoints.flatten import frame
+from checkpoints.flatten.cleanup import without_idle
 from checkpoints.flatten.program import Program
 from checkpoints.flatten.rewrite import Rewriter
 from checkpoints.flatten.sources import Code, code_of, is_ours
@@ -111,6 +113,12 @@ class SpecialCalls(Program):
             code = self.new_state_code(module)
             bound: dict[str, Any] = {"self": module, "config": self.built(module, self.class_of(code))["config"]}
             self.enter(code, [bound | {name: Run() for name in STATE}])
+        codes = {self.new_state_code(module) for module in modules}
+        if writer.code.module == frame.__name__ and len(codes) == 1:    # one kind for all layers: Cache makes it itself
+            code = codes.pop()
+            state = without_idle(self.rewriter(code, [*self.spec(code).worlds.values()]).body())
+            if len(state) == 1 and not re.search(r"\b(self|config)\b", state[0]):
+                return state[0].strip().removeprefix("return ")
         kept = self.kept([code for code in self.specs if code.name.endswith(".new_state")])     # all are called alike
         given = [ast.Name(name) for name in STATE] if isinstance(args[0], ast.Starred) else args
         rest = [writer.write_Name(one, worlds) if isinstance(one, ast.Name) else writer.expr(one, worlds)

@@ -204,7 +204,8 @@ class Writer(SpecialCalls):
         before = self.found
         self.found = []
         lines = straightened(without_idle(uncaptured([tidy(line) for line in writer.body()])))
-        if code.module in ("nanollm.block", frame.__name__) or code.name.endswith((".forward", ".new_state")):
+        whole_files = ("nanollm.block", "nanollm.layers.rope", frame.__name__)
+        if code.module in whole_files or code.name.endswith((".forward", ".new_state")):
             lines = joined_up(lines, whole=code.module == "nanollm.block")
         if not self.cached:                                     # no layer has a state
             zipped = "for layer, state in zip(self.layers, states, strict=True):"

@@ -57,7 +57,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, s
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, scale: float) -> Tensor:
-    """The same through PyTorch's fused operation, which never holds the (T, S) scores. No soft cap."""
+    """Attention through PyTorch's fused operation, which never holds the (T, S) scores. No soft cap."""
     B, H, T, d = q.shape
     given = mask if isinstance(mask, Tensor) else None
     if T == 1 and H != k.shape[1]:
@@ -150,7 +150,8 @@ class Attention(nn.Module):
     def new_state(config: AttentionConfig, batch: int, length: int, dtype: torch.dtype,
                   device: torch.device) -> KVCache:
         slots = min(length, config.window or length)
-        return KVCache(batch, config.kv_heads, slots, (config.head_dim,) * 2, dtype, device, ring=slots < length)
+        widths = (config.head_dim, config.head_dim)
+        return KVCache(batch, config.kv_heads, slots, widths, dtype, device, ring=slots < length)
 
     @staticmethod
     def multiply_adds(config: AttentionConfig, dim: int, context: int) -> int:

@@ -1,9 +1,13 @@
 """The feed-forward: what each token computes alone, in a space F wide.
 
-    gated    down( act(gate x) ⊙ up x )         SwiGLU with act = silu, GeGLU with gelu; Shazeer 2020 (arXiv 2002.05202)
-    plain    down( act(up x) )                  Vaswani et al. 2017, eq. 2
+    gated        down( act(gate x) ⊙ up x )     Shazeer 2020 (arXiv 2002.05202), eq. 5-6
+    plain        down( act(up x) )              Vaswani et al. 2017, eq. 2
 
-    silu(x) = x σ(x)    gelu(x) = x Φ(x)    gelu_tanh: its tanh approximation    relu(x) = max(x, 0)    relu2: squared
+    silu(x)      x σ(x)                         gated: SwiGLU
+    gelu(x)      x Φ(x)                         gated: GeGLU
+    gelu_tanh    its tanh approximation
+    relu(x)      max(x, 0)
+    relu2(x)     max(x, 0)²
 
 Shapes: B batch, T tokens, D model width, F feed-forward width.
 """

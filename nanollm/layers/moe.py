@@ -3,7 +3,7 @@
     z = W_r x [+ b]             router logits
     s = softmax(z)  over all E experts [or σ(z), each by itself], in float32
     T = the k largest of s [+ c], [among the experts of the best groups]; ties: torch.topk's; no token is dropped
-    g_e = λ s_e,  or  λ s_e / Σ_T s  where the config renormalises
+    g_e = λ s_e  [/ Σ_T s, renormalised]
     expert_e(x) = down_e( act(gate_e x) ⊙ up_e x )      or without gates  down_e( act(up_e x) )
     y = Σ_{e ∈ T} g_e · expert_e(x)   [ + σ(w·x) · shared(x)  or  shared(x) ]
 
