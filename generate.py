@@ -210,14 +210,26 @@ def run() -> None:
         args = parse(__doc__)
         if ranks == 1:
             return answer(args)
-        wrong = {"--chat": args.chat, "--serve": args.serve, "--adapter": args.adapter, "--compile": args.compile}
-        if found := [option for option, given in wrong.items() if given]:
-            raise InputError(f"{found[0]} runs on one process, and torchrun started {ranks}; --prompt, --ask and "
-                             "--prompts run on several")
+        need_one_process(args, ranks)
         from nanollm.training.distributed import world  # here, for what it imports takes time
 
         with world(args.device) as group:
             answer(args, group)
+
+
+def need_one_process(args: argparse.Namespace, ranks: int) -> None:
+    """Raise InputError for what several processes do not do, or have no devices for."""
+    wrong = {"--chat": args.chat, "--serve": args.serve, "--adapter": args.adapter, "--compile": args.compile}
+    if found := [option for option, given in wrong.items() if given]:
+        raise InputError(f"{found[0]} runs on one process, and torchrun started {ranks}; --prompt, --ask and --prompts "
+                         "run on several")
+    if args.device not in ("cpu", "cuda"):
+        raise InputError(f"--device {args.device}: torchrun started {ranks} processes; expected cpu, or cuda, where "
+                         "each takes a GPU of its own")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if args.device == "cuda" and here > torch.cuda.device_count():
+        raise InputError(f"--device cuda: torchrun started {here} processes on this machine, and torch finds "
+                         f"{torch.cuda.device_count()} GPUs; --device cpu runs without")
 
 
 def heard_by_all(args: argparse.Namespace, world: "World") -> None:
