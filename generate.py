@@ -119,6 +119,14 @@ def grammar(args: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
     return Grammar.read(tokenizer, "lark", args.grammar) if args.grammar else None
 
 
+def begun(args: argparse.Namespace, jobs: list[batches.Job], request: Request) -> int:
+    """How many of the answers --out has. Raises InputError where the others could not be written there."""
+    done = batches.finished(args.out, jobs, request)
+    if done < args.n * len(jobs):
+        batches.need_place(args.out)
+    return done
+
+
 def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int]) -> None:
     """One answer, to --ask or to one --prompt: its text streams. What Ctrl-C leaves of it is told, too."""
     if args.prompt and args.prompt[0] != "-" and not args.json:
@@ -239,8 +247,11 @@ def heard_by_all(args: argparse.Namespace, world: "World") -> None:
         sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
 
 
-def alike(request: Request, world: "World") -> Request:
-    """The request as every rank has it: with one seed, and as many new tokens as there is memory for on each."""
+def fitted_alike(request: Request, model: Decoder, rows: int, longest: int, world: "World | None") -> Request:
+    """`fitted`; on several ranks with as many new tokens as there is memory for on each, and with one seed."""
+    if world is None:
+        return fitted(request, model, rows, longest)
+    request = world.on_all_ranks(lambda: fitted(request, model, rows, longest))
     least = min(world.all_gather_objects(request.max_new_tokens))
     seed = request.sampling.seed if request.sampling.seed is not None else world.broadcast(torch.seed() >> 1)
     return replace(request, max_new_tokens=least, sampling=replace(request.sampling, seed=seed))
@@ -263,13 +274,12 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
     if args.prompts:
         jobs = batches.read_jobs(args.prompts, request, args.special)
         if world is None:
-            done = batches.finished(args.out, jobs, request)
+            done = begun(args, jobs, request)
         else:
-            done = world.broadcast(world.on_rank_0(lambda: batches.finished(args.out, jobs, request)))
+            done = world.broadcast(world.on_rank_0(lambda: begun(args, jobs, request)))
             args.out = args.out if world.rank == 0 else Path(os.devnull)
         if done == args.n * len(jobs):
             return note(f"[{args.out} has all {done} answers]")
-        batches.need_place(args.out)
     elif args.serve:
         if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
             raise InputError('--serve needs starlette and uvicorn: pip install -e ".[serve]"')
@@ -300,8 +310,7 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
         prepare(model, head_bits)
     if args.prompts:
         size = min(args.batch_size or 8, len(jobs))
-        request = fitted(request, model, size * args.n, max(len(job.ids) for job in jobs))
-        request = alike(request, world) if world else request
+        request = fitted_alike(request, model, size * args.n, max(len(job.ids) for job in jobs), world)
         batches.answer_jobs(model, request, jobs, done, args.out, size)
     elif args.serve:
         served(args, model, request)
@@ -312,8 +321,7 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
         Chat(model, conversation, request, context=context).run()
     else:
         warn(tokenizer, prompts[0], args.bos)
-        request = fitted(request, model, len(prompts) * args.n, max(map(len, prompts)))
-        request = alike(request, world) if world else request
+        request = fitted_alike(request, model, len(prompts) * args.n, max(map(len, prompts)), world)
         if len(prompts) * args.n == 1:
             one(args, model, request, facts[0], prompts[0])
         else:

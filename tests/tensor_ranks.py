@@ -57,7 +57,8 @@ def measured(group: World, folder: Path, quantize: str | None) -> dict | None:
     whole = checkpoints.load(folder)
     reference = logits(whole)
     error = [apart(*pair) for pair in zip(logits(checkpoints.load(folder, quantize=quantize)), reference, strict=True)]
-    return {"apart": [apart(*pair) for pair in zip(found, reference, strict=True)], "alike": bits == bits[:1] * len(bits),
+    alike = bits == bits[:1] * len(bits)
+    return {"apart": [apart(*pair) for pair in zip(found, reference, strict=True)], "alike": alike,
             "read": [one[0] for one in sizes], "held": [one[1] for one in sizes], "tied": whole.config.tied,
             "whole": sum(parameter.nbytes for parameter in whole.parameters()), "quantised": error}
 
@@ -69,7 +70,8 @@ def run() -> None:
         folders, quantize = folders[:-2], folders[-1]
     with world("cpu") as group:
         found: dict = {Path(folder).name: measured(group, Path(folder), quantize) for folder in folders}
-        drawn = script.alike(Request(None, 8 + group.rank, Sampling(temperature=1.0)), group)  # type: ignore[arg-type]
+        asked = Request(None, 8 + group.rank, Sampling(temperature=1.0))        # type: ignore[arg-type]  # no tokenizer
+        drawn = script.fitted_alike(asked, load_part(folders[0], group.rank, group.size), 1, 1, group)
         found["requests"] = group.all_gather_objects([drawn.max_new_tokens, drawn.sampling.seed])
         if group.rank == 0:
             Path(out).write_text(json.dumps(found))

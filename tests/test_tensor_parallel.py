@@ -21,12 +21,13 @@ KINDS = ["llama-3.2", "mixtral-8x22b", "mamba2-130m", "codestral-mamba", "deepse
          "falcon-mamba-7b", "falcon-h1-0.5b", "qwen3-next-80b", "lfm2-1.2b", "recurrentgemma-narrow",
          "stripedhyena-7b", "olmo2-7b", "stablelm-2-12b", "gpt2-stanford", "phi-2", "gpt-oss-full-first",
          "llama-4-scout", "nemotron-3-super", "apertus-8b"]
-ALIBI, ARRANGED = "Attention with ALiBi is not divided", "arranged in a way that is not divided among ranks"
+ALIBI = "layer 0: Attention with ALiBi is not divided"
 # What two ranks do not run, and why; a fixture that is not here has to.
 REFUSED = {
     "baichuan-13b": ALIBI, "baichuan2-13b": ALIBI, "bloom-176b": ALIBI, "bloom-7b1": ALIBI, "falcon-rw-1b": ALIBI,
     "falcon-rw-6-heads": ALIBI, "mpt-7b": ALIBI, "mpt-clipped": ALIBI,
-    "codegen-2b": ARRANGED, "yuan2-2b": ARRANGED, "yuan2-51b": ARRANGED,
+    "codegen-2b": "arranged in a way that is not divided among ranks",
+    "yuan2-2b": "layer 0: FilteredAttention is not divided", "yuan2-51b": "layer 0: FilteredAttention is not divided",
     "rwkv-4": "layer 0: RWKV is not divided", "rwkv-4-tied": "layer 0: RWKV is not divided",
     "zamba-7b": "layer 0: MultiHeadMamba is not divided", "zamba-biases": "layer 0: SharedBlockScan is not divided",
     "zamba2-1.2b": "layer 1: SharedBlockScan is not", "zamba2-2.7b": "layer 1: SharedBlockScan is not",
@@ -35,7 +36,8 @@ REFUSED = {
     "olmo-hybrid-7b": "layer 0: GatedDeltaNet.key_heads is 3, which 2 ranks cannot share out",
     "olmo-hybrid-rotates": "layer 1: GatedDeltaNet.key_heads is 3, which 2 ranks",
     "qwen3-next-mixed": "layer 1: GatedDeltaNet.heads is 3, which 2 ranks",
-    "stripedhyena-first": "layer 0: Hyena.heads is 1, which 2 ranks", "yi-34b-200k": "layer 0: Attention.heads is 7, which",
+    "stripedhyena-first": "layer 0: Hyena.heads is 1, which 2 ranks",
+    "yi-34b-200k": "layer 0: Attention.heads is 7, which 2 ranks",
 }
 
 
@@ -67,7 +69,7 @@ def test_two_ranks_are_one_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_are_one_model_of_every_family(tmp_path: Path) -> None:
     names = sorted({*ONCE, *ONE_OF_EACH}.difference(KINDS, REFUSED))
-    need_one_model(on_ranks(2, names, tmp_path), share=0.6)
+    need_one_model(on_ranks(2, names, tmp_path), share=0.65)
 
 
 def test_key_heads_and_groups_that_are_fewer_than_ranks(tmp_path: Path) -> None:

@@ -103,7 +103,6 @@ SMALLER: dict[type, Smaller] = {
     c.Attention: attention,
     c.ChunkedAttention: attention,
     c.GatedAttention: inside("attention"),
-    c.FilteredAttention: inside("attention"),
     c.LatentAttention: by("heads"),
     c.SparseLatentAttention: by("heads"),
     c.Mamba: by("inner"),
