@@ -11,6 +11,7 @@
     python generate.py --model MODEL --prompt "One" --n 4 --temperature 1  several answers, each drawn for itself
     python generate.py --model MODEL --adapter FOLDER --chat               with an adapter (LoRA, as peft writes it)
     python generate.py --model MODEL --serve                               OpenAI's API, and a page to chat with
+    torchrun --nproc-per-node 2 generate.py --model MODEL --ask "Who?"     a model divided among two processes or GPUs
     python generate.py --model MODEL --prompt "def f(" --suffix "return x" --template codellama    fill in the middle
 
 MODEL is what Hugging Face calls a model folder: config.json, model.safetensors (or shards with an index) and tokenizer
@@ -19,7 +20,9 @@ hub. Text goes to standard output, everything else to standard error. What each 
 """
 
 import argparse
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -27,7 +30,7 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanollm.cli import main, quiet_ctrl_c
 
@@ -37,7 +40,7 @@ if __name__ == "__main__":
 import torch
 
 import checkpoints
-from checkpoints import layouts
+from checkpoints import layouts, parts
 from checkpoints.layouts.hub import local_path
 from checkpoints.source import config_of
 from nanollm.config import ModelConfig
@@ -62,6 +65,9 @@ from nanollm.text import templates
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
 from nanollm.training import lora
+
+if TYPE_CHECKING:
+    from nanollm.training.distributed import World
 
 
 def sampling(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> Sampling:
@@ -111,6 +117,14 @@ def grammar(args: argparse.Namespace, tokenizer: Tokenizer) -> Grammar | None:
     if args.json_schema:
         return Grammar.read(tokenizer, "json_schema", args.json_schema)
     return Grammar.read(tokenizer, "lark", args.grammar) if args.grammar else None
+
+
+def begun(args: argparse.Namespace, jobs: list[batches.Job], request: Request) -> int:
+    """How many of the answers --out has. Raises InputError where the others could not be written there."""
+    done = batches.finished(args.out, jobs, request)
+    if done < args.n * len(jobs):
+        batches.need_place(args.out)
+    return done
 
 
 def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int]) -> None:
@@ -195,11 +209,63 @@ def config_alone(args: argparse.Namespace, path: Path) -> ModelConfig:
 
 
 def run() -> None:
-    args = parse(__doc__)
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    with contextlib.ExitStack() as stack:
+        if rank > 0:                            # all ranks say the same; the first says it
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        args = parse(__doc__)
+        if ranks == 1:
+            return answer(args)
+        need_one_process(args, ranks)
+        from nanollm.training.distributed import world  # here, for what it imports takes time
+
+        with world(args.device) as group:
+            answer(args, group)
+
+
+def need_one_process(args: argparse.Namespace, ranks: int) -> None:
+    """Raise InputError for what several processes do not do, or have no devices for."""
+    wrong = {"--chat": args.chat, "--serve": args.serve, "--adapter": args.adapter, "--compile": args.compile}
+    if found := [option for option, given in wrong.items() if given]:
+        raise InputError(f"{found[0]} runs on one process, and torchrun started {ranks}; --prompt, --ask and --prompts "
+                         "run on several")
+    if args.device not in ("cpu", "cuda"):
+        raise InputError(f"--device {args.device}: torchrun started {ranks} processes; expected cpu, or cuda, where "
+                         "each takes a GPU of its own")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    if args.device == "cuda" and here > torch.cuda.device_count():
+        raise InputError(f"--device cuda: torchrun started {here} processes on this machine, and torch finds "
+                         f"{torch.cuda.device_count()} GPUs; --device cpu runs without")
+
+
+def heard_by_all(args: argparse.Namespace, world: "World") -> None:
+    """Let every rank read the standard input, which is the first one's, if anything is to be read from it."""
+    if "-" in (*(args.prompt or ()), args.ask, str(args.prompts)):
+        text = world.broadcast(world.on_rank_0(standard_input))
+        sys.stdin = io.TextIOWrapper(io.BytesIO(text.encode()))
+
+
+def fitted_alike(request: Request, model: Decoder, rows: int, longest: int, world: "World | None") -> Request:
+    """`fitted`; on several ranks with as many new tokens as there is memory for on each, and with one seed."""
+    if world is None:
+        return fitted(request, model, rows, longest)
+    request = world.on_all_ranks(lambda: fitted(request, model, rows, longest))
+    least = min(world.all_gather_objects(request.max_new_tokens))
+    seed = request.sampling.seed if request.sampling.seed is not None else world.broadcast(torch.seed() >> 1)
+    return replace(request, max_new_tokens=least, sampling=replace(request.sampling, seed=seed))
+
+
+def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
+    """All that was asked, on one process or on each of several."""
     if args.compile and not has_compiler():
         note("warning: --compile: no C++ compiler (apt install g++, or CXX=…); decoding without it")
         args.compile = False
-    place, path = device(args.device), local_path(args.model)
+    if world is not None:
+        heard_by_all(args, world)
+        world.on_rank_0(lambda: local_path(args.model))         # the others find what it has downloaded
+    place, path = world.device if world else device(args.device), local_path(args.model)
     tokenizer = checkpoints.tokenizer(path)
     request = Request(tokenizer, args.max_new_tokens, sampling(args, path, tokenizer), args.stop, args.n, args.logprobs)
     if args.template and args.suffix is None:
@@ -207,10 +273,13 @@ def run() -> None:
     jobs, done, conversation, facts, prompts = [], 0, None, [], []             # what is wrong is said before it loads
     if args.prompts:
         jobs = batches.read_jobs(args.prompts, request, args.special)
-        done = batches.finished(args.out, jobs, request)
+        if world is None:
+            done = begun(args, jobs, request)
+        else:
+            done = world.broadcast(world.on_rank_0(lambda: begun(args, jobs, request)))
+            args.out = args.out if world.rank == 0 else Path(os.devnull)
         if done == args.n * len(jobs):
             return note(f"[{args.out} has all {done} answers]")
-        batches.need_place(args.out)
     elif args.serve:
         if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
             raise InputError('--serve needs starlette and uvicorn: pip install -e ".[serve]"')
@@ -223,8 +292,11 @@ def run() -> None:
     request = replace(request, constrain=grammar(args, tokenizer))     # now, for --suffix has added a stop token
     if sys.stderr is not None and sys.stderr.isatty():
         note(f"[loading {args.model}]")
-    model = checkpoints.load(path, dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize,
-                             adapter=args.adapter)
+    how: dict[str, Any] = dict(dtype=DTYPES[args.dtype], device=place, ignore=args.ignore, quantize=args.quantize)
+    if world is None:
+        model = checkpoints.load(path, adapter=args.adapter, **how)
+    else:
+        model = world.on_all_ranks(lambda: parts.load_part(path, world.rank, world.size, **how))
     if args.adapter and not any(hasattr(module, "dense") for module in model.modules()):
         lora.merge(model)                       # one product in the place of three
     elif args.adapter and args.compile:
@@ -238,7 +310,7 @@ def run() -> None:
         prepare(model, head_bits)
     if args.prompts:
         size = min(args.batch_size or 8, len(jobs))
-        request = fitted(request, model, size * args.n, max(len(job.ids) for job in jobs))
+        request = fitted_alike(request, model, size * args.n, max(len(job.ids) for job in jobs), world)
         batches.answer_jobs(model, request, jobs, done, args.out, size)
     elif args.serve:
         served(args, model, request)
@@ -249,7 +321,7 @@ def run() -> None:
         Chat(model, conversation, request, context=context).run()
     else:
         warn(tokenizer, prompts[0], args.bos)
-        request = fitted(request, model, len(prompts) * args.n, max(map(len, prompts)))
+        request = fitted_alike(request, model, len(prompts) * args.n, max(map(len, prompts)), world)
         if len(prompts) * args.n == 1:
             one(args, model, request, facts[0], prompts[0])
         else:

@@ -17,6 +17,7 @@ shape. Values are checked as they are read; a NaN or an infinity is an error wit
                  reader.py, rope.py config.json, every key accounted for
     families/    one file a lineage
     source.py    a folder, understood and planned          export.py, companions.py    what is written
+    parts.py     one rank's part of a folder, for tensor parallelism
     packing.py   weights in 8 and 4 bits, on their way in  compressing.py              and out
     adapters/    peft's folders, in and out
     flatten/     one model as one file

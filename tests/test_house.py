@@ -36,6 +36,7 @@ ARROWS = {
     "checkpoints.layouts": "families names storage nanollm.config nanollm.layers nanollm.text",
     "checkpoints.packing": "names storage nanollm.inference nanollm.model",
     "checkpoints.source": "families layouts names packing storage nanollm.config nanollm.inference nanollm.model",
+    "checkpoints.parts": "layouts names source storage nanollm.inference nanollm.model",
     "checkpoints.companions": "families layouts storage nanollm.text",
     "checkpoints.export": "companions families layouts names source storage nanollm.config",
     "checkpoints.adapters": "export names source storage nanollm.model nanollm.training",
