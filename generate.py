@@ -8,6 +8,7 @@
     python generate.py --model MODEL --chat --template vicuna              with a published template
     python generate.py --model MODEL --prompts IN.jsonl --out OUT.jsonl    a file of prompts or chats, in batches
     python generate.py --model MODEL --ask "Who?" --json-schema FILE       an answer in JSON that follows a schema
+    python generate.py --model MODEL --ask "What?" --draft SMALL           sooner: a small model guesses, MODEL checks
     python generate.py --model MODEL --prompt "One" --n 4 --temperature 1  several answers, each drawn for itself
     python generate.py --model MODEL --adapter FOLDER --chat               with an adapter (LoRA, as peft writes it)
     python generate.py --model MODEL --serve                               OpenAI's API, and a page to chat with
@@ -58,6 +59,7 @@ from nanollm.inference.options import DRAWS, DTYPES, FIELDS, parse
 from nanollm.inference.prepare import prepare
 from nanollm.inference.request import Request
 from nanollm.inference.sample import Sampling
+from nanollm.inference.speculative import DraftModel, Guess, look_up, speculate
 from nanollm.inference.terminal import note, show, silent, standard_input
 from nanollm.inference.written import Written, warn
 from nanollm.model import Decoder
@@ -127,13 +129,40 @@ def begun(args: argparse.Namespace, jobs: list[batches.Job], request: Request) -
     return done
 
 
-def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int]) -> None:
+def draft_path(args: argparse.Namespace, tokenizer: Tokenizer) -> Path | None:
+    """Where the model of --draft is. Raises InputError where its tokens are not the model's."""
+    if args.draft is None:
+        return None
+    path = local_path(args.draft)
+    its = checkpoints.tokenizer(path)
+    if its.vocab_size != tokenizer.vocab_size or any(its.backend.bytes_of(token) != tokenizer.backend.bytes_of(token)
+                                                     for token in range(tokenizer.vocab_size)):
+        raise InputError(f"--draft {args.draft}: it has other tokens than {args.model}; expected a model of the same "
+                         "vocabulary, or --lookup")
+    return path
+
+
+def guesser(args: argparse.Namespace, path: Path | None, length: int) -> Guess | None:
+    """What guesses tokens ahead; None: nothing does. path: of --draft. length: tokens of prompt and answer."""
+    if path is None:
+        return look_up if args.lookup else None
+    small = checkpoints.load(path, dtype=DTYPES[args.dtype], device=device(args.device))
+    return DraftModel(prepare(small), length)
+
+
+def one(args: argparse.Namespace, model: Decoder, request: Request, fact: dict[str, Any], ids: list[int],
+        draft: Path | None) -> None:
     """One answer, to --ask or to one --prompt: its text streams. What Ctrl-C leaves of it is told, too."""
     if args.prompt and args.prompt[0] != "-" and not args.json:
         show(args.prompt[0])
     continues = args.ask is None
-    session = Session(model, session_length(model.config, len(ids), request.max_new_tokens))
-    tokens, written, stopped = session.generate(ids, request.max_new_tokens, **request.how(continues)), Written(), False
+    length = session_length(model.config, len(ids), request.max_new_tokens)
+    guess, how = guesser(args, draft, length), request.how(continues)
+    if guess is None:
+        tokens = Session(model, length).generate(ids, request.max_new_tokens, **how)
+    else:
+        tokens = speculate(model, ids, request.max_new_tokens, guess, **how)
+    written, stopped = Written(), False
     try:
         written.write(tokens, request.tokenizer, request.stop_texts, continues=request.keeps_space(continues),
                       show=silent if args.json else show)
@@ -227,7 +256,8 @@ def run() -> None:
 
 def need_one_process(args: argparse.Namespace, ranks: int) -> None:
     """Raise InputError for what several processes do not do, or have no devices for."""
-    wrong = {"--chat": args.chat, "--serve": args.serve, "--adapter": args.adapter, "--compile": args.compile}
+    wrong = {"--chat": args.chat, "--serve": args.serve, "--adapter": args.adapter, "--compile": args.compile,
+             "--draft": args.draft, "--lookup": args.lookup}
     if found := [option for option, given in wrong.items() if given]:
         raise InputError(f"{found[0]} runs on one process, and torchrun started {ranks}; --prompt, --ask and --prompts "
                          "run on several")
@@ -267,6 +297,7 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
         world.on_rank_0(lambda: local_path(args.model))         # the others find what it has downloaded
     place, path = world.device if world else device(args.device), local_path(args.model)
     tokenizer = checkpoints.tokenizer(path)
+    draft = draft_path(args, tokenizer)
     request = Request(tokenizer, args.max_new_tokens, sampling(args, path, tokenizer), args.stop, args.n, args.logprobs)
     if args.template and args.suffix is None:
         templates.choose(tokenizer, args.template)
@@ -323,7 +354,7 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
         warn(tokenizer, prompts[0], args.bos)
         request = fitted_alike(request, model, len(prompts) * args.n, max(map(len, prompts)), world)
         if len(prompts) * args.n == 1:
-            one(args, model, request, facts[0], prompts[0])
+            one(args, model, request, facts[0], prompts[0], draft)
         else:
             several(args, model, request, facts, prompts)
 

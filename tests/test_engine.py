@@ -89,7 +89,7 @@ def test_requests_in_random_order_are_answered_as_each_alone(name, monkeypatch):
         if ticket.cancelled and ticket.answer.ended == "interrupted":
             expected = expected[: len(ticket.answer.tokens)]
         assert ticket.answer.tokens == expected
-    assert not engine.live and engine.joining is None
+    assert not engine.seated
 
 
 def test_what_was_read_before_is_not_read_again(plain, scan):
@@ -161,7 +161,7 @@ def test_rows_change_places(name):
     rows.exchange(1, 2)
     prompts = [prompts[2], prompts[0], prompts[1]]
     assert rows.tokens == [[*prompt] for prompt in prompts]
-    logits = rows.step(3, [4, 5, 6])
+    logits = rows.read_together(0, [[4], [5], [6]])
     for row, prompt in enumerate(prompts):
         whole = model(torch.tensor([[*prompt, (4, 5, 6)[row]]]))[0, -1]
         assert (logits[row] - whole).abs().max() < 1e-4

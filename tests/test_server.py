@@ -367,7 +367,7 @@ def test_a_client_that_leaves_frees_its_slot(endless, stream):
         if stream and len(lines) < 2:
             assert line.getresponse().readline().startswith(b"data: {")
         lines.append(line)
-    while not len(endless.engine.live) == 2:
+    while not len(endless.engine.seated) == 2:
         time.sleep(0.01)
     before = endless.engine.counts["new_tokens"]
     for line in lines:

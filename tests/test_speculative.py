@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import torch
 
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError
@@ -47,6 +48,7 @@ def test_right_guesses_save_passes_and_a_draft_model_is_asked_for_no_more(monkey
     make_loud(small)
     assert list(speculate(model, PROMPT, 20, DraftModel(small, 30))) == plain
     assert list(speculate(model, PROMPT, 20, DraftModel(small, 5))) == plain      # too short to guess anything
+    assert list(speculate(model, PROMPT, 20, lambda said, most: [VOCAB])) == plain      # what the model does not have
 
 
 def test_stops_and_log_probabilities():
@@ -60,6 +62,26 @@ def test_stops_and_log_probabilities():
         assert one.chosen.token == other.chosen.token and one.chosen.raw == pytest.approx(other.chosen.raw, abs=1e-5)
     with pytest.raises(InputError, match="use generate"):
         speculate(decoder(KINDS["dynamic"]), PROMPT, 4, look_up)
+
+
+def test_what_is_drawn_without_a_seed_is_distributed_as_the_model_says():
+    """Two tokens of a vocabulary of 6, 400 times, with the likeliest of another model as guesses: Pearson's χ² beside
+    p(a) p(b|a) of the full forward pass, below the 99.9 % quantile of its distribution (35 degrees of freedom)."""
+    model, small = (Decoder(ModelConfig(vocab=6, dim=16, layers=KINDS["full"][:1]), seed=seed).eval() for seed in (0, 1))
+    for each in (model, small):
+        make_loud(each)
+    model.head.weight.data *= 0.1                       # no pair is rare
+    prompt, vocab, n = [1], range(6), 400
+    with torch.no_grad():
+        p = model(torch.tensor([[*prompt, a] for a in vocab]))[:, -2:].double().softmax(-1)     # (6, 2, 6)
+    expected = (p[0, 0, :, None] * p[:, 1]).flatten() * n
+    torch.manual_seed(0)
+    guess, found = DraftModel(small, 8), torch.zeros(36)
+    for _ in range(n):
+        a, b = speculate(model, prompt, 2, guess, temperature=1.0)
+        found[6 * a + b] += 1
+    assert expected.min() > 5
+    assert ((found - expected) ** 2 / expected).sum() < 66.6
 
 
 def test_look_up():

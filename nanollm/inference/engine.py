@@ -7,17 +7,20 @@
         …
     one.wait().tokens
 
-A step is a forward pass of one prompt, then one of all answers. Requests join and leave between two steps:
+A step is a forward pass of prompts, then one of all answers. Requests join and leave between two steps:
 
-    step      1         2         3         4            A … Z: a token of that request's prompt, a … z: of its answer
-    join      AAAAA     BBBB      BBBB      CC           a prompt is read CHUNK tokens a step, so that it holds the
-    row 0     a         a         a         a            answers up for no longer
-    row 1               ·         b         b            the rows that answer are always the first ones: where one
-    row 2                                   c            ends, the last takes its place (Yu et al. 2022, Orca)
+    step     1         2         3          4            A … Z: a token of that request's prompt, a … z: of its answer
+    row 0    AAAAA a         a          a         a
+    row 1              BBBB      BB b       b     b      prompts are read together, CHUNK tokens a step, so that they
+    row 2              CCCC      CCCC       CC c  c      hold the answers up for no longer; who joins has equal shares
 
-Rows are ragged, nothing is padded (rows.py). A row that has ended keeps what it remembers until its place is needed. A
+The rows that answer are always the first ones, behind them stand those that join; where one ends, the last takes its
+place (Yu et al. 2022, Orca).
+
+Rows are ragged (rows.py). A row that has ended keeps what it remembers until its place is needed. A
 prompt that begins with tokens which any row has read, ended or not, takes over what that row remembers of them and
-reads only the rest: the turns of a chat, a common system message, several answers to one prompt.
+reads only the rest: the turns of a chat, a common system message, several answers to one prompt. One that begins for
+more than half as a prompt that is just being read waits for that.
 
 What holds for each request, whatever the others do:
 
@@ -28,9 +31,12 @@ What holds for each request, whatever the others do:
 Requests wait in a queue of bounded length. The memory of the cache is asked for once, when the engine is made.
 """
 
+import itertools
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,6 +53,7 @@ from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
 
 CHUNK = 256             # prompt tokens a step
+GREEDY = Sampling()
 
 
 class Busy(InputError):
@@ -69,6 +76,8 @@ class Ticket:
         self.row = -1                                   # while its prompt is read or its answer is written
         self.reused = 0                                 # tokens of the prompt that a row had read before
         self.cancelled = False
+        self.alone = False                              # read by itself: a pass with others has failed
+        self.greedy = not finish.constraints and logprobs is None and replace(sampling, seed=None) == GREEDY
         self.done = threading.Event()
 
     def cancel(self) -> None:
@@ -115,8 +124,8 @@ class Engine:
         self.length = fitting(model, slots, length)
         self.rows = RowCache(model, slots, self.length)
         self.waiting: deque[Ticket] = deque()
-        self.joining: Ticket | None = None              # its prompt is being read, in a row behind those that answer
-        self.live: list[Ticket] = []                    # row → who is answered in it
+        self.seated: list[Ticket] = []                  # row → who is answered in it, or whose prompt is read into it
+        self.answering = 0                              # rows that are answered in: the first ones
         self.ended_at = [0] * slots                     # row → when it ended: those that did long ago go first
         self.counts = {"requests": 0, "failed": 0, "prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "steps": 0}
         self.wake, self.closed = threading.Condition(), False
@@ -163,9 +172,19 @@ class Engine:
         return ticket
 
     @property
+    def live(self) -> list[Ticket]:
+        """Those that are answered."""
+        return self.seated[: self.answering]
+
+    @property
+    def joining(self) -> list[Ticket]:
+        """Those whose prompts are being read."""
+        return self.seated[self.answering :]
+
+    @property
     def busy(self) -> bool:
         """Whether there is anything to do."""
-        return bool(self.waiting or self.joining or self.live)
+        return bool(self.waiting or self.seated)
 
     def start(self) -> "Engine":
         """Run in a thread of its own until `close`."""
@@ -196,8 +215,8 @@ class Engine:
 
     def _drop_all(self, error: Exception | None) -> None:
         with self.wake:
-            tickets = [*self.live, *([self.joining] if self.joining else []), *self.waiting]
-            self.live, self.joining = [], None
+            tickets = [*self.seated, *self.waiting]
+            self.seated, self.answering = [], 0
             self.waiting.clear()
         for row in range(self.slots):
             self.rows.clear(row, wipe=error is not None)
@@ -212,9 +231,9 @@ class Engine:
         if not self.busy:
             return False
         left = CHUNK
-        while left > 0 and (self.joining or self._admit()):
-            left -= self._read_prompt(left)
-        if self.live:
+        while 2 * left > CHUNK and self._seat():        # a pass of few tokens reads all weights, too
+            left -= self._read_prompts(left)
+        if self.answering:
             self._write()
         self.counts["steps"] += 1
         return True
@@ -224,74 +243,93 @@ class Engine:
             gone = [each for each in self.waiting if each.cancelled]
             for ticket in gone:
                 self.waiting.remove(ticket)
-        if self.joining is not None and self.joining.cancelled:
-            gone.append(self.joining)
-            self.joining = None
-        for ticket in [each for each in self.live if each.cancelled]:
+        for ticket in [each for each in self.seated if each.cancelled]:
             self._leave(ticket)
             gone.append(ticket)
         for ticket in gone:
             ticket.end()
 
-    def _admit(self) -> bool:
-        """Let the next one in the queue join, in a row with as much as any row remembers of its prompt."""
-        if not self.waiting or len(self.live) == self.slots:
+    def _seat(self) -> bool:
+        """Let those in the queue join, as far as there are rows. False: nobody joins."""
+        while self.waiting and len(self.seated) < self.slots and self._admit(self.waiting[0]):
+            pass
+        return len(self.seated) > self.answering
+
+    def _admit(self, ticket: Ticket) -> bool:
+        """Let the first in the queue join, in a row with as much as any row remembers of its prompt; but not where what
+        it could take over of a prompt that is being read is more than half of what it had to read."""
+        usable = [self.rows.usable(row, ticket.prompt) for row in range(self.slots)]
+        soon = max((self.rows.usable_after(each.prompt, ticket.prompt) for each in self.joining), default=0)
+        if 2 * (soon - max(usable)) > len(ticket.prompt) - max(usable):
             return False
         with self.wake:
-            ticket = self.joining = self.waiting.popleft()
-        free = range(len(self.live), self.slots)
-        usable = [self.rows.usable(row, ticket.prompt) for row in range(self.slots)]
+            self.waiting.popleft()
+        first_free = len(self.seated)
+        free = range(first_free, self.slots)
         source = max(range(self.slots), key=lambda row: (usable[row], row in free))
         ticket.reused = usable[source]
         goes_on = source in free and ticket.reused == len(self.rows.tokens[source]) > 0
         oldest = min(free, key=lambda row: (len(self.rows.tokens[row]) > 0, self.ended_at[row]))     # or an empty one
-        ticket.row = source if goes_on else oldest
-        self.rows.take(ticket.row, source, ticket.reused)
+        row = source if goes_on else oldest
+        self.rows.take(row, source, ticket.reused)
+        self.rows.exchange(row, first_free)
+        self.ended_at[row], ticket.row = self.ended_at[first_free], first_free
+        self.seated.append(ticket)
         self.counts["prompt_tokens"] += len(ticket.prompt)
         self.counts["reused_tokens"] += ticket.reused
         return True
 
-    def _read_prompt(self, most: int) -> int:
-        """Read up to so many tokens of the prompt of who joins; with the last it begins to answer. How many it read."""
-        ticket = self.joining
-        assert ticket is not None, "someone joins"
-        done, whole = len(self.rows.tokens[ticket.row]), len(ticket.prompt)
-        end = min(done + most, whole)
-        if self.rows.cache.ropes:                       # or each part would have all before it read again
-            end = whole
-        elif not self.rows.rewinds and done < whole - 1:
-            end = min(end, whole - 1)                   # so that the same prompt can begin here, with a token to read
+    def _read_prompts(self, most: int) -> int:
+        """Read equal parts of the prompts of all who join, as one pass of up to so many tokens; who has read the last
+        one begins to answer. How many tokens that were, padding included."""
+        joining = self.joining
+        single = next((each for each in joining if each.alone or self.rows.cache.ropes), None)
+        tickets = joining if single is None else [single]
+        share = max(1, most // len(tickets))
+        parts = [ticket.prompt[slice(*self._next_part(ticket, share))] for ticket in tickets]
         try:
-            if done == whole - 1:
-                self.rows.mark(ticket.row)
-            logits = self.rows.read(ticket.row, ticket.prompt[done:end])
+            whole = [len(self.rows.tokens[each.row]) + len(part) == len(each.prompt)
+                     for each, part in zip(tickets, parts, strict=True)]
+            logits = self.rows.read_together(tickets[0].row, parts, whole)
         except Exception as error:
-            self.joining = None
-            self._fail(ticket, error)
-            return end - done
-        if end == whole:
-            self.joining, first_free = None, len(self.live)
-            self.rows.exchange(ticket.row, first_free)
-            self.ended_at[ticket.row] = self.ended_at[first_free]
-            ticket.row = first_free
-            self.live.append(ticket)
-            self._choose(ticket, logits)
-        return end - done
+            if len(tickets) == 1:
+                self._fail(tickets[0], error)
+            else:                                       # nobody knows who it was: each by itself, from the beginning
+                for ticket in tickets:
+                    self.rows.clear(ticket.row, wipe=True)
+                    ticket.alone = True
+            return most
+        ready = list(itertools.compress(tickets, whole))
+        for ticket in ready:
+            self._exchange(ticket.row, self.answering)
+            self.answering += 1
+        self._choose(ready, logits)
+        return len(parts) * max(map(len, parts))
+
+    def _next_part(self, ticket: Ticket, share: int) -> tuple[int, int]:
+        """Where the next tokens to read of its prompt begin and end."""
+        done, whole = len(self.rows.tokens[ticket.row]), len(ticket.prompt)
+        if self.rows.cache.ropes:                       # or each part would have all before it read again
+            return done, whole
+        if done == whole - 1:
+            self.rows.mark(ticket.row)
+        elif not self.rows.rewinds:
+            whole -= 1                                  # so that the same prompt can begin here, with a token to read
+        return done, min(done + share, whole)
 
     def _write(self) -> None:
         """One token of each answer."""
-        tickets = list(self.live)
+        tickets = self.live
         lengths = [len(self.rows.tokens[ticket.row]) for ticket in tickets]
         if any(self.rows.turns(n, n + 1) for n in lengths):
             return self._write_singly(tickets)
         try:
-            logits = self.rows.step(len(tickets), [ticket.answer.tokens[-1] for ticket in tickets])
+            logits = self.rows.read_together(0, [ticket.answer.tokens[-1:] for ticket in tickets])
         except Exception as error:
             if len(tickets) == 1:
                 return self._fail(tickets[0], error)
             return self._write_singly(tickets)
-        for ticket, row in zip(tickets, logits.split(1), strict=True):
-            self._choose(ticket, row)
+        self._choose(tickets, logits)
 
     def _write_singly(self, tickets: list[Ticket]) -> None:
         """Where a row is to be read again from its beginning; and after a step that failed, so that it is only who
@@ -302,45 +340,63 @@ class Engine:
             except Exception as error:
                 self._fail(ticket, error)
             else:
-                self._choose(ticket, logits)
+                self._choose([ticket], logits)
 
-    def _choose(self, ticket: Ticket, logits: Tensor) -> None:
-        """Its next token, from logits (1, V)."""
-        answer, finish = ticket.answer, ticket.finish
-        try:
-            with torch.inference_mode():
-                tokens, scores = next_tokens(logits, ticket.sampling, [ticket.prompt], [answer.tokens], finish.ids,
-                                             ticket.draw, finish.constraints)
-                if ticket.logprobs is not None:         # before the token: another thread may look at any moment
-                    answer.logprobs += logprobs_of(logits, scores, tokens, ticket.logprobs)
-                answer.tokens += tokens.tolist()
-            self.counts["new_tokens"] += 1
-            finish(answer)
-            if answer.ended is None:
-                ticket.tell()
-        except Exception as error:
-            return self._fail(ticket, error)
-        if answer.ended is not None:
-            self._leave(ticket)
-            ticket.end()
+    def _choose(self, tickets: Sequence[Ticket], logits: Tensor) -> None:
+        """The next token of each, from logits (n, V). One pass over all of them finds those of the greedy."""
+        with torch.inference_mode():
+            largest, likeliest = (found.tolist() for found in logits.float().max(-1))
+        for ticket, row, value, token in zip(tickets, logits[:, None], largest, likeliest, strict=True):
+            try:
+                if ticket.greedy and math.isfinite(value):
+                    ticket.answer.tokens.append(token)
+                else:
+                    draw(ticket, row)
+                self.counts["new_tokens"] += 1
+                ticket.finish(ticket.answer)
+                if ticket.answer.ended is None:
+                    ticket.tell()
+            except Exception as error:
+                self._fail(ticket, error)
+            else:
+                if ticket.answer.ended is not None:
+                    self._leave(ticket)
+                    ticket.end()
 
     def _leave(self, ticket: Ticket) -> None:
-        """Let the last row take the place of this one, which keeps what it has read behind those that answer."""
-        last = len(self.live) - 1
-        self.rows.exchange(ticket.row, last)
-        moved = self.live.pop()
-        if moved is not ticket:
-            self.live[ticket.row], moved.row = moved, ticket.row
-        ticket.row = last
-        self.ended_at[last] = self.counts["steps"]
+        """Let the last one that answers take its place, and the last one that joins the place of that. It stands behind
+        them all, and its row keeps what it has read."""
+        if ticket.row < self.answering:
+            self.answering -= 1
+            self._exchange(ticket.row, self.answering)
+        self._exchange(ticket.row, len(self.seated) - 1)
+        self.seated.pop()
+        self.ended_at[ticket.row] = self.counts["steps"]
+
+    def _exchange(self, one: int, other: int) -> None:
+        """Let the tickets of two rows change places."""
+        self.rows.exchange(one, other)
+        seated = self.seated
+        seated[one], seated[other] = seated[other], seated[one]
+        seated[one].row, seated[other].row = one, other
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         """End a ticket with an error; nothing is left of what it had in its row."""
-        if ticket in self.live:
-            self._leave(ticket)
-        self.rows.clear(ticket.row, wipe=True)
+        self.rows.clear(ticket.row, wipe=True)          # first: to change places leaves what is longer where it was
+        self._leave(ticket)
         self.counts["failed"] += 1
         ticket.end(error)
+
+
+@torch.inference_mode()
+def draw(ticket: Ticket, logits: Tensor) -> None:
+    """Its next token, from logits (1, V), as its sampling and its grammar say."""
+    answer, finish = ticket.answer, ticket.finish
+    tokens, scores = next_tokens(logits, ticket.sampling, [ticket.prompt], [answer.tokens], finish.ids, ticket.draw,
+                                 finish.constraints)
+    if ticket.logprobs is not None:                     # before the token: another thread may look at any moment
+        answer.logprobs += logprobs_of(logits, scores, tokens, ticket.logprobs)
+    answer.tokens += tokens.tolist()
 
 
 def fitting(model: Decoder, slots: int, length: int | None) -> int:

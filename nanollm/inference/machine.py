@@ -19,6 +19,8 @@ from nanollm.inference.request import Request
 from nanollm.inference.terminal import note
 from nanollm.model import Decoder
 
+MEMINFO, GROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
 
 def device(name: str) -> torch.device:
     """Raises InputError where this machine, or this build of torch, has none of that name, or it computes nothing."""
@@ -38,14 +40,13 @@ def free_memory(place: torch.device) -> int | None:
     """Bytes that can be had without taking them from others; None where the system does not say (Linux and CUDA do)."""
     if place.type == "cuda":
         return torch.cuda.mem_get_info(place)[0]
-    machine, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
-    if not machine.exists():
+    if not MEMINFO.exists():
         return None
-    free = int(_said(machine)["MemAvailable:"]) * 1024
-    limit = group / "memory.max"                           # of a container
+    free = int(_said(MEMINFO)["MemAvailable:"]) * 1024
+    limit = GROUP / "memory.max"                           # of a container
     if limit.exists() and (most := limit.read_text().strip()) != "max":
-        held = _said(group / "memory.stat")                # files that were read are kept only while there is room
-        used = int((group / "memory.current").read_text()) - int(held["active_file"]) - int(held["inactive_file"])
+        held = _said(GROUP / "memory.stat")                # files that were read are kept only while there is room
+        used = int((GROUP / "memory.current").read_text()) - int(held["active_file"]) - int(held["inactive_file"])
         free = min(free, int(most) - used)
     return max(0, free)
 

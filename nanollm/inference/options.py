@@ -108,6 +108,13 @@ def parse(description: str) -> argparse.Namespace:
                         help="address to listen at (default 127.0.0.1: this machine alone); 0.0.0.0 is every network")
     server.add_argument("--api-key", metavar="KEY", help="what a client must show: Authorization: Bearer KEY")
     server.add_argument("--slots", type=int, metavar="N", help="answers at once (default 8); others wait")
+    ahead = parser.add_argument_group("guesses of the next tokens, of which the model checks several in one pass: the "
+                                      "same answer, sooner").add_mutually_exclusive_group()
+    ahead.add_argument("--draft", metavar="MODEL",
+                       help="small model with the same vocabulary that guesses, with --ask and one --prompt")
+    ahead.add_argument("--lookup", action="store_true",
+                       help="guess what followed the last tokens where they stood before: for answers that repeat "
+                       "their prompt")
     machine = parser.add_argument_group("where it runs")
     machine.add_argument("--dtype", choices=DTYPES, default="auto",
                          help="dtype of the weights; auto: as config.json says")
@@ -149,6 +156,10 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         "--compile is for a CPU; on a GPU kernels run by themselves": args.compile and args.device != "cpu",
         "--compile goes with one answer at a time, not with batches (--prompts, --serve, --n, more than one --prompt)":
             args.compile and (bool(args.prompts or args.serve) or args.n > 1 or len(args.prompt or []) > 1),
+        "--draft and --lookup go with one answer to --ask or to one --prompt, without --compile":
+            (args.draft is not None or args.lookup)
+            and (args.compile or bool(args.prompts or args.serve or args.chat) or args.n > 1
+                 or len(args.prompt or []) > 1),
         "--port, --host, --api-key and --slots go with --serve":
             not args.serve and any(x is not None for x in (args.port, args.host, args.api_key, args.slots)),
         "--api-key '': expected a key": args.api_key == "",

@@ -1,11 +1,12 @@
 """One cache for many sequences that come and go: each has a row, which is read, copied, rewound and cleared by itself.
 
-    row    0     1     2     3              read(2, ids)    the next tokens of one row, as a batch of one
-           abc   de    fghi  ·              step(3, ids)    one token of each of the first three rows, a ragged batch
-           └──── step ────┘  free           exchange(1, 2)  so the rows that go on can be the first ones
+    row    0     1     2     3       read(2, ids)                 the next tokens of one row, as a batch of one
+           abc   de    fghi  ·       read_together(0, [ids, …])   those of neighbours, as a ragged batch
+           └─ together ───┘  free    exchange(1, 2)               so the rows that go on can be the first ones
 
-Both run the model over a view of some rows (`View`), so nothing is padded and no other row is touched. Keys and values
-are written in place; what a layer replaces instead (the state of a scan, the window of a convolution) is copied back.
+Both run the model over a view of some rows (`View`), so no other row is touched; where neighbours read parts of several
+lengths, the shorter ones have padding behind them. Keys and values are written in place; what a layer replaces instead
+(the state of a scan, the window of a convolution) is copied back.
 
 **Rewinding.** Keys and values of a layer that keeps all of them can be cut off behind any token: what lies behind it
 has later positions than any query, until it is overwritten. A ring has overwritten the older ones, and a scan has only
@@ -18,7 +19,7 @@ before, all of the row is read again, by itself.
 Shapes: n rows of a view, T new tokens, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 
 import torch
@@ -100,16 +101,23 @@ class RowCache:
         return self.model.head(hidden[0, -last:])
 
     @torch.inference_mode()
-    def step(self, rows: int, new: Sequence[int]) -> Tensor:
-        """One token for each of the first n rows, none of which `turns`; logits (n, V). Where it fails it can be tried
-        again."""
-        if rows == 1:
-            return self.read(0, new)
-        places = [[len(tokens)] for tokens in self.tokens[:rows]]
-        hidden = self._feed(slice(rows), [[token] for token in new], places)
-        for tokens, token in zip(self.tokens, new, strict=False):
-            tokens.append(token)
-        return self.model.head(hidden[:, -1])
+    def read_together(self, first: int, new: Sequence[Sequence[int]], wanted: Sequence[bool] | None = None) -> Tensor:
+        """The next tokens, at least one, of each of the rows from `first` on, none of which `turns`. Logits of the last
+        token of the rows that are wanted, (n, V). Where it fails with one token a row it can be tried again."""
+        wanted = [True] * len(new) if wanted is None else wanted
+        if len(new) == 1:
+            return self.read(first, new[0])[: sum(wanted)]
+        rows, longest, counts = slice(first, first + len(new)), max(map(len, new)), [len(each) for each in new]
+        padded = [[*each, *[0] * (longest - len(each))] for each in new]
+        places = [[*range(len(known), len(known) + count), *[-1] * (longest - count)]
+                  for known, count in zip(self.tokens[rows], counts, strict=True)]
+        hidden = self._feed(rows, padded, places)
+        for known, each in zip(self.tokens[rows], new, strict=True):
+            known += each
+        last = [(at, count - 1) for at, count in enumerate(counts) if wanted[at]]
+        if not last:
+            return hidden.new_zeros(0, self.model.config.vocab)
+        return self.model.head(hidden[tuple(zip(*last, strict=True))])
 
     def _feed(self, rows: slice, new: Sequence[Sequence[int]], places: Sequence[Sequence[int]] | None) -> Tensor:
         device = self.cache.device
@@ -133,11 +141,19 @@ class RowCache:
         """How many tokens of a prompt need not be read, if it takes over what this row remembers. Never the last one,
         whose logits are wanted."""
         known = self.tokens[row]
+        same = self._same(known, prompt, self.marks[row])
+        return 0 if self.turns(same, len(known)) else same
+
+    def usable_after(self, read: Sequence[int], prompt: Sequence[int]) -> int:
+        """The same of a row that has read these tokens, with a mark before the last one."""
+        return self._same(read, prompt, [len(read) - 1])
+
+    def _same(self, known: Sequence[int], prompt: Sequence[int], marks: Iterable[int]) -> int:
         most = min(len(known), len(prompt) - 1)
         same = next((at for at in range(most) if known[at] != prompt[at]), most)
-        if not self.rewinds:
-            same = max((n for n in [*self.marks[row], len(known)] if n <= same), default=0)
-        return 0 if self.turns(same, len(known)) else same
+        if self.rewinds:
+            return same
+        return max((n for n in [*marks, len(known)] if n <= same), default=0)
 
     @torch.inference_mode()
     def take(self, row: int, source: int, length: int) -> None:

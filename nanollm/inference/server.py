@@ -111,7 +111,7 @@ class Server:
         engine, lines = self.engine, []
         for name, value in engine.counts.items():
             lines += [f"# TYPE nanollm_{name}_total counter", f"nanollm_{name}_total {value}"]
-        now = {"running": len(engine.live) + (engine.joining is not None), "waiting": len(engine.waiting),
+        now = {"running": len(engine.seated), "waiting": len(engine.waiting),
                "slots": engine.slots, "context_tokens": engine.length}
         for name, value in now.items():
             lines += [f"# TYPE nanollm_{name} gauge", f"nanollm_{name} {value}"]

@@ -21,12 +21,15 @@ may. Models whose angles follow the length of the sequence are refused: there ea
 """
 
 from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
 
+from nanollm.config.positions import places
 from nanollm.errors import InputError
 from nanollm.inference.answer import Answer, Stream, logprobs_of
+from nanollm.inference.context import session_length
 from nanollm.inference.generation import Constrain, Finish, Stop, check_prompt
 from nanollm.inference.rows import RowCache
 from nanollm.inference.sample import Sampling, next_tokens, settings
@@ -53,14 +56,16 @@ class DraftModel:
     """The likeliest tokens of a small model with the same vocabulary. It keeps its cache from one guess to the next."""
 
     def __init__(self, model: Decoder, length: int) -> None:
-        """length: the most tokens, prompts and answers together."""
-        self.rows = RowCache(model, 1, length)
+        """length: the most tokens, prompts and answers together. Where there are more, or one that the small model does
+        not have, nothing is guessed."""
+        self.vocab, most = model.config.vocab, places(model.config.positions)
+        self.rows = RowCache(model, 1, length if most is None else min(length, most))
 
     def __call__(self, said: Sequence[int], most: int) -> list[int]:
         """Greedy, however the answer is drawn."""
         guess: list[int] = []
         rows = self.rows
-        if len(said) >= rows.length:
+        if len(said) >= rows.length or max(said) >= self.vocab:
             return []
         known = rows.usable(0, said)
         rows.take(0, 0, known)
@@ -83,11 +88,14 @@ def speculate(model: Decoder, prompt: Sequence[int], max_new_tokens: int, guess:
     check_prompt(prompt, model.config.vocab)
     chosen = settings(sampling, options)
     chosen.check(model.config.vocab)
-    rows = RowCache(model, 1, len(prompt) + max_new_tokens)
+    length = session_length(model.config, len(prompt), max_new_tokens)
+    room = length - len(prompt)
+    rows = RowCache(model, 1, length)
     if rows.cache.ropes:
         raise InputError("the angles of RoPE follow the length of the sequence: several tokens cannot be checked in "
                          "one pass; use generate")
-    answer, finish = Answer(), Finish(stop_ids, stop, constrain, max_new_tokens, "length")
+    answer, finish = Answer(), Finish(stop_ids, stop, constrain, min(max_new_tokens, room),
+                                      "length" if max_new_tokens <= room else "context")
     return Stream(answer, _answer(rows, answer, list(prompt), chosen, finish, guess, ahead, logprobs))
 
 
@@ -102,6 +110,7 @@ def _answer(rows: RowCache, answer: Answer, prompt: list[int], sampling: Samplin
             said = [*prompt, *answer.tokens]
             before = len(said) - 1                      # tokens that have been read
             guessed = guess(said, min(ahead, finish.most - len(answer.tokens) - 1))
+            guessed = list(takewhile(lambda token: token < rows.model.config.vocab, guessed))
             rows.mark(0)
             logits = rows.read(0, [said[-1], *guessed], last=len(guessed) + 1)
             right = 0
