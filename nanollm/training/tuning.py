@@ -6,7 +6,7 @@
     embedding, head  the folder has it                  a copy for the step  none
     A, B, m          float32                            dtype of products    float32
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) is in lora.py. QLoRA is LoRA beside W in NF4 (Dettmers et al. 2023, arXiv
+LoRA (Hu et al. 2021, arXiv 2106.09685) is in lora_layer.py. QLoRA is LoRA beside W in NF4 (Dettmers et al. 2023, arXiv
 2305.14314), here also in int8 and int4. Where W is made anew is layers/frozen.py.
 
 Rank 0 reads the model, quantises it and draws A: `prepare`. What it is then, each module of it, is `blank`, the model
