@@ -142,3 +142,7 @@ def test_what_does_not_fit_is_named(monkeypatch, teacher, tmp_path):
         options.parse("", ["--init", "x", "--preference", "y", "--teacher", "z"])
     with pytest.raises(InputError, match="a vocabulary of 31, the model one of 300; expected a teacher with the same"):
         distillation.need_same_vocabulary(Decoder(preset("llama", 31, 32)), 300, "x")
+    with pytest.raises(InputError, match="--teacher x: made for 32 tokens, --context is 64; what it says of"):
+        distillation.need_room(Decoder(preset("llama", 31, 32)), 64, "x")
+    with pytest.raises(InputError, match="--teacher with --z-loss: the loss is a divergence"):
+        options.parse("", ["--teacher", "x", "--z-loss", "0.1"])

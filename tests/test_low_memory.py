@@ -1,5 +1,7 @@
 """GaLore and BAdam take the steps of their authors' packages, AdamW in 8 bits those of AdamW nearly; and whole runs."""
 
+import json
+import math
 import warnings
 
 import pytest
@@ -13,6 +15,7 @@ from nanollm.training import adamw8bit, low_memory, optim
 from nanollm.training.badam import STATE, BAdam, blocks
 from nanollm.training.galore import GaLore
 from nanollm.training.options import parse
+from tests.fixtures import slow_but
 from tests.test_freezing import QUICK, base, shards, weights
 from tests.test_train import log_of, losses_of, run
 
@@ -150,6 +153,25 @@ def test_a_run_that_was_left_ends_as_one_that_was_not(name, base, shards, tmp_pa
         before, after = weights(base), weights(tmp_path / "whole")
         moved = {key for key, value in after.items() if not torch.equal(value, before[key])}
         assert moved == {key for key in before if key.startswith(("layers.0.", "layers.1.", "layers.2."))}
+
+
+@pytest.mark.parametrize("more", slow_but([("badam", "--lora-rank", "4", "--quantize", "nf4")], [
+    ("badam", "--lora-rank", "4", "--quantize", "nf4"), ("adamw8bit", "--lora-rank", "16"), ("galore",), ("adamw8bit",),
+    ("galore", "--train-last", "1"), ("badam", "--freeze", "embed", "norm", "head")]))
+def test_they_go_with_dpo_adapters_and_freezing(more, base, tmp_path):
+    """The loss falls from log 2; state is kept of nothing that is frozen."""
+    pairs = [{"prompt": f"def {i}:", "chosen": " return beta", "rejected": " pass"} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run("--init", base, "--preference", tmp_path / "pairs.jsonl", "--loss", "dpo", "--out", tmp_path / "run", *QUICK,
+        "--optimizer", *more, *ASKED[more[0]])
+    found = losses_of(log_of(tmp_path / "run"))
+    assert found[0] == pytest.approx(math.log(2), abs=1e-4) and found[-1] < found[0] - 0.01
+    kept = json.loads((tmp_path / "run/steps/00000006/manifest.json").read_text())["tensors"]
+    owners = {name.removeprefix("optimizer.").rpartition(".")[0] for name in kept if name.startswith("optimizer.")}
+    trained = {name.removeprefix("model.") for name in kept if name.startswith("model.")}
+    assert owners == ({"block"} if more[0] == "badam" else trained)
+    assert all(name.endswith((".A", ".B")) for name in trained) or "--lora-rank" not in more
+    assert all(name.startswith("layers.") for name in trained) or "--freeze" not in more
 
 
 @pytest.mark.parametrize("args, said", [
