@@ -237,8 +237,9 @@ def optimization(add: Add) -> None:
     add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
         help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
     add("--dropout", type=share, default=0.0, metavar="P",
-        help="dropout probability of the embeddings and of what each layer adds to the residual stream, not of "
-             "attention (default 0)")
+        help="dropout probability of the embeddings and of what each layer adds to the residual stream (default 0)")
+    add("--attention-dropout", type=share, default=0.0, metavar="P",
+        help="dropout probability of attention probabilities (default 0)")
     add("--ema", type=share, metavar="DECAY",
         help="exponential moving average (EMA) of the weights, which is evaluated and exported in place of them; often "
              "0.999 (default: none)")
