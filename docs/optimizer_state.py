@@ -17,6 +17,9 @@ for run in map(Path, sys.argv[1:]):
     size = {"model": 0, "optimizer": 0}
     for name, (dtype, *shape) in tensors.items():
         size[name.partition(".")[0]] += math.prod(shape) * getattr(torch, dtype).itemsize
-    losses = [step["loss"] for step in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "loss" in step]
-    print(f"{run.name}: {size['optimizer'] / 1e6:,.1f} MB of state for {size['model'] / 4e6:,.1f} M parameters; mean "
-          f"loss of the last ten of {len(losses)} steps {statistics.fmean(losses[-10:]):.3f}")
+    log = [*map(json.loads, (run / "log.jsonl").read_text().splitlines())]
+    losses = [step["loss"] for step in log if "loss" in step]
+    held_out = [step["held_out_loss"] for step in log if "held_out_loss" in step]
+    print(f"{run.name}: {size['optimizer'] / 1e6:,.1f} MB of state for {size['model'] / 4e6:,.1f} M parameters; "
+          f"{len(losses)} steps, mean loss of the last ten {statistics.fmean(losses[-10:]):.3f}, held out "
+          f"{held_out[0]:.3f} → {held_out[-1]:.3f}")

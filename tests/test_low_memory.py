@@ -122,6 +122,20 @@ def test_adamw_in_8_bits_is_that_of_bitsandbytes_and_adamw_nearly():
         2 * 96 * 64 + 2 * 4 * 96 * 64 // 256 + 8)
 
 
+@pytest.mark.parametrize("name", low_memory.NAMES)
+def test_every_parameter_has_one_owner(name):
+    """Of a model with experts; galore's are the matrices of the layers, with state of its rank."""
+    model = Decoder(preset("mixtral", 300, 32))
+    optimizers = optim.build(model, name, 0.1, torch.float32, rank=8)
+    owned = [p for each in optimizers for group in each.param_groups for p in group["params"]]
+    assert len({*owned}) == len(owned) and {*owned} == {*model.parameters()}
+    names = {p: key for key, p in model.named_parameters()}
+    theirs = {names[p].rpartition(".")[2] if ".experts." in names[p] else names[p].split(".")[-2]
+              for each in optimizers if isinstance(each, GaLore) for p in each.state}
+    assert theirs == ({"q", "k", "v", "o", "gate", "up", "down"} if name == "galore" else set())
+    assert len(optimizers) == (2 if name == "galore" else 1)
+
+
 # ---- runs
 
 ASKED = {"galore": ("--galore-rank", "8", "--switch-every", "4"), "badam": ("--switch-every", "2"), "adamw8bit": ()}

@@ -34,7 +34,7 @@ class GaLore(torch.optim.Optimizer):
         for p in params:                                            # as the first step would make it: see optim.py
             *experts, n, m = tall(p).shape
             self.state[p] = {
-                "step": torch.zeros((), device=p.device),
+                "step": torch.zeros(()),                            # on the CPU: it decides when P is made anew
                 "projection": p.new_zeros(*experts, rank, m),
                 "exp_avg": p.new_zeros(*experts, n, rank),
                 "exp_avg_sq": p.new_zeros(*experts, n, rank),
