@@ -200,6 +200,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
     """Steps until the run is over, or a signal asks to leave: then False. All ranks decide alike."""
     options, world = run.options, run.world
     speed = Speed(run.model.config, options, world)
+    optim.begin(run.optimizers)
     bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True,
                disable=world.rank > 0)
     with ThreadPoolExecutor(1) as ahead, runs.signals() as requests, runs.gc_frozen(), bar:
@@ -363,8 +364,7 @@ def run() -> None:
         if options.eval_only and not resume:                        # of a folder: there is no run
             options.out = world.broadcast(Path(held.enter_context(tempfile.TemporaryDirectory())))
         folder, asked = options.out, dict(vars(options))
-        if given:
-            options.init = world.on_all_ranks(lambda: hub.to_train(str(given)))
+        options.init = given and world.on_all_ranks(lambda: hub.to_train(str(given)))
         world.on_rank_0(lambda: runs.check(folder, asked, resume, force))
         world.on_rank_0(lambda: tasks.check(options))
         world.on_rank_0(lambda: held.enter_context(runs.locked(folder)))

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ figure = Figure(figsize=(8, 4), layout="constrained")
 axes = figure.subplots()
 for run in runs:
     steps = [step for step in map(json.loads, (run / "log.jsonl").read_text().splitlines()) if "loss" in step]
-    most = max(step["targets"] for step in steps)               # of a row of text every token is a target
+    mixed = json.loads((run / "run.json").read_text())["options"]["data"]
+    most = max(step["targets"] for step in steps) if mixed else math.inf        # of a row of text all are targets
     chats = [(step["step"], step["loss"]) for step in steps if step["targets"] < most / 2]
     smooth = [statistics.fmean(loss for _, loss in chats[max(0, i - 7) : i + 8]) for i in range(len(chats))]
     axes.plot([step for step, _ in chats], smooth, label=run.name)

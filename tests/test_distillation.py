@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import checkpoints
 import train
 from nanollm.data import prepare as texts
 from nanollm.data.stream import Batch
@@ -15,6 +16,8 @@ from nanollm.model import Decoder
 from nanollm.presets import preset
 from nanollm.training import distillation, options
 from tests import forked
+from tests.fixtures import slow_but
+from tests.test_train import log_of, losses_of, run
 from tests.toys import grammar
 
 
@@ -82,6 +85,48 @@ def test_a_student_comes_close_to_its_teacher(monkeypatch, teacher, tmp_path, ki
     assert abs(same[0]["held_out_loss"]) < 1e-5
 
 
+@pytest.fixture(scope="module")
+def pupil(teacher) -> Path:
+    """FOLDER/pupil, a model of other weights with the teacher's tokenizer, and FOLDER/chats.jsonl."""
+    checkpoints.save(Decoder(preset("llama", 300, 32), seed=5), teacher / "pupil")
+    for path in (teacher / "teacher").glob("tokenizer*"):
+        (teacher / "pupil" / path.name).write_bytes(path.read_bytes())
+    talks = [{"prompt": f"def {i}:", "completion": f" return {i} {i}"} for i in range(24)]
+    (teacher / "chats.jsonl").write_text("".join(json.dumps(talk) + "\n" for talk in talks))
+    return teacher
+
+
+@pytest.mark.parametrize("adapters", slow_but([("--lora-rank", "4", "--lora-dropout", "0.1")], [
+    ("--lora-rank", "4", "--lora-dropout", "0.1"), ()]))
+def test_chats_and_adapters_that_were_left_go_on_to_the_bit(adapters, pupil, tmp_path, monkeypatch):
+    """And the loss is the teacher's on the answers: after the run the student is closer to it there."""
+    args = ("--init", pupil / "pupil", "--chat", pupil / "chats.jsonl", "--teacher", pupil / "teacher", "--context", 32,
+            "--batch-size", 8, "--micro-batch", 4, "--steps", 6, "--warmup", 1, "--lr", 0.003, "--dtype", "float32",
+            "--sample-every", 0, "--save-every", 2, "--eval-every", 3, *adapters)
+    run(*args, "--out", tmp_path / "whole")
+    take, taken = train.take_step, []
+
+    def leave(*given):
+        taken.append(take(*given))
+        if len(taken) == 5:
+            raise SystemExit("killed")
+        return taken[-1]
+
+    monkeypatch.setattr(train, "take_step", leave)
+    with pytest.raises(SystemExit, match="killed"):
+        run(*args, "--out", tmp_path / "left")
+    monkeypatch.setattr(train, "take_step", take)
+    run(*args, "--out", tmp_path / "left", "--resume")
+    name = "adapter_model.safetensors" if adapters else "model.safetensors"
+    assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "left" / name).read_bytes()
+    log = log_of(tmp_path / "whole")
+    assert losses_of(log) == losses_of(log_of(tmp_path / "left"))
+    found = [entry["held_out_loss"] for entry in log if "held_out_loss" in entry]
+    assert len(found) == 3 and found[2] < found[1] < found[0]
+    with pytest.raises(SystemExit, match="holds another run .--teacher"):
+        run(*args, "--out", tmp_path / "left", "--resume", "--teacher", pupil / "pupil")
+
+
 @pytest.mark.slow
 def test_two_ranks_are_one(teacher, tmp_path):
     one, two = (launch(ranks, tmp_path / str(ranks), teacher, "--steps", 6, "--teacher", teacher / "teacher")
@@ -97,3 +142,7 @@ def test_what_does_not_fit_is_named(monkeypatch, teacher, tmp_path):
         options.parse("", ["--init", "x", "--preference", "y", "--teacher", "z"])
     with pytest.raises(InputError, match="a vocabulary of 31, the model one of 300; expected a teacher with the same"):
         distillation.need_same_vocabulary(Decoder(preset("llama", 31, 32)), 300, "x")
+    with pytest.raises(InputError, match="--teacher x: made for 32 tokens, --context is 64; what it says of"):
+        distillation.need_room(Decoder(preset("llama", 31, 32)), 64, "x")
+    with pytest.raises(InputError, match="--teacher with --z-loss: the loss is a divergence"):
+        options.parse("", ["--teacher", "x", "--z-loss", "0.1"])

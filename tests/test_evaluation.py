@@ -17,7 +17,7 @@ import checkpoints
 import train
 from nanollm.data import prepare as texts
 from nanollm.data.stream import open_folder
-from nanollm.errors import RunError
+from nanollm.errors import InputError, RunError
 from nanollm.model import Decoder
 from nanollm.presets import preset
 from nanollm.training import runs, state
@@ -223,16 +223,20 @@ def test_averaged_weights_of_two_ranks_are_those_of_one(data, tmp_path):
 
 # ---- dropout
 
-def test_dropout_is_that_of_gpt2(tmp_path):
+@pytest.mark.parametrize("residual, attention", [(0.3, 0.0), (0.0, 0.3)])
+def test_dropout_is_that_of_gpt2(tmp_path, residual, attention):
     """transformers' own, from the same seed: the same numbers are dropped in the same places."""
     transformers = pytest.importorskip("transformers")
-    from nanollm.training.dropout import add_dropout
-    config = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=16, embd_pdrop=0.3,
-                                     resid_pdrop=0.3, attn_pdrop=0.0)
+    from nanollm.training.dropout import add_attention_dropout, add_dropout
+    config = transformers.GPT2Config(vocab_size=99, n_embd=32, n_layer=2, n_head=2, n_positions=16,
+                                     embd_pdrop=residual, resid_pdrop=residual, attn_pdrop=attention)
     theirs = transformers.GPT2LMHeadModel(config)
     theirs.save_pretrained(tmp_path)
     ours, tokens = checkpoints.load(tmp_path), torch.randint(0, 99, (3, 12))
-    add_dropout(ours, 0.3)
+    if residual:
+        add_dropout(ours, residual)
+    if attention:
+        add_attention_dropout(ours, attention)
     with torch.no_grad():
         quiet = ours(tokens)
         found = []
@@ -245,7 +249,13 @@ def test_dropout_is_that_of_gpt2(tmp_path):
         assert torch.allclose(quiet, theirs.eval()(tokens).logits, atol=2e-5)
 
 
-DROPOUT = (*SHORT, "--dropout", "0.2", "--micro-batch", "2")
+def test_attention_that_cannot_drop_is_named():
+    from nanollm.training.dropout import add_attention_dropout
+    with pytest.raises(InputError, match="--attention-dropout: layers.0.mixer is Mamba; only plain attention has"):
+        add_attention_dropout(Decoder(preset("mamba", 300, 32)), 0.1)
+
+
+DROPOUT = (*SHORT, "--dropout", "0.2", "--attention-dropout", "0.1", "--micro-batch", "2")
 
 
 def test_dropout_goes_on_and_is_drawn_again_where_activations_are_recomputed(data, tmp_path):

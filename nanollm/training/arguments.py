@@ -17,10 +17,10 @@ from nanollm.data.prepare import FIELD_HELP
 from nanollm.data.sft import LONG
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
-from nanollm.training import growing
+from nanollm.training import growing, low_memory
 from nanollm.training.distillation import KINDS
 from nanollm.training.distributed import DTYPES, RECOMPUTE
-from nanollm.training.optim import BETAS, SCHEDULES
+from nanollm.training.optim import BETAS, NAMES, SCHEDULES
 from nanollm.training.preferences import BETA
 
 Add = Callable[..., Any]        # add_argument of a group
@@ -220,9 +220,13 @@ def optimization(add: Add) -> None:
         help=f"warm-up steps, in which the learning rate rises to --lr ({default('warmup', none='3 %% of the steps')})")
     add("--decay", type=rate, default=0.2, metavar="SHARE",
         help="decay phase of --schedule wsd, as a share of the steps (default 0.2)")
-    add("--optimizer", choices=("muon", "adamw"),
-        help="optimizer: AdamW for all parameters; or Muon for the matrices inside the layers and AdamW for the rest "
-             f"({default('optimizer')})")
+    add("--optimizer", choices=NAMES,
+        help="optimizer: AdamW for all parameters; Muon for the matrices inside the layers and AdamW for the rest; or, "
+             f"with less memory, GaLore in place of Muon, BAdam, AdamW in 8 bits ({default('optimizer')})")
+    add("--galore-rank", type=whole, metavar="R", help=f"rank of galore (default {low_memory.RANK})")
+    add("--galore-scale", type=above_0, metavar="ALPHA", help="factor of galore's updates (default 1; paper: 0.25)")
+    add("--switch-every", type=whole, metavar="N",
+        help="steps to the next subspace of galore (default 200), or to the next block of badam (default 100)")
     add("--betas", type=share, nargs=2, default=BETAS, metavar=("B1", "B2"),
         help="betas of AdamW: how much of its two averages each step keeps (default 0.9 0.95)")
     add("--weight-decay", type=rate, metavar="RATE", help=f"weight decay, on matrices only ({default('weight_decay')})")
@@ -233,8 +237,9 @@ def optimization(add: Add) -> None:
     add("--z-loss", type=rate, default=0.0, metavar="WEIGHT",
         help="z-loss: the weight of (log Z)², which keeps logits from drifting (default 0; often 0.0001)")
     add("--dropout", type=share, default=0.0, metavar="P",
-        help="dropout probability of the embeddings and of what each layer adds to the residual stream, not of "
-             "attention (default 0)")
+        help="dropout probability of the embeddings and of what each layer adds to the residual stream (default 0)")
+    add("--attention-dropout", type=share, default=0.0, metavar="P",
+        help="dropout probability of attention probabilities (default 0)")
     add("--ema", type=share, metavar="DECAY",
         help="exponential moving average (EMA) of the weights, which is evaluated and exported in place of them; often "
              "0.999 (default: none)")

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from nanollm.data.stream import Batch
 from nanollm.errors import InputError
 from nanollm.model import Decoder
+from nanollm.training import growing
 from nanollm.training.cross_entropy import PIECE
 from nanollm.training.losses import Loss
 
@@ -70,3 +71,11 @@ def need_same_vocabulary(teacher: Decoder, vocab: int, name: str) -> None:
     if teacher.config.vocab != vocab:
         raise InputError(f"--teacher {name}: has a vocabulary of {teacher.config.vocab}, the model one of {vocab}; "
                          "expected a teacher with the same tokenizer")
+
+
+def need_room(teacher: Decoder, context: int, name: str) -> None:
+    """Raise InputError where rows are longer than what the teacher was made for."""
+    most = growing.reach(teacher.config)
+    if most and context > most:
+        raise InputError(f"--teacher {name}: made for {most} tokens, --context is {context}; what it says of later "
+                         f"ones is not to be learnt: give --context {most}, or another teacher")

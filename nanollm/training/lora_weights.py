@@ -11,7 +11,7 @@ Shapes: N outputs, K inputs, r rank; W (N, K), A (r, K), B (N, r), m (N,); of st
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,21 +20,14 @@ from nanollm.errors import InputError
 from nanollm.init import stream
 from nanollm.layers.linear import Linear
 from nanollm.layers.moe import Stacked
-
-if TYPE_CHECKING:
-    from nanollm.training.lora import LoRA, LoRALinear
+from nanollm.training.lora_layer import LoRA, LoRALinear, uniform_in
 
 INITS = ("zero", "pissa", "loftq")
 LOFTQ_STEPS = 5                                 # T of the paper's experiments
 Quantise = Callable[[Tensor, Tensor | None], Any]               # W float32, b → what keeps them, with `dense()`
 
 
-def uniform_in(value: Tensor, draw: torch.Generator, depth: int) -> Tensor:
-    """U(−1/√K, 1/√K)."""
-    return value.uniform_(-(value.shape[-1] ** -0.5), value.shape[-1] ** -0.5, generator=draw)
-
-
-def check(config: "LoRA", quantise: Quantise | None, bases: Iterable[nn.Module]) -> None:
+def check(config: LoRA, quantise: Quantise | None, bases: Iterable[nn.Module]) -> None:
     """Raise InputError for numbers out of bounds, and for a beginning that these weights cannot have."""
     init = config.init
     if not 0 <= config.dropout < 1:
@@ -51,7 +44,7 @@ def check(config: "LoRA", quantise: Quantise | None, bases: Iterable[nn.Module])
 
 
 @torch.no_grad()
-def begin(modules: Mapping[str, "LoRALinear"], init: str = "zero", seed: int = 0,
+def begin(modules: Mapping[str, LoRALinear], init: str = "zero", seed: int = 0,
           quantise: Quantise | None = None) -> None:
     """The first values of adapters, whose W is there. They follow from seed, name and W."""
     for name, module in modules.items():
@@ -71,7 +64,7 @@ def begin(modules: Mapping[str, "LoRALinear"], init: str = "zero", seed: int = 0
             module.magnitude.copy_((module.frozen().float() + s * module.B @ module.A).norm(dim=1))
 
 
-def begin_with(module: "LoRALinear", A: Tensor, B: Tensor) -> None:
+def begin_with(module: LoRALinear, A: Tensor, B: Tensor) -> None:
     """Set A and B."""
     module.A.copy_(A)
     module.B.copy_(B)

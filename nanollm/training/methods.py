@@ -27,6 +27,7 @@ def loss_of(options: argparse.Namespace, vocab: int, load: Callable[[], Decoder]
     if options.teacher:
         teacher = load()
         distillation.need_same_vocabulary(teacher, vocab, str(options.teacher))
+        distillation.need_room(teacher, options.context, str(options.teacher))
         return distillation.distillation(teacher, options.distill or "forward")
     if options.reward:
         return reward.reward_loss
@@ -54,6 +55,9 @@ def check(options: argparse.Namespace) -> None:
         raise InputError(f"--{given[0].replace('_', '-')} goes with --preference")
     if options.distill and not options.teacher:
         raise InputError(f"--distill {options.distill} is for a teacher: give its folder with --teacher")
+    if options.teacher and options.z_loss:
+        raise InputError("--teacher with --z-loss: the loss is a divergence of two distributions, of which log Z is no "
+                         "part; leave --z-loss out")
     if options.reward:
         check_data(options, "--reward")
         options.sample_every = 0                                # what a reward model would write is of no interest

@@ -15,6 +15,8 @@ values close to 1:
 The factor 0.2 √max(n, m) makes an update about as large as AdamW's, so one learning rate serves both in a large model
 (Liu et al. 2025, arXiv 2502.16982 §2.2). In a small one AdamW's parameters gain from a larger rate: see `build`.
 
+Optimizers whose state takes less memory are in files of their own: galore.py, badam.py, adamw8bit.py.
+
 torch.optim.Muon computes the same on one process, and a test compares the two. This one also takes shards (each matrix
 is gathered once and orthogonalised by one rank, in turn) and stacked experts (E, n, m). It orthogonalises matrices of
 one shape as one batch, and in float32 where the run is in float32, so that N ranks give the result of one.
@@ -31,8 +33,14 @@ from torch.distributed.tensor import DTensor
 
 from nanollm.layers.linear import Linear
 from nanollm.layers.moe import Experts
+from nanollm.model import Decoder
+from nanollm.training import low_memory
+from nanollm.training.adamw8bit import TABLES, adamw8bit
+from nanollm.training.badam import BAdam, blocks
 from nanollm.training.distributed import local, local_shard
+from nanollm.training.galore import GaLore
 
+NAMES = ("muon", "adamw", *low_memory.NAMES)
 SCHEDULES = ("cosine", "linear", "wsd")
 BETAS = (0.9, 0.95)         # of AdamW, also beside Muon
 MUON_MOMENTUM = 0.9
@@ -68,14 +76,18 @@ def lr_factor(step: int, steps: int, warmup: int, schedule: str, decay: float = 
 # ---- who has which parameter
 
 def build(
-    model: nn.Module, name: str, weight_decay: float, dtype: torch.dtype, betas: Sequence[float] = BETAS
+    model: Decoder, name: str, weight_decay: float, dtype: torch.dtype, betas: Sequence[float] = BETAS, *,
+    rank: int = low_memory.RANK, every: int = 200, scale: float = low_memory.SCALE,
 ) -> list[torch.optim.Optimizer]:
-    """Put every parameter that is trained into exactly one group, and return the optimizers.
+    """Put every parameter that is trained into exactly one group, and return the optimizers. rank, every, scale: of
+    galore.py; every: of badam.py too.
 
         weight matrices and experts in the layers      optimizer `name`, weight decay
         embedding, positions and head                  AdamW, weight decay
         gains, biases, the parameters of a scan        AdamW, none
         frozen: requires_grad is False                 none, and no state
+
+    galore has the matrices whose smaller side is above the rank. badam and adamw8bit are AdamW of every parameter.
 
     Beside Muon, AdamW has ADAMW_BESIDE_MUON times the learning rate (group["lr_scale"]). Measured on the toy Llama,
     320 steps, seed 1, in bits per byte held out: 1.751; with 1.5 times the rate 1.799; with a momentum of 0.95, torch's
@@ -105,14 +117,27 @@ def build(
         {"params": rest, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     optimizers: list[torch.optim.Optimizer] = []
-    if name != "muon":
-        groups.insert(0, {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0})
-    elif matrices:                                          # torch refuses an optimizer of nothing
-        optimizers.append(Muon(matrices, weight_decay, dtype))
-    if groups := [group for group in groups if group["params"]]:
-        optimizers.append(adamw(groups, betas))
+    theirs = matrices if name == "muon" else [
+        p for p in matrices if min(p.shape[-2:]) > rank] if name == "galore" else []
+    if theirs:                                              # torch refuses an optimizer of nothing
+        optimizers.append(Muon(theirs, weight_decay, dtype) if name == "muon" else
+                          GaLore(theirs, weight_decay, betas, rank, every, scale))
+    matrices = [p for p in matrices if id(p) not in {*map(id, theirs)}]
+    groups.insert(0, {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0})
+    optimizers += of_groups(model, name, groups, betas, every)
     init_state(optimizers)
     return optimizers
+
+
+def of_groups(model: Decoder, name: str, groups: list[dict[str, Any]], betas: Sequence[float],
+              every: int) -> list[torch.optim.Optimizer]:
+    """AdamW over groups of parameters of a model, or what stands in its place; none of no parameters."""
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        return []
+    if name == "badam":
+        return [BAdam(groups, betas, blocks(model), every)]
+    return [adamw8bit(groups, betas) if name == "adamw8bit" else adamw(groups, betas)]
 
 
 def constants(name: str) -> dict[str, float]:
@@ -133,9 +158,17 @@ def step(optimizers: Iterable[torch.optim.Optimizer], lr: float) -> None:
         optimizer.step()
 
 
-def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
-    """Make the optimizers' state, zeros, as the first step would: a checkpoint has the same tensors at every step."""
+def begin(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """What is to be done before the first step, and before that of a run that is resumed."""
     for optimizer in optimizers:
+        if isinstance(optimizer, BAdam):
+            optimizer.begin()
+
+
+def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
+    """Make the state of Muon and AdamW, zeros, as the first step would: a checkpoint has the same tensors at every
+    step. Others make theirs themselves."""
+    for optimizer in (each for each in optimizers if isinstance(each, (Muon, torch.optim.AdamW))):
         for p in (p for group in optimizer.param_groups for p in group["params"]):
             names = ("momentum",) if isinstance(optimizer, Muon) else ("exp_avg", "exp_avg_sq")
             optimizer.state[p] = {name: torch.zeros_like(p) for name in names}
@@ -145,11 +178,12 @@ def init_state(optimizers: Iterable[torch.optim.Optimizer]) -> None:
 
 def tensors(model: nn.Module, optimizers: Iterable[torch.optim.Optimizer]) -> dict[str, Tensor]:
     """All that a step changes, by name: the parameters that are trained, and the optimizers' state of each."""
-    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters() if p.requires_grad}
-    found = {f"model.{name}": p for p, name in names.items()}
+    owned = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    names: dict[Any, str] = {p: name for name, p in model.named_parameters() if p in owned}
+    found: dict[str, Tensor] = {f"model.{name}": p for p, name in names.items()}
     for optimizer in optimizers:
-        for p, state in optimizer.state.items():
-            found |= {f"optimizer.{names[p]}.{key}": value for key, value in state.items()}
+        for p, state in optimizer.state.items():                # BAdam's belongs to no parameter, and has its own name
+            found |= {f"optimizer.{names.get(p, p)}.{key}": value for key, value in state.items() if key not in TABLES}
     return found
 
 

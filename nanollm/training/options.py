@@ -24,7 +24,7 @@ from nanollm.cli import Parser
 from nanollm.config import ModelConfig
 from nanollm.errors import InputError, RunError
 from nanollm.presets import preset
-from nanollm.training import growing, methods, monitors, tuning
+from nanollm.training import growing, low_memory, methods, monitors, tuning
 from nanollm.training.arguments import DEFAULTS, LORA_DEFAULTS, PREFERENCE_LR, build_parser, kind
 from nanollm.training.distributed import DTYPES
 from nanollm.training.runs import FREE
@@ -62,6 +62,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
             raise InputError(f"--{name} and --out are both {folder}: a run would replace what it starts from; "
                              "name another folder with --out")
     settle(options)
+    low_memory.check(options, tuning.tunes(options))
     if options.min_lr > options.lr:
         raise InputError(f"--min-lr {options.min_lr:g} is above --lr {options.lr:g}; it is the rate at the end, not a "
                          "share")

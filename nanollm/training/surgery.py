@@ -3,6 +3,7 @@ it learns. Each is a file of its own."""
 
 import argparse
 
+from nanollm.errors import InputError
 from nanollm.model import Decoder
 from nanollm.training import dropout, freezing, neftune, shifted_attention, tuning
 
@@ -16,4 +17,8 @@ def arrange(model: Decoder, options: argparse.Namespace) -> bool:
         shifted_attention.shift_attention(model, options.shift_attention, options.context)
     if options.dropout:
         dropout.add_dropout(model, options.dropout)
-    return options.dropout > 0 or tuning.draws(model)
+    if options.attention_dropout and options.shift_attention:
+        raise InputError("--attention-dropout with --shift-attention: each takes the place of attention; leave one out")
+    if options.attention_dropout:
+        dropout.add_attention_dropout(model, options.attention_dropout)
+    return options.dropout > 0 or options.attention_dropout > 0 or tuning.draws(model)

@@ -6,7 +6,7 @@
     embedding, head  the folder has it                  a copy for the step  none
     A, B, m          float32                            dtype of products    float32
 
-LoRA (Hu et al. 2021, arXiv 2106.09685) is in lora.py. QLoRA is LoRA beside W in NF4 (Dettmers et al. 2023, arXiv
+LoRA (Hu et al. 2021, arXiv 2106.09685) is in lora_layer.py. QLoRA is LoRA beside W in NF4 (Dettmers et al. 2023, arXiv
 2305.14314), here also in int8 and int4. Where W is made anew is layers/frozen.py.
 
 Rank 0 reads the model, quantises it and draws A: `prepare`. What it is then, each module of it, is `blank`, the model
@@ -31,7 +31,7 @@ from nanollm.errors import InputError, RunError
 from nanollm.layers.frozen import FrozenLinear
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
-from nanollm.training import lora, optim, reward
+from nanollm.training import lora, low_memory, optim, reward
 from nanollm.training.lora import LoRA
 
 QUANTIZED = ("int8", "int4", "nf4")
@@ -198,21 +198,21 @@ def fingerprint(model: Decoder, options: argparse.Namespace) -> str | None:
 
 
 def optimizers(model: Decoder, options: argparse.Namespace, dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """AdamW for adapters, where there are any; else those of optim.py. Weight decay is for A and B. With --lora-plus λ
-    the learning rate of B is λ times that of A (Hayou et al. 2024, arXiv 2402.12354)."""
-    there = lora.adapters(model)
+    """AdamW for adapters, or what takes its place, where there are any; else those of optim.py. Weight decay is for A
+    and B. With --lora-plus λ the learning rate of B is λ times that of A (Hayou et al. 2024, arXiv 2402.12354)."""
+    there, numbers = lora.adapters(model), low_memory.numbers(options)
     if not there:
-        return optim.build(model, options.optimizer, options.weight_decay, dtype, options.betas)
+        return optim.build(model, options.optimizer, options.weight_decay, dtype, options.betas, **numbers)
     parts: dict[str, list[nn.Parameter]] = {"A": [], "B": [], "magnitude": []}
     for name, p in there.items():
         parts[name.rpartition(".")[2]].append(p)
     parts["rest"] = [p for name, p in model.named_parameters() if p.requires_grad and name not in there]   # a score
     decay, faster = options.weight_decay, options.lora_plus or 1.0
-    found = [optim.adamw([group for group in (
+    found = optim.of_groups(model, options.optimizer, [
         {"params": parts["A"], "weight_decay": decay, "lr_scale": 1.0},
         {"params": parts["B"], "weight_decay": decay, "lr_scale": faster},
-        {"params": parts["magnitude"] + parts["rest"], "weight_decay": 0.0, "lr_scale": 1.0}) if group["params"]],
-        options.betas)]
+        {"params": parts["magnitude"] + parts["rest"], "weight_decay": 0.0, "lr_scale": 1.0}], options.betas,
+        numbers["every"])
     optim.init_state(found)
     return found
 
