@@ -44,7 +44,7 @@ from nanollm.config import (
     SparseLatentAttention,
     Yarn,
 )
-from nanollm.errors import InputError, counted
+from nanollm.errors import InputError, RunError, counted
 from nanollm.init import residual
 from nanollm.model import Decoder
 from nanollm.text import adding, tokenizer

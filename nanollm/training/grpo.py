@@ -82,7 +82,7 @@ def weights(mask: Tensor, how: str, longest: int) -> Tensor:
 
 # ---- as a method of the trainer: see rollouts.py
 
-def judge(samples: Samples, rewards: Tensor, after: Tensor, total: Callable[..., list[float]],
+def judge(samples: Samples, rewards: Tensor, total: Callable[..., list[float]],
           options: argparse.Namespace) -> Samples:
     """Samples with the advantage of each answer at all of its tokens. rewards (N,), groups of --group."""
     found = advantages(rewards.view(-1, options.group), scale=options.normaliser != "dr_grpo").flatten()

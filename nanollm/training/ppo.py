@@ -9,8 +9,10 @@
                                                              `clipped` of grpo.py
     value      ½ max((V − G)², (V_old + clip(V − V_old, −ε, ε) − G)²)
 
-V_{t+1} behind the last token is 0 where the answer ended, and the value itself where it was cut at the longest length:
-what would have come is then not nothing. That is the first of the usual mistakes; the others are a KL that is computed
+V_{t+1} behind the last token is 0 where nothing more is to come. In the trainer that is always so, also behind an
+answer that was cut at the longest length: R is the reward of the answer as it stands, and it is paid there. With the
+value in its place, as for a game that is interrupted, a cut answer would be worth R + V, and V would learn to be R + V:
+it grows, and what is learnt is to be cut. That is the first of the usual mistakes; the others are a KL that is computed
 from the new model (it is part of the reward, so a constant), and advantages that are whitened with the padding.
 
 Shapes: B answers, T tokens of the longest.
@@ -82,12 +84,12 @@ def add_value(model: Decoder) -> Decoder:
     return model
 
 
-def judge(samples: Samples, rewards: Tensor, after: Tensor, total: Callable[..., list[float]],
+def judge(samples: Samples, rewards: Tensor, total: Callable[..., list[float]],
           options: argparse.Namespace) -> Samples:
-    """Samples with the advantage of each token, and what its value is to become. rewards, after (N,)."""
+    """Samples with the advantage of each token, and what its value is to become. rewards (N,)."""
     mask = samples.mask
     reward = token_rewards(rewards, samples.old, samples.reference, mask, options.beta)
-    advantage, aims = gae(reward, samples.values, mask, after, lam=options.gae_lambda)
+    advantage, aims = gae(reward, samples.values, mask, torch.zeros_like(rewards), lam=options.gae_lambda)
     return samples._replace(advantage=whitened(advantage, mask, total), aims=aims)
 
 
