@@ -38,7 +38,7 @@ def samples_of(model: Decoder, prompts: list[int], lengths: list[int], temperatu
     blank = blank._replace(tokens=tokens * blank.real)
     with torch.no_grad():
         log_p, mask = look(model, blank, temperature).log_p, blank.mask
-    return blank._replace(old=log_p + 0.3 * noise[0] * mask, reference=log_p + 0.3 * noise[1] * mask)
+    return blank._replace(old=log_p + 0.6 * noise[0] * mask, reference=log_p + 0.3 * noise[1] * mask)
 
 
 @pytest.mark.parametrize("how", grpo.NORMALISERS)
@@ -84,7 +84,7 @@ def test_a_step_of_ppo_by_its_definition():
         seen = look(model, samples, 1.3)
     old_values = seen.values + 0.3 * torch.tensor([[1.0, -1, 0.1], [-0.1, 1, 0]])
     samples = samples._replace(values=old_values * samples.mask)
-    rewards = torch.tensor([2.0, -1.0])
+    rewards = torch.tensor([-1.0, 2.0])
     judged = ppo.judge(samples, rewards, lambda *sums: [*sums], options)
     loss, said = ppo.ppo_loss(model, judged, options)
 
