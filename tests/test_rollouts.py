@@ -188,7 +188,7 @@ def test_samples_by_hand():
     made.sampler = lambda model, prompts, seeds, *_: (asked.extend(seeds), [next(said) for _ in prompts])[1]
     with pytest.warns(UserWarning, match="nats a token from the trainer's, more than 0.1"):
         (samples,), log = made.batches(model, [rows], 5)
-    assert samples.tokens.tolist() == [[1, 5, 1, 6, 0], [1, 5, 2, 3, 4], [2, 5, 6, 0, 0], [2, 5, 6, 0, 0]]
+    assert samples.tokens.tolist() == [[1, 4, 1, 6, 0], [1, 4, 2, 3, 4], [2, 4, 6, 0, 0], [2, 4, 6, 0, 0]]
     assert samples.mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]] and samples.divisor == 4
     a = 1 / (math.sqrt(2) * (1 + 1e-4 * math.sqrt(2)))
     assert torch.allclose(samples.advantage, torch.tensor([[a, a, 0], [-a, -a, -a], [0, 0, 0], [0, 0, 0]]), atol=1e-4)

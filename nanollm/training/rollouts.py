@@ -271,5 +271,6 @@ class Reinforcement(Method):
         mine = spaced(source.rows, most)[world.rank :: world.size]
         answers, rewards = self.answered(model, [source.row(i) for i in mine], [("held out", i) for i in mine])
         count, total, tokens, cuts = world.all_reduce(
-            len(mine), rewards.double().sum().item(), sum(len(ids) for ids, *_ in answers), sum(cut for *_, cut in answers))
+            len(mine), rewards.double().sum().item(), sum(len(ids) for ids, *_ in answers),
+            sum(cut for *_, cut in answers))
         return {"loss": -total / count, "reward": total / count, "answer_tokens": tokens / count, "cut": cuts / count}
