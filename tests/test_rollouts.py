@@ -190,11 +190,12 @@ def test_samples_by_hand():
         (samples,), log = made.batches(model, [rows], 5)
     assert samples.tokens.tolist() == [[1, 4, 1, 6, 0], [1, 4, 2, 3, 4], [2, 4, 6, 0, 0], [2, 4, 6, 0, 0]]
     assert samples.mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]] and samples.divisor == 4
-    a = 1 / (math.sqrt(2) * (1 + 1e-4 * math.sqrt(2)))
-    assert torch.allclose(samples.advantage, torch.tensor([[a, a, 0], [-a, -a, -a], [0, 0, 0], [0, 0, 0]]), atol=1e-4)
+    a = 0.2 / (0.2 * math.sqrt(2) + 1e-4)                               # rewards 0.6 and 0.2, then 0 and 0
+    assert torch.allclose(samples.advantage, torch.tensor([[a, a, 0], [-a, -a, -a], [0, 0, 0], [0, 0, 0]]), atol=1e-6)
     assert torch.allclose(samples.reference, samples.old) and len({*asked}) == 4
-    assert (log["reward"], log["no_signal"], log["answer_tokens"], log["cut"]) == (0.25, 0.5, 7 / 4, 0.25)
-    assert log["reward_std"] == pytest.approx(0.5)
+    assert (log["reward"], log["no_signal"], log["answer_tokens"], log["cut"]) == (
+        pytest.approx(0.2), 0.5, 7 / 4, 0.25)
+    assert log["reward_std"] == pytest.approx(0.08**0.5)
     apart = torch.tensor([-0.5, -0.25, 0]) - samples.old[0]
     assert log["sampler_difference_max"] >= apart.abs().max().item() - 1e-6
     other = samples.part(slice(2, 4))
