@@ -95,10 +95,10 @@ def check_reinforcement(options: argparse.Namespace) -> None:
     """Settle the options of --grpo and --ppo, and find the reward function. Raises InputError."""
     name = "grpo" if options.grpo else "ppo" if options.ppo else None
     if name is None:
-        if given := [each for usual in REINFORCEMENT.values() for each in usual
-                     if each != "beta" and getattr(options, each) is not None]:
+        options.updates = options.updates or 1                  # what a run's record says of other methods, too
+        if given := [each for usual in REINFORCEMENT.values() for each in usual if each != "beta"
+                     and getattr(options, each) is not None and (each, getattr(options, each)) != ("updates", 1)]:
             raise InputError(f"--{given[0].replace('_', '-')} goes with --grpo or --ppo")
-        options.updates = 1
         return
     check_data(options, f"--{name}")
     if bool(options.reward_function) == bool(options.reward_model):
