@@ -5,6 +5,7 @@
     python train.py --data notes/ --steps 2000          your text: a file, a .jsonl with a "text" a line, or a folder
     python train.py --init FOLDER --chat chats.jsonl    fine-tuning of any Hugging Face folder on chats
     python train.py --init FOLDER --preference pairs.jsonl --loss dpo --lora-rank 16       on pairs of answers
+    python train.py --init FOLDER --grpo prompts.jsonl --reward-function module:name       on rewards of its answers
     torchrun --nproc-per-node 8 train.py …              the same run on 8 GPUs, sharded (FSDP2); or 8 processes on a CPU
     python train.py … --resume                          continue the run in --out where it stopped, to the bit
     python train.py --out runs/demo --export best       its best checkpoint becomes the model of the run folder
@@ -51,7 +52,7 @@ from checkpoints.export import layout_in_words
 from checkpoints.layouts import hub
 from nanollm.data.stream import Batch
 from nanollm.errors import RunError
-from nanollm.inference import quantize
+from nanollm.inference import many, quantize
 from nanollm.inference.generation import generate
 from nanollm.init import initial_values
 from nanollm.layers.moe import routing
@@ -61,10 +62,11 @@ from nanollm.training import distributed, growing, methods, optim, reference, ru
 from nanollm.training.averages import Average, averaged, gathered
 from nanollm.training.corpus import Corpus, open_corpus
 from nanollm.training.distributed import DTYPES, World
-from nanollm.training.evaluation import ROWS, Best, find_checkpoint, held_out_means, need_held_out
+from nanollm.training.evaluation import ROWS, Best, find_checkpoint, need_held_out
 from nanollm.training.flops import Speed
 from nanollm.training.log import Log, begun, finish, measured, report, shown
-from nanollm.training.losses import RECENT, Balance, Loss, means, next_token, spike
+from nanollm.training.losses import RECENT, Balance, means, spike
+from nanollm.training.method import Method
 from nanollm.training.options import fit_context, fit_steps, parse, rows_at_once
 from nanollm.training.phase import learning
 
@@ -79,21 +81,21 @@ class Run:
     source: tuning.Source
     optimizers: list[torch.optim.Optimizer]
     balance: Balance
+    method: Method
     recent: list[tuple[float, float]] = field(default_factory=list)     # loss and gradient norm of the last steps taken
     step: int = 0                               # steps done
-    loss: Loss = next_token                     # the method, with the corpus as its collator: losses.py
     average: Average | None = None              # of the weights, with --ema
     best: Best = field(default_factory=Best)    # evaluation
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """All that a step changes, by name, for a checkpoint."""
         return (optim.tensors(self.model, self.optimizers) | (self.average.tensors() if self.average else {})
-                | self.corpus.tensors())
+                | self.corpus.tensors() | self.method.tensors())
 
     def held_out(self, most: int | None = None) -> dict[str, float]:
-        """evaluation.py has it; with --ema of the averaged weights."""
+        """What the method measures; with --ema of the averaged weights."""
         with averaged(self.average):
-            return held_out_means(self.model, self.loss, self.corpus.held_out, self.world, self.options, most)
+            return self.method.held_out(self.model, self.corpus.held_out, self.world, self.options, most)
 
     def whole(self) -> contextlib.AbstractContextManager[Decoder | None]:       # on one device, on rank 0
         return gathered(self.model, self.average, self.world, DTYPES[self.options.dtype], self.source.blank)
@@ -120,7 +122,7 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
         key = options.seed, run.step, world.rank, number
         with distributed.cast(run.model, dtype), learning(run.model, *key):
             with routing(run.model) as routed:
-                loss, said = run.loss(run.model, batch, options)
+                loss, said = run.method.loss(run.model, batch, options)
             loss = loss / targets
             if routed:
                 real = None if batch.real is None else batch.real.flatten()
@@ -152,7 +154,7 @@ def take_step(run: Run, batches: list[Batch], request: int) -> tuple[dict, int]:
     measured, request = backward(run, batches, request)
     loss, norm = measured["loss"], measured["gradient_norm"]
     if not math.isfinite(loss + norm):
-        rows = run.corpus.describe(step * options.batch_size, options.batch_size)
+        rows = run.corpus.describe(run.corpus.first_row(step, options), options.batch_size)
         raise RunError(f"step {step + 1}: loss {loss}, gradient norm {norm} on {rows}; no weight was changed by it. A "
                        f"smaller --lr helps most often; --resume --skip-steps {step}:{step + 1} passes over these rows")
     if spike(run.recent, loss, norm, options.skip_sigma):
@@ -209,9 +211,10 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             save(run, saver, log)
         while not run.over:
             began = time.perf_counter()
-            batches = coming.result()
+            rows = coming.result()
             waited = time.perf_counter() - began
             coming = ahead.submit(run.corpus.of_step, run.step + 1, options, world)
+            batches, said = run.method.batches(run.model, rows, run.step)
             entry, request = take_step(run, batches, max(requests.pending, log.request))
             requests.served(request)
             if request == runs.STOP:
@@ -219,7 +222,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             run.step += 1
             if "loss" in entry:
                 entry |= speed.entry(entry["tokens"], time.perf_counter() - began, waited)
-            log(run.step, **entry)
+            log(run.step, **(entry := entry | said))
             bar.set_postfix(shown(entry, run.best.newest), refresh=False)
             bar.update()
             if "skipped" in entry and world.rank == 0:
@@ -278,15 +281,11 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
         source.config, source.embed.weight.dtype, tuning.blank(source, options), tuning.fingerprint(source, options),
     )) or (preset(options.preset, context=options.context), torch.float32, None, None)
     fit_context(options, config)
-    if options.init and (most := growing.reach(config)) and options.context > most:
-        raise RunError(f"{options.init}: made for {most} tokens, --context is {options.context}; --rope-scaling and "
-                       "--rope-factor stretch it")
+    growing.need_reach(config, options)
     corpus = open_corpus(options, world, options.vocab or config.vocab)
     fit_steps(options, sum(source.rows for source in corpus.stream.sources))
     need_held_out(options, corpus.held_out)
-    if options.init and corpus.vocab > config.vocab:
-        raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of "
-                       f"{corpus.vocab}; --grow-vocab gives it rows for them")
+    growing.need_rows(config, corpus.vocab, options)
     config = config if options.init else dataclasses.replace(config, vocab=corpus.vocab)
     with torch.device("meta"):
         model = methods.extended(tuned or Decoder(config), options)
@@ -303,8 +302,9 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
     measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
     optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
     before = tuning.Source(given, source.origin if source else None, blank, frozen, dtype)
-    loss = methods.loss_of(options, config.vocab, lambda: checkpoints.load(options.teacher, device=world.device))
-    return Run(options, world, corpus, model, before, optimizers, Balance(model), loss=loss,
+    load = partial(checkpoints.load, device=world.device)
+    method = methods.method_of(options, world, model, blank, corpus, load, many.answers)
+    return Run(options, world, corpus, model, before, optimizers, Balance(model), method,
                average=Average(model, options.ema) if options.ema else None)
 
 

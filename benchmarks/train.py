@@ -36,7 +36,8 @@ from nanollm.model import Decoder
 from nanollm.presets import preset, transformer
 from nanollm.training import distributed, optim
 from nanollm.training.flops import flops_per_token, peak_flops
-from nanollm.training.losses import Balance
+from nanollm.training.losses import Balance, next_token
+from nanollm.training.method import Method
 from nanollm.training.tuning import Source
 
 
@@ -75,7 +76,7 @@ def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: dis
                                  seed=0)
     optimizer = optim.build(model, "adamw", 0.1, distributed.DTYPES[dtype])
     source = Source("", None, model, None, torch.float32)
-    run = train.Run(options, world, None, model, source, optimizer, Balance(model))
+    run = train.Run(options, world, None, model, source, optimizer, Balance(model), Method(next_token))
 
     def step(tokens: torch.Tensor) -> float:
         entry, _ = train.take_step(run, [Batch(tokens[:, :-1], tokens[:, 1:], None)], 0)

@@ -26,7 +26,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-LINES = {"mixture_of_depths.py": 100}                                        # a module of its own, and a loop
+LINES = {"mixture_of_depths.py": 100, "grpo.py": 100}                                        # a module of its own, and a loop
 
 
 def run(capsys, name: str, *args: str | Path) -> str:
@@ -169,6 +169,17 @@ def test_nanogpt_becomes_a_gpt2(bias, tmp_path, capsys):
         again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
         assert difference(checkpoints.load(tmp_path / "out")(x), reference) < 1e-5
         assert difference(again(x).logits, reference) < 1e-5
+
+
+def test_grpo_raises_the_reward(folder, tmp_path, capsys):
+    """The tiny model answers in many words or none; and its sampler is the model that is trained."""
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": "hello"}) + "\n")
+    said = run(capsys, "grpo.py", folder, tmp_path / "prompts.jsonl", tmp_path / "out", "--steps", "10", "--lr", "0.01",
+               "--batch-size", "1", "--group", "16", "--max-new-tokens", "8", "--temperature", "0.8")
+    rewards = [float(found) for found in re.findall(r"reward ([\d.]+)", said)]
+    assert len(rewards) == 10 and sum(rewards[-3:]) > sum(rewards[:3]) + 0.3
+    assert all(float(found) < 0.02 for found in re.findall(r"at most (\S+)", said))
+    assert (tmp_path / "out/adapter_model.safetensors").exists()
 
 
 def test_surgery_changes_what_it_is_asked_to_and_nothing_else(folder, tmp_path, capsys):

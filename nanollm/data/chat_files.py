@@ -177,8 +177,8 @@ def _described(file: Path, name: str, kind: Kind) -> tuple[str, Change]:
     ranked = bool(entry.get("ranking") or RANKED.keys() & {*columns})
     if ranked and kind is CHATS:
         raise DataError(f"{where}: preference data, which --preference and --reward read; expected chats to learn from")
-    need(ranked or kind is CHATS, where, "'ranking' with the columns chosen and rejected, or the column kto_tag",
-         sorted(columns))
+    need(ranked or kind.name != "preferences", where,
+         "'ranking' with the columns chosen and rejected, or the column kto_tag", sorted(columns))
     need({"file_name", "hf_hub_url"} & {*entry}, where, "a 'file_name' or a 'hf_hub_url'", sorted(entry))
     known = (ALPACA if formatting == "alpaca" else SHAREGPT) | (RANKED if ranked else {})
     strange = sorted((entry.keys() - UNDERSTOOD) | (columns.keys() - known.keys()))

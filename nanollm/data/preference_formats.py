@@ -74,7 +74,7 @@ def preference(item: Any, where: str) -> Preference:
         rest.pop("prompt", None)
         prompt, chosen, rejected = _parted(chosen, rejected, where)
         rest |= prompt
-    return Preference(where, tuple(_answered(rest, answer, where) for answer in (chosen, rejected)),
+    return Preference(where, tuple(answered(rest, answer, where) for answer in (chosen, rejected)),
                       margin=float(margin))
 
 
@@ -114,7 +114,7 @@ def _dialogue(text: str) -> list[dict[str, str]]:
     return [{"role": roles[name], "content": said} for name, said in zip(parts[::2], parts[1::2], strict=True)]
 
 
-def _answered(item: dict[str, Any], answer: Any, where: str) -> Chat:
+def answered(item: dict[str, Any], answer: Any, where: str) -> Chat:
     """The chat that this answer ends."""
     messages = answer if isinstance(answer, list) else [answer]
     made = chat(_whole(item, messages, where), where)

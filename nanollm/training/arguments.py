@@ -4,7 +4,6 @@ A new option is one line here, in the group that it belongs to, and stands where
 """
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,60 +17,14 @@ from nanollm.data.sft import LONG
 from nanollm.presets import PRESETS
 from nanollm.text.templates import TEMPLATES
 from nanollm.training import growing, low_memory
+from nanollm.training.argument_types import above_0, column, rate, share, span, which, whole, whole_or_0
 from nanollm.training.distillation import KINDS
 from nanollm.training.distributed import DTYPES, RECOMPUTE
+from nanollm.training.grpo import NORMALISERS
 from nanollm.training.optim import BETAS, NAMES, SCHEDULES
 from nanollm.training.preferences import BETA
 
 Add = Callable[..., Any]        # add_argument of a group
-
-whole, whole_or_0 = cli.whole(), cli.whole(0)
-
-
-def rate(text: str) -> float:
-    """A number from 0 on, for an option."""
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text}: expected a finite number, 0 or more")
-    return value
-
-
-def above_0(text: str) -> float:
-    """A number above 0, for an option."""
-    if not (value := rate(text)):
-        raise argparse.ArgumentTypeError(f"{text}: expected a number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A number from 0 on, below 1, for an option."""
-    if (value := rate(text)) >= 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected a number from 0 on, below 1")
-    return value
-
-
-def which(text: str) -> str:
-    """last, best or a step, for --export."""
-    if text not in ("last", "best") and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: expected last, best or the number of a step")
-    return text
-
-
-def column(text: str) -> str:
-    """name=column, for an option."""
-    name, _, column = text.partition("=")
-    if not (name and column):
-        raise argparse.ArgumentTypeError(f"{text}: expected NAME=COLUMN, such as prompt=question")
-    return text
-
-
-def span(text: str) -> tuple[int, int]:
-    """Two steps a:b with a < b, for an option."""
-    a, colon, b = text.partition(":")
-    if not colon or not a.isdigit() or not b.isdigit() or int(a) >= int(b):
-        raise argparse.ArgumentTypeError(f"{text}: expected a:b with a < b, which skips steps a+1 … b")
-    return int(a), int(b)
-
 
 # What an option is where it is not given. A run that is resumed keeps what it had.
 #                     a toy   a published preset   --init
@@ -92,7 +45,8 @@ DEFAULTS: dict[str, tuple] = {
 LORA_DEFAULTS: dict[str, float] = {"lr": 0.0002}
 
 
-# Preferences move a model little and early; the rates are those of trl for all weights, ten times that for adapters.
+# Preferences and rewards move a model little and early; the rates are those of trl for all weights, ten times that for
+# adapters.
 PREFERENCE_LR = {"full": 0.000001, "adapters": 0.00001}
 
 
@@ -169,12 +123,37 @@ def preferences(add: Add) -> None:
              "reference model; kto, on labels or on pairs taken apart")
     add("--beta", type=rate, metavar="B",
         help=f"strength of the loss: β of dpo, ipo (τ), kto, simpo, λ of orpo (default {BETA['dpo']}; simpo "
-             f"{BETA['simpo']:g})")
+             f"{BETA['simpo']:g}); weight of the KL to the model as it was, with --grpo (default 0) and --ppo (0.05)")
     add("--label-smoothing", type=share, metavar="SHARE",
         help="share of preferences that may be the wrong way round, for dpo and robust (default 0)")
     add("--gamma", type=rate, metavar="G", help="margin of simpo that the better answer is to have (default 1)")
     add("--kto-weights", type=rate, nargs=2, metavar=("GOOD", "BAD"),
         help="weights of good and of bad answers in kto (default 1 1)")
+
+
+def reinforcement(add: Add) -> None:
+    """Learning from rewards of what the model answers."""
+    add("--grpo", type=Path, nargs="+", metavar="FILE",
+        help="GRPO: several answers to each prompt of these files are sampled, rewarded, and learnt by how much each "
+             "is better than the others; files and sets as for --chat, all but the prompt being columns")
+    add("--ppo", type=Path, nargs="+", metavar="FILE",
+        help="PPO: the same with a value head, which says for each token what reward is still to come")
+    add("--reward-function", metavar="MODULE:NAME",
+        help="function that rewards answers, called as trl calls it: NAME(completions=…, prompts=…, **columns) → a "
+             "number for each. This runs your code: MODULE is imported, from the working folder or what is installed")
+    add("--reward-model", type=Path, metavar="FOLDER", help="in its place a reward model: a run folder of --reward")
+    add("--group", type=whole, metavar="G", help="answers to each prompt (default 8; with --ppo 1)")
+    add("--max-new-tokens", type=whole, metavar="N", help="most tokens of an answer (default 256)")
+    add("--temperature", type=above_0, metavar="T", help="temperature at which answers are sampled (default 1)")
+    add("--updates", type=whole, metavar="U",
+        help="steps that learn from the same samples: μ of GRPO, epochs of PPO (default 1)")
+    add("--normaliser", choices=NORMALISERS,
+        help="what a step of --grpo is a mean over: answers, each a mean of its tokens; dr_grpo: answers over the most "
+             "tokens, and advantages not over the deviation; dapo: tokens, and --epsilon-high 0.28 (default grpo)")
+    add("--epsilon", type=share, metavar="E", help="clipping: how far a ratio of probabilities may fall (default 0.2)")
+    add("--epsilon-high", type=rate, metavar="E", help="how far it may rise (default that of --epsilon)")
+    add("--gae-lambda", type=rate, metavar="L", help="λ of the advantages of --ppo (default 0.95)")
+    add("--value-weight", type=rate, metavar="W", help="weight of the value loss of --ppo (default 0.1)")
 
 
 def run_folder(add: Add) -> None:
@@ -209,8 +188,8 @@ def optimization(add: Add) -> None:
     add("--context", type=whole, metavar="T",
         help=f"context length, tokens a row, at most what the model was made for ({default('context')})")
     add("--lr", type=rate, metavar="RATE",
-        help=f"peak learning rate ({default('lr')}; with --preference {PREFERENCE_LR['full']:g}, with adapters "
-             f"{PREFERENCE_LR['adapters']:g})")
+        help=f"peak learning rate ({default('lr')}; with --preference, --grpo, --ppo {PREFERENCE_LR['full']:g}, with "
+             f"adapters {PREFERENCE_LR['adapters']:g})")
     add("--min-lr", type=rate, default=0.0, metavar="RATE",
         help="minimum learning rate: the rate at which the schedule ends, not a share of --lr (default 0)")
     add("--schedule", choices=SCHEDULES, default="linear",
@@ -371,6 +350,7 @@ GROUPS: dict[str, Callable[[Add], None]] = {             # the title in --help, 
     "the model and its data": model_and_data,
     "chats": chats,
     "preferences": preferences,
+    "reinforcement": reinforcement,
     "the run folder": run_folder,
     "optimization": optimization,
     "growing and freezing a model": growing_and_freezing,

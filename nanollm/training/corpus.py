@@ -5,6 +5,7 @@
     --chat file …      chats through the model's own template, packed into rows (data/sft.py), mixed by weight; also
                        with --data, after which one stream has rows of both kinds
     --preference, --reward file …    pairs of answers, or answers with a label (data/preferences.py), mixed by weight
+    --grpo, --ppo file …             prompts without answers (data/prompts.py), mixed by weight
     --held-out file    what is measured on; all of the above is then trained on
 """
 
@@ -20,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nanollm.data import chat_sets, chat_store, preferences
+from nanollm.data import chat_sets, chat_store, preferences, prompts
 from nanollm.data import prepare as text
 from nanollm.data import stream as data
 from nanollm.data.encode import marks
@@ -50,6 +51,7 @@ class Corpus:
     draft: Path | None = None                   # tokenized for this run, and not yet where it belongs; see `keep`
     targets_per_byte: float | None = None
     examples: Path | None = None
+    measure: str = "nats per target"            # what is measured on the held-out rows
 
     def prompt(self, words: str) -> list[int]:
         """The ids that a sample goes on from: the beginning of a document, or of an answer. Needs a tokenizer."""
@@ -96,12 +98,16 @@ class Corpus:
         Raises DataError where a file can no longer be read.
         """
         each, at_once = options.batch_size // world.size, options.micro_batch
-        first = step * options.batch_size + world.rank * each
+        first = self.first_row(step, options) + world.rank * each
         try:
             return [self.stream.batch(at, at_once) for at in range(first, first + each, at_once)]
         except DataError as error:
             error.alone = True                  # other ranks may have read their rows
             raise
+
+    def first_row(self, step: int, options: argparse.Namespace) -> int:
+        """The first row of a step. Where several updates are made with the same samples, they have the same rows."""
+        return int(step // options.updates * options.batch_size)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of the data, by name: log-probabilities of the reference model (reference.py)."""
@@ -137,6 +143,8 @@ def open_corpus(options: argparse.Namespace, world: World, vocab: int) -> Corpus
     """
     if options.preference or options.reward:
         return open_preferences(options, world)
+    if options.grpo or options.ppo:
+        return world.on_all_ranks(lambda: open_prompts(options))
     if not options.chat:
         return open_text(options, world, vocab)
     chats = open_chats(options, world)
@@ -291,6 +299,17 @@ def open_preferences(options: argparse.Namespace, world: World) -> Corpus:
     largest = max(source.largest for source in (*train, held) if source)
     return Corpus(Stream(train, options.mix, options.seed), held, reader, largest + 1, True, None, tuple(notes),
                   examples=folder)
+
+
+def open_prompts(options: argparse.Namespace) -> Corpus:
+    """The prompts of --grpo or --ppo, written with the template of --init."""
+    reader = chat_tokenizer(options)
+    train, held, notes = prompts.open_sets(
+        options.grpo or options.ppo, options.held_out, reader, options.context, options.max_new_tokens,
+        options.long or "drop", options.dataset_dir, columns(options))
+    largest = max(*reader.stop_ids, *(source.largest for source in (*train, held) if source))
+    return Corpus(Stream(train, options.mix, options.seed), held, reader, largest + 1, True, None, tuple(notes),
+                  measure="reward, with a minus")
 
 
 def chat_tokenizer(options: argparse.Namespace) -> Tokenizer:

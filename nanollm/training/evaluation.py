@@ -80,7 +80,7 @@ def held_out_means(
     The ranks share the rows out. Outside of a step the model is in eval mode, see phase.py.
     """
     assert source is not None
-    rows = range(0, source.rows, 1 if most is None else math.ceil(source.rows / most))
+    rows = spaced(source.rows, most)
     each, parts, count = options.micro_batch, list[Tensor](), 0
     for at in range(0, len(rows), each * world.size):
         mine = rows[at + world.rank * each :][:each]
@@ -95,6 +95,11 @@ def held_out_means(
     mine_of_all = torch.stack(parts).sum(0).tolist() if parts else [0.0] * len(sums)
     *totals, targets = world.all_reduce(*mine_of_all, count)
     return means(dict(zip(sums, totals, strict=True)), targets)
+
+
+def spaced(rows: int, most: int | None) -> range:
+    """`most` rows of so many, evenly spaced, or all."""
+    return range(0, rows, 1 if most is None else math.ceil(rows / most))
 
 
 def need_held_out(options: argparse.Namespace, source: Source | None) -> None:

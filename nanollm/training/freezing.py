@@ -65,7 +65,7 @@ def train_last(model: Decoder, count: int) -> None:
     if count > depth:
         raise InputError(f"--train-last {count}: the model has {depth} layers")
     kept = {*model.norm.parameters(), *model.head.parameters()}
-    kept |= {p for name, p in model.named_parameters() if name.startswith("score.")}        # of a reward model
+    kept |= added(model)
     kept |= {p for layer in list(model.layers)[depth - count :] for p in layer.parameters()}
     for p in set(model.parameters()) - kept:
         p.requires_grad_(False)
@@ -73,6 +73,11 @@ def train_last(model: Decoder, count: int) -> None:
 
 def train_layers(model: Decoder, numbers: Collection[int]) -> None:
     """Freeze all but these layers."""
-    kept = {p for number in numbers for p in model.layers[number].parameters()}
+    kept = added(model) | {p for number in numbers for p in model.layers[number].parameters()}
     for p in set(model.parameters()) - kept:
         p.requires_grad_(False)
+
+
+def added(model: Decoder) -> set[nn.Parameter]:
+    """What a method added to the model, and is always trained: the score of a reward model, the value head of PPO."""
+    return {p for name, p in model.named_parameters() if name.startswith(("score.", "value."))}

@@ -44,7 +44,7 @@ from nanollm.config import (
     SparseLatentAttention,
     Yarn,
 )
-from nanollm.errors import InputError, counted
+from nanollm.errors import InputError, RunError, counted
 from nanollm.init import residual
 from nanollm.model import Decoder
 from nanollm.text import adding, tokenizer
@@ -263,3 +263,17 @@ def reach(config: ModelConfig) -> int | None:
     scalings = [rope.scaling for layer in config.layers if (rope := rope_of(layer.mixer))]
     grown = [round(s.original * s.factor) for s in scalings if isinstance(s, DynamicNTK)]
     return config.context and max([config.context, *grown])
+
+
+def need_reach(config: ModelConfig, options: argparse.Namespace) -> None:
+    """Raise RunError where rows are longer than the model of --init was made for."""
+    if options.init and (most := reach(config)) and options.context > most:
+        raise RunError(f"{options.init}: made for {most} tokens, --context is {options.context}; --rope-scaling and "
+                       "--rope-factor stretch it")
+
+
+def need_rows(config: ModelConfig, vocab: int, options: argparse.Namespace) -> None:
+    """Raise RunError where the data has tokens that the model of --init has no row for."""
+    if options.init and vocab > config.vocab:
+        raise RunError(f"{options.init}: has a vocabulary of {config.vocab}, the tokenizer of the data one of "
+                       f"{vocab}; --grow-vocab gives it rows for them")

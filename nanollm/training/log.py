@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -100,8 +101,8 @@ def begun(options: argparse.Namespace, model: Decoder, ranks: int, step: int) ->
     with torch.device("meta"):
         parameters = sum(p.numel() for p in Decoder(model.config).parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = options.steps * options.batch_size
-    seen = f"{millions(rows)} rows" if methods.compares(options) else f"{millions(rows * options.context)} tokens"
+    rows = math.ceil(options.steps / options.updates) * options.batch_size
+    seen = f"{millions(rows)} rows" if methods.files(options) else f"{millions(rows * options.context)} tokens"
     return (f"{options.init or options.preset}: {millions(parameters)} parameters, "
             + (f"{millions(trained)} trained, " if trained != parameters else "")
             + f"{seen} to see, products in {options.dtype} on {ranks} × {options.device}"
@@ -137,7 +138,7 @@ def measured(corpus: Corpus, loss: float) -> list[str]:
     """A held-out loss beside that of gzip and of a unigram model, as lines of text."""
     facts, known = corpus.facts, known_losses(corpus)
     if corpus.targets_per_byte is None:
-        return [f"  {'held out, nats per target':<44}{loss:>12.3f}"]
+        return [f"  {'held out, ' + corpus.measure:<44}{loss:>12.3f}"]
     head, rows = "held out", [("this model", loss)]
     if facts:
         head += f": {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"

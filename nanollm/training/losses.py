@@ -3,9 +3,9 @@
 A training method is a loss and a collator, and the loop knows neither by name:
 
     loss        (model, batch, options) → the sum to minimise, and sums for the log: `next_token` here
-    collator    what makes batches of rows: data/stream.py, data/preferences.py. The loop asks a batch for .divisor, by
-                which the sums are divided (targets; pairs), for .seen (tokens that are no padding), .real and
-                .to(device)
+    collator    what makes batches of rows: data/stream.py, data/preferences.py; or answers prompts (rollouts.py). The
+                loop asks a batch for .divisor, by which the sums are divided (targets; pairs; answers), for .seen
+                (tokens that are no padding), .real and .to(device)
 
     L  =  1/n Σ_t [ −log p(y_t) + z · (log Z_t)² ]  +  b · balance
                                                 n  targets of the step, over all micro-batches and ranks

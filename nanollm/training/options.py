@@ -70,7 +70,7 @@ def parse(description: str, args: list[str] | None = None) -> argparse.Namespace
         monitors.require(options)
         check_device(options.device)
         options.dtype = fast_dtype(options.device) if options.dtype == "auto" else options.dtype
-    files = options.chat or options.preference or options.reward or ()
+    files = options.chat or methods.files(options)
     source = [path.name for path in (*files, *options.data)]
     model = options.init.name if options.init else options.preset
     options.title = f"{model} on {', '.join(source) or 'the standard library'}"
@@ -96,11 +96,11 @@ def of_record(folder: Path, parser: Parser) -> list[str]:
 
 def check_chats(options: argparse.Namespace) -> None:
     """Raise InputError where options of chats and mixtures do not go together."""
-    if not options.chat and not methods.compares(options):
+    if not options.chat and not methods.files(options):
         for name in ("dataset_dir", "columns", "long"):
             if getattr(options, name):
                 raise InputError(f"--{name.replace('_', '-')} goes with --chat")
-    sources = len(options.chat or options.preference or options.reward or ()) + len(options.data)
+    sources = len(options.chat or methods.files(options)) + len(options.data)
     if options.mix and len(options.mix) != sources:
         what = f"{len(options.chat)} --chat and {len(options.data)} --data" if options.chat else f"{sources} --data"
         raise InputError(f"--mix has {len(options.mix)} weights for {what}")
@@ -122,7 +122,7 @@ def settle(options: argparse.Namespace) -> None:
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None and name not in later:
             usual = LORA_DEFAULTS.get(name) if tuning.tunes(options) else None
-            if name == "lr" and options.preference:
+            if name == "lr" and (options.preference or options.grpo or options.ppo):
                 usual = PREFERENCE_LR["adapters" if tuning.tunes(options) else "full"]
             setattr(options, name, own.get(name, None if name == "context" else usual or values[kind(options)]))
     if options.dtype == "auto" and own.get("dtype") in DTYPES:
@@ -148,7 +148,7 @@ def fit_context(options: argparse.Namespace, config: ModelConfig) -> None:
 def fit_steps(options: argparse.Namespace, rows: int) -> None:
     """Settle --steps and --warmup where they were not given, for data of so many rows."""
     epochs = options.epochs or (3 if options.chat else 1)
-    options.steps = options.steps or math.ceil(epochs * rows / options.batch_size)
+    options.steps = options.steps or math.ceil(epochs * rows / options.batch_size) * options.updates
     if options.warmup is None:
         options.warmup = math.ceil(0.03 * options.steps)
 

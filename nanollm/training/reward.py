@@ -78,10 +78,12 @@ def reward_loss(model: Decoder, batch: PairBatch, options: argparse.Namespace) -
 # ---- on disk
 
 def taken_off(model: Decoder) -> Score | None:
-    """The Score of a model, which is a plain decoder again; None where it has none."""
+    """The Score of a model, which is a plain decoder again; None where it has none. The value head of PPO is of no use
+    without its run, and goes."""
     score = getattr(model, "score", None)
-    if score is not None:
-        del model.score
+    for name in ("score", "value"):
+        if hasattr(model, name):
+            delattr(model, name)
     return score
 
 

@@ -1,0 +1,112 @@
+"""The reward of an answer: by a function of the user's, or by a reward model.
+
+    def three_words(completions, **columns):                                rewards.py in the working folder
+        return [float(len(text.split()) == 3) for text in completions]      --reward-function rewards:three_words
+
+The function is called as trl calls its own, all by name: `prompts`, `completions` and `completion_ids`, and each column
+of the prompts' file, lists with one entry an answer. Prompts that were given as text have texts for completions, those
+given as messages have lists of one message. It returns a number for each. What trl passes beyond the columns
+(trainer_state, log_extra, log_metric) it does not get here. A process calls it once for all of its answers of a step.
+
+Whatever the module does when it is imported is done: this runs the user's code, and the user's alone. It is looked for
+among what is installed and in the working folder, and nowhere else.
+"""
+
+import importlib
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanollm.data.prompts import Prompt
+from nanollm.errors import InputError, RunError
+from nanollm.model import Decoder
+from nanollm.training import reward
+
+# (prompt, what was answered, its ids, prompt and answer as ids) of each → a reward each
+Answered = tuple[Prompt, str, list[int], list[int]]
+Rewards = Callable[[Sequence[Answered]], list[float]]
+
+
+def find(name: str) -> Callable[..., Any]:
+    """The function of --reward-function. Raises InputError."""
+    module, colon, function = name.partition(":")
+    if not colon or not all(part.isidentifier() for part in (*module.split("."), function)):
+        raise InputError(f"--reward-function {name}: expected MODULE:NAME, such as rewards:three_words for a function "
+                         "three_words in rewards.py, in the working folder or installed")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())            # last, so that no file of the user's hides a library of ours
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:                  # of any kind: it is the user's code
+        raise InputError(f"--reward-function {name}: cannot import {module}: {described(error)}; expected a module in "
+                         f"{os.getcwd()}, or one that is installed") from error
+    if not callable(getattr(found, function, None)):
+        there = [key for key, value in vars(found).items() if callable(value) and not key.startswith("_")]
+        raise InputError(f"--reward-function {name}: {getattr(found, '__file__', module)} has no function {function}; "
+                         f"there {'are' if len(there) > 1 else 'is'} {', '.join(there) or 'none'}")
+    return getattr(found, function)  # type: ignore[no-any-return]
+
+
+def by_function(name: str) -> Rewards:
+    """The rewards of --reward-function. They raise RunError where the function fails, or returns what is no reward."""
+    function = find(name)
+
+    def rewards(answered: Sequence[Answered]) -> list[float]:
+        prompts = [prompt for prompt, *_ in answered]
+        columns = {key: [prompt.columns.get(key) for prompt in prompts]
+                   for key in dict.fromkeys(key for prompt in prompts for key in prompt.columns)}
+        try:
+            found = function(prompts=[prompt.given for prompt in prompts],
+                             completions=[prompt.answer(text) for prompt, text, *_ in answered],
+                             completion_ids=[ids for _, _, ids, _ in answered], **columns)
+            found = [*(found.tolist() if hasattr(found, "tolist") else found)]
+        except Exception as error:              # of any kind: it is the user's code
+            raise RunError(f"--reward-function {name}: {described(error)}") from error
+        if len(found) != len(answered):
+            raise RunError(f"--reward-function {name}: returned {len(found)} rewards for {len(answered)} answers; "
+                           "expected one each")
+        for value, (prompt, text, *_) in zip(found, answered, strict=True):
+            if not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise RunError(f"--reward-function {name}: returned {value!r} for the answer {json.dumps(text[:80])} "
+                               f"to {prompt.chat.where}; expected a finite number")
+        return [float(value) for value in found]
+
+    return rewards
+
+
+def by_model(folder: Path, vocab: int, load: Callable[..., Decoder]) -> Rewards:
+    """The rewards of --reward-model, the run folder of a run with --reward. load: reads a folder, beside an adapter.
+    Raises InputError and RunError."""
+    base, adapter = folder, folder / "adapter_config.json"
+    if adapter.exists():
+        base = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
+    if not (folder / reward.FILE).exists():
+        raise InputError(f"--reward-model {folder}: has no {reward.FILE}; expected the folder of a run with --reward")
+    model = reward.read(load(base, adapter=folder if base != folder else None), folder).eval().requires_grad_(False)
+    if model.config.vocab != vocab:
+        raise InputError(f"--reward-model {folder}: has a vocabulary of {model.config.vocab}, the model one of {vocab};"
+                         " expected one with the same tokenizer")
+    device = model.embed.weight.device
+
+    def rewards(answered: Sequence[Answered]) -> list[float]:
+        found = list[float]()
+        for *_, whole in answered:              # one by one: no padding, and the same number whatever stands beside it
+            with torch.no_grad():
+                one = reward.rewards(model, torch.tensor([whole], device=device), torch.tensor([len(whole)]))
+            found += one.tolist()
+        return found
+
+    return rewards
+
+
+def described(error: Exception) -> str:
+    """An error of the user's code, and where it was raised."""
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {error} ({at.filename}, line {at.lineno})"
