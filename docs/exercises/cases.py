@@ -222,7 +222,8 @@ def softmax(module: ModuleType) -> Iterator[Case]:
     many = [0.0] * 256
     yield "256 keys of score 0 and value 1, then one of score 8 and value 0: half and half", [0.5, 9.0], \
         attend([*many, 8.0], [*[1.0] * 256, 0.0])
-    yield "first one of score 8 and value 1, then 256 of score and value 0", [0.5, 9.0], attend([8.0, *many], [1.0, *many])
+    yield "first one of score 8 and value 1, then 256 of score and value 0", [0.5, 9.0], \
+        attend([8.0, *many], [1.0, *many])
     yield "scores 0 and 1000: no overflow", 1.0, attend([0.0, 1000.0], [0.0, 1.0])[0]
     yield "a query that does not see the first key", 1.0, attend([0.0, 0.0, 0.0], [7.0, 1.0, 1.0], first=1)[0]
 
