@@ -2,7 +2,9 @@
 
 import ast
 import doctest
+import json
 import re
+import runpy
 
 import torch
 
@@ -10,6 +12,7 @@ import nanollm.presets
 from docs.exercises import EXERCISES
 from docs.exercises.blank import find
 from nanollm import Decoder
+from nanollm.data import documents
 from tests.test_docs import CODE, ROOT
 
 PAGE = (ROOT / "docs/learn.md").read_text()
@@ -28,6 +31,15 @@ def test_the_sessions_say_what_is_written(monkeypatch):
     assert len(test.examples) > 30
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     assert runner.run(test, out=said.append).failed == 0, "".join(said)
+
+
+def test_the_chats_of_step_10_are_written(monkeypatch, capsys):
+    """Of the first modules of the standard library."""
+    few = documents.standard_library()[:30]
+    monkeypatch.setattr(documents, "standard_library", lambda: few)
+    runpy.run_path(str(ROOT / "docs/make_chats.py"))
+    chats = [json.loads(line)["messages"] for line in capsys.readouterr().out.splitlines()]
+    assert {"role": "user", "content": "What is argparse for?"} in [chat[0] for chat in chats]
 
 
 def test_twelve_steps_each_with_its_parts():
