@@ -75,7 +75,7 @@ def main(name: str, file: str | None = None) -> int:
             except LookupError as error:
                 print(f"{name}: in {Path(file).name} {error.args[0]}; the function must keep its name and place")
                 return WRONG
-            path = Path(folder, f"{name}.py")
+            path = Path(folder, yours(name))
             path.write_text(merged.text)
             sys.meta_path.insert(0, Instead(exercise.module, path))
         return small_numbers(exercise, merged) or the_tests(exercise, merged)
@@ -120,7 +120,7 @@ def the_tests(exercise: Exercise, merged: Merged | None) -> int:
         status = pytest.main(["-o", "addopts=", "-p", "no:cacheprovider", "-x", *exercise.tests], plugins=[report])
     for failed in report.failed:
         print(f"{exercise.name}: not yet. A test of the project fails:\n  {failed.nodeid}")
-        line = next((merged.theirs(number) for path, number in frames(failed) if path == f"{exercise.name}.py"),
+        line = next((merged.theirs(number) for path, number in frames(failed) if path == yours(exercise.name)),
                     None) if merged else None
         text = str(failed.longrepr).splitlines()
         reasons = [row[1:].strip() for row in text if row.startswith("E ")][:4] or text[-3:]
@@ -134,6 +134,11 @@ def the_tests(exercise: Exercise, merged: Merged | None) -> int:
     more = f", {len(report.skipped)} skipped: {report.skipped[0]}" if report.skipped else ""
     print(f"{exercise.name}: right. {report.passed} tests of the project pass with your lines{more}")
     return 0
+
+
+def yours(name: str) -> str:
+    """The file that is imported; no file of the library has that name, so tracebacks can be told apart."""
+    return f"your_{name}.py"
 
 
 def root(error: BaseException) -> BaseException:
@@ -150,7 +155,7 @@ def where(error: BaseException, name: str, merged: Merged | None) -> str:
     while seen is not None:
         rows += [(Path(frame.filename).name, frame.lineno or 0) for frame in traceback.extract_tb(seen.__traceback__)]
         seen = seen.__cause__
-    lines = [merged.theirs(line) for path, line in rows if path == f"{name}.py"] if merged else []
+    lines = [merged.theirs(line) for path, line in rows if path == yours(name)] if merged else []
     known = [line for line in lines if line]
     return f", line {known[-1]} of your file" if known else ""
 
