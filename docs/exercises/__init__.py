@@ -138,13 +138,14 @@ EXERCISES = {exercise.name: exercise for exercise in (
     ),
     Exercise(
         "lora", "LoRA", "nanollm/training/lora.py", ("LoRALinear.forward", "LoRALinear.merged"), 35,
-        "How a large model is tuned by training one number in a hundred, and put back into one matrix afterwards.",
-        "forward: W x + b of the frozen module, and beside it s · B A dropout(x); with `magnitude` (DoRA) the third "
-        "line of the head. merged: the one matrix that says the same. self.frozen() is W. `expert` picks one of "
-        "stacked experts: self.base(x, expert), A[expert], B[expert].",
-        "The side path is computed in the dtype of A, F.linear(F.linear(x, A), B), and rounded after the sum, "
-        ".to(y.dtype). DoRA: stretch = m / ‖V‖ of each row (detach it). What is stretched is the plain product "
-        "without its bias; with dropout in training that product is taken of the dropped x too.",
+        "How a large model is tuned by training few numbers beside it, and made one matrix again afterwards.",
+        "forward: y = W x + b of the frozen module, and beside it s · B A dropout(x). With `magnitude` (DoRA) it is "
+        "y + (stretch − 1) · W dropout(x) + stretch · s · B A dropout(x), where stretch = m / ‖V‖ of each row: without "
+        "dropout that is the third line of the head. merged: the one matrix that says the same. self.frozen() is W. "
+        "`expert` picks one of stacked experts: self.base(x, expert), A[expert], B[expert].",
+        "Drop once, and use what is left in both products; y itself is of the whole x. The side path is computed in "
+        "the dtype of A, F.linear(F.linear(x, A), B), and rounded after the sum, .to(y.dtype). ‖V‖ is a constant to "
+        "the gradient: detach it, but not m.",
         "Hu et al. 2021, arXiv 2106.09685, §4.1",
         ("tests/test_lora.py::test_a_module_is_pefts",
          "tests/test_lora.py::test_a_model_begins_as_it_was_and_merges_into_what_it_has_become[experts]"),
