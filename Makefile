@@ -4,11 +4,12 @@
 #     make test       every claim once: 2 to 5 minutes on two cores
 #     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
+#     make exercises  a folder of twelve parts to write yourself, each graded by the tests (docs/learn.md)
 #     make published  the packages that some tests need, and skip without: published files, llguidance, lm_eval
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo chat test test-all lint published bench clean
+.PHONY: demo chat test test-all lint exercises published bench clean
 
 demo: $(BIN)/ready
 	$(BIN)/python train.py --resume --sample-every 50
@@ -26,6 +27,9 @@ test-all: $(BIN)/ready
 lint: $(BIN)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+exercises: $(BIN)/ready
+	$(BIN)/python -m docs.exercises
 
 bench: $(BIN)/ready
 	$(BIN)/python benchmarks/generate.py
