@@ -17,7 +17,7 @@ from nanollm.config import MLP, Attention, Layer, Norm, Rope
 GAP, BOX, UP = 16, 26, 46                       # between boxes; their height; from the stream to the middle of a box
 SAID = {"rope": "mixer", "qk_norm": "mixer"}    # the box that stands for a place
 LLAMA = Layer(Attention(2, 1, 4, Rope()), MLP(8), pre_mixer=Norm(), pre_ffn=Norm())
-SIZES = {"heads", "kv_heads", "head_dim", "hidden", "eps", "theta", "gain"}
+SIZES = {"kind", "heads", "kv_heads", "head_dim", "hidden", "eps", "theta", "gain"}
 
 
 class Row:
@@ -33,33 +33,40 @@ class Row:
 
     def box(self, x: float, y: float, words: str, kind: str, below: str = "") -> float:
         """Centred on y; returns where it ends."""
-        width = 7.2 * len(words) + 18
-        self.parts.append(f'<rect class="box {kind}" x="{x:g}" y="{y - BOX / 2:g}" width="{width:g}" height="{BOX}" '
-                          f'rx="5"/><text class="mid {kind}" x="{x + width / 2:g}" y="{y + 4.5:g}">{escape(words)}</text>')
+        width = wide(words, below)
+        middle = x + width / 2
+        self.parts += [
+            f'<rect class="box {kind}" x="{x:g}" y="{y - BOX / 2:g}" width="{width:g}" height="{BOX}" rx="5"/>',
+            f'<text class="mid {kind}" x="{middle:g}" y="{y + 4.5:g}">{escape(words)}</text>']
         if below:
-            self.parts.append(f'<text class="mid tag" x="{x + width / 2:g}" y="{y + BOX / 2 + 11:g}">{escape(below)}'
-                              '</text>')
+            self.parts.append(f'<text class="mid tag" x="{middle:g}" y="{y + BOX / 2 + 11:g}">{escape(below)}</text>')
         return x + width
 
-    def branch(self, start: float, y: float, boxes: list[tuple[str, str, str]]) -> float:
+    def branch(self, start: float, y: float, boxes: list[tuple[str, str, str]], wire: str = "wire") -> float:
         """Boxes in a row at height y, with arrows between; returns where the line after them ends."""
         x = start
         for words, kind, below in boxes:
-            self.line(f"M{x:g} {y:g}h{GAP}", "wire tip")
+            self.line(f"M{x:g} {y:g}h{GAP}", f"{wire} tip")
             x = self.box(x + GAP, y, words, kind, below)
-        self.line(f"M{x:g} {y:g}h{GAP}")
+        self.line(f"M{x:g} {y:g}h{GAP}", wire)
         return x + GAP
 
-    def sequential(self, boxes: list[tuple[str, str, str]]) -> None:
-        """A branch that leaves the stream, and is added to it."""
+    def sequential(self, boxes: list[tuple[str, str, str]], kind: str) -> None:
+        """A branch that leaves the stream, and is added to it; kind: of the sum."""
         y, start = self.stream - UP, self.x + 14
-        self.line(f"M{start:g} {self.stream:g}V{y:g}")
-        end = self.branch(start, y, boxes)
-        self.line(f"M{end:g} {y:g}V{self.stream - 8:g}", "wire tip")
-        self.plus(start, end, "")
+        missing = [gone for _, gone, _ in boxes] == ["gone"]             # the whole branch
+        wire = "wire gone" if missing else "wire"
+        self.line(f"M{start:g} {self.stream:g}V{y:g}", wire)
+        end = self.branch(start, y, boxes, wire)
+        self.line(f"M{end:g} {y:g}V{self.stream - 8 * (not missing):g}", wire + " tip" * (not missing))
+        if missing:
+            self.line(f"M{self.x:g} {self.stream:g}H{end:g}")
+            self.x = end
+        else:
+            self.plus(end, kind)
 
-    def plus(self, start: float, end: float, kind: str) -> None:
-        """The stream from where the branch left it, and the sum."""
+    def plus(self, end: float, kind: str) -> None:
+        """The stream up to where a branch comes back, and the sum."""
         self.line(f"M{self.x:g} {self.stream:g}H{end - 8:g}")
         self.parts.append(f'<circle class="box {kind}" cx="{end:g}" cy="{self.stream:g}" r="8"/>'
                           f'<path class="wire" d="M{end - 4:g} {self.stream:g}h8M{end:g} {self.stream - 4:g}v8"/>')
@@ -72,7 +79,7 @@ def svg(family: Family) -> str:
     changed = {place for place, _ in family.model}
     model = {words for place, words in family.model if place == "model"}
     for i, kind in enumerate(family.kinds):
-        height = 46 + UP * kind.layer.parallel + 14 * (len(family.kinds) > 1)
+        height = 46 + UP * kind.layer.parallel + 20 * (len(family.kinds) > 1)
         row = Row(top, height)
         if len(family.kinds) > 1:
             row.parts.append(f'<text class="kind" x="20" y="{top}">{escape(kind.name)}</text>')
@@ -91,8 +98,8 @@ def svg(family: Family) -> str:
             head = [words for words in model if "head" in words or "logit" in words]
             row.x = row.box(row.x + GAP, row.stream, "Head", "new" * bool(head))
         rows += row.parts
-        width, top = max(width, row.x + 20), row.stream + 34
-    return (f'<svg viewBox="0 0 {width:g} {top - 8}" width="{width:g}" role="img" '
+        width, top = max(width, row.x + 20), row.stream + 42
+    return (f'<svg viewBox="0 0 {width:g} {top - 18}" width="{width:g}" role="img" '
             f'aria-label="{escape(family.model_type)}">{"".join(rows)}</svg>')
 
 
@@ -103,7 +110,7 @@ def layer(row: Row, kind: Kind) -> None:
     ffn = boxes(kind, PARTS[3:])
     if not one.parallel:
         for branch in filter(None, (mixer, ffn)):
-            row.sequential(branch)
+            row.sequential(branch, "new" * any(place == "layer" for place, _ in kind.differences))
         return
     start, low, high = row.x + 14, row.stream - UP, row.stream - 2 * UP
     row.line(f"M{start:g} {row.stream:g}V{low:g}")
@@ -116,16 +123,20 @@ def layer(row: Row, kind: Kind) -> None:
         fork = start
     row.line(f"M{fork:g} {low:g}V{high:g}")
     end = max(row.branch(fork, low, mixer), row.branch(fork, high, ffn)) + 6
-    row.line(f"M{fork + GAP:g} {high:g}")
     for y, boxed in ((low, mixer), (high, ffn)):
         row.line(f"M{length(fork, boxed):g} {y:g}H{end:g}")
     row.line(f"M{end:g} {high:g}V{row.stream - 8:g}", "wire tip")
-    row.plus(start, end, "new")
+    row.plus(end, "new")
+
+
+def wide(words: str, below: str) -> float:
+    """The width of a box with room for what stands below it."""
+    return max(7.2 * len(words) + 18, 5.4 * len(below) + 4)
 
 
 def length(start: float, boxed: list[tuple[str, str, str]]) -> float:
     """Where `Row.branch` ends."""
-    return start + sum(GAP + 7.2 * len(words) + 18 for words, _, _ in boxed) + GAP
+    return start + sum(GAP + wide(words, below) for words, _, below in boxed) + GAP
 
 
 def boxes(kind: Kind, parts: tuple[str, ...]) -> list[tuple[str, str, str]]:
@@ -154,7 +165,7 @@ def tags(part: Any) -> list[str]:
         mine = getattr(part, field.name)
         if field.name == "rope":
             said += ["no rope"] if mine is None else [f"rope.{f}" for f in tags_of(mine)]
-        elif field.name not in SIZES and mine != field.default and not (isinstance(part, Norm) and field.name == "kind"):
+        elif field.name not in SIZES and mine != field.default:
             said.append(field.name)
     return said
 

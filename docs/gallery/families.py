@@ -22,8 +22,9 @@ from nanollm.errors import ConfigError
 from tests.fixtures import FIXTURES
 from tests.oracles import Fixture, hf_config
 
-LETTERS = {"window": "W", "softcap": "c", "head_softcap": "c", "scale": "s", "clip": "c", "top_k": "k", "experts": "E",
-           "embed_scale": "s", "head_scale": "s", "residual_scale": "s", "positions": "N", "chunk": "W", "rows": "N"}
+LETTERS = {"window": "W", "softcap": "c", "head_softcap": "c", "clip": "c", "top_k": "k", "experts": "E",
+           "fraction": "r", "positions": "N"}               # others: n for whole numbers, s for factors
+KEPT = {"offset", "renormalize", "number"}                  # numbers that are the family's
 WIDTHS = ("the heads are ",)                                # sizes are no difference
 Difference = tuple[str, str]                                # place, words
 
@@ -66,24 +67,26 @@ class Family(NamedTuple):
 
 
 def in_letters(value: Any, name: str = "") -> Any:
-    """A config with letters for the numbers that LETTERS names."""
+    """A config with letters for its numbers."""
     if dataclasses.is_dataclass(value):
         fields = {field.name: in_letters(getattr(value, field.name), field.name) for field in dataclasses.fields(value)}
         return dataclasses.replace(value, **{k: v for k, v in fields.items() if v is not getattr(value, k)})
     if isinstance(value, tuple) and name == "layers":
         known = {layer: in_letters(layer) for layer in dict.fromkeys(value)}
         return tuple(known[layer] for layer in value)
-    kinds: dict[type, type] = {int: Whole, float: Real}
-    if name in LETTERS and type(value) in kinds:
-        found = kinds[type(value)](value)
-        found.letter = LETTERS[name]
-        return found
-    return value
+    if isinstance(value, tuple):
+        return tuple(in_letters(one, name) for one in value)
+    if type(value) not in (int, float) or name in KEPT:
+        return value
+    found = Whole(value) if isinstance(value, int) else Real(value)
+    found.letter = LETTERS.get(name, found.letter)
+    return found
 
 
 def plainly(words: str) -> str:
     """Without the sizes of a part that is named: "every token goes to MLP(F=96) too" → "… to MLP too"."""
-    return re.sub(r"\b([A-Z]\w+)\((?:[^()]|\([^()]*\))*\)", r"\1", words)
+    shorter = re.sub(r"\b([A-Z]\w+)\([^()]*\)|=\([^()]*\)", r"\1", words)
+    return words if shorter == words else plainly(shorter)
 
 
 def published(fixture: Fixture) -> dict[str, Any]:
@@ -159,7 +162,8 @@ def groups(every: list[Family]) -> list[list[Family]]:
     found: dict[tuple, list[Family]] = {}
     for family in every:
         found.setdefault(family.shape(), []).append(family)
-    return sorted(found.values(), key=lambda alike: (len(alike[0].kinds), count(alike[0])))
+    alike = [sorted(group, key=lambda one: one.model_type != "llama") for group in found.values()]
+    return sorted(alike, key=lambda group: (len(group[0].kinds), count(group[0])))
 
 
 def count(family: Family) -> int:
