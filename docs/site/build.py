@@ -16,17 +16,15 @@ import io
 import json
 import keyword
 import posixpath
-import re
 import shutil
 import tokenize
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 
 from docs.site import guides, pages
 from docs.site.code import code_line, highlighted, lexer_for
-from docs.site.names import Class, Place, Sources
+from docs.site.names import Class, Sources
 from docs.site.prose import Prose
 from docs.site.scenes import ROUNDS, scenes
 from docs.site.shapes import Recorder, Seen, expressions, legend, lettered
@@ -150,7 +148,8 @@ class Site:
         module = self.sources.modules[path]
         text = "\n".join(module.lines)
         head, rows = weave(text)
-        prose = Prose(lambda said: self.link_of_prose(path, said), code_names(text))
+        names = names_in(text)
+        prose = Prose(lambda said: self.link_of_prose(path, said), words_of(names))
         head_html = prose.html(titled(head))
         said = [f"<h2>{escape(row.prose)}</h2>" if row.heading else prose.html(row.prose) for row in rows]
         links = self.sources.links(path)
@@ -161,7 +160,7 @@ class Site:
             f'<a class={side} href="{self.address(other, 1, path)}">{other}</a>' if other else "<span></span>"
             for side, other in (("before", before), ("after", after))) + "</nav>"
         self.note(path, head, rows)
-        self.counts.names += count_names(text)
+        self.counts.names += len(names)
         self.counts.linked += len(links)
         self.counts.shapes += sum(map(len, seen.values()))
         self.counts.equations += prose.rendered
@@ -282,20 +281,12 @@ def titled(head: str) -> str:
     return inspect.cleandoc(head)
 
 
-def tokens(text: str) -> Iterator[str]:
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type == tokenize.NAME and not keyword.iskeyword(token.string):
-            yield token.string
+def names_in(text: str) -> list[str]:
+    """The names that code uses, as often as it uses them."""
+    return [token.string for token in tokenize.generate_tokens(io.StringIO(text).readline)
+            if token.type == tokenize.NAME and not keyword.iskeyword(token.string)]
 
 
-def code_names(text: str) -> set[str]:
-    """All names that the code of a file uses, whole and in their parts: W_down of q_down."""
-    return {part for name in tokens(text) for part in (name, *re.split("_", name)) if len(part) > 1}
-
-
-def count_names(text: str) -> int:
-    return sum(1 for _ in tokens(text))
-
-
-def place_of(path: str, line: int) -> Place:
-    return Place(path, line)
+def words_of(names: list[str]) -> set[str]:
+    """The names, and their parts: an equation may have W_down where the code has q_down."""
+    return {part for name in names for part in (name, *name.split("_")) if len(part) > 1}

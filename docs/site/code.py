@@ -3,7 +3,8 @@
     <span class=line id=L12>   12   │   q, k = rotate(q, …), …   │   q (B 3, H 8, T 7, d 10)   k (B 3, K 2, T 7, d 10)
 """
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable
 from html import escape
 
 from pygments.lexer import Lexer
@@ -12,7 +13,7 @@ from pygments.token import Comment, Keyword, Name, Number, Operator, Punctuation
 from pygments.util import ClassNotFound
 
 from docs.site.names import Place
-from docs.site.shapes import Seen, legend
+from docs.site.shapes import Seen
 
 COLOURS = ((Comment, "c"), (String, "s"), (Keyword, "k"), (Operator.Word, "k"), (Number, "n"), (Name.Decorator, "k"),
            (Name.Function, "f"), (Name.Class, "f"), (Operator, "o"), (Punctuation, "o"))
@@ -26,6 +27,7 @@ def lexer_for(name: str) -> Lexer:
         return TextLexer(stripnl=False)
 
 
+@functools.cache
 def colour(kind: _TokenType) -> str:
     return next((name for parent, name in COLOURS if kind in parent), "")
 
@@ -56,8 +58,8 @@ def highlighted(text: str, lexer: Lexer | None = None, links: Links | None = Non
 def code_line(number: int, html: str, shapes: str = "") -> str:
     """One line, which can be linked to."""
     beside = f"<span class=shapes>{shapes}</span>" if shapes else ""
-    return f'<span class=line id=L{number}><a class=no href="#L{number}">{number}</a>' \
-           f"<span class=src>{html or ' '}</span>{beside}</span>"
+    return f'<span class=line id=L{number}><span class=text><a class=no href="#L{number}">{number}</a>' \
+           f"<span class=src>{html or ' '}</span></span>{beside}</span>"
 
 
 def shape_html(seen: Seen, letters: list[str | None], declared: dict[str, str]) -> str:
@@ -73,7 +75,3 @@ def shape_html(seen: Seen, letters: list[str | None], declared: dict[str, str]) 
     return f'<span class=shape data-name="{escape(seen.name)}" data-shape="{given}" title="measured in: ' \
            f'{escape(seen.scene)}"><b>{escape(seen.name)}</b> ({", ".join(sizes)})</span>'
 
-
-def described(head: str) -> Iterator[tuple[str, str]]:
-    """The letters of a head, in its order."""
-    yield from legend(head).items()

@@ -53,7 +53,7 @@ class Piece:
         return self.inner or self.xml
 
 
-def mathml(text: str, words: Collection[str] = ()) -> str | None:
+def mathml(text: str, words: Collection[str] = (), block: bool = True) -> str | None:
     """A line as a <math> element; None where that is not sure. words: names that are known to be such."""
     for composed, plain in COMPOSED.items():
         text = text.replace(composed, plain)
@@ -63,7 +63,7 @@ def mathml(text: str, words: Collection[str] = ()) -> str | None:
                  for i, part in enumerate(parts)]
     except Unsure:
         return None
-    return f'<math display="block"><mrow>{"".join(drawn)}</mrow></math>'
+    return f'<math{" displaystyle=true" if block else ""}><mrow>{"".join(drawn)}</mrow></math>'
 
 
 def is_equation(text: str) -> bool:
@@ -76,7 +76,9 @@ def is_equation(text: str) -> bool:
         return False
     if not re.search(rf"(?<![A-Za-z])[A-Za-z{GREEK}](?![A-Za-z])", text):
         return False
-    return bool(re.search(rf"\S\s*[{RELATIONS}]\s*\S", text)) or any(sign in text for sign in STRONG)
+    related = re.search(rf"\S\s*[{RELATIONS}]\s*\S", text) or any(sign in text for sign in STRONG)
+    symbols = re.search("[_^·²ᵀ]", text) and not re.search("[A-Za-z]{2}", text)
+    return bool(related or symbols)
 
 
 class Reader:
@@ -259,6 +261,7 @@ class Reader:
             run += table[self.look()[1]]
             self.at += 1
         drawn = re.sub(r"\d+|[a-zA-Z]|[+−()]", lambda match: f"<mn>{match.group()}</mn>" if match.group().isdigit()
+                       else f"<mi mathvariant='normal'>T</mi>" if match.group() == "T"
                        else f"<mi>{match.group()}</mi>" if match.group().isalpha() else f"<mo>{match.group()}</mo>", run)
         return f"<mrow>{drawn}</mrow>"
 

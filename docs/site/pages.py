@@ -67,9 +67,12 @@ def source_page(path: str, head: str, rows: list[Row], said: list[str], lines: l
     """The body of a file's page. head and said: HTML, of the head and of each row; lines: the code's HTML."""
     outline = " ".join(f'<a href="#L{row.start}">{escape(row.title)}</a>' for row in rows
                        if row.title and "." not in row.title)
-    body = [crumbs(path, home), f"<article class=head>{head}{measured}"
-            f"{f'<nav class=outline>{outline}</nav>' if outline else ''}</article>", "<div class=weave>"]
+    lead = head.replace("<p>", "<h1>", 1).replace("</p>", "</h1>", 1) if head.startswith("<p>") else head
+    lead = lead or f"<h1>{escape(path)}</h1>"
+    about = measured + (f"<nav class=outline>{outline}</nav>" if outline else "")     # beside the imports
+    body = [crumbs(path, home), f"<article class=head>{lead}</article>", "<div class=weave>"]
     for row, prose in zip(rows, said, strict=True):
+        prose, about = about + prose, ""
         code = "".join(code_line(n, lines[n - 1], shapes.get(n, "")) for n in row.lines)
         at = "" if row.start in row.lines else f" id=L{row.start}"
         title = f"<h3>{escape(row.title)}</h3>" if row.title else ""

@@ -14,9 +14,10 @@ from html import escape
 from docs.site.equations import is_equation, mathml
 
 DRAWN = re.compile(r"[─│┌└┐┘├┬┴┤┼▣▒▲▼↓↑]")
-ARXIV = r"arXiv (?P<paper>\d{4}\.\d{4,5})(?P<version>v\d+)?"
+ARXIV = r"arXiv\ (?P<paper>\d{4}\.\d{4,5})(?P<version>v\d+)?"
 SECTION = r"§(?P<section>[\d.]*\d)"
 INLINE = re.compile(rf"""(?P<code>`[^`]+`) | (?P<emphasis>(?<![\w*])\*[^*\s](?:[^*]*[^*\s])?\*(?![\w*])) | {ARXIV} | {SECTION}
+    | (?P<symbol>(?<![\w.`/])[A-Za-zΑ-ω]\u0302?_(?:\{{[^}}\s]+\}}|[A-Za-z0-9]{{1,2}})(?![\w.(]))
     | (?P<address>https?://[^\s)>,]+) | (?P<file>(?<![\w/.])[\w/]+\.(?:py|md)\b)""", re.VERBOSE)
 NEW_HTML = 2312                         # arXiv has its own pages with anchors of papers from December 2023 on
 
@@ -114,6 +115,8 @@ class Prose:
             target = self.link(match["code"].strip("`"))
             text = f"<code>{text.strip('`')}</code>"
             return f'<a href="{target}">{text}</a>' if target else text
+        if match["symbol"]:
+            return mathml(match.group(), self.words, block=False) or text
         if match["emphasis"]:
             return f"<em>{text.strip('*')}</em>"
         if match["paper"]:

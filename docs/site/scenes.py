@@ -7,6 +7,11 @@ Of these calls the second is measured first: only there have queries and keys di
 size in common, so a shape that says B and T in both says it rightly; what is equal by chance in one is not in the other.
 """
 
+import contextlib
+import importlib
+import io
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -209,5 +214,24 @@ def decoders(s: Sizes) -> list[Scene]:
 
 
 def scenes(s: Sizes, root: Path) -> list[Scene]:
-    """All that is run in one round."""
-    return decoders(s)
+    """All that is run in one round: decoders, then the two scripts, a training of two steps and an answer."""
+    common = {"B": s.B, "T": 8 * s.T, "V": 300}
+    return [*decoders(s), Scene("a training run", partial(scripts, s, root), common)]
+
+
+def scripts(s: Sizes, root: Path) -> None:
+    """train.py on the licence, and generate.py with what comes of it; they say nothing."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
+            contextlib.redirect_stderr(io.StringIO()):
+        train = f"--data {root / 'LICENSE'} --steps 2 --batch-size {s.B} --context {8 * s.T} --vocab 300 --out {folder}/run"
+        call("train", train)
+        call("generate", f"--model {folder}/run --prompt The --max-new-tokens 4 --temperature 0.7 --top-p 0.9 --seed 1")
+
+
+def call(script: str, options: str) -> None:
+    """A script, as from a terminal."""
+    before, sys.argv = sys.argv, [f"{script}.py", *options.split()]
+    try:
+        importlib.import_module(script).run()
+    finally:
+        sys.argv = before
