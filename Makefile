@@ -4,11 +4,12 @@
 #     make test       every claim once: 2 to 5 minutes on two cores
 #     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
+#     make docs       every file as a page beside its prose, in build/site/index.html: half a minute
 #     make published  the packages that some tests need, and skip without: published files, llguidance, lm_eval
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo chat test test-all lint published bench clean
+.PHONY: demo chat test test-all lint docs published bench clean
 
 demo: $(BIN)/ready
 	$(BIN)/python train.py --resume --sample-every 50
@@ -26,6 +27,10 @@ test-all: $(BIN)/ready
 lint: $(BIN)/ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(BIN)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m docs.site
 
 bench: $(BIN)/ready
 	$(BIN)/python benchmarks/generate.py

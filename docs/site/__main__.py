@@ -20,8 +20,8 @@ def run() -> None:
     args, begin = parser.parse_args(), time.monotonic()
     from docs.site.build import Site
     counts = Site(Path(__file__).parent.parent.parent).write(args.out)
-    print(f"{args.out}/index.html: {counts.pages} pages in {time.monotonic() - begin:.0f} s; {counts.shapes} shapes measured; "
-          f"{counts.linked:,} of {counts.names:,} names linked; {len(counts.equations)} equations drawn, "
+    print(f"{args.out}/index.html: {counts.pages} pages in {time.monotonic() - begin:.0f} s; {counts.shapes} shapes "
+          f"measured; {counts.linked:,} of {counts.names:,} names linked; {len(counts.equations)} equations drawn, "
           f"{len(counts.left)} left as text")
 
 

@@ -63,6 +63,8 @@ class Site:
         self.pictures = sorted(str(path.relative_to(root)) for path in pictures)
         self.wanted: set[str] = set()                   # files that are linked, and have no page of their own
         self.index: list[tuple[str, str, str, str]] = []        # name, what it is, address, what it says
+        self.seen: dict[str, Beside] = {}               # what was measured
+        self.words: set[str] = set()                    # all names that may stand in equations
 
     # ---- addresses
 
@@ -80,7 +82,7 @@ class Site:
             return posixpath.relpath(path, above)
         file = self.root / path
         if file.is_dir():
-            known = any(each.startswith(f"{path}/") for each in self.paths)
+            known = any(each.rpartition("/")[0] == path for each in self.paths)
             return posixpath.relpath("index.html", above) + f"#{path}/" if known else None
         if not file.is_file() or not file.resolve().is_relative_to(self.root):
             return None
@@ -120,7 +122,7 @@ class Site:
         recorders, sizes = [], []
         for one in ROUNDS:
             recorder, known = Recorder(files), {}
-            for scene in scenes(one, self.root):
+            for scene in scenes(one):
                 recorder.watch(scene.name, scene.run)
                 known[scene.name] = scene.sizes
             recorders.append(recorder)
@@ -133,12 +135,11 @@ class Site:
             found[path] = {}
             for line, seen in lines.items():
                 again = recorders[1].found.get(file, {}).get(line, [])
-                alike = len(again) == len(seen) and all(
-                    one.name == other.name and one.scene == other.scene for one, other in zip(seen, again, strict=True))
-                if seen:
-                    found[path][line] = [(one, lettered(one.shape, again[i].shape, (sizes[0][one.scene], sizes[1][one.scene]),
-                                                        names) if alike else [None] * len(one.shape))
-                                         for i, one in enumerate(seen)]
+                alike = [(one.name, one.scene) for one in seen] == [(other.name, other.scene) for other in again]
+                rows = found[path][line] = []
+                for one, other in zip(seen, again if alike else seen, strict=True):
+                    rounds = sizes[0][one.scene], sizes[1][one.scene]
+                    rows.append((one, lettered(one.shape, other.shape if alike else (), rounds, names)))
         return found
 
     # ---- pages
@@ -150,6 +151,7 @@ class Site:
         head, rows = weave(text)
         names = names_in(text)
         prose = Prose(lambda said: self.link_of_prose(path, said), words_of(names))
+        self.words |= words_of(names)
         head_html = prose.html(titled(head))
         said = [f"<h2>{escape(row.prose)}</h2>" if row.heading else prose.html(row.prose) for row in rows]
         links = self.sources.links(path)
@@ -165,9 +167,13 @@ class Site:
         self.counts.shapes += sum(map(len, seen.values()))
         self.counts.equations += prose.rendered
         self.counts.left += prose.left
-        home = posixpath.relpath("index.html", posixpath.dirname(path) or ".")
         return pages.source_page(path, head_html, rows, said, lines, pages.shapes_beside(seen, declared, main),
-                                 measured, around, home)
+                                 measured, around, self.way(path))
+
+    def way(self, path: str) -> str:
+        """The crumbs of a page."""
+        folders = {each.rpartition("/")[0] for each in self.paths}
+        return pages.crumbs(path, posixpath.relpath("index.html", posixpath.dirname(path) or "."), folders)
 
     def measured(self, main: str, seen: Beside, declared: dict[str, str]) -> str:
         """The line that says how the shapes of a page were measured, with the sizes that have letters on it."""
@@ -205,30 +211,28 @@ class Site:
                                      lambda file, anchor: self.link_of_guide(path, file, anchor))
         for title, anchor in titles:
             self.index.append((title, "guide", f"{path}.html#{anchor}", path))
-        home = posixpath.relpath("index.html", posixpath.dirname(path) or ".")
-        return pages.crumbs(path, home) + f"<article class=guide>{html}</article>", titles[0][0] if titles else path
+        return self.way(path) + f"<article class=guide>{html}</article>", titles[0][0] if titles else path
 
     def plain(self, path: str) -> str:
         """The body of the page of a file that is only shown."""
         text = (self.root / path).read_text()
         lines = highlighted(text.rstrip("\n"), lexer_for(path))
         code = "".join(code_line(n, line) for n, line in enumerate(lines, 1))
-        return pages.crumbs(path, posixpath.relpath("index.html", posixpath.dirname(path) or ".")) \
-            + f"<div class=code tabindex=0>{code}</div>"
+        return self.way(path) + f"<div class=code tabindex=0>{code}</div>"
 
     def write(self, out: Path) -> Counts:
         """The whole site, into an empty folder."""
         shutil.rmtree(out, ignore_errors=True)
-        seen = self.measure()
+        self.seen = self.measure()
         order = [*ORDER, *(path for path in self.paths if path not in ORDER)]
         for i, path in enumerate(order):
             after = order[i + 1] if i + 1 < len(order) else None
-            body = self.source(path, seen.get(path, {}), order[i - 1] if i else None, after)
+            body = self.source(path, self.seen.get(path, {}), order[i - 1] if i else None, after)
             self.put(out, f"{path}.html", path.rpartition("/")[2], body, "source")
         titles = {}
         for path in self.marked:
             body, titles[path] = self.guide(path)
-            self.put(out, f"{path}.html", titles[path], body, "text")
+            self.put(out, f"{path}.html", titles[path], body, "guides")
         for path in self.pictures:
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.root / path, out / path)

@@ -13,12 +13,13 @@ not know, a bracket without its other half, a word that is neither a function no
 """
 
 import re
+import unicodedata
 from collections.abc import Collection
 from dataclasses import dataclass
 from html import escape
 
-FUNCTIONS = frozenset("""softmax sqrt mean var exp log log2 ln silu gelu tanh sigmoid relu ReLU max min logsumexp norm rope
-softplus round sign sin cos diag tr sum conv swap act msign arg argmax Re Im KL mod rank Attention RMSNorm
+FUNCTIONS = frozenset("""softmax sqrt mean var exp log log2 ln silu gelu tanh sigmoid relu ReLU max min logsumexp norm
+rope softplus round sign sin cos diag tr sum conv swap act msign arg argmax Re Im KL mod rank Attention RMSNorm
 LayerNorm rotate clamp clip expm1 logsigmoid floor token position""".split())
 CONNECTIVES = ("for", "where", "else", "if", "iff", "otherwise")
 PROSE = frozenset("the of to at on by as with and or not is from an in over all each per no".split())
@@ -30,7 +31,6 @@ SUPER = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ᵀᵗⁿⁱᵏʰᵃᵇ⁽⁾
 SUB = dict(zip("₀₁₂₃₄₅₆₇₈₉₊₋ₜₙᵢⱼₖₐₛ", "0123456789+−tnijkas", strict=True))
 PRIME = "<mo>′</mo>"
 HATS = {"\u0302": "^", "\u0303": "~", "\u0304": "¯", "\u0307": "˙"}
-COMPOSED = {"Ā": "A\u0304", "B̄": "B\u0304", "ẋ": "x\u0307", "ŷ": "y\u0302", "â": "a\u0302", "ĉ": "c\u0302", "ŵ": "w\u0302"}
 GREEK = "αβγδεζηθικλμνξοπρσςτυφχψωΓΔΘΛΞΠΣΦΨΩℓ"
 TOKEN = re.compile(r"""(?P<space>\s+) | (?P<number>\d+(?:,\d{3})*(?:\.\d+)?(?:e-?\d+)? | \.\d+)
     | (?P<word>[A-Za-z]+\d*(?![A-Za-z])) | (?P<sign>.)""", re.VERBOSE)
@@ -55,8 +55,7 @@ class Piece:
 
 def mathml(text: str, words: Collection[str] = (), block: bool = True) -> str | None:
     """A line as a <math> element; None where that is not sure. words: names that are known to be such."""
-    for composed, plain in COMPOSED.items():
-        text = text.replace(composed, plain)
+    text = "".join(unicodedata.normalize("NFD", sign) if sign.isalpha() else sign for sign in text)     # Ā: A, then ¯
     parts = re.split(rf"(?<=\s)({'|'.join(CONNECTIVES)})(?=\s)", text.strip())
     try:
         drawn = [f"<mtext>&nbsp;{part}&nbsp;</mtext>" if i % 2 else Reader(part.strip(), words).all()
@@ -252,7 +251,10 @@ class Reader:
             self.at += 1
         if not found:
             raise Unsure
-        return f"<mrow>{''.join(found)}</mrow>"
+        drawn = f"<mrow>{''.join(found)}</mrow>"
+        if self.look()[0] == "sign" and self.look()[1] in SUB:              # 2^lseᵢ: the i belongs to lse
+            return f"<msub>{drawn}{self.unicode(SUB)}</msub>"
+        return drawn
 
     def unicode(self, table: dict[str, str]) -> str:
         """A run of raised or lowered characters."""
@@ -260,9 +262,10 @@ class Reader:
         while self.look()[0] == "sign" and self.look()[1] in table:
             run += table[self.look()[1]]
             self.at += 1
-        drawn = re.sub(r"\d+|[a-zA-Z]|[+−()]", lambda match: f"<mn>{match.group()}</mn>" if match.group().isdigit()
-                       else f"<mi mathvariant='normal'>T</mi>" if match.group() == "T"
-                       else f"<mi>{match.group()}</mi>" if match.group().isalpha() else f"<mo>{match.group()}</mo>", run)
+        drawn = ""
+        for part in re.findall(r"\d+|\D", run):
+            tag = "mn" if part.isdigit() else "mi" if part.isalpha() else "mo"
+            drawn += f"<{tag}{' mathvariant=normal' if part == 'T' else ''}>{part}</{tag}>"
         return f"<mrow>{drawn}</mrow>"
 
 
@@ -286,7 +289,8 @@ def fractions(pieces: list[Piece]) -> list[Piece]:
             if top.kind == bottom.kind == "thing" and alone and ends and len({piece.tight, bottom.tight}) == 1:
                 over = before.xml + top.xml if number and before else top.part()
                 del found[-2 if number else -1 :]
-                found.append(Piece(f"<mfrac><mrow>{over}</mrow><mrow>{bottom.part()}</mrow></mfrac>", "thing", top.tight))
+                fraction = f"<mfrac><mrow>{over}</mrow><mrow>{bottom.part()}</mrow></mfrac>"
+                found.append(Piece(fraction, "thing", top.tight))
                 i += 2
                 continue
         found.append(piece)
@@ -295,7 +299,7 @@ def fractions(pieces: list[Piece]) -> list[Piece]:
 
 
 def joined(pieces: list[Piece]) -> str:
-    """The fractions set, and a thin space where two things stand side by side: a product, or a function of something."""
+    """The fractions set, and a thin space where two things stand side by side: a product, or a function of one."""
     found = fractions(pieces)
     drawn = [piece.xml for piece in found[:1]]
     for before, piece in zip(found, found[1:], strict=False):

@@ -166,7 +166,7 @@ class Sources:
             except SyntaxError:
                 return None
         if isinstance(said, ast.BinOp) and isinstance(said.op, ast.BitOr):
-            sides = [side for side in (said.left, said.right) if not (isinstance(side, ast.Constant) and not side.value)]
+            sides = [side for side in (said.left, said.right) if ast.unparse(side) != "None"]
             return self.annotated(sides[0], module) if len(sides) == 1 else None
         found = self.kind(said, module, {}) if isinstance(said, (ast.Name, ast.Attribute)) else None
         return Kind(found.of, found.of.module, True) if found is not None and isinstance(found.of, Class) else None

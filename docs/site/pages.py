@@ -2,7 +2,7 @@
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from html import escape
 
 from docs.site.code import code_line, shape_html
@@ -37,10 +37,13 @@ def page(title: str, path: str, body: str, kind: str) -> str:
 """
 
 
-def crumbs(path: str, home: str) -> str:
-    """Where a file lies: each folder leads to its place in the list of files."""
+def crumbs(path: str, home: str, listed: Container[str]) -> str:
+    """Where a file lies: each folder that is listed leads to its place in the list of files."""
     *folders, name = path.split("/")
-    said = [f'<a href="{home}#{"/".join(folders[: i + 1])}/">{folder}</a>' for i, folder in enumerate(folders)]
+    said = []
+    for i, folder in enumerate(folders):
+        whole = "/".join(folders[: i + 1])
+        said.append(f'<a href="{home}#{whole}/">{folder}</a>' if whole in listed else folder)
     return f'<nav class=crumbs>{" / ".join([*said, f"<b>{escape(name)}</b>"])}</nav>'
 
 
@@ -63,14 +66,15 @@ def main_scene(seen: dict[int, list[tuple[Seen, list[str | None]]]]) -> str:
 
 
 def source_page(path: str, head: str, rows: list[Row], said: list[str], lines: list[str], shapes: dict[int, str],
-                measured: str, around: str, home: str) -> str:
-    """The body of a file's page. head and said: HTML, of the head and of each row; lines: the code's HTML."""
+                measured: str, around: str, way: str) -> str:
+    """The body of a file's page. head and said: HTML, of the head and of each row; lines: the code's HTML;
+    way: the crumbs."""
     outline = " ".join(f'<a href="#L{row.start}">{escape(row.title)}</a>' for row in rows
                        if row.title and "." not in row.title)
     lead = head.replace("<p>", "<h1>", 1).replace("</p>", "</h1>", 1) if head.startswith("<p>") else head
     lead = lead or f"<h1>{escape(path)}</h1>"
     about = measured + (f"<nav class=outline>{outline}</nav>" if outline else "")     # beside the imports
-    body = [crumbs(path, home), f"<article class=head>{lead}</article>", "<div class=weave>"]
+    body = [way, f"<article class=head>{lead}</article>", "<div class=weave>"]
     for row, prose in zip(rows, said, strict=True):
         prose, about = about + prose, ""
         code = "".join(code_line(n, lines[n - 1], shapes.get(n, "")) for n in row.lines)
@@ -84,7 +88,8 @@ def source_page(path: str, head: str, rows: list[Row], said: list[str], lines: l
 def front_page(order: Iterable[tuple[str, str, str]], guides: Iterable[tuple[str, str, str]],
                folders: Iterable[tuple[str, list[tuple[str, str, str]]]], picture: str) -> str:
     """Where a reader begins. Each entry: name, address, what it is about (HTML)."""
-    steps = "".join(f'<li><a href="{address}"><b>{name}</b></a><span>{about}</span></li>' for name, address, about in order)
+    steps = "".join(f'<li><a href="{address}"><b>{name}</b></a><span>{about}</span></li>'
+                    for name, address, about in order)
     pages = "".join(f'<li><a href="{address}">{name}</a> <span>{about}</span></li>' for name, address, about in guides)
     rooms = "".join(
         f'<h3 id="{folder}/">{folder or "the scripts"}{"/" if folder else ""}</h3><ul>' + "".join(

@@ -14,11 +14,15 @@ from html import escape
 from docs.site.equations import is_equation, mathml
 
 DRAWN = re.compile(r"[─│┌└┐┘├┬┴┤┼▣▒▲▼↓↑]")
-ARXIV = r"arXiv\ (?P<paper>\d{4}\.\d{4,5})(?P<version>v\d+)?"
+ARXIV = r"arXiv (?P<paper>\d{4}\.\d{4,5})(?P<version>v\d+)?"
 SECTION = r"§(?P<section>[\d.]*\d)"
-INLINE = re.compile(rf"""(?P<code>`[^`]+`) | (?P<emphasis>(?<![\w*])\*[^*\s](?:[^*]*[^*\s])?\*(?![\w*])) | {ARXIV} | {SECTION}
-    | (?P<symbol>(?<![\w.`/])[A-Za-zΑ-ω]\u0302?_(?:\{{[^}}\s]+\}}|[A-Za-z0-9]{{1,2}})(?![\w.(]))
-    | (?P<address>https?://[^\s)>,]+) | (?P<file>(?<![\w/.])[\w/]+\.(?:py|md)\b)""", re.VERBOSE)
+CODE = r"(?P<code>`[^`]+`)"
+EMPHASIS = r"(?P<emphasis>(?<![\w*])\*[^*\s](?:[^*]*[^*\s])?\*(?![\w*]))"
+SYMBOL = r"(?P<symbol>(?<![\w.`/^·])[A-Za-zΑ-ω]\u0302?(?:_(?:\{[^}\s]+\}|[A-Za-z0-9])|\^[A-Z]{1,3}){1,2}" \
+    r"(?![\w(^ᵀ·]|[.,]\w))"                             # q_i, h_{t−1}, W^KR; no part of something longer
+ADDRESS = r"(?P<address>https?://[^\s)>,]+)"
+FILE = r"(?P<file>(?<![\w/.])[\w/]+\.(?:py|md)\b)"
+INLINE = re.compile("|".join((CODE, EMPHASIS, ARXIV, SECTION, SYMBOL, ADDRESS, FILE)))
 NEW_HTML = 2312                         # arXiv has its own pages with anchors of papers from December 2023 on
 
 
@@ -55,11 +59,12 @@ class Prose:
     def paragraph(self, lines: list[str]) -> str:
         if all(line.startswith(("- ", "  ")) for line in lines) and lines[0].startswith("- "):
             items = re.split(r"(?:^|\n)- ", "\n".join(lines))[1:]
-            return "<ul>" + "".join(f"<li>{self.inline(' '.join(item.split()))}</li>" for item in items) + "</ul>"
+            drawn = (self.inline(" ".join(item.split()), symbols=True) for item in items)
+            return f"<ul>{''.join(f'<li>{item}</li>' for item in drawn)}</ul>"
         if any(DRAWN.search(line) for line in lines):
             return self.drawing(lines)
         text = " ".join(line.strip() for line in lines)
-        return f"<p>{re.sub(r' {2,}', '&emsp;', self.inline(text))}</p>" if text else ""
+        return f"<p>{re.sub(r' {2,}', '&emsp;', self.inline(text, symbols=True))}</p>" if text else ""
 
     def drawing(self, lines: list[str]) -> str:
         least = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
@@ -101,22 +106,23 @@ class Prose:
 
     # ---- inside of a line
 
-    def inline(self, text: str) -> str:
-        """Escaped, with its links. A § belongs to the paper that was named last."""
+    def inline(self, text: str, symbols: bool = False) -> str:
+        """Escaped, with its links. A § belongs to the paper that was named last. symbols: draw h_t as one."""
         found, at = [], 0
         for match in INLINE.finditer(text):
-            found += [escape(text[at : match.start()], quote=False), self.linked(match)]
+            found += [escape(text[at : match.start()], quote=False), self.linked(match, symbols)]
             at = match.end()
         return "".join(found) + escape(text[at:], quote=False)
 
-    def linked(self, match: re.Match[str]) -> str:
+    def linked(self, match: re.Match[str], symbols: bool) -> str:
         text = escape(match.group(), quote=False)
         if match["code"]:
             target = self.link(match["code"].strip("`"))
             text = f"<code>{text.strip('`')}</code>"
             return f'<a href="{target}">{text}</a>' if target else text
         if match["symbol"]:
-            return mathml(match.group(), self.words, block=False) or text
+            known = not symbols or match.group() in self.words
+            return text if known else mathml(match.group(), self.words, block=False) or text
         if match["emphasis"]:
             return f"<em>{text.strip('*')}</em>"
         if match["paper"]:

@@ -4,22 +4,19 @@
     twice       with B 3, T 7, S 13, D 44, H 8, K 2, d 10, …  and with B 4, T 9, S 14, D 68, H 9, K 3, d 14, …
 
 Of these calls the second is measured first: only there have queries and keys different numbers. The two rounds have no
-size in common, so a shape that says B and T in both says it rightly; what is equal by chance in one is not in the other.
+size in common, so a shape that says B and T in both says it rightly; what is equal by chance in one is not so in the
+other.
 """
 
-import contextlib
-import importlib
-import io
-import sys
-import tempfile
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from docs.site.shapes import unwatched
 from nanollm.cache import Cache
 from nanollm.config import (
     MLP,
@@ -65,9 +62,14 @@ from nanollm.config import (
     SteppedNTK,
     Yarn,
 )
+from nanollm.data.stream import Batch
+from nanollm.inference.generation import generate
+from nanollm.inference.sample import Sampling
+from nanollm.layers.moe import routing
 from nanollm.model import Decoder
-
-from docs.site.shapes import unwatched
+from nanollm.training import optim
+from nanollm.training.log_probs import answer_log_probs
+from nanollm.training.losses import Balance, next_token
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ class Scene:
     sizes: dict[str, int]
 
 
+ROPE = Rope()
+
+
 class Builder:
     """Tiny decoders of the sizes of one round."""
 
@@ -114,7 +119,7 @@ class Builder:
         self.mamba = Mamba(sizes.I, sizes.N, sizes.taps, sizes.R)
         self.mamba2 = Mamba2(sizes.H, sizes.P, sizes.G, sizes.N, sizes.taps)
 
-    def attention(self, rope: Rope | None = Rope(), **fields: Any) -> Attention:
+    def attention(self, rope: Rope | None = ROPE, **fields: Any) -> Attention:
         """Query heads that share key/value heads."""
         return Attention(self.s.H, self.s.K, self.s.d, rope, **fields)
 
@@ -213,25 +218,27 @@ def decoders(s: Sizes) -> list[Scene]:
     ]
 
 
-def scenes(s: Sizes, root: Path) -> list[Scene]:
-    """All that is run in one round: decoders, then the two scripts, a training of two steps and an answer."""
-    common = {"B": s.B, "T": 8 * s.T, "V": 300}
-    return [*decoders(s), Scene("a training run", partial(scripts, s, root), common)]
+def scenes(s: Sizes) -> list[Scene]:
+    """All that is run in one round: decoders that read, one that learns, and one that writes."""
+    common = {"B": s.B, "T": s.T, "D": s.D, "V": s.V, "H": s.H, "K": s.K, "d": s.d, "F": s.F, "E": s.E}
+    model = Builder(s).decoder(Builder(s).attention(), ffn=Builder(s).experts())
+    return [*decoders(s), Scene("a training step", partial(learn, model, s), common | {"N": s.B * s.T, "n": s.B * s.T}),
+            Scene("an answer", partial(write, model), common | {"B": 1})]
 
 
-def scripts(s: Sizes, root: Path) -> None:
-    """train.py on the licence, and generate.py with what comes of it; they say nothing."""
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), \
-            contextlib.redirect_stderr(io.StringIO()):
-        train = f"--data {root / 'LICENSE'} --steps 2 --batch-size {s.B} --context {8 * s.T} --vocab 300 --out {folder}/run"
-        call("train", train)
-        call("generate", f"--model {folder}/run --prompt The --max-new-tokens 4 --temperature 0.7 --top-p 0.9 --seed 1")
+def learn(model: Decoder, s: Sizes) -> None:
+    """A step of training on the next token, with Muon; and the log probabilities that preferences ask for."""
+    tokens = torch.arange(s.B * s.T).reshape(s.B, s.T) % s.V
+    batch, balance = Batch(tokens, tokens.roll(-1, 1), None), Balance(model)
+    with routing(model) as routed:
+        loss, _ = next_token(model, batch, Namespace(z_loss=1e-4))
+    loss = loss / batch.divisor + 0.01 * balance.loss(routed, None)
+    loss.backward()
+    optim.step(optim.build(model, "muon", 0.1, torch.float32), optim.lr_factor(5, 10, 2, "cosine"))
+    answer_log_probs(model, tokens, tokens.roll(-1, 1))
 
 
-def call(script: str, options: str) -> None:
-    """A script, as from a terminal."""
-    before, sys.argv = sys.argv, [f"{script}.py", *options.split()]
-    try:
-        importlib.import_module(script).run()
-    finally:
-        sys.argv = before
+def write(model: Decoder) -> None:
+    """Some tokens, sampled in all ways at once."""
+    sampling = Sampling(0.7, top_k=20, top_p=0.9, min_p=0.01, seed=1)
+    list(generate(model, [1, 2, 3], 3, sampling))

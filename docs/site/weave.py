@@ -38,7 +38,7 @@ def weave(source: str) -> tuple[str, list[Row]]:
         said = ast.get_docstring(node, clean=False)
         if said is None and "." in title:
             continue
-        above = next((row for row in rows.values() if row.lines and row.lines[-1] == start - 1 and not row.heading), None)
+        above = next((row for row in rows.values() if row.lines[-1:] == [start - 1] and not row.heading), None)
         prose = inspect.cleandoc(said) if said else ""
         if above is not None:                           # a comment right above belongs to it
             rows.pop(above.start)
