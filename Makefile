@@ -5,11 +5,12 @@
 #     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
 #     make lint       ruff and mypy
 #     make exercises  a folder of twelve parts to write yourself, each graded by the tests (docs/learn.md)
+#     make docs       every file as a page beside its prose, in build/site/index.html: half a minute
 #     make published  the packages that some tests need, and skip without: published files, llguidance, lm_eval
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo chat test test-all lint exercises published bench clean
+.PHONY: demo chat test test-all lint docs exercises published bench clean
 
 demo: $(BIN)/ready
 	$(BIN)/python train.py --resume --sample-every 50
@@ -30,6 +31,10 @@ lint: $(BIN)/ready
 
 exercises: $(BIN)/ready
 	$(BIN)/python -m docs.exercises
+
+docs: $(BIN)/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/python -m docs.site
 
 bench: $(BIN)/ready
 	$(BIN)/python benchmarks/generate.py
