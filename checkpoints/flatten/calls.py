@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from checkpoints.flatten.expressions import Expressions, atomic, is_config, literal
-from checkpoints.flatten.sources import Code, is_ours
+from checkpoints.flatten.sources import Code, is_ours, nodes
 from checkpoints.flatten.values import OneOf, Run, World, known
 
 # characters: a function that comes to a shorter expression is written where it is called
@@ -116,9 +116,9 @@ class Calls(Expressions):
         """A call as the expression that the function comes to, where that is short; else None."""
         if code.name.endswith(("forward", "__init__")) or any(isinstance(one, ast.Starred) for one in node.args):
             return None
-        raises = (one for one in ast.walk(code.node) if isinstance(one, ast.Raise))
+        raises = (one for one in nodes(code) if isinstance(one, ast.Raise))
         errors = {id(part) for one in raises for part in ast.walk(one)}
-        if any(isinstance(one, ast.JoinedStr) and id(one) not in errors for one in ast.walk(code.node)):
+        if any(isinstance(one, ast.JoinedStr) and id(one) not in errors for one in nodes(code)):
             return None                                         # names inside a string are not followed
         if code.owner != self.code.owner and "super()" in self.program.source_text(code):
             return None                                         # of another class than this one's base
@@ -128,7 +128,7 @@ class Calls(Expressions):
         inner_worlds = self.program.in_worlds(code, [bound for _, bound in bounds])
         texts = {name: self.expr(given[name], worlds) for name in given}
         rename = {name: text if atomic(text) else f"({text})" for name, text in texts.items()}
-        anew = {one.id for one in ast.walk(code.node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+        anew = {one.id for one in nodes(code) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
         for name in anew & rename.keys():                       # what was known of it ends there
             if all(known(world[name]) for world in inner_worlds):
                 del rename[name]
@@ -155,13 +155,13 @@ class Calls(Expressions):
 
     def read_later(self, name: str, call: ast.Call) -> bool:
         """Whether a variable is read behind a call, or beside it in its statement, with the value it had before."""
-        sets = [one.targets for one in ast.walk(self.code.node) if isinstance(one, ast.Assign) and one.value is call]
+        sets = [one.targets for one in nodes(self.code) if isinstance(one, ast.Assign) and one.value is call]
         if any(isinstance(one, ast.Name) and one.id == name for targets in sets for target in targets
                for one in ast.walk(target)):
             return False                                        # the call's own statement sets it
         inside = {id(one) for one in ast.walk(call)}
         return any(isinstance(one, ast.Name) and one.id == name and isinstance(one.ctx, ast.Load)
-                   and id(one) not in inside and one.lineno >= call.lineno for one in ast.walk(self.code.node))
+                   and id(one) not in inside and one.lineno >= call.lineno for one in nodes(self.code))
 
     def hoisted(self, node: ast.Call, lines: list[str], rename: dict[str, str], worlds: list[World]) -> str | None:
         """A call of a function that nobody else calls: its body goes before this statement, what it returns is here."""

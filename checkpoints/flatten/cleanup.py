@@ -10,9 +10,13 @@ Live = frozenset[str]
 
 def reads(node: ast.AST) -> set[str]:
     """Names that a node reads, in functions inside it too."""
-    found = {one.id for one in ast.walk(node) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load)}
-    return found | {one.target.id for one in ast.walk(node)
-                    if isinstance(one, ast.AugAssign) and isinstance(one.target, ast.Name)}
+    found = set()
+    for one in ast.walk(node):
+        if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Load):
+            found.add(one.id)
+        elif isinstance(one, ast.AugAssign) and isinstance(one.target, ast.Name):
+            found.add(one.target.id)
+    return found
 
 
 def loaded(lines: list[str]) -> set[str]:

@@ -1,6 +1,7 @@
 """Expressions, written anew for the worlds of their function: what is known is folded, the rest stays as it was."""
 
 import ast
+import functools
 import re
 import types
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def literal(value: Any) -> str | None:
     return None
 
 
+@functools.cache
 def atomic(text: str) -> bool:
     """Whether an expression can stand in any other without parentheses."""
     try:
@@ -55,6 +57,7 @@ def atomic(text: str) -> bool:
     return isinstance(node, (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript, ast.List))
 
 
+@functools.cache
 def shape(text: str) -> str:
     """What kind of expression a text is, as far as parentheses go."""
     try:

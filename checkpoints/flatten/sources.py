@@ -98,6 +98,12 @@ class Code:
         return found | {one.arg: value for one, value in zip(args.kwonlyargs, args.kw_defaults, strict=True) if value}
 
 
+@functools.cache
+def nodes(code: Code) -> tuple[ast.AST, ...]:
+    """All that a function is made of."""
+    return tuple(ast.walk(code.node))
+
+
 def code_of(function: Callable[..., Any]) -> Code:
     """The code of a function, below its decorators."""
     plain = inspect.unwrap(function)

@@ -43,8 +43,8 @@ class SpecialCalls(Program):
             return writer.expr(node.args[0], worlds)
         if first in (frame.KVCache, frame.RingCache):           # which of the two was settled for all layers
             node.keywords = [one for one in node.keywords if one.arg != "ring"]
-        if ast.unparse(node).endswith(".to(ctx.dtype)") and not self.model.config.float32_residual and (
-                writer.code.module in ("nanollm.block", "nanollm.model")):
+        if writer.code.module in ("nanollm.block", "nanollm.model") and not self.model.config.float32_residual and (
+                ast.unparse(node).endswith(".to(ctx.dtype)")):
             assert isinstance(node.func, ast.Attribute)
             return writer.expr(node.func.value, worlds)
         return None
