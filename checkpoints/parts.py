@@ -30,8 +30,8 @@ from checkpoints.names import table
 from checkpoints.names.ops import Beside, Piece
 from checkpoints.source import Source, open_source
 from checkpoints.storage.files import Stored
-from nanollm.errors import CheckpointError
-from nanollm.inference.quantize import plan_for
+from nanollm.errors import CheckpointError, InputError
+from nanollm.inference.quantize import KINDS, plan_for
 from nanollm.inference.tensor_parallel import Part, Share, connect, divide
 from nanollm.model import Decoder
 
@@ -43,11 +43,14 @@ def load_part(source: str | Path, rank: int, ranks: int, *, dtype: torch.dtype |
     Every rank calls this, and torch.distributed must have begun when the model runs. `quantize` rounds what a rank has,
     so its groups and scales are not those of the whole model. Raises what `load` does, and InputError for a layer that
     cannot be divided; CheckpointError for files that cannot be read in parts. Then nothing was allocated."""
+    if not 0 <= rank < ranks or quantize not in (None, *KINDS):
+        raise InputError(f"rank {rank} of {ranks}, quantize {quantize!r}: expected a rank from 0 to {ranks - 1}, and "
+                         f"{', '.join(KINDS)}, or None")
     found = open_source(hub.local_path(source), ignore)
     part = divide(found.model, rank, ranks)
     found = cut(found, part)
     model = found.fill(dtype, device, plan_for(found.model, quantize) if quantize else None)
-    return connect(model, ranks)
+    return connect(model)
 
 
 @dataclass(frozen=True)

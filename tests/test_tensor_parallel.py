@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import generate as script
-from checkpoints import load
+from checkpoints import convert, load
 from checkpoints.parts import load_part
-from nanollm.errors import NanollmError
+from checkpoints.source import open_source
+from nanollm.errors import CheckpointError, NanollmError
 from tests import forked, tensor_ranks
 from tests.fixtures import FIXTURES, ONCE, ONE_OF_EACH
 from tests.oracles import write
@@ -82,6 +83,12 @@ def test_what_is_not_divided_is_refused_by_name(tmp_path: Path) -> None:
         write(FIXTURES[name], tmp_path / name)
         with pytest.raises(NanollmError, match=why):
             load_part(tmp_path / name, 1, 2)
+    (tmp_path / "llama").mkdir()
+    write(FIXTURES["llama-3.2"], tmp_path / "llama")
+    plan = convert.plan(open_source(tmp_path / "llama"), fewer="int8")
+    convert.convert(plan, tmp_path / "packed")
+    with pytest.raises(CheckpointError, match="q_proj.weight is no plain tensor"):
+        load_part(tmp_path / "packed", 0, 2)
 
 
 def test_quantised_parts(tmp_path: Path) -> None:

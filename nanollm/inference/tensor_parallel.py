@@ -1,38 +1,41 @@
 """One model on R processes, each with a part of every layer: tensor parallelism.
 
-A rank's part of a layer is a *smaller layer of the same class*, fewer heads or a smaller F, and what the ranks' small
-layers say adds up to what the whole one would. Shoeybi et al. 2019 (arXiv 1909.08053), §3; here H = 4, R = 2:
+A rank's part of a layer is a *smaller layer of the same class*, with fewer heads or a smaller F; and what the small
+layers of all ranks say adds up to what the whole one says. Shoeybi et al. 2019 (arXiv 1909.08053), §3; R = 2:
 
-              rank 0                               rank 1
-    x ──┬──── q k v of heads 0 1 ── o's ──┐        q k v of heads 2 3 ── o's ──┐         rows of W_q, W_k, W_v;
-        │                      columns    │                         columns    │         columns of W_o
-        + ←───────────────── Σ over ranks ┴─────────────────────────────────────┘        one all-reduce
-        ├──── gate, up: F/2 rows ── down's ──┐     gate, up: the rest ── down's ──┐      rows of W_gate, W_up;
-        │                         columns    │                         columns    │      columns of W_down
-        + ←──────────────────── Σ over ranks ┴────────────────────────────────────┘      one all-reduce
+          ┌─ rank 0   q k v of heads 0 … H/2−1 ── o ──┐           W_q, W_k, W_v: H d/R rows
+    x ─┬──┤                                           Σ ── + ─┐   W_o: H d/R columns
+       │  └─ rank 1   q k v of the other heads ── o ──┘    │  │
+       └───────────────────────────────────────────────────┘  │
+    ┌─────────────────────────────────────────────────────────┘
+    │     ┌─ rank 0   gate, up: F/2 rows ── ⊙ ── down ─┐          W_gate, W_up: F/R rows
+    └─┬───┤                                            Σ ── + ─→  W_down: F/R columns
+      │   └─ rank 1   gate, up: the others ── ⊙ ─ down ┘    │
+      └─────────────────────────────────────────────────────┘     Σ: one all-reduce
 
-    W_o [a ; b] = W_o[:, :n] a + W_o[:, n:] b            what makes it right: a product is a sum over its inputs
+    [W_0  W_1] [a_0 ; a_1] = W_0 a_0 + W_1 a_1      why it adds up: a product is a sum over its inputs, W cut by columns
 
-What is between the two products of a branch is one head's, or one channel's, alone; so nothing else is exchanged, but
+Every rank has x, the residual stream. Between the two products of a branch a head, or a channel, is alone, so nothing
+else is exchanged, but for
 
-    Mamba             x_proj reads all channels: its few numbers are summed as well
-    Mamba-2, G = 1    the norm behind the gate is over all channels: the mean square is averaged over ranks
-    norms of q and k over all heads at once (scope "all"): the same
-    embedding, head   rows of the vocabulary. Each rank looks its own tokens up, the others are 0, and the sum is the
-                      embedding; of the logits each rank fills its own columns, the others are 0
-    a bias behind a sum   rank 0 has it, for the others it is 0
+    Mamba             Δ, B and C are read from all channels: x_proj is summed too
+    Mamba-2, G = 1    the norm behind the gate is over all channels: its mean square is averaged over ranks
+    q and k norms     of scope "all", over all heads at once: the same
+    embedding, head   a rank has some rows of the vocabulary. Tokens of other ranks are looked up as 0, logits of other
+                      ranks are 0, and the sum has them all
 
-Key/value heads (and groups of Mamba-2, key heads of a delta rule) are divided too; where there are fewer than ranks,
-ranks whose queries read the same one each have it. Experts are divided by F, each of them: then every rank works for
-every token, whatever the router says, in place of waiting for the rank that has the popular ones. Norms, routers, the
-latent vectors of latent attention and tables of positions are whole on every rank.
+A bias that is added behind a Σ is added once: rank 0 has it, on the others it is 0. Key/value heads, groups of Mamba-2
+and key heads of a delta rule are divided as well; where they are fewer than ranks, those ranks have the same one whose
+queries read it. Of experts each is divided, by F: so all ranks work on every token, wherever the router sends it, and
+none waits for the one that has the popular experts. Norms, routers, the latents of latent attention and tables of
+positions are whole on every rank.
 
-    part = divide(model_on_meta, rank, ranks)     raises InputError for what cannot be divided, by name
-    checkpoints.parts.load_part(folder, rank, ranks)                        reads it: only this rank's part of the files
-    connect(model, ranks)                         the sums; torch.distributed must have begun
+    part = divide(model_on_meta, rank, ranks)       which part; raises InputError for what cannot be divided, by name
+    checkpoints.parts.load_part(folder, rank, ranks)    reads it, and no other part of the files
+    connect(model)                                  puts the sums in; torch.distributed has to have begun when it runs
 
-All ranks get the same logits, bit for bit: an all-reduce gives all of them one result. So they draw the same tokens
-from the same seed, and nobody has to be told.
+All ranks have the same logits, bit for bit, for an all-reduce gives one result to all. So with one seed they draw the
+same tokens, and need not tell each other.
 """
 
 from collections.abc import Callable, Iterator
@@ -225,7 +228,7 @@ def total(x: Tensor) -> Tensor:
     return x
 
 
-def connect(model: Decoder, ranks: int) -> Decoder:
+def connect(model: Decoder) -> Decoder:
     """Let what each branch of a part says be summed over ranks. For inference: there are no gradients."""
     def summed(module: nn.Module, given: Any, said: Tensor) -> Tensor:
         return total(said)

@@ -1,7 +1,7 @@
 """The parts of a layer, one equation a file; here, which module a config describes.
 
 A fork adds its mixer or feed-forward to MODULES. A mixer's module says all that the rest of the house needs to know of
-it, and no other file names it:
+it, and no other file has to name it (inference/tensor_parallel.py does, for the kinds that it divides among ranks):
 
     forward(x, ctx, state)                          (B, T, D) → (B, T, D)
     new_state(config, batch, length, dtype, device) what it remembers between calls, layers/state.py
