@@ -81,6 +81,8 @@ def test_the_blank_is_cut_out_of_the_source(name):
 
 @pytest.mark.parametrize("name", EXERCISES)
 def test_its_graders_are_tests_of_the_project(name):
+    """By name; that each mistake of the list is found is the next test but one."""
+    assert name in CASES and name in WRONG
     for test in EXERCISES[name].tests:
         file, _, function = test.partition("[")[0].partition("::")
         assert find(ast.parse((ROOT / file).read_text()), function)

@@ -4,7 +4,10 @@
     python -m docs.exercises check rmsnorm      grade one
 
 A solution is the source itself: `blank.py` cuts it out when the folder is written, and `grade.py` puts the student's
-in its place and runs the project's own tests. Nothing is copied, so nothing can drift. Numbers by hand: cases.py.
+in its place and runs the project's own tests. Nothing is copied, so nothing can drift.
+
+A new exercise is an entry here, small numbers worked out by hand in cases.py, a usual mistake in
+tests/test_exercises.py, and its name in a step of docs/learn.md.
 """
 
 from dataclasses import dataclass

@@ -11,7 +11,7 @@ import ast
 from typing import NamedTuple
 
 Definition = ast.FunctionDef | ast.ClassDef
-Lines = list[str]
+REMOVED = "\0"                                # a line of a body, until it is left out
 
 
 class Merged(NamedTuple):
@@ -84,12 +84,9 @@ def excerpt(source: str, module: str, blanks: tuple[str, ...], note: str) -> str
     if given:
         parts += [[f"from {module} import {', '.join(given)}  # beside it in the file; yours to call"]]
     parts += [["", *note.splitlines()]]
-    for node in sorted(wanted, key=first_line):
-        parts += [["", ""], [line for line in whole[first_line(node) - 1 : node.end_lineno] if line is not REMOVED]]
+    for top in sorted(wanted, key=first_line):
+        parts += [["", ""], [line for line in whole[first_line(top) - 1 : top.end_lineno] if line is not REMOVED]]
     return "\n".join(line for part in parts for line in part) + "\n"
-
-
-REMOVED = "\0removed"
 
 
 def names_at_top(tree: ast.Module) -> set[str]:
@@ -121,7 +118,7 @@ def merge(source: str, student: str, module: str, blanks: tuple[str, ...]) -> Me
         start = first_line(node) if isinstance(node, Definition) else node.lineno
         pieces.append((at, at - 1, start, node.end_lineno or 0))
 
-    text: Lines = []
+    text: list[str] = []
     places, done = [], 0
     for first, last, start, end in sorted(pieces):
         text += lines[done : first - 1]

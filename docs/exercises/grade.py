@@ -37,7 +37,9 @@ class Report:
     """What pytest tells while it runs."""
 
     def __init__(self) -> None:
-        self.passed, self.skipped, self.failed = 0, [], []
+        self.passed = 0
+        self.skipped: list[str] = []        # why
+        self.failed: list = []              # reports
 
     def pytest_runtest_logreport(self, report) -> None:
         if report.failed:

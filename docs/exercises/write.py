@@ -68,7 +68,8 @@ def text_of(exercise: Exercise, number: int) -> str:
 def write(folder: Path) -> tuple[list[str], list[str]]:
     """Names of the files that were written, and of those that were there and are left alone."""
     folder.mkdir(parents=True, exist_ok=True)
-    written, kept = [], []
+    written: list[str] = []
+    kept: list[str] = []
     for number, exercise in enumerate(EXERCISES.values(), 1):
         path = folder / f"{exercise.name}.py"
         (kept if path.exists() else written).append(path.name)
