@@ -141,7 +141,7 @@ def test_every_parameter_has_one_owner(name):
 ASKED = {"galore": ("--galore-rank", "8", "--switch-every", "4"), "badam": ("--switch-every", "2"), "adamw8bit": ()}
 
 
-@pytest.mark.parametrize("name", low_memory.NAMES)
+@pytest.mark.parametrize("name", slow_but(["badam", "galore"], [*low_memory.NAMES]))
 def test_a_run_that_was_left_ends_as_one_that_was_not(name, base, shards, tmp_path, monkeypatch):
     """To the bit; it left within a turn of the block, and between two subspaces. And it has learnt."""
     args = ("--init", base, "--data", shards, *QUICK, "--optimizer", name, *ASKED[name])

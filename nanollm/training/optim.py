@@ -117,12 +117,16 @@ def build(
         {"params": rest, "weight_decay": 0.0, "lr_scale": lr_scale},
     ]
     optimizers: list[torch.optim.Optimizer] = []
-    theirs = matrices if name == "muon" else [
-        p for p in matrices if min(p.shape[-2:]) > rank] if name == "galore" else []
-    if theirs:                                              # torch refuses an optimizer of nothing
-        optimizers.append(Muon(theirs, weight_decay, dtype) if name == "muon" else
-                          GaLore(theirs, weight_decay, betas, rank, every, scale))
-    matrices = [p for p in matrices if id(p) not in {*map(id, theirs)}]
+    own: list[nn.Parameter] = []
+    if name == "muon":
+        own = matrices
+    elif name == "galore":
+        own = [p for p in matrices if min(p.shape[-2:]) > rank]
+    if own:                                                 # torch refuses an optimizer of nothing
+        optimizers.append(Muon(own, weight_decay, dtype) if name == "muon" else
+                          GaLore(own, weight_decay, betas, rank, every, scale))
+    taken = {*map(id, own)}
+    matrices = [p for p in matrices if id(p) not in taken]
     groups.insert(0, {"params": matrices, "weight_decay": weight_decay, "lr_scale": 1.0})
     optimizers += of_groups(model, name, groups, betas, every)
     init_state(optimizers)
