@@ -344,7 +344,7 @@ def test_a_name_on_the_hub_is_trained_as_its_folder_is(data, tmp_path, monkeypat
 
 def test_a_method_is_a_loss_and_a_collator(data, tmp_path, monkeypatch):
     """One that the loop has never heard of: it learns to say one token always, and counts rows, not targets."""
-    from nanollm.training import losses
+    from nanollm.training import losses, method
 
     def always_seven(model: Decoder, batch, options) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         logits = model(batch.tokens, batch.positions)[:, -1]
@@ -356,7 +356,7 @@ def test_a_method_is_a_loss_and_a_collator(data, tmp_path, monkeypatch):
 
     def built(*given):
         made = build(*given)
-        made.loss = always_seven
+        made.method = method.Method(always_seven)
         return made
 
     monkeypatch.setattr(train, "build", built)

@@ -62,7 +62,7 @@ def test_the_reference_is_the_model_as_it_was(monkeypatch, base, tmp_path, metho
     """Full, frozen, LoRA and QLoRA; what is kept of it are the parameters that are trained, and no others."""
     kept = []
     monkeypatch.setattr(train, "export", lambda run: kept.append(run))
-    more = (*KINDS[kind], "--beta", 0.1, "--steps", 3)
+    more = (*KINDS[kind], "--beta", 0.1, "--steps", 3, "--recompute", "full")
     found = steps(here(monkeypatch, base, tmp_path / "run", method, *more))
     assert abs(found[0]["kl"]) < 1e-6 and found[2]["kl"] > 1e-4 and found[0]["gradient_norm"] > 0
     assert all(entry["sampler_difference_max"] < 1e-3 for entry in found)
@@ -155,7 +155,9 @@ def test_a_function_that_is_not_there_is_said_before_anything_is_read(name, mess
 
 
 @pytest.mark.parametrize("args, message", [
-    ((), "--grpo: give --reward-function"), (("--compile",), "--grpo with --compile"), (("--offload",), "--offload"),
+    ((), "--grpo: give --reward-function"),
+    (("--reward-model", "x"), "give --reward-function MODULE:NAME, or"),
+    (("--compile",), "--grpo with --compile"), (("--offload",), "--offload"),
     (("--group", 1), "--group 1"), (("--gae-lambda", 1), "--gae-lambda does not go with --grpo"),
     (("--loss", "dpo"), "--loss goes with --preference"), (("--chat", "x"), "--grpo with --chat"),
     (("--ppo", "x"), "--grpo with --ppo"), (("--plan",), "--grpo with --plan")])

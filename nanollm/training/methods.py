@@ -109,6 +109,8 @@ def check_reinforcement(options: argparse.Namespace) -> None:
         raise InputError(f"--{name}: give --reward-function MODULE:NAME, or --reward-model FOLDER; one of them")
     if options.reward_function:
         reward_function.find(options.reward_function)
+    else:
+        reward_function.need_score(options.reward_model)
     for other in ("compile", "offload"):
         if getattr(options, other):
             raise InputError(f"--{name} with --{other}: answers are sampled from the weights as they lie on one "

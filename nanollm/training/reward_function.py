@@ -81,15 +81,20 @@ def by_function(name: str) -> Rewards:
     return rewards
 
 
+def need_score(folder: Path) -> None:
+    """Raise InputError where a folder is not that of a run with --reward."""
+    if not (folder / reward.FILE).exists():
+        raise InputError(f"--reward-model {folder}: has no {reward.FILE}; expected the folder of a run with --reward")
+
+
 def by_model(folder: Path, vocab: int, load: Callable[..., Decoder]) -> Rewards:
     """The rewards of --reward-model, the run folder of a run with --reward. load: reads a folder, beside an adapter.
     Raises InputError and RunError."""
-    base, adapter = folder, folder / "adapter_config.json"
+    need_score(folder)
+    base, adapter = str(folder), folder / "adapter_config.json"
     if adapter.exists():
-        base = Path(json.loads(adapter.read_text())["base_model_name_or_path"])
-    if not (folder / reward.FILE).exists():
-        raise InputError(f"--reward-model {folder}: has no {reward.FILE}; expected the folder of a run with --reward")
-    model = reward.read(load(base, adapter=folder if base != folder else None), folder).eval().requires_grad_(False)
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    model = reward.read(load(base, adapter=folder if adapter.exists() else None), folder).eval().requires_grad_(False)
     if model.config.vocab != vocab:
         raise InputError(f"--reward-model {folder}: has a vocabulary of {model.config.vocab}, the model one of {vocab};"
                          " expected one with the same tokenizer")
@@ -99,7 +104,7 @@ def by_model(folder: Path, vocab: int, load: Callable[..., Decoder]) -> Rewards:
         found = list[float]()
         for *_, whole in answered:              # one by one: no padding, and the same number whatever stands beside it
             with torch.no_grad():
-                one = reward.rewards(model, torch.tensor([whole], device=device), torch.tensor([len(whole)]))
+                one = reward.rewards(model, *(torch.tensor([each], device=device) for each in (whole, len(whole))))
             found += one.tolist()
         return found
 
