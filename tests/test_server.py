@@ -337,7 +337,7 @@ def test_what_fails_inside_is_told_and_logged(served, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(engine_file, "next_tokens", broken)
+    monkeypatch.setattr(engine_file.RowCache, "read_together", broken)
     status, told = served.raw(CHAT, {"messages": QUESTION})
     assert status == 500 and told["error"]["type"] == "server_error" and "secret" not in str(told)
     assert "secret" in caplog.text

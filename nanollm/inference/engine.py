@@ -111,10 +111,11 @@ class Engine:
     """The scheduler of the head of the file. Any thread may `submit` and `cancel`; one at a time may `step`."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None, slots: int = 8, length: int | None = None,
-                 queue: int = 256) -> None:
+                 queue: int = 256, compiled: Sequence[int] = ()) -> None:
         """slots: answers at once; length: the most tokens of a prompt with its answer, else the model's own context as
-        far as half of the free memory holds it; queue: requests that may wait. The tokenizer reads prompts given as
-        text, and says which tokens end an answer where a request does not.
+        far as half of the free memory holds it; queue: requests that may wait; compiled: the numbers of rows that the
+        model has programs for (compiled.py), of which a step takes the next larger one. The tokenizer reads prompts
+        given as text, and says which tokens end an answer where a request does not.
 
         Raises InputError where the cache is larger than the memory that is free, before any of it is taken.
         """
@@ -122,6 +123,7 @@ class Engine:
             raise InputError(f"slots {slots}: expected at least 1")
         self.model, self.tokenizer, self.slots, self.queue = model, tokenizer, slots, queue
         self.length = fitting(model, slots, length)
+        self.compiled = sorted(n for n in compiled if n <= slots)
         self.rows = RowCache(model, slots, self.length)
         self.waiting: deque[Ticket] = deque()
         self.seated: list[Ticket] = []                  # row → who is answered in it, or whose prompt is read into it
@@ -262,9 +264,9 @@ class Engine:
         soon = max((self.rows.usable_after(each.prompt, ticket.prompt) for each in self.joining), default=0)
         if 2 * (soon - max(usable)) > len(ticket.prompt) - max(usable):
             return False
+        ticket.row = first_free = len(self.seated)
         with self.wake:
-            self.waiting.popleft()
-        first_free = len(self.seated)
+            self.seated.append(self.waiting.popleft())
         free = range(first_free, self.slots)
         source = max(range(self.slots), key=lambda row: (usable[row], row in free))
         ticket.reused = usable[source]
@@ -273,8 +275,7 @@ class Engine:
         row = source if goes_on else oldest
         self.rows.take(row, source, ticket.reused)
         self.rows.exchange(row, first_free)
-        self.ended_at[row], ticket.row = self.ended_at[first_free], first_free
-        self.seated.append(ticket)
+        self.ended_at[row] = self.ended_at[first_free]
         self.counts["prompt_tokens"] += len(ticket.prompt)
         self.counts["reused_tokens"] += ticket.reused
         return True
@@ -324,7 +325,9 @@ class Engine:
         if any(self.rows.turns(n, n + 1) for n in lengths):
             return self._write_singly(tickets)
         try:
-            logits = self.rows.read_together(0, [ticket.answer.tokens[-1:] for ticket in tickets])
+            rows = next((n for n in self.compiled if n >= len(tickets)), len(tickets))
+            idle: list[list[int]] = [[]] * (rows - len(tickets))
+            logits = self.rows.read_together(0, [ticket.answer.tokens[-1:] for ticket in tickets] + idle)
         except Exception as error:
             if len(tickets) == 1:
                 return self._fail(tickets[0], error)
