@@ -272,7 +272,8 @@ def attend_one(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bo
     q32 = realized(q.float() * (q.shape[-1] ** -0.5 if scale is None else scale))
     scores = (q32[:, :, :, None] * k.float()[:, :, None]).sum(-1)                       # (1, K, G, S)
     if attn_mask is not None:
-        scores = scores + attn_mask
+        least = torch.finfo(torch.float32).min   # not −∞: a row that is idle, and sees nothing, would become NaN
+        scores = (scores + attn_mask).clamp(min=least)
     p = realized((scores - scores.amax(-1, keepdim=True)).exp())
     total = realized(p.sum(-1, keepdim=True))
     return ((p[..., None] * v.float()[:, :, None]).sum(-2) / total).to(q.dtype), total[..., 0]
