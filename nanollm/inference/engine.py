@@ -36,24 +36,22 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanollm.errors import InputError
-from nanollm.inference.answer import Answer, logprobs_of
 from nanollm.inference.context import cache_bytes, default_context, longest_within
 from nanollm.inference.generation import Constrain, Finish, Stop, check_prompt
 from nanollm.inference.machine import free_memory
 from nanollm.inference.rows import MARKS, RowCache, mark_bytes
-from nanollm.inference.sample import Sampling, next_tokens, settings
+from nanollm.inference.sample import Sampling, settings
+from nanollm.inference.ticket import Ticket
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
 
 CHUNK = 256             # prompt tokens a step
-GREEDY = Sampling()
 
 
 class Busy(InputError):
@@ -62,49 +60,6 @@ class Busy(InputError):
 
 class TooLong(InputError):
     """A prompt that leaves no room for an answer."""
-
-
-class Ticket:
-    """A request in an engine, and what has come of it so far."""
-
-    def __init__(self, prompt: list[int], sampling: Sampling, finish: Finish, logprobs: int | None,
-                 listen: "Callable[[Ticket], None] | None", draw: torch.Generator | None) -> None:
-        self.prompt, self.sampling, self.finish, self.logprobs = prompt, sampling, finish, logprobs
-        self.listen, self.draw = listen, draw
-        self.answer = Answer()
-        self.error: Exception | None = None             # why it ended, where it failed
-        self.row = -1                                   # while its prompt is read or its answer is written
-        self.reused = 0                                 # tokens of the prompt that a row had read before
-        self.cancelled = False
-        self.alone = False                              # read by itself: a pass with others has failed
-        self.greedy = not finish.constraints and logprobs is None and replace(sampling, seed=None) == GREEDY
-        self.done = threading.Event()
-
-    def cancel(self) -> None:
-        """End it at the next step; its answer is "interrupted"."""
-        self.cancelled = True
-
-    def wait(self, seconds: float | None = None) -> Answer:
-        """The whole answer, once it is there. Raises what it failed with."""
-        if not self.done.wait(seconds):
-            raise TimeoutError(f"no answer after {seconds} s")
-        if self.error is not None:
-            raise self.error
-        return self.answer
-
-    def tell(self) -> None:
-        """Tell the listener that there is a token more, or the end."""
-        if self.listen is not None:
-            self.listen(self)
-
-    def end(self, error: Exception | None = None) -> None:
-        """It is over, and if nothing else has ended it, interrupted."""
-        self.answer.ended, self.error = self.answer.ended or "interrupted", error
-        self.done.set()
-        try:
-            self.tell()
-        except Exception as failed:                     # a listener that breaks at the end hurts nobody
-            self.error = self.error or failed
 
 
 class Engine:
@@ -354,7 +309,7 @@ class Engine:
                 if ticket.greedy and math.isfinite(value):
                     ticket.answer.tokens.append(token)
                 else:
-                    draw(ticket, row)
+                    ticket.choose(row)
                 self.counts["new_tokens"] += 1
                 ticket.finish(ticket.answer)
                 if ticket.answer.ended is None:
@@ -389,17 +344,6 @@ class Engine:
         self._leave(ticket)
         self.counts["failed"] += 1
         ticket.end(error)
-
-
-@torch.inference_mode()
-def draw(ticket: Ticket, logits: Tensor) -> None:
-    """Its next token, from logits (1, V), as its sampling and its grammar say."""
-    answer, finish = ticket.answer, ticket.finish
-    tokens, scores = next_tokens(logits, ticket.sampling, [ticket.prompt], [answer.tokens], finish.ids, ticket.draw,
-                                 finish.constraints)
-    if ticket.logprobs is not None:                     # before the token: another thread may look at any moment
-        answer.logprobs += logprobs_of(logits, scores, tokens, ticket.logprobs)
-    answer.tokens += tokens.tolist()
 
 
 def fitting(model: Decoder, slots: int, length: int | None) -> int:
