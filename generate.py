@@ -49,7 +49,7 @@ from nanollm.errors import InputError, TokenizerError
 from nanollm.inference import batches, settings
 from nanollm.inference.answer import Answer
 from nanollm.inference.chat import Chat
-from nanollm.inference.compiled import compile_decoding, has_compiler
+from nanollm.inference.compiled import SERVED, compile_decoding, has_compiler
 from nanollm.inference.constrained import Grammar
 from nanollm.inference.context import default_context, past_context, session_length
 from nanollm.inference.engine import Engine
@@ -206,7 +206,7 @@ def served(args: argparse.Namespace, model: Decoder, request: Request) -> None:
     """OpenAI's API, until Ctrl-C."""
     from nanollm.inference.server import Server, serve
 
-    engine = Engine(model, request.tokenizer, args.slots or 8, args.context)
+    engine = Engine(model, request.tokenizer, args.slots or 8, args.context, compiled=SERVED if args.compile else ())
     name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
     port = 8000 if args.port is None else args.port                 # 0: any that is free
     serve(Server(engine, request, name, args.api_key), args.host or "127.0.0.1", port)
@@ -336,7 +336,7 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
     head_bits = 8 if args.quantize else None
     if args.compile:
         note("[compiling; the first time on a machine this takes up to a minute]")
-        compile_decoding(model, head_bits)
+        compile_decoding(model, head_bits, SERVED if args.serve else (1,))
     else:
         prepare(model, head_bits)
     if args.prompts:

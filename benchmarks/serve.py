@@ -2,11 +2,13 @@
 
     python -m benchmarks.serve FILE.gguf             a table and one JSON line
     python -m benchmarks.serve FILE.gguf --write     … and keep the table as benchmarks/serve.md
+    python -m benchmarks.serve FILE.gguf --soak 60   16 clients of a server for an hour: does its memory grow?
 
 Prompts of 16 to 112 tokens, another length each, and as many new ones for all; greedy, in bfloat16. A figure is all new
 tokens over the seconds from the first prompt to the last token.
 
-    nanollm         the engine (nanollm/inference/engine.py): ragged rows, prompts one after the other
+    nanollm         the engine (nanollm/inference/engine.py): ragged rows, prompts read together
+    compiled        the same, with the programs of compiled.py for one row and for four
     transformers    generate with the prompts as one batch, padded on the left
     llama.cpp       a sequence a request in one context, all of their next tokens in one llama_decode, as its server's
                     slots do; the file as `checkpoints.convert --to gguf` writes it in BF16. With llama-cpp-python
@@ -15,11 +17,14 @@ They run in turn, round by round; a ratio is the median of the rounds' ratios, s
 """
 
 import argparse
+import http.client
 import json
+import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -31,17 +36,20 @@ import checkpoints
 from benchmarks.generate import machine
 from checkpoints import convert
 from checkpoints.source import open_source
+from nanollm.inference.compiled import SERVED, compile_decoding
 from nanollm.inference.engine import Engine
 from nanollm.inference.prepare import prepare
+from nanollm.inference.request import Request
+from nanollm.inference.sample import Sampling
 
 Run = Callable[[], list[list[int]]]     # all requests → their answers
-SIZES, PEERS = (1, 4, 16), ("nanollm", "transformers", "llama.cpp")
+SIZES, PEERS = (1, 4, 16), ("nanollm", "compiled", "transformers", "llama.cpp")
 
 
-def ours(model: checkpoints.Decoder, prompts: list[list[int]], new: int) -> Run:
+def ours(model: checkpoints.Decoder, prompts: list[list[int]], new: int, compiled: Sequence[int] = ()) -> Run:
     """The engine."""
     def run() -> list[list[int]]:
-        engine = Engine(model, slots=len(prompts), length=max(map(len, prompts)) + new)
+        engine = Engine(model, slots=len(prompts), length=max(map(len, prompts)) + new, compiled=compiled)
         tickets = [engine.submit(prompt, new) for prompt in prompts]
         while engine.step():
             pass
@@ -116,10 +124,12 @@ def bench(path: Path, new: int, rounds: int) -> list[dict]:
         convert.convert(convert.plan(open_source(path), "gguf", torch.bfloat16, None), Path(folder) / "gguf")
         reference = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/hf", dtype=torch.bfloat16).eval()
         prepare(model)
+        faster = compile_decoding(checkpoints.load(path, dtype=torch.bfloat16), rows=SERVED)
         for size in SIZES:
             lengths = draw.permutation(np.linspace(16, 112, 16).astype(int))[:size]
             prompts = [draw.integers(0, 40_000, length).tolist() for length in lengths]
-            runs = {"nanollm": ours(model, prompts, new), "transformers": theirs(reference, prompts, new),
+            runs = {"nanollm": ours(model, prompts, new), "compiled": ours(faster, prompts, new, SERVED),
+                    "transformers": theirs(reference, prompts, new),
                     "llama.cpp": llama_cpp(Path(folder) / "gguf/model.gguf", prompts, new)}
             seconds: dict[str, list[float]] = {name: [] for name, run in runs.items() if run is not None}
             for name in seconds:                            # warm up
@@ -132,18 +142,56 @@ def bench(path: Path, new: int, rounds: int) -> list[dict]:
             row: dict = {"requests": size}
             for name, found in seconds.items():
                 row[name] = size * new / statistics.median(found)
-                row[f"of {name}"] = statistics.median(b / a for a, b in zip(seconds["nanollm"], found, strict=True))
+                for one in PEERS[:2]:
+                    row[f"{one} to {name}"] = statistics.median(b / a for a, b in zip(seconds[one], found, strict=True))
             rows.append(row)
     return rows
 
 
+def soak(path: Path, minutes: float) -> list[float]:
+    """MiB of the process at 13 moments, the first when the server is warm, while 16 clients ask for chats, streamed
+    or whole, with and without log-probabilities; one in five leaves before its answer."""
+    import psutil
+
+    from nanollm.inference.server import Running, Server
+
+    tokenizer = checkpoints.tokenizer(path)
+    engine = Engine(prepare(checkpoints.load(path, dtype=torch.bfloat16)), tokenizer, slots=8, length=512)
+    running = Running(Server(engine, Request(tokenizer, 32, Sampling()), "soak"))
+    host, me, sizes = running.address.removeprefix("http://"), psutil.Process(), []
+    end = time.monotonic() + 60 * minutes
+
+    def client(number: int) -> None:
+        draw = random.Random(number)
+        while time.monotonic() < end:
+            content = "".join(draw.choices("abcdefgh ?", k=draw.randint(1, 99)))
+            body = {"messages": [{"role": "user", "content": content}],
+                    "max_tokens": draw.randint(1, 32), "stream": draw.random() < 0.5, "logprobs": draw.random() < 0.5}
+            line = http.client.HTTPConnection(host, timeout=600)
+            line.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+            if draw.random() < 0.8:
+                line.getresponse().read()
+            line.close()
+
+    with running, ThreadPoolExecutor(16) as pool:
+        clients = [pool.submit(client, number) for number in range(16)]
+        for moment in range(12, -1, -1):
+            time.sleep(max(0.0, end - 60 * minutes * moment / 13 - time.monotonic()))
+            sizes.append(me.memory_info().rss / 2**20)
+            print(f"{13 - moment}/13: {sizes[-1]:.1f} MiB, {engine.counts}", flush=True)
+        for each in clients:
+            each.result()
+    return sizes
+
+
 def table(rows: list[dict]) -> str:
     """Markdown, in tokens a second."""
-    lines = ["| requests | nanollm | transformers | llama.cpp, BF16 | ours to transformers | ours to llama.cpp |",
-             "|--:|--:|--:|--:|--:|--:|"]
+    lines = ["| requests | nanollm | compiled | transformers | llama.cpp, BF16 | nanollm to transformers | "
+             "nanollm to llama.cpp | compiled to llama.cpp |", "|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         speeds = (f"{row[name]:.1f}" if name in row else "not installed" for name in PEERS)
-        ratios = (f"**{row[f'of {name}']:.2f}**" if name in row else "" for name in PEERS[1:])
+        pairs = (("nanollm", "transformers"), ("nanollm", "llama.cpp"), ("compiled", "llama.cpp"))
+        ratios = (f"**{row[f'{one} to {other}']:.2f}**" if other in row else "" for one, other in pairs)
         lines.append(f"| {row['requests']} | {' | '.join([*speeds, *ratios])} |")
     return "\n".join(lines)
 
@@ -155,7 +203,12 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=32, help="new tokens of each answer (default 32)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds (default 3)")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/serve.md")
+    parser.add_argument("--soak", type=float, metavar="MINUTES",
+                        help="no table: serve 16 clients for so long and tell the memory of the process")
     args = parser.parse_args()
+    if args.soak is not None:
+        sizes = soak(args.path, args.soak)
+        return print(f"{args.soak:g} minutes: {sizes[0]:.1f} MiB at the first moment, {sizes[-1]:.1f} at the end")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     rows = bench(args.path, args.new, args.rounds)

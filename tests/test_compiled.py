@@ -16,6 +16,7 @@ from nanollm.inference.compiled import compile_decoding
 from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, prepare, side_by_side, widen
 from nanollm.inference.quantize import quantize
+from nanollm.inference.rows import RowCache
 from nanollm.model import Decoder
 from tests.oracles import difference, make_loud
 from tests.test_consistency import KINDS, tokens
@@ -126,6 +127,21 @@ def test_without_a_compiler_the_model_runs_as_it_is(monkeypatch):
     assert sorted(str(one.message).split(" not ")[0] for one in caught) == [
         "layers with Attention and MLP are", "the head is"]
     assert list(generate(model, [1, 2, 3], 8)) == expected
+
+
+@pytest.mark.parametrize("kind", ["full", "windows", "alibi", "norms of heads", "mamba-2", "side by side"])
+def test_several_rows_have_a_program_of_their_own(uncompiled, kind):
+    """Three rows of different lengths, one of them idle now and then; past the window."""
+    def run() -> torch.Tensor:
+        rows = RowCache(model, 3, 40)
+        for row, length in enumerate((9, 4, 13)):
+            rows.read(row, [(5 * at + row) % 50 for at in range(length)])
+        return torch.cat([rows.read_together(0, [[t], [t + 1], [t + 2] if t % 3 else []]) for t in range(12)])
+
+    model = decoder(KINDS[kind], final_norm=Norm())
+    expected = run()
+    ready = compile_decoding(model, rows=(1, 3))
+    assert {n for _, _, n in ready.layers[0].ready} == {1, 3} and difference(run(), expected) < 1e-5
 
 
 def test_a_model_is_compiled_once(uncompiled):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import checkpoints
-from nanollm.inference import engine as engine_file
+from nanollm.inference import ticket as ticket_file
 from nanollm.model import Decoder
 from nanollm.presets import transformer
 from tests.browser import CHROMIUM, Browser
@@ -60,7 +60,8 @@ def says(monkeypatch: pytest.MonkeyPatch, words, text: str) -> list:
             heard.append((words.decode(prompts[0], skip_special=False), sampling))
         return torch.tensor([script[len(answers[0]) % len(script)]]), logits.float()
 
-    monkeypatch.setattr(engine_file, "next_tokens", next_tokens)
+    monkeypatch.setattr(ticket_file, "GREEDY", None)
+    monkeypatch.setattr(ticket_file, "next_tokens", next_tokens)
     return heard
 
 
@@ -103,7 +104,8 @@ def test_settings_and_the_next_turn(page, words, monkeypatch):
 def test_an_answer_streams_and_stops(page, words, monkeypatch):
     browser, served = page
     endless = words.encode("word ")
-    monkeypatch.setattr(engine_file, "next_tokens", lambda logits, sampling, prompts, answers, *_: (
+    monkeypatch.setattr(ticket_file, "GREEDY", None)
+    monkeypatch.setattr(ticket_file, "next_tokens", lambda logits, sampling, prompts, answers, *_: (
         torch.tensor([endless[len(answers[0]) % len(endless)]]), logits.float()))
     browser.run("document.getElementById('clear').click()")
     browser.run("document.getElementById('question').focus()")

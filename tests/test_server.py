@@ -17,6 +17,7 @@ import torch
 import checkpoints
 from nanollm.inference import engine as engine_file
 from nanollm.inference import server as server_file
+from nanollm.inference import ticket as ticket_file
 from nanollm.inference.engine import Engine
 from nanollm.inference.generation import answer_batch
 from nanollm.inference.request import Request
@@ -222,7 +223,8 @@ def test_calls_of_tools(model, tmp_path, monkeypatch, form, stream):
     def says(logits, sampling, prompts, answers, *_):
         return torch.tensor([script[len(answers[0])]]), logits.float()
 
-    monkeypatch.setattr(engine_file, "next_tokens", says)
+    monkeypatch.setattr(ticket_file, "next_tokens", says)
+    monkeypatch.setattr(ticket_file, "GREEDY", None)            # or the likeliest tokens are found for all rows at once
     wide = Decoder(transformer(tokenizer.vocab_size, 32, 1, 4, 2, 48)).eval()
     with Served(wide, tokenizer) as served:
         made = served.client.chat.completions.create(model="toy", messages=QUESTION, tools=[TOOL], stream=stream)
@@ -337,7 +339,7 @@ def test_what_fails_inside_is_told_and_logged(served, monkeypatch, caplog):
     def broken(*_):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(engine_file, "next_tokens", broken)
+    monkeypatch.setattr(engine_file.RowCache, "read_together", broken)
     status, told = served.raw(CHAT, {"messages": QUESTION})
     assert status == 500 and told["error"]["type"] == "server_error" and "secret" not in str(told)
     assert "secret" in caplog.text

@@ -67,7 +67,8 @@ def test_stops_and_log_probabilities():
 def test_what_is_drawn_without_a_seed_is_distributed_as_the_model_says():
     """Two tokens of a vocabulary of 6, 400 times, with the likeliest of another model as guesses: Pearson's χ² beside
     p(a) p(b|a) of the full forward pass, below the 99.9 % quantile of its distribution (35 degrees of freedom)."""
-    model, small = (Decoder(ModelConfig(vocab=6, dim=16, layers=KINDS["full"][:1]), seed=seed).eval() for seed in (0, 1))
+    config = ModelConfig(vocab=6, dim=16, layers=KINDS["full"][:1])
+    model, small = (Decoder(config, seed=seed).eval() for seed in (0, 1))
     for each in (model, small):
         make_loud(each)
     model.head.weight.data *= 0.1                       # no pair is rare

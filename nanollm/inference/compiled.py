@@ -1,26 +1,27 @@
 """Decoding on a CPU as compiled code: one program for each kind of layer, which runs a layer for one new token.
 
     model = compile_decoding(checkpoints.load(folder))
+    compile_decoding(model, rows=(1, 4))                        programs for one row and for four, of any lengths
 
 PyTorch runs a token as some thousand small operations, and between two of them the weights that stream by have thrown
 the next one's code out of the caches: half of the time goes there. torch's compiler (Inductor) makes a few loops in C++
 of a layer instead. Two of its operations are written out here, as sums that it turns into one loop with what
 surrounds them:
 
-    product      y_n = Σ_k W_nk x_k            rows n, n + N/4, n + N/2, n + 3N/4 at a time: memory answers four
+    product      y_n = Σ_k W_nk x_k            outputs n, n + N/4, n + N/2, n + 3N/4 at a time: memory answers four
                                                streams that lie far apart sooner than one (17 GB/s in place of 11)
                  y_n = s_n Σ_k Q_nk x_k        the same of weights in 8 bits
     attention    y = Σ_s softmax(q·k_s)_s v_s  of one query, over the keys that are there
 
 Layers of one config share a program: their weights and states are its inputs. How many keys there are, and for how many
-a cache has room, is open, and so are the numbers of the experts that a token chooses. Prompts, batches and padding run
-as before, and so does a layer that cannot be traced; a warning says so, once.
+a cache has room, is open, and so are the numbers of the experts that a token chooses. Prompts and other batches run as
+before, and so does a layer that cannot be traced (of several rows, one with experts); a warning says so, once.
 
 Sums are rounded less often than in the model as it was, so logits in bfloat16 differ by as much as two orders of
 summation do. Tracing and compiling take a C++ compiler and, the first time on a machine, up to a minute; torch keeps
 the result on disk.
 
-Shapes: B = T = 1. D model width, N outputs, K inputs, H query heads, K key/value heads, S keys, d head width.
+Shapes: n rows, T = 1. D model width, N outputs, K inputs, H query heads, K key/value heads, S keys, d head width.
 """
 
 import copy
@@ -36,26 +37,29 @@ from torch.utils import _pytree as pytree
 
 from nanollm import ops
 from nanollm.errors import InputError
-from nanollm.inference.generation import generate
 from nanollm.inference.prepare import head_product, linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
+from nanollm.inference.rows import RowCache
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.state import KVCache, SlotMapping, State
 from nanollm.model import Decoder
 
 Program = Callable[..., Sequence[Tensor]]
 STREAMS = 4
+MOST_ROWS = 4           # of 4 rows the loop of a product takes 1.5 times as long as of one, of 8 rows 3.5 times
+SERVED = 1, MOST_ROWS   # rows that an engine with compiled steps has programs for: two and three run as four
 # a program's own frame in C++ too, and without looking at each weight's strides at each call: 3 ms a token of SmolLM2
 OPTIONS = {"cpp_wrapper": True, "size_asserts": False}
 
 
-def compile_decoding(model: Decoder, head_bits: int | None = None) -> Decoder:
-    """Let each layer and the head of a model run compiled where one token follows, in place; return the model.
+def compile_decoding(model: Decoder, head_bits: int | None = None, rows: Sequence[int] = (1,)) -> Decoder:
+    """Let each layer and the head of a model run compiled where one token a row follows, in place; return the model.
 
     On another device than a CPU, or where kernels were asked for by NANOLLM_KERNELS=triton, nothing is done.
-    head_bits: 8 for a head in 8 bits, as in `prepare`.
+    head_bits: 8 for a head in 8 bits, as in `prepare`. rows: the numbers of rows to make programs for, each at most
+    MOST_ROWS.
 
-    The programs are made here, by three tokens of no meaning. InputError for a model that was compiled before."""
+    The programs are made here, by a few tokens of no meaning. InputError for a model that was compiled before."""
     if not model.embed.weight.is_cpu or ops.mode() == "triton":
         return model
     if any(isinstance(layer, CompiledBlock) for layer in model.layers):
@@ -65,10 +69,12 @@ def compile_decoding(model: Decoder, head_bits: int | None = None) -> Decoder:
             widen(owner, name, linear)
     programs: dict[Any, Program | None] = {}
     for index, layer in enumerate(model.layers):
-        model.layers[index] = CompiledBlock(layer, model.config.layers[index], programs)
-    model.head.packed = CompiledProduct(head_product(model.head, head_bits))
-    for _ in generate(model, [0, 0], 3):
-        pass
+        model.layers[index] = CompiledBlock(layer, model.config.layers[index], programs, rows)
+    model.head.packed = CompiledProduct(head_product(model.head, head_bits), rows)
+    for n in rows:
+        cache = RowCache(model, n, 8)
+        for _ in range(4):
+            cache.read_together(0, [[0]] * n)
     return model
 
 
@@ -86,24 +92,25 @@ class CompiledBlock(nn.Module):
     """A block that runs compiled where it can."""
     lock = threading.Lock()
 
-    def __init__(self, block: nn.Module, config: Any, programs: dict[Any, Program | None]) -> None:
+    def __init__(self, block: nn.Module, config: Any, programs: dict[Any, Program | None],
+                 rows: Sequence[int] = (1,)) -> None:
         super().__init__()
-        self.block, self.config, self.programs = block, config, programs
+        self.block, self.config, self.programs, self.rows = block, config, programs, rows
         self.rotation = rotation_of(config.mixer)
-        self.ready: tuple[Any, list[Tensor], Program | None] | None = None      # for which inputs, weights, program
+        self.ready: dict[Any, tuple[list[Tensor], Program | None]] = {}         # inputs → weights and program
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: State | None = None) -> Tensor:
-        """x (1, 1, D) → (1, 1, D), as the block."""
+        """x (n, 1, D) → (n, 1, D), as the block, for the numbers of rows that there are programs for."""
         slots = ctx.slots(state) if isinstance(state, KVCache) else None
-        if (state is None or x.shape[:2] != (1, 1) or not ctx.regular or torch.is_grad_enabled() or not x.is_cpu
-                or slots is not None and slots.fresh):
+        if (state is None or x.shape[1] != 1 or len(x) not in self.rows or ctx.regular != (len(x) == 1)
+                or torch.is_grad_enabled() or not x.is_cpu or slots is not None and slots.fresh):
             return self.block(x, ctx, state)
         tensors = [x, ctx.positions, *(ctx.rotation(*self.rotation) if self.rotation else ()),
                    *((slots.index, slots.key_positions) if slots else ()), *contiguous(state)]
-        kind = x.dtype, type(state)
-        if self.ready is None or self.ready[0] != kind:
-            self.ready = kind, *self.program(kind, tensors, ctx, slots, state)
-        _, weights, program = self.ready
+        kind = x.dtype, type(state), len(x)
+        if kind not in self.ready:
+            self.ready[kind] = self.program(kind, tensors, ctx, slots, state)
+        weights, program = self.ready[kind]
         return self.block(x, ctx, state) if program is None else program(*tensors, *weights)[0]
 
     def program(self, kind: Any, tensors: list[Tensor], ctx: ForwardContext, slots: SlotMapping | None,
@@ -119,22 +126,23 @@ class CompiledBlock(nn.Module):
 
 
 class CompiledProduct(nn.Module):
-    """The product of the head, compiled for one row."""
+    """The product of the head, compiled for these numbers of rows."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, rows: Sequence[int] = (1,)) -> None:
         super().__init__()
-        self.linear = linear
-        self.ready: tuple[torch.dtype, list[Tensor], Program | None] | None = None
+        self.linear, self.rows = linear, rows
+        self.ready: dict[Any, tuple[list[Tensor], Program | None]] = {}
 
     def forward(self, x: Tensor) -> Tensor:                     # (…, D) → (…, V)
-        if x.shape[:-1].numel() != 1 or torch.is_grad_enabled() or not x.is_cpu:
+        kind = x.dtype, x.shape[:-1].numel()
+        if kind[1] not in self.rows or torch.is_grad_enabled() or not x.is_cpu:
             return self.linear(x)
-        row = x.reshape(1, -1)
-        if self.ready is None or self.ready[0] != x.dtype:
-            self.linear(row)                    # puts scales into this dtype
-            self.ready = x.dtype, *self.program(row)
-        _, weights, program = self.ready
-        return self.linear(x) if program is None else program(row, *weights)[0].view(*x.shape[:-1], -1)
+        rows = x.reshape(kind[1], -1)
+        if kind not in self.ready:
+            self.linear(rows)                   # puts scales into this dtype
+            self.ready[kind] = self.program(rows)
+        weights, program = self.ready[kind]
+        return self.linear(x) if program is None else program(rows, *weights)[0].view(*x.shape[:-1], -1)
 
     def program(self, row: Tensor) -> tuple[list[Tensor], Program | None]:
         """The weights, and the program that takes them."""
@@ -204,8 +212,9 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
         mapping = None
         if slots is not None:
             index, key_positions = given[first - 2 : first]
-            mapping = with_values(slots, index=index, key_positions=key_positions, used=key_positions.shape[1])
-        traced = ForwardContext(positions, True, ctx.dtype, Lengths(positions[:, -1] + 1, mapping))
+            mapping = with_values(slots, index=index, key_positions=key_positions, used=key_positions.shape[1],
+                                  rows=torch.arange(len(x))[:, None])
+        traced = ForwardContext(positions, len(x) == 1, ctx.dtype, Lengths(positions[:, -1] + 1, mapping))
         if block.rotation:
             traced.once(("rotation", *block.rotation), lambda: (given[2], given[3]))
         before, after = with_tensors(state, given[first:]), with_tensors(state, given[first:])
@@ -241,37 +250,38 @@ def realized(x: Tensor) -> Tensor:
 
 
 def row_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (1, K), Wᵀ (K, N) → (1, N)."""
-    if x.shape[0] != 1 or not x.is_floating_point():
+    """x (n, K), Wᵀ (K, N) → (n, N), for few rows: in one loop, so that each weight is read once."""
+    if x.shape[0] > MOST_ROWS or not x.is_floating_point():
         return NotImplemented
-    rows, x32 = weight.t(), realized(x.float())
-    streams = STREAMS if rows.shape[0] % STREAMS == 0 else 1
-    parts = rows.reshape(streams, rows.shape[0] // streams, -1)
-    return torch.cat([(part.float() * x32).sum(-1) for part in parts.unbind()], -1)[None].to(x.dtype)
+    outputs, x32 = weight.t(), realized(x.float())
+    streams = STREAMS if outputs.shape[0] % STREAMS == 0 else 1
+    parts = outputs.reshape(streams, outputs.shape[0] // streams, -1).unbind()
+    return torch.stack([torch.cat([(part.float() * row).sum(-1) for part in parts], -1) for row in x32]).to(x.dtype)
 
 
 def row_product_plus(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
     """b + x Wᵀ."""
-    if x.shape[0] != 1 or beta != 1 or alpha != 1:
+    if x.shape[0] > MOST_ROWS or beta != 1 or alpha != 1:
         return NotImplemented
     return bias + row_product(x, weight)
 
 
 def attend_one(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
                attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:
-    """q (1, K, G, d), k and v (1, K, S, d) → (1, K, G, d); softmax and sums in float32."""
+    """q (n, K, G, d), k and v (n, K, S, d) → (n, K, G, d); softmax and sums in float32."""
     q32 = realized(q.float() * (q.shape[-1] ** -0.5 if scale is None else scale))
     scores = (q32[:, :, :, None] * k.float()[:, :, None]).sum(-1)                       # (1, K, G, S)
     if attn_mask is not None:
-        scores = scores + attn_mask
+        least = torch.finfo(torch.float32).min   # not −∞: a row that is idle, and sees nothing, would become NaN
+        scores = (scores + attn_mask).clamp(min=least)
     p = realized((scores - scores.amax(-1, keepdim=True)).exp())
     total = realized(p.sum(-1, keepdim=True))
     return ((p[..., None] * v.float()[:, :, None]).sum(-2) / total).to(q.dtype), total[..., 0]
 
 
 def row_product8(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """x (1, K), Q (N, K) int8, s (N,) → (1, N)."""
-    if x.shape[0] != 1:
+    """x (n, K), Q (N, K) int8, s (N,) → (n, N)."""
+    if x.shape[0] > MOST_ROWS:
         return NotImplemented
     return (scales.float() * row_product(x.float(), codes.t())).to(x.dtype)
 

@@ -36,24 +36,22 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanollm.errors import InputError
-from nanollm.inference.answer import Answer, logprobs_of
 from nanollm.inference.context import cache_bytes, default_context, longest_within
 from nanollm.inference.generation import Constrain, Finish, Stop, check_prompt
 from nanollm.inference.machine import free_memory
 from nanollm.inference.rows import MARKS, RowCache, mark_bytes
-from nanollm.inference.sample import Sampling, next_tokens, settings
+from nanollm.inference.sample import Sampling, settings
+from nanollm.inference.ticket import Ticket
 from nanollm.model import Decoder
 from nanollm.text.tokenizer import Tokenizer
 
 CHUNK = 256             # prompt tokens a step
-GREEDY = Sampling()
 
 
 class Busy(InputError):
@@ -64,57 +62,15 @@ class TooLong(InputError):
     """A prompt that leaves no room for an answer."""
 
 
-class Ticket:
-    """A request in an engine, and what has come of it so far."""
-
-    def __init__(self, prompt: list[int], sampling: Sampling, finish: Finish, logprobs: int | None,
-                 listen: "Callable[[Ticket], None] | None", draw: torch.Generator | None) -> None:
-        self.prompt, self.sampling, self.finish, self.logprobs = prompt, sampling, finish, logprobs
-        self.listen, self.draw = listen, draw
-        self.answer = Answer()
-        self.error: Exception | None = None             # why it ended, where it failed
-        self.row = -1                                   # while its prompt is read or its answer is written
-        self.reused = 0                                 # tokens of the prompt that a row had read before
-        self.cancelled = False
-        self.alone = False                              # read by itself: a pass with others has failed
-        self.greedy = not finish.constraints and logprobs is None and replace(sampling, seed=None) == GREEDY
-        self.done = threading.Event()
-
-    def cancel(self) -> None:
-        """End it at the next step; its answer is "interrupted"."""
-        self.cancelled = True
-
-    def wait(self, seconds: float | None = None) -> Answer:
-        """The whole answer, once it is there. Raises what it failed with."""
-        if not self.done.wait(seconds):
-            raise TimeoutError(f"no answer after {seconds} s")
-        if self.error is not None:
-            raise self.error
-        return self.answer
-
-    def tell(self) -> None:
-        """Tell the listener that there is a token more, or the end."""
-        if self.listen is not None:
-            self.listen(self)
-
-    def end(self, error: Exception | None = None) -> None:
-        """It is over, and if nothing else has ended it, interrupted."""
-        self.answer.ended, self.error = self.answer.ended or "interrupted", error
-        self.done.set()
-        try:
-            self.tell()
-        except Exception as failed:                     # a listener that breaks at the end hurts nobody
-            self.error = self.error or failed
-
-
 class Engine:
     """The scheduler of the head of the file. Any thread may `submit` and `cancel`; one at a time may `step`."""
 
     def __init__(self, model: Decoder, tokenizer: Tokenizer | None = None, slots: int = 8, length: int | None = None,
-                 queue: int = 256) -> None:
+                 queue: int = 256, compiled: Sequence[int] = ()) -> None:
         """slots: answers at once; length: the most tokens of a prompt with its answer, else the model's own context as
-        far as half of the free memory holds it; queue: requests that may wait. The tokenizer reads prompts given as
-        text, and says which tokens end an answer where a request does not.
+        far as half of the free memory holds it; queue: requests that may wait; compiled: the numbers of rows that the
+        model has programs for (compiled.py), of which a step takes the next larger one. The tokenizer reads prompts
+        given as text, and says which tokens end an answer where a request does not.
 
         Raises InputError where the cache is larger than the memory that is free, before any of it is taken.
         """
@@ -122,6 +78,7 @@ class Engine:
             raise InputError(f"slots {slots}: expected at least 1")
         self.model, self.tokenizer, self.slots, self.queue = model, tokenizer, slots, queue
         self.length = fitting(model, slots, length)
+        self.compiled = sorted(n for n in compiled if n <= slots)
         self.rows = RowCache(model, slots, self.length)
         self.waiting: deque[Ticket] = deque()
         self.seated: list[Ticket] = []                  # row → who is answered in it, or whose prompt is read into it
@@ -262,9 +219,9 @@ class Engine:
         soon = max((self.rows.usable_after(each.prompt, ticket.prompt) for each in self.joining), default=0)
         if 2 * (soon - max(usable)) > len(ticket.prompt) - max(usable):
             return False
+        ticket.row = first_free = len(self.seated)
         with self.wake:
-            self.waiting.popleft()
-        first_free = len(self.seated)
+            self.seated.append(self.waiting.popleft())
         free = range(first_free, self.slots)
         source = max(range(self.slots), key=lambda row: (usable[row], row in free))
         ticket.reused = usable[source]
@@ -273,8 +230,7 @@ class Engine:
         row = source if goes_on else oldest
         self.rows.take(row, source, ticket.reused)
         self.rows.exchange(row, first_free)
-        self.ended_at[row], ticket.row = self.ended_at[first_free], first_free
-        self.seated.append(ticket)
+        self.ended_at[row] = self.ended_at[first_free]
         self.counts["prompt_tokens"] += len(ticket.prompt)
         self.counts["reused_tokens"] += ticket.reused
         return True
@@ -324,7 +280,9 @@ class Engine:
         if any(self.rows.turns(n, n + 1) for n in lengths):
             return self._write_singly(tickets)
         try:
-            logits = self.rows.read_together(0, [ticket.answer.tokens[-1:] for ticket in tickets])
+            rows = next((n for n in self.compiled if n >= len(tickets)), len(tickets))
+            idle: list[list[int]] = [[]] * (rows - len(tickets))
+            logits = self.rows.read_together(0, [ticket.answer.tokens[-1:] for ticket in tickets] + idle)
         except Exception as error:
             if len(tickets) == 1:
                 return self._fail(tickets[0], error)
@@ -351,7 +309,7 @@ class Engine:
                 if ticket.greedy and math.isfinite(value):
                     ticket.answer.tokens.append(token)
                 else:
-                    draw(ticket, row)
+                    ticket.choose(row)
                 self.counts["new_tokens"] += 1
                 ticket.finish(ticket.answer)
                 if ticket.answer.ended is None:
@@ -386,17 +344,6 @@ class Engine:
         self._leave(ticket)
         self.counts["failed"] += 1
         ticket.end(error)
-
-
-@torch.inference_mode()
-def draw(ticket: Ticket, logits: Tensor) -> None:
-    """Its next token, from logits (1, V), as its sampling and its grammar say."""
-    answer, finish = ticket.answer, ticket.finish
-    tokens, scores = next_tokens(logits, ticket.sampling, [ticket.prompt], [answer.tokens], finish.ids, ticket.draw,
-                                 finish.constraints)
-    if ticket.logprobs is not None:                     # before the token: another thread may look at any moment
-        answer.logprobs += logprobs_of(logits, scores, tokens, ticket.logprobs)
-    answer.tokens += tokens.tolist()
 
 
 def fitting(model: Decoder, slots: int, length: int | None) -> int:

@@ -121,8 +121,9 @@ def parse(description: str) -> argparse.Namespace:
     machine.add_argument("--quantize", choices=KINDS,
                          help="bits of a weight in the layers' matrices: half or a quarter of the memory, and faster")
     machine.add_argument("--compile", action="store_true",
-                         help="compiled decoding on a CPU, twice as fast and more, for one answer at a time; takes a "
-                         "C++ compiler, and up to a minute at the first start")
+                         help="compiled decoding on a CPU, twice as fast and more, for one answer at a time, and with "
+                         "--serve for up to four (beyond four it is slower); takes a C++ compiler, and a minute or two "
+                         "at the first start")
     machine.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu",
                          help="device: cpu, cuda, cuda:1 …")
     machine.add_argument("--ignore", action="append", default=[], metavar="NAME",
@@ -154,8 +155,8 @@ def check(parser: Parser, args: argparse.Namespace) -> None:
         "--json goes with --prompt and --ask; --prompts writes JSON anyway":
             args.json and bool(args.chat or args.prompts or args.serve),
         "--compile is for a CPU; on a GPU kernels run by themselves": args.compile and args.device != "cpu",
-        "--compile goes with one answer at a time, not with batches (--prompts, --serve, --n, more than one --prompt)":
-            args.compile and (bool(args.prompts or args.serve) or args.n > 1 or len(args.prompt or []) > 1),
+        "--compile goes with one answer at a time and --serve, not with batches (--prompts, --n, several --prompt)":
+            args.compile and (bool(args.prompts) or args.n > 1 or len(args.prompt or []) > 1),
         "--draft and --lookup go with one answer to --ask or to one --prompt, without --compile":
             (args.draft is not None or args.lookup)
             and (args.compile or bool(args.prompts or args.serve or args.chat) or args.n > 1

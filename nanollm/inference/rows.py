@@ -102,9 +102,10 @@ class RowCache:
 
     @torch.inference_mode()
     def read_together(self, first: int, new: Sequence[Sequence[int]], wanted: Sequence[bool] | None = None) -> Tensor:
-        """The next tokens, at least one, of each of the rows from `first` on, none of which `turns`. Logits of the last
-        token of the rows that are wanted, (n, V). Where it fails with one token a row it can be tried again."""
-        wanted = [True] * len(new) if wanted is None else wanted
+        """The next tokens of each of the rows from `first` on, none of which `turns`; of some of them none. Logits of
+        the last token of the rows that are wanted, else of all that read, (n, V). Where it fails with one token a row
+        it can be tried again."""
+        wanted = [len(each) > 0 for each in new] if wanted is None else wanted
         if len(new) == 1:
             return self.read(first, new[0])[: sum(wanted)]
         rows, longest, counts = slice(first, first + len(new)), max(map(len, new)), [len(each) for each in new]
