@@ -157,13 +157,13 @@ def boxes(kind: Kind, parts: tuple[str, ...]) -> list[tuple[str, str, str]]:
 
 
 def tags(part: Any) -> list[str]:
-    """The fields of a part that differ from their defaults; of its rotation too."""
-    said = []
-    if not isinstance(part, (Attention, MLP, Norm)):
-        return said
+    """The fields of a part that differ from their defaults; of its rotation and of an attention in it too."""
+    said: list[str] = []
     for field in dataclasses.fields(part):
         mine = getattr(part, field.name)
-        if field.name == "rope":
+        if field.default is dataclasses.MISSING:            # a size, or the attention that it is built around
+            said += tags(mine) if isinstance(mine, Attention) else []
+        elif field.name == "rope":
             said += ["no rope"] if mine is None else [f"rope.{f}" for f in tags_of(mine)]
         elif field.name not in SIZES and mine != field.default:
             said.append(field.name)

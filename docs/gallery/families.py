@@ -110,7 +110,10 @@ def differences(config: ModelConfig) -> tuple[tuple[Kind, ...], tuple[Difference
         said = ((place, plainly(part)) for place, words in of_layer(layer, config.dim) for part in words.split("; ")
                 if not words.startswith(WIDTHS))
         found.setdefault(tuple(dict.fromkeys(said)), ([], layer))[0].append(name)
-    kinds = (Kind(re.sub(r" \d+$", "", alike[0]), layer, said) for said, (alike, layer) in found.items())
+    called = [alike[0] for alike, _ in found.values()]
+    plain = [re.sub(r" \d+$", "", name) for name in called]             # numbers, where they still tell kinds apart
+    called = [name if plain.count(short) > 1 else short for name, short in zip(called, plain, strict=True)]
+    kinds = (Kind(name, layer, said) for name, (said, (_, layer)) in zip(called, found.items(), strict=True))
     return tuple(kinds), tuple((place, plainly(words)) for place, words in of_model(config))
 
 

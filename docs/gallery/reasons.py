@@ -43,8 +43,8 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("Llama's block, so that what was written for Llama can be used.", "2404.14219"),
     ],
     "falcon": [
-        ("Attention and feed-forward beside each other need one all-reduce instead of two; few key/value "
-         "heads make inference scale.", "2311.16867"),
+        ("Attention and feed-forward beside each other need less communication between devices; few key/value "
+         "heads make inference faster.", "2311.16867"),
     ],
     "gpt_neox": [
         ("Attention and feed-forward beside each other train faster; a quarter of each head is rotated as "
