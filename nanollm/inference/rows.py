@@ -70,6 +70,9 @@ def narrowed(state: State, rows: slice) -> State:
     return view
 
 
+EVEN = 16       # parts of prompts are padded to a multiple of it, as oneDNN keeps code for every number of rows
+
+
 class RowCache:
     """The rows of the head of the file, and the tokens that each has read."""
 
@@ -108,7 +111,8 @@ class RowCache:
         wanted = [len(each) > 0 for each in new] if wanted is None else wanted
         if len(new) == 1:
             return self.read(first, new[0])[: sum(wanted)]
-        rows, longest, counts = slice(first, first + len(new)), max(map(len, new)), [len(each) for each in new]
+        rows, counts = slice(first, first + len(new)), [len(each) for each in new]
+        longest = max(counts) if max(counts) == 1 else -(-max(counts) // EVEN) * EVEN
         padded = [[*each, *[0] * (longest - len(each))] for each in new]
         places = [[*range(len(known), len(known) + count), *[-1] * (longest - count)]
                   for known, count in zip(self.tokens[rows], counts, strict=True)]

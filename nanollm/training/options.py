@@ -91,7 +91,8 @@ def of_record(folder: Path, parser: Parser) -> list[str]:
     if not own:
         raise RunError(f"{folder}: holds no run of train.py; name its folder with --out")
     deciding = {action.dest for action in parser._actions} - FREE | {"data"}        # data may lie elsewhere by now
-    return as_arguments({name: value for name, value in own.items() if name in deciding and value}, parser, "")
+    said = {name: value for name, value in own.items() if value or value not in (None, parser.get_default(name))}
+    return as_arguments({name: value for name, value in said.items() if name in deciding}, parser, "")
 
 
 def check_chats(options: argparse.Namespace) -> None:
