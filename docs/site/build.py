@@ -23,7 +23,7 @@ from html import escape
 from pathlib import Path
 
 from docs.site import guides, pages
-from docs.site.code import code_line, highlighted, lexer_for
+from docs.site.code import Links, code_line, highlighted, lexer_for
 from docs.site.names import Class, Sources
 from docs.site.prose import Prose
 from docs.site.scenes import ROUNDS, scenes
@@ -64,6 +64,7 @@ class Site:
         self.wanted: set[str] = set()                   # files that are linked, and have no page of their own
         self.index: list[tuple[str, str, str, str]] = []        # name, what it is, address, what it says
         self.seen: dict[str, Beside] = {}               # what was measured
+        self.links: dict[str, Links] = {}
         self.words: set[str] = set()                    # all names that may stand in equations
 
     # ---- addresses
@@ -154,7 +155,7 @@ class Site:
         self.words |= words_of(names)
         head_html = prose.html(titled(head))
         said = [f"<h2>{escape(row.prose)}</h2>" if row.heading else prose.html(row.prose) for row in rows]
-        links = self.sources.links(path)
+        links = self.links[path] = self.sources.links(path)
         lines = highlighted(text, links=links, address=lambda place: self.address(place.path, place.line, path))
         declared, main = legend(ast.get_docstring(module.tree) or ""), pages.main_scene(seen)
         measured = self.measured(main, seen, declared)

@@ -58,11 +58,12 @@ def mathml(text: str, words: Collection[str] = (), block: bool = True) -> str | 
     text = "".join(unicodedata.normalize("NFD", sign) if sign.isalpha() else sign for sign in text)     # Ā: A, then ¯
     parts = re.split(rf"(?<=\s)({'|'.join(CONNECTIVES)})(?=\s)", text.strip())
     try:
-        drawn = [f"<mtext>&nbsp;{part}&nbsp;</mtext>" if i % 2 else Reader(part.strip(), words).all()
+        drawn = [f"<mtext>\u00a0{part}\u00a0</mtext>" if i % 2 else Reader(part.strip(), words).all()
                  for i, part in enumerate(parts)]
     except Unsure:
         return None
-    return f'<math{" displaystyle=true" if block else ""}><mrow>{"".join(drawn)}</mrow></math>'
+    style = " displaystyle='true'" if block else ""
+    return f"<math{style}><mrow>{''.join(drawn)}</mrow></math>"
 
 
 def is_equation(text: str) -> bool:
@@ -265,7 +266,8 @@ class Reader:
         drawn = ""
         for part in re.findall(r"\d+|\D", run):
             tag = "mn" if part.isdigit() else "mi" if part.isalpha() else "mo"
-            drawn += f"<{tag}{' mathvariant=normal' if part == 'T' else ''}>{part}</{tag}>"
+            upright = " mathvariant='normal'" if part == "T" else ""
+            drawn += f"<{tag}{upright}>{part}</{tag}>"
         return f"<mrow>{drawn}</mrow>"
 
 

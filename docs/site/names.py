@@ -209,7 +209,7 @@ def bound_by(node: ast.stmt) -> Iterator[tuple[str, int]]:
                     yield found.id, found.lineno
         for handler in getattr(node, "handlers", []):
             if handler.name:
-                yield handler.name, handler.lineno
+                yield handler.name, handler.type.end_lineno or handler.lineno
 
 
 def members(found: Class) -> Class:
