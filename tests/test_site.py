@@ -71,8 +71,8 @@ def test_an_equation_says_what_its_line_says(site):
 
 
 @pytest.mark.parametrize("line, drawn", [
-    ("x / sqrt(mean(x²) + ε) · g", "mfrac msqrt"), ("a / b c", ""), ("λ s_e / Σ_T s", ""), ("θ^(−2j/d)", "mfrac"),
-    ("2^(−8h/H)", "mfrac"), ("1/n Σ_t x_t", "mfrac"), ("W x / c", ""), ("a b/c", "mfrac"),
+    ("x / sqrt(mean(x²) + ε) · g", "mfrac msqrt"), ("a / b c", ""), ("λ s_e / Σ_T s", ""), ("θ^(−2j/d)", ""),
+    ("a + 8h/H", "mfrac"), ("1/n Σ_t x_t", "mfrac"), ("W x / c", ""), ("a b/c", "mfrac"),
     ("m̂ / (√v̂ + ε)", "mfrac msqrt"),
     ("0.2 √max(n, m) · M", "msqrt"), ("a / b / c", ""),
 ])

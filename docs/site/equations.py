@@ -183,9 +183,9 @@ class Reader:
         called = self.look()[0] == "word" and self.look(1)[1] == "("        # √max(n, m): of all of it
         return self.piece().xml + (self.piece().xml if called else "")
 
-    def inside(self, closing: str) -> str:
-        """What stands before a closing bracket, which is passed."""
-        drawn = joined(self.pieces(closing))
+    def inside(self, closing: str, small: bool = False) -> str:
+        """What stands before a closing bracket, which is passed. In small print fractions stay on the line."""
+        drawn = joined(self.pieces(closing), small)
         if self.look()[1] != closing or not drawn:
             raise Unsure
         self.at += 1
@@ -231,7 +231,7 @@ class Reader:
         if self.look()[1] in ("{", "("):
             closing = CLOSE[OPEN.index(self.look()[1])]
             self.at += 1
-            return f"<mrow>{self.inside(closing)}</mrow>"
+            return f"<mrow>{self.inside(closing, small=True)}</mrow>"
         found = []
         if self.look()[1] in ("<", "−", "≤") and self.look(1)[0] in ("word", "number"):
             found.append(f"<mo>{escape(self.look()[1])}</mo>")
@@ -300,9 +300,9 @@ def fractions(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
-def joined(pieces: list[Piece]) -> str:
+def joined(pieces: list[Piece], small: bool = False) -> str:
     """The fractions set, and a thin space where two things stand side by side: a product, or a function of one."""
-    found = fractions(pieces)
+    found = pieces if small else fractions(pieces)
     drawn = [piece.xml for piece in found[:1]]
     for before, piece in zip(found, found[1:], strict=False):
         apart = not piece.tight and before.kind == "thing" and piece.kind in ("thing", "big")
