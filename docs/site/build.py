@@ -121,9 +121,9 @@ class Site:
         """For each file and line what was measured there, with letters: both rounds of all scenes."""
         files = frozenset(str(self.root / path) for path in self.paths if not path.startswith("docs/"))
         recorders, sizes = [], []
-        for one in ROUNDS:
+        for round_ in ROUNDS:
             recorder, known = Recorder(files), {}
-            for scene in scenes(one):
+            for scene in scenes(round_):
                 recorder.watch(scene.name, scene.run)
                 known[scene.name] = scene.sizes
             recorders.append(recorder)
@@ -202,9 +202,9 @@ class Site:
                         line = self.sources.modules[path].lines[each.lineno - 1]
                         self.index.append((f"{name}.{each.target.id}", "field", f"{path}.html#L{each.lineno}",
                                            line.partition("# ")[2]))
-        for name, line in self.sources.modules[path].names.items():
+        for name, number in self.sources.modules[path].names.items():
             if name.isupper() and name not in self.sources.modules[path].imported:
-                self.index.append((name, "constant", f"{path}.html#L{line}", ""))
+                self.index.append((name, "constant", f"{path}.html#L{number}", ""))
 
     def guide(self, path: str) -> tuple[str, str]:
         """The body of a Markdown file's page, and its title."""
