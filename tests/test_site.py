@@ -54,8 +54,8 @@ def bare(line: str) -> str:
     """A line of a head in the same form."""
     for table, sign in ((SUPER, "^"), (SUB, "_")):
         signs = "".join(table)
-        line = re.sub(f"([{signs}]+)", rf"{re.escape(sign)}\1", line).translate(str.maketrans(table))
-    line = unicodedata.normalize("NFD", line.replace("′", "^′").replace("^′^", "^′"))
+        line = re.sub(f"([{signs}]+)", rf"{sign}\1", line).translate(str.maketrans(table))
+    line = unicodedata.normalize("NFD", re.sub(r"\^?′\^?", "^′", line))
     line = line.replace("sqrt", "√").replace("Σ", "∑")
     line = re.sub(r"[\s(){}\u00a0]", "", line)
     return re.sub(r"\^([A-Z]+)_([a-z]+)", r"_\2^\1", line)           # c^Q_t is c_t^Q: drawn above each other
@@ -67,13 +67,12 @@ def test_an_equation_says_what_its_line_says(site):
     for line in site.counts.equations:
         drawn = mathml(line, site.words)
         assert drawn is not None, line
-        tree = ElementTree.fromstring(drawn.replace("&nbsp;", " ").replace("displaystyle=true", ""))
-        assert bare(flat(tree)) == bare(line), line
+        assert bare(flat(ElementTree.fromstring(drawn))) == bare(line), line
 
 
 @pytest.mark.parametrize("line, drawn", [
-    ("x / sqrt(mean(x²) + ε) · g", "mfrac msqrt"), ("a / b c", ""), ("λ s_e / Σ_T s", ""), ("θ^(−2j/d)", "mfrac"),
-    ("2^(−8h/H)", "mfrac"), ("1/n Σ_t x_t", "mfrac"), ("W x / c", ""), ("a b/c", "mfrac"),
+    ("x / sqrt(mean(x²) + ε) · g", "mfrac msqrt"), ("a / b c", ""), ("λ s_e / Σ_T s", ""), ("θ^(−2j/d)", ""),
+    ("a + 8h/H", "mfrac"), ("1/n Σ_t x_t", "mfrac"), ("W x / c", ""), ("a b/c", "mfrac"),
     ("m̂ / (√v̂ + ε)", "mfrac msqrt"),
     ("0.2 √max(n, m) · M", "msqrt"), ("a / b / c", ""),
 ])
@@ -194,9 +193,9 @@ def test_no_link_is_broken(site):
 
 def test_every_name_leads_to_a_line_that_has_it(site):
     """Of all links of names: the line defines the name, or is the first of the module that it names."""
-    for path in site.paths:
+    for path, links in site.links.items():
         lines = (ROOT / path).read_text().splitlines()
-        for (line, column), place in site.sources.links(path).items():
+        for (line, column), place in links.items():
             dotted = lines[line - 1].lstrip().startswith(("from ", "import ")) and place.line == 1
             name = re.match(r"[\w.]+" if dotted else r"\w+", lines[line - 1][column:])[0]
             last = name.rpartition(".")[2]

@@ -23,7 +23,7 @@ from html import escape
 from pathlib import Path
 
 from docs.site import guides, pages
-from docs.site.code import code_line, highlighted, lexer_for
+from docs.site.code import Links, code_line, highlighted, lexer_for
 from docs.site.names import Class, Sources
 from docs.site.prose import Prose
 from docs.site.scenes import ROUNDS, scenes
@@ -64,6 +64,7 @@ class Site:
         self.wanted: set[str] = set()                   # files that are linked, and have no page of their own
         self.index: list[tuple[str, str, str, str]] = []        # name, what it is, address, what it says
         self.seen: dict[str, Beside] = {}               # what was measured
+        self.links: dict[str, Links] = {}
         self.words: set[str] = set()                    # all names that may stand in equations
 
     # ---- addresses
@@ -120,9 +121,9 @@ class Site:
         """For each file and line what was measured there, with letters: both rounds of all scenes."""
         files = frozenset(str(self.root / path) for path in self.paths if not path.startswith("docs/"))
         recorders, sizes = [], []
-        for one in ROUNDS:
+        for round_ in ROUNDS:
             recorder, known = Recorder(files), {}
-            for scene in scenes(one):
+            for scene in scenes(round_):
                 recorder.watch(scene.name, scene.run)
                 known[scene.name] = scene.sizes
             recorders.append(recorder)
@@ -154,7 +155,7 @@ class Site:
         self.words |= words_of(names)
         head_html = prose.html(titled(head))
         said = [f"<h2>{escape(row.prose)}</h2>" if row.heading else prose.html(row.prose) for row in rows]
-        links = self.sources.links(path)
+        links = self.links[path] = self.sources.links(path)
         lines = highlighted(text, links=links, address=lambda place: self.address(place.path, place.line, path))
         declared, main = legend(ast.get_docstring(module.tree) or ""), pages.main_scene(seen)
         measured = self.measured(main, seen, declared)
@@ -201,9 +202,9 @@ class Site:
                         line = self.sources.modules[path].lines[each.lineno - 1]
                         self.index.append((f"{name}.{each.target.id}", "field", f"{path}.html#L{each.lineno}",
                                            line.partition("# ")[2]))
-        for name, line in self.sources.modules[path].names.items():
+        for name, number in self.sources.modules[path].names.items():
             if name.isupper() and name not in self.sources.modules[path].imported:
-                self.index.append((name, "constant", f"{path}.html#L{line}", ""))
+                self.index.append((name, "constant", f"{path}.html#L{number}", ""))
 
     def guide(self, path: str) -> tuple[str, str]:
         """The body of a Markdown file's page, and its title."""

@@ -58,11 +58,12 @@ def mathml(text: str, words: Collection[str] = (), block: bool = True) -> str | 
     text = "".join(unicodedata.normalize("NFD", sign) if sign.isalpha() else sign for sign in text)     # Ā: A, then ¯
     parts = re.split(rf"(?<=\s)({'|'.join(CONNECTIVES)})(?=\s)", text.strip())
     try:
-        drawn = [f"<mtext>&nbsp;{part}&nbsp;</mtext>" if i % 2 else Reader(part.strip(), words).all()
+        drawn = [f"<mtext>\u00a0{part}\u00a0</mtext>" if i % 2 else Reader(part.strip(), words).all()
                  for i, part in enumerate(parts)]
     except Unsure:
         return None
-    return f'<math{" displaystyle=true" if block else ""}><mrow>{"".join(drawn)}</mrow></math>'
+    style = " displaystyle='true'" if block else ""
+    return f"<math{style}><mrow>{''.join(drawn)}</mrow></math>"
 
 
 def is_equation(text: str) -> bool:
@@ -182,9 +183,9 @@ class Reader:
         called = self.look()[0] == "word" and self.look(1)[1] == "("        # √max(n, m): of all of it
         return self.piece().xml + (self.piece().xml if called else "")
 
-    def inside(self, closing: str) -> str:
-        """What stands before a closing bracket, which is passed."""
-        drawn = joined(self.pieces(closing))
+    def inside(self, closing: str, small: bool = False) -> str:
+        """What stands before a closing bracket, which is passed. In small print fractions stay on the line."""
+        drawn = joined(self.pieces(closing), small)
         if self.look()[1] != closing or not drawn:
             raise Unsure
         self.at += 1
@@ -230,7 +231,7 @@ class Reader:
         if self.look()[1] in ("{", "("):
             closing = CLOSE[OPEN.index(self.look()[1])]
             self.at += 1
-            return f"<mrow>{self.inside(closing)}</mrow>"
+            return f"<mrow>{self.inside(closing, small=True)}</mrow>"
         found = []
         if self.look()[1] in ("<", "−", "≤") and self.look(1)[0] in ("word", "number"):
             found.append(f"<mo>{escape(self.look()[1])}</mo>")
@@ -265,7 +266,8 @@ class Reader:
         drawn = ""
         for part in re.findall(r"\d+|\D", run):
             tag = "mn" if part.isdigit() else "mi" if part.isalpha() else "mo"
-            drawn += f"<{tag}{' mathvariant=normal' if part == 'T' else ''}>{part}</{tag}>"
+            upright = " mathvariant='normal'" if part == "T" else ""
+            drawn += f"<{tag}{upright}>{part}</{tag}>"
         return f"<mrow>{drawn}</mrow>"
 
 
@@ -298,9 +300,9 @@ def fractions(pieces: list[Piece]) -> list[Piece]:
     return found
 
 
-def joined(pieces: list[Piece]) -> str:
+def joined(pieces: list[Piece], small: bool = False) -> str:
     """The fractions set, and a thin space where two things stand side by side: a product, or a function of one."""
-    found = fractions(pieces)
+    found = pieces if small else fractions(pieces)
     drawn = [piece.xml for piece in found[:1]]
     for before, piece in zip(found, found[1:], strict=False):
         apart = not piece.tight and before.kind == "thing" and piece.kind in ("thing", "big")

@@ -8,7 +8,18 @@ import ast
 import re
 from dataclasses import dataclass, field
 
-from docs.site.names import Class, Kind, Module, Place, Sources, Types, bound_by, every_argument, walk_statements
+from docs.site.names import (
+    Class,
+    Kind,
+    Module,
+    Place,
+    Sources,
+    Types,
+    bound_by,
+    every_argument,
+    paired,
+    walk_statements,
+)
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.GeneratorExp, ast.DictComp)
@@ -175,10 +186,7 @@ class Linker(ast.NodeVisitor):
         for node in walk_statements(body):
             pairs: list[tuple[ast.expr, ast.expr | None]] = []
             if isinstance(node, ast.Assign) and len(node.targets) == 1:
-                target = node.targets[0]
-                same = isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and \
-                    len(target.elts) == len(node.value.elts)
-                pairs = list(zip(target.elts, node.value.elts, strict=True)) if same else [(target, node.value)]  # type: ignore[attr-defined]
+                pairs = paired(node.targets[0], node.value)
             elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
                 scope.types.setdefault(node.target.id, self.sources.annotated(node.annotation, self.module))
             for target, value in pairs:

@@ -78,12 +78,12 @@ class Module:
                 self.nodes.setdefault(node.name, members(Class(self, node)))
             elif isinstance(node, ast.FunctionDef):
                 self.nodes[node.name] = node
-        for node in ast.walk(self.tree):
-            if isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                for alias in node.names:
-                    self.imported[alias.asname or alias.name] = node.module, alias.name
-            elif isinstance(node, ast.Import):
-                for alias in node.names:
+        for each in ast.walk(self.tree):
+            if isinstance(each, ast.ImportFrom) and each.module and not each.level:
+                for alias in each.names:
+                    self.imported[alias.asname or alias.name] = each.module, alias.name
+            elif isinstance(each, ast.Import):
+                for alias in each.names:
                     self.imported[alias.asname or alias.name.partition(".")[0]] = \
                         alias.name if alias.asname else alias.name.partition(".")[0], None
 
@@ -173,7 +173,7 @@ class Sources:
 
     def links(self, path: str) -> dict[tuple[int, int], Place]:
         """For each name of the file that is defined in one of ours, where."""
-        from docs.site.linking import Linker
+        from docs.site.linking import Linker  # which asks this file for kinds
         linker = Linker(self, self.modules[path])
         linker.visit(linker.module.tree)
         return linker.found
@@ -209,7 +209,7 @@ def bound_by(node: ast.stmt) -> Iterator[tuple[str, int]]:
                     yield found.id, found.lineno
         for handler in getattr(node, "handlers", []):
             if handler.name:
-                yield handler.name, handler.lineno
+                yield handler.name, handler.type.end_lineno or handler.lineno
 
 
 def members(found: Class) -> Class:
@@ -223,23 +223,30 @@ def members(found: Class) -> Class:
         if not isinstance(method, ast.FunctionDef):
             continue
         given = {each.arg: each.annotation for each in every_argument(method.args)}
-        for node in ast.walk(method):
-            targets = node.targets if isinstance(node, ast.Assign) else \
-                [node.target] if isinstance(node, ast.AnnAssign) else []
-            for target in targets:
-                value = getattr(node, "value", None)
-                pairs = list(zip(target.elts, value.elts, strict=False)) if isinstance(target, ast.Tuple) and \
-                    isinstance(value, ast.Tuple) else \
-                    [(each, None) for each in target.elts] if isinstance(target, ast.Tuple) else [(target, value)]
-                for each, said in pairs:
-                    if isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id == "self":
-                        found.members.setdefault(each.attr, each.lineno)
-                        said = node.annotation if isinstance(node, ast.AnnAssign) else said
-                        said = given.get(said.id) if isinstance(said, ast.Name) and said.id in given else said
-                        if said is not None and (isinstance(said, ast.Call) or isinstance(node, ast.AnnAssign)
-                                                 or said in given.values()):
-                            found.types.setdefault(each.attr, said)
+        for statement in ast.walk(method):
+            if not isinstance(statement, (ast.Assign, ast.AnnAssign)):
+                continue
+            targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+            for target, value in (pair for each in targets for pair in paired(each, statement.value)):
+                if not (isinstance(target, ast.Attribute) and ast.unparse(target.value) == "self"):
+                    continue
+                found.members.setdefault(target.attr, target.lineno)
+                said: ast.expr | None = value if isinstance(value, ast.Call) else None      # self.x = Class(…)
+                if isinstance(statement, ast.AnnAssign):                    # self.x: Class = …
+                    said = statement.annotation
+                elif isinstance(value, ast.Name):                           # self.x = x, a parameter with an annotation
+                    said = given.get(value.id)
+                if said is not None:
+                    found.types.setdefault(target.attr, said)
     return found
+
+
+def paired(target: ast.expr, value: ast.expr | None) -> list[tuple[ast.expr, ast.expr | None]]:
+    """The targets of an assignment, each with what it gets: a, b = x, y. Of a, b = f() that is not known: None."""
+    if not isinstance(target, ast.Tuple):
+        return [(target, value)]
+    same = isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts)
+    return list(zip(target.elts, value.elts if same else [None] * len(target.elts), strict=True))   # type: ignore
 
 
 def every_argument(arguments: ast.arguments) -> list[ast.arg]:

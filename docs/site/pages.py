@@ -98,7 +98,7 @@ def front_page(order: Iterable[tuple[str, str, str]], guides: Iterable[tuple[str
     return f"""<section class=hero>
 <h1>nanollm</h1>
 <p>Modern language-model decoders from scratch, in plain PyTorch. Here every file stands beside what it says of itself:
-equations first, then the code, with the shape of each tensor as it was measured, and every name a link to its
+equations first, then the code, with the shape of each tensor as it was measured, and names that lead to their
 definition.</p>
 </section>
 <section id=order><h2>Read a decoder in this order</h2><ol class=steps>{steps}</ol></section>

@@ -68,7 +68,7 @@ class Prose:
 
     def drawing(self, lines: list[str]) -> str:
         least = min(len(line) - len(line.lstrip()) for line in lines if line.strip())
-        return f"<pre class=drawing>{self.inline(chr(10).join(line[least:] for line in lines))}</pre>"
+        return f"<pre class=drawing>{self.inline(chr(10).join(line[least:] for line in lines), drawn=True)}</pre>"
 
     def indented(self, lines: list[str]) -> str:
         """Equations if they are such, else as it is written."""
@@ -85,7 +85,7 @@ class Prose:
         html = []
         for line, row, count in zip(lines, rows, equations, strict=True):
             if not count:
-                html.append(f"<tr><td colspan={width}><pre>{self.inline(line[4:])}</pre></td></tr>")
+                html.append(f"<tr><td colspan={width}><pre>{self.inline(line[4:], drawn=True)}</pre></td></tr>")
                 continue
             cells = [f"<td class=math>{drawn}</td>" if drawn is not None else f"<td>{self.inline(text)}</td>"
                      for text, drawn in row]
@@ -106,25 +106,28 @@ class Prose:
 
     # ---- inside of a line
 
-    def inline(self, text: str, symbols: bool = False) -> str:
-        """Escaped, with its links. A § belongs to the paper that was named last. symbols: draw h_t as one."""
+    def inline(self, text: str, symbols: bool = False, drawn: bool = False) -> str:
+        """Escaped, with its links. A § belongs to the paper that was named last.
+
+        symbols: h_t is drawn as one. drawn: in a drawing nothing may change its width, so marks stay as they are.
+        """
         found, at = [], 0
         for match in INLINE.finditer(text):
-            found += [escape(text[at : match.start()], quote=False), self.linked(match, symbols)]
+            found += [escape(text[at : match.start()], quote=False), self.linked(match, symbols, drawn)]
             at = match.end()
         return "".join(found) + escape(text[at:], quote=False)
 
-    def linked(self, match: re.Match[str], symbols: bool) -> str:
+    def linked(self, match: re.Match[str], symbols: bool, drawn: bool) -> str:
         text = escape(match.group(), quote=False)
         if match["code"]:
             target = self.link(match["code"].strip("`"))
-            text = f"<code>{text.strip('`')}</code>"
+            text = text if drawn else f"<code>{text.strip('`')}</code>"
             return f'<a href="{target}">{text}</a>' if target else text
         if match["symbol"]:
             known = not symbols or match.group() in self.words
             return text if known else mathml(match.group(), self.words, block=False) or text
         if match["emphasis"]:
-            return f"<em>{text.strip('*')}</em>"
+            return text if drawn else f"<em>{text.strip('*')}</em>"
         if match["paper"]:
             self.paper = match["paper"]
             return f'<a class=paper href="https://arxiv.org/abs/{match["paper"]}{match["version"] or ""}">{text}</a>'

@@ -132,8 +132,9 @@ class Builder:
         layers = []
         for mixer in mixers:
             alone = isinstance(mixer, (RWKV, Mamba, SharedBlockScan))
-            norms = {"pre_mixer": None if isinstance(mixer, RWKV) else Norm(), "pre_ffn": None if alone else Norm()}
-            layers.append(Layer(mixer, None if alone else ffn or self.mlp, parallel=parallel, **norms))
+            layers.append(Layer(
+                mixer, None if alone else ffn or self.mlp, pre_mixer=None if isinstance(mixer, RWKV) else Norm(),
+                pre_ffn=None if alone else Norm(), parallel=parallel))
         return Decoder(ModelConfig(self.s.V, self.s.D, tuple(layers), **fields))
 
     def scene(self, name: str, *mixers: Mixer, sizes: dict[str, int] | None = None, **fields: Any) -> Scene:

@@ -1,7 +1,7 @@
 """Shapes, measured: run something small, and look at what each line has just assigned.
 
     line        q, k, v = self.placed(x, ctx)
-    after it    q (3, 6, 7, 10)   k (3, 2, 7, 10)   v (3, 2, 7, 10)             what a reader sees beside the line
+    after it    q (3, 8, 7, 10)   k (3, 2, 7, 10)   v (3, 2, 7, 10)             what a reader sees beside the line
 
 Python calls a function before each line that it runs (sys.settrace). Then the statement before that line is done, and
 the names that it assigns have values: of those that are tensors we note the shape. So we do of what a function is
