@@ -26,7 +26,7 @@ CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
-LINES = {"mixture_of_depths.py": 100, "grpo.py": 100}                                        # a module of its own, and a loop
+LINES = {"mixture_of_depths.py": 100, "grpo.py": 100}     # a module of its own and a loop; a sampler and a reward
 
 
 def run(capsys, name: str, *args: str | Path) -> str:

@@ -149,8 +149,7 @@ class Attention(nn.Module):
     @staticmethod
     def new_state(config: AttentionConfig, batch: int, length: int, dtype: torch.dtype,
                   device: torch.device) -> KVCache:
-        slots = min(length, config.window or length)
-        widths = (config.head_dim, config.head_dim)
+        slots, widths = min(length, config.window or length), (config.head_dim, config.head_dim)
         return KVCache(batch, config.kv_heads, slots, widths, dtype, device, ring=slots < length)
 
     @staticmethod

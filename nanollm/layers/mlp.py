@@ -2,12 +2,8 @@
 
     gated        down( act(gate x) ⊙ up x )     Shazeer 2020 (arXiv 2002.05202), eq. 5-6
     plain        down( act(up x) )              Vaswani et al. 2017, eq. 2
-
-    silu(x)      x σ(x)                         gated: SwiGLU
-    gelu(x)      x Φ(x)                         gated: GeGLU
-    gelu_tanh    its tanh approximation
-    relu(x)      max(x, 0)
-    relu2(x)     max(x, 0)²
+    silu(x)      x σ(x)                         gated with it: SwiGLU
+    gelu(x)      x Φ(x), gated: GeGLU           gelu_tanh: its tanh approximation; relu: max(x, 0); relu2: its square
 
 Shapes: B batch, T tokens, D model width, F feed-forward width.
 """
