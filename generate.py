@@ -66,7 +66,7 @@ from nanollm.model import Decoder
 from nanollm.text import templates
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
-from nanollm.training import lora
+from nanollm.training import lora, reward
 
 if TYPE_CHECKING:
     from nanollm.training.distributed import World
@@ -298,6 +298,9 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
     place, path = world.device if world else device(args.device), local_path(args.model)
     tokenizer = checkpoints.tokenizer(path)
     draft = draft_path(args, tokenizer)
+    for folder in (path, args.adapter):
+        if folder and (folder / reward.FILE).exists():
+            note(f"warning: {folder}: has a {reward.FILE}, so it was trained to score answers, not to write them")
     request = Request(tokenizer, args.max_new_tokens, sampling(args, path, tokenizer), args.stop, args.n, args.logprobs)
     if args.template and args.suffix is None:
         templates.choose(tokenizer, args.template)

@@ -13,8 +13,8 @@
     python train.py --preset llama-8b … --plan --world-size 64 --device h100        what that would take, without a GPU
     python generate.py --model runs/demo --prompt "def "
 
-Large text is made into shards once, with python -m nanollm.data, and given as --data FOLDER. SIGTERM saves a checkpoint
-and ends the run, SIGUSR1 saves a checkpoint and the model and goes on. The run folder ends up as a Hugging Face model
+Large text is made into shards once, with python -m nanollm.data, and given as --data FOLDER. Ctrl-C and SIGTERM save a
+checkpoint and the model and end the run, SIGUSR1 saves them and goes on. The run folder ends up as a Hugging Face model
 folder, which transformers loads too, with log.jsonl and loss.png beside it. Held-out (validation) loss is in nats per
 token, which depends on the tokenizer, and in bits per byte, which does not.
 """
@@ -198,10 +198,10 @@ def sample(run: Run, log: Log, length: int = 100) -> None:
 
 # ---- the loop
 
-def train(run: Run, saver: state.Saver, log: Log) -> bool:
-    """Steps until the run is over, or a signal asks to leave: then False. All ranks decide alike."""
+def train(run: Run, saver: state.Saver, log: Log) -> int:
+    """Steps until the run is over: then 0. Or until a signal asks to leave: then which. All ranks decide alike."""
     options, world = run.options, run.world
-    speed = Speed(run.model.config, options, world)
+    speed, seen = Speed(run.model.config, options, world), dict[str, float]()
     optim.begin(run.optimizers)
     bar = tqdm(total=options.steps, initial=run.step, desc="training", unit="step", dynamic_ncols=True,
                disable=world.rank > 0)
@@ -223,12 +223,11 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             if "loss" in entry:
                 entry |= speed.entry(entry["tokens"], time.perf_counter() - began, waited)
             log(run.step, **(entry := entry | said))
-            bar.set_postfix(shown(entry, run.best.newest), refresh=False)
+            bar.set_postfix(shown(seen := seen | entry, run.best.newest), refresh=False)
             bar.update()
             if "skipped" in entry and world.rank == 0:
                 tqdm.write(f"step {run.step} is skipped ({entry['skipped']})")
-            due = run.step == options.steps or run.step % options.eval_every == 0
-            better = due and evaluate(run, log)
+            better = (run.step == options.steps or run.step % options.eval_every == 0) and evaluate(run, log)
             if tasks.due(options, run.step, run.over):
                 better = tasks.score(run, log, run.whole())
             last = run.over
@@ -239,18 +238,18 @@ def train(run: Run, saver: state.Saver, log: Log) -> bool:
             if last or request or run.step % options.save_every == 0 or better and options.keep_best:
                 save(run, saver, log)
             if last or request:
-                finish(saver, log, needed=last or request == runs.LEAVE)
+                finish(saver, log, needed=last or request >= runs.LEAVE)
             elif saver.thread and not world.all_gather(saver.busy).any():
                 finish(saver, log)
             if request and not last:
                 export(run)
-            if request == runs.LEAVE and not last:
-                return False
+                if request >= runs.LEAVE:
+                    return request
     if options.keep_best and run.best.restored(options.out / "steps", run.step, run.tensors(), world):
         log(run.step, exported=run.best.step, exported_loss=run.held_out()["loss"])
     export(run)                                 # also where an earlier start took the last step, and ended before this
     world.on_all_ranks(log.check)
-    return True
+    return 0
 
 
 def save(run: Run, saver: state.Saver, log: Log) -> None:
@@ -295,9 +294,8 @@ def build(options: argparse.Namespace, world: World, given: str) -> Run:
                       offload=options.offload, random=random)
     model.to_empty(device="cpu" if options.offload else world.device)
     tuning.share(model, blank)
-    values = initial_values(model, options.seed)
-    if options.init:
-        values = distributed.broadcast_parameters(model, source, world.device)
+    values = (distributed.broadcast_parameters(model, source, world.device) if options.init
+              else initial_values(model, options.seed))
     distributed.fill(model.eval(), values)
     measured_alone = options.eval_only and not options.resume      # of a folder: no checkpoint of ours is read
     optimizers = [] if measured_alone else tuning.optimizers(model, options, DTYPES[options.dtype])
@@ -312,6 +310,7 @@ def restore(run: Run, which: str | None = None) -> bool:
     """Go on from a checkpoint in the run folder: the one that --export names, or the newest, if there is one."""
     steps = run.options.out / "steps"
     if not which and not run.world.broadcast(state.complete(steps)):
+        runs.say(f"no checkpoint in {run.options.out}: starting at step 0")
         return False
     found = run.world.on_all_ranks(lambda: find_checkpoint(steps, which or "last"))
     facts = run.world.on_all_ranks(lambda: state.load(found, run.tensors()))
@@ -375,7 +374,7 @@ def run() -> None:
                  "muon": optim.constants(options.optimizer)}
         if resume and not force:
             world.on_rank_0(lambda: runs.compare(folder, facts))
-        restored = resume and restore(here, options.export)
+        restored = resume and restore(here, options.export or ("last" if options.eval_only else None))
         if not restored:
             reference.measure(here.model, here.corpus, world, options)
         if options.export:
@@ -390,10 +389,11 @@ def run() -> None:
             print(*here.corpus.notes, begun(options, here.model, world.size, here.step), written_as(here), sep="\n")
         log = world.on_all_ranks(lambda: held.enter_context(Log(
             folder if world.rank == 0 else None, here.step if restored else -1, options, facts)))
-        finished = train(here, state.Saver(folder / "steps", world, options.keep), log)
+        left = train(here, state.Saver(folder / "steps", world, options.keep), log)
         world.on_rank_0(lambda: print(
-            report(folder, here.corpus, options.title) if finished
-            else f"{folder}: left at step {here.step} as asked; --resume goes on"))
+            f"{folder}: saved at step {here.step}, and left as asked; --resume goes on" if left
+            else report(folder, here.corpus, options.title)))
+    runs.end_as_asked(left)
 
 
 if __name__ == "__main__":

@@ -19,10 +19,11 @@ Which answers are learnt: all, those of "history" too, but not
 """
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from nanollm.errors import DataError
+from nanollm.errors import DataError, did_you_mean
 
 ROLES = {"system": "system", "developer": "developer", "user": "user", "assistant": "assistant", "tool": "tool",
          "human": "user", "gpt": "assistant", "observation": "tool", "function": "tool", "function_call": "assistant"}
@@ -58,11 +59,17 @@ class Chat:
                 if message["role"] == "assistant" and i >= max(self.first, 1) and i not in self.unlearnt]
 
 
-def need(condition: Any, where: str, expected: str, found: Any) -> None:
+def need(condition: Any, where: str, expected: str, found: Any, hint: str = "") -> None:
     """`found` is shown as JSON in ASCII, so that the data cannot drive a terminal from an error either."""
     if not condition:
         text = json.dumps(found)
-        raise DataError(f"{where}: expected {expected}, found {text if len(text) <= 100 else text[:100] + '…'}")
+        raise DataError(f"{where}: expected {expected}, found {text if len(text) <= 100 else text[:100] + '…'}{hint}")
+
+
+def misspelt(keys: Iterable[str], known: Iterable[str]) -> str:
+    """The end of a message on keys of which one may be meant as another that is known; "" where none is like one."""
+    names = [*known]
+    return next((hint for key in keys if key not in names and (hint := did_you_mean(key, names))), "")
 
 
 def chat(item: Any, where: str) -> Chat:
@@ -115,8 +122,9 @@ def _format(item: dict[str, Any], where: str) -> tuple[dict[str, Any], dict[str,
         raise DataError(f"{where}: found {', '.join(found)}: preference data, which --preference and --reward read; "
                         f"expected chats to learn from, with the keys {EXPECTED}")
     needed, more = next((format for format in FORMATS if format[0].keys() <= item.keys()), ({}, {}))
-    need(needed, where, f"the keys {EXPECTED}", [*item])
-    others = {key for format in FORMATS for part in format for key in part} - {*needed, *more}
+    known = dict.fromkeys(key for format in FORMATS for part in format for key in part)
+    need(needed, where, f"the keys {EXPECTED}", [*item], misspelt(item, known))
+    others = {*known} - {*needed, *more}
     strays, format = sorted(others & {*item}), " + ".join(needed)
     if strays == ["prompt"] and isinstance(item["prompt"], str):        # UltraChat, no_robots: the first question again
         texts = [turn.get("content", turn.get("value")) for part in needed for turn in item[part]

@@ -14,7 +14,7 @@ from pathlib import Path
 from nanollm.data import chat_store
 from nanollm.data.chat_formats import Chat
 from nanollm.data.chat_writing import Example
-from nanollm.data.sft import Chats, picture, read, shortened, split
+from nanollm.data.sft import Chats, few, picture, read, shortened, split
 from nanollm.errors import counted
 from nanollm.text.tokenizer import Tokenizer
 
@@ -53,6 +53,7 @@ class Sets:
                          f"{context} tokens, {len(beside)} held out")
             notes += [f"{source}: {rows.note}"] if rows.note else []
             notes += passed_over([chat for chat, _ in some])
+        notes += few(held)
         notes += [f"{what}, {counted(count, 'message')}" for what, count in said.items()]
         name = self.held_out or (self.sources[0] if len(train) == 1 else "the chats")
         measured = Chats(f"{name}, held out", held, context, pad, "drop" if long == "error" else long) if held else None

@@ -24,7 +24,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanollm.data.chat_files import CHATS, Kind
-from nanollm.data.chat_formats import ROLES, Chat, chat, need
+from nanollm.data.chat_formats import ROLES, Chat, chat, misspelt, need
 
 PAIR, LABELS, MARGIN = ("chosen", "rejected"), ("label", "kto_tag"), "margin"
 EXPECTED = ("chosen, rejected, [prompt]; instruction, chosen, rejected, [input], [history]; conversations or messages, "
@@ -57,7 +57,8 @@ def preference(item: Any, where: str) -> Preference:
     need(isinstance(item, dict), where, f"an object with the keys {EXPECTED}", item)
     item = {key: value for key, value in item.items() if value is not None}
     labels, margin = [item[key] for key in LABELS if key in item], item.get(MARGIN, 0.0)
-    need(bool(labels) != (item.keys() >= {*PAIR}), where, f"the keys {EXPECTED}", [*item])
+    need(bool(labels) != (item.keys() >= {*PAIR}), where, f"the keys {EXPECTED}", [*item],
+         misspelt(item, PREFERENCES.keys))
     need(isinstance(margin, (int, float)) and not isinstance(margin, bool) and math.isfinite(margin), where,
          "'margin' to be a finite number", str(margin))
     rest = {key: value for key, value in item.items() if key not in (*PAIR, *LABELS, MARGIN)}

@@ -35,7 +35,7 @@ from nanollm.data import chat_store
 from nanollm.data.chat_files import read
 from nanollm.data.chat_writing import IGNORED, Example
 from nanollm.data.preference_formats import PREFERENCES, Preference
-from nanollm.data.sft import content, picture, split
+from nanollm.data.sft import content, few, picture, split
 from nanollm.errors import DataError, counted
 from nanollm.text.tokenizer import Tokenizer
 
@@ -208,6 +208,7 @@ class Sets:
             train.append(Pairs(name, [made for item, made in kept if item.where not in beside], context))
             notes.append(f"{name}: {counted(train[-1].rows, 'row')} of two answers, {len(kept) - train[-1].rows} held "
                          "out")
+        notes += few(held)
         notes += [f"{what}, {counted(count, 'message')}" for what, count in said.items()]
         measured = Pairs(f"{self.held_out or (self.sources[0] if len(train) == 1 else 'the pairs')}, held out", held,
                          context) if held else None

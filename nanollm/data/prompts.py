@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from nanollm.data.chat_files import CHATS, Kind, read
-from nanollm.data.chat_formats import Chat, need
+from nanollm.data.chat_formats import Chat, misspelt, need
 from nanollm.data.preference_formats import answered
-from nanollm.data.sft import split
+from nanollm.data.sft import few, split
 from nanollm.errors import DataError, counted
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ def prompt(item: Any, where: str) -> Prompt:
     need(isinstance(item, dict), where, f"an object with one of the keys {', '.join(ASKED)}", item)
     item = {key: value for key, value in item.items() if value is not None}
     key = next((key for key in ASKED if key in item), "")
-    need(key, where, f"one of the keys {', '.join(ASKED)}", [*item])
+    need(key, where, f"one of the keys {', '.join(ASKED)}", [*item], misspelt(item, ASKED))
     own = {name: value for name, value in item.items() if name in {key} | ASKED[key]}
     columns = {name: value for name, value in item.items() if name not in own}
     need(not TAKEN & {*columns}, where, f"columns that are not called {', '.join(sorted(TAKEN))}", [*columns])
@@ -124,9 +124,9 @@ def open_sets(sources: Sequence[Path], held_out: Path | None, tokenizer: Tokeniz
         if len(fits) < len(rows):
             first = next(row for row in rows if len(row.ids) + room > context)
             if long == "error" or not fits:
-                raise DataError(f"{first.prompt.chat.where}: a prompt of {len(first.ids)} tokens, and --context "
-                                f"{context} holds {context - room} with --max-new-tokens {room}; give a larger context "
-                                "or shorter answers")
+                raise DataError(f"{first.prompt.chat.where}: a prompt of {counted(len(first.ids), 'token')} and "
+                                f"an answer of --max-new-tokens {room} are {len(first.ids) + room}, and --context is "
+                                f"{context}; give a larger --context, or a smaller --max-new-tokens")
             notes.append(f"{source}: {counted(len(rows) - len(fits), 'prompt')} too long for --context {context} left "
                          f"out, the first at {first.prompt.chat.where}")
         names |= {name for row in fits for name in row.prompt.columns}
@@ -137,6 +137,7 @@ def open_sets(sources: Sequence[Path], held_out: Path | None, tokenizer: Tokeniz
         held += [row for row in fits if row.prompt.chat.where in beside]
         train.append(Prompts(str(source), [row for row in fits if row.prompt.chat.where not in beside]))
         notes.append(f"{source}: {counted(train[-1].rows, 'prompt')}, {len(fits) - train[-1].rows} held out")
+    notes += few(held)
     if found := sorted(names - TAKEN):
         notes.append(f"columns for the reward function: {', '.join(map(json.dumps, found))}")
     name = held_out or (sources[0] if len(train) == 1 else "the prompts")

@@ -45,6 +45,12 @@ def split(chats: Sequence[Chat], share: float = HELD_OUT) -> tuple[list[Chat], l
     return [c for c, content in pairs if content not in held], [c for c, content in pairs if content in held]
 
 
+def few(held: Sequence[object]) -> list[str]:
+    """What a person is told where nothing is held out."""
+    return [] if held else [f"nothing is held out to measure on: of fewer than {FEW} chats or prompts none is; "
+                            "--held-out FILE names some"]
+
+
 def content(chat: Chat) -> str:
     """What is said in a chat, as one text: two chats with the same are one."""
     return json.dumps([chat.messages, chat.tools], sort_keys=True)

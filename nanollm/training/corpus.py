@@ -51,7 +51,7 @@ class Corpus:
     draft: Path | None = None                   # tokenized for this run, and not yet where it belongs; see `keep`
     targets_per_byte: float | None = None
     examples: Path | None = None
-    measure: str = "nats per target"            # what is measured on the held-out rows
+    rewarded: bool = False                      # what is measured on the held-out rows is a reward, with a minus
 
     def prompt(self, words: str) -> list[int]:
         """The ids that a sample goes on from: the beginning of a document, or of an answer. Needs a tokenizer."""
@@ -309,7 +309,7 @@ def open_prompts(options: argparse.Namespace) -> Corpus:
         options.long or "drop", options.dataset_dir, columns(options))
     largest = max(*reader.stop_ids, *(source.largest for source in (*train, held) if source))
     return Corpus(Stream(train, options.mix, options.seed), held, reader, largest + 1, True, None, tuple(notes),
-                  measure="reward, with a minus")
+                  rewarded=True)
 
 
 def chat_tokenizer(options: argparse.Namespace) -> Tokenizer:
@@ -332,7 +332,8 @@ def mixed(options: argparse.Namespace, chats: Corpus, text: Corpus) -> Corpus:
     stream = Stream([*chats.stream.sources, *text.stream.sources], options.mix, options.seed)
     held_out = chats.held_out or text.held_out
     measured = f"measured on {held_out.name}" if held_out else "nothing is held out to measure on"
-    notes = (*(note for note in text.notes if not note.startswith("measured")), *chats.notes, measured)
+    told = ("measured", "nothing is held out")                 # of one of the two
+    notes = (*(note for note in (*text.notes, *chats.notes) if not note.startswith(told)), measured)
     return dataclasses.replace(text, stream=stream, held_out=held_out, tokenizer=chats.tokenizer, chat=True, facts=None,
                                vocab=max(chats.vocab, text.vocab), notes=notes, targets_per_byte=None,
                                examples=chats.examples)

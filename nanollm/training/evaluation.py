@@ -113,7 +113,7 @@ def find_checkpoint(folder: Path, which: str) -> Path:
     """The checkpoint in runs/NAME/steps that --export names: a step, "last" or "best". Raises RunError."""
     kept = state.complete(folder)
     if not kept:
-        raise RunError(f"{folder}: no checkpoint to export")
+        raise RunError(f"{folder}: no checkpoint yet")
     if which == "last":
         return kept[-1]
     step = best_step(state.read_manifest(kept[-1])["facts"]) if which == "best" else int(which)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nanollm.errors import RunError, counted
 from nanollm.model import Decoder
-from nanollm.training import methods, monitors
+from nanollm.training import methods, monitors, reward
 from nanollm.training.corpus import Corpus
 from nanollm.training.plot import loss_curve
 from nanollm.training.runs import STOP, write
@@ -116,9 +116,11 @@ def millions(count: int) -> str:
 
 def shown(entry: dict[str, Any], held_out: float | None) -> dict[str, str]:
     """The figures of a step that the progress bar shows."""
+    rewarded = "reward" in entry                # then what is held out is a reward, too, with a minus
     values = {
-        "loss": entry.get("loss"), "held_out": held_out, "tokens_per_s": entry.get("tokens_per_second"),
-        "mfu": entry.get("mfu"), "gb": entry.get("memory_gb"),
+        "reward": entry.get("reward"), "loss": entry.get("loss"),
+        "held_out": -held_out if rewarded and held_out is not None else held_out,
+        "tokens_per_s": entry.get("tokens_per_second"), "mfu": entry.get("mfu"), "gb": entry.get("memory_gb"),
     }
     return {
         name: f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
@@ -137,8 +139,10 @@ def known_losses(corpus: Corpus) -> dict[str, float]:
 def measured(corpus: Corpus, loss: float) -> list[str]:
     """A held-out loss beside that of gzip and of a unigram model, as lines of text."""
     facts, known = corpus.facts, known_losses(corpus)
+    if corpus.rewarded:
+        return [f"  {'held out, reward':<44}{-loss:>12.3f}"]
     if corpus.targets_per_byte is None:
-        return [f"  {'held out, ' + corpus.measure:<44}{loss:>12.3f}"]
+        return [f"  {'held out, nats per target':<44}{loss:>12.3f}"]
     head, rows = "held out", [("this model", loss)]
     if facts:
         head += f": {facts.held_out_documents} documents, {facts.held_out_bytes / 1e6:.2f} MB"
@@ -156,13 +160,17 @@ def report(folder: Path, corpus: Corpus, title: str) -> str:
     exported = [(entry["exported"], entry["exported_loss"]) for entry in log if "exported" in entry][-1:]
     lines = [f"the checkpoint of step {step}, the best, is exported" for step, _ in exported]
     lines += measured(corpus, (exported or held_out)[-1][1]) if held_out else []
+    rewards = [entry["reward"] for entry in log if "reward" in entry]
     picture = " (loss.png needs: pip install matplotlib)"
     if losses:
-        last = [loss for _, loss in losses[-50:]]
-        label = f"(training, last {counted(len(last), 'step')})"
+        last = rewards[-50:] or [loss for _, loss in losses[-50:]]
+        what = ("reward, ", "round") if rewards else ("", "step")
+        label = f"({what[0]}training, last {counted(len(last), what[1])})"
         lines.append(f"  {label:<44}{sum(last) / len(last):>12.3f}")
         references = known_losses(corpus) if held_out else {}
         if loss_curve(folder / "loss.png", losses, held_out, references, title):
             picture = ", loss.png"
     written = "adapter" if (folder / "adapter_config.json").exists() else "model"
+    if (folder / reward.FILE).exists():
+        written = f"a reward model for --reward-model {folder}: {written}, {reward.FILE}"
     return "\n".join([*lines, f"{folder}: {written}, tokenizer, log.jsonl{picture}"])

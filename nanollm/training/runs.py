@@ -38,8 +38,8 @@ from nanollm.training import state
 from nanollm.training.arguments import DEFAULTS, build_parser, kind
 
 OURS = ("config.json", "generation_config.json", "tokenizer*", "*.tiktoken", "tekken.json", "vocab.json", "merges.txt",
-        "added_tokens.json", "special_tokens_map.json", "chat_template.*", "model*.safetensors*", "log.jsonl",
-        "loss.png", "monitors.json")
+        "added_tokens.json", "special_tokens_map.json", "chat_template.*", "model*.safetensors*", "adapter_config.json",
+        "adapter_model.safetensors", "score.safetensors", "log.jsonl", "loss.png", "monitors.json")
 # Options that may differ on --resume. All but skip_steps change no number except by the order of sums; skip_steps is
 # there to leave out the rows that made a run diverge. data is compared by what it holds, wherever that lies.
 FREE = {"out", "data", "force", "resume", "config", "device", "micro_batch", "replicas", "recompute", "compile",
@@ -47,6 +47,8 @@ FREE = {"out", "data", "force", "resume", "config", "device", "micro_batch", "re
         "plan", "world_size", "mfu", "title", "mlflow", "gradient_accumulation", "eval_only", "export", "keep_best",
         "patience", "tasks", "evaluate_every", "tasks_data", "tasks_limit",
         "epochs"}                               # steps and rows say it
+# What a run learns by. Another method has other options, so that two runs have no one difference.
+METHODS = ("preference", "reward", "grpo", "ppo", "teacher", "chat")
 
 
 @contextlib.contextmanager
@@ -117,7 +119,7 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
     presets.py after a version that changes it. An option that an older version did not have was not given there;
     another fact that it did not record counts as None.
     """
-    path, changed, reshaped = folder / "run.json", [], False
+    path, changed, advice = folder / "run.json", [], "with --resume --force it goes on like that all the same"
     if not path.exists():
         return
     try:
@@ -125,6 +127,10 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
         before["options"] = usual(facts.get("options", {})) | before["options"]
         with contextlib.suppress(ConfigError):                  # fields that came later have their defaults
             before["model"] = ModelConfig.from_dict(before["model"]).to_dict() if "model" in before else {}
+        was, now = method(before["options"]), method(before["options"] | facts.get("options", {}))
+        if was != now:
+            raise RunError(f"{folder}: holds another run ({was} → {now}), and a run goes on with the method that it "
+                           f"began with; --out names another folder, {from_it(folder, before['options'])}")
         for part, values in facts.items():
             for name, value in values.items():
                 old = before.get(part, {}).get(name)
@@ -135,13 +141,29 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
                 label = "--" + name.replace("_", "-") if part == "options" else f"{part}.{name}"
                 nested = part == "model" and isinstance(value, list | dict)             # the layers: pages
                 changed.append(f"other {label}" if nested else f"{label} {old} → {plain(value)}")
-                reshaped |= part == "model"
+                if part == "model":
+                    advice = "--force starts over, --out names another folder"
+                elif name == "steps":
+                    advice = ("the learning rate falls over all of --steps, so the steps that are done had other rates "
+                              f"than in a run of {value} steps; with --resume --force it goes on at the rates that such "
+                              f"a run has; --out names another folder, {from_it(folder, before['options'])}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: not a record of train.py: {error!r}") from None
     if changed:
-        advice = ("--force starts over, --out names another folder" if reshaped else
-                  "with --resume --force it goes on like that all the same")
         raise RunError(f"{folder}: holds another run ({'; '.join(changed)}); {advice}")
+
+
+def method(options: dict[str, Any]) -> str:
+    """What a run learns by, as its options say it."""
+    name = next((name for name in METHODS if options.get(name)), None)
+    return f"--{name}{' --loss ' + options['loss'] if options.get('loss') else ''}" if name else "text"
+
+
+def from_it(folder: Path, options: dict[str, Any]) -> str:
+    """How a run begins from what this one became, after the name of its own folder."""
+    if options.get("lora_rank") or options.get("adapter"):
+        return f"where --adapter {folder} beside the same --init begins from its adapter"
+    return f"where --init {folder} begins from its model"
 
 
 def usual(options: dict[str, Any]) -> dict[str, Any]:
@@ -228,7 +250,10 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 # ---- signals
 
-SAVE, LEAVE, STOP = 1, 2, 3     # requests: of SIGUSR1, of SIGTERM, of a log that cannot be written. The largest counts
+# Requests: of SIGUSR1, of SIGTERM, of Ctrl-C, of a log that cannot be written. The largest counts.
+SAVE, LEAVE, INTERRUPT, STOP = 1, 2, 3, 4
+
+CTRL_C = "\nCtrl-C: the run saves a checkpoint after this step and leaves; once more ends it at once"
 
 
 class Requests:
@@ -245,11 +270,17 @@ class Requests:
 
 @contextlib.contextmanager
 def signals() -> Iterator[Requests]:
-    """Inside the block SIGTERM and SIGUSR1 do not end the process: they are requests, which the loop serves."""
-    requests, meaning = Requests(), {signal.SIGTERM: LEAVE, signal.SIGUSR1: SAVE}
+    """Inside the block SIGTERM, SIGUSR1 and a first Ctrl-C do not end the process: they are requests, which the loop
+    serves. A second Ctrl-C ends it. Where Ctrl-C is ignored, as in the background of a script, it is here too."""
+    requests, meaning = Requests(), {signal.SIGTERM: LEAVE, signal.SIGUSR1: SAVE, signal.SIGINT: INTERRUPT}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        del meaning[signal.SIGINT]
 
     def handle(number: int, _: object) -> None:
         requests.pending = max(requests.pending, meaning[signal.Signals(number)])
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
+            say(CTRL_C)
 
     before = {number: signal.signal(number, handle) for number in meaning}
     try:
@@ -257,6 +288,19 @@ def signals() -> Iterator[Requests]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    """A line on standard error, on rank 0. By the system's own call, which a signal's handler may make at any time."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):                      # standard error is closed
+            os.write(2, f"{line}\n".encode())
+
+
+def end_as_asked(request: int) -> None:
+    """Raise KeyboardInterrupt where Ctrl-C ended the run, so that a shell does not go on to what is next."""
+    if request == INTERRUPT:
+        raise KeyboardInterrupt
 
 
 @contextlib.contextmanager

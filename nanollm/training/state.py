@@ -118,7 +118,9 @@ class Saver:
             except OSError as error:
                 self.result["error"] = f"{draft}: {error.strerror}"
         self.world.all_gather_objects(None)                     # a barrier: no rank writes before the folder is there
-        self.thread = threading.Thread(target=self._write, args=(draft / f"rank-{self.world.rank}.safetensors", mine))
+        # a daemon: what ends the run does not wait for it
+        place = draft / f"rank-{self.world.rank}.safetensors"
+        self.thread = threading.Thread(target=self._write, args=(place, mine), daemon=True)
         self.thread.start()
 
     def draft(self, step: int) -> Path:

@@ -18,6 +18,7 @@ A checkpoint has A, B, m alone. The rest is read again from --init, and `fingerp
 
 import argparse
 import copy
+import shlex
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -239,10 +240,17 @@ def how_to_use(options: argparse.Namespace, name: str) -> str:
     """What the run folder will be, and the commands for it. `name` is that of --init."""
     if reason := other_base(options):
         return f"{options.out}: will be a whole model with the adapter in its weights, as {reason} {name}"
+    base, out = shlex.quote(name), shlex.quote(str(options.out))
+    if options.reward:
+        return (f"{options.out}: will be a reward model: an adapter, as peft has them, and {reward.FILE}:\n"
+                f"  python train.py --init {base} --grpo PROMPTS --reward-model {out}")
     kind = f" --quantize {options.quantize}" if options.quantize else ""
+    template = f" --template {shlex.quote(options.template)}" if options.template else ""
+    chats = options.chat or options.preference or options.grpo or options.ppo
+    ask = f"--chat{template}" if chats else f"--prompt {shlex.quote(options.prompt or 'Once upon a time')}"
     return (f"{options.out}: will be an adapter, as peft has them:\n"
-            f"  python generate.py --model {name} --adapter {options.out}{kind}\n"
-            f"  python -m checkpoints.convert {name} OUT --adapter {options.out} --merge")
+            f"  python generate.py --model {base} --adapter {out}{kind} {ask}\n"
+            f"  python -m checkpoints.convert {base} OUT --adapter {out} --merge")
 
 
 def export(whole: Decoder, folder: Path, options: argparse.Namespace, source: Source,
