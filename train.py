@@ -28,6 +28,7 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,7 +109,7 @@ class Run:
 
 # ---- a step
 
-def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, float], int]:
+def backward(run: Run, batches: list[Batch], request: Callable[[], int]) -> tuple[dict[str, float], int]:
     """The gradient of one step, summed over micro-batches (gradient accumulation) and ranks, and clipped. Each sum is
     divided by the counts of the whole step, so any cut of the same rows gives the same gradient. Returns what the log
     says of the step, and the largest request of any rank."""
@@ -131,7 +132,7 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
         parts.append(torch.stack([*said.values()]))
     norm = distributed.clip(run.model, options.clip)
     sums = dict(zip(said, torch.stack(parts).sum(0).tolist(), strict=True))
-    table = world.all_gather(*sums.values(), sums["loss"] / max(mine, 1), request)      # (ranks, sums + 2)
+    table = world.all_gather(*sums.values(), sums["loss"] / max(mine, 1), request())    # (ranks, sums + 2)
     totals = dict(zip(sums, table.sum(0).tolist(), strict=False))
     return {
         **means(totals, targets),                                               # loss: nats per target
@@ -142,16 +143,16 @@ def backward(run: Run, batches: list[Batch], request: int) -> tuple[dict[str, fl
     }, int(table[:, -1].max())
 
 
-def take_step(run: Run, batches: list[Batch], request: int) -> tuple[dict, int]:
-    """Step `run.step`, counted from 0: its log entry, and the largest request of any rank. Raises RunError before a
-    number that is not finite reaches a weight."""
+def take_step(run: Run, batches: list[Batch], request: Callable[[], int]) -> tuple[dict, int]:
+    """Step `run.step`, counted from 0: its log entry, and the largest request of any rank, asked at its end. Raises
+    RunError before a number that is not finite reaches a weight."""
     options, step = run.options, run.step
     least = options.min_lr / options.lr if options.min_lr else 0.0
     factor = optim.lr_factor(step, options.steps, options.warmup, options.schedule, options.decay, least)
     entry: dict = {"lr": options.lr * factor}
     if any(a <= step < b for a, b in options.skip_steps):
-        return entry | {"skipped": "--skip-steps"}, int(run.world.all_gather(request).max())
-    measured, request = backward(run, batches, request)
+        return entry | {"skipped": "--skip-steps"}, int(run.world.all_gather(request()).max())
+    measured, asked = backward(run, batches, request)
     loss, norm = measured["loss"], measured["gradient_norm"]
     if not math.isfinite(loss + norm):
         rows = run.corpus.describe(run.corpus.first_row(step, options), options.batch_size)
@@ -165,7 +166,7 @@ def take_step(run: Run, batches: list[Batch], request: int) -> tuple[dict, int]:
             run.average.update(step + 1)
         run.recent = [*run.recent, (loss, norm)][-RECENT:]
     run.model.zero_grad()
-    return entry | measured, request
+    return entry | measured, asked
 
 
 # ---- looking at the model
@@ -215,7 +216,7 @@ def train(run: Run, saver: state.Saver, log: Log) -> int:
             waited = time.perf_counter() - began
             coming = ahead.submit(run.corpus.of_step, run.step + 1, options, world)
             batches, said = run.method.batches(run.model, rows, run.step)
-            entry, request = take_step(run, batches, max(requests.pending, log.request))
+            entry, request = take_step(run, batches, lambda: max(requests.pending, log.request))
             requests.served(request)
             if request == runs.STOP:
                 world.on_all_ranks(log.check)
@@ -390,9 +391,8 @@ def run() -> None:
         log = world.on_all_ranks(lambda: held.enter_context(Log(
             folder if world.rank == 0 else None, here.step if restored else -1, options, facts)))
         left = train(here, state.Saver(folder / "steps", world, options.keep), log)
-        world.on_rank_0(lambda: print(
-            f"{folder}: saved at step {here.step}, and left as asked; --resume goes on" if left
-            else report(folder, here.corpus, options.title)))
+        world.on_rank_0(lambda: print(report(folder, here.corpus, options.title) if not left else
+                                      f"{folder}: saved at step {here.step}, and left as asked; --resume goes on"))
     runs.end_as_asked(left)
 
 

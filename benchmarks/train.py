@@ -79,7 +79,7 @@ def ours(config: ModelConfig, dtype: str, device: str, compile: bool, world: dis
     run = train.Run(options, world, None, model, source, optimizer, Balance(model), Method(next_token))
 
     def step(tokens: torch.Tensor) -> float:
-        entry, _ = train.take_step(run, [Batch(tokens[:, :-1], tokens[:, 1:], None)], 0)
+        entry, _ = train.take_step(run, [Batch(tokens[:, :-1], tokens[:, 1:], None)], lambda: 0)
         run.step += 1
         return entry["loss"]
     return step

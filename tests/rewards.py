@@ -1,5 +1,6 @@
 """Reward functions of the tests: --reward-function tests.rewards:NAME."""
 
+import json
 import math
 
 
@@ -16,6 +17,22 @@ def nothing(completions, **columns):
 
 def too_few(completions, **columns):
     return [0.0]
+
+
+def silent(completions, **columns):
+    pass
+
+
+def without_columns(completions, prompts, completion_ids):
+    return [0.0] * len(completions)
+
+
+def alone(completions):
+    return [0.0] * len(completions)
+
+
+def in_a_library(completions, **columns):
+    return [json.loads("{") for _ in completions]
 
 
 def broken(completions, **columns):

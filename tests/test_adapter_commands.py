@@ -1,5 +1,6 @@
 """Adapters in the commands: `checkpoints.convert --adapter FOLDER --merge`, and `generate.py --adapter FOLDER`."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -136,6 +137,15 @@ def test_generate_keeps_it_beside_quantised_weights(spoken):
     refused = forked.start(1, script.run, "--model", folder, "--adapter", adapter, "--prompt", "ab", "--quantize",
                            "int8", "--compile").end()
     assert refused.codes != [0] and "--compile is for an adapter that is merged" in refused.err
+
+
+def test_an_adapter_that_was_trained_to_score_is_no_adapter_to_write_with(spoken, tmp_path):
+    folder, adapter, _ = spoken
+    shutil.copytree(adapter, tmp_path / "judge")
+    (tmp_path / "judge/score.safetensors").touch()
+    done = forked.start(1, script.run, "--model", folder, "--adapter", tmp_path / "judge", "--prompt", "ab",
+                        "--max-new-tokens", 2).end()
+    assert done.codes == [0] and f"warning: {tmp_path / 'judge'}: has a score.safetensors, so it was" in done.err
 
 
 def test_a_model_that_is_an_adapter_is_told_of_the_option(spoken):

@@ -105,6 +105,7 @@ WRONG = {
     "a number": (PAIR | {"chosen": 3}, "'chosen' to be text"),
     "a margin without an end": (PAIR | {"margin": float("inf")}, "'margin' to be a finite number"),
     "a margin in words": (PAIR | {"margin": "much"}, "'margin' to be a finite number"),
+    "a key that is misspelt": ({"prompt": "a", "choosen": "y", "rejected": "n"}, "did you mean chosen[?]"),
     "an answer of the user": (PAIR | {"prompt": [user("a")], "chosen": [user("y")], "rejected": [user("n")]},
                               "an answer"),
 }

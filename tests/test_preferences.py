@@ -325,6 +325,7 @@ def test_answers_to_one_prompt_are_held_out_together(folder, tmp_path):
     words, (rows,), held, notes = written(folder, tmp_path, *items)
     prompts = [{words.decode(one.tokens[: (one.targets >= 0).argmax()].tolist())
                 for one, _ in (item.examples for item in some.items)} for some in (rows, held)]
+    assert not any("nothing is held out" in note for note in notes)
     assert held.rows == 4 and rows.rows == 76 and not prompts[0] & prompts[1]
 
 
@@ -344,3 +345,4 @@ def test_what_is_passed_over_is_said(folder, tmp_path):
     *_, notes = written(folder, tmp_path, pair, pair | {"chosen": "c"}, pair | {"chosen": "b " * 99})
     assert any(note.endswith("1 pair passed over, as both answers are the same") for note in notes)
     assert any("1 item longer than --context 64 left out, the first at" in note for note in notes)
+    assert any("nothing is held out to measure on: of fewer than 20" in note for note in notes)

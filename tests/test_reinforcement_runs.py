@@ -5,6 +5,7 @@ import math
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from nanollm.data.chat_formats import Chat
 from nanollm.data.prompts import Prompt
 from nanollm.errors import DataError, InputError, RunError
 from nanollm.text import tokenizer
+from nanollm.training import log as logs
 from nanollm.training import options, reward, reward_function
 from nanollm.training.averages import averaged
 from tests import forked, killed
@@ -138,20 +140,52 @@ def test_a_reward_model_rewards(monkeypatch, base, tmp_path):  # noqa: F811
 @pytest.mark.parametrize("name, message", [
     ("nothing", "returned nan for the answer .* to .*line [0-9]+; expected a finite number"),
     ("too_few", "returned 1 rewards for 2 answers; expected one each"),
+    ("silent", "returned None; expected a list of 2 numbers"),
+    ("without_columns", r"it is called with .*, word by name, and got an unexpected keyword argument 'word' "
+                        r"\(.*rewards.py, line [0-9]+\); expected def .*\*\*columns\)"),
+    ("in_a_library", r"JSONDecodeError: .* \(.*rewards.py, line [0-9]+\)"),
     ("broken", r"AttributeError: 'str' object has no attribute 'no_such_thing' \(.*rewards.py, line [0-9]+\)")])
 def test_what_is_no_reward_is_one_clear_error(name, message):
-    answered = [(Prompt(Chat("p.jsonl, line 1", []), "Hi", {}), text, [1], [0, 1]) for text in ("a", "b")]
+    answered = [(Prompt(Chat("p.jsonl, line 1", []), "Hi", {"word": "b"}), text, [1], [0, 1])
+                for text in ("a", "b")]
     with pytest.raises(RunError, match=f"--reward-function tests.rewards:{name}: {message}"):
         reward_function.by_function(f"tests.rewards:{name}")(answered)
 
 
 @pytest.mark.parametrize("name, message", [
-    ("rewards.py", "expected MODULE:NAME"), ("a/b:c", "expected MODULE:NAME"),
-    ("tests.rewards:none", "no function none"),
-    ("no_such_module:f", "cannot import no_such_module: ModuleNotFoundError"), ("this:d", "has no function d")])
+    ("rewards", "expected MODULE:NAME"), ("a/b:c", "expected MODULE:NAME"),
+    ("tests/rewards.py:betas", "leave out .py: tests.rewards:betas"),
+    ("tests.rewards:none", "no function none"), ("tests.rewards:alone", "unexpected keyword argument 'prompts'"),
+    ("no_such_module:f", "no module no_such_module; expected one in"), ("this:d", "has no function d")])
 def test_a_function_that_is_not_there_is_said_before_anything_is_read(name, message, tmp_path):
     with pytest.raises(InputError, match=f"--reward-function {name}.*{message}"):
         options.parse("", ["--init", str(tmp_path), "--grpo", "p.jsonl", "--reward-function", name])
+
+
+@pytest.mark.parametrize("text, message", [
+    ("import math\nimport no_such_package\n",
+     r"importing judge failed: ModuleNotFoundError: No module named 'no_such_package' \({}, line 2\)$"),
+    ("\ndef f(:\n", r"importing judge failed: SyntaxError: invalid syntax \({}, line 2\)$"),
+    ("import json\n\n\njson.loads('{{')\n", r"importing judge failed: JSONDecodeError: .* \({}, line 4\)$")])
+def test_what_fails_inside_the_users_file_is_told_with_its_line(text, message, tmp_path, monkeypatch):
+    """The module is there, so nobody is told to look for it; nor is the line that of a library."""
+    (tmp_path / "judge.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=message.format(tmp_path / "judge.py")):
+        reward_function.find("judge:f")
+
+
+def test_the_bar_and_the_report_of_a_run_have_its_rewards(tmp_path, monkeypatch):
+    """The loss of GRPO is 0 in the first step on its samples, whatever it learns."""
+    monkeypatch.setattr(logs, "loss_curve", lambda *_: True)
+    assert logs.shown({"loss": 0.0, "reward": 0.25}, -0.5) == {"reward": "0.25", "loss": "0", "held_out": "0.5"}
+    assert logs.shown({"loss": 0.5}, 0.5) == {"loss": "0.5", "held_out": "0.5"}
+    entries = [{"step": 0, "held_out_loss": -0.5}, {"step": 1, "loss": 0.0, "reward": 0.25}, {"step": 2, "loss": 0.1},
+               {"step": 3, "loss": 0.0, "reward": 0.75}]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    said = logs.report(tmp_path, SimpleNamespace(facts=None, rewarded=True, targets_per_byte=None), "")
+    assert [line.split() for line in said.splitlines()[:2]] == [
+        ["held", "out,", "reward", "0.500"], ["(reward,", "training,", "last", "2", "rounds)", "0.500"]]
 
 
 @pytest.mark.parametrize("args, message", [
@@ -198,6 +232,11 @@ def test_prompts_of_every_format_and_their_columns(folder, tmp_path):  # noqa: F
     assert rows[0].prompt.answer("x") == "x" and rows[3].prompt.answer("x") == [{"role": "assistant", "content": "x"}]
     (_,), _, notes = prompts.open_sets([tmp_path / "p.jsonl"], None, words, len(rows[0].ids) + 10, 10, "drop")
     assert any("3 prompts too long for --context" in note and "line 2" in note for note in notes)
+    assert any("nothing is held out to measure on" in note for note in notes)
+    n = len(rows[0].ids)
+    with pytest.raises(DataError, match=f"a prompt of {n} tokens and an answer of --max-new-tokens 200 are {n + 200}, "
+                                        "and --context is 9; "):
+        prompts.open_sets([tmp_path / "p.jsonl"], None, words, 9, 200, "drop")
 
 
 @pytest.mark.parametrize("item, message", [

@@ -2,7 +2,7 @@
 
     killed       SIGKILL at every place of a step and of a checkpoint, on 1 and on 2 ranks (tests/killed.py)
     elastic      one checkpoint of 2 ranks, gone on with by 1, 2 and 4; one of 1 rank by 2
-    asked        SIGTERM, SIGUSR1, two runs in one folder, workers whose torchrun is gone
+    asked        Ctrl-C, SIGTERM, SIGUSR1, two runs in one folder, workers whose torchrun is gone
     no room      a disk that is full for a checkpoint, the log or the model; folders that cannot be written
 
 "Ends as" means: loss, gradient norm and learning rate of every step, each step once in the log, are equal floats;
@@ -348,7 +348,8 @@ def goes_on_as_asked(
 ) -> None:
     left = saved(out)[-1]
     assert 3 < asked[0] < 16 and asked[0] + 3 < left < 64  # both between the checkpoints of every 16 steps
-    assert f"{out}: left at step {left} as asked; --resume goes on" in said and done(out) == left and hidden(out) == []
+    assert f"{out}: saved at step {left}, and left as asked; --resume goes on" in said
+    assert done(out) == left and hidden(out) == []
     assert f"on from step {left}" in run(data, out, *LONG, "--resume", ranks=ranks)
     assert outcome(out) == outcome(whole(*LONG, ranks=ranks))
 
@@ -366,6 +367,28 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp
         ended = child.end()
     assert ended.codes == [0], ended.said
     goes_on_as_asked(whole, data, out, asked, ended.said, ranks=1)
+
+
+def test_ctrl_c_saves_and_leaves(whole, data, tmp_path, monkeypatch, capfd):
+    """In the middle of step 3. The exit code is that of Ctrl-C, and the run ends as one that went through."""
+    out, step = tmp_path / "run", train.take_step
+
+    def interrupted(run, *args):
+        if run.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(run, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", interrupted)
+        assert here(data, out, *SHORT, "--resume") == 130
+    said = capfd.readouterr()
+    assert f"no checkpoint in {out}: starting at step 0\n" in said.err          # an --out that is misspelt is seen
+    assert "\nCtrl-C: the run saves a checkpoint after this step and leaves; once more ends it at once\n" in said.err
+    assert f"{out}: saved at step 3, and left as asked; --resume goes on" in said.out
+    assert saved(out) == [2, 3] and (out / "model.safetensors").exists() and hidden(out) == []
+    assert here(data, out, *SHORT, "--resume") is None
+    assert "no checkpoint" not in capfd.readouterr().err
+    assert outcome(out) == outcome(whole(*SHORT))
 
 
 @pytest.mark.slow

@@ -368,6 +368,32 @@ def test_a_model_of_another_shape_is_refused_in_one_line_that_does_not_advise_fo
         runs.compare(tmp_path, {"options": OPTIONS, "model": large, "muon": {"momentum": 0.9}})
 
 
+def test_another_method_is_one_difference_and_more_steps_are_explained(tmp_path):
+    """What follows from the method is no difference of its own, and nobody is told to change it halfway."""
+    dpo = {"init": Path("base"), "preference": [Path("a")], "loss": "dpo", "label_smoothing": 0.0, "gamma": None}
+    runs.record(tmp_path, {"options": OPTIONS | dpo | {"lora_rank": 8}}, resume=False)
+    simpo = OPTIONS | dpo | {"loss": "simpo", "label_smoothing": None, "gamma": 1.0, "lora_rank": 8}
+    with pytest.raises(RunError) as error:
+        runs.compare(tmp_path, {"options": simpo})
+    assert str(error.value) == (
+        f"{tmp_path}: holds another run (--preference --loss dpo → --preference --loss simpo), and a run goes on with "
+        f"the method that it began with; --out names another folder, where --adapter {tmp_path} beside the same --init "
+        "begins from its adapter"
+    )
+    with pytest.raises(RunError, match="--loss dpo → text"):
+        runs.compare(tmp_path, {"options": OPTIONS | dict.fromkeys(dpo)})
+    with pytest.raises(RunError, match="--steps 8 → 9.; the learning rate falls over all of --steps.*had other rates"
+                                       ".*--resume --force it goes on at the rates of a run of 9"):
+        runs.compare(tmp_path, {"options": OPTIONS | dpo | {"steps": 9}})
+
+
+def test_a_run_that_starts_over_leaves_nothing_of_an_adapter_or_a_reward_model(tmp_path):
+    for name in ("run.json", "adapter_config.json", "adapter_model.safetensors", "score.safetensors"):
+        (tmp_path / name).write_text("{}")
+    runs.clear(tmp_path)
+    assert names(tmp_path) == ["run.json"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"options": 3}', "\x00"])
 def test_what_is_not_a_record_is_named(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
@@ -537,7 +563,8 @@ def test_a_model_is_replaced_when_the_new_one_is_complete(tmp_path):
 
 
 def test_signals_are_requests_until_they_are_served():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)
+    every = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    before = [signal.getsignal(number) for number in every]
     with runs.signals() as requests:
         assert requests.pending == 0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -549,4 +576,19 @@ def test_signals_are_requests_until_they_are_served():
         assert requests.pending == 0
         os.kill(os.getpid(), signal.SIGUSR1)
         assert requests.pending == runs.SAVE
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGUSR1)) == before
+        os.kill(os.getpid(), signal.SIGINT)
+        assert requests.pending == runs.INTERRUPT
+        with pytest.raises(KeyboardInterrupt):                                  # a second Ctrl-C waits for no step
+            os.kill(os.getpid(), signal.SIGINT)
+    assert [signal.getsignal(number) for number in every] == before
+
+
+def test_where_ctrl_c_is_ignored_a_run_ignores_it():
+    """As a script's background processes do."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with runs.signals() as requests:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert requests.pending == 0
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -19,10 +20,12 @@ import train
 from nanollm.data import prepare as texts
 from nanollm.data.stream import stack
 from nanollm.errors import InputError, RunError
+from nanollm.inference import options as generating
 from nanollm.inference.quantize import quantised as quantised_weight
 from nanollm.inference.quantize import quantize_as
 from nanollm.model import Decoder
 from nanollm.presets import transformer
+from nanollm.training import log as logs
 from nanollm.training import lora, optim, options, tuning
 from tests import forked, killed
 from tests.toys import grammar
@@ -165,7 +168,8 @@ def test_lora_plus_gives_each_parameter_the_rate_that_peft_gives_it():
     expected = {(part[p], group["lr"], group["weight_decay"]) for group in made.param_groups for p in group["params"]}
 
     model = lora.add(Decoder(transformer(64, 32, 2, 4, 4, 48)), lora.LoRA(4, 8))
-    asked = argparse.Namespace(lora_plus=16.0, weight_decay=0.1, betas=(0.9, 0.95))
+    asked = argparse.Namespace(lora_plus=16.0, weight_decay=0.1, betas=(0.9, 0.95), optimizer="adamw",
+                               galore_rank=None, galore_scale=None, switch_every=None)
     ours = tuning.optimizers(model, asked, torch.float32)
     optim.step(ours, 1e-3)                                      # no parameter has a gradient: rates are set, no more
     part = {p: name[-1] for name, p in lora.adapters(model).items()}
@@ -331,6 +335,34 @@ def test_a_run_says_how_many_parameters_there_are_and_are_trained(base, tmp_path
     said = capsys.readouterr().out
     assert f": {whole / 1e6:.2f} M parameters, {trained:,} trained, 256 tokens to see, " in said
     assert f"{tmp_path / 'run'}: adapter, tokenizer, log.jsonl" in said and "(training, last 2 steps)" in said
+
+
+@pytest.mark.parametrize("more, how", [
+    (("--data", "x"), ["--prompt", "Once upon a time"]), (("--chat", "x"), ["--chat"]),
+    (("--chat", "x", "--template", "vicuna"), ["--chat", "--template", "vicuna"]), (("--preference", "x"), ["--chat"])])
+def test_the_command_that_a_run_prints_can_be_typed(tmp_path, monkeypatch, more, how):
+    """generate.py and convert take it as it stands, with spaces in names, too; the model it names need not exist."""
+    out = tmp_path / "a run"
+    said = tuning.how_to_use(parsed("--init", tmp_path, *LORA, *more, "--out", out), str(tmp_path)).splitlines()
+    _, script, *args = shlex.split(said[1])
+    assert (script, args) == ("generate.py", ["--model", str(tmp_path), "--adapter", str(out), *how])
+    monkeypatch.setattr(sys, "argv", [script, *args])
+    found = generating.parse("")
+    assert found.adapter == out and (found.chat or found.prompt)
+
+
+def test_a_reward_model_is_told_as_what_it_is(tmp_path, monkeypatch):
+    """It scores: no command is told that lets it write."""
+    said = tuning.how_to_use(parsed("--init", tmp_path, *LORA, "--reward", "x", "--out", tmp_path / "judge"), "base")
+    assert "score.safetensors" in said and "generate.py" not in said
+    _, script, *args = shlex.split(said.splitlines()[1])
+    (tmp_path / "judge").mkdir()
+    (tmp_path / "judge" / "score.safetensors").touch()
+    chosen = parsed(*(str(tmp_path) if arg == "base" else arg for arg in args))
+    assert script == "train.py" and chosen.reward_model == tmp_path / "judge"
+    (tmp_path / "judge" / "log.jsonl").touch()
+    assert logs.report(tmp_path / "judge", None, "").startswith(
+        f"{tmp_path / 'judge'}: a reward model for --reward-model {tmp_path / 'judge'}: model, score.safetensors, ")
 
 
 def test_the_adapter_of_a_model_from_the_hub_names_it_as_the_hub_does(base, tmp_path, monkeypatch):

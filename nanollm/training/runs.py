@@ -145,8 +145,8 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
                     advice = "--force starts over, --out names another folder"
                 elif name == "steps":
                     advice = ("the learning rate falls over all of --steps, so the steps that are done had other rates "
-                              f"than in a run of {value} steps; with --resume --force it goes on at the rates that such "
-                              f"a run has; --out names another folder, {from_it(folder, before['options'])}")
+                              f"than in a run of {value}; with --resume --force it goes on at the rates of a run of "
+                              f"{value}; --out names another folder, {from_it(folder, before['options'])}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(f"{path}: not a record of train.py: {error!r}") from None
     if changed:
