@@ -376,9 +376,9 @@ def test_another_method_is_one_difference_and_more_steps_are_explained(tmp_path)
     with pytest.raises(RunError) as error:
         runs.compare(tmp_path, {"options": simpo})
     assert str(error.value) == (
-        f"{tmp_path}: holds another run (--preference --loss dpo → --preference --loss simpo), and a run goes on with "
-        f"the method that it began with; --out names another folder, where --adapter {tmp_path} beside the same --init "
-        "begins from its adapter"
+        f"{tmp_path}: holds another run (--preference --loss dpo → --preference --loss simpo); a run goes on with "
+        "the method that it began with: repeat its command with --resume; --out names another folder, where --adapter "
+        f"{tmp_path} beside the same --init begins from its adapter"
     )
     with pytest.raises(RunError, match="--loss dpo → text"):
         runs.compare(tmp_path, {"options": OPTIONS | dict.fromkeys(dpo)})

@@ -129,8 +129,9 @@ def compare(folder: Path, facts: dict[str, Any]) -> None:
             before["model"] = ModelConfig.from_dict(before["model"]).to_dict() if "model" in before else {}
         was, now = method(before["options"]), method(before["options"] | facts.get("options", {}))
         if was != now:
-            raise RunError(f"{folder}: holds another run ({was} → {now}), and a run goes on with the method that it "
-                           f"began with; --out names another folder, {from_it(folder, before['options'])}")
+            raise RunError(f"{folder}: holds another run ({was} → {now}); a run goes on with the method that it began "
+                           "with: repeat its command with --resume; --out names another folder, "
+                           f"{from_it(folder, before['options'])}")
         for part, values in facts.items():
             for name, value in values.items():
                 old = before.get(part, {}).get(name)
