@@ -143,15 +143,15 @@ def reinforcement(add: Add) -> None:
              "number for each. This runs your code: MODULE is imported, from the working folder or what is installed")
     add("--reward-model", type=Path, metavar="FOLDER", help="in its place a reward model: a run folder of --reward")
     add("--group", type=whole, metavar="G", help="answers to each prompt (default 8; with --ppo 1)")
-    add("--max-new-tokens", type=whole, metavar="N", help="most tokens of an answer (default 256)")
+    add("--max-new-tokens", type=whole, metavar="N", help="length of an answer at most, in tokens (default 256)")
     add("--temperature", type=above_0, metavar="T", help="temperature at which answers are sampled (default 1)")
     add("--updates", type=whole, metavar="U",
         help="steps that learn from the same samples: μ of GRPO, epochs of PPO (default 1)")
     add("--normaliser", choices=NORMALISERS,
-        help="what a step of --grpo is a mean over: answers, each a mean of its tokens; dr_grpo: answers over the most "
+        help="normaliser, what a step of --grpo is a mean over: answers, each a mean of its tokens; dr_grpo: answers over the most "
              "tokens, and advantages not over the deviation; dapo: tokens, and --epsilon-high 0.28 (default grpo)")
     add("--epsilon", type=share, metavar="E", help="clipping: how far a ratio of probabilities may fall (default 0.2)")
-    add("--epsilon-high", type=rate, metavar="E", help="how far it may rise (default that of --epsilon)")
+    add("--epsilon-high", type=rate, metavar="E", help="clipping: how far it may rise (default that of --epsilon)")
     add("--gae-lambda", type=rate, metavar="L", help="λ of the advantages of --ppo (default 0.95)")
     add("--value-weight", type=rate, metavar="W", help="weight of the value loss of --ppo (default 0.1)")
 
