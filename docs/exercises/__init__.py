@@ -162,9 +162,9 @@ EXERCISES = {exercise.name: exercise for exercise in (                # by how h
         "How a position becomes an angle, and the two layouts that people mix up.",
         "rotation_tables makes cos and sin for every position and channel; rotate applies them. `frequencies` (f_j) "
         "is given. Both layouts are asked for. The two functions share one convention: sin carries the sign of its "
-        "channel, so that rotate is  x·cos + swap(x)·sin.  The dtype of the result is that of x. Multiply both tables "
-        "by attention_factor(rope), which is 1 for a plain Rope. rotation_tables has all of rope at hand; rotate is "
-        "told its layout.",
+        "channel, so that rotate is  x·cos + swap(x)·sin.  Where the tables are wider than x the products are, and the "
+        "sum is rounded to the dtype of x once. Multiply both tables by attention_factor(rope), which is 1 for a plain "
+        "Rope. rotation_tables has all of rope at hand; rotate is told its layout.",
         "With layout 'half' channel j is the partner of j + r/2, so the tables are the angles twice, side by side, "
         "and the first half of sin is negative. With 'interleaved' each angle stands twice in a row, and the even "
         "places of sin are negative. For d = 4 write down both by hand first. Channels past r (the width of the "

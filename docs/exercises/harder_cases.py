@@ -51,6 +51,10 @@ def rope(module: ModuleType) -> Iterator[Case]:
         [[0.0, 0.5403, 0.0, 0.8415], [0.0, 0.9450, 0.0, 0.3272]], module.rotate(x, *tables, "half")[:, 0, 0]
     yield "the dtypes of cos, of sin, and of x in bfloat16 once it is rotated", "float32 float32 bfloat16", \
         " ".join(dtype_name(each.dtype) for each in (*tables, module.rotate(x.bfloat16(), *tables, "half")))
+    tables = module.rotation_tables(Rope(), 4, torch.tensor([[1]]), torch.tensor([[1]]))
+    x = torch.tensor([[[[5.0, 0.0, 0.0, 0.0]]]]).bfloat16()
+    yield "x = 5 0 0 0 in bfloat16 and tables in float32, position 1: 2.7015 and 4.2074 are rounded once", \
+        [[[[2.703125, 0.0, 4.21875, 0.0]]]], module.rotate(x, *tables, "half").float()
 
 
 class SoftmaxDtypes(TorchDispatchMode):
@@ -100,6 +104,10 @@ def gqa(module: ModuleType) -> Iterator[Case]:
     halves = [torch.ones(1, 1, 2, 1).bfloat16() for _ in range(3)]
     with SoftmaxDtypes() as softmax:
         result = module.attend_plainly(*halves, None, 1.0)
+    q, k, v = (torch.tensor(rows)[None, None].bfloat16() for rows in ([[16.0, 1.0]], [[16.0, 0.0], [16.0, 1.0]],
+                                                                      [[0.0], [1.0]]))
+    yield "q = 16 1, keys 16 0 and 16 1 in bfloat16, values 0 and 1: scores 256 and 257, which is 256 there, so ½", \
+        [[[[0.5]]]], module.attend_plainly(q, k, v, None, 1.0).float()
     yield "q, k, v in bfloat16: the dtype of the result", "bfloat16", dtype_name(result.dtype)
     yield "q, k, v in bfloat16: the dtype in which the softmax is computed", "float32", " ".join(sorted(softmax.seen))
 
@@ -116,6 +124,8 @@ def router(module: ModuleType) -> Iterator[Case]:
     yield f"{words}, renormalize=0.1: .4/.8, .3/.8", [[0.5, 0.375]], module.route(logits, MoE(4, 2, MLP(8), 0.1))[0]
     yield f"{words}, renormalize=True, scale=7: 4, 3", [[4.0, 3.0]], \
         module.route(logits, MoE(4, 2, MLP(8), True, scale=7.0))[0]
+    yield "four sigmoids of −200, which are 0, two experts a token, renormalize=True: 0, and not NaN", [[0.0, 0.0]], \
+        module.route(torch.full((1, 4), -200.0), MoE(4, 2, MLP(8), True, score="sigmoid"))[0]
     fair, words = MoE(4, 1, MLP(8), False, score="sigmoid", correction=True), "four sigmoids of ½, correction 0 0 1 0"
     weights, chosen = module.route(torch.zeros(1, 4), fair, torch.tensor([0.0, 0.0, 1.0, 0.0]))
     yield f"{words}: the choice", [[2]], chosen
@@ -169,6 +179,8 @@ def softmax(module: ModuleType) -> Iterator[Case]:
         attend([0.0, 0.0, 0.0], [7.0, 1.0, 1.0], first=1)[0]
     yield "values 1 1 7 of score 0, and a query that does not see the last", 1.0, \
         attend([0.0, 0.0, 0.0], [1.0, 1.0, 7.0], last=1)[0]
+    yield "values 1 1 NaN of score 0, and a query that does not see the last", 1.0, \
+        attend([0.0, 0.0, 0.0], [1.0, 1.0, float("nan")], last=1)[0]
     yield "two keys of score 0, values 0 and 1, ALiBi that halves with each place: 1 / (½ + 1)", 0.6667, \
         attend([0.0, 0.0], [0.0, 1.0], slope=1.0)[0]
     yield "q kᵀ 0 and 1000 · log 2, soft cap 2 · log 2, values 0 and 1: scores 0 and 2, ⅘", 0.8, \

@@ -18,7 +18,7 @@ gone. Write them, then ask:
     python check.py                 all: which are right
 
 `python` is the one that has nanollm and its tests installed: `source .venv/bin/activate` in the repository first, if
-`make` set it up. Grading one takes 10 to 15 seconds of processor time, `softmax` longer.
+`make` set it up. Grading one takes 10 to 15 seconds of processor time.
 
 What you hear back is, in this order: a small case that can be worked out by hand, with what was expected and what you
 got; then the project's own tests, run with your lines in the place of the library's. Many of them compare with
