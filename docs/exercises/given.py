@@ -107,5 +107,5 @@ def field(file: Path, kind: str, attribute: str) -> list[str]:
     for node in ast.walk(owner):
         targets = [one for target in node.targets for one in ast.walk(target)] if isinstance(node, ast.Assign) else []
         if any(isinstance(one, ast.Attribute) and one.attr == attribute for one in targets):
-            return [f"    {ast.unparse(node)}"]
+            return [f"    {row.strip()}" for row in lines[node.lineno - 1 : node.end_lineno]]
     return []
