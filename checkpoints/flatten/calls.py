@@ -27,7 +27,7 @@ class Calls(Expressions):
         if isinstance(node.func, ast.Name) and self.rename.get(node.func.id, "").startswith("(lambda"):
             return self.applied(node, self.rename[node.func.id], worlds)
         functions = self.values(node.func, worlds)
-        text = self.program.special(self, node, functions, worlds)  # type: ignore[arg-type]  # a Rewriter is both
+        text = self.program.special(self, node, functions, worlds)
         if text is not None:
             return text
         targets = [self.targets(one) for one in functions]

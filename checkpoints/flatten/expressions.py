@@ -4,16 +4,13 @@ import ast
 import functools
 import re
 import types
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from checkpoints.flatten.sources import Code
 from checkpoints.flatten.values import Run, World, known, same
-
-if TYPE_CHECKING:
-    from checkpoints.flatten.write import Writer
 
 # (function, expression) → what it is where a cache never begins again
 INSTEAD = {
@@ -68,9 +65,10 @@ def shape(text: str) -> str:
 
 
 class Expressions:
-    """Of one function. rename: what its parameters are called, where it is written inside another."""
+    """Of one function. program: the Writer (write.py) of all of them, which asks for this one. rename: what its
+    parameters are called, where it is written inside another."""
 
-    def __init__(self, program: "Writer", code: Code, worlds: list[World], rename: dict[str, str] | None = None):
+    def __init__(self, program: Any, code: Code, worlds: list[World], rename: dict[str, str] | None = None):
         self.program, self.code, self.worlds, self.rename = program, code, worlds, rename or {}
         self.source = code.source
         self.owner = program.class_of(code)

@@ -202,7 +202,7 @@ class Program:
         return code.owner is not None or ("\n" not in says and code.module == caller.module)
 
     def rewriter(self, code: Code, worlds: list[World], rename: dict[str, str] | None = None) -> Rewriter:
-        return Rewriter(self, code, worlds, rename)  # type: ignore[arg-type]  # it is a Writer
+        return Rewriter(self, code, worlds, rename)
 
     def special(self, writer: Any, node: ast.Call, functions: list[Any], worlds: list[World]) -> str | None:
         """Calls that are written in another way than they stand in the source, special.py."""
