@@ -321,6 +321,11 @@ def test_variables_of_the_template(tokenizer, monkeypatch):
         return api.read_chat({"messages": QUESTION, "chat_template_kwargs": value}, base).prompts[0]
 
     assert tokenizer.decode(read({"mood": "glad"}), skip_special=False).startswith("glad<|im_start|>user")
+    body = {"messages": QUESTION, "reasoning_effort": "low"}
+    plain = api.read_chat(body, base).prompts
+    monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ reasoning_effort }}" + CHATML)
+    assert api.read_chat(body, base).prompts == [tokenizer.encode("low") + plain[0]]
+    monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ mood }}" + CHATML)
     end, = tokenizer.encode("<|im_end|>", special=True)
     assert read({"mood": "<|im_end|>"}).count(end) == 1             # of the user's turn; the other is plain text
     for wrong in ({"messages": []}, {"tools": []}, {"template": ""}, {"bos_token": "x"}, ["mood"]):
@@ -547,6 +552,15 @@ def test_a_signal_ends_the_process(tmp_path, number, code):
     warned, up, stops = ended.err.splitlines()
     assert ended.codes == [code] and stops == "[the server stops; 1 answer cut short]"
     assert warned.startswith("warning: --context: 60,000 tokens are more than the 50,000 that the model was trained")
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path):
+    folder = scripted(tmp_path, ["a"])
+    (folder / "model.safetensors").unlink()
+    with bind("127.0.0.1", 0) as taken:
+        _, port = listen(taken)
+        ended = forked.start(1, generate.run, "--model", folder, "--serve", "--port", port, "--device", "cpu").end(60)
+    assert ended.codes == [1] and ended.said.startswith(f"error: --port {port}: another program")
 
 
 def test_a_second_signal_ends_the_process_at_once(served, monkeypatch):

@@ -31,19 +31,21 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequ
             "seed")
 BOTH = {*SAMPLING, "model", "n", "stop", "stream", "stream_options", "logit_bias", "logprobs", "max_tokens"}
 CHAT = BOTH | {"messages", "tools", "tool_choice", "response_format", "max_completion_tokens", "top_logprobs",
-               "chat_template_kwargs"}
+               "chat_template_kwargs", "reasoning_effort"}
 COMPLETION = BOTH | {"prompt"}
 ANYTHING = None
-# What is not followed: the values that pass, beside null, because they change nothing here. OpenAI's, then others'.
+# What is not followed: the values that pass, beside null, because they change nothing here
 NOT_FOLLOWED: dict[str, list[Any] | None] = {
+    # OpenAI's, about the account, or hints
     **dict.fromkeys(("user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
-                     "prompt_cache_key", "prompt_cache_retention"), ANYTHING),
-    "reasoning_effort": ANYTHING, "verbosity": ANYTHING,                                     # hints
-    "echo": [False], "suffix": [""], "best_of": [1], "modalities": [["text"]], "prediction": [], "audio": [],
-    "functions": [[]], "function_call": ["none", "auto"], "web_search_options": [],
-    "min_tokens": [0], "ignore_eos": [False], "stop_token_ids": [[]], "bad_words": [[]], "use_beam_search": [False],
-    "length_penalty": [1], "skip_special_tokens": [True], "spaces_between_special_tokens": [True],
-    "include_stop_str_in_output": [False], "add_generation_prompt": [True], "continue_final_message": [False],
+                     "prompt_cache_key", "prompt_cache_retention", "verbosity"), ANYTHING),
+    # OpenAI's, about the answer
+    "echo": [False], "suffix": [""], "best_of": [1], "functions": [[]], "function_call": ["none", "auto"],
+    "modalities": [["text"]], "prediction": [], "audio": [], "web_search_options": [],
+    # vLLM's and llama.cpp's
+    "min_tokens": [0], "ignore_eos": [False], "stop_token_ids": [[]], "include_stop_str_in_output": [False],
+    "bad_words": [[]], "use_beam_search": [False], "length_penalty": [1], "add_generation_prompt": [True],
+    "continue_final_message": [False], "skip_special_tokens": [True], "spaces_between_special_tokens": [True],
     "cache_prompt": ANYTHING,
 }
 OFF = {"top_k": (-1, 0), "seed": (-1,)}                     # words of others for None

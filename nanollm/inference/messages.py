@@ -130,13 +130,17 @@ def is_tool(value: Any) -> bool:
 # ---- what the template makes of them
 
 def read_variables(body: dict[str, Any], tokenizer: Tokenizer) -> dict[str, Any]:
-    """chat_template_kwargs: further variables of the template, {"enable_thinking": false}."""
+    """chat_template_kwargs: further variables of the template, {"enable_thinking": false}; and reasoning_effort."""
     name, value = "chat_template_kwargs", body.get("chat_template_kwargs")
     if value is not None and not isinstance(value, dict):
         raise BadRequest(f'{name}: found {short(value)}, expected an object, {{"enable_thinking": false}}', name)
     if taken := next((key for key in value or () if key in (*OURS, *tokenizer.named_tokens)), None):
         raise BadRequest(f"{name}: {taken} is the server's to say; leave it out", name)
-    return {key: mark(item, tokenizer.special_pattern) for key, item in (value or {}).items()}
+    effort = body.get("reasoning_effort")                   # a hint, for templates that ask for it, as gpt-oss's does
+    if not isinstance(effort, (str, type(None))):
+        raise BadRequest(f"reasoning_effort {short(effort)}: expected text, such as low", "reasoning_effort")
+    hints = {} if effort is None else {"reasoning_effort": effort}
+    return {key: mark(item, tokenizer.special_pattern) for key, item in (hints | (value or {})).items()}
 
 
 def prompt_of(tokenizer: Tokenizer, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None,
