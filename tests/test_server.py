@@ -290,8 +290,8 @@ def test_tools_that_the_template_does_not_show_are_refused(served):
 HARMLESS = [
     {"top_k": -1}, {"top_k": 0}, {"seed": -1}, {"top_logprobs": 0}, {"functions": []}, {"function_call": "none"},
     {"min_tokens": 0}, {"ignore_eos": False}, {"stop_token_ids": []}, {"reasoning_effort": "low"},
-    {"verbosity": "high"}, {"max_tokens": 6.0}, {"top_k": 5.0}, {"n": 1.0}, {"user": "x", "store": True},
-    {"web_search_options": None},
+    {"verbosity": "high"}, {"max_tokens": 6.0}, {"max_completion_tokens": None}, {"top_k": 5.0}, {"n": 1.0},
+    {"user": "x", "store": True}, {"web_search_options": None},
     {"temperature": 1, "top_p": 0}, {"temperature": 1.7, "top_p": 0.0, "seed": 3}, {"chat_template_kwargs": {"a": 1}},
     {"messages": [{"role": "user", "content": [{"type": "input_text", "text": "rea"},
                                                {"type": "text", "text": "lly?"}]}]},

@@ -103,7 +103,8 @@ def read_chat(body: dict[str, Any], base: Request) -> Asked:
     """Of /v1/chat/completions. base: what holds where the body says nothing."""
     known(body, CHAT)
     messages, tools = read_messages(body), read_tools(body)
-    request = read_common(body, base, body.get("max_completion_tokens", body.get("max_tokens")), LARGE)
+    newer = body.get("max_completion_tokens")
+    request = read_common(body, base, body.get("max_tokens") if newer is None else newer, LARGE)
     logprobs, top = flag(body, "logprobs"), whole(body, "top_logprobs", 0, 20) or 0
     if top and not logprobs:
         raise BadRequest(f"top_logprobs {top}: expected logprobs: true beside it", "top_logprobs")
