@@ -26,6 +26,7 @@ import importlib.util
 import io
 import json
 import os
+import socket
 import sys
 import time
 import warnings
@@ -202,14 +203,13 @@ def several(args: argparse.Namespace, model: Decoder, request: Request, facts: l
     note_past(model, max(len(prompts[at // n]) + len(answer.tokens) for at, answer in enumerate(answers)))
 
 
-def served(args: argparse.Namespace, model: Decoder, request: Request) -> None:
+def served(args: argparse.Namespace, model: Decoder, request: Request, bound: socket.socket) -> None:
     """OpenAI's API, until Ctrl-C."""
     from nanollm.inference.server import Server, serve
 
     engine = Engine(model, request.tokenizer, args.slots or 8, args.context, compiled=SERVED if args.compile else ())
     name = Path(os.path.abspath(args.model)).name if Path(args.model).exists() else args.model
-    port = 8000 if args.port is None else args.port                 # 0: any that is free
-    serve(Server(engine, request, name, args.api_key), args.host or "127.0.0.1", port)
+    serve(Server(engine, request, name, args.api_key), args.host, bound)
 
 
 def as_json(fact: dict[str, Any], ids: list[int], answer: Answer, told: dict[str, Any]) -> str:
@@ -317,6 +317,10 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
     elif args.serve:
         if importlib.util.find_spec("starlette") is None or importlib.util.find_spec("uvicorn") is None:
             raise InputError('--serve needs starlette and uvicorn: pip install -e ".[serve]"')
+        from nanollm.inference.listening import bind
+
+        args.host, port = args.host or "127.0.0.1", 8000 if args.port is None else args.port
+        bound = bind(args.host, port)                                           # 0: any that is free
     elif args.chat:
         conversation = opened(args, tokenizer)
         if args.context:
@@ -347,7 +351,7 @@ def answer(args: argparse.Namespace, world: "World | None" = None) -> None:
         request = fitted_alike(request, model, size * args.n, max(len(job.ids) for job in jobs), world)
         batches.answer_jobs(model, request, jobs, done, args.out, size)
     elif args.serve:
-        served(args, model, request)
+        served(args, model, request, bound)
     elif conversation is not None:
         dtype = model.embed.weight.dtype
         context = args.context or default_context(model.config, dtype)

@@ -17,7 +17,7 @@ import transformers
 import checkpoints
 from benchmarks.evaluate import __main__ as command
 from benchmarks.evaluate import needle, samples, speed, text
-from nanollm.errors import InputError, TokenizerError
+from nanollm.errors import InputError, NanollmError, TokenizerError
 from tests.oracles import make_loud
 from tests.tok_folders import CORPUS, begin_with, byte_bpe
 
@@ -129,6 +129,12 @@ def test_what_is_wrong_with_tasks_is_one_error(run, folder, data, tmp_path):
     (tmp_path / "winogrande" / "validation.jsonl").write_text('{"sentence": "The _ fell."}\n')
     with pytest.raises(InputError, match="lm_eval stopped: KeyError: 'answer'"):
         run("--model", folder, "--tasks", "winogrande", "--data", tmp_path)
+    for second, said in (('{"sentence": "A _."}', "jsonl, line 2: found no answer, option1, option2, which the first"),
+                         ('{"sentence": ', "jsonl, line 2: not JSON")):
+        (tmp_path / "winogrande" / "validation.jsonl").write_text(
+            '{"sentence": "The _ fell.", "option1": "a", "option2": "b", "answer": "1"}\n' + second + "\n")
+        with pytest.raises(NanollmError, match=said):
+            run("--model", folder, "--tasks", "winogrande", "--data", tmp_path)
     (tmp_path / "winogrande" / "validation.jsonl").unlink()
     with pytest.raises(InputError, match="found nothing, expected validation.jsonl: what winogrande asks from"):
         run("--model", folder, "--tasks", "winogrande", "--data", tmp_path)
@@ -181,6 +187,17 @@ def test_the_loss_by_place_is_drawn_for_each_scaling(run, folder, tmp_path):
     printed = run("--model", folder, "--perplexity", file, "--window", "1024", "--places", "--out", tmp_path / "out")
     assert [line.split("  ")[0] for line in printed.splitlines()] == ["as it is", "linear", "dynamic", "yarn"]
     assert (tmp_path / "out" / "places.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("words", [("--dtype", "bfloat16"), ("--quantize", "int8")], ids=" ".join)
+def test_batches_are_as_large_as_the_memory_of_a_prepared_model_allows(run, folder, tmp_path, words):
+    """Its matrices are packed and no parameters any more; where none are given they follow from the config."""
+    file = tmp_path / "text.txt"
+    file.write_text(" ".join(CORPUS))
+    found = [run("--model", folder, "--perplexity", file, "--window", 64, *words, *more)
+             for more in ((), ("--batch-tokens", 64))]
+    free, given = (float(re.search(r"perplexity +([\d.]+)", printed)[1]) for printed in found)
+    assert free == pytest.approx(given, rel=0.01)
 
 
 def test_a_needle_stands_where_it_should(run, folder, tmp_path, monkeypatch):

@@ -59,7 +59,7 @@ ITS_OWN = {  # of a file
     "nanollm/text/tokenizer_declared.py": {"tokenizers"}, "nanollm/text/render.py": {"jinja2"},
     "nanollm/data/bpe.py": {"tokenizers"}, "nanollm/data/encode.py": {"tqdm"}, "nanollm/data/split.py": {"tqdm"}, "nanollm/data/files.py": {"zstandard"},
     "nanollm/data/records.py": {"pyarrow", "datasets"}, "nanollm/data/chat_store.py": {"tqdm"}, "nanollm/inference/batches.py": {"tqdm"},
-    "nanollm/inference/constrained.py": {"llguidance"}, "nanollm/inference/server.py": {"starlette", "uvicorn"},
+    "nanollm/inference/constrained.py": {"llguidance"}, "nanollm/inference/server.py": {"starlette"}, "nanollm/inference/listening.py": {"uvicorn"},
     "nanollm/training/plot.py": {"matplotlib"}, "nanollm/training/adamw8bit.py": {"bitsandbytes"},
     "nanollm/training/state.py": {"safetensors"}, "nanollm/training/reward.py": {"safetensors"}, "nanollm/training/options.py": {"tomli"},
     "nanollm/training/log.py": {"tqdm"}, "nanollm/training/monitors.py": {"wandb", "mlflow"},

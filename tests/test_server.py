@@ -5,7 +5,10 @@ What it answers is compared with the decoder asked directly.
 
 import http.client
 import json
+import os
 import random
+import re
+import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,10 +18,12 @@ import pytest
 import torch
 
 import checkpoints
+import generate
+from nanollm.errors import InputError
 from nanollm.inference import engine as engine_file
 from nanollm.inference import server as server_file
 from nanollm.inference import ticket as ticket_file
-from nanollm.inference.engine import Engine
+from nanollm.inference.engine import Engine, Stopped
 from nanollm.inference.generation import answer_batch
 from nanollm.inference.request import Request
 from nanollm.inference.sample import Sampling
@@ -26,11 +31,15 @@ from nanollm.model import Decoder
 from nanollm.presets import transformer
 from nanollm.text.chat import Conversation
 from nanollm.text.tokenizer import Tokenizer
+from tests import forked
 from tests.oracles import make_loud
 from tests.terminals import CHATML, scripted
 from tests.tok_folders import byte_bpe, write
 
 openai = pytest.importorskip("openai", reason="needs the package openai")
+from nanollm.inference import api  # noqa: E402
+from nanollm.inference.listening import Uvicorn, bind, listen  # noqa: E402
+from nanollm.inference.reply import Reply  # noqa: E402
 from nanollm.inference.server import Running, Server  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "really?"}]
@@ -172,6 +181,20 @@ def test_stops_and_log_probabilities(served, model, tokenizer):
     assert len(older.tokens) == len(older.token_logprobs) == 4 and all(len(each) == 2 for each in older.top_logprobs)
 
 
+def test_offsets_of_completions_point_into_the_text(served):
+    how = {"model": "toy", "prompt": "a", "max_tokens": 12, "logprobs": 0, "frequency_penalty": 2}
+    how["logit_bias"] = {str(id): 100 for id in served.base.tokenizer.encode("éx")}
+    choice = served.client.completions.create(**how).choices[0]
+    offsets, ends = choice.logprobs.text_offset, [*choice.logprobs.text_offset[1:], len(choice.text)]
+    assert [choice.text[at:end] for at, end in zip(offsets, ends, strict=True)] == choice.logprobs.tokens
+    parts = [part.choices[0].logprobs for part in served.client.completions.create(**how, stream=True)]
+    assert [at for part in parts if part for at in part.text_offset] == offsets
+    reply = Reply(api.read_completion({"prompt": "a"}, served.base), None, 0)
+    halves = [{"token": "\ufffd", "logprob": 0, "bytes": [byte], "top_logprobs": []} for byte in "é".encode()]
+    whole = [{"token": "x", "logprob": 0, "bytes": [120], "top_logprobs": []}] * 2
+    assert reply.logprobs(halves + whole)["text_offset"] == [0, 0, 1, 2]                # of "éxx"
+
+
 def test_a_schema_holds_the_answer(served):
     pytest.importorskip("llguidance", reason="needs the package llguidance: make published")
     form, words = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}, served.base.tokenizer
@@ -214,7 +237,9 @@ def test_calls_of_tools(model, tmp_path, monkeypatch, form, stream):
     source, said, text = FORMS[form]
     byte_bpe(("<|im_start|>", "<|im_end|>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")).save(
         str(tmp_path / "tokenizer.json"))
-    template = "{# " + source + " #}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + CHATML
+    calls = ("{% for m in messages %}{% for call in m.tool_calls or [] %}{{ call.function.name }}{% endfor %}"
+             "{% endfor %}")
+    template = "{# " + source + " #}{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}" + calls + CHATML
     (tmp_path / "chat_template.jinja").write_text(template)
     tokenizer = checkpoints.tokenizer(write(
         tmp_path, tokenizer_config={"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}))
@@ -248,6 +273,66 @@ def test_calls_of_tools(model, tmp_path, monkeypatch, form, stream):
         assert served.client.chat.completions.create(model="toy", messages=history, tools=[TOOL]).choices
 
 
+CALLED = [*QUESTION, {"role": "assistant", "content": None,
+                      "tool_calls": [{"function": {"name": "add", "arguments": "{}"}}]}]
+
+
+def test_tools_that_the_template_does_not_show_are_refused(served):
+    for body, param in (({"messages": QUESTION, "tools": [TOOL]}, "tools"), ({"messages": CALLED}, "messages")):
+        status, told = served.raw(CHAT, body)
+        assert status == 400 and told["error"]["param"] == param and "does not show them" in told["error"]["message"]
+    for harmless in ({"tools": [TOOL], "tool_choice": "none"}, {"tools": []}, {"tool_choice": "auto"}):
+        assert served.raw(CHAT, {"messages": QUESTION, "max_tokens": 1} | harmless)[0] == 200
+
+
+# ---- fields that change nothing, and those of the template
+
+HARMLESS = [
+    {"top_k": -1}, {"top_k": 0}, {"seed": -1}, {"top_logprobs": 0}, {"functions": []}, {"function_call": "none"},
+    {"min_tokens": 0}, {"ignore_eos": False}, {"stop_token_ids": []}, {"reasoning_effort": "low"},
+    {"verbosity": "high"}, {"max_tokens": 6.0}, {"max_completion_tokens": None}, {"top_k": 5.0}, {"n": 1.0},
+    {"user": "x", "store": True}, {"web_search_options": None},
+    {"temperature": 1, "top_p": 0}, {"temperature": 1.7, "top_p": 0.0, "seed": 3}, {"chat_template_kwargs": {"a": 1}},
+    {"messages": [{"role": "user", "content": [{"type": "input_text", "text": "rea"},
+                                               {"type": "text", "text": "lly?"}]}]},
+    {"messages": [QUESTION[0] | {"refusal": None, "annotations": [], "tool_calls": None}]},
+]
+
+
+@pytest.mark.parametrize("more", HARMLESS, ids=str)
+def test_what_changes_nothing_passes(served, model, tokenizer, more):
+    status, told = served.raw(CHAT, {"messages": QUESTION, "max_tokens": 6} | more)
+    assert status == 200, told
+    assert told["choices"][0]["message"]["content"] == directly(model, tokenizer, ask(tokenizer), 6)
+
+
+def test_top_k_off_is_said_to_a_server_that_draws(tokenizer):
+    base = Request(tokenizer, 9, Sampling(1.0, top_k=3, seed=1))
+    body = {"messages": QUESTION}
+    assert api.read_chat(body, base).request.sampling == base.sampling
+    assert api.read_chat(body | {"top_k": -1, "seed": -1}, base).request.sampling == Sampling(1.0)
+
+
+def test_variables_of_the_template(tokenizer, monkeypatch):
+    monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ mood }}" + CHATML)
+    base = Request(tokenizer, 9, Sampling())
+
+    def read(value):
+        return api.read_chat({"messages": QUESTION, "chat_template_kwargs": value}, base).prompts[0]
+
+    assert tokenizer.decode(read({"mood": "glad"}), skip_special=False).startswith("glad<|im_start|>user")
+    body = {"messages": QUESTION, "reasoning_effort": "low"}
+    plain = api.read_chat(body, base).prompts
+    monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ reasoning_effort }}" + CHATML)
+    assert api.read_chat(body, base).prompts == [tokenizer.encode("low") + plain[0]]
+    monkeypatch.setitem(tokenizer.chat_templates, "default", "{{ mood }}" + CHATML)
+    end, = tokenizer.encode("<|im_end|>", special=True)
+    assert read({"mood": "<|im_end|>"}).count(end) == 1             # of the user's turn; the other is plain text
+    for wrong in ({"messages": []}, {"tools": []}, {"template": ""}, {"bos_token": "x"}, ["mood"]):
+        with pytest.raises(InputError, match="chat_template_kwargs"):
+            read(wrong)
+
+
 # ---- what is wrong
 
 DEEP = b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}"
@@ -261,12 +346,12 @@ WRONG = [
     (CHAT, {"messages": QUESTION, "model": "gpt-4"}, 404), (CHAT, {"messages": QUESTION, "model": 3}, 404),
     (CHAT, {"messages": QUESTION, "temprature": 1}, 400), (CHAT, {"messages": QUESTION, "temperature": "hot"}, 400),
     (CHAT, {"messages": QUESTION, "temperature": True}, 400), (CHAT, {"messages": QUESTION, "temperature": -1}, 400),
-    (CHAT, {"messages": QUESTION, "top_p": 0}, 400), (CHAT, {"messages": QUESTION, "n": 0}, 400),
+    (CHAT, {"messages": QUESTION, "top_p": -1}, 400), (CHAT, {"messages": QUESTION, "n": 0}, 400),
     (CHAT, {"messages": QUESTION, "n": 1000}, 400), (CHAT, {"messages": QUESTION, "n": 1.5}, 400),
     (CHAT, {"messages": QUESTION, "max_tokens": 0}, 400), (CHAT, {"messages": QUESTION, "max_tokens": "9"}, 400),
     (CHAT, {"messages": QUESTION, "stop": [""]}, 400), (CHAT, {"messages": QUESTION, "stop": [["a"]]}, 400),
     (CHAT, {"messages": QUESTION, "stream": "yes"}, 400), (CHAT, {"messages": QUESTION, "stream_options": {}}, 400),
-    (CHAT, {"messages": QUESTION, "seed": -1}, 400), (CHAT, {"messages": QUESTION, "seed": 2**70}, 400),
+    (CHAT, {"messages": QUESTION, "seed": -2}, 400), (CHAT, {"messages": QUESTION, "seed": 2**70}, 400),
     (CHAT, {"messages": QUESTION, "logit_bias": {"a": 1}}, 400), (CHAT, {"messages": QUESTION, "logit_bias": [1]}, 400),
     (CHAT, {"messages": QUESTION, "logit_bias": {"99999": 1}}, 400),
     (CHAT, {"messages": QUESTION, "logit_bias": {"1": "x"}}, 400),
@@ -297,6 +382,52 @@ def test_every_malformed_body_is_told_what_is_wrong(served):
     assert served.raw(CHAT, {"messages": [{"role": "user", "content": "a " * 200}]})[1]["error"]["code"] == (
         "context_length_exceeded")
     assert served.client.chat.completions.create(model="toy", messages=QUESTION, max_tokens=2).choices
+
+
+SAID = [                    # a message, its param, and what the error says of it
+    ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "role \"robot\", expected system"),
+    ({"messages": [{"role": "user"}]}, "messages", "messages[0]: content: missing"),
+    ({"messages": [*QUESTION, {"role": "user", "content": None}]}, "messages", "messages[1]: content: missing"),
+    ({"messages": [{"role": "assistant", "content": None}]}, "messages", "content: missing"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages", "content: found []"),
+    ({"messages": [{"role": "user", "contnet": "x"}]}, "messages", "contnet; did you mean content?"),
+    ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "messages", "of the assistant"),
+    ({}, "messages", "messages: missing"), ({"messages": "hi"}, "messages", 'found "hi", expected [{"role"'),
+    ({"messages": QUESTION, "tools": [TOOL, TOOL]}, "tools", 'two are called "add"'),
+    ({"messages": QUESTION, "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice",
+     '{"type": "function", "function": {"name": "add"}}: no call can be forced'),
+    ({"messages": QUESTION, "stop": ""}, "stop", "not empty"),
+    ({"messages": QUESTION, "stream_options": {"include_usage": True}}, "stream_options", "stream: true beside"),
+    ({"messages": QUESTION, "stream": True, "stream_options": {"include_usag": True}}, "stream_options",
+     "did you mean include_usage?"),
+    ({"messages": QUESTION, "top_logprobs": 1}, "top_logprobs", "logprobs: true beside"),
+    ({"messages": QUESTION, "min_tokens": 3}, "min_tokens", "expected no min_tokens or 0"),
+    ({"messages": QUESTION, "web_search_options": {}}, "web_search_options", "does not do that"),
+    ({"prompt": [999999]}, None, "token 999999 is outside the model's vocabulary"),
+    ({"prompt": None}, "prompt", "prompt: missing"),
+]
+
+
+@pytest.mark.parametrize(("body", "param", "words"), SAID, ids=[words for _, _, words in SAID])
+def test_errors_say_what_was_found(served, body, param, words):
+    status, told = served.raw(COMPLETION if "prompt" in body else CHAT, body)
+    assert status == 400 and told["error"]["param"] == param and words in told["error"]["message"], told
+
+
+def test_another_method_is_told_which(served):
+    status, told = served.raw(CHAT, method="GET")
+    assert status == 405 and told["error"]["message"] == f"GET {CHAT}: expected POST"
+
+
+def test_addresses_that_are_not_to_be_had():
+    with bind("127.0.0.1", 0) as taken:
+        host, port = listen(taken)
+        with pytest.raises(InputError, match=rf"^--port {port}: another program listens there, at 127.0.0.1; give"):
+            bind(host, port)
+    with pytest.raises(InputError, match=r"^--host 203\.0\.113\.9: .*; expected an address of this machine"):
+        bind("203.0.113.9", 0)                              # of TEST-NET-3, which no machine has (RFC 5737)
+    with pytest.raises(InputError, match=r"^--host no\.such\.invalid: "):
+        bind("no.such.invalid", 0)
 
 
 def test_bodies_are_bounded_and_say_that_they_are_json(served, monkeypatch):
@@ -375,6 +506,73 @@ def test_a_client_that_leaves_frees_its_slot(endless, stream):
     for line in lines:
         line.close()
     assert endless.idle() and endless.engine.counts["new_tokens"] < before + 40_000
+
+
+def test_a_server_that_stops_tells_everybody(tmp_path, caplog, monkeypatch):
+    """Those that are answered, that wait, that stream, that do not read, and that have not sent all of their body."""
+    monkeypatch.setattr(server_file, "PATIENCE", 90)
+    folder = scripted(tmp_path, ["a", "b", "c"], endless=True, context=100_000)
+    running = Served(checkpoints.load(folder), checkpoints.tokenizer(folder), slots=3, length=50_000)
+    stream = json.dumps({"messages": QUESTION, "stream": True})
+    with running, ThreadPoolExecutor(8) as pool:
+        asked = [pool.submit(running.raw, CHAT, {"messages": QUESTION, "stream": at < 2}) for at in range(6)]
+        deaf, late = (http.client.HTTPConnection(running.host, timeout=60) for _ in range(2))
+        deaf.request("POST", CHAT, stream, {"Content-Type": "application/json"})
+        late.request("POST", CHAT, b"{", {"Content-Type": "application/json", "Content-Length": "99"})
+        while running.engine.counts["requests"] < 7 or running.engine.counts["new_tokens"] < 20:
+            time.sleep(0.01)
+        running.running.uvicorn.should_exit = True
+        told = [each.result(60) for each in asked]
+        running.running.thread.join(60)
+        assert not running.running.thread.is_alive() and not running.engine.thread.is_alive()
+    for status, body in told[2:]:
+        assert status == 503 and body["error"]["code"] == "server_stopped" and "stopped" in body["error"]["message"]
+    for status, text in told[:2]:
+        last = json.loads(text.split("\n\n")[-2].removeprefix("data: "))
+        assert status == 200 and last["error"]["code"] == "server_stopped"
+    assert caplog.records == []
+    with pytest.raises(Stopped):
+        running.engine.submit([1], 1)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
+def test_a_signal_ends_the_process(tmp_path, number, code):
+    folder = scripted(tmp_path / "model", ["a", "b", "c"], endless=True, context=50_000)
+    started = forked.start(1, generate.run, "--model", folder, "--serve", "--port", "0", "--slots", "2",
+                           "--device", "cpu", "--context", "60000")
+    while "Ctrl-C ends it" not in (said := (started.folder / "err").read_text()) and started.running():
+        time.sleep(0.05)
+    line = http.client.HTTPConnection(re.search(r"http://(\S+),", said)[1], timeout=60)
+    line.request("POST", CHAT, json.dumps({"messages": QUESTION, "stream": True}), {"Content-Type": "application/json"})
+    answer = line.getresponse()
+    assert answer.readline().startswith(b"data: {")
+    os.kill(started.pids[0], number)
+    assert b"server_stopped" in answer.read()
+    ended = started.end(60)
+    warned, up, stops = ended.err.splitlines()
+    assert ended.codes == [code] and stops == "[the server stops; 1 answer cut short]"
+    assert warned.startswith("warning: --context: 60,000 tokens are more than the 50,000 that the model was trained")
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path):
+    folder = scripted(tmp_path, ["a"])
+    (folder / "model.safetensors").unlink()
+    with bind("127.0.0.1", 0) as taken:
+        _, port = listen(taken)
+        ended = forked.start(1, generate.run, "--model", folder, "--serve", "--port", port, "--device", "cpu").end(60)
+    assert ended.codes == [1] and ended.said.startswith(f"error: --port {port}: another program")
+
+
+def test_a_second_signal_ends_the_process_at_once(served, monkeypatch):
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)
+    uvicorn = Uvicorn(None, served.engine)
+    uvicorn.handle_exit(signal.SIGINT, None)
+    uvicorn.handle_exit(signal.SIGINT, None)                # a wrapper has handed it on, too
+    assert uvicorn.should_exit and left == []
+    uvicorn.stopping = True
+    uvicorn.handle_exit(signal.SIGINT, None)
+    assert left == [130]
 
 
 def test_fifty_clients_of_which_some_vanish(served, model, tokenizer):

@@ -140,7 +140,7 @@ def tasks(args: argparse.Namespace, path: Path, tokenizer: Tokenizer) -> None:
         manager = files.local_tasks(args.tasks, args.data, args.fewshot, folder) if args.data else files.packaged()
         lm = NanoLM(ready(args, path), tokenizer, str(args.model), args.batch_tokens)
         results = run.evaluate(lm, args.tasks, manager, limit=args.limit, fewshot=args.fewshot,
-                               chat=args.apply_chat_template, out=args.out)
+                               chat=args.apply_chat_template, out=args.out, data=args.data)
     print(run.table(results))
     if args.against:
         from benchmarks.evaluate import against

@@ -20,15 +20,17 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from benchmarks.evaluate.harness import NanoLM
+from benchmarks.evaluate.tasks import uneven
 from nanollm.errors import InputError, NanollmError
 
 NETWORK = "tasks come from the hub, which cannot be reached; --data DIR reads them from files: docs/evaluation.md"
 
 
 def evaluate(lm: NanoLM, tasks: Sequence[str], manager: TaskManager, *, limit: int | None = None,
-             fewshot: int | None = None, chat: bool = False, out: Path | None = None) -> dict[str, Any]:
+             fewshot: int | None = None, chat: bool = False, out: Path | None = None,
+             data: Path | None = None) -> dict[str, Any]:
     """The harness's results, and its files in `out`: results_*.json and samples_*.jsonl. limit: documents of each
-    task."""
+    task. data: the folder that `manager` has its files from."""
     tracker = EvaluationTracker(output_path=str(out)) if out else None
     quiet()
     try:
@@ -46,6 +48,8 @@ def evaluate(lm: NanoLM, tasks: Sequence[str], manager: TaskManager, *, limit: i
     except ImportError as error:
         raise InputError(f"--tasks {','.join(tasks)}: the task needs another package: {first_line(error)}") from None
     except Exception as error:                                  # whatever a task's own code meets in the data
+        if data and (said := uneven(data, tasks)):
+            raise InputError(said) from error
         raise InputError(f"--tasks {','.join(tasks)}: lm_eval stopped: {type(error).__name__}: {first_line(error)}"
                          ) from error
     assert results is not None, "one process is the first of all"

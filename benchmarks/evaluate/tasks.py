@@ -25,6 +25,8 @@ from typing import Any
 import yaml
 from lm_eval.tasks import TaskManager
 
+from nanollm.data import records
+from nanollm.data.files import Encoding
 from nanollm.errors import InputError, counted, did_you_mean
 from nanollm.inference.terminal import note
 
@@ -110,6 +112,19 @@ def split_files(folder: Path, split: str) -> list[Path]:
     """The file of a split, or its parts as the hub names them: test-00000-of-00002.parquet."""
     return sorted(path.absolute() for path in folder.iterdir()
                   if path.suffix in READERS and (path.stem == split or path.stem.startswith(f"{split}-")))
+
+
+def uneven(data: Path, tasks: Sequence[str]) -> str:
+    """Where the files of these tasks have a record without a key that the first one has; "" where none has. Raises
+    DataError, with the line, for what is no JSON."""
+    for name in (leaf for task in tasks for leaf in leaves(task)):
+        for path in sorted((data / name).glob("*.json*")):
+            first: records.Record | None = None
+            for record in records.records(path, Encoding("utf-8")):
+                first = first or record
+                if missing := sorted(first.fields.keys() - record.fields.keys()):
+                    return f"{record.where}: found no {', '.join(missing)}, which the first record has"
+    return ""
 
 
 def write(out: Path, name: str, config: dict[str, Any]) -> None:

@@ -51,9 +51,9 @@ def report(model: Decoder, tokenizer: Tokenizer, path: Path, window: int | None,
     text = read(path)
     window = window or own_context(model.config) or 2048
     stride = stride or window
-    if told := past_context(model.config, window):
-        note(f"[{told}]")
     found = measured(model, tokenizer, text, window, stride, budget, path.name)
+    if told := past_context(model.config, min(window, found.tokens)):
+        note(f"[{told}]")
     size = len(text.encode())
     print(f"{path.name}: {size:,} bytes, {found.tokens:,} tokens, window {window:,}, stride {stride:,}",
           f"perplexity      {found.perplexity:.4f}",

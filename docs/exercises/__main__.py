@@ -1,6 +1,7 @@
 """python -m docs.exercises [FOLDER] writes the exercises; python -m docs.exercises check [NAME …] grades them."""
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,10 @@ def main(arguments: list[str]) -> int:
         parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(EXERCISES)}; none: all of them")
         parser.add_argument("--folder", type=Path, default=Path("exercises"), help="where they are; exercises")
         options = parser.parse_args(arguments[1:])
+        if importlib.util.find_spec("torch") is None:
+            print(f"{sys.executable} has no torch: run check.py with the Python that has nanollm installed, which "
+                  f"`make exercises` puts at {ROOT / '.venv' / 'bin' / 'python'}")
+            return NOTHING
         unknown = [name for name in options.names if name.removesuffix(".py") not in EXERCISES]
         if unknown:
             parser.error(f"no exercise is called {unknown[0]}; there are {', '.join(EXERCISES)}")

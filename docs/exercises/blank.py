@@ -68,8 +68,7 @@ def excerpt(source: str, module: str, blanks: tuple[str, ...], note: str) -> str
     functions = sorted((find(tree, name) for name in blanks), key=lambda node: -node.lineno)
 
     used = names_in(list(wanted))
-    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
-               and used & {(alias.asname or alias.name).partition(".")[0] for alias in node.names}]
+    imports = [row for node in tree.body for row in used_of(node, used)]
     given = sorted(name for name in names_at_top(tree) if name in used and name not in tops)
 
     whole = list(lines)
@@ -80,7 +79,7 @@ def excerpt(source: str, module: str, blanks: tuple[str, ...], note: str) -> str
                                   *[REMOVED] * (end - start)]
     head = tree.body[0]
     parts = [lines[head.lineno - 1 : head.end_lineno], [""]]
-    parts += [lines[node.lineno - 1 : node.end_lineno] for node in imports]
+    parts += [imports]
     if given:
         parts += [[f"from {module} import {', '.join(given)}  # beside it in the file; yours to call"]]
     parts += [["", *note.splitlines()]]
@@ -89,10 +88,26 @@ def excerpt(source: str, module: str, blanks: tuple[str, ...], note: str) -> str
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
+def used_of(node: ast.stmt, used: set[str]) -> list[str]:
+    """An import as a line, without the names that are not used; no line where none is."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        return []
+    names = [alias for alias in node.names if (alias.asname or alias.name).partition(".")[0] in used]
+    kept = ast.Import(names) if isinstance(node, ast.Import) else ast.ImportFrom(node.module, names, node.level)
+    return [ast.unparse(kept)] if names else []
+
+
 def names_at_top(tree: ast.Module) -> set[str]:
     """What a file defines: functions, classes, constants."""
     names = {node.name for node in tree.body if isinstance(node, Definition)}
     return names.union(*(assigned(node) for node in tree.body))
+
+
+def imported(node: ast.stmt) -> set[tuple[str | None, str, str | None]]:
+    """(module, name, as what) of each name that an import brings."""
+    if not isinstance(node, ast.Import | ast.ImportFrom):
+        return set()
+    return {(getattr(node, "module", None), alias.name, alias.asname) for alias in node.names}
 
 
 def assigned(node: ast.stmt) -> set[str]:
@@ -132,9 +147,11 @@ def added(node: ast.stmt, module: str, tree: ast.Module) -> bool:
     """Whether a statement of a student's file is one that the file itself, `tree`, does not have."""
     if isinstance(node, Definition):
         return node.name not in names_at_top(tree)
+    if isinstance(node, ast.ImportFrom) and node.module in (module, "__future__"):
+        return False                                    # the second would have to stand at the head
     if isinstance(node, ast.Import | ast.ImportFrom):
-        ours = {ast.dump(one) for one in tree.body}
-        return ast.dump(node) not in ours and getattr(node, "module", None) != module
+        ours = {name for one in tree.body for name in imported(one)}
+        return not imported(node) <= ours
     if isinstance(node, ast.If):
         return False                                    # if __name__ == "__main__": a student's own trials
     return bool(assigned(node) - names_at_top(tree))

@@ -1,14 +1,16 @@
 """Write the folder of exercises: a file each, README.md, and check.py, which grades from inside the folder."""
 
+import os
 import textwrap
 from pathlib import Path
 
 from docs.exercises import EXERCISES, ROOT, Exercise
 from docs.exercises.blank import excerpt
+from docs.exercises.given import told
 
 START = """# Exercises
 
-Twelve parts of a language model, from the easiest to the hardest, about {hours} hours in all. Each file here is cut
+Twelve parts of a language model, the easiest first, about {hours} hours in all. Each file here is cut
 out of the repository: the head with its equation and shapes, the imports, and one or two functions whose bodies are
 gone. Write them, then ask:
 
@@ -16,13 +18,17 @@ gone. Write them, then ask:
     python check.py                 all: which are right
 
 `python` is the one that has nanollm and its tests installed: `source .venv/bin/activate` in the repository first, if
-`make` set it up.
+`make` set it up. Grading one takes 10 to 15 seconds of processor time.
 
 What you hear back is, in this order: a small case that can be worked out by hand, with what was expected and what you
-got; then the project's own tests, run with your lines in the place of the library's. They compare with published code,
-so a function that passes would do in the real thing. Only the functions that were blank are taken from your file, and
-functions, constants and imports that you add. A hint stands at the end of each file. The solution is in the source
-named there: look at it afterwards, in any case.
+got; then the project's own tests, run with your lines in the place of the library's. Many of them compare with
+published code. So a function that passes computes what the library's computes, in the cases that a test has, on a CPU;
+how fast it is, and how much memory it takes, nobody asked. `print` works inside a solution: it is shown while the cases
+by hand run, and not while the tests do.
+
+Only the functions that were blank are taken from your file, and functions, constants and imports that you add. What
+they may call is listed above them, with its signature. A hint stands at the end of each file. The solution is in the
+source named there: look at it afterwards, in any case.
 
 | | exercise | what it teaches | minutes | the source | the paper |
 |--:|---|---|--:|---|---|
@@ -49,8 +55,10 @@ def note(exercise: Exercise, number: int) -> str:
     """The lines between the imports and the blanks."""
     tests = [f"    {test}" for test in exercise.tests]
     title = f"---- exercise {number} of {len(EXERCISES)}: {exercise.title}, about {exercise.minutes} minutes"
-    return comment(title, "", exercise.task, "", f"Read: {exercise.paper}.",
-                   f"Graded by  python check.py {exercise.name}  with numbers by hand, then", *tests)
+    given = [f"# {line}".rstrip() for line in told(exercise)]
+    return "\n".join([comment(title, "", exercise.task, ""), *given, *(["#"] if given else []),
+                      comment(f"Read: {exercise.paper}.",
+                              f"Graded by  python check.py {exercise.name}  with numbers by hand, then", *tests)])
 
 
 def comment(*paragraphs: str) -> str:
@@ -78,7 +86,8 @@ def write(folder: Path) -> tuple[list[str], list[str]]:
     rows = "\n".join(f"| {number} | `{e.name}` {e.title} | {e.teaches} | {e.minutes} | {e.file} | {e.paper} |"
                      for number, e in enumerate(EXERCISES.values(), 1))
     hours = round(sum(exercise.minutes for exercise in EXERCISES.values()) / 60)
+    learn = os.path.relpath(ROOT / "docs" / "learn.md", folder.resolve())
     (folder / "README.md").write_text(
-        START.format(hours=hours, rows=rows, last=list(EXERCISES)[-1], learn=ROOT / "docs" / "learn.md"))
+        START.format(hours=hours, rows=rows, last=list(EXERCISES)[-1], learn=Path(learn).as_posix()))
     (folder / "check.py").write_text(CHECK.format(root=str(ROOT)))
     return written, kept

@@ -58,6 +58,10 @@ class Busy(InputError):
     """The queue is full."""
 
 
+class Stopped(Busy):
+    """The engine is closed, or was before the answer was whole."""
+
+
 class TooLong(InputError):
     """A prompt that leaves no room for an answer."""
 
@@ -86,6 +90,7 @@ class Engine:
         self.ended_at = [0] * slots                     # row → when it ended: those that did long ago go first
         self.counts = {"requests": 0, "failed": 0, "prompt_tokens": 0, "reused_tokens": 0, "new_tokens": 0, "steps": 0}
         self.wake, self.closed = threading.Condition(), False
+        self.reason: Exception | None = None            # of those that `close` ends
         self.thread: threading.Thread | None = None
 
     # ---- from any thread
@@ -97,7 +102,8 @@ class Engine:
         """Put a request into the queue; what it takes is what `generate` takes (generation.py).
 
         listen: is told the ticket after each token and once at the end, in the engine's thread, which it must not hold
-        up. Raises InputError for what `generate` raises it for, TooLong, and Busy for a full queue.
+        up. Raises InputError for what `generate` raises it for, TooLong, Busy for a full queue, and Stopped
+        where the engine is closed.
         """
         if isinstance(prompt, str):
             if self.tokenizer is None:
@@ -117,7 +123,7 @@ class Engine:
         finish(ticket.answer)
         with self.wake:
             if self.closed:
-                raise Busy("the engine is closed")
+                raise Stopped("the engine is closed")
             if len(self.waiting) >= self.queue:
                 raise Busy(f"{len(self.waiting):,} requests wait already, as many as may; try again later")
             self.counts["requests"] += 1
@@ -149,22 +155,23 @@ class Engine:
         self.thread.start()
         return self
 
-    def close(self) -> None:
-        """Let what runs end, interrupted, and the thread with it."""
+    def close(self, error: Exception | None = None) -> None:
+        """After the step that runs, let all end, interrupted or with this error, and the thread with them."""
         with self.wake:
-            self.closed = True
+            if not self.closed:
+                self.closed, self.reason = True, error
             self.wake.notify()
         if self.thread is not None:
             self.thread.join()
         else:
-            self._drop_all(None)
+            self._drop_all(self.reason)
 
     def _run(self) -> None:
         while True:
             with self.wake:
                 self.wake.wait_for(lambda: self.closed or self.busy)
             if self.closed:
-                return self._drop_all(None)
+                return self._drop_all(self.reason)
             try:
                 self.step()
             except Exception as error:                  # a bug of ours: nothing is known of any row
@@ -176,7 +183,7 @@ class Engine:
             self.seated, self.answering = [], 0
             self.waiting.clear()
         for row in range(self.slots):
-            self.rows.clear(row, wipe=error is not None)
+            self.rows.clear(row, wipe=error is not None and not self.closed)
         for ticket in tickets:
             ticket.end(error)
 
@@ -358,5 +365,5 @@ def fitting(model: Decoder, slots: int, length: int | None) -> int:
     if free is not None and needed > free:
         most = longest_within(free, config, dtype, length, slots)
         raise InputError(f"{slots} slots of {length:,} tokens: their cache takes {needed:,} bytes, and {free:,} are "
-                         f"free; give fewer slots, or a length of at most {most:,}")
+                         f"free; give fewer (--slots), or a context (--context, length) of at most {most:,} tokens")
     return length

@@ -218,8 +218,8 @@ def check_prompt(prompt: Sequence[int], vocab: int) -> None:
         raise InputError("the prompt is empty: give at least one token (a BOS token will do)")
     wrong = next((token for token in prompt if not 0 <= token < vocab), None)
     if wrong is not None:
-        raise InputError(f"token {wrong} is outside the model's vocabulary of {vocab}: "
-                         "tokenizer and weights do not belong together")
+        raise InputError(f"token {wrong} is outside the model's vocabulary of {vocab}: expected 0 to {vocab - 1}; "
+                         "where a tokenizer wrote it, tokenizer and weights do not belong together")
 
 
 class TextStream(Protocol):

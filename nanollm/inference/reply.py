@@ -4,6 +4,7 @@
     chunks    {"choices": [{"index": 0, "delta": {"content": "Hi"}, "finish_reason": null}]}, …
 """
 
+import codecs
 import time
 import uuid
 from collections.abc import Iterable
@@ -27,6 +28,7 @@ class Reply:
         self.until = UpTo(request.stop_texts)
         self.text, self.sent, self.seen, self.finished = "", 0, 0, False
         self.calls: list[dict[str, Any]] = []
+        self.offset, self.spelled = 0, codecs.getincrementaldecoder("utf-8")("replace")
 
     def read(self) -> dict[str, Any] | None:
         """What has come since: {"text": …, "logprobs": …, "calls": …}, or None for nothing."""
@@ -84,7 +86,12 @@ class Reply:
         """In the form of a chat, or in the older one of completions."""
         if likely is None or self.asked.chat:
             return None if likely is None else {"content": likely}
-        return {"tokens": [each["token"] for each in likely], "token_logprobs": [each["logprob"] for each in likely],
+        offsets = []                                    # in characters of the answer, at which each token begins
+        for each in likely:
+            offsets.append(self.offset)
+            self.offset += len(self.spelled.decode(bytes(each["bytes"])))
+        return {"text_offset": offsets,
+                "tokens": [each["token"] for each in likely], "token_logprobs": [each["logprob"] for each in likely],
                 "top_logprobs": [{top["token"]: top["logprob"] for top in each["top_logprobs"]} for each in likely]}
 
 

@@ -120,7 +120,9 @@ def fitting(model: Decoder, longest: int) -> int:
     free, most = free_memory(device), MOST.get(device.type, MOST["cpu"])
     if free is None:
         return most
-    widest = max(sum(p.shape[-2:]) for name, p in model.layers.named_parameters() if p.ndim > 1)
+    with torch.device("meta"):
+        blank = Decoder(model.config)                           # a model that was prepared has packed its matrices
+    widest = max(sum(p.shape[-2:]) for p in blank.layers.parameters() if p.ndim > 1)
     heads = max((getattr(layer.mixer, "heads", 0) for layer in model.config.layers), default=0)
     return max(1, min(most, free // 2 // (4 * (8 * widest + 2 * heads * longest))))
 

@@ -12,6 +12,9 @@ What a stranger may do to it. The server listens on the machine itself unless to
 other name, so no web page can reach it under a name of its own (DNS rebinding); a body must say that it is JSON, which
 a browser sends for a foreign page only after it has asked, and is refused. Bodies, the time that one takes, waiting
 requests and answers to one body are bounded. A client that leaves ends its answers at the next step.
+
+Ctrl-C and SIGTERM end all answers after the step that runs. Whoever waits for one is told so, by a 503 or by the last
+event of a stream (listening.py).
 """
 
 import asyncio
@@ -27,22 +30,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from nanollm.errors import InputError, NanollmError
+from nanollm.errors import NanollmError
 from nanollm.inference import api, request
 from nanollm.inference.api import Asked, BadRequest
+from nanollm.inference.context import past_context
 from nanollm.inference.engine import Busy, Engine, Ticket
+from nanollm.inference.listening import Uvicorn, bind, listen
 from nanollm.inference.reply import Reply, Told, usage
 from nanollm.inference.terminal import note
 
 BODY = 8 << 20          # bytes
 PATIENCE = 30.0         # seconds for a body to come
-CONNECTIONS = 1024
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 PAGE = Path(__file__).with_name("page.html")
 # no outside asset, and nothing that a model writes is run
@@ -72,7 +75,7 @@ class Server:
             route("/", self.page), route("/health", self.health), route("/metrics", self.metrics),
             route("/v1/models", self.models), route("/v1/models/{name:path}", self.models),
             route("/v1/chat/completions", self.chat, "POST"), route("/v1/completions", self.completion, "POST"),
-        ], exception_handlers={404: no_such_page, 405: no_such_page})
+        ], exception_handlers={404: no_such_page, 405: other_method})
 
     def guarded(self, handler: Callable[[Request], Awaitable[Response]],
                 open_to_all: bool) -> Callable[[Request], Awaitable[Response]]:
@@ -239,9 +242,17 @@ def failed(error: Exception) -> Response:
 
 
 async def no_such_page(http: Request, error: Exception) -> Response:
-    """404 and 405, which Starlette finds."""
-    status = getattr(error, "status_code", 404)
-    return failed(BadRequest(f"{http.method} {http.url.path[:100]}: there is no such page", status=status))
+    """404, which Starlette finds."""
+    return failed(BadRequest(f"{http.method} {http.url.path[:100]}: there is no such page", status=404))
+
+
+async def other_method(http: Request, error: Exception) -> Response:
+    """405, which Starlette finds, with the methods that there are."""
+    headers = getattr(error, "headers", None) or {}
+    methods = " or ".join(name for name in headers.get("Allow", "").split(", ") if name != "HEAD")
+    answer = failed(BadRequest(f"{http.method[:20]} {http.url.path[:100]}: expected {methods}", status=405))
+    answer.headers.update(headers)
+    return answer
 
 
 async def read_body(http: Request) -> bytes:
@@ -286,17 +297,12 @@ async def first_of(one: Any, other: "asyncio.Future[None]") -> None:
 class Running:
     """A server in a thread of its own: `with Running(server) as address:`; and what `serve` does in the foreground."""
 
-    def __init__(self, server: Server, host: str = "127.0.0.1", port: int = 0) -> None:
-        """Port 0: any that is free. Raises InputError where the address is not to be had."""
-        try:
-            self.socket = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-        except OSError as error:
-            raise InputError(f"--port {port}: {host}: {error.strerror or error}; give another") from None
-        name = f"[{host}]" if ":" in host else host
-        self.server, self.address = server, f"http://{name}:{self.socket.getsockname()[1]}"
-        config = uvicorn.Config(server.app(), log_level="warning", limit_concurrency=CONNECTIONS, access_log=False,
-                                timeout_graceful_shutdown=3, lifespan="off")
-        self.uvicorn = uvicorn.Server(config)
+    def __init__(self, server: Server, bound: socket.socket | None = None) -> None:
+        """bound: where to listen (`bind`); None: at any port of this machine that is free."""
+        self.socket = bound or bind("127.0.0.1", 0)
+        host, port = listen(self.socket)
+        self.server, self.address = server, f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        self.uvicorn = Uvicorn(server.app(), server.engine)
 
     def run(self) -> None:
         """Until Ctrl-C, or until `uvicorn.should_exit`."""
@@ -316,10 +322,12 @@ class Running:
         self.thread.join()
 
 
-def serve(server: Server, host: str, port: int) -> None:
-    """In the foreground, until Ctrl-C."""
+def serve(server: Server, host: str, bound: socket.socket) -> None:
+    """In the foreground, until Ctrl-C. bound: `bind` of the host."""
     server.local = host in LOOPBACK
-    running, engine = Running(server, host, port), server.engine
+    running, engine = Running(server, bound), server.engine
+    if told := past_context(engine.model.config, engine.length):
+        note(f"warning: --context: {told}")
     if not server.local and server.key is None:
         note(f"warning: --host {host} without --api-key: whoever reaches this machine can use the model")
     note(f"[{server.name} at {running.address}, {engine.slots} answers at once of up to {engine.length:,} tokens; "
