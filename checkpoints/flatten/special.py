@@ -118,7 +118,7 @@ class SpecialCalls(Program):
             code = codes.pop()
             state = without_idle(self.rewriter(code, [*self.spec(code).worlds.values()]).body())
             if len(state) == 1 and not re.search(r"\b(self|config)\b", state[0]):
-                return state[0].strip().removeprefix("return ")
+                return state[0].partition("  #")[0].strip().removeprefix("return ")
         kept = self.kept([code for code in self.specs if code.name.endswith(".new_state")])     # all are called alike
         given = [ast.Name(name) for name in STATE] if isinstance(args[0], ast.Starred) else args
         rest = [writer.write_Name(one, worlds) if isinstance(one, ast.Name) else writer.expr(one, worlds)
