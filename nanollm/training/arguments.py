@@ -148,8 +148,8 @@ def reinforcement(add: Add) -> None:
     add("--updates", type=whole, metavar="U",
         help="steps that learn from the same samples: μ of GRPO, epochs of PPO (default 1)")
     add("--normaliser", choices=NORMALISERS,
-        help="normaliser, what a step of --grpo is a mean over: answers, each a mean of its tokens; dr_grpo: answers over the most "
-             "tokens, and advantages not over the deviation; dapo: tokens, and --epsilon-high 0.28 (default grpo)")
+        help="normaliser, what a step of --grpo is a mean over: answers, each a mean of its tokens; dr_grpo: answers "
+             "over the most tokens, and advantages not over the deviation; dapo: tokens, ε_high 0.28 (default grpo)")
     add("--epsilon", type=share, metavar="E", help="clipping: how far a ratio of probabilities may fall (default 0.2)")
     add("--epsilon-high", type=rate, metavar="E", help="clipping: how far it may rise (default that of --epsilon)")
     add("--gae-lambda", type=rate, metavar="L", help="λ of the advantages of --ppo (default 0.95)")
