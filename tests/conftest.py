@@ -8,6 +8,8 @@ The bounds of the tests hold whatever these say, and on any processor.
 
 import gc
 import os
+import signal
+from collections.abc import Iterator
 
 THREADS = os.environ.get("NANOLLM_TEST_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"                      # no test touches the network
@@ -46,3 +48,11 @@ def pytest_sessionfinish():
 def same_numbers_every_time():
     """torch.manual_seed(0), which without a GPU takes half a millisecond to note who asked for the seed."""
     torch.manual_seed(0) if torch.cuda.is_available() else torch.default_generator.manual_seed(0)
+
+
+@pytest.fixture
+def ctrl_c_heard() -> Iterator[None]:
+    """Ctrl-C is KeyboardInterrupt, as in a terminal. What a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -369,7 +369,7 @@ def test_sigusr1_saves_and_goes_on_and_sigterm_saves_and_leaves(whole, data, tmp
     goes_on_as_asked(whole, data, out, asked, ended.said, ranks=1)
 
 
-def test_ctrl_c_saves_and_leaves(whole, data, tmp_path, monkeypatch, capfd):
+def test_ctrl_c_saves_and_leaves(whole, data, tmp_path, monkeypatch, capfd, ctrl_c_heard):
     """In the middle of step 3. The exit code is that of Ctrl-C, and the run ends as one that went through."""
     out, step = tmp_path / "run", train.take_step
 

@@ -562,7 +562,7 @@ def test_a_model_is_replaced_when_the_new_one_is_complete(tmp_path):
     assert names(tmp_path) == ["model.safetensors"] and (tmp_path / "model.safetensors").read_text() == "new"
 
 
-def test_signals_are_requests_until_they_are_served():
+def test_signals_are_requests_until_they_are_served(ctrl_c_heard):
     every = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
     before = [signal.getsignal(number) for number in every]
     with runs.signals() as requests:
