@@ -1,8 +1,8 @@
 # On a machine with nothing but Python >= 3.10:
 #     make demo       train a small model on Python's standard library, then let it write
 #     make chat       talk with a published model of 135 million parameters, which comes as a package of 98 MB
-#     make test       every claim once: 2 to 5 minutes on two cores
-#     make test-all   every test that needs no GPU: 10 to 15 minutes on two cores
+#     make test       every claim once: 5 to 8 minutes on two cores
+#     make test-all   every test that needs no GPU: 15 to 25 minutes on two cores
 #     make lint       ruff and mypy
 #     make exercises  a folder of twelve parts to write yourself, each graded by the tests (docs/learn.md)
 #     make docs       every file as a page beside its prose, in build/site/index.html: half a minute
