@@ -17,7 +17,7 @@ from nanollm.presets import preset
 from nanollm.training import distillation, options
 from tests import forked
 from tests.fixtures import slow_but
-from tests.test_train import log_of, losses_of, run
+from tests.test_train import log_of, losses_of, run, run_in_two
 from tests.toys import grammar
 
 
@@ -104,19 +104,7 @@ def test_chats_and_adapters_that_were_left_go_on_to_the_bit(adapters, pupil, tmp
             "--batch-size", 8, "--micro-batch", 4, "--steps", 6, "--warmup", 1, "--lr", 0.003, "--dtype", "float32",
             "--sample-every", 0, "--save-every", 2, "--eval-every", 3, *adapters)
     run(*args, "--out", tmp_path / "whole")
-    take, taken = train.take_step, []
-
-    def leave(*given):
-        taken.append(take(*given))
-        if len(taken) == 5:
-            raise SystemExit("killed")
-        return taken[-1]
-
-    monkeypatch.setattr(train, "take_step", leave)
-    with pytest.raises(SystemExit, match="killed"):
-        run(*args, "--out", tmp_path / "left")
-    monkeypatch.setattr(train, "take_step", take)
-    run(*args, "--out", tmp_path / "left", "--resume")
+    run_in_two(monkeypatch, *args, "--out", tmp_path / "left")
     name = "adapter_model.safetensors" if adapters else "model.safetensors"
     assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "left" / name).read_bytes()
     log = log_of(tmp_path / "whole")

@@ -18,7 +18,7 @@ from nanollm.text.tokenizer import load
 from nanollm.training import freezing, growing, optim
 from tests import forked
 from tests.fixtures import slow_but
-from tests.test_train import log_of, losses_of, run
+from tests.test_train import log_of, losses_of, run, run_in_two
 from tests.toys import grammar
 
 QUICK = ("--steps", "6", "--context", "32", "--batch-size", "4", "--micro-batch", "2", "--warmup", "1", "--lr", "0.003",
@@ -171,19 +171,7 @@ def test_two_ranks_are_one(base, shards, tmp_path):
 def test_a_run_that_was_left_ends_as_one_that_was_not(more, base, shards, tmp_path, monkeypatch):
     args = ("--init", base, "--data", shards, *QUICK, *more)
     run(*args, "--out", tmp_path / "whole")
-    take, taken = train.take_step, []
-
-    def leave(*given):
-        taken.append(take(*given))
-        if len(taken) == 5:
-            raise SystemExit("killed")
-        return taken[-1]
-
-    monkeypatch.setattr(train, "take_step", leave)
-    with pytest.raises(SystemExit, match="killed"):
-        run(*args, "--out", tmp_path / "left")
-    monkeypatch.setattr(train, "take_step", take)
-    run(*args, "--out", tmp_path / "left", "--resume")
+    run_in_two(monkeypatch, *args, "--out", tmp_path / "left")
     whole, left = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "left"))
     assert whole == left
     assert losses_of(log_of(tmp_path / "whole")) == losses_of(log_of(tmp_path / "left"))

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 
-import train
 from nanollm.errors import InputError
 from nanollm.model import Decoder
 from nanollm.presets import preset
@@ -17,7 +16,7 @@ from nanollm.training.galore import GaLore
 from nanollm.training.options import parse
 from tests.fixtures import slow_but
 from tests.test_freezing import QUICK, base, shards, weights
-from tests.test_train import log_of, losses_of, run
+from tests.test_train import log_of, losses_of, run, run_in_two
 
 __all__ = ["base", "shards"]                                                    # fixtures
 BETAS = (0.9, 0.95)
@@ -146,19 +145,7 @@ def test_a_run_that_was_left_ends_as_one_that_was_not(name, base, shards, tmp_pa
     """To the bit; it left within a turn of the block, and between two subspaces. And it has learnt."""
     args = ("--init", base, "--data", shards, *QUICK, "--optimizer", name, *ASKED[name])
     run(*args, "--out", tmp_path / "whole")
-    take, taken = train.take_step, []
-
-    def leave(*given):
-        taken.append(take(*given))
-        if len(taken) == 5:
-            raise SystemExit("killed")
-        return taken[-1]
-
-    monkeypatch.setattr(train, "take_step", leave)
-    with pytest.raises(SystemExit, match="killed"):
-        run(*args, "--out", tmp_path / "left")
-    monkeypatch.setattr(train, "take_step", take)
-    run(*args, "--out", tmp_path / "left", "--resume")
+    run_in_two(monkeypatch, *args, "--out", tmp_path / "left")
     whole, left = ((tmp_path / each / "model.safetensors").read_bytes() for each in ("whole", "left"))
     assert whole == left
     found = losses_of(log_of(tmp_path / "whole"))

@@ -43,6 +43,23 @@ def run(*args: str | Path) -> None:
         cli.main(train.run)
 
 
+def run_in_two(monkeypatch: pytest.MonkeyPatch, *args: str | Path) -> None:
+    """The same run, left in the middle of its fifth step and resumed."""
+    take, taken = train.take_step, []
+
+    def leave(*given):
+        taken.append(take(*given))
+        if len(taken) == 5:
+            raise SystemExit("killed")
+        return taken[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "take_step", leave)
+        with pytest.raises(SystemExit, match="killed"):
+            run(*args)
+    run(*args, "--resume")
+
+
 def quick(text: Path, out: Path, *more: str) -> list[dict]:
     run("--data", text, "--out", out, "--steps", "12", "--vocab", "300", "--context", "32", "--batch-size", "4",
         "--warmup", "2", "--eval-every", "4", "--sample-every", "6", "--dtype", "float32", *more)

@@ -71,6 +71,7 @@ class BlockConfigs(LayerKinds):
         return found
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The blocks of config.json, one a layer."""
         blocks = []
         for each in draft.layers:
             kv_heads, hidden = each.get("mixer.kv_heads"), each.get("ffn.hidden")

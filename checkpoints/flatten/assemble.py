@@ -82,6 +82,7 @@ class File(Heads):
         return [f"# ---- {name or module.rpartition('.')[2].replace('_', ' ')}"]
 
     def imports(self, body: list[str], records: list[str]) -> list[str]:
+        """What the file imports: as much as its text speaks of."""
         text = "\n".join(body)
         out = [f"import {name}" for name in ("math", "re") if re.search(rf"(?<![\w.]){name}\.", text)]
         out += ["import sys",
@@ -136,6 +137,7 @@ class File(Heads):
         done: set[type] = set()
 
         def one(kind: type) -> None:
+            """Write a config class down, behind those of its fields."""
             if kind in done:
                 return
             done.add(kind)
@@ -228,6 +230,7 @@ class File(Heads):
         todo: list[Code] = []
 
         def meet(kind: type) -> None:
+            """A class is used: so are its bases, and what makes and runs it."""
             if kind in self.classes or not is_ours(kind) or kind is Linear or kind.__module__.startswith(
                     "nanollm.config"):                          # of a config something else stays, see `records`
                 return
@@ -304,6 +307,7 @@ class File(Heads):
             self.kind_name(base, name))
 
     def class_lines(self, module: str, node: ast.ClassDef) -> list[str]:
+        """What is left of a class, and nothing where it is not used."""
         kind = global_value(module, node.name)
         writer = self.writer
         here = [one for one in node.body if isinstance(one, ast.FunctionDef)

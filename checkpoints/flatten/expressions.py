@@ -66,7 +66,7 @@ def shape(text: str) -> str:
 
 class Expressions:
     """Of one function. program: the Writer (write.py) of all of them, which asks for this one. rename: what its
-    parameters are called, where it is written inside another."""
+    parameters are called, where it is written inside another. write_Call writes an ast.Call, and so on."""
 
     def __init__(self, program: Any, code: Code, worlds: list[World], rename: dict[str, str] | None = None):
         self.program, self.code, self.worlds, self.rename = program, code, worlds, rename or {}

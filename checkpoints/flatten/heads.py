@@ -55,6 +55,7 @@ class Heads:
         return " | ".join(sorted(kinds, key=lambda one: (one == "None", one)))
 
     def annotation(self, node: ast.expr, module: str) -> str:
+        """An annotation of the source by the names that the file has."""
         text = source(module).text(node)
 
         def new(match: re.Match[str]) -> str:
@@ -69,6 +70,7 @@ class Heads:
         return re.sub(r"(?<![\w.])[A-Za-z_]\w*", new, text.replace('"', ""))
 
     def kind_name(self, value: Any, name: str) -> str:
+        """What a class of an annotation is called in the file; of a state, those that its layers have."""
         if value is State:
             found = [self.writer.in_place.get(kind, kind) for kind in (KVCache, ConvState)]
             return " | ".join(self.writer.name(kind) for kind in found if kind in self.classes) or "None"

@@ -157,6 +157,7 @@ class Program:
             return None
 
     def key(self, value: Any) -> Any:
+        """What tells two values of a world apart, hashable."""
         if isinstance(value, Run):
             return "run", value.optional, value.kind
         if isinstance(value, nn.Module):

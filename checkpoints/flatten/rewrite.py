@@ -14,7 +14,7 @@ from checkpoints.flatten.values import Run, World, joined, known, same
 
 
 class Rewriter(Calls):
-    """Writes what is left of one function."""
+    """Writes what is left of one function. do_If writes an ast.If, and so on: lines, and the worlds that go on."""
 
     def body(self) -> list[str]:
         """The statements of the function."""
@@ -185,6 +185,7 @@ class Rewriter(Calls):
         return lines + other, self.merged(after_yes, after_no)
 
     def orelse(self, node: ast.If, worlds: list[World], shift: int) -> tuple[list[str], list[World]]:
+        """The lines of `else` or `elif`, with the keyword."""
         indent = " " * (node.col_offset - shift)
         first = node.orelse[0]
         if isinstance(first, ast.If) and first.col_offset == node.col_offset and len(node.orelse) == 1:
