@@ -12,7 +12,7 @@ from nanollm.cache import Cache
 from nanollm.config import MLP, Attention, Layer, Mamba, ModelConfig, MoE, Norm, Rope
 from nanollm.errors import InputError
 from nanollm.inference import compiled
-from nanollm.inference.compiled import compile_decoding
+from nanollm.inference.compiled import LEAST_PROMPT, compile_decoding
 from nanollm.inference.generation import generate
 from nanollm.inference.prepare import linears, prepare, side_by_side, widen
 from nanollm.inference.quantize import quantize
@@ -71,6 +71,32 @@ def test_what_is_traced_is_the_layer(uncompiled, kind):
     assert len(ready.layers[0].programs) == made
 
 
+# kinds whose prompts are traced: those with keys in no ring, and a plain MLP
+PROMPTS = {"full", "window", "dynamic", "longrope", "alibi", "coarse alibi", "norms of heads", "log steps", "log n",
+           "latent dynamic", "sinks", "delta"}
+
+
+@torch.inference_mode()
+def prompted(model: Decoder, length: int, room: int) -> torch.Tensor:
+    """Logits of a prompt, and of two tokens behind it."""
+    x, cache = tokens(1, length + 2), Cache(model.config, 1, room, model.embed.weight.dtype)
+    parts = x[:, :length], x[:, length : length + 1], x[:, length + 1 :]
+    return torch.cat([model(part, cache=cache) for part in parts], 1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_prompt_has_a_program_too(uncompiled, kind):
+    model = decoder(KINDS[kind], final_norm=Norm())
+    expected = {n: prompted(model, n, n + 3) for n in (LEAST_PROMPT, LEAST_PROMPT + 37)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ready = compile_decoding(model)
+    made = len([program for (key, *_), program in ready.layers[0].programs.items() if key[3] and program])
+    assert (made > 0) == (kind in PROMPTS)
+    for n, logits in expected.items():
+        assert difference(prompted(ready, n, n + 3), logits) < 1e-5
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_layers_are_traced_too(uncompiled, bits):
     mixer = Attention(4, 2, 16, Rope())
@@ -98,10 +124,13 @@ def test_compiled(no_cache, dtype):
     model = decoder(layers, dim=64, head_bias=True, head_softcap=30.0).to(dtype)
     exact = stepwise(copy.deepcopy(model).double(), 20, 24)
     before = difference(stepwise(model, 20, 24).double(), exact)
-    ready = compile_decoding(model)
-    assert len(ready.layers[0].programs) == len(set(layers)) and all(ready.layers[0].programs.values())
+    ready = compile_decoding(copy.deepcopy(model))
+    programs = ready.layers[0].programs
+    assert len(programs) == len(set(layers)) + 1 and all(programs.values())     # one of them a prompt's
     for room in (24, 40):
         assert difference(stepwise(ready, 20, room).double(), exact) < max(2 * before, 2e-6)
+    exact, as_it_was = (prompted(one, 150, 160).double() for one in (copy.deepcopy(model).double(), model))
+    assert difference(prompted(ready, 150, 160).double(), exact) < max(2 * difference(as_it_was, exact), 2e-6)
 
 
 @needs_compiler
@@ -141,7 +170,7 @@ def test_several_rows_have_a_program_of_their_own(uncompiled, kind):
     model = decoder(KINDS[kind], final_norm=Norm())
     expected = run()
     ready = compile_decoding(model, rows=(1, 3))
-    assert {n for _, _, n in ready.layers[0].ready} == {1, 3} and difference(run(), expected) < 1e-5
+    assert {n for _, _, n, _ in ready.layers[0].ready} == {1, 3} and difference(run(), expected) < 1e-5
 
 
 def test_a_model_is_compiled_once(uncompiled):

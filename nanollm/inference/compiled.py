@@ -1,4 +1,5 @@
-"""Decoding on a CPU as compiled code: one program for each kind of layer, which runs a layer for one new token.
+"""Decoding on a CPU as compiled code: a program for each kind of layer that runs it for one new token, and another for
+the prompt that a sequence begins with.
 
     model = compile_decoding(checkpoints.load(folder))
     compile_decoding(model, rows=(1, 4))                        programs for one row and for four, of any lengths
@@ -14,8 +15,9 @@ surrounds them:
     attention    y = Σ_s softmax(q·k_s)_s v_s  of one query, over the keys that are there
 
 Layers of one config share a program: their weights and states are its inputs. How many keys there are, and for how many
-a cache has room, is open, and so are the numbers of the experts that a token chooses. Prompts and other batches run as
-before, and so does a layer that cannot be traced (of several rows, one with experts); a warning says so, once.
+a cache has room, is open, and so are the numbers of the experts that a token chooses. A prompt gains by what stands
+between its products: norms, rotation and gate are a loop each. Short prompts and other batches run as before, and so
+does a layer that cannot be traced (of several rows, one with experts); a warning says so, once.
 
 Sums are rounded less often than in the model as it was, so logits in bfloat16 differ by as much as two orders of
 summation do. Tracing and compiling take a C++ compiler and, the first time on a machine, up to a minute; torch keeps
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from nanollm import ops
+from nanollm.config import MLP
 from nanollm.errors import InputError
 from nanollm.inference.prepare import head_product, linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
@@ -46,6 +49,7 @@ from nanollm.model import Decoder
 
 Program = Callable[..., Sequence[Tensor]]
 STREAMS = 4
+LEAST_PROMPT = 128      # tokens; shorter ones choose other products, see cpu_products.few
 MOST_ROWS = 4           # of 4 rows the loop of a product takes 1.5 times as long as of one, of 8 rows 3.5 times
 SERVED = 1, MOST_ROWS   # rows that an engine with compiled steps has programs for: two and three run as four
 # a program's own frame in C++ too, and without looking at each weight's strides at each call: 3 ms a token of SmolLM2
@@ -75,6 +79,7 @@ def compile_decoding(model: Decoder, head_bits: int | None = None, rows: Sequenc
         cache = RowCache(model, n, 8)
         for _ in range(4):
             cache.read_together(0, [[0]] * n)
+    RowCache(model, 1, LEAST_PROMPT + 1).read_together(0, [[0] * LEAST_PROMPT])
     return model
 
 
@@ -100,18 +105,31 @@ class CompiledBlock(nn.Module):
         self.ready: dict[Any, tuple[list[Tensor], Program | None]] = {}         # inputs → weights and program
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: State | None = None) -> Tensor:
-        """x (n, 1, D) → (n, 1, D), as the block, for the numbers of rows that there are programs for."""
+        """x (n, T, D) → (n, T, D), as the block; compiled for one token of each of so many rows as there are programs
+        for, and for a prompt."""
         slots = ctx.slots(state) if isinstance(state, KVCache) else None
-        if (state is None or x.shape[1] != 1 or len(x) not in self.rows or ctx.regular != (len(x) == 1)
-                or torch.is_grad_enabled() or not x.is_cpu or slots is not None and slots.fresh):
+        prompt = slots is not None and slots.fresh
+        if state is None or torch.is_grad_enabled() or not x.is_cpu or not (
+                self.takes_prompt(x, ctx, state) if prompt else self.takes_step(x, ctx)):
             return self.block(x, ctx, state)
         tensors = [x, ctx.positions, *(ctx.rotation(*self.rotation) if self.rotation else ()),
                    *((slots.index, slots.key_positions) if slots else ()), *contiguous(state)]
-        kind = x.dtype, type(state), len(x)
+        kind = x.dtype, type(state), len(x), prompt
         if kind not in self.ready:
             self.ready[kind] = self.program(kind, tensors, ctx, slots, state)
         weights, program = self.ready[kind]
         return self.block(x, ctx, state) if program is None else program(*tensors, *weights)[0]
+
+    def takes_step(self, x: Tensor, ctx: ForwardContext) -> bool:
+        """Whether there is a program for this call, of one token a row."""
+        return x.shape[1] == 1 and len(x) in self.rows and ctx.regular == (len(x) == 1)
+
+    def takes_prompt(self, x: Tensor, ctx: ForwardContext, state: State) -> bool:
+        """The same of a call that begins a sequence, in one row. A layer with a scan or experts takes it as it is: what
+        they run follows the length, or the choices of the router."""
+        plain = type(state) is KVCache and not state.ring and isinstance(self.config.ffn, MLP)
+        traced = any(program is not None for _, program in self.ready.values())
+        return plain and traced and len(x) == 1 and x.shape[1] >= LEAST_PROMPT and ctx.regular
 
     def program(self, kind: Any, tensors: list[Tensor], ctx: ForwardContext, slots: SlotMapping | None,
                 state: State) -> tuple[list[Tensor], Program | None]:
@@ -159,12 +177,13 @@ class CompiledProduct(nn.Module):
 # ---- from Python to a program
 
 def compile_function(what: str, function: Callable[..., tuple[Tensor]], tensors: Sequence[Tensor],
-                     weights: Sequence[Tensor], open_dims: Mapping[int, int] | None = None) -> Program | None:
+                     weights: Sequence[Tensor], open_dims: Mapping[int, int] | None = None,
+                     endless: bool = False) -> Program | None:
     """A program that gives what the function gives, of tensors and weights of these shapes; None, with a warning that
     begins with `what`, where it cannot be traced, compiled or run.
 
     The function may change tensors. open_dims: number of a tensor → the one dimension of it that may have any size of 2
-    and more."""
+    and more. endless: that may be large beside anything that the function compares it with, such as a window."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.fx.experimental.proxy_tensor import make_fx
     from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -184,6 +203,8 @@ def compile_function(what: str, function: Callable[..., tuple[Tensor]], tensors:
             fakes: list[Any] = [fake(number, tensor) for number, tensor in enumerate([*tensors, *weights])]
             with fake_mode:
                 graph = make_fx(function, decomposition_table=WRITTEN_OUT)(*fakes)
+            if endless:
+                need_any_size(fake_mode.shape_env)
             program = torch._inductor.compile(graph, fakes, options=OPTIONS)
         program(*(tensor.clone() for tensor in tensors), *weights)              # a trial
         return program
@@ -191,6 +212,14 @@ def compile_function(what: str, function: Callable[..., tuple[Tensor]], tensors:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         warnings.warn(f"{what} not compiled: {reason[0][:200]}", stacklevel=2)
         return None
+
+
+def need_any_size(shapes: Any) -> None:
+    """Raise InputError where Python chose by a size, and would have chosen otherwise were all of them much larger."""
+    larger = {symbol: hint + 2**20 for symbol, hint in shapes.backed_var_to_val.items()}
+    for guard in shapes.guards:
+        if guard.expr.xreplace(larger) != True:  # noqa: E712  # an expression of sympy's
+            raise InputError(f"they ask for a size: {guard.expr}")
 
 
 def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]], tensors: list[Tensor],
@@ -202,6 +231,9 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
     open_dims: dict[int, int] = {}
     if slots is not None:
         open_dims = {first - 1: 1} | dict.fromkeys((first, first + 1), 2)      # keys and values come first
+    prompt = slots is not None and slots.fresh
+    if prompt:
+        open_dims |= {0: 1, 1: 1, first - 2: 1} | dict.fromkeys(range(2, first - 2), 2)
 
     def step(*values: Tensor) -> tuple[Tensor]:
         """The block's forward pass with these values in the places of its own."""
@@ -227,7 +259,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
 
     parts = [type(part).__name__ for part in (block.config.mixer, block.config.ffn) if part is not None]
     what = f"layers with {' and '.join(parts)} are"
-    return compile_function(what, step, tensors, weights, open_dims)
+    return compile_function(what, step, tensors, weights, open_dims, endless=prompt)
 
 
 class Lengths:
@@ -269,6 +301,8 @@ def row_product_plus(bias: Tensor, x: Tensor, weight: Tensor, *, beta: float = 1
 def attend_one(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, causal: bool = False, *,
                attn_mask: Tensor | None = None, scale: float | None = None) -> tuple[Tensor, Tensor]:
     """q (n, K, G, d), k and v (n, K, S, d) → (n, K, G, d); softmax and sums in float32."""
+    if causal or q.shape[2] >= LEAST_PROMPT:                    # a prompt: its queries are T, and torch's loop is good
+        return NotImplemented
     q32 = realized(q.float() * (q.shape[-1] ** -0.5 if scale is None else scale))
     scores = (q32[:, :, :, None] * k.float()[:, :, None]).sum(-1)                       # (1, K, G, S)
     if attn_mask is not None:
