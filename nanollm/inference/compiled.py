@@ -343,7 +343,7 @@ def weight_places(block: nn.Module) -> list[tuple[dict[str, Any], str]]:
     places: list[tuple[dict[str, Any], str]] = []
     for module in block.modules():
         if isinstance(module, QuantizedLinear) and module.ordered is not None:
-            places += [(vars(module), "ordered"), (module._buffers, "bias")]
+            places += [(vars(module), "ordered"), (module._buffers, "scale"), (module._buffers, "bias")]
         else:
             owners: list[dict[str, Any]] = [module._parameters, module._buffers]
             places += [(owner, name) for owner in owners for name in owner]

@@ -89,7 +89,10 @@ class Part(nn.Module):
 
 def pack(weight: Tensor) -> Tensor:
     """weight (N, K) → the same in an order of oneDNN's own."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+    # the order that it has for 64 rows takes 512 rows through a weight of more outputs than inputs 1.3 times as fast,
+    # and through others half as fast (AMX); one row is as fast in either
+    rows = 64 if weight.shape[0] > weight.shape[1] else 1
+    return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
 
 def product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:

@@ -168,7 +168,9 @@ class QuantizedLinear(nn.Module):
         if scales.dtype != x.dtype:
             packed, scales = self._order(x.dtype)
         packed, scales = of(expert, packed), of(expert, scales)
-        return cpu.rows8(x, packed, scales) if self.zero is None else cpu.rows4(x, packed, self.group, scales)
+        if self.zero is None:
+            return cpu.rows8(x, packed, scales, of(expert, self.scale))
+        return cpu.rows4(x, packed, self.group, scales)
 
     def _order(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         with ORDERING:
