@@ -2,7 +2,8 @@
 
     python benchmarks/train.py                          the CPU's shapes, float32 and bfloat16: a table, a JSON line
     python benchmarks/train.py --nanogpt CHECKOUT       … and nanoGPT's own model and loop, from a clone of it
-    python benchmarks/train.py --device cuda            the 1B shape on a GPU, compiled
+    python benchmarks/train.py --compile                ours compiled, beside the same loops as they are and compiled
+    python benchmarks/train.py --device cuda            the 1B shape on a GPU
     python benchmarks/train.py --write                  … and keep the table as benchmarks/train.md
 
 Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write:
@@ -169,11 +170,14 @@ def peak(dtype: str, device: str) -> float:
 def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
     """One row of the table."""
     config, rows, length, peer = SHAPES[name]
-    shared = ["--name", name, "--dtype", dtype, "--device", options.device, *["--compile"] * options.compile]
+    shared = ["--name", name, "--dtype", dtype, "--device", options.device]
     shared += ["--nanogpt", options.nanogpt] if options.nanogpt else []
-    racers = {who: subprocess.Popen([sys.executable, __file__, "--contender", who, *shared], stdin=subprocess.PIPE,
-                                    stdout=subprocess.PIPE, text=True)
-              for who in ("ours", peer)}
+    commands = {"ours": ["ours", *["--compile"] * options.compile], peer: [peer]}
+    if options.compile:
+        commands[f"{peer}, compiled"] = [peer, "--compile"]
+    racers = {who: subprocess.Popen([sys.executable, __file__, "--contender", *command, *shared],
+                                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+              for who, command in commands.items()}
 
     def go(who: str, steps: int) -> dict:
         racers[who].stdin.write(f"{steps}\n")
@@ -192,11 +196,12 @@ def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
         racer.stdin.close()
         racer.wait()
     speed = {who: rows * length / statistics.median(one["seconds"] for one in found[who]) for who in racers}
-    pairs = zip(found["ours"], found[peer], strict=True)
-    ratio = statistics.median(b["seconds"] / a["seconds"] for a, b in pairs)
+    ratios = {who: statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found[who], strict=True))
+              for who in racers}
     flops = flops_per_token(config, length) / statistics.median(peaks)
     return {"model": name, "dtype": dtype, "rows": rows, "tokens": length, "tokens_per_second": round(speed["ours"]),
-            "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratio, 2),
+            "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratios[peer], 2),
+            "ratio to it compiled": round(ratios[f"{peer}, compiled"], 2) if options.compile else None,
             "of_peak": round(speed["ours"] * flops, 3), "theirs_of_peak": round(speed[peer] * flops, 3),
             "gb": round(found["ours"][-1]["memory"] / 1e9, 2),
             "theirs_gb": round(found[peer][-1]["memory"] / 1e9, 2)}
@@ -206,7 +211,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--nanogpt", metavar="CHECKOUT", help="a clone of nanoGPT, to run beside ours")
-    parser.add_argument("--compile", action="store_true", help="both compiled")
+    parser.add_argument("--compile", action="store_true", help="ours compiled, theirs as it is and compiled")
+    parser.add_argument("--model", choices=SHAPES, action="append", help="default: all of the device's")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="steps a round")
     parser.add_argument("--write", action="store_true", help="keep the table as benchmarks/train.md")
@@ -217,9 +223,11 @@ def main() -> None:
         return contender(options.contender, options.name, options.dtype, options.device, options.compile,
                          options.nanogpt)
     names = [name for name, (config, _, _, peer) in SHAPES.items()
-             if (config.vocab > 100_000) == (options.device == "cuda") and (peer != "nanogpt" or options.nanogpt)]
-    head = ["| model | rows × tokens | dtype | tokens/s | of peak | GB | peer | tokens/s | of peak | GB | ratio |",
-            "|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|"]
+             if (config.vocab > 100_000) == (options.device == "cuda") and (peer != "nanogpt" or options.nanogpt)
+             and (not options.model or name in options.model)]
+    head = ["| model | rows × tokens | dtype | tokens/s | of peak | GB | peer | tokens/s | of peak | GB | ratio |"
+            + " to it compiled |" * options.compile,
+            f"|---|---|---|--:|--:|--:|---|--:|--:|--:|--:|{'--:|' * options.compile}"]
     print("\n".join(head), flush=True)
     table, lines = [], []
     dtypes = ("bfloat16",) if options.device == "cuda" else ("float32", "bfloat16")
@@ -227,7 +235,8 @@ def main() -> None:
         table.append(r := bench(name, dtype, options))
         lines.append(f"| {r['model']} | {r['rows']} × {r['tokens']} | {r['dtype']} | {r['tokens_per_second']:,} "
                      f"| {r['of_peak']:.0%} | {r['gb']} | {r['peer']} | {r['theirs']:,} | {r['theirs_of_peak']:.0%} "
-                     f"| {r['theirs_gb']} | **{r['ratio']:.2f}** |")
+                     f"| {r['theirs_gb']} | **{r['ratio']:.2f}** |"
+                     + (f" {r['ratio to it compiled']:.2f} |" if options.compile else ""))
         print(lines[-1], flush=True)
     machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     if options.device == "cuda":

@@ -9,8 +9,8 @@ the next one's code out of the caches: half of the time goes there. torch's comp
 of a layer instead. Two of its operations are written out here, as sums that it turns into one loop with what
 surrounds them:
 
-    product      y_n = Σ_k W_nk x_k            outputs n, n + N/4, n + N/2, n + 3N/4 at a time: memory answers four
-                                               streams that lie far apart sooner than one (17 GB/s in place of 11)
+    product      y_n = Σ_k W_nk x_k            outputs n, n + N/8, n + 2N/8 … at a time: memory answers eight streams
+                                               that lie far apart sooner than one (17 GB/s in place of 11)
                  y_n = s_n Σ_k Q_nk x_k        the same of weights in 8 bits
     attention    y = Σ_s softmax(q·k_s)_s v_s  of one query, over the keys that are there
 
@@ -48,7 +48,7 @@ from nanollm.layers.state import KVCache, SlotMapping, State
 from nanollm.model import Decoder
 
 Program = Callable[..., Sequence[Tensor]]
-STREAMS = 4
+STREAMS = 8
 LEAST_PROMPT = 128      # tokens; shorter ones choose other products, see cpu_products.few
 MOST_ROWS = 4           # of 4 rows the loop of a product takes 1.5 times as long as of one, of 8 rows 3.5 times
 SERVED = 1, MOST_ROWS   # rows that an engine with compiled steps has programs for: two and three run as four
