@@ -4,7 +4,7 @@
     python benchmarks/train.py --nanogpt CHECKOUT       … and nanoGPT's own model and loop, from a clone of it
     python benchmarks/train.py --compile                ours compiled, beside the same loops as they are and compiled
     python benchmarks/train.py --device cuda            the 1B shape on a GPU
-    python benchmarks/train.py --write                  … and keep the table as benchmarks/train.md
+    python benchmarks/train.py --write                  … and keep the table as benchmarks/train.md, or train_compiled.md
 
 Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write:
 the model's own loss under autocast, clip_grad_norm_, fused AdamW. Each runs in a process of its own, for the sake of
@@ -196,8 +196,8 @@ def bench(name: str, dtype: str, options: argparse.Namespace) -> dict:
         racer.stdin.close()
         racer.wait()
     speed = {who: rows * length / statistics.median(one["seconds"] for one in found[who]) for who in racers}
-    ratios = {who: statistics.median(b["seconds"] / a["seconds"] for a, b in zip(found["ours"], found[who], strict=True))
-              for who in racers}
+    pairs = {who: zip(found["ours"], rounds, strict=True) for who, rounds in found.items()}
+    ratios = {who: statistics.median(b["seconds"] / a["seconds"] for a, b in both) for who, both in pairs.items()}
     flops = flops_per_token(config, length) / statistics.median(peaks)
     return {"model": name, "dtype": dtype, "rows": rows, "tokens": length, "tokens_per_second": round(speed["ours"]),
             "peer": peer, "theirs": round(speed[peer]), "ratio": round(ratios[peer], 2),
@@ -247,7 +247,7 @@ def main() -> None:
         f"median of {options.rounds} rounds of {options.steps} steps each.\n")
     print(json.dumps(table))
     if options.write:
-        Path(__file__).with_suffix(".md").write_text(text)
+        Path(__file__).with_name(f"train{'_compiled' * options.compile}.md").write_text(text)
 
 
 if __name__ == "__main__":
