@@ -4,7 +4,7 @@
     python benchmarks/train.py --nanogpt CHECKOUT       … and nanoGPT's own model and loop, from a clone of it
     python benchmarks/train.py --compile                ours compiled, beside the same loops as they are and compiled
     python benchmarks/train.py --device cuda            the 1B shape on a GPU
-    python benchmarks/train.py --write                  … and keep the table as benchmarks/train.md, or train_compiled.md
+    python benchmarks/train.py --write                  … and keep the table: benchmarks/train.md, train_compiled.md
 
 Ours is `train.take_step`, all of it: sharding over one rank, guards, clipping, AdamW. Theirs is what most people write:
 the model's own loss under autocast, clip_grad_norm_, fused AdamW. Each runs in a process of its own, for the sake of
