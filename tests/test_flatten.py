@@ -20,8 +20,8 @@ from nanollm.inference.generation import generate
 from tests.fixtures import FIXTURES, slow_but
 from tests.oracles import tokens, write
 
-SHARED = ("zamba", "zamba2")          # families whose layers share a transformer block: refused
-QUICK = ["llama-3.1", "mixtral-8x22b", "mamba-biases", "deepseek-v2", "gemma3-27b", "qwen3-next-mixed", "internlm-7b"]
+QUICK = ["llama-3.1", "mixtral-8x22b", "mamba-biases", "deepseek-v2", "gemma3-27b", "qwen3-next-mixed", "internlm-7b",
+         "zamba2-2.7b"]
 ALLOWED = {"math", "sys", "collections", "dataclasses", "pathlib", "typing", "torch", "safetensors", "tokenizers"}
 
 
@@ -32,7 +32,7 @@ def run(text: str) -> types.ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=slow_but(QUICK, [name for name in FIXTURES if not name.startswith(SHARED)]))
+@pytest.fixture(scope="module", params=slow_but(QUICK, FIXTURES))
 def flat(request, tmp_path_factory):
     """(fixture, our model, the text of the file, the module, its model)"""
     fixture, folder = FIXTURES[request.param], tmp_path_factory.mktemp("flat")
@@ -99,8 +99,5 @@ def test_what_cannot_be_flattened_is_said(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(NanollmError):
         flatten(tmp_path)
-    write(FIXTURES["zamba2-2.7b"], tmp_path / "shared")
-    with pytest.raises(ConfigError, match="layers share a transformer block"):
-        flatten(tmp_path / "shared")
     with pytest.raises(ConfigError, match="no preset"):
         flatten("no-such-model")

@@ -26,7 +26,7 @@ from nanollm.model import Decoder
 
 ORDER = """norm scaling rope alibi positions frame state mask attention ssd scan recurrent delta mamba mamba2
            latent_attention gated_attention""".split()
-LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "block", "model"]
+LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "shared_block", "block", "model"]
 
 
 class File(Heads):
@@ -62,7 +62,8 @@ class File(Heads):
         text = "\n".join(table)
         there = {word for word, holds in {
             "arranged": "ARRANGED" in text, "uniform": not layers and "ARRANGED" not in text, "experts": "{e}" in text,
-            "float32": bool(leaves), "tied": self.writer.model.config.tied, "cache": self.writer.cached,
+            "apart": bool(re.search(r'\(\["[^{"]*"', text)), "float32": bool(leaves),
+            "tied": self.writer.model.config.tied, "cache": self.writer.cached,
         }.items() if holds}
         ends = ", ".join(f'".{leaf}"' for leaf in sorted(leaves))
         islands = ["", f"FLOAT32 = ({ends},)    # kept as stored"] if leaves else []
@@ -219,9 +220,9 @@ class File(Heads):
         """Functions that what is left speaks of, from the model and the cache on; and `self.classes` likewise."""
         writer = self.writer
         by_name: dict[str, list[Code]] = {}
-        for code, spec in writer.specs.items():
+        for code in writer.specs:
             plain = code.name.rpartition(".")[2]
-            if spec.worlds:
+            if code in writer.entered:
                 by_name.setdefault(f".{plain}" if code.owner else writer.names.get(
                     inspect.unwrap(global_value(code.module, code.name)), plain), []).append(code)
         classes = {writer.name(kind): kind for kind in [*writer.kinds(), *writer.names] if isinstance(kind, type)}
@@ -251,7 +252,7 @@ class File(Heads):
                     meet(classes[found])
         while todo:
             code = todo.pop()
-            if code in alive or not writer.specs[code].worlds:
+            if code in alive or code not in writer.entered:
                 continue
             alive.add(code)
             text = "\n".join(writer.specs[code].text)
@@ -298,6 +299,10 @@ class File(Heads):
         return [line for line in lines if not (found := re.match(r" *self\.(\w+)(: [^=]*)? = \{\}$", line))
                 or len(re.findall(rf"\.{found[1]}\b", text)) > 1]
 
+    def stands(self, kind: type) -> bool:
+        """Whether there is more to a class than that others once had it as a base."""
+        return not issubclass(kind, nn.Module) or any(type(one) is kind for one in self.writer.modules())
+
     def base_name(self, base: type, name: str) -> str:
         """A base class; nn.Module in the place of one that has nothing left in it."""
         base = self.writer.in_place.get(base, base)
@@ -312,7 +317,7 @@ class File(Heads):
         writer = self.writer
         here = [one for one in node.body if isinstance(one, ast.FunctionDef)
                 and self.used(Code(module, f"{node.name}.{one.name}"))]
-        if kind not in self.classes:
+        if kind not in self.classes or not (here or self.stands(kind)):
             return []
         bases = [self.base_name(global_value(module, base.id), base.id) if isinstance(base, ast.Name)
                  else source(module).text(base) for base in node.bases]

@@ -52,8 +52,9 @@ class Constants:
             if all(self.values[other] == {value} for other in alike):
                 table[key] = field.upper()
                 continue
-            inner = path[-1] if len(path) > 1 or path == () else kind.__name__
-            inner = path[-1] if path and path[-1] not in ("mixer", "ffn") else kind.__name__
+            of_kind = [self.values[other] == {value} for other in alike if other[1] is kind]
+            whole = len(of_kind) > 1 and all(of_kind)           # of that class wherever it stands
+            inner = kind.__name__ if whole or not path or path[-1] in ("mixer", "ffn") else path[-1]
             name = f"{re.sub('(?<=[a-z])(?=[A-Z])', '_', inner)}_{field}".upper()
             if name in table.values() and any(single[other] != value for other, one in table.items() if one == name):
                 continue

@@ -74,6 +74,7 @@ class Program:
         self.new_needs: set[tuple[type, str]] = set()
         self.new_records: dict[type, set[str]] = {}
         self.new_ropes: dict[Any, str] = {}
+        self.entered: set[Code] = set()                         # what this pass calls and does not write into a caller
         self.found: list[tuple[Callable[[], None], str]] = []   # what to note if a name is still there at the end
         self.names: dict[Any, str] = {}
         self.globals: dict[tuple[str, str], str] = {}           # (module, constant) that is read → its name
@@ -85,7 +86,8 @@ class Program:
 
     def worked_out(self) -> dict[str, dict[str, Any]]:
         """Expressions that compare sizes of tensors: function → expression → what it comes to in this model."""
-        mixers = [module for layer in self.layers for module in layer.modules() if hasattr(module, "config")]
+        owners = [*self.layers, self.model.shared]
+        mixers = [module for owner in owners for module in owner.modules() if hasattr(module, "config")]
         attentions: list[Any] = [one.config for one in mixers if hasattr(one.config, "kv_heads")]
         turning = [one for one in self.constants.objects if type(one).__name__ == "Rope"]
         sparse = any(type(one).__name__ == "Indexer" for one in self.constants.objects)
@@ -98,6 +100,8 @@ class Program:
             facts["attend_fused"]["H != k.shape[1]"] = shared == {True}
         if not any(one.alibi for one in attentions):
             facts["attend_fused"]["given is not None and given.shape[1] == H"] = False
+        if self.model.shared:
+            facts["forward"] = {"ctx.shared": self.model.shared}
         return facts
 
     # ---- worlds
@@ -124,6 +128,7 @@ class Program:
         """Note the worlds of some calls."""
         spec = self.spec(code)
         for world in self.in_worlds(code, bounds):
+            self.entered.add(code)
             key = tuple((name, self.key(value)) for name, value in world.items() if name != "#")
             spec.worlds.setdefault(key, world)
 

@@ -8,7 +8,8 @@ from checkpoints.flatten.sources import Code, source
 from nanollm import config
 
 # things of the library that no flattened file has, and names of models, which say what others do
-ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device)\b")
+ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device"
+                       r"|type: ignore)\b")
 MODELS = re.compile(r"\b(?:[Ll]lama|Mistral|Mixtral|Qwen|Gemma|Falcon|Phi|BLOOM|OLMo|GPT|DeepSeek|Command|Nemotron"
                     r"|Granite|Jamba|StripedHyena|V[23]\b|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
 KINDS = set(config.__all__)

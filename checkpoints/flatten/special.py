@@ -97,15 +97,18 @@ class SpecialCalls(Program):
                 self.note_lift(writer.owner, parameter, f"base {kind.removeprefix('base ')}")
         return f"super().__init__({', '.join(out)})"
 
-    def new_state(self, writer: Rewriter, node: ast.Call, functions: list[Any], worlds: list[World]) -> str:
+    def new_state(self, writer: Rewriter, node: ast.Call, functions: list[Any], worlds: list[World]) -> str | None:
         """new_state(config, …) is a method here, of the module whose config that is."""
         assert isinstance(node.func, ast.Attribute)
         owner = node.func.value
         modules = writer.values(owner, worlds)
-        text = writer.expr(owner, worlds)
-        if isinstance(modules[0], type):                        # Attention.new_state(config.attention, …)
-            parts = [next(name for name, one in world["self"].named_children() if isinstance(one, kind))
+        if not isinstance(modules[0], type):
+            text = writer.expr(owner, worlds)
+        else:                                                   # Attention.new_state(config.attention, …)
+            parts = [next((name for name, one in world["self"].named_children() if isinstance(one, kind)), "")
                      for world, kind in zip(worlds, modules, strict=True)]
+            if "" in parts:                                     # of a part that stands elsewhere: written here
+                return None
             modules = [getattr(world["self"], part) for world, part in zip(worlds, parts, strict=True)]
             text = f"self.{parts[0]}"
         args = node.args if writer.code.module == frame.__name__ else node.args[1:]

@@ -133,6 +133,8 @@ class Evaluator:
         owner, index = self.value(node.value, world), self.value(node.slice, world)
         if isinstance(owner, (tuple, str)) and isinstance(index, int):
             return owner[index]
+        if isinstance(owner, nn.ModuleDict) and isinstance(index, str):
+            return owner[index]
         return Run()
 
     def UnaryOp(self, node: ast.UnaryOp, world: World) -> Any:

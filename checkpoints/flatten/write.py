@@ -73,8 +73,9 @@ class InitWriter(Rewriter):
         if name == "config":
             fields = program.lifts.get(self.owner, {})
             return [f"self.{field} = {field}" for field, kind in sorted(fields.items()) if kind == "field"]
-        if isinstance(found[0], nn.ModuleDict):
-            return []                                           # what layers share: nothing, see build.py
+        if isinstance(found[0], nn.ModuleDict):                 # what layers share
+            parts = ", ".join(f'"{key}": {program.construct(one)}' for key, one in found[0].items())
+            return [f"self.{name} = nn.ModuleDict({{{parts}}})"] if parts else []
         if isinstance(found[0], nn.ModuleList):
             return [f"self.{name} = {program.layer_list()}"]
         if all(one is None for one in found):
@@ -131,13 +132,6 @@ class Writer(SpecialCalls):
 
     def settle(self) -> None:
         """Find all worlds, all that differs, all that nobody reads."""
-        forward = code_of(type(self.model).forward)
-        cache = Run(True) if self.cached else None
-        self.enter(forward, [{"self": self.model, "tokens": Run(), "positions": None, "cache": cache}])
-        made = code_of(frame.Cache.__init__)
-        if self.cached:
-            self.enter(made, [{"self": Run(kind=frame.Cache), "model": self.model,
-                               **{name: Run() for name in ("batch", "length", "dtype", "device")}}])
         before = None
         for _ in range(30):
             self.pass_over()
@@ -171,6 +165,13 @@ class Writer(SpecialCalls):
         for spec in self.specs.values():
             spec.calls = set()
         self.new_lifts, self.new_needs, self.new_records, self.new_ropes, self.found = {}, set(), {}, {}, []
+        self.entered = set()
+        cache = Run(True) if self.cached else None
+        self.enter(code_of(type(self.model).forward), [
+            {"self": self.model, "tokens": Run(), "positions": None, "cache": cache}])
+        if self.cached:
+            self.enter(code_of(frame.Cache.__init__), [{"self": Run(kind=frame.Cache), "model": self.model,
+                                                        "batch": Run(), "length": Run()}])
         kinds = self.kinds()
         for kind in kinds:
             if "__init__" in vars(kind):
@@ -211,7 +212,7 @@ class Writer(SpecialCalls):
             zipped = "for layer, state in zip(self.layers, states, strict=True):"
             lines = without_idle([line.replace(zipped, "for layer in self.layers:") for line in lines])
         spec.text, read = lines, loaded(lines)
-        words = set(re.findall(r"\w+", "\n".join(lines)))
+        words = set(re.findall(r"\w+", "\n".join(line.partition("  # ")[0] for line in lines)))
         before += [(note, word) for note, word in self.found if word in words]     # not of what was struck out since
         self.found = before
         spec.unused = {one.arg for one in code.parameters if one.arg not in read and one.arg != "self"}
