@@ -170,9 +170,7 @@ class File(Heads):
         for module in {code.module for code in self.alive}:
             here = source(module)
             found |= {name.rpartition(".")[2] for name in here.defs} - {"forward", "project", "placed", "mixed", "add"}
-            found |= {one.value for node in here.defs.values() if isinstance(node, ast.FunctionDef)
-                      for one in ast.walk(node) if isinstance(one, ast.Constant)
-                      and isinstance(one.value, str) and re.fullmatch(r"[a-z]\w{3,}", one.value)}
+            found |= here.words
         gates = {one.gated for one in self.writer.constants.objects if isinstance(one, MLP)}
         found -= {"gated"} if True in gates else set()
         found |= {"plain"} if gates == {True} else set()

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from checkpoints.flatten.expressions import Expressions, atomic, is_config, literal
-from checkpoints.flatten.sources import Code, is_ours, nodes
+from checkpoints.flatten.sources import Code, formats, is_ours, nodes, parsed, stored
 from checkpoints.flatten.values import OneOf, Run, World, known
 
 # characters: a function that comes to a shorter expression is written where it is called
@@ -116,10 +116,8 @@ class Calls(Expressions):
         """A call as the expression that the function comes to, where that is short; else None."""
         if code.name.endswith(("forward", "__init__")) or any(isinstance(one, ast.Starred) for one in node.args):
             return None
-        raises = (one for one in nodes(code) if isinstance(one, ast.Raise))
-        errors = {id(part) for one in raises for part in ast.walk(one)}
-        if any(isinstance(one, ast.JoinedStr) and id(one) not in errors for one in nodes(code)):
-            return None                                         # names inside a string are not followed
+        if formats(code):
+            return None
         if code.owner != self.code.owner and "super()" in self.program.source_text(code):
             return None                                         # of another class than this one's base
         names = [one.arg for one in code.parameters if one.arg != "self"]
@@ -128,8 +126,7 @@ class Calls(Expressions):
         inner_worlds = self.program.in_worlds(code, [bound for _, bound in bounds])
         texts = {name: self.expr(given[name], worlds) for name in given}
         rename = {name: text if atomic(text) else f"({text})" for name, text in texts.items()}
-        anew = {one.id for one in nodes(code) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
-        for name in anew & rename.keys():                       # what was known of it ends there
+        for name in stored(code) & rename.keys():               # what was known of it ends there
             if all(known(world[name]) for world in inner_worlds):
                 del rename[name]
         if "self" in [one.arg for one in code.parameters] and isinstance(node.func, ast.Attribute):
@@ -139,7 +136,7 @@ class Calls(Expressions):
         inner = self.program.rewriter(code, inner_worlds, rename)
         lines = inner.body()
         try:
-            tree = ast.parse(textwrap.dedent("\n".join(lines)))
+            tree = parsed(textwrap.dedent("\n".join(lines)))
         except SyntaxError:
             return None
         body = [one for one in tree.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
@@ -165,15 +162,15 @@ class Calls(Expressions):
 
     def hoisted(self, node: ast.Call, lines: list[str], rename: dict[str, str], worlds: list[World]) -> str | None:
         """A call of a function that nobody else calls: its body goes before this statement, what it returns is here."""
-        tree = ast.parse(textwrap.dedent("\n".join(lines)))
+        tree = parsed(textwrap.dedent("\n".join(lines)))
         returns = [one for one in ast.walk(tree) if isinstance(one, ast.Return)]
         last = tree.body[-1] if tree.body else None
         if len(returns) != 1 or returns[0] is not last or last.value is None:
             return None
-        stored = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
-        if any(name in stored and rename[name] != name for name in rename):
+        anew = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+        if any(name in anew and rename[name] != name for name in rename):
             return None                                         # a parameter that the function sets anew
-        if any(self.read_later(name, node) for name in stored & worlds[0].keys()):
+        if any(self.read_later(name, node) for name in anew & worlds[0].keys()):
             return None                                         # a name that means something else here
         text = textwrap.dedent("\n".join(lines)).splitlines()
         value = ast.get_source_segment("\n".join(text), last.value) or ""

@@ -1,6 +1,7 @@
 """The numbers of a config by name: HEADS, HEAD_DIM, EPS. What differs between layers has none."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -67,7 +68,7 @@ class Constants:
         if len(names) != 1 or None in names or not all(id(owner) in self.places for owner in owners):
             return None
         name = str(names.pop())
-        self.comments[name] = getattr(owners[0], field), self.comment(type(owners[0]), field)
+        self.comments[name] = getattr(owners[0], field), self.comment(owners[0].__class__, field)
         return name
 
     def by_name(self, name: str, value: Any) -> str | None:
@@ -92,6 +93,7 @@ class Constants:
         return names[0] if len(names) == 1 and isinstance(value, int) and value > 16 else repr(value)
 
     @staticmethod
+    @functools.cache
     def comment(kind: type, field: str) -> str:
         """What the class says of a field, without the example behind the last semicolon."""
         for one in kind.__mro__:

@@ -54,6 +54,7 @@ class Spec:
         self.group: set[Code] = {code}                          # those that are called in the same places
         self.calls: set[tuple[str, int, int]] = set()           # places that call it
         self.runs: dict[Any, Run] = {}
+        self.hints: dict[str, type | None] | None = None        # parameter → the class that its annotation says
         self.text: list[str] = []
 
 
@@ -134,8 +135,10 @@ class Program:
 
     def in_worlds(self, code: Code, bounds: Iterable[dict[str, Any]]) -> list[World]:
         """Worlds for the parameters of a function: what the caller's run knows becomes what this one's does."""
-        hints = {one.arg: one.annotation for one in code.parameters}
         spec = self.spec(code)
+        if spec.hints is None:
+            spec.hints = {one.arg: annotated(self.annotation(one.annotation, code.module), code.module).kind
+                          for one in code.parameters if one.annotation is not None}
         out: dict[Any, World] = {}
         for bound in bounds:
             world: World = {}
@@ -143,9 +146,7 @@ class Program:
                 if isinstance(value, tuple) and not all(map(known, value)):
                     value = Run()
                 if isinstance(value, Run):
-                    hint = hints.get(name)
-                    said = annotated(self.annotation(hint, code.module), code.module) if hint is not None else Run()
-                    kind = said.kind or value.kind
+                    kind = spec.hints.get(name) or value.kind
                     value = spec.runs.setdefault((name, value.optional, kind), Run(value.optional, kind))
                 world[name] = value
             key = tuple((name, self.key(value)) for name, value in world.items())

@@ -11,7 +11,7 @@ from checkpoints.flatten import frame
 from checkpoints.flatten.cleanup import without_idle
 from checkpoints.flatten.program import Program
 from checkpoints.flatten.rewrite import Rewriter
-from checkpoints.flatten.sources import Code, code_of, is_ours
+from checkpoints.flatten.sources import Code, code_of, is_ours, unparsed
 from checkpoints.flatten.values import Run, World
 from nanollm.layers import sparse_attention
 from nanollm.layers.linear import Linear
@@ -26,7 +26,7 @@ class SpecialCalls(Program):
         """Calls that are written in another way than they stand in the source."""
         first = functions[0]
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call) and (
-                ast.unparse(node.func.value) == "super()"):
+                unparsed(node.func.value) == "super()"):
             return self.super_call(writer, node, worlds)
         if isinstance(first, types.FunctionType) and first.__name__ == "new_state":
             return self.new_state(writer, node, functions, worlds)
@@ -44,7 +44,7 @@ class SpecialCalls(Program):
         if first in (frame.KVCache, frame.RingCache):           # which of the two was settled for all layers
             node.keywords = [one for one in node.keywords if one.arg != "ring"]
         if writer.code.module in ("nanollm.block", "nanollm.model") and not self.model.config.float32_residual and (
-                ast.unparse(node).endswith(".to(ctx.dtype)")):
+                unparsed(node).endswith(".to(ctx.dtype)")):
             assert isinstance(node.func, ast.Attribute)
             return writer.expr(node.func.value, worlds)
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoints.flatten.sources import global_value, is_ours
+from checkpoints.flatten.sources import global_value, is_ours, unparsed
 
 World = dict[str, Any]
 
@@ -79,15 +79,19 @@ class Evaluator:
 
     def __init__(self, module: str, facts: dict[str, Any], in_place: dict[Any, Any]) -> None:
         self.module, self.facts, self.in_place = module, facts, in_place
+        self.memo: dict[tuple[ast.expr, int], tuple[Any, World]] = {}           # what was worked out, in which world
 
     def value(self, node: ast.expr, world: World) -> Any:
         """The value of an expression, or a Run."""
         if self.facts:
-            text = ast.unparse(node)
+            text = unparsed(node)
             if text in self.facts:
                 return self.facts[text]
-        method: Callable[[Any, World], Any] | None = getattr(self, type(node).__name__, None)
-        return Run() if method is None else method(node, world)
+        key = node, id(world)
+        if key not in self.memo:
+            method: Callable[[Any, World], Any] | None = getattr(self, type(node).__name__, None)
+            self.memo[key] = Run() if method is None else method(node, world), world
+        return self.memo[key][0]
 
     def Constant(self, node: ast.Constant, world: World) -> Any:
         return node.value

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from checkpoints.flatten import frame
-from checkpoints.flatten.cleanup import joined_up, loaded, straightened, tidy, uncaptured, without_idle
+from checkpoints.flatten.cleanup import loaded, struck_out, without_idle
 from checkpoints.flatten.expressions import is_config, literal
 from checkpoints.flatten.program import Spec
 from checkpoints.flatten.rewrite import Rewriter
-from checkpoints.flatten.sources import code_of, is_ours
+from checkpoints.flatten.sources import code_of, is_ours, unparsed
 from checkpoints.flatten.special import SpecialCalls
 from checkpoints.flatten.values import Run, World, known, same
 from nanollm.config import Rope
@@ -66,8 +66,8 @@ class InitWriter(Rewriter):
                   worlds: list[World]) -> list[str]:
         """The line that sets self.name, if it is still needed."""
         name, program = target.attr, self.program
-        if ast.unparse(target.value) != "self":
-            return [f"{ast.unparse(target)} = {self.expr(value, worlds)}"] if value else []
+        if unparsed(target.value) != "self":
+            return [f"{unparsed(target)} = {self.expr(value, worlds)}"] if value else []
         modules = [world["self"] for world in worlds]
         found = [getattr(one, name, None) for one in modules]
         if name == "config":
@@ -108,8 +108,7 @@ class InitWriter(Rewriter):
         return self.expr(value, worlds)
 
     def do_Expr(self, node: ast.Expr, worlds: list[World], shift: int) -> tuple[list[str], list[World]]:
-        text = ast.unparse(node)
-        if text == "self.tie()":
+        if unparsed(node) == "self.tie()":
             tied = worlds[0]["self"].config.tied
             return ([" " * (node.col_offset - shift) + "self.head.weight = self.embed.weight"] if tied else []), worlds
         return super().do_Expr(node, worlds, shift)
@@ -178,9 +177,13 @@ class Writer(SpecialCalls):
                 code = code_of(vars(kind)["__init__"])
                 modules = [one for one in self.modules() if kind in self.made.get(id(one), {})]
                 self.enter(code, [{"self": one, **self.built(one, kind)} for one in modules])
-        for spec in list(self.specs.values()):
-            if spec.worlds:
-                self.rewrite(spec)
+        todo, done = list(self.specs.values()), 0
+        while todo:                                             # also those that this pass comes upon
+            for spec in todo:
+                if spec.worlds:
+                    self.rewrite(spec)
+            done += len(todo)
+            todo = list(self.specs.values())[done:]
         for note, _ in self.found:
             note()
         self.lifts, self.needs, self.records = self.new_lifts, self.new_needs, self.new_records
@@ -204,14 +207,13 @@ class Writer(SpecialCalls):
         writer = (InitWriter if init else Rewriter)(self, code, list(spec.worlds.values()))
         before = self.found
         self.found = []
-        lines = straightened(without_idle(uncaptured([tidy(line) for line in writer.body()])))
         whole_files = ("nanollm.block", "nanollm.layers.rope", frame.__name__)
-        if code.module in whole_files or code.name.endswith((".forward", ".new_state")):
-            lines = joined_up(lines, whole=code.module == "nanollm.block")
+        join = code.module in whole_files or code.name.endswith((".forward", ".new_state"))
+        lines = [*struck_out(tuple(writer.body()), join, code.module == "nanollm.block")]
         if not self.cached:                                     # no layer has a state
             zipped = "for layer, state in zip(self.layers, states, strict=True):"
             lines = without_idle([line.replace(zipped, "for layer in self.layers:") for line in lines])
-        spec.text, read = lines, loaded(lines)
+        spec.text, read = lines, loaded(tuple(lines))
         words = set(re.findall(r"\w+", "\n".join(line.partition("  # ")[0] for line in lines)))
         before += [(note, word) for note, word in self.found if word in words]     # not of what was struck out since
         self.found = before
