@@ -132,21 +132,13 @@ class Writer(SpecialCalls):
     def settle(self) -> None:
         """Find all worlds, all that differs, all that nobody reads."""
         before = None
-        for _ in range(30):
+        for number in range(30):
+            self.final = number >= 2                            # all calls are known, and which functions have just one
             self.pass_over()
-            state = self.state()
-            if state == before:
-                break
-            before = state
-        else:
-            raise AssertionError("no end")
-        self.final = True
-        before = None
-        for _ in range(6):
-            self.pass_over()
-            if self.state() == before:
+            before, last = self.state(), before
+            if self.final and before == last:
                 return
-            before = self.state()
+        raise AssertionError("no end")
 
     @property
     def cached(self) -> bool:
