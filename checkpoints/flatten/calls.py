@@ -2,14 +2,13 @@
 
 import ast
 import re
-import textwrap
 import types
 from typing import Any
 
 from torch import nn
 
 from checkpoints.flatten.expressions import Expressions, atomic, is_config, literal
-from checkpoints.flatten.sources import Code, formats, is_ours, nodes, parsed, stored
+from checkpoints.flatten.sources import Code, dedented, formats, is_ours, nodes, parsed, stored
 from checkpoints.flatten.values import OneOf, Run, World, known
 
 # characters: a function that comes to a shorter expression is written where it is called
@@ -136,12 +135,12 @@ class Calls(Expressions):
         inner = self.program.rewriter(code, inner_worlds, rename)
         lines = inner.body()
         try:
-            tree = parsed(textwrap.dedent("\n".join(lines)))
+            tree = parsed(dedented(lines))
         except SyntaxError:
             return None
         body = [one for one in tree.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
         if len(body) == 1 and isinstance(body[0], ast.Return) and body[0].value is not None:
-            text = ast.get_source_segment(textwrap.dedent("\n".join(lines)), body[0].value) or ""
+            text = ast.get_source_segment(dedented(lines), body[0].value) or ""
             if isinstance(body[0].value, ast.Tuple) and not text.startswith("("):
                 text = f"({text})"
             twice = any(inner.reads.get(name, 0) > 1 and not re.fullmatch(r"[\w.]+", text)
@@ -162,7 +161,7 @@ class Calls(Expressions):
 
     def hoisted(self, node: ast.Call, lines: list[str], rename: dict[str, str], worlds: list[World]) -> str | None:
         """A call of a function that nobody else calls: its body goes before this statement, what it returns is here."""
-        tree = parsed(textwrap.dedent("\n".join(lines)))
+        tree = parsed(dedented(lines))
         returns = [one for one in ast.walk(tree) if isinstance(one, ast.Return)]
         last = tree.body[-1] if tree.body else None
         if len(returns) != 1 or returns[0] is not last or last.value is None:
@@ -172,11 +171,9 @@ class Calls(Expressions):
             return None                                         # a parameter that the function sets anew
         if any(self.read_later(name, node) for name in anew & worlds[0].keys()):
             return None                                         # a name that means something else here
-        text = textwrap.dedent("\n".join(lines)).splitlines()
+        text = dedented(lines).splitlines()
         value = ast.get_source_segment("\n".join(text), last.value) or ""
-        first = 1 if ast.get_docstring(ast.parse("def f():\n" + textwrap.indent("\n".join(text), " "))
-                                       .body[0]) else 0        # type: ignore[arg-type]  # a function
-        start = tree.body[0].end_lineno if first else 0
+        start = tree.body[0].end_lineno if ast.get_docstring(tree) else 0
         self.prelude.append(text[start : last.lineno - 1])
         value = value.replace("\n", " ") if "#" not in value else value
         return f"({value})" if isinstance(last.value, ast.Tuple) and not value.startswith("(") else value

@@ -3,9 +3,8 @@
 import ast
 import functools
 import re
-import textwrap
 
-from checkpoints.flatten.sources import parsed, unparsed
+from checkpoints.flatten.sources import dedented, parsed, unparsed
 
 WIDTH = 120
 Live = frozenset[str]
@@ -25,7 +24,7 @@ def reads(node: ast.AST) -> set[str]:
 @functools.cache
 def loaded(lines: tuple[str, ...]) -> frozenset[str]:
     """The same of some lines."""
-    return frozenset(reads(parsed(textwrap.dedent("\n".join(lines)))))
+    return frozenset(reads(parsed(dedented(lines))))
 
 
 def harmless(node: ast.expr) -> bool:
@@ -102,7 +101,7 @@ def struck_out(lines: tuple[str, ...], join: bool, whole: bool) -> tuple[str, ..
 def without_idle(lines: list[str]) -> list[str]:
     """The lines of a function's body without assignments that nobody reads."""
     while True:
-        text = textwrap.dedent("\n".join(lines))
+        text = dedented(lines)
         found = Idle(parsed(text).body).found
         if not found:
             return lines
@@ -121,7 +120,7 @@ def without_idle(lines: list[str]) -> list[str]:
 
 def uncaptured(lines: list[str]) -> list[str]:
     """`case Yarn(factor=f):` is `case Yarn():` where nobody reads f."""
-    text = textwrap.dedent("\n".join(lines))
+    text = dedented(lines)
     for case in [one for one in ast.walk(parsed(text)) if isinstance(one, ast.match_case)]:
         if isinstance(case.pattern, ast.MatchClass):
             read = set().union(*map(reads, case.body))
@@ -164,7 +163,7 @@ def shortened(lines: list[str], node: ast.Assign, pairs: list[tuple[ast.expr, as
 
 def straightened(lines: list[str]) -> list[str]:
     """`y = f(x)` before `return y` is `return f(x)`."""
-    text = textwrap.dedent("\n".join(lines))
+    text = dedented(lines)
     body = parsed(text).body
     for one, other in zip(body, body[1:], strict=False):
         match one, other:
@@ -181,7 +180,7 @@ def straightened(lines: list[str]) -> list[str]:
 
 def joined_up(lines: list[str], whole: bool) -> list[str]:
     """A value that only the next statement reads, written there: an attribute, or, `whole`, any short one."""
-    text = textwrap.dedent("\n".join(lines))
+    text = dedented(lines)
     found = parsed(text)
     for block in [one.body for one in ast.walk(found) if hasattr(one, "body") and isinstance(one.body, list)]:
         for one, other in zip(block, block[1:], strict=False):

@@ -313,8 +313,6 @@ class Program:
         if thing in self.names:
             return self.names[thing]
         plain = thing.__name__
-        if is_config(thing) or (isinstance(thing, type) and thing in self.records):
-            pass
         if plain in self.names.values():
             plain = f"{thing.__module__.rpartition('.')[2]}_{plain}"
             if isinstance(thing, type):

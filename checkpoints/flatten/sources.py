@@ -10,7 +10,8 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,11 @@ def formats(code: Code) -> bool:
 def children(node: ast.AST) -> tuple[ast.AST, ...]:
     """What stands right inside a node."""
     return tuple(ast.iter_child_nodes(node))
+
+
+def dedented(lines: Iterable[str]) -> str:
+    """The text of some lines, as far to the left as it goes."""
+    return textwrap.dedent("\n".join(lines))
 
 
 unparsed = functools.lru_cache(10_000)(ast.unparse)             # of a node that nobody changes

@@ -193,8 +193,6 @@ class Evaluator:
         args = [self.value(one, world) for one in node.args]
         named = {str(one.arg): self.value(one.value, world) for one in node.keywords}
         values = [*args, *named.values()]
-        if function is isinstance and isinstance(args[0], Run):
-            return self.is_instance(args[0], args[1])
         if function in (min, max) and len(args) == 2 and args[0] is args[1]:
             return args[0]
         whole = all(known(one) and not (isinstance(one, tuple) and not all(map(known, one))) for one in values)
@@ -211,11 +209,6 @@ class Evaluator:
             return settled(function(*args, **named))
         except (TypeError, ValueError, AttributeError, ZeroDivisionError):
             return Run()
-
-    def is_instance(self, value: Run, kinds: Any) -> Any:
-        if kinds is Tensor and value.kind is None and not value.optional:
-            return Run()
-        return Run()
 
     def returned(self, function: Any) -> Any:
         """What is known of what a call gives: whether it may be None, and its class, by its annotation."""
