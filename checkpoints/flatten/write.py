@@ -81,7 +81,8 @@ class InitWriter(Rewriter):
         if all(one is None for one in found):
             return []
         if any(isinstance(one, nn.Module) for one in found):
-            texts = {None if one is None else program.construct(one) for one in found}
+            said = self.numbers(value, worlds)
+            texts = {None if one is None else program.construct(one, said) for one in found}
             plain = all(type(one) in (nn.Linear, Linear) for one in found) and value is not None
             if plain or len(texts) == 1:
                 return [f"self.{name} = {self.expr(value, worlds) if plain and value else texts.pop()}"]
@@ -100,6 +101,15 @@ class InitWriter(Rewriter):
             return [f"self.{name} = {literal(found[0])}"]
         program.note_lift(self.owner, name, "attribute")
         return [f"self.{name} = {name}"]
+
+    def numbers(self, value: ast.expr | None, worlds: list[World]) -> dict[int, str]:
+        """The numbers that a call is given, each as the source writes it."""
+        given = [one for one in value.args if not isinstance(one, ast.Starred)] if isinstance(value, ast.Call) else []
+        said: dict[int, set[str]] = {}
+        for one in given:
+            if type(number := self.agreed(one, worlds)) is int:
+                said.setdefault(number, set()).add(self.expr(one, worlds))
+        return {number: texts.pop() for number, texts in said.items() if len(texts) == 1}
 
     def created(self, value: ast.expr | None, node: ast.Assign, worlds: list[World]) -> str:
         if value is None:
@@ -211,8 +221,8 @@ class Writer(SpecialCalls):
         self.found = before
         spec.unused = {one.arg for one in code.parameters if one.arg not in read and one.arg != "self"}
 
-    def construct(self, module: nn.Module) -> str:
-        """The call that makes a module."""
+    def construct(self, module: nn.Module, said: dict[int, str] | None = None) -> str:
+        """The call that makes a module. said: how the source writes numbers."""
         if type(module) in (nn.Linear, Linear):
             bias = "" if module.bias is not None else ", bias=False"
             sizes = ", ".join(self.constants.of_number(one) for one in (module.in_features, module.out_features))
@@ -228,7 +238,7 @@ class Writer(SpecialCalls):
             given = self.built(module, type(module))
             owner: Any = {"attribute": module, "field": getattr(module, "config", None), "read": given.get("config")}
             value = given.get(name) if kind == "given" else getattr(owner[kind], name)
-            text = self.value_text(value)
+            text = said[value] if said and type(value) is int and value in said else self.value_text(value)
             args.append(text if kind == "given" else f"{name}={text}")
         return f"{self.name(type(module))}({', '.join(args)})"
 
