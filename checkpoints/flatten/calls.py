@@ -59,13 +59,14 @@ class Calls(Expressions):
         return " ".join((ast.get_source_segment(text, made.body) or "").split())
 
     def said(self, node: ast.Call, code: Code, worlds: list[World]) -> None:
-        """Note how a caller writes what it gives, where that is a constant expression."""
+        """Note how a caller writes what it gives, where that is a constant expression and says more than its value."""
         names = [one.arg for one in code.parameters if one.arg != "self"]
         given = [*zip(names, node.args, strict=False), *((str(one.arg), one.value) for one in node.keywords)]
         for name, one in given:
             value = self.agreed(one, worlds) if not isinstance(one, ast.Starred) else Run()
             if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and literal(value):
-                self.program.spec(code).said.setdefault(name, set()).add(self.expr(one, worlds))
+                if (text := self.expr(one, worlds)) != literal(value):
+                    self.program.spec(code).said.setdefault(name, set()).add(text)
 
     def callee(self, node: ast.Call, functions: list[Any], worlds: list[World]) -> str:
         if isinstance(node.func, ast.Name) and isinstance(functions[0], type):

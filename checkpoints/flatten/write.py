@@ -103,10 +103,16 @@ class InitWriter(Rewriter):
         return [f"self.{name} = {name}"]
 
     def numbers(self, value: ast.expr | None, worlds: list[World]) -> dict[int, str]:
-        """The numbers that a call is given, each as the source writes it."""
-        given = [one for one in value.args if not isinstance(one, ast.Starred)] if isinstance(value, ast.Call) else []
+        """The numbers that a module is given, each as the source writes it. Its __init__ is told, too."""
+        if isinstance(value, ast.IfExp):
+            return self.numbers(value.body if self.agreed(value.test, worlds) else value.orelse, worlds)
+        if not isinstance(value, ast.Call):
+            return {}
+        kind = self.agreed(value.func, worlds)
+        if isinstance(kind, type) and is_ours(kind):
+            self.said(value, code_of(kind.__init__), worlds)    # type: ignore[misc]  # of the class itself
         said: dict[int, set[str]] = {}
-        for one in given:
+        for one in value.args:
             if type(number := self.agreed(one, worlds)) is int:
                 said.setdefault(number, set()).add(self.expr(one, worlds))
         return {number: texts.pop() for number, texts in said.items() if len(texts) == 1}
