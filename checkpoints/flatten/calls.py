@@ -15,6 +15,11 @@ from checkpoints.flatten.values import OneOf, Run, World, known
 SHORT = 72
 
 
+def one_line(text: str) -> str:
+    """An expression of several lines in one."""
+    return re.sub(r"(?<=[(\[]) ", "", " ".join(text.split()))
+
+
 class Calls(Expressions):
     """The calls of one function."""
 
@@ -56,7 +61,7 @@ class Calls(Expressions):
             value = self.expr(given, worlds)
             if value != one.arg:
                 self.prelude.append([f"{one.arg} = {value}"])
-        return " ".join((ast.get_source_segment(text, made.body) or "").split())
+        return one_line(ast.get_source_segment(text, made.body) or "")
 
     def said(self, node: ast.Call, code: Code, worlds: list[World]) -> None:
         """Note how a caller writes what it gives, where that is a constant expression and says more than its value."""
@@ -176,5 +181,5 @@ class Calls(Expressions):
         value = ast.get_source_segment("\n".join(text), last.value) or ""
         start = tree.body[0].end_lineno if ast.get_docstring(tree) else 0
         self.prelude.append(text[start : last.lineno - 1])
-        value = value.replace("\n", " ") if "#" not in value else value
+        value = one_line(value) if "\n" in value and "#" not in value else value
         return f"({value})" if isinstance(last.value, ast.Tuple) and not value.startswith("(") else value
