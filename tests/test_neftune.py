@@ -89,7 +89,7 @@ def test_what_is_computed_again_sees_the_same_noise(how):
 def dense(mixer, x: Tensor, ctx, group: int) -> Tensor:
     """The paper's attention as a mask over all pairs of tokens: a head sees the earlier tokens of its own group, and
     groups of the second half of the heads begin G/2 later."""
-    q, k, v = mixer.placed(x, ctx)
+    q, k, v = mixer.placed(*mixer.project(x), ctx)
     H, T = q.shape[1], q.shape[2]
     k, v = (z.repeat_interleave(H // z.shape[1], 1) for z in (k, v))
     scores = q @ k.mT * mixer.scale

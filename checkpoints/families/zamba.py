@@ -32,7 +32,7 @@ class Alternating(Same):
         yield 0, ours[0].unflatten(0, (2, -1)).transpose(0, 1)
 
 
-class ByHead(Same):
+class Slices(Same):
     """One slice a head: (I, …) here, (H, I/H, …) there."""
 
     @staticmethod
@@ -47,7 +47,7 @@ def scan(theirs: str, ours: str) -> list[Rule]:
     return [rule(f"{theirs}.in_proj", f"{ours}.in_proj", Alternating),
             *under(theirs, ours, {"conv1d": "conv1d", "x_proj_weight": "x_proj.weight", "out_proj": "out_proj"}),
             *under(theirs, ours, {"dt_proj_weight": "dt_proj.weight", "dt_proj_bias": "dt_proj.bias", "A_log": "A_log",
-                                  "D": "D"}, ByHead)]
+                                  "D": "D"}, Slices)]
 
 
 OWN_NAMES = override(AROUND, *scan(*PLAIN), *scan(*HYBRID))

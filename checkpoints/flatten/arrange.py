@@ -125,3 +125,13 @@ def qkvz(stored: Tensors, ours: Tensors) -> Tensors:
     values = len(ours[1]) // KEY_HEADS
     q, k, v, z = stored[0].unflatten(0, (KEY_HEADS, -1)).split([KEY_DIM, KEY_DIM, values, values], 1)
     return [torch.cat([part.flatten(0, 1) for part in (q, k, v)]), z.flatten(0, 1)]
+
+
+def alternating(stored: Tensors, ours: Tensors) -> Tensors:
+    """The rows of a channel and of its gate by turns; here all of the one, then all of the other."""
+    return [stored[0].unflatten(0, (-1, 2)).transpose(0, 1).flatten(0, 1)]
+
+
+def slices(stored: Tensors, ours: Tensors) -> Tensors:
+    """A slice a head (H, I/H, …); here the rows of one parameter (I, …)."""
+    return [stored[0].flatten(0, 1)]

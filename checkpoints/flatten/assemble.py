@@ -4,7 +4,6 @@ import ast
 import dataclasses
 import inspect
 import re
-import textwrap
 
 from torch import nn
 
@@ -15,7 +14,7 @@ from checkpoints.flatten.heads import Heads
 from checkpoints.flatten.naming import naming
 from checkpoints.flatten.plain import TEXT, chosen
 from checkpoints.flatten.prose import docstring, equations, legend, pruned
-from checkpoints.flatten.sources import Code, global_value, is_ours, source
+from checkpoints.flatten.sources import Code, dedented, global_value, is_ours, parsed, source
 from checkpoints.flatten.training import drawing
 from checkpoints.flatten.write import Writer
 from checkpoints.names.table import Table
@@ -26,7 +25,7 @@ from nanollm.model import Decoder
 
 ORDER = """norm scaling rope alibi positions frame state mask attention ssd scan recurrent delta mamba mamba2
            latent_attention gated_attention""".split()
-LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "block", "model"]
+LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "shared_block", "block", "model"]
 
 
 class File(Heads):
@@ -62,7 +61,8 @@ class File(Heads):
         text = "\n".join(table)
         there = {word for word, holds in {
             "arranged": "ARRANGED" in text, "uniform": not layers and "ARRANGED" not in text, "experts": "{e}" in text,
-            "float32": bool(leaves), "tied": self.writer.model.config.tied, "cache": self.writer.cached,
+            "apart": bool(re.search(r'\(\["[^{"]*"', text)), "float32": bool(leaves),
+            "tied": self.writer.model.config.tied, "cache": self.writer.cached,
         }.items() if holds}
         ends = ", ".join(f'".{leaf}"' for leaf in sorted(leaves))
         islands = ["", f"FLOAT32 = ({ends},)    # kept as stored"] if leaves else []
@@ -163,15 +163,12 @@ class File(Heads):
 
     def struck_out(self) -> set[str]:
         """Names of classes, functions and kinds of things that the modules of this file have, and it does not."""
-        text = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
-        used = set(re.findall(r"\w+", text)) | {kind.__name__ for kind in self.classes}
+        used = set(re.findall(r"\w+", self.left)) | {kind.__name__ for kind in self.classes}
         found = set()
         for module in {code.module for code in self.alive}:
             here = source(module)
             found |= {name.rpartition(".")[2] for name in here.defs} - {"forward", "project", "placed", "mixed", "add"}
-            found |= {one.value for node in here.defs.values() if isinstance(node, ast.FunctionDef)
-                      for one in ast.walk(node) if isinstance(one, ast.Constant)
-                      and isinstance(one.value, str) and re.fullmatch(r"[a-z]\w{3,}", one.value)}
+            found |= here.words
         gates = {one.gated for one in self.writer.constants.objects if isinstance(one, MLP)}
         found -= {"gated"} if True in gates else set()
         found |= {"plain"} if gates == {True} else set()
@@ -190,15 +187,14 @@ class File(Heads):
     def sections(self) -> list[tuple[str, list[str]]]:
         """(module, lines) of each module that something is left of."""
         self.alive = self.reached()
+        self.left = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
         self.gone = self.struck_out()
-        text = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
         modules = sorted({code.module for code in self.alive} | {kind.__module__ for kind in self.classes}
                          | {module for (module, _), name in self.writer.globals.items()
-                            if re.search(rf"\b{name}\b", text)}, key=self.rank)
+                            if re.search(rf"\b{name}\b", self.left)}, key=self.rank)
         found: list[tuple[str, list[str]]] = []
         for module in modules:
             parts: list[list[str]] = []
-            constants = []
             for name, node in source(module).defs.items():
                 if "." in name:
                     continue
@@ -219,9 +215,9 @@ class File(Heads):
         """Functions that what is left speaks of, from the model and the cache on; and `self.classes` likewise."""
         writer = self.writer
         by_name: dict[str, list[Code]] = {}
-        for code, spec in writer.specs.items():
+        for code in writer.specs:
             plain = code.name.rpartition(".")[2]
-            if spec.worlds:
+            if code in writer.entered:
                 by_name.setdefault(f".{plain}" if code.owner else writer.names.get(
                     inspect.unwrap(global_value(code.module, code.name)), plain), []).append(code)
         classes = {writer.name(kind): kind for kind in [*writer.kinds(), *writer.names] if isinstance(kind, type)}
@@ -251,11 +247,10 @@ class File(Heads):
                     meet(classes[found])
         while todo:
             code = todo.pop()
-            if code in alive or not writer.specs[code].worlds:
+            if code in alive or code not in writer.entered:
                 continue
             alive.add(code)
-            text = "\n".join(writer.specs[code].text)
-            tree = ast.parse(textwrap.dedent(text))
+            tree = parsed(dedented(writer.specs[code].text))
             stored = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name)
                       and isinstance(one.ctx, ast.Store)} | {one.arg for one in code.parameters}
             for node in ast.walk(tree):
@@ -271,13 +266,12 @@ class File(Heads):
         """Constants of a module that what is left reads."""
         found = source(module)
         lines = []
-        text = "\n".join("\n".join(spec.text) for code, spec in self.writer.specs.items() if code in self.alive) + heads
         for node in found.tree.body:
             target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             if not isinstance(target, ast.Name) or (module, target.id) not in self.writer.globals:
                 continue
             name = self.writer.globals[module, target.id]
-            if re.search(rf"\b{name}\b", text):
+            if re.search(rf"\b{name}\b", self.left + heads):
                 new = found.lines(node.lineno, node.end_lineno or 0)
                 new[0] = re.sub(rf"^{target.id}(: Final)?\b", name, new[0])
                 lines += new
@@ -294,9 +288,12 @@ class File(Heads):
 
     def without_idle_attributes(self, lines: list[str]) -> list[str]:
         """Without `self.memo = {}` where nothing reads .memo."""
-        text = "\n".join("\n".join(self.writer.specs[code].text) for code in self.alive)
         return [line for line in lines if not (found := re.match(r" *self\.(\w+)(: [^=]*)? = \{\}$", line))
-                or len(re.findall(rf"\.{found[1]}\b", text)) > 1]
+                or len(re.findall(rf"\.{found[1]}\b", self.left)) > 1]
+
+    def stands(self, kind: type) -> bool:
+        """Whether there is more to a class than that others once had it as a base."""
+        return not issubclass(kind, nn.Module) or any(type(one) is kind for one in self.writer.modules())
 
     def base_name(self, base: type, name: str) -> str:
         """A base class; nn.Module in the place of one that has nothing left in it."""
@@ -312,7 +309,7 @@ class File(Heads):
         writer = self.writer
         here = [one for one in node.body if isinstance(one, ast.FunctionDef)
                 and self.used(Code(module, f"{node.name}.{one.name}"))]
-        if kind not in self.classes:
+        if kind not in self.classes or not (here or self.stands(kind)):
             return []
         bases = [self.base_name(global_value(module, base.id), base.id) if isinstance(base, ast.Name)
                  else source(module).text(base) for base in node.bases]
@@ -322,9 +319,8 @@ class File(Heads):
             lines += docstring(
                 ast.get_docstring(node) or "", self.gone if module != frame.__name__ else set(), 4)
         fields = [one for one in node.body if isinstance(one, ast.AnnAssign) and "NamedTuple" in bases]
-        text = "\n".join("\n".join(writer.specs[code].text) for code in self.alive)
         fields += [one for one in node.body if isinstance(one, ast.AnnAssign) and not issubclass(kind, nn.Module)
-                   and module != frame.__name__ and re.search(rf"\.{ast.unparse(one.target)}\b", text)]
+                   and module != frame.__name__ and re.search(rf"\.{ast.unparse(one.target)}\b", self.left)]
         for field in dict.fromkeys(fields):
             lines += source(module).lines(field.lineno, field.end_lineno or 0)
         for one in here:

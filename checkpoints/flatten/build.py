@@ -14,7 +14,6 @@ from checkpoints.flatten.sources import is_ours
 from checkpoints.flatten.values import World
 from checkpoints.flatten.write import Writer
 from nanollm.config import ModelConfig
-from nanollm.errors import ConfigError
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
 
@@ -58,8 +57,6 @@ def prepared(config: ModelConfig) -> Writer:
     """All that is left of the decoder of a config."""
     with recorded() as made, torch.device("meta"):
         model = Decoder(config)
-    if model.shared:
-        raise ConfigError("layers share a transformer block, which a flattened file cannot write down yet")
     kinds = list(dict.fromkeys(config.layers))
     first = {kind: config.layers.index(kind) for kind in kinds}
     writer = Writer(model, [model.layers[first[kind]] for kind in kinds], made, Constants(config))

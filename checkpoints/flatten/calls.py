@@ -2,18 +2,22 @@
 
 import ast
 import re
-import textwrap
 import types
 from typing import Any
 
 from torch import nn
 
 from checkpoints.flatten.expressions import Expressions, atomic, is_config, literal
-from checkpoints.flatten.sources import Code, is_ours, nodes
+from checkpoints.flatten.sources import Code, dedented, formats, is_ours, nodes, parsed, stored
 from checkpoints.flatten.values import OneOf, Run, World, known
 
 # characters: a function that comes to a shorter expression is written where it is called
 SHORT = 72
+
+
+def one_line(text: str) -> str:
+    """An expression of several lines in one."""
+    return re.sub(r"(?<=[(\[]) ", "", " ".join(text.split()))
 
 
 class Calls(Expressions):
@@ -57,16 +61,17 @@ class Calls(Expressions):
             value = self.expr(given, worlds)
             if value != one.arg:
                 self.prelude.append([f"{one.arg} = {value}"])
-        return " ".join((ast.get_source_segment(text, made.body) or "").split())
+        return one_line(ast.get_source_segment(text, made.body) or "")
 
     def said(self, node: ast.Call, code: Code, worlds: list[World]) -> None:
-        """Note how a caller writes what it gives, where that is a constant expression."""
+        """Note how a caller writes what it gives, where that is a constant expression and says more than its value."""
         names = [one.arg for one in code.parameters if one.arg != "self"]
         given = [*zip(names, node.args, strict=False), *((str(one.arg), one.value) for one in node.keywords)]
         for name, one in given:
             value = self.agreed(one, worlds) if not isinstance(one, ast.Starred) else Run()
             if isinstance(value, (int, float, tuple)) and not isinstance(value, bool) and literal(value):
-                self.program.spec(code).said.setdefault(name, set()).add(self.expr(one, worlds))
+                if (text := self.expr(one, worlds)) != literal(value):
+                    self.program.spec(code).said.setdefault(name, set()).add(text)
 
     def callee(self, node: ast.Call, functions: list[Any], worlds: list[World]) -> str:
         if isinstance(node.func, ast.Name) and isinstance(functions[0], type):
@@ -116,10 +121,8 @@ class Calls(Expressions):
         """A call as the expression that the function comes to, where that is short; else None."""
         if code.name.endswith(("forward", "__init__")) or any(isinstance(one, ast.Starred) for one in node.args):
             return None
-        raises = (one for one in nodes(code) if isinstance(one, ast.Raise))
-        errors = {id(part) for one in raises for part in ast.walk(one)}
-        if any(isinstance(one, ast.JoinedStr) and id(one) not in errors for one in nodes(code)):
-            return None                                         # names inside a string are not followed
+        if formats(code):
+            return None
         if code.owner != self.code.owner and "super()" in self.program.source_text(code):
             return None                                         # of another class than this one's base
         names = [one.arg for one in code.parameters if one.arg != "self"]
@@ -128,8 +131,7 @@ class Calls(Expressions):
         inner_worlds = self.program.in_worlds(code, [bound for _, bound in bounds])
         texts = {name: self.expr(given[name], worlds) for name in given}
         rename = {name: text if atomic(text) else f"({text})" for name, text in texts.items()}
-        anew = {one.id for one in nodes(code) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
-        for name in anew & rename.keys():                       # what was known of it ends there
+        for name in stored(code) & rename.keys():               # what was known of it ends there
             if all(known(world[name]) for world in inner_worlds):
                 del rename[name]
         if "self" in [one.arg for one in code.parameters] and isinstance(node.func, ast.Attribute):
@@ -139,12 +141,12 @@ class Calls(Expressions):
         inner = self.program.rewriter(code, inner_worlds, rename)
         lines = inner.body()
         try:
-            tree = ast.parse(textwrap.dedent("\n".join(lines)))
+            tree = parsed(dedented(lines))
         except SyntaxError:
             return None
         body = [one for one in tree.body if not (isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant))]
         if len(body) == 1 and isinstance(body[0], ast.Return) and body[0].value is not None:
-            text = ast.get_source_segment(textwrap.dedent("\n".join(lines)), body[0].value) or ""
+            text = ast.get_source_segment(dedented(lines), body[0].value) or ""
             if isinstance(body[0].value, ast.Tuple) and not text.startswith("("):
                 text = f"({text})"
             twice = any(inner.reads.get(name, 0) > 1 and not re.fullmatch(r"[\w.]+", text)
@@ -165,21 +167,19 @@ class Calls(Expressions):
 
     def hoisted(self, node: ast.Call, lines: list[str], rename: dict[str, str], worlds: list[World]) -> str | None:
         """A call of a function that nobody else calls: its body goes before this statement, what it returns is here."""
-        tree = ast.parse(textwrap.dedent("\n".join(lines)))
+        tree = parsed(dedented(lines))
         returns = [one for one in ast.walk(tree) if isinstance(one, ast.Return)]
         last = tree.body[-1] if tree.body else None
         if len(returns) != 1 or returns[0] is not last or last.value is None:
             return None
-        stored = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
-        if any(name in stored and rename[name] != name for name in rename):
+        anew = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store)}
+        if any(name in anew and rename[name] != name for name in rename):
             return None                                         # a parameter that the function sets anew
-        if any(self.read_later(name, node) for name in stored & worlds[0].keys()):
+        if any(self.read_later(name, node) for name in anew & worlds[0].keys()):
             return None                                         # a name that means something else here
-        text = textwrap.dedent("\n".join(lines)).splitlines()
+        text = dedented(lines).splitlines()
         value = ast.get_source_segment("\n".join(text), last.value) or ""
-        first = 1 if ast.get_docstring(ast.parse("def f():\n" + textwrap.indent("\n".join(text), " "))
-                                       .body[0]) else 0        # type: ignore[arg-type]  # a function
-        start = tree.body[0].end_lineno if first else 0
+        start = tree.body[0].end_lineno if ast.get_docstring(tree) else 0
         self.prelude.append(text[start : last.lineno - 1])
-        value = value.replace("\n", " ") if "#" not in value else value
+        value = one_line(value) if "\n" in value and "#" not in value else value
         return f"({value})" if isinstance(last.value, ast.Tuple) and not value.startswith("(") else value

@@ -1,8 +1,10 @@
 """What a careful writer would strike out of a function once branches are gone: values that nobody reads, detours."""
 
 import ast
+import functools
 import re
-import textwrap
+
+from checkpoints.flatten.sources import dedented, parsed, unparsed
 
 WIDTH = 120
 Live = frozenset[str]
@@ -19,9 +21,10 @@ def reads(node: ast.AST) -> set[str]:
     return found
 
 
-def loaded(lines: list[str]) -> set[str]:
+@functools.cache
+def loaded(lines: tuple[str, ...]) -> frozenset[str]:
     """The same of some lines."""
-    return reads(ast.parse(textwrap.dedent("\n".join(lines))))
+    return frozenset(reads(parsed(dedented(lines))))
 
 
 def harmless(node: ast.expr) -> bool:
@@ -64,7 +67,7 @@ class Idle:
                 own = {one.arg for one in node.args.args}
                 return (live - {node.name}) | (reads(node) - own)
             case ast.Assign(targets=[ast.Name(id=name)], value=value):
-                if (name not in live and harmless(value)) or ast.unparse(value) == name:
+                if (name not in live and harmless(value)) or unparsed(value) == name:
                     self.found[node] = {0}
                     return live
                 return (live - {name}) | reads(value)
@@ -76,7 +79,7 @@ class Idle:
                 if len(targets) == len(values):
                     idle = {i for i, (one, value) in enumerate(zip(targets, values, strict=True))
                             if (isinstance(one, ast.Name) and one.id not in live and harmless(value))
-                            or ast.unparse(one) == ast.unparse(value)}
+                            or unparsed(one) == unparsed(value)}
                     if idle:
                         self.found[node] = idle
                     live -= {one.id for one in targets if isinstance(one, ast.Name)}
@@ -88,11 +91,18 @@ class Idle:
         return (live - stored) | reads(node)
 
 
+@functools.cache
+def struck_out(lines: tuple[str, ...], join: bool, whole: bool) -> tuple[str, ...]:
+    """All that this file does, to the body of a function. join, whole: `joined_up` too, and how."""
+    out = straightened(without_idle(uncaptured([tidy(line) for line in lines])))
+    return tuple(joined_up(out, whole) if join else out)
+
+
 def without_idle(lines: list[str]) -> list[str]:
     """The lines of a function's body without assignments that nobody reads."""
     while True:
-        text = textwrap.dedent("\n".join(lines))
-        found = Idle(ast.parse(text).body).found
+        text = dedented(lines)
+        found = Idle(parsed(text).body).found
         if not found:
             return lines
         node = max(found, key=lambda one: one.lineno)
@@ -103,15 +113,15 @@ def without_idle(lines: list[str]) -> list[str]:
             lines = shortened(lines, node, pairs, text)
         elif isinstance(node, ast.Assign) and len(node.targets) == 2 and len(found[node]) == 1:    # x = h = …
             idle, at = node.targets[found[node].pop()], node.lineno - 1
-            lines = [*lines[:at], lines[at].replace(f"{ast.unparse(idle)} = ", "", 1), *lines[at + 1 :]]
+            lines = [*lines[:at], lines[at].replace(f"{unparsed(idle)} = ", "", 1), *lines[at + 1 :]]
         else:
             lines = removed(lines, node.lineno, node.end_lineno or 0)
 
 
 def uncaptured(lines: list[str]) -> list[str]:
     """`case Yarn(factor=f):` is `case Yarn():` where nobody reads f."""
-    text = textwrap.dedent("\n".join(lines))
-    for case in [one for one in ast.walk(ast.parse(text)) if isinstance(one, ast.match_case)]:
+    text = dedented(lines)
+    for case in [one for one in ast.walk(parsed(text)) if isinstance(one, ast.match_case)]:
         if isinstance(case.pattern, ast.MatchClass):
             read = set().union(*map(reads, case.body))
             for field, part in zip(case.pattern.kwd_attrs, case.pattern.kwd_patterns, strict=True):
@@ -153,8 +163,8 @@ def shortened(lines: list[str], node: ast.Assign, pairs: list[tuple[ast.expr, as
 
 def straightened(lines: list[str]) -> list[str]:
     """`y = f(x)` before `return y` is `return f(x)`."""
-    text = textwrap.dedent("\n".join(lines))
-    body = ast.parse(text).body
+    text = dedented(lines)
+    body = parsed(text).body
     for one, other in zip(body, body[1:], strict=False):
         match one, other:
             case (ast.Assign(targets=[ast.Name(id=name)], value=value), ast.Return(value=ast.Name(id=again))):
@@ -170,8 +180,8 @@ def straightened(lines: list[str]) -> list[str]:
 
 def joined_up(lines: list[str], whole: bool) -> list[str]:
     """A value that only the next statement reads, written there: an attribute, or, `whole`, any short one."""
-    text = textwrap.dedent("\n".join(lines))
-    found = ast.parse(text)
+    text = dedented(lines)
+    found = parsed(text)
     for block in [one.body for one in ast.walk(found) if hasattr(one, "body") and isinstance(one.body, list)]:
         for one, other in zip(block, block[1:], strict=False):
             if not (isinstance(one, ast.Assign) and isinstance(one.targets[0], ast.Name)

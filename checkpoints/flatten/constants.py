@@ -1,6 +1,7 @@
 """The numbers of a config by name: HEADS, HEAD_DIM, EPS. What differs between layers has none."""
 
 import dataclasses
+import functools
 import re
 from typing import Any
 
@@ -52,8 +53,9 @@ class Constants:
             if all(self.values[other] == {value} for other in alike):
                 table[key] = field.upper()
                 continue
-            inner = path[-1] if len(path) > 1 or path == () else kind.__name__
-            inner = path[-1] if path and path[-1] not in ("mixer", "ffn") else kind.__name__
+            of_kind = [self.values[other] == {value} for other in alike if other[1] is kind]
+            whole = len(of_kind) > 1 and all(of_kind)           # of that class wherever it stands
+            inner = kind.__name__ if whole or not path or path[-1] in ("mixer", "ffn") else path[-1]
             name = f"{re.sub('(?<=[a-z])(?=[A-Z])', '_', inner)}_{field}".upper()
             if name in table.values() and any(single[other] != value for other, one in table.items() if one == name):
                 continue
@@ -66,7 +68,7 @@ class Constants:
         if len(names) != 1 or None in names or not all(id(owner) in self.places for owner in owners):
             return None
         name = str(names.pop())
-        self.comments[name] = getattr(owners[0], field), self.comment(type(owners[0]), field)
+        self.comments[name] = getattr(owners[0], field), self.comment(owners[0].__class__, field)
         return name
 
     def by_name(self, name: str, value: Any) -> str | None:
@@ -91,6 +93,7 @@ class Constants:
         return names[0] if len(names) == 1 and isinstance(value, int) and value > 16 else repr(value)
 
     @staticmethod
+    @functools.cache
     def comment(kind: type, field: str) -> str:
         """What the class says of a field, without the example behind the last semicolon."""
         for one in kind.__mro__:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from checkpoints.flatten.sources import Code
+from checkpoints.flatten.sources import Code, children, unparsed
 from checkpoints.flatten.values import Run, World, known, same
 
 # (function, expression) → what it is where a cache never begins again
@@ -101,10 +101,11 @@ class Expressions:
 
     def aliases(self, node: ast.expr, worlds: list[World]) -> list[str]:
         """Variables that have the value of an expression, whatever it may be."""
-        values = self.values(node, worlds)
-        found = [] if known(values[0]) else [
-            name for name in worlds[0] if name != "self" and all(
-                world.get(name) is value for world, value in zip(worlds, values, strict=True))][:1]
+        first, *rest = self.values(node, worlds)
+        if known(first):
+            return []
+        found = [name for name, value in worlds[0].items() if value is first and name != "self" and all(
+            world.get(name) is other for world, other in zip(worlds[1:], rest, strict=True))][:1]
         return [] if isinstance(node, ast.Name) and found == [node.id] else found
 
     def folded(self, node: ast.expr, value: Any, worlds: list[World]) -> str:
@@ -173,7 +174,7 @@ class Expressions:
     def edits(self, node: ast.AST, worlds: list[World]) -> list[tuple[int, int, str]]:
         """(first byte, byte past the last, new text) for each expression right inside a node."""
         found: list[tuple[int, int, str]] = []
-        for child in ast.iter_child_nodes(node):
+        for child in children(node):
             if isinstance(getattr(child, "ctx", None), ast.Store):
                 found += self.edits(child, worlds) if not isinstance(child, ast.Name) else []
             elif isinstance(child, ast.expr):
@@ -294,7 +295,7 @@ class Expressions:
     def bound(self, target: ast.expr, iterated: ast.expr, world: World) -> list[World]:
         """The worlds inside a loop: one for each module of a list of them, else one whose targets are for the run."""
         names = [one.id for one in ast.walk(target) if isinstance(one, ast.Name)]
-        lists = iterated.args if isinstance(iterated, ast.Call) and ast.unparse(iterated.func) == "zip" else [iterated]
+        lists = iterated.args if isinstance(iterated, ast.Call) and unparsed(iterated.func) == "zip" else [iterated]
         targets = target.elts if isinstance(target, ast.Tuple) else [target]
         inner = world | {name: Run() for name in names}
         for one, part in zip(targets, lists, strict=False):

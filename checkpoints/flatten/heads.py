@@ -50,8 +50,7 @@ class Heads:
                   for one in self.writer.modules() if isinstance(one, kind)]
         kinds = {"nn.Module" if isinstance(one, nn.Module) and len({type(each) for each in values}) > 2 else
                  "None" if one is None else self.writer.name(type(one)) if is_ours(type(one)) else
-                 type(one).__name__ for one in values}
-        kinds = {f"nn.{one}" if hasattr(nn, one) else one for one in kinds}
+                 f"nn.{type(one).__name__}" if isinstance(one, nn.Module) else type(one).__name__ for one in values}
         return " | ".join(sorted(kinds, key=lambda one: (one == "None", one)))
 
     def annotation(self, node: ast.expr, module: str) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from checkpoints.flatten import arrange
+from checkpoints.flatten.cleanup import WIDTH
 from checkpoints.flatten.constants import Constants
 from checkpoints.flatten.sources import Code
 from checkpoints.names.ops import Same, Transposed
@@ -24,10 +25,11 @@ def rows(names: Table, parameters: Mapping[str, Tensor]) -> dict[tuple[tuple[str
     found: dict[tuple[tuple[str, ...], tuple[str, ...]], tuple[Any, str]] = {}
     for name in parameters:
         layer, pattern = _split_layer(name)
-        leaf = next((one for one in INSIDE if pattern.endswith(one) and pattern.removesuffix(one) in names), None)
+        ways = ((own, one) for own in (name, pattern) for one in INSIDE if own.endswith(one))
+        own, leaf = next(((own, one) for own, one in ways if own.removesuffix(one) in names), ("", None))
         if leaf is None:
             raise ConfigError(f"this model cannot be flattened: its family has no name for {name}")
-        rule = names[pattern.removesuffix(leaf)]
+        rule = names[own.removesuffix(leaf)]
         key = tuple(one + leaf for one in rule.ours), tuple(one + INSIDE[leaf] for one in rule.theirs)
         found.setdefault(key, (rule.op, layer))
     return found
@@ -50,9 +52,13 @@ def function_of(op: Any) -> str:
 def naming(model: Decoder, names: Table, constants: Constants) -> list[str]:
     """NAMES, ARRANGED, the functions that ARRANGED needs, as lines."""
     plain, moved, functions = ["NAMES = {", ], [], {}
-    for (ours, theirs), (op, layer) in rows(names, dict(model.named_parameters())).items():
+    found = rows(names, dict(model.named_parameters()))
+    single = [key for key in found if re.match(r"layers\.\d", key[0][0])]     # names that one layer alone has: last
+    for ours, theirs in [*(key for key in found if key not in single), *single]:
+        op, layer = found[ours, theirs]
         if op is Same and len(ours) == 1 and "{e}" not in theirs[0]:
-            plain.append(f'    "{ours[0]}": "{theirs[0]}",')
+            line = f'    "{ours[0]}": "{theirs[0]}",'
+            plain += [line] if len(line) <= WIDTH else line.replace(": ", ":\n        ").split("\n")
             continue
         name = function_of(op)
         functions[name] = arranged(name, model, layer, constants)

@@ -19,7 +19,12 @@ def load(folder: str | Path, dtype: torch.dtype | None = None) -> Decoder:
 #.
 #? arranged
     for mine, theirs, arrange in ARRANGED:
+#? apart
+        for i in range(@LAYERS@) if "{i}" in mine[0] else (0,):
+#.
+#? no apart
         for i in range(@LAYERS@):
+#.
             names = [name.format(i=i) for name in mine]
             if names[0] in ours:
 #? experts

@@ -54,6 +54,7 @@ class Spec:
         self.group: set[Code] = {code}                          # those that are called in the same places
         self.calls: set[tuple[str, int, int]] = set()           # places that call it
         self.runs: dict[Any, Run] = {}
+        self.hints: dict[str, type | None] | None = None        # parameter → the class that its annotation says
         self.text: list[str] = []
 
 
@@ -74,6 +75,7 @@ class Program:
         self.new_needs: set[tuple[type, str]] = set()
         self.new_records: dict[type, set[str]] = {}
         self.new_ropes: dict[Any, str] = {}
+        self.entered: set[Code] = set()                         # what this pass calls and does not write into a caller
         self.found: list[tuple[Callable[[], None], str]] = []   # what to note if a name is still there at the end
         self.names: dict[Any, str] = {}
         self.globals: dict[tuple[str, str], str] = {}           # (module, constant) that is read → its name
@@ -85,7 +87,8 @@ class Program:
 
     def worked_out(self) -> dict[str, dict[str, Any]]:
         """Expressions that compare sizes of tensors: function → expression → what it comes to in this model."""
-        mixers = [module for layer in self.layers for module in layer.modules() if hasattr(module, "config")]
+        owners = [*self.layers, self.model.shared]
+        mixers = [module for owner in owners for module in owner.modules() if hasattr(module, "config")]
         attentions: list[Any] = [one.config for one in mixers if hasattr(one.config, "kv_heads")]
         turning = [one for one in self.constants.objects if type(one).__name__ == "Rope"]
         sparse = any(type(one).__name__ == "Indexer" for one in self.constants.objects)
@@ -98,6 +101,8 @@ class Program:
             facts["attend_fused"]["H != k.shape[1]"] = shared == {True}
         if not any(one.alibi for one in attentions):
             facts["attend_fused"]["given is not None and given.shape[1] == H"] = False
+        if self.model.shared:
+            facts["forward"] = {"ctx.shared": self.model.shared}
         return facts
 
     # ---- worlds
@@ -124,13 +129,16 @@ class Program:
         """Note the worlds of some calls."""
         spec = self.spec(code)
         for world in self.in_worlds(code, bounds):
+            self.entered.add(code)
             key = tuple((name, self.key(value)) for name, value in world.items() if name != "#")
             spec.worlds.setdefault(key, world)
 
     def in_worlds(self, code: Code, bounds: Iterable[dict[str, Any]]) -> list[World]:
         """Worlds for the parameters of a function: what the caller's run knows becomes what this one's does."""
-        hints = {one.arg: one.annotation for one in code.parameters}
         spec = self.spec(code)
+        if spec.hints is None:
+            spec.hints = {one.arg: annotated(self.annotation(one.annotation, code.module), code.module).kind
+                          for one in code.parameters if one.annotation is not None}
         out: dict[Any, World] = {}
         for bound in bounds:
             world: World = {}
@@ -138,9 +146,7 @@ class Program:
                 if isinstance(value, tuple) and not all(map(known, value)):
                     value = Run()
                 if isinstance(value, Run):
-                    hint = hints.get(name)
-                    said = annotated(self.annotation(hint, code.module), code.module) if hint is not None else Run()
-                    kind = said.kind or value.kind
+                    kind = spec.hints.get(name) or value.kind
                     value = spec.runs.setdefault((name, value.optional, kind), Run(value.optional, kind))
                 world[name] = value
             key = tuple((name, self.key(value)) for name, value in world.items())
@@ -307,8 +313,6 @@ class Program:
         if thing in self.names:
             return self.names[thing]
         plain = thing.__name__
-        if is_config(thing) or (isinstance(thing, type) and thing in self.records):
-            pass
         if plain in self.names.values():
             plain = f"{thing.__module__.rpartition('.')[2]}_{plain}"
             if isinstance(thing, type):

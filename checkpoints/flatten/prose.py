@@ -4,11 +4,12 @@ import ast
 import re
 import textwrap
 
-from checkpoints.flatten.sources import Code, source
+from checkpoints.flatten.sources import Code, dedented, parsed, source
 from nanollm import config
 
 # things of the library that no flattened file has, and names of models, which say what others do
-ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device)\b")
+ELSEWHERE = re.compile(r"\b(?:padding|documents?|ragged|kernels?|quantised|packed|configs?|absent|meta device"
+                       r"|type: ignore)\b")
 MODELS = re.compile(r"\b(?:[Ll]lama|Mistral|Mixtral|Qwen|Gemma|Falcon|Phi|BLOOM|OLMo|GPT|DeepSeek|Command|Nemotron"
                     r"|Granite|Jamba|StripedHyena|V[23]\b|GLM|Cohere|NeoX|ERNIE|LFM2|Hugging Face|families)")
 KINDS = set(config.__all__)
@@ -55,11 +56,10 @@ def pruned(lines: list[str], code: Code, gone: set[str]) -> list[str]:
     indent = len(lines[0]) - len(lines[0].lstrip()) if lines else 0
     text = ast.get_docstring(code.node)
     parameters = {one.arg for one in code.parameters}
-    read = {one.id for one in ast.walk(ast.parse(textwrap.dedent("\n".join(lines)))) if isinstance(one, ast.Name)}
+    read = {one.id for one in ast.walk(parsed(dedented(lines))) if isinstance(one, ast.Name)}
     missing = {name for name in parameters - read if len(name) > 1} | gone
     if text is not None:
-        tree = ast.parse(textwrap.dedent("\n".join(lines)))
-        last = tree.body[0].end_lineno or 0
+        last = parsed(dedented(lines)).body[0].end_lineno or 0
         lines = docstring(text, missing, indent) + lines[last:]
     out = []
     for line in lines:

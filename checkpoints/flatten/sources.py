@@ -8,8 +8,10 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,13 @@ class Source:
     @property
     def docstring(self) -> str:
         return ast.get_docstring(self.tree) or ""
+
+    @functools.cached_property
+    def words(self) -> set[str]:
+        """Strings in its functions that are a word: kinds of things."""
+        texts = {one.value for node in self.defs.values() if isinstance(node, ast.FunctionDef) for one in ast.walk(node)
+                 if isinstance(one, ast.Constant) and isinstance(one.value, str)}
+        return {text for text in texts if re.fullmatch(r"[a-z]\w{3,}", text)}
 
 
 def _defs(tree: ast.Module | ast.ClassDef, prefix: str) -> list[tuple[str, Def]]:
@@ -102,6 +111,34 @@ class Code:
 def nodes(code: Code) -> tuple[ast.AST, ...]:
     """All that a function is made of."""
     return tuple(ast.walk(code.node))
+
+
+@functools.cache
+def stored(code: Code) -> frozenset[str]:
+    """The variables that a function sets."""
+    return frozenset(one.id for one in nodes(code) if isinstance(one, ast.Name) and isinstance(one.ctx, ast.Store))
+
+
+@functools.cache
+def formats(code: Code) -> bool:
+    """Whether a function has an f-string, but in an error: names inside one are not followed."""
+    raised = {id(part) for one in nodes(code) if isinstance(one, ast.Raise) for part in ast.walk(one)}
+    return any(isinstance(one, ast.JoinedStr) and id(one) not in raised for one in nodes(code))
+
+
+@functools.cache
+def children(node: ast.AST) -> tuple[ast.AST, ...]:
+    """What stands right inside a node."""
+    return tuple(ast.iter_child_nodes(node))
+
+
+def dedented(lines: Iterable[str]) -> str:
+    """The text of some lines, as far to the left as it goes."""
+    return textwrap.dedent("\n".join(lines))
+
+
+unparsed = functools.lru_cache(10_000)(ast.unparse)             # of a node that nobody changes
+parsed = functools.lru_cache(1_000)(ast.parse)                  # of a text whose nodes nobody changes
 
 
 def code_of(function: Callable[..., Any]) -> Code:

@@ -11,7 +11,7 @@ from checkpoints.flatten import frame
 from checkpoints.flatten.cleanup import without_idle
 from checkpoints.flatten.program import Program
 from checkpoints.flatten.rewrite import Rewriter
-from checkpoints.flatten.sources import Code, code_of, is_ours
+from checkpoints.flatten.sources import Code, code_of, is_ours, unparsed
 from checkpoints.flatten.values import Run, World
 from nanollm.layers import sparse_attention
 from nanollm.layers.linear import Linear
@@ -26,7 +26,7 @@ class SpecialCalls(Program):
         """Calls that are written in another way than they stand in the source."""
         first = functions[0]
         if isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Call) and (
-                ast.unparse(node.func.value) == "super()"):
+                unparsed(node.func.value) == "super()"):
             return self.super_call(writer, node, worlds)
         if isinstance(first, types.FunctionType) and first.__name__ == "new_state":
             return self.new_state(writer, node, functions, worlds)
@@ -44,7 +44,7 @@ class SpecialCalls(Program):
         if first in (frame.KVCache, frame.RingCache):           # which of the two was settled for all layers
             node.keywords = [one for one in node.keywords if one.arg != "ring"]
         if writer.code.module in ("nanollm.block", "nanollm.model") and not self.model.config.float32_residual and (
-                ast.unparse(node).endswith(".to(ctx.dtype)")):
+                unparsed(node).endswith(".to(ctx.dtype)")):
             assert isinstance(node.func, ast.Attribute)
             return writer.expr(node.func.value, worlds)
         return None
@@ -97,15 +97,18 @@ class SpecialCalls(Program):
                 self.note_lift(writer.owner, parameter, f"base {kind.removeprefix('base ')}")
         return f"super().__init__({', '.join(out)})"
 
-    def new_state(self, writer: Rewriter, node: ast.Call, functions: list[Any], worlds: list[World]) -> str:
+    def new_state(self, writer: Rewriter, node: ast.Call, functions: list[Any], worlds: list[World]) -> str | None:
         """new_state(config, …) is a method here, of the module whose config that is."""
         assert isinstance(node.func, ast.Attribute)
         owner = node.func.value
         modules = writer.values(owner, worlds)
-        text = writer.expr(owner, worlds)
-        if isinstance(modules[0], type):                        # Attention.new_state(config.attention, …)
-            parts = [next(name for name, one in world["self"].named_children() if isinstance(one, kind))
+        if not isinstance(modules[0], type):
+            text = writer.expr(owner, worlds)
+        else:                                                   # Attention.new_state(config.attention, …)
+            parts = [next((name for name, one in world["self"].named_children() if isinstance(one, kind)), "")
                      for world, kind in zip(worlds, modules, strict=True)]
+            if "" in parts:                                     # of a part that stands elsewhere: written here
+                return None
             modules = [getattr(world["self"], part) for world, part in zip(worlds, parts, strict=True)]
             text = f"self.{parts[0]}"
         args = node.args if writer.code.module == frame.__name__ else node.args[1:]

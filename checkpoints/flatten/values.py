@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from checkpoints.flatten.sources import global_value, is_ours
+from checkpoints.flatten.sources import global_value, is_ours, unparsed
 
 World = dict[str, Any]
 
@@ -79,15 +79,19 @@ class Evaluator:
 
     def __init__(self, module: str, facts: dict[str, Any], in_place: dict[Any, Any]) -> None:
         self.module, self.facts, self.in_place = module, facts, in_place
+        self.memo: dict[tuple[ast.expr, int], tuple[Any, World]] = {}           # what was worked out, in which world
 
     def value(self, node: ast.expr, world: World) -> Any:
         """The value of an expression, or a Run."""
         if self.facts:
-            text = ast.unparse(node)
+            text = unparsed(node)
             if text in self.facts:
                 return self.facts[text]
-        method: Callable[[Any, World], Any] | None = getattr(self, type(node).__name__, None)
-        return Run() if method is None else method(node, world)
+        key = node, id(world)
+        if key not in self.memo:
+            method: Callable[[Any, World], Any] | None = getattr(self, type(node).__name__, None)
+            self.memo[key] = Run() if method is None else method(node, world), world
+        return self.memo[key][0]
 
     def Constant(self, node: ast.Constant, world: World) -> Any:
         return node.value
@@ -132,6 +136,8 @@ class Evaluator:
     def Subscript(self, node: ast.Subscript, world: World) -> Any:
         owner, index = self.value(node.value, world), self.value(node.slice, world)
         if isinstance(owner, (tuple, str)) and isinstance(index, int):
+            return owner[index]
+        if isinstance(owner, nn.ModuleDict) and isinstance(index, str):
             return owner[index]
         return Run()
 
@@ -187,8 +193,6 @@ class Evaluator:
         args = [self.value(one, world) for one in node.args]
         named = {str(one.arg): self.value(one.value, world) for one in node.keywords}
         values = [*args, *named.values()]
-        if function is isinstance and isinstance(args[0], Run):
-            return self.is_instance(args[0], args[1])
         if function in (min, max) and len(args) == 2 and args[0] is args[1]:
             return args[0]
         whole = all(known(one) and not (isinstance(one, tuple) and not all(map(known, one))) for one in values)
@@ -205,11 +209,6 @@ class Evaluator:
             return settled(function(*args, **named))
         except (TypeError, ValueError, AttributeError, ZeroDivisionError):
             return Run()
-
-    def is_instance(self, value: Run, kinds: Any) -> Any:
-        if kinds is Tensor and value.kind is None and not value.optional:
-            return Run()
-        return Run()
 
     def returned(self, function: Any) -> Any:
         """What is known of what a call gives: whether it may be None, and its class, by its annotation."""

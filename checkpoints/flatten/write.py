@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from checkpoints.flatten import frame
-from checkpoints.flatten.cleanup import joined_up, loaded, straightened, tidy, uncaptured, without_idle
+from checkpoints.flatten.cleanup import loaded, struck_out, without_idle
 from checkpoints.flatten.expressions import is_config, literal
 from checkpoints.flatten.program import Spec
 from checkpoints.flatten.rewrite import Rewriter
-from checkpoints.flatten.sources import code_of, is_ours
+from checkpoints.flatten.sources import code_of, is_ours, unparsed
 from checkpoints.flatten.special import SpecialCalls
 from checkpoints.flatten.values import Run, World, known, same
 from nanollm.config import Rope
@@ -66,21 +66,23 @@ class InitWriter(Rewriter):
                   worlds: list[World]) -> list[str]:
         """The line that sets self.name, if it is still needed."""
         name, program = target.attr, self.program
-        if ast.unparse(target.value) != "self":
-            return [f"{ast.unparse(target)} = {self.expr(value, worlds)}"] if value else []
+        if unparsed(target.value) != "self":
+            return [f"{unparsed(target)} = {self.expr(value, worlds)}"] if value else []
         modules = [world["self"] for world in worlds]
         found = [getattr(one, name, None) for one in modules]
         if name == "config":
             fields = program.lifts.get(self.owner, {})
             return [f"self.{field} = {field}" for field, kind in sorted(fields.items()) if kind == "field"]
-        if isinstance(found[0], nn.ModuleDict):
-            return []                                           # what layers share: nothing, see build.py
+        if isinstance(found[0], nn.ModuleDict):                 # what layers share
+            parts = ", ".join(f'"{key}": {program.construct(one)}' for key, one in found[0].items())
+            return [f"self.{name} = nn.ModuleDict({{{parts}}})"] if parts else []
         if isinstance(found[0], nn.ModuleList):
             return [f"self.{name} = {program.layer_list()}"]
         if all(one is None for one in found):
             return []
         if any(isinstance(one, nn.Module) for one in found):
-            texts = {None if one is None else program.construct(one) for one in found}
+            said = self.numbers(value, worlds)
+            texts = {None if one is None else program.construct(one, said) for one in found}
             plain = all(type(one) in (nn.Linear, Linear) for one in found) and value is not None
             if plain or len(texts) == 1:
                 return [f"self.{name} = {self.expr(value, worlds) if plain and value else texts.pop()}"]
@@ -100,6 +102,21 @@ class InitWriter(Rewriter):
         program.note_lift(self.owner, name, "attribute")
         return [f"self.{name} = {name}"]
 
+    def numbers(self, value: ast.expr | None, worlds: list[World]) -> dict[int, str]:
+        """The numbers that a module is given, each as the source writes it. Its __init__ is told, too."""
+        if isinstance(value, ast.IfExp):
+            return self.numbers(value.body if self.agreed(value.test, worlds) else value.orelse, worlds)
+        if not isinstance(value, ast.Call):
+            return {}
+        kind = self.agreed(value.func, worlds)
+        if isinstance(kind, type) and is_ours(kind):
+            self.said(value, code_of(kind.__init__), worlds)    # type: ignore[misc]  # of the class itself
+        said: dict[int, set[str]] = {}
+        for one in value.args:
+            if type(number := self.agreed(one, worlds)) is int:
+                said.setdefault(number, set()).add(self.expr(one, worlds))
+        return {number: texts.pop() for number, texts in said.items() if len(texts) == 1}
+
     def created(self, value: ast.expr | None, node: ast.Assign, worlds: list[World]) -> str:
         if value is None:
             assert isinstance(node.value, ast.GeneratorExp)
@@ -107,8 +124,7 @@ class InitWriter(Rewriter):
         return self.expr(value, worlds)
 
     def do_Expr(self, node: ast.Expr, worlds: list[World], shift: int) -> tuple[list[str], list[World]]:
-        text = ast.unparse(node)
-        if text == "self.tie()":
+        if unparsed(node) == "self.tie()":
             tied = worlds[0]["self"].config.tied
             return ([" " * (node.col_offset - shift) + "self.head.weight = self.embed.weight"] if tied else []), worlds
         return super().do_Expr(node, worlds, shift)
@@ -131,29 +147,14 @@ class Writer(SpecialCalls):
 
     def settle(self) -> None:
         """Find all worlds, all that differs, all that nobody reads."""
-        forward = code_of(type(self.model).forward)
-        cache = Run(True) if self.cached else None
-        self.enter(forward, [{"self": self.model, "tokens": Run(), "positions": None, "cache": cache}])
-        made = code_of(frame.Cache.__init__)
-        if self.cached:
-            self.enter(made, [{"self": Run(kind=frame.Cache), "model": self.model,
-                               **{name: Run() for name in ("batch", "length", "dtype", "device")}}])
         before = None
-        for _ in range(30):
+        for number in range(30):
+            self.final = number >= 2                            # all calls are known, and which functions have just one
             self.pass_over()
-            state = self.state()
-            if state == before:
-                break
-            before = state
-        else:
-            raise AssertionError("no end")
-        self.final = True
-        before = None
-        for _ in range(6):
-            self.pass_over()
-            if self.state() == before:
+            before, last = self.state(), before
+            if self.final and before == last:
                 return
-            before = self.state()
+        raise AssertionError("no end")
 
     @property
     def cached(self) -> bool:
@@ -171,15 +172,26 @@ class Writer(SpecialCalls):
         for spec in self.specs.values():
             spec.calls = set()
         self.new_lifts, self.new_needs, self.new_records, self.new_ropes, self.found = {}, set(), {}, {}, []
+        self.entered = set()
+        cache = Run(True) if self.cached else None
+        self.enter(code_of(type(self.model).forward), [
+            {"self": self.model, "tokens": Run(), "positions": None, "cache": cache}])
+        if self.cached:
+            self.enter(code_of(frame.Cache.__init__), [{"self": Run(kind=frame.Cache), "model": self.model,
+                                                        "batch": Run(), "length": Run()}])
         kinds = self.kinds()
         for kind in kinds:
             if "__init__" in vars(kind):
                 code = code_of(vars(kind)["__init__"])
                 modules = [one for one in self.modules() if kind in self.made.get(id(one), {})]
                 self.enter(code, [{"self": one, **self.built(one, kind)} for one in modules])
-        for spec in list(self.specs.values()):
-            if spec.worlds:
-                self.rewrite(spec)
+        todo, done = list(self.specs.values()), 0
+        while todo:                                             # also those that this pass comes upon
+            for spec in todo:
+                if spec.worlds:
+                    self.rewrite(spec)
+            done += len(todo)
+            todo = list(self.specs.values())[done:]
         for note, _ in self.found:
             note()
         self.lifts, self.needs, self.records = self.new_lifts, self.new_needs, self.new_records
@@ -203,21 +215,20 @@ class Writer(SpecialCalls):
         writer = (InitWriter if init else Rewriter)(self, code, list(spec.worlds.values()))
         before = self.found
         self.found = []
-        lines = straightened(without_idle(uncaptured([tidy(line) for line in writer.body()])))
         whole_files = ("nanollm.block", "nanollm.layers.rope", frame.__name__)
-        if code.module in whole_files or code.name.endswith((".forward", ".new_state")):
-            lines = joined_up(lines, whole=code.module == "nanollm.block")
+        join = code.module in whole_files or code.name.endswith((".forward", ".new_state"))
+        lines = [*struck_out(tuple(writer.body()), join, code.module == "nanollm.block")]
         if not self.cached:                                     # no layer has a state
             zipped = "for layer, state in zip(self.layers, states, strict=True):"
             lines = without_idle([line.replace(zipped, "for layer in self.layers:") for line in lines])
-        spec.text, read = lines, loaded(lines)
-        words = set(re.findall(r"\w+", "\n".join(lines)))
+        spec.text, read = lines, loaded(tuple(lines))
+        words = set(re.findall(r"\w+", "\n".join(line.partition("  # ")[0] for line in lines)))
         before += [(note, word) for note, word in self.found if word in words]     # not of what was struck out since
         self.found = before
         spec.unused = {one.arg for one in code.parameters if one.arg not in read and one.arg != "self"}
 
-    def construct(self, module: nn.Module) -> str:
-        """The call that makes a module."""
+    def construct(self, module: nn.Module, said: dict[int, str] | None = None) -> str:
+        """The call that makes a module. said: how the source writes numbers."""
         if type(module) in (nn.Linear, Linear):
             bias = "" if module.bias is not None else ", bias=False"
             sizes = ", ".join(self.constants.of_number(one) for one in (module.in_features, module.out_features))
@@ -233,7 +244,7 @@ class Writer(SpecialCalls):
             given = self.built(module, type(module))
             owner: Any = {"attribute": module, "field": getattr(module, "config", None), "read": given.get("config")}
             value = given.get(name) if kind == "given" else getattr(owner[kind], name)
-            text = self.value_text(value)
+            text = said[value] if said and type(value) is int and value in said else self.value_text(value)
             args.append(text if kind == "given" else f"{name}={text}")
         return f"{self.name(type(module))}({', '.join(args)})"
 

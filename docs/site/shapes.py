@@ -1,6 +1,6 @@
 """Shapes, measured: run something small, and look at what each line has just assigned.
 
-    line        q, k, v = self.placed(x, ctx)
+    line        q, k, v = self.placed(q, k, v, ctx)
     after it    q (3, 8, 7, 10)   k (3, 2, 7, 10)   v (3, 2, 7, 10)             what a reader sees beside the line
 
 Python calls a function before each line that it runs (sys.settrace). Then the statement before that line is done, and

@@ -40,8 +40,7 @@ def attend_plainly(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, s
     """The equation, step by step; the softmax in float32. mask: as `AttentionMask.dense` says.
 
     sinks (H,): one more score a head, of a key that no token has and whose value is 0, so that a head can attend to
-    nothing (Xiao et al. 2023, arXiv 2309.17453, §3.3; learned in gpt-oss).
-    """
+    nothing (Xiao et al. 2023, arXiv 2309.17453, §3.3; learned in gpt-oss)."""
     k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-2, -1) * scale                                    # (B, H, T, S)
     if softcap is not None:
@@ -100,11 +99,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        return self.o(self.mixed(x, ctx, state))
+        q, k, v = self.project(x)
+        return self.o(self.mixed(q, k, v, ctx, state))
 
-    def mixed(self, x: Tensor, ctx: ForwardContext, state: KVCache | None) -> Tensor:
-        """x (B, T, D) → what the heads have read, side by side (B, T, H·d)."""
-        q, k, v = self.placed(x, ctx)                                                   # (B, H or K, T, d)
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext, state: KVCache | None) -> Tensor:
+        """q (B, H, T, d), k and v (B, K, T, d) → what the heads have read, side by side (B, T, H·d)."""
+        q, k, v = self.placed(q, k, v, ctx)
         slots = None
         if state is not None:
             slots = ctx.slots(state)
@@ -120,9 +120,9 @@ class Attention(nn.Module):
         """Which keys each query sees."""
         return AttentionMask(ctx, slots, self.config.window, self.config.alibi, self.config.heads, self.scale)
 
-    def placed(self, x: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), q and k rotated to their positions."""
-        config, (q, k, v) = self.config, self.project(x)
+    def placed(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, d), k and v (B, K, T, d), as `project` gives them → the same, rotated to their positions."""
+        config = self.config
         if config.rope is not None:
             cos, sin = ctx.rotation(config.rope, config.head_dim)
             q, k = rotate(q, cos, sin, config.rope.layout), rotate(k, cos, sin, config.rope.layout)

@@ -23,12 +23,12 @@ from nanollm.layers.state import KVCache, RowLengths, SlotMapping
 class ForwardContext:
     """positions (B, T) int64; regular: all rows have the same T consecutive positions, none is padding.
 
-    shared, embedded: blocks that several layers use, by number, and what the first layer reads (shared_block.py)."""
+    shared, embedding: blocks that several layers use, by number, and what the first layer reads (shared_block.py)."""
 
     def __init__(self, positions: Tensor, regular: bool, dtype: torch.dtype, cache: RowLengths | None = None,
-                 shared: nn.ModuleDict | None = None, embedded: Tensor | None = None) -> None:
+                 shared: nn.ModuleDict | None = None, embedding: Tensor | None = None) -> None:
         self.positions, self.regular, self.dtype, self.cache = positions, regular, dtype, cache
-        self.shared, self.embedded = shared, embedded if shared else None       # kept only where somebody reads it
+        self.shared, self.embedding = shared, embedding if shared else None     # kept only where somebody reads it
         self.real = None if regular else positions >= 0                         # (B, T), False: padding
         self.begins = None if regular else positions == 0                       # (B, T), True: first of a document
         self.documents = None if regular or cache is not None else (positions == 0).cumsum(1)
@@ -65,11 +65,6 @@ class ForwardContext:
         cache = self.cache
         assert cache is not None, "states belong to a cache"
         return self.once(("slots", state.size), lambda: cache.slots(state, self.positions))
-
-    def shared_block(self, number: int) -> tuple[nn.Module, Tensor]:
-        """The block of this number, and the embedding that it reads (B, T, D)."""
-        assert self.shared is not None and self.embedded is not None, "a layer with a shared block stands in a Decoder"
-        return self.shared[str(number)], self.embedded
 
     def rows(self, table: Tensor) -> Tensor:
         """One row of a table (B, …) where all are equal."""

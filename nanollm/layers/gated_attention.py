@@ -32,7 +32,8 @@ class GatedAttention(Attention):
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
-        return self.o(self.mixed(x, ctx, state) * torch.sigmoid(self.gate(x)))
+        q, k, v = self.project(x)
+        return self.o(self.mixed(q, k, v, ctx, state) * torch.sigmoid(self.gate(x)))
 
     @staticmethod
     def new_state(  # type: ignore[override]  # of its own config

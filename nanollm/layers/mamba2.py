@@ -105,12 +105,12 @@ class Mamba2(nn.Module):
 
     def projected(self, x: Tensor) -> Tensor:
         """x (B, T, D) → z, x, B, C and Δ side by side (B, T, 2I + 2GN + H)."""
-        together, config = self.in_proj(x), self.config
-        if config.scales is None:
-            return together
+        if self.config.scales is None:
+            return self.in_proj(x)
+        config, scales = self.config, self.config.scales
         I, GN = config.heads * config.head_dim, config.groups * config.state
-        parts = together.split([I, I, GN, GN, config.heads], -1)
-        return torch.cat([part * scale for part, scale in zip(parts, config.scales, strict=True)], -1)
+        parts = self.in_proj(x).split([I, I, GN, GN, config.heads], -1)
+        return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], -1)
 
     @staticmethod
     def new_state(config: Mamba2Config, batch: int, length: int, dtype: torch.dtype, device: torch.device) -> ScanState:

@@ -41,13 +41,12 @@ class MultiHeadMamba(Mamba):
 
     def __init__(self, config: MultiHeadMambaConfig, dim: int) -> None:
         super().__init__(config, dim)
-        self.heads = config.heads
         width = config.dt_rank + 2 * config.state
-        self.x_proj = HeadLinear(self.heads, config.inner // self.heads, width)  # type: ignore[assignment]  # for Linear
+        self.x_proj = HeadLinear(config.heads, config.inner // config.heads, width)  # type: ignore[assignment]  # for Linear
 
     def scanned(self, x: Tensor, z: Tensor, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """As in Mamba, one head after the other."""
-        H, config, A = self.heads, self.config, -torch.exp(self.A_log.float())
+        H, config, A = len(self.x_proj.weight), self.config, -torch.exp(self.A_log.float())
         parts = zip(x.chunk(H, -1), z.chunk(H, -1), h.chunk(H, 1), self.x_proj(x).unbind(2), A.chunk(H),
                     self.dt_proj.weight.chunk(H), self.dt_proj.bias.chunk(H), self.D.chunk(H), strict=True)
         done = []

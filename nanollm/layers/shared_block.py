@@ -19,7 +19,6 @@ finds its block in the context of the forward pass (forward_context.py). Keys an
 Shapes: B batch, T tokens, D model width, H query heads, K key/value heads, d head width, F width of the MLP, r rank.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,7 +39,10 @@ from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.norm import build_norm
 from nanollm.layers.state import KVCache, ParallelState
 
-SCANS: dict[type, Any] = {c.Mamba2: Mamba2, c.MultiHeadMamba: MultiHeadMamba}
+
+def scan_of(config: c.Mamba2 | c.MultiHeadMamba) -> Any:
+    """The class of a scan."""
+    return Mamba2 if isinstance(config, c.Mamba2) else MultiHeadMamba
 
 
 class Adapter(nn.Module):
@@ -56,26 +58,27 @@ class Adapter(nn.Module):
         return self.up(self.down(x))
 
 
+def added(y: Tensor, own: nn.Module | None, x: Tensor) -> Tensor:
+    """y, what the block makes of x, and what a layer adds to it."""
+    return y if own is None else y + own(x)
+
+
 class WideAttention(Attention):
-    """Attention that reads 2 D numbers a token, and to whose q, k and v each layer adds its own."""
+    """Attention that reads 2 D numbers a token, and gives D."""
 
     def __init__(self, config: SharedBlockConfig, dim: int) -> None:
-        super().__init__(config.attention, 2 * dim)
-        self.o = Linear(self.o.in_features, dim, config.attention.out_bias)
+        inner = config.attention
+        super().__init__(inner, 2 * dim)
+        self.o = Linear(inner.heads * inner.head_dim, dim, inner.out_bias)
 
     def forward(  # type: ignore[override]  # with what the layer adds
-        self, x: Tensor, ctx: ForwardContext, state: KVCache | None, added: Sequence[nn.Module | None]
+        self, x: Tensor, ctx: ForwardContext, state: KVCache | None, to_q: nn.Module | None, to_k: nn.Module | None,
+        to_v: nn.Module | None,
     ) -> Tensor:
-        """x (B, T, 2 D) → (B, T, D). added: to q, k and v."""
-        products = [part(x) for part in (self.q, self.k, self.v)]
-        products = [y if own is None else y + own(x) for y, own in zip(products, added, strict=True)]
-        return self.o(self.mixed(torch.cat(products, -1), ctx, state))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k and v side by side, (B, T, (H + 2 K) d) → q (B, H, T, d), k and v (B, K, T, d)."""
-        H, K, d = self.config.heads, self.config.kv_heads, self.config.head_dim
-        q, k, v = (z.unflatten(-1, (-1, d)).transpose(1, 2) for z in x.split([H * d, K * d, K * d], -1))
-        return q, k, v
+        """x (B, T, 2 D) → (B, T, D). to_q, to_k, to_v: what the layer adds."""
+        q, k, v = added(self.q(x), to_q, x), added(self.k(x), to_k, x), added(self.v(x), to_v, x)
+        q, k, v = (z.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2) for z in (q, k, v))
+        return self.o(self.mixed(q, k, v, ctx, state))
 
 
 class SharedBlock(nn.Module):
@@ -89,9 +92,10 @@ class SharedBlock(nn.Module):
         self.mlp = MLP(config.mlp, dim)
 
     def forward(self, x: Tensor, embedded: Tensor, ctx: ForwardContext, state: KVCache | None,
-                to_qkv: Sequence[nn.Module | None], to_mlp: nn.Module | None) -> Tensor:
-        """x and e (B, T, D) → (B, T, D). to_qkv, to_mlp: what the layer adds."""
-        h = self.attention(self.norm(torch.cat([x, embedded], -1)), ctx, state, to_qkv)
+                to_q: nn.Module | None, to_k: nn.Module | None, to_v: nn.Module | None,
+                to_mlp: nn.Module | None) -> Tensor:
+        """x and e (B, T, D) → (B, T, D). to_q, to_k, to_v, to_mlp: what the layer adds."""
+        h = self.attention(self.norm(torch.cat([x, embedded], -1)), ctx, state, to_q, to_k, to_v)
         h = self.mlp_norm(h)
         gate, up = self.mlp.gate(h), self.mlp.up(h)  # type: ignore[misc]  # the config demands a gate
         if to_mlp is not None:
@@ -101,7 +105,7 @@ class SharedBlock(nn.Module):
 
 
 class SharedBlockScan(nn.Module):
-    """What a layer has of its own: W, B A, the norm and the scan."""
+    """What a layer has of its own: W, the norm and the scan. And an Adapter, where it adds to what the block has."""
     WORDS = {
         "block": "it reads the stream and what a block says, which several layers share: {}",
         "mlp_rank": "of rank {}, what this layer adds to the block's gate and up",
@@ -112,26 +116,26 @@ class SharedBlockScan(nn.Module):
     def __init__(self, config: SharedBlockScanConfig, dim: int) -> None:
         super().__init__()
         self.config = config
+        self.number = str(config.block.number)                                  # of its block in Decoder.shared
         inner, rank = config.block.attention, config.qkv_rank
         widths = [heads * inner.head_dim for heads in (inner.heads, inner.kv_heads, inner.kv_heads)]
         self.to_q, self.to_k, self.to_v = (Adapter(2 * dim, rank, width) if rank else None for width in widths)
         self.to_mlp = Adapter(dim, config.mlp_rank, 2 * config.block.mlp.hidden) if config.mlp_rank else None
         self.linear = Linear(dim, dim, bias=False)                              # W
         self.pre_scan = build_norm(config.pre_scan, dim)
-        self.scan = SCANS[type(config.scan)](config.scan, dim)
+        self.scan = scan_of(config.scan)(config.scan, dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: ParallelState | None = None) -> Tensor:
         """x (B, T, D), the stream itself → (B, T, D)."""
-        block, embedded = ctx.shared_block(self.config.block.number)
-        said = self.linear(block(x, embedded, ctx, state, (self.to_q, self.to_k, self.to_v), self.to_mlp))
-        return self.scan(self.pre_scan(x + said), ctx, state)
+        assert ctx.shared is not None, "a layer with a shared block stands in a Decoder"
+        said = ctx.shared[self.number](x, ctx.embedding, ctx, state, self.to_q, self.to_k, self.to_v, self.to_mlp)
+        return self.scan(self.pre_scan(x + self.linear(said)), ctx, state)
 
     @staticmethod
     def new_state(config: SharedBlockScanConfig, batch: int, length: int, dtype: torch.dtype,
                   device: torch.device) -> ParallelState:
-        shape = batch, length, dtype, device
-        keys = Attention.new_state(config.block.attention, *shape)
-        return ParallelState(keys, SCANS[type(config.scan)].new_state(config.scan, *shape))
+        keys = Attention.new_state(config.block.attention, batch, length, dtype, device)
+        return ParallelState(keys, scan_of(config.scan).new_state(config.scan, batch, length, dtype, device))
 
     @staticmethod
     def multiply_adds(config: SharedBlockScanConfig, dim: int, context: int) -> int:
@@ -139,7 +143,7 @@ class SharedBlockScan(nn.Module):
         H, K, d = inner.heads, inner.kv_heads, inner.head_dim
         attention = Attention.multiply_adds(inner, 2 * dim, context) - dim * H * d      # o gives D, not 2 D
         added = (config.qkv_rank or 0) * (3 * 2 * dim + (H + 2 * K) * d) + (config.mlp_rank or 0) * (dim + 2 * F)
-        own = dim * dim + added + SCANS[type(config.scan)].multiply_adds(config.scan, dim, context)
+        own = dim * dim + added + scan_of(config.scan).multiply_adds(config.scan, dim, context)
         return attention + MLP.multiply_adds(config.block.mlp, dim) + own
 
 

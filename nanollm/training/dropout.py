@@ -60,12 +60,12 @@ def add_attention_dropout(model: Decoder, p: float) -> None:
         mixer.mixed = partial(attend_and_drop, mixer, mixer.mixed, p)           # type: ignore[method-assign]
 
 
-def attend_and_drop(mixer: Attention, plain: Callable[..., Tensor], p: float, x: Tensor, ctx: ForwardContext,
-                    state: KVCache | None = None) -> Tensor:
-    """x (B, T, D) → what the heads have read (B, T, H·d)."""
+def attend_and_drop(mixer: Attention, plain: Callable[..., Tensor], p: float, q: Tensor, k: Tensor, v: Tensor,
+                    ctx: ForwardContext, state: KVCache | None = None) -> Tensor:
+    """q (B, H, T, d), k and v (B, K, T, d) → what the heads have read (B, T, H·d)."""
     if not mixer.training or state is not None:
-        return plain(x, ctx, state)
-    q, k, v = mixer.placed(x, ctx)
+        return plain(q, k, v, ctx, state)
+    q, k, v = mixer.placed(q, k, v, ctx)
     mask = mixer.mask(ctx, None).dense
     given = mask if isinstance(mask, Tensor) else None
     mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=given, dropout_p=p, is_causal=mask is CAUSAL,

@@ -55,7 +55,7 @@ def grouped_forward(mixer: Attention, plain: Any, group: int, x: Tensor, ctx: Fo
     """x (B, T, D) → (B, T, D): in groups while the mixer is in train mode, else `plain`, its own forward pass."""
     if not mixer.training or state is not None or x.shape[1] <= group:
         return plain(x, ctx, state)
-    q, k, v = mixer.placed(x, ctx)
+    q, k, v = mixer.placed(*mixer.project(x), ctx)
     if k.shape[1] % 2:                                      # key/value heads that both halves would share
         k, v = (z.repeat_interleave(q.shape[1] // z.shape[1], 1) for z in (k, v))
     halves = zip(q.chunk(2, 1), k.chunk(2, 1), v.chunk(2, 1), (0, group // 2), halves_of(mixer.sinks), strict=True)
