@@ -1,11 +1,12 @@
-"""OPT (125M to 66B) and Galactica: GPT-2's block in (out, in) matrices, with q, k and v apart and a ReLU.
+"""OPT (125M to 66B), Galactica and BioGPT: GPT-2's block in (out, in) matrices, with q, k and v apart and a ReLU.
 
     x = E[token] + P[position + 2]                the first two rows of P stood for padding, in fairseq
     x += out_proj(attention(norm(x)));  x += fc2(relu(fc1(norm(x))))
 
 LayerNorms with ε 1e-5 whatever the config says, the head tied, biases everywhere. Galactica has a GELU, no biases
 (`enable_bias`), and norms with nothing learned (`layer_norm_elementwise_affine`). Zhang et al. 2022, arXiv 2205.01068;
-Taylor et al. 2022, arXiv 2211.09085.
+Taylor et al. 2022, arXiv 2211.09085. BioGPT has a GELU and an embedding times √D (`scale_embedding`), and ε 1e-5 too,
+whatever `layer_norm_eps` says; Luo et al. 2022, arXiv 2210.10341.
 
 Refused: OPT-350M, which normalises behind each branch's sum and has an embedding narrower than the stream
 (`do_layer_norm_before` false, `word_embed_proj_dim`), and the models without the last norm.
@@ -13,12 +14,13 @@ Refused: OPT-350M, which normalises behind each branch's sum and has an embeddin
 
 from typing import Any
 
+from checkpoints.families.afmoe import RootOfWidth
 from checkpoints.families.family import Family
 from checkpoints.families.llama import LAYER_NORM
 from checkpoints.names.config_rows import Heads, LayerCount
 from checkpoints.names.config_table import Draft, Row, activation, field, flag, only, part, size
 from checkpoints.names.reader import Reader
-from checkpoints.names.table import override, stripped, under
+from checkpoints.names.table import moved, override, stripped, under
 from nanollm.config import MLP, Attention, Layer, ModelConfig, Positions
 
 OPT_NAMES = override(
@@ -35,9 +37,10 @@ OPT_NAMES = override(
 
 class TwoMoreRows(Row):
     """How many positions there are; the table has two rows more, before them."""
+    missing = 2048
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        number = r.size(key, 2048)
+        number = r.size(key, self.missing)
         draft["positions"], draft["context"] = Positions(number + 2, 2), number
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
@@ -66,4 +69,19 @@ OPT = Family(
     names=(OPT_NAMES, stripped(OPT_NAMES, "model.")),
     irrelevant=frozenset({"dropout", "activation_dropout", "layerdrop", "init_std"}),
 )
-FAMILIES = {"opt": OPT}
+BIOGPT_NAMES = override(moved(OPT_NAMES, "model.decoder.", "biogpt."), *under("", "", {
+    "output_projection": "head", "biogpt.layer_norm": "norm"}))
+BIOGPT = OPT.but(
+    "biogpt", "BioGptForCausalLM", names=(BIOGPT_NAMES,),
+    layer={"mixer.qkv_bias": True, "mixer.out_bias": True, "ffn.bias": True},
+    without=("ffn_dim", "activation_function", "enable_bias", "layer_norm_elementwise_affine", "do_layer_norm_before",
+             "_remove_final_layer_norm", "word_embed_proj_dim", "learned_embeddings", "scale_embeddings"),
+    missing={"max_position_embeddings": 1024},
+    keys={
+        "intermediate_size": size("ffn.hidden"), "hidden_act": activation("ffn.activation", missing="gelu"),
+        "scale_embedding": RootOfWidth(missing=True),
+    },
+    irrelevant=frozenset({"activation_dropout", "layerdrop", "layer_norm_eps", "hidden_dropout_prob",
+                          "attention_probs_dropout_prob"}),
+)
+FAMILIES = {"opt": OPT, "biogpt": BIOGPT}
