@@ -68,6 +68,19 @@ def test_which_layers_have_experts():
     assert kinds(ERNIE, moe_layer_interval=3) == "--M--M" and kinds(ERNIE, moe_layer_start_index=6) == "------"
 
 
+def test_ropes_and_windows_of_mellum():
+    base = SIZES | dict(model_type="mellum", moe_intermediate_size=24, intermediate_size=80, num_experts_per_tok=2,
+                        num_key_value_heads=2)
+    config = read(base, layer_types=["full_attention", "sliding_attention", "full_attention"],
+                  mlp_layer_types=["dense", "sparse", "sparse"])
+    assert [layer.mixer.window for layer in config.layers] == [None, 1024, None]
+    assert [layer.mixer.rope.theta for layer in config.layers] == [5e5, 1e4, 5e5]
+    assert isinstance(config.layers[0].ffn, MLP) and config.layers[1].ffn.renormalize
+    assert {layer.mixer.window for layer in read(base).layers} == {None}
+    with pytest.raises(ConfigError, match="layer_types is"):
+        read(base, layer_types=["conv"] * 3)
+
+
 def test_what_is_written_reads_back():
     for base, keys in (
         (DOTS, dict(sliding_window=7, max_window_layers=2)), (M2, dict(rotary_dim=128)), (DBRX, {}),
