@@ -8,6 +8,7 @@ from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.parts import MLP, Attention, Norm, Rope, need_rotation
+from nanollm.config.scaling import Growth
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class LatentAttention(Mixer):
     rope: Rope                              # of the rotated part
     scale: float | None = None              # of the scores; None is 1/√(nope + rope_dim)
     norm: Norm = Norm()                     # of both short vectors
+    growth: Growth | None = None            # as Attention.growth; Mistral 4 LogSteps(8192, 0.1)
 
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "nope", "rope_dim", "value", "kv_rank", *present(self, "q_rank"))
