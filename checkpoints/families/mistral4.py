@@ -43,6 +43,11 @@ class TemperedGrowth(GrowingQueries, TemperedRope):
         super().read(inner, draft, key)
         r.seen |= inner.seen
 
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """The object, in the new dialect alone: what the class reads in the old one lacks the part that turns."""
+        said = super().write(draft, key)["rope_parameters"]
+        return {"rope_parameters": said | {"partial_rotary_factor": draft["mixer.rope_dim"] / width(draft)}}
+
 
 MISTRAL4 = DEEPSEEK_V3.but(
     "mistral4", "Mistral4ForCausalLM", names=with_experts(LATENT_NAMES, *SHARED)[::-1],
