@@ -39,6 +39,7 @@ from nanollm.config import (
     ModelConfig,
     MoE,
     MultiHeadMamba,
+    NarrowValueAttention,
     Norm,
     ParallelMixer,
     Rope,
@@ -115,6 +116,10 @@ KINDS = {
         Layer(Attention(4, 2, 8, growth=LogTokenSteps(5, 0.1)),
               InputWeightedMoE(4, 1, MLP(20), False, score="sigmoid")),
         Layer(ChunkedAttention(4, 1, 8, Rope(fraction=0.5), 16), MLP(48)),
+    ),
+    "narrow values": (
+        Layer(NarrowValueAttention(attention(window=6, sinks=True), 5, 0.7), MLP(48)),
+        Layer(NarrowValueAttention(attention(qkv_bias=True), 7), MLP(48)),
     ),
     "sparse latent": (
         Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope(), indexer=Indexer(16, 10, 5)), MLP(48)),

@@ -1,4 +1,5 @@
-"""Two mixers whose output is multiplied by a gate, as data: a state that is corrected, and attention.
+"""Two mixers whose output is multiplied by a gate, as data: a state that is corrected, and attention. And attention
+whose values have a width of their own.
 
 Each class names the file of nanollm/layers that explains it.
 """
@@ -35,6 +36,26 @@ class GatedAttention(Mixer):
         inner = self.attention
         plain = inner.alibi is None and not inner.sinks and inner.softcap is None
         need(plain, self, "attention", "no alibi, sinks or softcap")
+
+    @property
+    def rope(self) -> Rope | None:
+        """As Attention.rope: what decides whether a cache must begin again as a sequence grows."""
+        return self.attention.rope
+
+
+@dataclass(frozen=True)
+class NarrowValueAttention(Mixer):
+    """Attention whose values are not as wide as its queries and keys, narrow_values.py."""
+    attention: Attention                    # all but the values; its head_dim is of queries and keys
+    value: int                              # width of a head's value; MiMo-V2-Flash 128 beside 192
+    value_scale: float = 1.0                # times the values; 0.707
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "value")
+        need_positive(self, "value_scale")
+        inner = self.attention
+        plain = inner.qk_norm is None and inner.clip is None and inner.alibi is None
+        need(plain, self, "attention", "no qk_norm, clip or alibi")
 
     @property
     def rope(self) -> Rope | None:

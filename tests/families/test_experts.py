@@ -81,6 +81,25 @@ def test_ropes_and_windows_of_mellum():
         read(base, layer_types=["conv"] * 3)
 
 
+MIMO = SIZES | dict(model_type="mimo_v2_flash", moe_intermediate_size=24, intermediate_size=80, n_routed_experts=8,
+                    num_experts_per_tok=2)
+
+
+def test_what_slides_in_mimo():
+    config = read(MIMO, num_key_value_heads=3, sliding_window_size=7)
+    found = [(layer.mixer.attention.window, layer.mixer.attention.kv_heads, layer.mixer.attention.sinks)
+             for layer in config.layers]
+    assert found == [(None, 3, False), (8, 6, True), (8, 6, True)]
+    assert [layer.mixer.rope.theta for layer in config.layers] == [5e6, 1e4, 1e4]
+    for keys, words in (
+        (dict(hybrid_layer_pattern=[1, 1, 1]), r"hybrid_layer_pattern is \[1, 1, 1\]; expected \[0, 1, 1\]"),
+        (dict(moe_layer_freq=[1, 1, 1]), "moe_layer_freq is"), (dict(swa_num_key_value_heads=3), "expected 6"),
+        (dict(swa_v_head_dim=64), "swa_v_head_dim is 64; expected 128"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(MIMO, num_key_value_heads=3, **keys)
+
+
 def test_what_is_written_reads_back():
     for base, keys in (
         (DOTS, dict(sliding_window=7, max_window_layers=2)), (M2, dict(rotary_dim=128)), (DBRX, {}),
