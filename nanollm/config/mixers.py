@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
+from nanollm.config.parallel import ScaledMLP
 from nanollm.config.parts import MLP, Attention, Norm, Rope, need_rotation
 from nanollm.config.scaling import Growth
 
@@ -107,7 +108,7 @@ class MoE(FeedForward):
     expert: MLP | ClippedGLU | LatentExpert     # what one expert is; MLP(14336)
     renormalize: bool | float               # divide the chosen weights by their sum, plus this if it is a number;
                                             # Mixtral True, Qwen1.5-MoE False, LFM2 1e-6
-    shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
+    shared: MLP | ScaledMLP | None = None   # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
     score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"
     correction: bool = False                # a bias a score, for the choice and not for the weight; DeepSeek-V3 True

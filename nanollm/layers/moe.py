@@ -32,7 +32,7 @@ A router left alone sends everything to few experts; `Balance` in training/losse
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ from torch.nn import functional as F
 from nanollm.config import MLP as MLPConfig
 from nanollm.config import ClippedGLU, ExpertGroups, LatentExpert
 from nanollm.config import MoE as MoEConfig
+from nanollm.config import ScaledMLP as ScaledMLPConfig
 from nanollm.init import Draw, matrix, residual, zero
 from nanollm.layers.linear import Linear
 from nanollm.layers.mlp import MLP, activate
+from nanollm.layers.scaled_mlp import ScaledMLP
 from nanollm.ops import accelerated
 
 # ---- the router
@@ -321,7 +323,7 @@ class MoE(nn.Module):
         self.narrow = Linear(dim, width, bias=False) if latent else None
         self.widen = Linear(width, dim, bias=False) if latent else None
         self.experts: nn.Module = kind_of(one)(config.experts, one, width)
-        self.shared = None if config.shared is None else MLP(config.shared, dim)
+        self.shared = None if config.shared is None else kind_of_shared(config.shared)(config.shared, dim)
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
@@ -344,8 +346,13 @@ class MoE(nn.Module):
         """Experts count where they are chosen."""
         (one, width), latent = inside(config, dim), isinstance(config.expert, LatentExpert)
         experts = config.top_k * len(kind_of(one).leaves) * width * one.hidden + 2 * dim * width * latent
-        shared = MLP.multiply_adds(config.shared, dim) if config.shared else 0
+        shared = kind_of_shared(config.shared).multiply_adds(config.shared, dim) if config.shared else 0
         return experts + dim * config.experts + shared + dim * config.shared_gate
+
+
+def kind_of_shared(config: MLPConfig | ScaledMLPConfig) -> Any:
+    """The module of the expert that every token visits."""
+    return MLP if isinstance(config, MLPConfig) else ScaledMLP
 
 
 def inside(config: MoEConfig, dim: int) -> tuple[MLPConfig | ClippedGLU, int]:
