@@ -176,6 +176,7 @@ KINDS = {
         Layer(GatedAttention(attention(rope=Rope(fraction=0.5), qk_norm=Norm(offset=1.0))), MLP(48)),
         Layer(GatedDeltaNet(3, 3, 8, 5, 3, reflects=True), MLP(48)),
         Layer(GatedAttention(attention(window=6, qkv_bias=True)), MLP(48)),
+        Layer(GatedAttention(attention(window=6), "head", "softplus"), MLP(48)),
     ),
     "hybrid": (
         Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48)),

@@ -5,6 +5,7 @@ Each class names the file of nanollm/layers that explains it.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from nanollm.config.checks import Mixer, need, need_positive, need_sizes
 from nanollm.config.parts import Attention, Rope
@@ -29,13 +30,17 @@ class GatedDeltaNet(Mixer):
 
 @dataclass(frozen=True)
 class GatedAttention(Mixer):
-    """Attention whose output is multiplied, channel by channel, by a gate that reads the token, gated_attention.py."""
+    """Attention whose output is multiplied by a gate that reads the token, gated_attention.py."""
     attention: Attention                    # what is gated
+    per: Literal["channel", "head"] = "channel"             # a gate for each channel, or one for a head; Laguna "head"
+    activation: Literal["sigmoid", "softplus"] = "sigmoid"  # what the gate is of its reading; Laguna "softplus"
 
     def __post_init__(self) -> None:
         inner = self.attention
         plain = inner.alibi is None and not inner.sinks and inner.softcap is None
         need(plain, self, "attention", "no alibi, sinks or softcap")
+        need(self.per in ("channel", "head"), self, "per", "'channel' or 'head'")
+        need(self.activation in ("sigmoid", "softplus"), self, "activation", "'sigmoid' or 'softplus'")
 
     @property
     def rope(self) -> Rope | None:

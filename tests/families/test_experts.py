@@ -85,6 +85,22 @@ MIMO = SIZES | dict(model_type="mimo_v2_flash", moe_intermediate_size=24, interm
                     num_experts_per_tok=2)
 
 
+def test_heads_gates_and_ropes_of_laguna():
+    base = SIZES | dict(model_type="laguna", moe_intermediate_size=24, intermediate_size=80, num_key_value_heads=2)
+    config = read(base, num_attention_heads_per_layer=[6, 2, 4], gating="per-element",
+                  layer_types=["full_attention", "sliding_attention", "full_attention"])
+    assert [layer.mixer.attention.heads for layer in config.layers] == [6, 2, 4]
+    assert [layer.mixer.rope for layer in config.layers] == [Rope(5e5, fraction=0.5), Rope(), Rope(5e5, fraction=0.5)]
+    assert {(layer.mixer.per, layer.mixer.activation) for layer in config.layers} == {("channel", "softplus")}
+    assert read(base).layers[0].mixer.per == "head" and isinstance(read(base).layers[0].ffn, MLP)
+    for keys, words in (
+        (dict(num_attention_heads_per_layer=[6, 2]), "num_attention_heads_per_layer is"),
+        (dict(gating=False), "gating is False"), (dict(moe_router_logit_softcapping=30.0), "softcapping is 30.0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(base, **keys)
+
+
 def test_what_slides_in_mimo():
     config = read(MIMO, num_key_value_heads=3, sliding_window_size=7)
     found = [(layer.mixer.attention.window, layer.mixer.attention.kv_heads, layer.mixer.attention.sinks)
