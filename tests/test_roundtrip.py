@@ -260,7 +260,7 @@ def test_names_of_the_first_uploads(name, ours, theirs, tmp_path):
 # without rotation, or with other names for it, which the tests in tests/families/ turn back
 OTHER_KEYS = {
     "mamba", "falcon_mamba", "mamba2", "jamba", "rwkv", "gpt2", "gpt_bigcode", "gpt_neox", "bloom", "mpt", "phi",
-    "codegen", "opt", "biogpt", "zamba",
+    "codegen", "opt", "biogpt", "xglm", "zamba",
 }
 NEW_DIALECT = [name for name, fixture in FIXTURES.items()
                if fixture.edit is None and "head_dim" not in fixture.keys and fixture.kind not in OTHER_KEYS]

@@ -26,7 +26,7 @@ from nanollm.config.gated import GatedAttention, GatedDeltaNet, NarrowValueAtten
 from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
 from nanollm.config.parallel import ParallelMixer, ScaledMLP
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
-from nanollm.config.positions import Positions
+from nanollm.config.positions import Positions, Sines
 from nanollm.config.scaling import (
     DynamicNTK,
     Linear,
@@ -49,7 +49,7 @@ __all__ = [
     "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer", "InputWeightedMoE",
     "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps", "LogTokenSteps",
     "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "NarrowValueAttention",
-    "Norm", "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling",
+    "Norm", "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "Sines",
     "SharedBlock", "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
@@ -97,7 +97,7 @@ class ModelConfig(Part):
     context: int | None = None              # positions it was trained for; a caller may warn past it; 4096
     embed_scale: float = 1.0                # times the embedding, once rounded to the working dtype; Gemma √dim
     embed_norm: Norm | None = None          # right after the embedding; BLOOM
-    positions: int | Positions | None = None    # rows of a learned table, added to the embedding; GPT-2 1024
+    positions: int | Positions | Sines | None = None    # rows of a learned table, added to the embedding; GPT-2 1024
     head_bias: bool = False                 # Phi-2 True
     head_scale: float = 1.0                 # of the logits; Command-R 0.0625
     head_softcap: float | None = None       # logits become c·tanh(logit / c); Gemma-2 30.0
