@@ -22,7 +22,7 @@ class Sines(Part):
     first: int                              # XGLM 2
 
     def __post_init__(self) -> None:
-        need(type(self.first) is int and self.first >= 0, self, "first", "0 or a whole number above it")
+        need_sizes(self, "first")
 
 
 Table = int | Positions | Sines | None       # of a ModelConfig; a number is a table with a row for each position
