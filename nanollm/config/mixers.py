@@ -111,7 +111,8 @@ class MoE(FeedForward):
     shared: MLP | ScaledMLP | None = None   # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
     score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"
-    correction: bool = False                # a bias a score, for the choice and not for the weight; DeepSeek-V3 True
+    correction: bool | Literal["logits"] = False    # a bias a score, or a logit, for the choice and not for the weight;
+                                            # DeepSeek-V3 True, Kolibri "logits"
     groups: ExpertGroups | None = None      # None: any expert may be chosen; DeepSeek-V2 and V3 choose groups first
     scale: float = 1.0                      # of all weights, at last; DeepSeek-V3 2.5
     sparse: float | None = None             # each choice is weighed against those within 2 of these; Phi-3.5-MoE 0.01
@@ -129,6 +130,7 @@ class MoE(FeedForward):
         need(rule, self, "renormalize", "True, False, or a number between 0 and 1")
         need(self.shared is not None or not self.shared_gate, self, "shared_gate", "False where nothing is shared")
         need(self.score in ("softmax", "sigmoid"), self, "score", "'softmax' or 'sigmoid'")
+        need(self.correction in (True, False, "logits"), self, "correction", "True, False or 'logits'")
         need_positive(self, "scale", *present(self, "sparse"))
         if self.groups is not None:
             size = self.experts // self.groups.count

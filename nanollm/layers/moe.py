@@ -15,6 +15,7 @@ What is in brackets, and λ, is there where the config has it:
     DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient,     arXiv 2412.19437 §2.1.2,
                   it counts for the choice and not for g; a group is as good as its             eq. 12-16
                   two best experts together
+    Kolibri       s sigmoid; c is added to z, not to s, for the choice
     Phi-3.5-MoE   another rule, `sparse_route`
     Nemotron 3    no gates; in Super and Ultra y = widen Σ g_e · expert_e(narrow x), so that    arXiv 2604.12374
                   experts are small and many; router and shared expert read x itself
@@ -82,7 +83,8 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
         weights, chosen = sparse_route(logits, config.top_k, config.sparse)
     else:
         scores = logits.float().sigmoid() if config.score == "sigmoid" else logits.softmax(-1, dtype=torch.float32)
-        ranking = scores if correction is None else scores + correction
+        ranked = logits.float() if config.correction == "logits" else scores
+        ranking = ranked if correction is None else ranked + correction
         if config.groups is not None:
             ranking = ranking.masked_fill(~in_best_groups(ranking, config.groups), -torch.inf)
         chosen = ranking.topk(config.top_k, -1).indices
@@ -306,7 +308,8 @@ class MoE(nn.Module):
         "shared": "every token goes to {} too",
         "shared_gate": "which has a gate of its own",
         "score": {"sigmoid": "scores are sigmoids"},
-        "correction": "a bias for the choice and not for the weight",
+        "correction": {True: "a bias for the choice and not for the weight",
+                       "logits": "a bias on the logits, for the choice and not for the weight"},
         "groups": "of the best groups only: {}",
         "scale": "the weights times {}",
         "sparse": "each choice weighed against those within {} of it",

@@ -1,6 +1,8 @@
 """What the keys of families with DeepSeek-V3's experts, or experts of their own, mean: dots.llm1, Solar-Open,
 MiniMax-M2, ERNIE-4.5, DBRX, FlexOlmo, Hunyuan 3."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ import checkpoints
 from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import ConfigError
+from nanollm.layers.moe import route
 from tests.fixtures import FIXTURES
 from tests.oracles import write
 
@@ -83,6 +86,16 @@ def test_ropes_and_windows_of_mellum():
 
 MIMO = SIZES | dict(model_type="mimo_v2_flash", moe_intermediate_size=24, intermediate_size=80, n_routed_experts=8,
                     num_experts_per_tok=2)
+
+
+def test_a_correction_on_the_logits_of_kolibri():
+    base = SIZES | dict(model_type="kolibri1", num_key_value_heads=2, num_hidden_layers=6)
+    config = read(base, norm_topk_prob=True)
+    assert [layer.mixer.window for layer in config.layers] == [513] * 4 + [None, 513]
+    assert [layer.mixer.rope is None for layer in config.layers] == [False] * 4 + [True, False]
+    logits, c = torch.tensor([[4.0, -3.0, 3.0]]), torch.tensor([0.0, 7.5, 0.5])
+    chosen = route(logits, dataclasses.replace(config.layers[0].ffn, experts=3, top_k=2), c)[1]
+    assert chosen.tolist() == [[1, 0]]                   # 4.5, 4, 3.5; of the sigmoids 7.5, 1.5 (the third), 1
 
 
 def test_heads_gates_and_ropes_of_laguna():
