@@ -1,4 +1,4 @@
-"""Cohere's Command-A+ (cohere2_moe): Command-A's parallel layers with experts in place of the MLP.
+"""Cohere's Command-A+ and North Mini Code (cohere2_moe): Command-A's parallel layers with experts in place of the MLP.
 
     x += o(attention(h)) + experts(h),  h = norm(x)      LayerNorm, or RMS norm where `rms_norm_eps` is no null
 
@@ -18,7 +18,7 @@ from checkpoints.families.exaone_moe import NamedOrFirstDense
 from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.families.qwen_moe import with_experts
 from checkpoints.names.config_rows import HeadDim, Windows, whole
-from checkpoints.names.config_table import Draft, Follows, Row, choice, count, field, flag, part, size
+from checkpoints.names.config_table import Draft, Follows, Row, choice, count, field, flag, only, part, size
 from checkpoints.names.reader import Reader
 from nanollm.config import MLP, Norm, ScaledMLP
 
@@ -96,10 +96,8 @@ COHERE2_MOE = COHERE2.but(
         "expert_selection_fn": choice({"softmax": "softmax", "sigmoid": "sigmoid"}, "ffn.score", missing="softmax"),
         "norm_topk_prob": flag("ffn.renormalize", missing=True),
         "ffn.renormalize": Follows(lambda draft: draft["ffn.score"] == "softmax" or draft["ffn.renormalize"]),
-        "rms_norm_eps": RmsOrLayer(),
+        "rms_norm_eps": RmsOrLayer(), "layer_norm_bias": only(False),
     },
-    without=("layer_types",  # it stands behind what says which layers are dense
-             "layer_switch", "layer_norm_eps", "use_qk_norm", "use_embedding_sharing", "rotary_pct",
-             "use_parallel_block", "use_gated_activation", "order_of_interleaved_layers", "position_embedding_type"),
+    without=("layer_types", "layer_norm_eps"),  # the first stands behind what says which layers are dense
 )
 FAMILIES = {"cohere2_moe": COHERE2_MOE}

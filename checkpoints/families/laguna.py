@@ -14,7 +14,7 @@ from typing import Any
 from checkpoints.families.gemma import TwoRopes
 from checkpoints.families.glm_moe import NamedDense
 from checkpoints.families.llama import EPS, LLAMA_SHAPE
-from checkpoints.families.mellum import NoneSlides
+from checkpoints.families.mellum import NoneSlides, dense_layers
 from checkpoints.families.qwen import QWEN3_NAMES
 from checkpoints.families.qwen_moe import SHARED, with_experts
 from checkpoints.names.config_rows import FULL, SLIDING
@@ -63,6 +63,11 @@ def within(row: Row) -> Within:
     return Within("attention", row)
 
 
+def gating_types(draft: Draft) -> list[str]:
+    """The word for the gate, once a layer."""
+    return ["per_head" if draft["mixer.per"] == "head" else "per_element"] * len(draft.layers)
+
+
 LAGUNA = LLAMA_SHAPE.but(
     "laguna", "LagunaForCausalLM",
     names=with_experts(QWEN3_NAMES, *SHARED, rule("model.layers.{i}.self_attn.g_proj", "layers.{i}.mixer.gate"), rule(
@@ -84,7 +89,10 @@ LAGUNA = LLAMA_SHAPE.but(
         "num_experts": count("ffn.experts", missing=256), "num_experts_per_tok": size("ffn.top_k", missing=8),
         "moe_routed_scaling_factor": number("ffn.scale", missing=1.0),
         "attention_bias": only(False), "moe_apply_router_weight_on_input": only(False),
-        "moe_router_logit_softcapping": only(0.0),
+        "moe_router_logit_softcapping": only(0.0), "swa_attention_sink_enabled": only(False),
+        # what the lists say, and what the class always does, in published configs
+        "decoder_sparse_step": only(1), "mlp_only_layers": only(dense_layers), "norm_topk_prob": only(True),
+        "qkv_bias": only(False), "gating_types": only(gating_types),
     },
 )
 FAMILIES = {"laguna": LAGUNA}

@@ -10,8 +10,9 @@ from checkpoints.families.gemma import TwoRopes
 from checkpoints.families.glm_moe import NamedDense
 from checkpoints.families.qwen_moe import QWEN3_MOE
 from checkpoints.names.config_rows import FULL, SLIDING, Windows
-from checkpoints.names.config_table import Draft
+from checkpoints.names.config_table import Draft, only
 from checkpoints.names.reader import Reader
+from nanollm.config import MLP
 
 
 class NoneSlides(Windows):
@@ -29,6 +30,11 @@ class Ropes(TwoRopes):
         return {key: super().write(draft, key)[key]}
 
 
+def dense_layers(draft: Draft) -> list[int]:
+    """The numbers of the layers that have an MLP."""
+    return [i for i, layer in enumerate(draft.layers) if layer.get("ffn").kind is MLP]
+
+
 MELLUM = QWEN3_MOE.but(
     "mellum", "MellumForCausalLM", without=("mlp_only_layers", "qkv_bias", "use_qk_norm"),
     missing={
@@ -38,7 +44,11 @@ MELLUM = QWEN3_MOE.but(
     keys={
         "mlp_layer_types": NamedDense(missing=0, round_weights=True), "layer_types": NoneSlides(1024),
         "rope_parameters": Ropes(),
+        # Qwen3-MoE's keys in published configs, which must say what the lists do
+        "use_sliding_window": only(lambda draft: any(draft.each("mixer.window"))),
+        "decoder_sparse_step": only(1), "mlp_only_layers": only(dense_layers),
     },
-    irrelevant=frozenset({"num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types"}), ahead="mtp.",
+    irrelevant=QWEN3_MOE.irrelevant | frozenset({
+        "num_nextn_predict_layers", "mtp_layer_types", "mtp_mlp_layer_types"}), ahead="mtp.",
 )
 FAMILIES = {"mellum": MELLUM}

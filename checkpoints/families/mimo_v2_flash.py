@@ -101,6 +101,7 @@ MIMO_V2_FLASH = LLAMA_SHAPE.but(
         "routed_scaling_factor": number("ffn.scale", missing=1.0, null=1.0),
         # what the class always does, and the hub's configs also say
         "scoring_func": only("sigmoid"), "topk_method": only("noaux_tc"), "use_qk_norm": only(False),
+        "mlp_bias": only(False),
         "add_full_attention_sink_bias": only(False), "add_swa_attention_sink_bias": only(True),
         "swa_num_attention_heads": only(field("mixer.attention.heads")),
         "swa_head_dim": only(field("mixer.attention.head_dim")), "swa_v_head_dim": only(field("mixer.value")),

@@ -58,8 +58,9 @@ MISTRAL4 = DEEPSEEK_V3.but(
     keys={
         "first_k_dense_replace": FirstDense(missing=0, round_weights=True), "n_group": Groups(count=1, kept=1, best=2),
         "head_dim": only(width), "rope_parameters": TemperedGrowth(),
+        "scoring_func": only("softmax"), "sliding_window": only(None),
     },
-    without=("scoring_func", "topk_method", "head_dim", "rope_parameters"), ahead="",
+    without=("topk_method", "head_dim", "rope_parameters"), ahead="",
 )
 
 
