@@ -45,7 +45,7 @@ class TwoMoreRows(Row):
         draft["positions"], draft["context"] = Positions(number + 2, 2), number
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: draft["positions.rows"] - draft["positions.first"]} if "positions.first" in draft else {}
+        return {key: draft["positions.rows"] - draft["positions.first"]} if "positions.rows" in draft else {}
 
 
 NORMS = ("final_norm", "pre_mixer", "pre_ffn")
