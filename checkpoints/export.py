@@ -214,7 +214,7 @@ def _hf(config: ModelConfig, origin: Origin | None) -> tuple[dict[str, Any], tab
         values |= companions.token_ids(origin.folder, origin.layout, origin.values, config.vocab)
         return values, for_heads_in(family.tables(half)[0], rope_layout(config), "half")
     if origin.family.left_out:                   # a text model now, and a config.json that claims no tower
-        family, values = write_config(config, FAMILIES[origin.family.name])
+        family, values = write_config(config, FAMILIES[origin.family.saved_as(config)])
         said = (origin.values.get("text_config") or {}) | origin.values
         ids = {key: said[key] for key in TOKENS if key in said}
         return values | ids, family.tables(config)[0]

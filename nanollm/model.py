@@ -23,7 +23,7 @@ from nanollm.init import init_weights, normal, zero
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.linear import Linear
 from nanollm.layers.norm import build_norm, normed
-from nanollm.layers.positions import PositionTable, check_positions
+from nanollm.layers.positions import build_positions, check_positions
 from nanollm.layers.shared_block import build_shared
 
 
@@ -77,7 +77,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab, config.dim)
-        self.positions = None if config.positions is None else PositionTable(config.positions, config.dim)
+        self.positions = build_positions(config.positions, config.dim)
         self.embed_norm = build_norm(config.embed_norm, config.dim)
         self.layers = nn.ModuleList(Block(layer, config.dim) for layer in config.layers)
         self.shared = build_shared(config)                      # blocks that stand once and are used by many layers
@@ -130,5 +130,5 @@ class Decoder(nn.Module):
         if self.config.embed_scale != 1:
             x = x * x.new_full((), self.config.embed_scale)     # itself rounded to the working dtype: 55.5, not 55.4256
         if self.positions is not None:
-            x = x + self.positions(positions)
+            x = x + self.positions(positions).to(x.dtype)
         return normed(self.embed_norm, x)

@@ -39,6 +39,7 @@ from nanollm.config import (
     ModelConfig,
     MoE,
     MultiHeadMamba,
+    NarrowValueAttention,
     Norm,
     ParallelMixer,
     Rope,
@@ -116,6 +117,10 @@ KINDS = {
               InputWeightedMoE(4, 1, MLP(20), False, score="sigmoid")),
         Layer(ChunkedAttention(4, 1, 8, Rope(fraction=0.5), 16), MLP(48)),
     ),
+    "narrow values": (
+        Layer(NarrowValueAttention(attention(window=6, sinks=True), 5, 0.7), MLP(48)),
+        Layer(NarrowValueAttention(attention(qkv_bias=True), 7), MLP(48)),
+    ),
     "sparse latent": (
         Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope(), indexer=Indexer(16, 10, 5)), MLP(48)),
         Layer(SparseLatentAttention(4, 8, 4, 6, 12, 10, Rope()), MLP(48)),
@@ -171,6 +176,7 @@ KINDS = {
         Layer(GatedAttention(attention(rope=Rope(fraction=0.5), qk_norm=Norm(offset=1.0))), MLP(48)),
         Layer(GatedDeltaNet(3, 3, 8, 5, 3, reflects=True), MLP(48)),
         Layer(GatedAttention(attention(window=6, qkv_bias=True)), MLP(48)),
+        Layer(GatedAttention(attention(window=6), "head", "softplus"), MLP(48)),
     ),
     "hybrid": (
         Layer(Mamba(64, 4, 4, 3), MLP(48)), Layer(attention(window=6), MLP(48)), Layer(Mamba(48, 3, 2, 3), MLP(48)),

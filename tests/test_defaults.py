@@ -32,7 +32,7 @@ SIZES = {  # without these nothing is known of a model, and every published conf
 LATENT = "the class fills its own number, whatever the heads; latent attention has a key for each head"
 EXPLAINED = {  # where our reading differs on purpose
     **{(kind, "num_key_value_heads"): LATENT for kind in (
-        "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa")},
+        "deepseek_v3", "minicpm3", "youtu", "glm4_moe_lite", "deepseek_v32", "glm_moe_dsa", "mistral4")},
 }
 
 

@@ -23,6 +23,7 @@ from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 from transformers.models.nemotron_h import modeling_nemotron_h as nemotron_h
 from transformers.models.phi import modeling_phi as phi
 from transformers.models.qwen2_moe import modeling_qwen2_moe as qwen2_moe
+from transformers.models.xglm.modeling_xglm import XGLMSinusoidalPositionalEmbedding
 
 from nanollm.block import Block
 from nanollm.config import (
@@ -38,6 +39,7 @@ from nanollm.config import (
     Rope,
     ScaledMLP,
     ShortConv,
+    Sines,
 )
 from nanollm.config.positions import places
 from nanollm.errors import InputError
@@ -49,7 +51,7 @@ from nanollm.layers.mlp import activate
 from nanollm.layers.moe import MoE as MoEModule
 from nanollm.layers.moe import routing
 from nanollm.layers.norm import build_norm, rms_norm
-from nanollm.layers.positions import PositionTable
+from nanollm.layers.positions import PositionTable, build_positions
 from nanollm.layers.rope import rotate, rotation_tables
 from nanollm.layers.scaled_mlp import ScaledMLP as ScaledMLPModule
 from nanollm.layers.short_conv import ShortConv as ShortConvModule
@@ -185,6 +187,14 @@ def test_a_table_with_rows_before_position_0():
     assert (places(Positions(6, 2)), places(6), places(None)) == (4, 6, None)
     with pytest.raises(InputError, match=r"the model has 4 positions, from 0 to 3; .* \(row 0, token 1\)"):
         table(torch.tensor([[3, 4]]))
+
+
+def test_sines_of_positions_are_xglms():
+    theirs = XGLMSinusoidalPositionalEmbedding(20, 12)
+    positions = torch.tensor([[0, 1, 7], [3, 4, 19]])
+    table = build_positions(Sines(2), 12)
+    assert torch.equal(table(positions), theirs(positions)) and not list(table.parameters())
+    assert torch.equal(table(torch.tensor([[-1]])), table(torch.tensor([[0]]))) and places(Sines(2)) is None
 
 
 # ---- feed-forward

@@ -25,6 +25,7 @@ from nanollm.config import (
     Layer,
     Mamba2,
     ModelConfig,
+    NarrowValueAttention,
     Norm,
     SharedBlockScan,
 )
@@ -92,6 +93,9 @@ def test_a_scan_counts_its_products_and_what_torch_does_not_count():
 
 
 def without_windows(layer: Layer) -> Layer:
+    if isinstance(layer.mixer, NarrowValueAttention):
+        inner = dataclasses.replace(layer.mixer.attention, window=None)
+        return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, attention=inner))
     wide = 64 if isinstance(layer.mixer, ChunkedAttention) else None        # one chunk
     return (
         dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, window=wide))

@@ -72,8 +72,11 @@ class LocalTurns(Row):
 class RootOfWidth(Row):
     """Whether the embedding is multiplied by the root of its width."""
 
+    def __init__(self, missing: bool = False) -> None:
+        self.missing = missing
+
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        draft["embed_scale"] = draft["dim"] ** 0.5 if r.flag(key, False) else 1.0
+        draft["embed_scale"] = draft["dim"] ** 0.5 if r.flag(key, self.missing) else 1.0
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         return {key: draft["embed_scale"] != 1}

@@ -33,7 +33,7 @@ ELSEWHERE = {
     "minimax": REPLACED, "minimax_text_01": REPLACED,
     **dict.fromkeys("""
         deepseek_vl_v2 falcon_perception git idefics2 idefics3 internvl internvl_chat janus llava llava_next
-        llava_onevision locateanything minicpmv minicpmv4_6 molmo multi_modality paligemma phi3_v phi4_multimodal
+        llava_onevision locateanything minicpmv minicpmv4_6 molmo multi_modality paligemma phi3_v
         qwen2_audio qwen3_asr
     """.split(), SEES),
     "mllama": CROSSED,

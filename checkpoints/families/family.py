@@ -70,6 +70,10 @@ class Family:
         """The tables of tensor names for a model; the first is what is written."""
         return self.names_of(config) if self.names_of else self.names
 
+    def saved_as(self, config: ModelConfig) -> str:
+        """The model_type that a model read from a folder with other towers is saved as."""
+        return self.name
+
     def read(self, r: Reader) -> ModelConfig:
         """Raises ConfigError on an impossible value; the caller closes the Reader."""
         return read_keys(self.keys, r, self.model, self.layer)

@@ -60,6 +60,7 @@ class TwoRopes(Row):
     rope_parameters has an object for each. Where it has none, the bases are rope_local_base_freq and rope_theta, and
     rope_scaling is for the full layers alone. A RoPE that no layer has is written as the family's own."""
     BASES = {SLIDING: ("rope_local_base_freq", 1e4), FULL: ("rope_theta", 1e6)}
+    fraction: float | None = None  # as RopeKeys.fraction
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         """Read both, and give each layer the one of its kind."""
@@ -68,8 +69,10 @@ class TwoRopes(Row):
             own = each.inside(kind) if each else None
             given = {**(own.values if own else {}), **(scaling.values if scaling and kind == FULL else {})}
             values = {"rope_theta": r.number(base, theta, above=1), "rope_parameters": given}
+            if self.fraction is not None:
+                values["partial_rotary_factor"] = r.number("partial_rotary_factor", self.fraction)
             inner = r.of(values, f"{r.prefix}{kind}.")
-            ropes[kind] = read_rope(inner, theta, draft["context"])
+            ropes[kind] = read_rope(inner, theta, draft["context"], self.fraction)
         if each:
             each.close()
         for layer in draft.layers:

@@ -59,9 +59,9 @@ class BaseOfEach(RopeKeys):
         return super().write(draft, key) | {"layer_rope_theta": bases}
 
 
+SINKS = rule("model.layers.{i}.self_attn.sinks", "layers.{i}.mixer.sinks")
 GRANITE_SWA = GRANITE.but(
-    "granite_swa", "GraniteSWAForCausalLM", layer={"mixer.sinks": True},
-    names=(override(LLAMA_NAMES, rule("model.layers.{i}.self_attn.sinks", "layers.{i}.mixer.sinks")),),
+    "granite_swa", "GraniteSWAForCausalLM", layer={"mixer.sinks": True}, names=(override(LLAMA_NAMES, SINKS),),
     missing={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
              "max_position_embeddings": 8192},
     keys={"layer_types": FirstOfFourFull(128), "rope_parameters": BaseOfEach()},

@@ -3,6 +3,7 @@
     granitemoe          1B-A400M: 32 experts, 8 a token; 3B-A800M: 40, 8. The chosen weights are the softmax over the
                         chosen, which is that over all, renormalised; they are rounded to the working dtype
     granitemoeshared    and an MLP for every token, of `shared_intermediate_size` (0: none)
+    granitemoe_swa      the same with the attention of Granite Swash (granite.py), 3B-A600M
 
 Granite's four factors: granite.py. On disk the experts of a layer are one tensor, gate rows above up rows, and so is
 the shared MLP. PowerMoE: Shen et al. 2024 (arXiv 2408.13359), §4.
@@ -10,7 +11,8 @@ the shared MLP. PowerMoE: Shen et al. 2024 (arXiv 2408.13359), §4.
 
 from typing import Any
 
-from checkpoints.families.granite import GRANITE
+from checkpoints.families.cwm import FirstOfFourFull
+from checkpoints.families.granite import GRANITE, SINKS, BaseOfEach
 from checkpoints.families.llama import LLAMA_NAMES
 from checkpoints.names.config_rows import whole
 from checkpoints.names.config_table import Draft, Row, activation, count, part, size
@@ -63,4 +65,14 @@ GRANITE_MOE_SHARED = GRANITE_MOE.but(
         "hidden_act": activation("ffn.expert.activation", "ffn.shared.activation", missing="silu"),
     },
 )
-FAMILIES = {"granitemoe": GRANITE_MOE, "granitemoeshared": GRANITE_MOE_SHARED}
+SWA_NAMES = override(
+    SHARED_NAMES, SINKS,
+    rule("model.layers.{i}.block_sparse_moe.router", "layers.{i}.ffn.router"),
+    rule("model.layers.{i}.block_sparse_moe.experts.gate_up_proj", EXPERTS_GATE_UP, GateUp),
+    rule("model.layers.{i}.block_sparse_moe.experts.down_proj", "layers.{i}.ffn.experts.down"),
+)
+GRANITE_MOE_SWA = GRANITE_MOE_SHARED.but(
+    "granitemoe_swa", "GraniteMoeSWAForCausalLM", names=(SWA_NAMES,), layer={"mixer.sinks": True},
+    keys={"layer_types": FirstOfFourFull(128), "rope_parameters": BaseOfEach()},
+)
+FAMILIES = {"granitemoe": GRANITE_MOE, "granitemoeshared": GRANITE_MOE_SHARED, "granitemoe_swa": GRANITE_MOE_SWA}

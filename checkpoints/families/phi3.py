@@ -8,6 +8,9 @@
     Phi-4                        theta 250000, no window, no stretch
     Phi-4-mini                   LongRoPE on the first three quarters of each head (`partial_rotary_factor`); tied
 
+phi4_multimodal is a Phi-4-mini beside towers for pictures and sound, which are left out, and so are the adapters that
+go with them, which its folder has apart. It is saved as the phi3 that it is.
+
 A window of 262144 with a context of 131072 says nothing, and is kept as it is. Phi-3-small, Phi-3.5-MoE: other models.
 """
 
@@ -65,4 +68,8 @@ PHI3 = LLAMA_SHAPE.but(
         "full_attn_mod": only(1), "interpolate_factor": only(1),  # Phi-4-mini's; nothing published reads them
     },
 )
-FAMILIES = {"phi3": PHI3}
+PHI4_MULTIMODAL = PHI3.but(
+    PHI3.name, missing={"max_position_embeddings": 131072, "num_key_value_heads": 8},
+    irrelevant=frozenset({"vision_config", "audio_config"}), left_out=("model.embed_tokens_extend.",),
+)
+FAMILIES = {"phi3": PHI3, "phi4_multimodal": PHI4_MULTIMODAL}

@@ -240,8 +240,9 @@ class Writer(SpecialCalls):
             return f"nn.Linear({', '.join(self.sizes(module.weight.shape[::-1]))}{bias})"
         args = []
         for name, kind in self.init_parameters(type(module)).items():
+            bases = [one for one in type(module).__mro__[1:] if "__init__" in vars(one)]
+            given = self.built(module, bases[0] if kind.startswith("base ") else type(module))
             kind = kind.removeprefix("base ")
-            given = self.built(module, type(module))
             owner: Any = {"attribute": module, "field": getattr(module, "config", None), "read": given.get("config")}
             value = given.get(name) if kind == "given" else getattr(owner[kind], name)
             text = said[value] if said and type(value) is int and value in said else self.value_text(value)

@@ -274,22 +274,22 @@ class OneWindow(Row):
 
 
 class Expand(Row):
-    """How many times wider than the model a scan is, a whole number."""
+    """How many times wider than the model a scan is, or what else stands at `path`: a whole number."""
 
-    def __init__(self, missing: int) -> None:
-        self.missing = missing
+    def __init__(self, missing: int, path: str = "mixer.inner") -> None:
+        self.missing, self.path = missing, path
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
-        draft["mixer.inner"] = r.size(key, self.missing) * draft["dim"]
+        draft[self.path] = r.size(key, self.missing) * draft["dim"]
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: whole_multiple(draft["mixer.inner"], draft["dim"])} if "mixer.inner" in draft else {}
+        return {key: whole_multiple(draft[self.path], draft["dim"])} if self.path in draft else {}
 
 
 def whole_multiple(inner: int, dim: int) -> int:
     """inner / dim. Raises ConfigError if it is no whole number."""
     if inner % dim:
-        raise ConfigError(f"Mamba wants inner ({inner}) to be a multiple of dim ({dim})")
+        raise ConfigError(f"inner width ({inner}) is no multiple of dim ({dim}), as it must be here")
     return inner // dim
 
 

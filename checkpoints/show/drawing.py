@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanollm.config import Layer, ModelConfig, Norm, SharedBlockScan
+from nanollm.config import Layer, ModelConfig, Norm, SharedBlockScan, Sines
 from nanollm.errors import counted
 from nanollm.model import Decoder
 
@@ -137,7 +137,8 @@ def _around(config: ModelConfig, parameters: Mapping[str, Tensor], parts: Sequen
             f"then {cap:g}·tanh(logit / {cap:g})" if cap else ""]
     said = {
         "embed": "Embedding" + (f", times {config.embed_scale:g}" if config.embed_scale != 1 else ""),
-        "positions": "Embedding of the position, added" if config.positions else "",
+        "positions": "Sines of the position, added" if isinstance(config.positions, Sines) else (
+            "Embedding of the position, added" if config.positions else ""),
         "embed_norm": brief(config.embed_norm) if config.embed_norm else "",
         "norm": brief(config.final_norm),
         "head": ", ".join(filter(None, head)),

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from checkpoints.show.drawing import PARTS, WIDTH, Kind, brief
-from nanollm.config import MLP, Attention, Mixer, ModelConfig, MoE, Norm, Rope
+from nanollm.config import MLP, Attention, Mixer, ModelConfig, MoE, Norm, Positions, Rope, Sines
 from nanollm.layers import MODULES
 
 SIZES = frozenset("""
@@ -48,7 +48,10 @@ WORDS: dict[str, str | dict[Any, str]] = {
     "ModelConfig.tied": "the head is the embedding",
     "ModelConfig.float32_residual": "what the layers add up is kept in float32",
     "ModelConfig.embed_scale": "the embedding times {}",
-    "ModelConfig.positions": "a learned table of {} positions is added to the embedding",
+    "ModelConfig.positions": {
+        int: "a learned table of {} positions is added to the embedding",
+        Positions: "a learned table of {} is added to the embedding",
+        Sines: "sines and cosines of the position are added to the embedding"},
     "ModelConfig.head_bias": "a bias on the head",
     "ModelConfig.head_scale": "logits times {}",
     "ModelConfig.head_softcap": "logits become {0}·tanh(logit / {0})",

@@ -92,6 +92,9 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("More experts at the same number of active ones lowered the loss; half the heads make long "
          "contexts cheaper.", "2507.20534"),
     ],
+    "mimo_v2_flash": [
+        ("A window of 128 tokens in five layers of six keeps the cache small.", "2601.02780"),
+    ],
     "gpt_oss": [
         ("A learned score in the softmax lets a head attend to nothing.", "2508.10925"),
     ],

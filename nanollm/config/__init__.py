@@ -22,11 +22,11 @@ from typing import Any
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE
 from nanollm.config.encoding import decoded, encoded
-from nanollm.config.gated import GatedAttention, GatedDeltaNet
+from nanollm.config.gated import GatedAttention, GatedDeltaNet, NarrowValueAttention
 from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
 from nanollm.config.parallel import ParallelMixer, ScaledMLP
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
-from nanollm.config.positions import Positions
+from nanollm.config.positions import Positions, Sines
 from nanollm.config.scaling import (
     DynamicNTK,
     Linear,
@@ -45,12 +45,12 @@ from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
-    "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
-    "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
-    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "Norm",
-    "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
-    "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK", "ExpertGroups",
+    "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer", "InputWeightedMoE",
+    "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps", "LogTokenSteps",
+    "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "NarrowValueAttention",
+    "Norm", "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "Sines",
+    "SharedBlock", "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
 
@@ -97,7 +97,7 @@ class ModelConfig(Part):
     context: int | None = None              # positions it was trained for; a caller may warn past it; 4096
     embed_scale: float = 1.0                # times the embedding, once rounded to the working dtype; Gemma √dim
     embed_norm: Norm | None = None          # right after the embedding; BLOOM
-    positions: int | Positions | None = None    # rows of a learned table, added to the embedding; GPT-2 1024
+    positions: int | Positions | Sines | None = None    # rows of a learned table, added to the embedding; GPT-2 1024
     head_bias: bool = False                 # Phi-2 True
     head_scale: float = 1.0                 # of the logits; Command-R 0.0625
     head_softcap: float | None = None       # logits become c·tanh(logit / c); Gemma-2 30.0

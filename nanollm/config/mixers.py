@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
+from nanollm.config.parallel import ScaledMLP
 from nanollm.config.parts import MLP, Attention, Norm, Rope, need_rotation
+from nanollm.config.scaling import Growth
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class LatentAttention(Mixer):
     rope: Rope                              # of the rotated part
     scale: float | None = None              # of the scores; None is 1/√(nope + rope_dim)
     norm: Norm = Norm()                     # of both short vectors
+    growth: Growth | None = None            # as Attention.growth; Mistral 4 LogSteps(8192, 0.1)
 
     def __post_init__(self) -> None:
         need_sizes(self, "heads", "nope", "rope_dim", "value", "kv_rank", *present(self, "q_rank"))
@@ -105,10 +108,11 @@ class MoE(FeedForward):
     expert: MLP | ClippedGLU | LatentExpert     # what one expert is; MLP(14336)
     renormalize: bool | float               # divide the chosen weights by their sum, plus this if it is a number;
                                             # Mixtral True, Qwen1.5-MoE False, LFM2 1e-6
-    shared: MLP | None = None               # an expert that every token visits; Qwen1.5-MoE
+    shared: MLP | ScaledMLP | None = None   # an expert that every token visits; Qwen1.5-MoE
     shared_gate: bool = False               # its output times sigmoid(w · x)
     score: Literal["softmax", "sigmoid"] = "softmax"    # what the router's logits become; DeepSeek-V3 "sigmoid"
-    correction: bool = False                # a bias a score, for the choice and not for the weight; DeepSeek-V3 True
+    correction: bool | Literal["logits"] = False    # a bias a score, or a logit, for the choice and not for the weight;
+                                            # DeepSeek-V3 True, Kolibri "logits"
     groups: ExpertGroups | None = None      # None: any expert may be chosen; DeepSeek-V2 and V3 choose groups first
     scale: float = 1.0                      # of all weights, at last; DeepSeek-V3 2.5
     sparse: float | None = None             # each choice is weighed against those within 2 of these; Phi-3.5-MoE 0.01
@@ -126,6 +130,7 @@ class MoE(FeedForward):
         need(rule, self, "renormalize", "True, False, or a number between 0 and 1")
         need(self.shared is not None or not self.shared_gate, self, "shared_gate", "False where nothing is shared")
         need(self.score in ("softmax", "sigmoid"), self, "score", "'softmax' or 'sigmoid'")
+        need(self.correction in (True, False, "logits"), self, "correction", "True, False or 'logits'")
         need_positive(self, "scale", *present(self, "sparse"))
         if self.groups is not None:
             size = self.experts // self.groups.count

@@ -1,4 +1,4 @@
-"""A learned table of positions, as data, where it has more than a row for each of them. model.py adds the rows."""
+"""What a position adds to an embedding, as data: a learned table with more rows than positions, or sines."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,16 @@ class Positions(Part):
         need(self.first < self.rows, self, "first", f"less than rows ({self.rows})")
 
 
-Table = int | Positions | None                   # of a ModelConfig; a number is a table with a row for each position
+@dataclass(frozen=True)
+class Sines(Part):
+    """Sines and cosines of the position, with nothing learned: position p reads those of p + first."""
+    first: int                              # XGLM 2
+
+    def __post_init__(self) -> None:
+        need_sizes(self, "first")
+
+
+Table = int | Positions | Sines | None       # of a ModelConfig; a number is a table with a row for each position
 
 
 def table_of(positions: int | Positions) -> tuple[int, int]:
@@ -26,7 +35,7 @@ def table_of(positions: int | Positions) -> tuple[int, int]:
 
 def places(positions: Table) -> int | None:
     """How many positions there are; None where there is no table."""
-    if positions is None:
+    if positions is None or isinstance(positions, Sines):
         return None
     rows, first = table_of(positions)
     return rows - first

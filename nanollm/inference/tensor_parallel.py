@@ -106,6 +106,7 @@ SMALLER: dict[type, Smaller] = {
     c.Attention: attention,
     c.ChunkedAttention: attention,
     c.GatedAttention: inside("attention"),
+    c.NarrowValueAttention: inside("attention"),
     c.LatentAttention: by("heads"),
     c.SparseLatentAttention: by("heads"),
     c.Mamba: by("inner"),

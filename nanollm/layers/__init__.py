@@ -28,6 +28,7 @@ from nanollm.layers.mamba2 import Mamba2
 from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
 from nanollm.layers.multi_head_mamba import MultiHeadMamba
+from nanollm.layers.narrow_values import NarrowValueAttention
 from nanollm.layers.no_mixer import NoMixer
 from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
@@ -45,6 +46,7 @@ MODULES: dict[type, Any] = {
     c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,
     c.GatedAttention: GatedAttention,
+    c.NarrowValueAttention: NarrowValueAttention,
     c.Mamba: Mamba,
     c.MultiHeadMamba: MultiHeadMamba,
     c.Mamba2: Mamba2,

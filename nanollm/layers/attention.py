@@ -64,7 +64,7 @@ def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | str | None, sca
         folded = q.view(B, k.shape[1], -1, d)                                   # (B, K, G, d)
         if given is not None and given.shape[1] == H:
             given = given.view(len(given), k.shape[1], -1, given.shape[-1])
-        return F.scaled_dot_product_attention(folded, k, v, attn_mask=given, scale=scale).view(B, H, T, d)
+        return F.scaled_dot_product_attention(folded, k, v, attn_mask=given, scale=scale).view(B, H, T, -1)
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=given, is_causal=mask is CAUSAL, scale=scale, enable_gqa=H != k.shape[1])
 

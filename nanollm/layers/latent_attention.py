@@ -48,7 +48,8 @@ from nanollm.layers.state import KVCache
 class LatentAttention(nn.Module):
     """The equations and the diagram are at the head of the file."""
     INIT = {"o.weight": residual}
-    WORDS = {"scale": "scores times {}", "norm": "its short vectors normalised by {}"}
+    WORDS = {"scale": "scores times {}", "norm": "its short vectors normalised by {}",
+             "growth": "queries grow far into a sequence: {}"}
 
     def __init__(self, config: LatentAttentionConfig, dim: int) -> None:
         super().__init__()
@@ -73,6 +74,8 @@ class LatentAttention(nn.Module):
         cos, sin = ctx.rotation(config.rope, config.rope_dim)
         q_nope, q_rope = q.split([config.nope, config.rope_dim], -1)
         q_rope, k_rope = (rotate(part, cos, sin, config.rope.layout) for part in (q_rope, k_rope))
+        if config.growth is not None:
+            q_nope, q_rope = ((part * ctx.query_growth(config.growth)).to(x.dtype) for part in (q_nope, q_rope))
         slots, known, beside = None, torch.cat([latent, k_rope], -1), self.beside(x, ctx)       # (B, 1, T, c + r)
         if state is not None:
             slots = ctx.slots(state)

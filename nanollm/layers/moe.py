@@ -15,6 +15,7 @@ What is in brackets, and λ, is there where the config has it:
     DeepSeek-V3   s sigmoid, renormalised; c spreads the load: learned beside the gradient,     arXiv 2412.19437 §2.1.2,
                   it counts for the choice and not for g; a group is as good as its             eq. 12-16
                   two best experts together
+    Kolibri       s sigmoid; c is added to z, not to s, for the choice
     Phi-3.5-MoE   another rule, `sparse_route`
     Nemotron 3    no gates; in Super and Ultra y = widen Σ g_e · expert_e(narrow x), so that    arXiv 2604.12374
                   experts are small and many; router and shared expert read x itself
@@ -32,7 +33,7 @@ A router left alone sends everything to few experts; `Balance` in training/losse
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +42,11 @@ from torch.nn import functional as F
 from nanollm.config import MLP as MLPConfig
 from nanollm.config import ClippedGLU, ExpertGroups, LatentExpert
 from nanollm.config import MoE as MoEConfig
+from nanollm.config import ScaledMLP as ScaledMLPConfig
 from nanollm.init import Draw, matrix, residual, zero
 from nanollm.layers.linear import Linear
 from nanollm.layers.mlp import MLP, activate
+from nanollm.layers.scaled_mlp import ScaledMLP
 from nanollm.ops import accelerated
 
 # ---- the router
@@ -80,7 +83,8 @@ def route(logits: Tensor, config: MoEConfig, correction: Tensor | None = None) -
         weights, chosen = sparse_route(logits, config.top_k, config.sparse)
     else:
         scores = logits.float().sigmoid() if config.score == "sigmoid" else logits.softmax(-1, dtype=torch.float32)
-        ranking = scores if correction is None else scores + correction
+        ranked = logits.float() if config.correction == "logits" else scores
+        ranking = ranked if correction is None else ranked + correction
         if config.groups is not None:
             ranking = ranking.masked_fill(~in_best_groups(ranking, config.groups), -torch.inf)
         chosen = ranking.topk(config.top_k, -1).indices
@@ -304,7 +308,8 @@ class MoE(nn.Module):
         "shared": "every token goes to {} too",
         "shared_gate": "which has a gate of its own",
         "score": {"sigmoid": "scores are sigmoids"},
-        "correction": "a bias for the choice and not for the weight",
+        "correction": {True: "a bias for the choice and not for the weight",
+                       "logits": "a bias on the logits, for the choice and not for the weight"},
         "groups": "of the best groups only: {}",
         "scale": "the weights times {}",
         "sparse": "each choice weighed against those within {} of it",
@@ -321,7 +326,7 @@ class MoE(nn.Module):
         self.narrow = Linear(dim, width, bias=False) if latent else None
         self.widen = Linear(width, dim, bias=False) if latent else None
         self.experts: nn.Module = kind_of(one)(config.experts, one, width)
-        self.shared = None if config.shared is None else MLP(config.shared, dim)
+        self.shared = None if config.shared is None else kind_of_shared(config.shared)(config.shared, dim)
         self.shared_gate = Linear(dim, 1, bias=False) if config.shared_gate else None
 
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
@@ -344,8 +349,13 @@ class MoE(nn.Module):
         """Experts count where they are chosen."""
         (one, width), latent = inside(config, dim), isinstance(config.expert, LatentExpert)
         experts = config.top_k * len(kind_of(one).leaves) * width * one.hidden + 2 * dim * width * latent
-        shared = MLP.multiply_adds(config.shared, dim) if config.shared else 0
+        shared = kind_of_shared(config.shared).multiply_adds(config.shared, dim) if config.shared else 0
         return experts + dim * config.experts + shared + dim * config.shared_gate
+
+
+def kind_of_shared(config: MLPConfig | ScaledMLPConfig) -> Any:
+    """The module of the expert that every token visits."""
+    return MLP if isinstance(config, MLPConfig) else ScaledMLP
 
 
 def inside(config: MoEConfig, dim: int) -> tuple[MLPConfig | ClippedGLU, int]:

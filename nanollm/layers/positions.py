@@ -1,16 +1,22 @@
-"""Positions: what they must be, and the learned table of them, whose row is added to a token's embedding.
+"""Positions: what they must be, and what of them is added to a token's embedding: a row of a learned table, or sines.
 
     e = E[token] + P[position + first]          first: rows of P that no position reads; OPT 2, else 0
+    e = E[token] + [sin(ω_0 n), …, sin(ω_h n), cos(ω_0 n), …, cos(ω_h n)]      n = position + first,  h = D/2 − 1
+
+    ω_j = 10000^(−j / h)       Vaswani et al. 2017, §3.5, have −2j/D, and sin and cos in turn; this is tensor2tensor's
+                               arrangement, which fairseq's models were trained with
 
 Shapes: B batch, T tokens, D model width.
 """
+
+import math
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from nanollm.config import Positions
-from nanollm.config.positions import table_of
+from nanollm.config import Positions, Sines
+from nanollm.config.positions import Table, table_of
 from nanollm.errors import InputError
 from nanollm.init import normal
 
@@ -30,6 +36,28 @@ class PositionTable(nn.Module):
         demand(positions < most, f"the model has {most} positions, "
                f"from 0 to {most - 1}; it cannot read a longer sequence")
         return F.embedding(positions.clamp(min=0) + self.first, self.weight)
+
+
+class SinusoidTable(nn.Module):
+    """The sines above, for any position. There is nothing to learn."""
+
+    def __init__(self, config: Sines, dim: int) -> None:
+        super().__init__()
+        self.first, self.pairs = config.first, dim // 2
+
+    def forward(self, positions: Tensor) -> Tensor:             # (B, T) → (B, T, D) float32
+        """Padding (−1) reads what position 0 does."""
+        step = math.log(10_000.0) / (self.pairs - 1)
+        rates = torch.exp(torch.arange(self.pairs, device=positions.device).float() * -step)         # ω, (D/2,)
+        angles = (positions.clamp(min=0) + self.first).float()[..., None] * rates                   # (B, T, D/2)
+        return torch.cat([angles.sin(), angles.cos()], -1)
+
+
+def build_positions(config: Table, dim: int) -> PositionTable | SinusoidTable | None:
+    """What a config describes."""
+    if config is None:
+        return None
+    return SinusoidTable(config, dim) if isinstance(config, Sines) else PositionTable(config, dim)
 
 
 def check_positions(positions: Tensor) -> None:

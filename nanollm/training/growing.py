@@ -38,6 +38,7 @@ from nanollm.config import (
     Linear,
     Mixer,
     ModelConfig,
+    NarrowValueAttention,
     ParallelMixer,
     Rope,
     Scaling,
@@ -253,7 +254,7 @@ def with_rope(mixer: Mixer | None, rope: Rope) -> Mixer | None:
     """The mixer with this RoPE, where it has one."""
     if rope_of(mixer) is None:
         return mixer
-    if isinstance(mixer, FilteredAttention | GatedAttention | ParallelMixer):
+    if isinstance(mixer, FilteredAttention | GatedAttention | NarrowValueAttention | ParallelMixer):
         return dataclasses.replace(mixer, attention=dataclasses.replace(mixer.attention, rope=rope))
     return dataclasses.replace(mixer, rope=rope)  # type: ignore[type-var]  # all mixers are dataclasses
 

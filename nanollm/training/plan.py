@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 from nanollm import config as c
+from nanollm.config.positions import places
 from nanollm.errors import InputError
 from nanollm.layers.forward_context import ForwardContext
 from nanollm.model import Decoder
@@ -112,7 +113,7 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
     kinds = Counter(config.layers)
     with torch.device("meta"):
         model = adapt(Decoder(dataclasses.replace(config, layers=tuple(kinds))))
-    looked_up = rows if config.positions is None else 2 * rows  # tokens, and positions where there is a table of them
+    looked_up = rows if places(config.positions) is None else 2 * rows     # tokens, and places in a table, if any
     kept = context * 8 * (looked_up + (recompute != "none"))    # one row of positions more for layers that run again
     more, stream = 0, torch.float32 if config.float32_residual else dtype
     with FakeTensorMode(allow_non_fake_inputs=True):            # the tables of NF4 are real

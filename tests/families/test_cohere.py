@@ -4,7 +4,7 @@ tests/fixtures/cohere.py."""
 import pytest
 
 from checkpoints.families import FAMILIES, read_config, write_config
-from nanollm.config import MLP, Attention, Layer, Norm, Rope
+from nanollm.config import MLP, Attention, Layer, Norm, Rope, ScaledMLP
 from nanollm.errors import ConfigError
 
 NORM = Norm("layer", eps=1e-5)
@@ -88,3 +88,16 @@ def test_refused_by_command_r():
     ):
         with pytest.raises(ConfigError, match=cause):
             read(**{key: value})
+
+
+def test_layers_and_shared_experts_of_command_a_plus():
+    sizes = dict(model_type="cohere2_moe", vocab_size=97, hidden_size=48, num_hidden_layers=6, num_attention_heads=4,
+                 intermediate_size=20, head_dim=12)
+    config = read_config(sizes | dict(first_k_dense_replace=2, num_shared_experts=3, sliding_window_pattern=3))[1]
+    assert [layer.mixer.window for layer in config.layers] == [None, None, 4096, 4096, None, 4096]
+    assert [layer.mixer.rope is None for layer in config.layers] == [False, False, False, False, True, False]
+    moe = config.layers[2].ffn
+    assert (moe.scale, moe.shared) == (0.5, ScaledMLP(MLP(60), out=0.5)) and config.layers[0].ffn == MLP(20)
+    summed = read_config(sizes | dict(num_shared_experts=3, shared_expert_combination_strategy="sum"))[1]
+    assert (summed.layers[0].ffn.scale, summed.layers[0].ffn.shared) == (1.0, MLP(60))
+    assert read_config(sizes | dict(rms_norm_eps=1e-4))[1].final_norm == Norm(eps=1e-4)

@@ -1,5 +1,6 @@
 """The dense Llama-like families of 2022 to 2026: what their keys mean and which are refused; MiMo's spare layer."""
 
+import dataclasses
 import math
 
 import pytest
@@ -112,6 +113,18 @@ def test_opt_has_two_rows_before_position_0():
     plain = read_config(OPT | {"layer_norm_elementwise_affine": False, "enable_bias": False})[1]
     assert plain.final_norm == plain.layers[0].pre_ffn == Norm("layer", eps=1e-5, gain=False)
     assert write_config(config, FAMILIES["opt"])[1]["max_position_embeddings"] == 30
+
+
+def test_biogpt_and_gpt_neox_japanese():
+    sizes = dict(vocab_size=97, hidden_size=48, num_hidden_layers=3, num_attention_heads=4)
+    config = read_config(sizes | dict(model_type="biogpt", intermediate_size=80, layer_norm_eps=1e-12))[1]
+    assert (config.embed_scale, config.positions, config.final_norm.eps) == (48**0.5, Positions(1026, 2), 1e-5)
+    config = read_config(sizes | dict(model_type="gpt_neox_japanese"))[1]
+    assert [layer.mixer.out_bias for layer in config.layers] == [False, False, True]
+    assert config.tied and config.layers[0].ffn.hidden == 192 and not config.layers[0].mixer.qkv_bias
+    biased = dataclasses.replace(config, layers=config.layers[::-1])
+    with pytest.raises(ConfigError, match="out_bias"):
+        write_config(biased, FAMILIES["gpt_neox_japanese"])
 
 
 REFUSED = {

@@ -1,6 +1,8 @@
 """What the keys of families with DeepSeek-V3's experts, or experts of their own, mean: dots.llm1, Solar-Open,
 MiniMax-M2, ERNIE-4.5, DBRX, FlexOlmo, Hunyuan 3."""
 
+import dataclasses
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -9,6 +11,7 @@ import checkpoints
 from checkpoints.families import FAMILIES, read_config, write_config
 from nanollm.config import MLP, Attention, Layer, ModelConfig, MoE, Norm, Rope, Yarn
 from nanollm.errors import ConfigError
+from nanollm.layers.moe import route
 from tests.fixtures import FIXTURES
 from tests.oracles import write
 
@@ -66,6 +69,64 @@ def test_which_layers_have_experts():
     assert kinds(ERNIE) == kinds(ERNIE, moe_layer_end_index=None) == "-MMMMM"
     assert kinds(ERNIE, moe_layer_start_index=2, moe_layer_end_index=4) == "--MMM-"
     assert kinds(ERNIE, moe_layer_interval=3) == "--M--M" and kinds(ERNIE, moe_layer_start_index=6) == "------"
+
+
+def test_ropes_and_windows_of_mellum():
+    base = SIZES | dict(model_type="mellum", moe_intermediate_size=24, intermediate_size=80, num_experts_per_tok=2,
+                        num_key_value_heads=2)
+    config = read(base, layer_types=["full_attention", "sliding_attention", "full_attention"],
+                  mlp_layer_types=["dense", "sparse", "sparse"])
+    assert [layer.mixer.window for layer in config.layers] == [None, 1024, None]
+    assert [layer.mixer.rope.theta for layer in config.layers] == [5e5, 1e4, 5e5]
+    assert isinstance(config.layers[0].ffn, MLP) and config.layers[1].ffn.renormalize
+    assert {layer.mixer.window for layer in read(base).layers} == {None}
+    with pytest.raises(ConfigError, match="layer_types is"):
+        read(base, layer_types=["conv"] * 3)
+
+
+MIMO = SIZES | dict(model_type="mimo_v2_flash", moe_intermediate_size=24, intermediate_size=80, n_routed_experts=8,
+                    num_experts_per_tok=2)
+
+
+def test_a_correction_on_the_logits_of_kolibri():
+    base = SIZES | dict(model_type="kolibri1", num_key_value_heads=2, num_hidden_layers=6)
+    config = read(base, norm_topk_prob=True)
+    assert [layer.mixer.window for layer in config.layers] == [513] * 4 + [None, 513]
+    assert [layer.mixer.rope is None for layer in config.layers] == [False] * 4 + [True, False]
+    logits, c = torch.tensor([[4.0, -3.0, 3.0]]), torch.tensor([0.0, 7.5, 0.5])
+    chosen = route(logits, dataclasses.replace(config.layers[0].ffn, experts=3, top_k=2), c)[1]
+    assert chosen.tolist() == [[1, 0]]                   # 4.5, 4, 3.5; of the sigmoids 7.5, 1.5 (the third), 1
+
+
+def test_heads_gates_and_ropes_of_laguna():
+    base = SIZES | dict(model_type="laguna", moe_intermediate_size=24, intermediate_size=80, num_key_value_heads=2)
+    config = read(base, num_attention_heads_per_layer=[6, 2, 4], gating="per-element",
+                  layer_types=["full_attention", "sliding_attention", "full_attention"])
+    assert [layer.mixer.attention.heads for layer in config.layers] == [6, 2, 4]
+    assert [layer.mixer.rope for layer in config.layers] == [Rope(5e5, fraction=0.5), Rope(), Rope(5e5, fraction=0.5)]
+    assert {(layer.mixer.per, layer.mixer.activation) for layer in config.layers} == {("channel", "softplus")}
+    assert read(base).layers[0].mixer.per == "head" and isinstance(read(base).layers[0].ffn, MLP)
+    for keys, words in (
+        (dict(num_attention_heads_per_layer=[6, 2]), "num_attention_heads_per_layer is"),
+        (dict(gating=False), "gating is False"), (dict(moe_router_logit_softcapping=30.0), "softcapping is 30.0"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(base, **keys)
+
+
+def test_what_slides_in_mimo():
+    config = read(MIMO, num_key_value_heads=3, sliding_window_size=7)
+    found = [(layer.mixer.attention.window, layer.mixer.attention.kv_heads, layer.mixer.attention.sinks)
+             for layer in config.layers]
+    assert found == [(None, 3, False), (8, 6, True), (8, 6, True)]
+    assert [layer.mixer.rope.theta for layer in config.layers] == [5e6, 1e4, 1e4]
+    for keys, words in (
+        (dict(hybrid_layer_pattern=[1, 1, 1]), r"hybrid_layer_pattern is \[1, 1, 1\]; expected \[0, 1, 1\]"),
+        (dict(moe_layer_freq=[1, 1, 1]), "moe_layer_freq is"), (dict(swa_num_key_value_heads=3), "expected 6"),
+        (dict(swa_v_head_dim=64), "swa_v_head_dim is 64; expected 128"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            read(MIMO, num_key_value_heads=3, **keys)
 
 
 def test_what_is_written_reads_back():

@@ -1,9 +1,10 @@
-"""Folders of Mistral-Small-3.1, Ministral 3 and Qwen3-VL: the text model is loaded, and saved as one.
+"""Folders of Mistral-Small-3.1, Ministral 3, Mistral Small 4 and Qwen3-VL: the text model is loaded, and saved as one.
 
 The oracle is transformers' multimodal class, given text.
 """
 
 import json
+import math
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ import checkpoints
 from checkpoints.families import read_config
 from nanollm.config import Attention, LogSteps, Norm, Rope, Yarn
 from nanollm.errors import ConfigError
+from tests.fixtures.deepseek import LATENT
 from tests.fixtures.ministral3 import GROWS
+from tests.fixtures.mistral4 import GROWS as GROWS_IN_4
 from tests.oracles import difference, make_loud, rope
 
 TEXT = dict(
@@ -34,6 +37,9 @@ MODELS = {  # name → transformers' model_type, its config, the class that is s
     "ministral-3": ("mistral3", dict(
         tie_word_embeddings=True, vision_config=PIXTRAL,
         text_config=TEXT | GROWS | dict(model_type="ministral3", sliding_window=None)), "ministral3"),
+    "mistral-small-4": ("mistral3", dict(
+        tie_word_embeddings=False, vision_config=PIXTRAL,
+        text_config=TEXT | LATENT | GROWS_IN_4 | dict(model_type="mistral4", head_dim=28)), "mistral4"),
     "qwen3-vl": ("qwen3_vl", dict(
         vision_config=QWEN_TOWER, tie_word_embeddings=False,
         text_config=TEXT | rope("default", 5e6, mrope_section=[3, 2, 1], mrope_interleaved=True)), "qwen3"),
@@ -106,6 +112,16 @@ def test_what_a_missing_key_means():
     assert (grown.context, grown.final_norm.eps, grown.tied) == (262144, 1e-5, False)
     qwen = read("qwen3_vl", INNER | {"model_type": "qwen3_vl_text", "num_key_value_heads": 2})
     assert qwen.layers[0].mixer == Attention(6, 2, 128, Rope(5e5), qk_norm=Norm()) and qwen.context == 128000
+
+
+def test_a_missing_object_means_the_published_rope_of_mistral_4():
+    config = read_config(INNER | dict(model_type="mistral4", num_key_value_heads=6))[1]
+    mixer = config.layers[0].mixer
+    assert mixer.rope == Rope(1e4, "interleaved", scaling=Yarn(128.0, 8192, attention_factor=1.0))
+    assert mixer.growth == LogSteps(8192, 0.1) and mixer.scale == 128**-0.5 * (0.1 * math.log(128.0) + 1) ** 2
+    with pytest.raises(ConfigError, match="partial_rotary_factor is 1.0; expected 0.5"):
+        read_config(INNER | dict(model_type="mistral4", num_key_value_heads=6, rope_parameters={
+            "rope_type": "yarn", "factor": 2.0, "partial_rotary_factor": 1.0}))
 
 
 def test_a_head_is_tied_where_it_is_said():

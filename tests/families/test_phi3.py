@@ -1,13 +1,20 @@
 """What Phi-3's keys mean and which of them are refused."""
 
+import json
 import math
 
 import pytest
+import torch
+import transformers
 
+import checkpoints
 from checkpoints.families import read_config, write_config
 from checkpoints.families.phi3 import PHI3
 from nanollm.config import MLP, Attention, Layer, LongRope, ModelConfig, Norm, Rope
 from nanollm.errors import ConfigError
+from tests.fixtures.phi3 import LONGROPE, ORIGINAL
+from tests.oracles import BASE, difference, make_loud
+from tests.oracles import rope as rotary
 
 SIZES = dict(
     model_type="phi3", vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6
@@ -100,3 +107,27 @@ def test_written_anew_it_reads_back():
         dict(rope_scaling={"type": "su", **LISTS}, original_max_position_embeddings=1024, num_key_value_heads=2),
     ):
         assert write_config(read(**keys), PHI3)[0] is PHI3               # write_config compares what it reads back
+
+
+TOWER = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
+SOUND = TOWER | dict(num_blocks=1, ext_pw_out_channel=16, depthwise_separable_out_channel=16, nemo_conv_channels=16,
+                     input_size=8)
+
+
+@torch.inference_mode()
+def test_phi_4_multimodal_is_read_without_its_towers(tmp_path):
+    keys = BASE | rotary("longrope", **LONGROPE) | ORIGINAL | dict(
+        vision_config=TOWER | dict(num_hidden_layers=2, image_size=28, crop_size=28), audio_config=SOUND,
+        tie_word_embeddings=True, pad_token_id=0)
+    theirs = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model("phi4_multimodal", **keys), attn_implementation="eager").eval()
+    make_loud(theirs)
+    theirs.save_pretrained(tmp_path / "in")
+    with pytest.warns(UserWarning, match="left out: model.embed_tokens_extend"):
+        ours = checkpoints.load(tmp_path / "in")
+    for length in (1, 24, 48):                           # the list of divisors changes at the 25th token
+        x = torch.randint(0, 131, (2, length), generator=torch.Generator().manual_seed(length))
+        assert difference(ours(x), theirs(x, use_cache=False).logits) < 1e-5
+    checkpoints.save(ours, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "phi3"
+    assert checkpoints.load(tmp_path / "out").config == ours.config
