@@ -70,9 +70,6 @@ def here(data: Path, out: Path, *more: str) -> str | int | None:
     with: None, or "error: …"."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *arguments(data, out, more)])
-        patch.setattr(
-            "nanollm.training.runs.gc_frozen", contextlib.nullcontext
-        )  # many runs in one process: the collector has to look
         try:
             cli.main(train.run)
         except SystemExit as end:
