@@ -163,10 +163,10 @@ def reference_logits(
 ) -> Tensor:
     """transformers' logits for the full pass, by the first of the implementations that are right. The model stays
     as it was."""
-    if fixture.logits is not None:
-        model = copy.deepcopy(model)  # what a fixture does may change weights
-    elif fixture.length_dependent:  # dynamic NTK keeps state between calls, in modules: no need for new weights
-        model = copy.deepcopy(model, {id(part): part for part in (model.config, *model.parameters())})
+    if fixture.length_dependent or fixture.logits is not None:
+        model = copy.deepcopy(
+            model
+        )  # dynamic NTK keeps state between calls, and what a fixture does may change weights
     before = model.config._attn_implementation
     try:
         if fixture.attention:

@@ -108,12 +108,8 @@ def weights(model: Decoder, mutant: c.ModelConfig) -> dict[str, torch.nn.Paramet
 
 
 def logits(decoder: Decoder, x: torch.Tensor, found: dict[str, torch.nn.Parameter]) -> torch.Tensor:
-    """With these weights, of which there may be more. They fit, so load_state_dict, which takes as long as a forward
-    pass, has nothing to check."""
-    for path, module in decoder.named_modules():
-        for name, p in module._parameters.items():
-            if p is not None:
-                module._parameters[name] = found[f"{path}.{name}".lstrip(".")]
+    """With these weights, of which there may be more."""
+    decoder.load_state_dict({name: found[name] for name in decoder.state_dict()}, assign=True)
     decoder.tie()
     with torch.inference_mode():
         return decoder(x)
