@@ -67,7 +67,7 @@ class Started:
     def running(self) -> bool:
         return all(process.is_alive() for process in self.processes)
 
-    def end(self, seconds: float = 120) -> Ended:
+    def end(self, seconds: float = 300) -> Ended:
         """Wait for all of them. Nothing of them is left, whatever happens."""
         waiting, until, asked = list(self.processes), time.monotonic() + seconds, False
         try:

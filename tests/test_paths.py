@@ -81,7 +81,7 @@ def test_generate_ends_at_once(model):
     (model / "tokenizer.json").unlink(missing_ok=True)
     os.mkfifo(model / "tokenizer.json")
     for path in (model.parent / "x", model):
-        ended = forked.start(1, generate.run, "--model", path, "--prompt", "x").end(60)
+        ended = forked.start(1, generate.run, "--model", path, "--prompt", "x").end()
         assert ended.codes == [1] and "a pipe" in ended.err and ended.err.count("\n") == 1
 
 

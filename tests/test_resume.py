@@ -132,7 +132,7 @@ def kill(out: Path) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def end(child: subprocess.Popen, out: Path, seconds: int = 120) -> tuple[int, str]:
+def end(child: subprocess.Popen, out: Path, seconds: int = 300) -> tuple[int, str]:
     """Its exit code and all it said. Nothing of it is left, whatever happens."""
     try:
         said, _ = child.communicate(timeout=seconds)
