@@ -6,9 +6,11 @@
 The bounds of the tests hold whatever these say, and on any processor.
 """
 
+import contextlib
 import gc
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 THREADS = os.environ.get("NANOLLM_TEST_THREADS", "1")
@@ -34,7 +36,12 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """Spare Python the search for garbage among the million objects of what was imported: a tenth of all time."""
+    """Spare Python the search for garbage among the million objects of what was imported: a tenth of all time. A run of
+    the trainer in this process would undo that at its end, and a picture of its losses takes as long as its steps."""
+    if runs := sys.modules.get("nanollm.training.runs"):
+        runs.gc_frozen = contextlib.nullcontext
+    if log := sys.modules.get("nanollm.training.log"):
+        log.loss_curve = lambda *_: True                # test_train.py puts it back, and looks at the picture
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)

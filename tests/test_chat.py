@@ -414,13 +414,21 @@ def test_an_orphan_ends_by_itself() -> None:
         [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent
     )
     child = int(parent.stdout.readline())
-    time.sleep(0.3)
+    stat = Path(f"/proc/{child}/stat")
+
+    def ticks() -> int:                                      # of its work, on Linux
+        return int(stat.read_text().rpartition(")")[2].split()[11]) if stat.exists() else 0
+
+    before, end = ticks(), time.monotonic() + 60
+    while ticks() < before + 10 and stat.exists() and time.monotonic() < end:       # a tenth of a second of the second
+        time.sleep(0.02)
+    if not stat.exists():
+        time.sleep(0.3)
     parent.send_signal(signal.SIGKILL)
     parent.wait()
     parent.stdout.close()
 
     def running() -> bool:                                   # an orphan that has ended may stay as a zombie
-        stat = Path(f"/proc/{child}/stat")
         return (
             stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
             if os.path.exists("/proc")
@@ -428,7 +436,7 @@ def test_an_orphan_ends_by_itself() -> None:
         )
 
     assert running() or not os.path.exists("/proc")
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while running() and time.monotonic() < end:
         time.sleep(0.2)
     assert not running()

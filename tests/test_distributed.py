@@ -1,9 +1,8 @@
 """Many ranks are one computation: train.py and its parts on gloo, against one process.
 
 Ranks are forked (forked.py), which gives them what torchrun does and saves most of the time. Under torchrun itself
-are the first of the runs
-that must equal one process, so that train.py is started as the README says, and the error that all ranks meet, of
-which torchrun has a say.
+are the run of two machines, which must equal one process too, and the error that all ranks meet, of which torchrun
+has a say; test_resume.py has what torchrun starts on one machine, which must equal forked ranks.
 """
 
 import json
@@ -97,12 +96,7 @@ def alone(shards, tmp_path_factory):
 def test_losses_equal_those_of_one_process_and_one_big_batch(shards, alone, tmp_path, what, size, more):
     model = ("--preset", *what.split(), "--data", shards)
     one, _ = alone(*model)
-    if (what, size, more) == ("llama", 2, ()):
-        done = torchrun(2, "train.py", *options(tmp_path / "run", *model))
-        assert done.returncode == 0, done.stdout + done.stderr
-        many = steps(tmp_path / "run")
-    else:
-        many = run(size, tmp_path / "run", *model, *more)
+    many = run(size, tmp_path / "run", *model, *more)
     assert furthest(one, many) <= 1e-6
     assert furthest(one, many, "balance") < 1e-5
     assert max(abs(a["gradient_norm"] / b["gradient_norm"] - 1) for a, b in zip(one, many, strict=True)) < 2e-5

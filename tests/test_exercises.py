@@ -18,6 +18,7 @@ from docs.exercises.cases import CASES
 from docs.exercises.compare import difference, same
 from docs.exercises.given import told
 from docs.exercises.write import text_of, write
+from tests import forked
 
 # Usual mistakes: a phrase of the solution, and what stands there instead
 WRONG = {
@@ -301,21 +302,36 @@ def test_the_projects_own_tests_run_with_the_students_lines(tmp_path):
         assert (done.returncode, words in done.stdout) == (status, True), done.stdout + done.stderr
 
 
+def graded() -> None:
+    """The main function of a forked process, which has imported no kernel: python -m docs.exercises.grade."""
+    sys.exit(grade.main(*sys.argv[1:]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", [mistake for mistake in WRONG if mistake.startswith("softmax")])
 def test_inside_a_kernel_too(mistake, tmp_path):
-    """In the interpreter, for which a process of its own has to be told before Triton is imported."""
+    """In the interpreter, which has to be chosen before Triton is imported: one in the words of a student."""
     needs("softmax")
-    (tmp_path / "softmax.py").write_text(solution("softmax", *WRONG[mistake]))
-    done = subprocess.run([sys.executable, "-m", "docs.exercises.grade", "softmax", str(tmp_path / "softmax.py")],
-                          cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout.startswith("softmax: not yet. By hand, ")) == (1, True), done.stdout
+    file = tmp_path / "softmax.py"
+    file.write_text(solution("softmax", *WRONG[mistake]))
+    if mistake == "softmax":
+        done = subprocess.run([sys.executable, "-m", "docs.exercises.grade", "softmax", str(file)], cwd=ROOT, text=True,
+                              capture_output=True, env={**os.environ, "TRITON_INTERPRET": ""})
+        status, said = done.returncode, done.stdout
+    else:
+        ended = forked.start(1, graded, "softmax", file).end()
+        (status,), said = ended.codes, ended.out
+    assert (status, said.startswith("softmax: not yet. By hand, ")) == (1, True), said
+
+
+def collected() -> None:
+    """The main function of a forked process: python -m pytest."""
+    sys.exit(pytest.main(sys.argv[1:]))
 
 
 @pytest.mark.slow
 def test_every_grader_is_collected():
     """With their parameters: names in brackets too are those of pytest."""
     tests = [test for exercise in EXERCISES.values() for test in exercise.tests]
-    done = subprocess.run([sys.executable, "-m", "pytest", "--collect-only", "-q", *tests], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-1000:]
+    ended = forked.start(1, collected, "--collect-only", "-q", "-p", "no:cacheprovider", *tests).end()
+    assert ended.codes == [0], ended.said[-1000:]

@@ -5,7 +5,6 @@ import os
 import re
 import resource
 import socket
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import checkpoints
+import generate
 from checkpoints import compare, convert, inspect
 from checkpoints.layouts import hub
 from checkpoints.show import __main__ as show
@@ -22,11 +22,10 @@ from checkpoints.source import open_source
 from nanollm import cli
 from nanollm.errors import CheckpointError, ConfigError, NanollmError, TokenizerError
 from nanollm.inference import settings
+from tests import forked
 from tests.clock import within
 from tests.fixtures import FIXTURES
 from tests.oracles import write
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +81,8 @@ def test_generate_ends_at_once(model):
     (model / "tokenizer.json").unlink(missing_ok=True)
     os.mkfifo(model / "tokenizer.json")
     for path in (model.parent / "x", model):
-        ran = subprocess.run([sys.executable, "generate.py", "--model", path, "--prompt", "x"], cwd=ROOT, timeout=60,
-                             capture_output=True, text=True)
-        assert ran.returncode == 1 and "a pipe" in ran.stderr and ran.stderr.count("\n") == 1
+        ended = forked.start(1, generate.run, "--model", path, "--prompt", "x").end()
+        assert ended.codes == [1] and "a pipe" in ended.err and ended.err.count("\n") == 1
 
 
 def test_a_mistyped_path_is_not_asked_of_the_hub(model, monkeypatch):

@@ -10,8 +10,6 @@ Without these packages the tests are skipped, by name.
 import importlib.util
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import gguf
@@ -23,6 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 import checkpoints
+import generate as script
 from checkpoints import convert
 from checkpoints.layouts import gguf_tokens
 from checkpoints.layouts.gguf_pretokenizers import PRE
@@ -30,9 +29,9 @@ from checkpoints.source import open_source
 from nanollm.inference.generation import generate
 from nanollm.inference.quantize import quantize
 from nanollm.text.chat import Conversation
+from tests import forked
 from tests.test_gguf_tokens import TEXTS, write
 
-ROOT = Path(__file__).parent.parent
 QUESTIONS = ("What is the capital of France?", "Write a haiku about the sea.", "List three prime numbers.")
 PROSE = """The old lighthouse stood at the end of the harbour, where the river met the sea. Every evening, just before
 sunset, the keeper climbed the stairs to light the lamp. He had done so for thirty years, in storms and in calm weather,
@@ -75,10 +74,8 @@ def asked(tokenizer, question: str) -> list[int]:
     return conversation.prompt_ids()
 
 
-def perplexity(model, ids: list[int]) -> float:
-    """exp of the mean loss of each token after the first."""
-    with torch.inference_mode():
-        logits = model(torch.tensor([ids]))
+def perplexity(logits: torch.Tensor, ids: list[int]) -> float:
+    """exp of the mean loss of each token after the first. logits (1, T, V)."""
     return math.exp(torch.nn.functional.cross_entropy(logits[0, :-1].float(), torch.tensor(ids[1:])).item())
 
 
@@ -88,17 +85,17 @@ def test_logits_are_transformers(path, model, tokenizer, theirs):
     for ids in (asked(tokenizer, QUESTIONS[0]), tokenizer.encode(PROSE)):
         ours, there = model(torch.tensor([ids])), theirs(torch.tensor([ids])).logits
         assert (ours - there).abs().max() < 1e-4 * there.std()
-    assert perplexity(model, ids) == pytest.approx(perplexity(lambda x: theirs(x).logits, ids), rel=1e-5)
-    assert perplexity(model, ids) < 20                    # 17.8; that of an untrained model is 49,152
+    assert perplexity(ours, ids) == pytest.approx(perplexity(there, ids), rel=1e-5)
+    assert perplexity(ours, ids) < 20                     # 17.8; that of an untrained model is 49,152
 
 
 @pytest.mark.slow
 def test_a_chat(path):
     """The command of `make chat`."""
-    command = [sys.executable, "generate.py", "--model", str(path), "--chat", "--max-new-tokens", "40"]
-    found = subprocess.run(command, input=f"{QUESTIONS[0]}\n", capture_output=True, text=True, cwd=ROOT, check=True)
-    assert found.stdout == "The capital of France is Paris.\n"
-    assert "warning" not in found.stderr and "Traceback" not in found.stderr
+    options = ("--model", path, "--chat", "--max-new-tokens", 40)
+    found = forked.start(1, script.run, *options, stdin=f"{QUESTIONS[0]}\n").end()
+    assert (found.codes, found.out) == ([0], "The capital of France is Paris.\n"), found.said
+    assert "warning" not in found.err and "Traceback" not in found.err
 
 
 @pytest.mark.slow
@@ -109,9 +106,10 @@ def test_an_answer_in_json(path, tmp_path):
              "founded": {"type": "integer", "maximum": 2000}}
     schema = {"type": "object", "required": [*kinds], "additionalProperties": False, "properties": kinds}
     (tmp_path / "city.json").write_text(json.dumps(schema))
-    command = [sys.executable, "generate.py", "--model", str(path), "--ask", "Describe the capital of France.",
-               "--json", "--json-schema", str(tmp_path / "city.json"), "--max-new-tokens", "99"]
-    said = json.loads(subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout)
+    found = forked.start(1, script.run, "--model", path, "--ask", "Describe the capital of France.", "--json",
+                         "--json-schema", tmp_path / "city.json", "--max-new-tokens", 99).end()
+    assert found.codes == [0], found.said
+    said = json.loads(found.out)
     answer = json.loads(said["answer"])
     jsonschema.validate(answer, schema)
     assert said["finish_reason"] == "stop" and (answer["city"], answer["country"]) == ("Paris", "France")
@@ -150,12 +148,14 @@ def test_transformers_loads_the_folder(path, tokenizer, model, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("bits, most", [(8, 1.03), (4, 1.35)])
+@torch.inference_mode()
 def test_fewer_bits_cost_little(bits, most, model, tokenizer):
     """Perplexity of prose, as a multiple of the file's own, whose weights have 4 bits already, in groups of 32."""
     ids = tokenizer.encode(PROSE)
-    plain = perplexity(model, ids)
+    x = torch.tensor([ids])
+    plain = perplexity(model(x), ids)
     quantize(model, bits)
-    assert perplexity(model, ids) < most * plain
+    assert perplexity(model(x), ids) < most * plain
 
 
 # ---- llama.cpp

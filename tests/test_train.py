@@ -1,6 +1,5 @@
 """train.py: presets are published shapes, toys learn, transformers reads what is saved, bad input writes nothing."""
 
-import contextlib
 import dataclasses
 import json
 import shutil
@@ -21,6 +20,7 @@ from nanollm.errors import ConfigError, InputError
 from nanollm.model import Decoder
 from nanollm.text import tokenizer
 from nanollm.training import arguments, options
+from nanollm.training.plot import loss_curve
 from tests import forked
 from tests.toys import grammar
 
@@ -39,7 +39,6 @@ def run(*args: str | Path) -> None:
     """One run in this process; SystemExit if the command line would have ended otherwise than with 0."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", *map(str, args)])
-        patch.setattr("nanollm.training.runs.gc_frozen", contextlib.nullcontext)    # many runs leave much behind
         cli.main(train.run)
 
 
@@ -85,7 +84,9 @@ def runs(text, tmp_path_factory):
     def get(name: str) -> tuple[Path, list[dict]]:
         if name not in done:
             folder = tmp_path_factory.mktemp("runs") / name
-            done[name] = folder, quick(text, folder, "--preset", name)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("nanollm.training.log.loss_curve", loss_curve)        # which conftest.py takes away
+                done[name] = folder, quick(text, folder, "--preset", name)
         return done[name]
 
     return get
