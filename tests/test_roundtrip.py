@@ -113,7 +113,7 @@ def test_a_config_written_anew_is_read_by_transformers(name, tmp_path):
         )
         < 1e-6
     )
-    if "rope_parameters" in values:
+    if "rope_parameters" in values and values["model_type"] != "gemma4_text":    # which is younger than the old dialect
         del values["rope_parameters"]
         (tmp_path / "out/config.json").write_text(json.dumps(values))
         assert (

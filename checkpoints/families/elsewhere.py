@@ -37,7 +37,7 @@ ELSEWHERE = {
         qwen2_audio qwen3_asr
     """.split(), SEES),
     "mllama": CROSSED,
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), BORROWED),
+    **dict.fromkeys(("gemma4_unified", "gemma4_unified_text"), BORROWED),
     "phi3small": BLOCKS, "sparsellama": FATRELU, "step3p7": UNCOMPARED,
     "deepseek_v4": STREAMS, "deepseek_ref": STREAMS,   # before transformers had it, V4 was uploaded so
     "whisper": "a model that writes down speech; transformers runs it",

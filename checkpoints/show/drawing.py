@@ -34,6 +34,7 @@ LETTERS = {"heads": "H", "kv_heads": "K", "head_dim": "d", "hidden": "F", "exper
 ALWAYS = ("theta", "eps")                                   # said even at their default
 NORMS = {"rms": "RMSNorm", "rms_outer": "RMSNorm", "layer": "LayerNorm"}
 PARTS = ("pre_mixer", "mixer", "post_mixer", "pre_ffn", "ffn", "post_ffn")
+DRAWN = (*PARTS, "end")
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def draw(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
         size = f"{sum(p.numel() for p in kind.parameters.values()):,} parameters each"
         rows.append("┌─ " + f"{kind.count} × {kind.name} ".ljust(inner - len(size) - 3, "─") + f" {size} ─┐")
         body = wiring(kind.layer)
-        for part in PARTS:
+        for part in DRAWN:
             value = getattr(kind.layer, part)
             if value is not None:
                 body += _entry(part, brief(value), _of_part(part, kind.parameters), inner)
@@ -172,7 +173,8 @@ def wiring(layer: Layer) -> list[str]:
         top, bottom = "x ", "  "
         for branch in filter(None, (_chain(pre, mixer, post), _chain(pre_ffn, ffn, post_ffn))):
             top, bottom = f"{top}─┬→ {branch} → + ", f"{bottom} └{'─' * (len(branch) + 5)}┘ "
-        return [top + "→", bottom.rstrip()]
+        last = f"→ {_title(layer.end)} " if layer.end else ""
+        return [f"{top}{last}→", bottom.rstrip()]
     if layer.pre_mixer is not None and layer.pre_ffn is None:           # both read what one norm gives
         lead, upper, lower = f"x ─┬→ {pre} ─┬→ ", _chain(mixer, post), _chain(ffn, post_ffn)
         below = "   │".ljust(len(lead) - 3) + "└→ "

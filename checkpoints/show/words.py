@@ -44,6 +44,7 @@ WORDS: dict[str, str | dict[Any, str]] = {
     "Rope.fraction": "only the first {} of each head turns",
     "Rope.scaling": "angles stretched for longer contexts: {}",
     "Layer.residual_scale": "what mixer and feed-forward add to the stream times {}",
+    "Layer.end": "the stream times a learned number at the end of each layer",
     "Layer.parallel": "mixer and feed-forward read the same x and are added together",
     "ModelConfig.tied": "the head is the embedding",
     "ModelConfig.float32_residual": "what the layers add up is kept in float32",

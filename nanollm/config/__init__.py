@@ -21,6 +21,7 @@ from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE
+from nanollm.config.cross_layer import LayerEnd, NormedValueAttention
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.gated import GatedAttention, GatedDeltaNet
 from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
@@ -35,6 +36,7 @@ from nanollm.config.scaling import (
     LogSteps,
     LogTokenSteps,
     LongRope,
+    Proportional,
     Scaling,
     SteppedNTK,
     Yarn,
@@ -47,10 +49,11 @@ from nanollm.errors import ConfigError
 __all__ = [
     "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
     "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
-    "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps",
-    "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "Norm",
-    "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
-    "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
+    "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "LayerEnd", "Linear", "Llama3", "LogLength",
+    "LogSteps", "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba",
+    "Norm", "NormedValueAttention", "ParallelMixer", "Part", "Positions", "Proportional", "RGLRU", "RWKV", "Rope",
+    "SCANS", "ScaledMLP", "Scaling", "SharedBlock", "SharedBlockScan", "ShortConv", "SparseLatentAttention",
+    "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
 
@@ -72,12 +75,14 @@ class Layer(Part):
     post_ffn: Norm | None = None            # as post_mixer
     parallel: bool = False                  # the feed-forward reads the same input as the mixer; GPT-NeoX
     residual_scale: float = 1.0             # times what mixer and feed-forward add to the stream; Granite 0.22
+    end: LayerEnd | None = None             # what is done with the stream at last; Gemma 4
 
     def __post_init__(self) -> None:
         need(self.mixer is None or isinstance(self.mixer, Mixer), self, "mixer", "Attention, another mixer, or None")
         need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
         need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
         need_positive(self, "residual_scale")
+        need(self.end is None or None not in (self.mixer, self.ffn), self, "end", "None where there is but one branch")
         alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
         expected = "a feed-forward, or pre_ffn None, post_ffn None and parallel False"
         need(self.ffn is not None or alone, self, "ffn", expected)

@@ -105,6 +105,7 @@ def mamba2(one: c.Mamba2, ranks: int) -> c.Mamba2:
 SMALLER: dict[type, Smaller] = {
     c.Attention: attention,
     c.ChunkedAttention: attention,
+    c.NormedValueAttention: attention,
     c.GatedAttention: inside("attention"),
     c.LatentAttention: by("heads"),
     c.SparseLatentAttention: by("heads"),

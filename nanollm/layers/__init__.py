@@ -29,6 +29,7 @@ from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
 from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.no_mixer import NoMixer
+from nanollm.layers.normed_values import NormedValueAttention
 from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
@@ -41,6 +42,7 @@ from nanollm.layers.xielu import XIELU
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
     c.ChunkedAttention: ChunkedAttention,
+    c.NormedValueAttention: NormedValueAttention,
     c.LatentAttention: LatentAttention,
     c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,

@@ -158,7 +158,8 @@ def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int)
 
 
 def silenced(block: nn.Module) -> dict[str, float]:
-    """The parameters of a block that decide what it adds to the residual stream, and the value with which that is 0.
+    """The parameters of a block that decide what it does to the residual stream, each with the value at which it does
+    nothing.
 
     They are the matrices that init.py calls residual, and their biases. Where a norm stands behind them it is the gain
     of that norm: the norm of 0 would have the gradient 1/√ε.
@@ -171,6 +172,8 @@ def silenced(block: nn.Module) -> dict[str, float]:
             found[f"post_{part}.bias"] = 0.0
         elif getattr(block, part) is not None:
             found |= dict.fromkeys(outputs(getattr(block, part), part), 0.0)
+    if block.end is not None:
+        found["end.scale"] = 1.0                                # what multiplies the stream
     return found
 
 

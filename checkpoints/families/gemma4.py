@@ -1,0 +1,159 @@
+"""Gemma 4: Gemma 3's pattern of layers and norms, with other heads where a layer has no window. Of the folder the text.
+
+    layers      5 sliding, 1 full … (E2B: 4 and 1); the last is full
+    heads       256 wide in the sliding layers (`head_dim`), 512 in the full ones (`global_head_dim`), which in 31B and
+                26B-A4B have fewer keys (`num_global_key_value_heads`) and no values of their own (`attention_k_eq_v`)
+    q, k, v     every head over its root mean square, v without gain; scores are not scaled
+                (nanollm/layers/normed_values.py)
+    RoPE        base 1e4 in the sliding layers; 1e6 in the full ones, where the fastest quarter of the pairs turns
+    norms       the gain as it is, not an offset from one as in Gemma 1 to 3; rounded after it
+    each layer  ends with the stream times a learned number, `layer_scalar` (nanollm/layers/layer_end.py)
+
+transformers writes what the full layers have of their own as `per_layer_config`, an object a layer, since 5.23; then it
+passes over the keys `global_…`, and so do we, if they say the same. "use_bidirectional_attention": "vision" is about
+pictures: text is causal. https://ai.google.dev/gemma/docs/core/model_card_4
+"""
+
+from typing import Any
+
+from checkpoints.families.gemma import GELU, GEMMA3, GEMMA3_NAMES
+from checkpoints.families.llama import EPS
+from checkpoints.families.multimodal import TextInside
+from checkpoints.names.config_rows import FULL, SLIDING, Periodic
+from checkpoints.names.config_table import Draft, Fixed, Part, Row, number, only, part
+from checkpoints.names.reader import Reader
+from checkpoints.names.rope import read_rope, write_rope
+from checkpoints.names.table import moved, override, rule
+from nanollm.config import LayerEnd, Norm, NormedValueAttention, Proportional, Rope
+
+GEMMA4_NAMES = override(GEMMA3_NAMES, rule("model.layers.{i}.layer_scalar", "layers.{i}.end.scale"))
+
+
+def full(draft: Draft) -> list[Part]:
+    """The layers without a window."""
+    return [layer for layer in draft.layers if layer.get("mixer.window") is None]
+
+
+class EndsFull(Periodic):
+    """All but every sixth layer slide, and never the last one."""
+
+    def pattern(self, r: Reader, layers: int) -> list[bool]:
+        """transformers makes the last layer a full one."""
+        return [*super().pattern(r, layers)[:-1], False]
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Raises ConfigError for a list whose last layer slides, which transformers changes as it reads."""
+        super().read(r, draft, key)
+        if draft.layers[-1].get("mixer.window") is not None:
+            raise r.error(key, f"{FULL} in the last layer")
+
+
+class RopeOfEach(Row):
+    """A RoPE for the layers that slide, another for the full ones, each an object in rope_parameters."""
+    MEANT = {SLIDING: Rope(1e4), FULL: Rope(1e6, scaling=Proportional(0.25))}       # where there is no rope_parameters
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Give each layer the one of its kind."""
+        each, ropes = r.inside(key), dict(self.MEANT)
+        if each:
+            found = {kind: each.inside(kind) for kind in ropes}
+            each.close()
+            ropes = {kind: read_rope(r.of({key: own.values}, f"{r.prefix}{kind}."), 1e4, draft["context"])
+                     for kind, own in found.items() if own}
+        for layer in draft.layers:
+            kind = SLIDING if layer.get("mixer.window") else FULL
+            if kind not in ropes:
+                raise r.error(key, f"an object for {kind}")
+            rope = ropes[kind]
+            for name in ("theta", "fraction", "scaling"):
+                layer.set(f"mixer.rope.{name}", getattr(rope, name))
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """Both; what no layer has as the family's own."""
+        ropes = dict(self.MEANT)
+        for layer in draft.layers:
+            ropes[SLIDING if layer.get("mixer.window") else FULL] = layer.get("mixer.rope").build()
+        return {key: {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()}}
+
+
+class HeadsOfFull(Row):
+    """The width of a head, how many keys there are, and whether values are keys, in the layers without a window."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """From an object a layer, or from the keys for all of them."""
+        same = r.flag("attention_k_eq_v", False)
+        K, d = draft["mixer.kv_heads"], draft["mixer.head_dim"]
+        width, kv_heads = r.size("global_head_dim", 512), r.size("num_global_key_value_heads", None)
+        if key in r.values:
+            found = self.each(r, draft, key, K, d)
+            r.must("global_head_dim", found[0], None)
+            r.must("num_global_key_value_heads", *((found[1], None) if same else (kv_heads,)))
+        else:
+            found = width, kv_heads if same and kv_heads else K
+        for layer in full(draft):
+            layer.set("mixer.head_dim", found[0])
+            layer.set("mixer.kv_heads", found[1])
+            layer.set("mixer.values_are_keys", same)
+
+    @staticmethod
+    def each(r: Reader, draft: Draft, key: str, kv_heads: int, width: int) -> tuple[int, int]:
+        """Width and number of heads, which all layers without a window must have alike, and no other."""
+        objects, found = r.inside(key), []
+        for i, layer in enumerate(draft.layers):
+            own = objects.inside(str(i)) if objects else None
+            if layer.get("mixer.window") is None:
+                found.append((own.size("head_dim", width), own.size("num_key_value_heads", kv_heads)) if own else
+                             (width, kv_heads))
+            if own:
+                own.close()
+        if objects:
+            objects.close()
+        if len(set(found)) > 1:
+            raise r.error(key, f"the same for all layers of {FULL}")
+        return found[0]
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """Both ways."""
+        whole = full(draft)
+        most = next((layer for layer in draft.layers if layer not in whole), whole[0])
+        (K, d), own = ((one.get("mixer.kv_heads"), one.get("mixer.head_dim")) for one in (most, whole[0]))
+        same = whole[0].get("mixer.values_are_keys")
+        given = {"head_dim": own[1]} | ({} if own[0] == K else {"num_key_value_heads": own[0]})
+        return {
+            "num_key_value_heads": K, "head_dim": d, "global_head_dim": own[1], "attention_k_eq_v": same,
+            "num_global_key_value_heads": own[0] if same else None,
+            key: {str(i): given for i, layer in enumerate(draft.layers) if layer in whole},
+        }
+
+    def says(self) -> str:
+        return "mixer.head_dim, mixer.kv_heads and mixer.values_are_keys without a window"
+
+
+NORM = part(Norm, cast_after_gain=True)
+GEMMA4 = GEMMA3.but(
+    "gemma4_text", "Gemma4ForCausalLM", names=(GEMMA4_NAMES,), norm=NORM,
+    layer={
+        "mixer": part(NormedValueAttention, rope=part(Rope), qk_norm=NORM, scale=1.0),
+        "post_mixer": NORM, "post_ffn": NORM, "end": part(LayerEnd),
+    },
+    without=("hidden_act", "query_pre_attn_scalar", "attn_logit_softcapping"),
+    missing={"vocab_size": 262_144},
+    keys={
+        "rms_norm_eps": number(*EPS, "mixer.value_norm.eps", missing=1e-6),
+        "hidden_activation": only(GELU, written=True),
+        "use_bidirectional_attention": only(None, "vision"),
+        "layer_types": EndsFull(6, default=512),
+        "rope_parameters": RopeOfEach(), "per_layer_config": HeadsOfFull(),
+        "hidden_size_per_layer_input": Fixed((0,), 0, missing=256),
+        "num_kv_shared_layers": only(0, written=True), "use_double_wide_mlp": only(False, written=True),
+        "enable_moe_block": only(False, written=True),
+    },
+    irrelevant=frozenset({"vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size",
+                          "expert_intermediate_size"}),
+)
+FOLDER = TextInside.of(
+    GEMMA4, "gemma4_text", names=(moved(GEMMA4_NAMES, "model.", "model.language_model."),),
+    irrelevant=GEMMA4.irrelevant | {"vision_config", "audio_config", "eoa_token_index", "vision_soft_tokens_per_image"},
+    left_out=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+)
+FAMILIES = {"gemma4_text": GEMMA4, "gemma4": FOLDER}
