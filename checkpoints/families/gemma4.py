@@ -8,6 +8,10 @@
     RoPE        base 1e4 in the sliding layers; 1e6 in the full ones, where the fastest quarter of the pairs turns
     norms       the gain as it is, not an offset from one as in Gemma 1 to 3; rounded after it
     each layer  ends with the stream times a learned number, `layer_scalar` (nanollm/layers/layer_end.py)
+    E2B, E4B    each layer reads a short vector of the token, its own (nanollm/layers/per_layer.py); the last layers
+                (`num_kv_shared_layers`) attend to keys and values of the last layers before them, sliding or full
+                (nanollm/layers/cross_layer.py), and E2B's have an MLP twice as wide. Their own keys and values, which
+                the files have, are not used
 
 transformers writes what the full layers have of their own as `per_layer_config`, an object a layer, since 5.23; then it
 passes over the keys `global_…`, and so do we, if they say the same. "use_bidirectional_attention": "vision" is about
@@ -19,14 +23,25 @@ from typing import Any
 from checkpoints.families.gemma import GELU, GEMMA3, GEMMA3_NAMES
 from checkpoints.families.llama import EPS
 from checkpoints.families.multimodal import TextInside
-from checkpoints.names.config_rows import FULL, SLIDING, Periodic
-from checkpoints.names.config_table import Draft, Fixed, Part, Row, number, only, part
+from checkpoints.names.config_rows import FULL, SLIDING, Kinds, Periodic, whole
+from checkpoints.names.config_table import ABSENT, Draft, Part, Row, number, only, part
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
-from checkpoints.names.table import moved, override, rule
-from nanollm.config import LayerEnd, Norm, NormedValueAttention, Proportional, Rope
+from checkpoints.names.table import moved, override, rule, under
+from nanollm.config import CrossLayerAttention, LayerEnd, Norm, NormedValueAttention, PerLayerInput, Proportional, Rope
 
-GEMMA4_NAMES = override(GEMMA3_NAMES, rule("model.layers.{i}.layer_scalar", "layers.{i}.end.scale"))
+GEMMA4_NAMES = override(
+    GEMMA3_NAMES,
+    rule("model.layers.{i}.layer_scalar", "layers.{i}.end.scale"),
+    *under("model.layers.{i}", "layers.{i}.end", {
+        "per_layer_input_gate": "gate", "per_layer_projection": "out", "post_per_layer_input_norm": "norm"}),
+    rule("model.embed_tokens_per_layer.weight", "shared.per_layer.table"),
+    *under("model", "shared.per_layer", {
+        "per_layer_model_projection": "linear", "per_layer_projection_norm": "norm"}),
+)
+UNUSED = frozenset(f"{prefix}layers.{{i}}.self_attn.{name}.weight" for name in ("k_proj", "v_proj", "k_norm")
+                   for prefix in ("model.", "model.language_model."))       # of the layers that borrow theirs
+NORM = part(Norm, cast_after_gain=True)
 
 
 def full(draft: Draft) -> list[Part]:
@@ -46,6 +61,73 @@ class EndsFull(Periodic):
         super().read(r, draft, key)
         if draft.layers[-1].get("mixer.window") is not None:
             raise r.error(key, f"{FULL} in the last layer")
+
+
+OWN = part(NormedValueAttention, rope=part(Rope), qk_norm=NORM, scale=1.0)
+BORROWED = part(CrossLayerAttention, rope=part(Rope), qk_norm=NORM, scale=1.0)
+
+
+class Borrowed(Kinds):
+    """How many of the last layers attend to what the last sliding and the last full layer before them keep."""
+
+    def __init__(self) -> None:
+        super().__init__("mixer", {"own": OWN, "borrowed": BORROWED}, lambda r, layers: [], lambda kinds: {})
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """Raises ConfigError where there is none to keep them."""
+        count = whole(r, key, 0)
+        own, rest = draft.layers[: len(draft.layers) - count], draft.layers[len(draft.layers) - count :]
+        windows = [layer.get("mixer.window") for layer in own]
+        for layer in rest:
+            if (window := layer.get("mixer.window")) not in windows:
+                raise r.error(key, f"a {FULL if window is None else SLIDING} layer before those that share")
+            layer.set("mixer", BORROWED)
+            layer.set("mixer.window", window)
+        for window in {layer.get("mixer.window") for layer in rest}:
+            own[len(own) - 1 - windows[::-1].index(window)].set("mixer.kept", True)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        """Which layers they are is found by reading it back."""
+        return {key: sum(layer.get("mixer").kind is CrossLayerAttention for layer in draft.layers)}
+
+
+class TwiceAsWide(Row):
+    """Whether the layers that borrow keys have an MLP twice as wide."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """After `intermediate_size`."""
+        for layer in draft.layers if r.flag(key, False) else ():
+            if layer.get("mixer").kind is CrossLayerAttention:
+                layer.set("ffn.hidden", 2 * layer.get("ffn.hidden"))
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        first, last = draft.layers[0], draft.layers[-1]
+        return {key: first.get("ffn.hidden") != last.get("ffn.hidden")}
+
+
+class OwnInputs(Row):
+    """end.inputs: how wide a layer's own vector of a token is, 0 for none."""
+    shapes = True
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        width = whole(r, key, 256)
+        for layer in draft.layers if width else ():
+            layer.set("end.inputs", part(PerLayerInput, width=width, norm=NORM))
+            layer.set("end.norm", NORM)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: 0 if draft["end.inputs"] in (None, ABSENT) else draft["end.inputs.width"]}
+
+
+class OwnRows(Row):
+    """As many as the vocabulary has, where layers have vectors of their own."""
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        if r.get(key, 262_144) != draft["vocab"] and draft["end.inputs"] is not None:
+            raise r.error(key, f"vocab_size ({draft['vocab']})")
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft["vocab"]}
 
 
 class RopeOfEach(Row):
@@ -114,41 +196,40 @@ class HeadsOfFull(Row):
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         """Both ways."""
-        whole = full(draft)
-        most = next((layer for layer in draft.layers if layer not in whole), whole[0])
-        (K, d), own = ((one.get("mixer.kv_heads"), one.get("mixer.head_dim")) for one in (most, whole[0]))
-        same = whole[0].get("mixer.values_are_keys")
+        wide = full(draft)
+        most = next((layer for layer in draft.layers if layer not in wide), wide[0])
+        (K, d), own = ((one.get("mixer.kv_heads"), one.get("mixer.head_dim")) for one in (most, wide[0]))
+        same = wide[0].get("mixer.values_are_keys")
         given = {"head_dim": own[1]} | ({} if own[0] == K else {"num_key_value_heads": own[0]})
         return {
             "num_key_value_heads": K, "head_dim": d, "global_head_dim": own[1], "attention_k_eq_v": same,
             "num_global_key_value_heads": own[0] if same else None,
-            key: {str(i): given for i, layer in enumerate(draft.layers) if layer in whole},
+            key: {str(i): given for i, layer in enumerate(draft.layers) if layer in wide},
         }
 
     def says(self) -> str:
         return "mixer.head_dim, mixer.kv_heads and mixer.values_are_keys without a window"
 
 
-NORM = part(Norm, cast_after_gain=True)
 GEMMA4 = GEMMA3.but(
     "gemma4_text", "Gemma4ForCausalLM", names=(GEMMA4_NAMES,), norm=NORM,
     layer={
-        "mixer": part(NormedValueAttention, rope=part(Rope), qk_norm=NORM, scale=1.0),
-        "post_mixer": NORM, "post_ffn": NORM, "end": part(LayerEnd),
+        "mixer": OWN, "post_mixer": NORM, "post_ffn": NORM, "end": part(LayerEnd),
     },
     without=("hidden_act", "query_pre_attn_scalar", "attn_logit_softcapping"),
     missing={"vocab_size": 262_144},
     keys={
-        "rms_norm_eps": number(*EPS, "mixer.value_norm.eps", missing=1e-6),
+        "rms_norm_eps": number(*EPS, "mixer.value_norm.eps", "end.norm.eps", "end.inputs.norm.eps", missing=1e-6),
         "hidden_activation": only(GELU, written=True),
         "use_bidirectional_attention": only(None, "vision"),
         "layer_types": EndsFull(6, default=512),
         "rope_parameters": RopeOfEach(), "per_layer_config": HeadsOfFull(),
-        "hidden_size_per_layer_input": Fixed((0,), 0, missing=256),
-        "num_kv_shared_layers": only(0, written=True), "use_double_wide_mlp": only(False, written=True),
+        "hidden_size_per_layer_input": OwnInputs(), "vocab_size_per_layer_input": OwnRows(),
+        "num_kv_shared_layers": Borrowed(), "use_double_wide_mlp": TwiceAsWide(),
         "enable_moe_block": only(False, written=True),
     },
-    irrelevant=frozenset({"vocab_size_per_layer_input", "num_experts", "top_k_experts", "moe_intermediate_size",
+    ignorable=GEMMA3.ignorable | UNUSED,
+    irrelevant=frozenset({"num_experts", "top_k_experts", "moe_intermediate_size",
                           "expert_intermediate_size"}),
 )
 FOLDER = TextInside.of(

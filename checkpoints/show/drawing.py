@@ -52,7 +52,8 @@ def kinds_of(config: ModelConfig) -> list[Kind]:
     counts = Counter(config.layers)
     with torch.device("meta"):
         model = Decoder(dataclasses.replace(config, layers=tuple(counts)))
-    around = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
+        whole = Decoder(config) if "per_layer" in model.shared else model       # as wide as there are layers
+    around = {name: p for name, p in whole.named_parameters() if not name.startswith("layers.")}
     alike = zip(names(list(counts)), model.layers, counts.items(), strict=True)
     return [Kind(name, layer, count, dict(block.named_parameters()), around) for name, block, (layer, count) in alike]
 
@@ -122,6 +123,9 @@ def _shared(config: ModelConfig, around: Mapping[str, Tensor]) -> list[str]:
     uses = Counter(layer.mixer.block for layer in config.layers if isinstance(layer.mixer, SharedBlockScan))
     entries = [(f"shared.{block.number}", f"{_title(block)}, used by {counted(count, 'layer')}")
                for block, count in uses.items()]
+    inputs = next((layer.end.inputs for layer in config.layers if layer.end and layer.end.inputs), None)
+    if inputs is not None:
+        entries.append(("shared.per_layer", f"{_title(inputs)}, a vector a token for each layer"))
     return [f"  {line}" for part, said in entries for line in _entry(part, said, _of_part(part, around), WIDTH - 2)]
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE
-from nanollm.config.cross_layer import LayerEnd, NormedValueAttention
+from nanollm.config.cross_layer import CrossLayerAttention, LayerEnd, NormedValueAttention, PerLayerInput, need_sources
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.gated import GatedAttention, GatedDeltaNet
 from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
@@ -47,13 +47,13 @@ from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK",
-    "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer",
-    "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "LayerEnd", "Linear", "Llama3", "LogLength",
-    "LogSteps", "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba",
-    "Norm", "NormedValueAttention", "ParallelMixer", "Part", "Positions", "Proportional", "RGLRU", "RWKV", "Rope",
-    "SCANS", "ScaledMLP", "Scaling", "SharedBlock", "SharedBlockScan", "ShortConv", "SparseLatentAttention",
-    "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "CrossLayerAttention",
+    "DynamicNTK", "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena",
+    "Indexer", "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "LayerEnd", "Linear", "Llama3",
+    "LogLength", "LogSteps", "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig",
+    "MultiHeadMamba", "Norm", "NormedValueAttention", "ParallelMixer", "Part", "PerLayerInput", "Positions",
+    "Proportional", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock", "SharedBlockScan",
+    "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
 
@@ -114,6 +114,7 @@ class ModelConfig(Part):
         need_positive(self, "embed_scale", "head_scale", *present(self, "head_softcap"))
         need_whole_vectors(self, "final_norm", "embed_norm")
         need(len(self.layers) > 0, self, "layers", "at least one")
+        need_sources(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: each dataclass with its class name under "is", the layers as runs [count, layer]."""

@@ -106,6 +106,7 @@ SMALLER: dict[type, Smaller] = {
     c.Attention: attention,
     c.ChunkedAttention: attention,
     c.NormedValueAttention: attention,
+    c.CrossLayerAttention: attention,
     c.GatedAttention: inside("attention"),
     c.LatentAttention: by("heads"),
     c.SparseLatentAttention: by("heads"),

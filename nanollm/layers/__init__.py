@@ -17,6 +17,7 @@ from typing import Any
 from nanollm import config as c
 from nanollm.layers.attention import Attention
 from nanollm.layers.chunked_attention import ChunkedAttention
+from nanollm.layers.cross_layer import CrossLayerAttention
 from nanollm.layers.filtered_attention import FilteredAttention
 from nanollm.layers.gated_attention import GatedAttention
 from nanollm.layers.gated_delta_net import GatedDeltaNet
@@ -43,6 +44,7 @@ MODULES: dict[type, Any] = {
     c.Attention: Attention,
     c.ChunkedAttention: ChunkedAttention,
     c.NormedValueAttention: NormedValueAttention,
+    c.CrossLayerAttention: CrossLayerAttention,
     c.LatentAttention: LatentAttention,
     c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,

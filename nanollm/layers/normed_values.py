@@ -13,8 +13,10 @@ Shapes: B batch, T tokens, D model width, H query heads, K key/value heads, d he
 from torch import Tensor
 
 from nanollm.config import NormedValueAttention as NormedValueAttentionConfig
-from nanollm.layers.attention import Attention
+from nanollm.layers.attention import Attention, attend
+from nanollm.layers.forward_context import ForwardContext
 from nanollm.layers.norm import build_norm, normed
+from nanollm.layers.state import KVCache
 
 
 class NormedValueAttention(Attention):
@@ -22,13 +24,26 @@ class NormedValueAttention(Attention):
     WORDS = Attention.WORDS | {
         "value_norm": "of values: {}",
         "values_are_keys": "values are the keys before their norm and rotation",
+        "kept": "later layers read its keys and values",
     }
 
     def __init__(self, config: NormedValueAttentionConfig, dim: int) -> None:
         super().__init__(config, dim)
         self.v_norm = build_norm(config.value_norm, config.head_dim)
+        self.kept = self.HANDS_ON = config.kept                 # HANDS_ON: layers above read what it leaves
         if config.values_are_keys:
             self.v = None  # type: ignore[assignment]
+
+    def mixed(self, x: Tensor, ctx: ForwardContext, state: KVCache | None) -> Tensor:
+        """As Attention.mixed; where the config says so, keys and values are left for layers above (cross_layer.py)."""
+        q, k, v = self.placed(x, ctx)
+        slots = None
+        if state is not None:
+            slots = ctx.slots(state)
+            k, v = state.extend(k, v, slots)
+        if self.kept:
+            ctx.kept[self.config.window] = k, v, slots
+        return attend(q, k, v, self.mask(ctx, slots), self.scale, self.config.softcap).transpose(1, 2).flatten(-2)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) → q (B, H, T, d), k and v (B, K, T, d), normalised."""

@@ -38,6 +38,7 @@ from nanollm.config import (
     Linear,
     Mixer,
     ModelConfig,
+    NormedValueAttention,
     ParallelMixer,
     Rope,
     Scaling,
@@ -135,10 +136,12 @@ def deeper(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def copied(layer: Layer) -> Layer:
-    """The layer as its copy is. A copy ranks no keys: those that it chose would be what later layers read."""
-    if not isinstance(layer.mixer, SparseLatentAttention):
-        return layer
-    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, indexer=None))
+    """The layer as its copy is. A copy ranks no keys and keeps none: those would be what later layers read."""
+    if isinstance(layer.mixer, SparseLatentAttention):
+        return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, indexer=None))
+    if isinstance(layer.mixer, NormedValueAttention):
+        return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, kept=False))
+    return layer
 
 
 def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int) -> tuple[ModelConfig, Values]:
@@ -154,6 +157,11 @@ def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int)
             if place in new:
                 value = torch.full_like(value, silent[leaf]) if leaf in silent else value.clone()
             grown[f"layers.{place}.{leaf}"] = value
+    places = order(len(model.layers), count)
+    for name, dim in (("shared.per_layer.table", 1), ("shared.per_layer.linear.weight", 0)):    # a part for each layer
+        if name in grown:
+            grown[name] = grown[name].unflatten(dim, (len(model.layers), -1)).index_select(
+                dim, torch.tensor(places)).flatten(dim, dim + 1)
     return wanted, grown
 
 
@@ -174,6 +182,7 @@ def silenced(block: nn.Module) -> dict[str, float]:
             found |= dict.fromkeys(outputs(getattr(block, part), part), 0.0)
     if block.end is not None:
         found["end.scale"] = 1.0                                # what multiplies the stream
+        found["end.norm.gain"] = 0.0                            # of what is added before that
     return found
 
 
@@ -198,6 +207,9 @@ def more_tokens(config: ModelConfig, values: Values, options: argparse.Namespace
             warnings.warn(f"--grow-vocab: nothing grows, as the model's {config.vocab} rows are enough for the "
                           f"tokenizer's {size} tokens", stacklevel=2)
         return config, values
+    if "shared.per_layer.table" in values:
+        raise InputError(f"the tokenizer has {size} tokens and the model {config.vocab} rows; here none are added to a "
+                         "model whose layers have a vector a token each (per-layer embeddings)")
     like = None
     if options.grow_from is not None:
         like = tokenizer.load(options.init).encode(options.grow_from, bos=False)

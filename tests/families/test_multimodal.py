@@ -59,8 +59,8 @@ MODELS = {
     "qwen3_5_moe": IDS | dict(text_config=TEXT | QWEN3_5 | EXPERTS, vision_config=QWEN3_5_VISION),
 }
 GAIN = dict.fromkeys(("qwen3_5", "qwen3_5_moe"), 0.1)  # louder, three states in a row make of one rounding 1e-5
-TEXT_CLASS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text",
-              "qwen3_5_moe": "qwen3_5_moe_text"}
+TEXT_CLASS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2",
+              "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 INSIDE = ("model.", "model.language_model.")
 LANGUAGE = {  # how a text model's names begin, and how those of the folder do
     "gemma3": ("", "language_model."), "gemma4": INSIDE, "qwen2_vl": ("", ""), "qwen2_5_vl": ("", ""),
