@@ -202,7 +202,7 @@ EVERY_FIELD = {
     "internlm-7b", "llama-3.1", "falcon-mamba-7b", "qwen-7b-2023-08", "yuan2-2b", "gpt2-stanford", "mpt-clipped",
     "phi-moe-window", "qwen2-moe-sliding", "baichuan2-7b", "qwen3-next-mixed", "granite-3-2b", "ministral-3-3b",
     "opt-1.3b", "glm-5.2", "llama-4-scout", "nemotron-3-super", "granite-4.0-h-tiny", "falcon-h1-0.5b", "lfm2-1.2b",
-    "gemma4-31b", "gemma4-e2b",
+    "gemma4-31b", "gemma4-e2b", "gemma4-26b-a4b",
 }
 
 

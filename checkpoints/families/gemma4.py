@@ -12,6 +12,8 @@
                 (`num_kv_shared_layers`) attend to keys and values of the last layers before them, sliding or full
                 (nanollm/layers/cross_layer.py), and E2B's have an MLP twice as wide. Their own keys and values, which
                 the files have, are not used
+    26B-A4B     each layer has experts beside the MLP (`enable_moe_block`), 8 of 128 a token
+                (nanollm/layers/normed_moe.py)
 
 transformers writes what the full layers have of their own as `per_layer_config`, an object a layer, since 5.23; then it
 passes over the keys `global_…`, and so do we, if they say the same. "use_bidirectional_attention": "vision" is about
@@ -21,20 +23,39 @@ pictures: text is causal. https://ai.google.dev/gemma/docs/core/model_card_4
 from typing import Any
 
 from checkpoints.families.gemma import GELU, GEMMA3, GEMMA3_NAMES
-from checkpoints.families.llama import EPS
+from checkpoints.families.llama import EPS, GATED
 from checkpoints.families.multimodal import TextInside
 from checkpoints.names.config_rows import FULL, SLIDING, Kinds, Periodic, whole
-from checkpoints.names.config_table import ABSENT, Draft, Part, Row, number, only, part
+from checkpoints.names.config_table import ABSENT, Draft, Part, Row, count, number, only, part, size
+from checkpoints.names.expert_ops import GateUp
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
-from checkpoints.names.table import moved, override, rule, under
-from nanollm.config import CrossLayerAttention, LayerEnd, Norm, NormedValueAttention, PerLayerInput, Proportional, Rope
+from checkpoints.names.table import EXPERTS_GATE_UP, either, moved, override, rule, under
+from nanollm.config import (
+    MLP,
+    CrossLayerAttention,
+    LayerEnd,
+    Norm,
+    NormedMoE,
+    NormedValueAttention,
+    PerLayerInput,
+    Proportional,
+    Rope,
+)
 
 GEMMA4_NAMES = override(
     GEMMA3_NAMES,
     rule("model.layers.{i}.layer_scalar", "layers.{i}.end.scale"),
     *under("model.layers.{i}", "layers.{i}.end", {
         "per_layer_input_gate": "gate", "per_layer_projection": "out", "post_per_layer_input_norm": "norm"}),
+    *either("model.layers.{i}.pre_feedforward_layernorm", "layers.{i}.pre_ffn", "layers.{i}.ffn.pre_shared"),
+    *(each for theirs, ours in GATED.items() for each in either(
+        f"model.layers.{{i}}.mlp.{theirs}", f"layers.{{i}}.ffn.{ours}", f"layers.{{i}}.ffn.shared.{ours}")),
+    *under("model.layers.{i}", "layers.{i}.ffn", {
+        "post_feedforward_layernorm_1": "post_shared", "pre_feedforward_layernorm_2": "pre_experts",
+        "post_feedforward_layernorm_2": "post_experts", "router.proj": "router", "router.scale": "router.scale",
+        "router.per_expert_scale": "router.expert_scale", "experts.down_proj": "experts.down"}),
+    rule("model.layers.{i}.experts.gate_up_proj", EXPERTS_GATE_UP, GateUp),
     rule("model.embed_tokens_per_layer.weight", "shared.per_layer.table"),
     *under("model", "shared.per_layer", {
         "per_layer_model_projection": "linear", "per_layer_projection_norm": "norm"}),
@@ -98,11 +119,30 @@ class TwiceAsWide(Row):
         """After `intermediate_size`."""
         for layer in draft.layers if r.flag(key, False) else ():
             if layer.get("mixer").kind is CrossLayerAttention:
-                layer.set("ffn.hidden", 2 * layer.get("ffn.hidden"))
+                for path in ("ffn.hidden", "ffn.shared.hidden"):
+                    layer.set(path, 2 * layer.get(path) if layer.get(path) is not ABSENT else None)
 
     def write(self, draft: Draft, key: str) -> dict[str, Any]:
         first, last = draft.layers[0], draft.layers[-1]
-        return {key: first.get("ffn.hidden") != last.get("ffn.hidden")}
+        return {key: any(first.get(path) != last.get(path) for path in ("ffn.hidden", "ffn.shared.hidden"))}
+
+
+class ExpertsBeside(Kinds):
+    """Whether all layers have experts beside the MLP."""
+
+    def __init__(self) -> None:
+        one = part(MLP, activation="gelu_tanh")
+        super().__init__("ffn", {"mlp": one, "both": part(NormedMoE, expert=one, shared=one, renormalize=True,
+                                                          norm=NORM)}, lambda r, layers: [], lambda kinds: {})
+
+    def read(self, r: Reader, draft: Draft, key: str) -> None:
+        """They have then no norm before both."""
+        for layer in draft.layers if r.flag(key, False) else ():
+            layer.set("ffn", self.parts["both"])
+            layer.set("pre_ffn", None)
+
+    def write(self, draft: Draft, key: str) -> dict[str, Any]:
+        return {key: draft.layers[0].get("ffn").kind is NormedMoE}
 
 
 class OwnInputs(Row):
@@ -219,18 +259,21 @@ GEMMA4 = GEMMA3.but(
     without=("hidden_act", "query_pre_attn_scalar", "attn_logit_softcapping"),
     missing={"vocab_size": 262_144},
     keys={
-        "rms_norm_eps": number(*EPS, "mixer.value_norm.eps", "end.norm.eps", "end.inputs.norm.eps", missing=1e-6),
+        "rms_norm_eps": number(*EPS, "mixer.value_norm.eps", "end.norm.eps", "end.inputs.norm.eps", "ffn.norm.eps",
+                               missing=1e-6),
         "hidden_activation": only(GELU, written=True),
         "use_bidirectional_attention": only(None, "vision"),
         "layer_types": EndsFull(6, default=512),
         "rope_parameters": RopeOfEach(), "per_layer_config": HeadsOfFull(),
         "hidden_size_per_layer_input": OwnInputs(), "vocab_size_per_layer_input": OwnRows(),
         "num_kv_shared_layers": Borrowed(), "use_double_wide_mlp": TwiceAsWide(),
-        "enable_moe_block": only(False, written=True),
+        "enable_moe_block": ExpertsBeside(), "intermediate_size": size("ffn.hidden", "ffn.shared.hidden"),
+        "num_experts": count("ffn.experts", missing=None, null=None),
+        "top_k_experts": size("ffn.top_k", missing=None, null=None),
+        "moe_intermediate_size": size("ffn.expert.hidden", missing=None, null=None),
     },
     ignorable=GEMMA3.ignorable | UNUSED,
-    irrelevant=frozenset({"num_experts", "top_k_experts", "moe_intermediate_size",
-                          "expert_intermediate_size"}),
+    irrelevant=frozenset({"expert_intermediate_size"}),
 )
 FOLDER = TextInside.of(
     GEMMA4, "gemma4_text", names=(moved(GEMMA4_NAMES, "model.", "model.language_model."),),

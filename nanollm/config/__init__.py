@@ -25,6 +25,7 @@ from nanollm.config.cross_layer import CrossLayerAttention, LayerEnd, NormedValu
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.gated import GatedAttention, GatedDeltaNet
 from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
+from nanollm.config.normed_moe import NormedMoE
 from nanollm.config.parallel import ParallelMixer, ScaledMLP
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.positions import Positions
@@ -51,9 +52,9 @@ __all__ = [
     "DynamicNTK", "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena",
     "Indexer", "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "LayerEnd", "Linear", "Llama3",
     "LogLength", "LogSteps", "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig",
-    "MultiHeadMamba", "Norm", "NormedValueAttention", "ParallelMixer", "Part", "PerLayerInput", "Positions",
-    "Proportional", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock", "SharedBlockScan",
-    "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
+    "MultiHeadMamba", "Norm", "NormedMoE", "NormedValueAttention", "ParallelMixer", "Part", "PerLayerInput",
+    "Positions", "Proportional", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "SharedBlock",
+    "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
 ]
 
 

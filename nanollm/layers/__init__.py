@@ -30,6 +30,7 @@ from nanollm.layers.mlp import MLP
 from nanollm.layers.moe import MoE
 from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.no_mixer import NoMixer
+from nanollm.layers.normed_moe import NormedMoE
 from nanollm.layers.normed_values import NormedValueAttention
 from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
@@ -65,4 +66,5 @@ MODULES: dict[type, Any] = {
     c.MoE: MoE,
     c.XIELU: XIELU,
     c.InputWeightedMoE: InputWeightedMoE,
+    c.NormedMoE: NormedMoE,
 }
