@@ -125,8 +125,9 @@ def _shared(config: ModelConfig, around: Mapping[str, Tensor]) -> list[str]:
                for block, count in uses.items()]
     inputs = next((layer.end.inputs for layer in config.layers if layer.end and layer.end.inputs), None)
     if inputs is not None:
-        entries.append(("shared.per_layer", f"{_title(inputs)}, a vector a token for each layer"))
-    return [f"  {line}" for part, said in entries for line in _entry(part, said, _of_part(part, around), WIDTH - 2)]
+        entries.append(("shared.per_layer", f"{_title(inputs)} as shared.per_layer, a vector a token for each layer"))
+    return [f"  {line}" for part, said in entries
+            for line in _entry(part.removesuffix(".per_layer"), said, _of_part(part, around), WIDTH - 2)]
 
 
 def _of_part(part: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -67,22 +67,17 @@ class LayerEnd(Part):
 
 
 def need_sources(layers: Sequence[Any]) -> None:
-    """Layers that attend to what a layer before keeps must find it there, in heads of the same number and width, and
-    nothing is kept that none reads; and of PerLayerInput a model has one."""
+    """Layers that attend to what a layer before keeps must find it there, in heads of the same number and width; and of
+    PerLayerInput a model has one."""
     kept: dict[int | None, Attention] = {}
-    unread: dict[int | None, Attention] = {}
     for layer in layers:
         mixer = layer.mixer
         if isinstance(mixer, NormedValueAttention) and mixer.kept:
-            need(mixer.window not in unread, mixer, "kept", "False, or a layer that reads what the last one has kept")
-            kept[mixer.window] = unread[mixer.window] = mixer
+            kept[mixer.window] = mixer
         if isinstance(mixer, CrossLayerAttention):
             source = kept.get(mixer.window)
             alike = source is not None and (source.kv_heads, source.head_dim) == (mixer.kv_heads, mixer.head_dim)
             need(alike, mixer, "window", "that of a layer before that keeps as many keys and values, as wide")
-            unread.pop(mixer.window, None)
-    for mixer in unread.values():
-        need(False, mixer, "kept", "False, as no later layer attends to it")
     inputs = {layer.end.inputs for layer in layers if layer.end is not None} - {None}
     if len(inputs) > 1:
         need(False, inputs.pop(), "width", "the same PerLayerInput in all layers that have one")

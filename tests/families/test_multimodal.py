@@ -15,7 +15,8 @@ import checkpoints
 from checkpoints.families import read_config
 from nanollm.config import Attention, Linear, Rope, Yarn
 from nanollm.errors import ConfigError
-from tests.fixtures.gemma4 import GEMMA4
+from tests.fixtures.gemma4 import BORROWING, GEMMA4, PER_LAYER
+from tests.fixtures.gemma4 import EXPERTS as EXPERTS_BESIDE
 from tests.fixtures.qwen3_5 import MROPE
 from tests.fixtures.qwen3_next import EXPERTS, MIXERS
 from tests.oracles import difference, make_loud
@@ -41,7 +42,7 @@ MODELS = {
         ),
     ),
     "gemma4": dict(
-        text_config=TEXT | GEMMA4 | {"num_key_value_heads": 4}, audio_config=None,
+        text_config=TEXT | GEMMA4 | PER_LAYER | BORROWING | EXPERTS_BESIDE, audio_config=None,
         vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
                            num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16),
     ),
