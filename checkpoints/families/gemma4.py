@@ -17,7 +17,7 @@
 
 transformers writes what the full layers have of their own as `per_layer_config`, an object a layer, since 5.23; then it
 passes over the keys `global_…`, and so do we, if they say the same. "use_bidirectional_attention": "vision" is about
-pictures: text is causal. https://ai.google.dev/gemma/docs/core/model_card_4
+pictures: text is causal. https://ai.google.dev/gemma/docs/core
 """
 
 from typing import Any
