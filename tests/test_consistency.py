@@ -42,6 +42,7 @@ from nanollm.config import (
     MoE,
     MultiHeadMamba,
     Norm,
+    NormedMoE,
     NormedValueAttention,
     ParallelMixer,
     PerLayerInput,
@@ -169,11 +170,15 @@ KINDS = {
     ),
     "keys of a layer before": tuple(
         Layer(mixer, MLP(48), end=LayerEnd(PerLayerInput(6), Norm())) for mixer in (
-            NormedValueAttention(4, 2, 8, Rope(), 7, Norm(), kept=True), NormedValueAttention(
-                4, 1, 12, Rope(scaling=Proportional(0.5)), values_are_keys=True, kept=True),
-            CrossLayerAttention(4, 2, 8, Rope(), 7, Norm()), CrossLayerAttention(4, 1, 12, Rope(), qk_norm=Norm()),
+            NormedValueAttention(4, 2, 8, Rope(), 7, Norm(), kept=True),
+            NormedValueAttention(4, 2, 8, Rope(scaling=Proportional(0.5)), values_are_keys=True, kept=True),
+            CrossLayerAttention(4, 2, 8, Rope(), 7, Norm()), CrossLayerAttention(4, 2, 8, Rope(), qk_norm=Norm()),
             NormedValueAttention(2, 2, 8, Rope(), 7, kept=True), CrossLayerAttention(4, 2, 8, Rope(theta=1e3), 7))
     ),
+    "experts between norms": (
+        Layer(NormedValueAttention(4, 2, 8, Rope()), NormedMoE(4, 2, MLP(20), True, MLP(12)), pre_ffn=None,
+              end=LayerEnd()),
+    ) * 2,
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),
         Layer(FilteredAttention(Attention(3, 3, 8, Rope(scaling=DynamicNTK(2.0, 16))), 24), MLP(48)),

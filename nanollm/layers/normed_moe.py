@@ -35,7 +35,8 @@ class NormedRouter(Router):
 
     def forward(self, x: Tensor) -> Routed:  # type: ignore[override]  # (N, D), as Router
         routed = super().forward(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
-        return routed._replace(weights=routed.weights * self.expert_scale[routed.chosen])
+        own = self.expert_scale.expand(len(x), -1).gather(-1, routed.chosen)    # (N, k)
+        return routed._replace(weights=routed.weights * own)
 
 
 class NormedMoE(MoE):
