@@ -12,6 +12,7 @@
                 (`num_kv_shared_layers`) attend to keys and values of the last layers before them, sliding or full
                 (nanollm/layers/cross_layer.py), and E2B's have an MLP twice as wide. Their own keys and values, which
                 the files have, are not used
+    12B         as 31B, but its own model_type, `gemma4_unified`
     26B-A4B     each layer has experts beside the MLP (`enable_moe_block`), 8 of 128 a token
                 (nanollm/layers/normed_moe.py)
 
@@ -26,7 +27,7 @@ from checkpoints.families.gemma import GELU, GEMMA3, GEMMA3_NAMES
 from checkpoints.families.llama import EPS, GATED
 from checkpoints.families.multimodal import TextInside
 from checkpoints.names.config_rows import FULL, SLIDING, Kinds, Periodic, whole
-from checkpoints.names.config_table import ABSENT, Draft, Part, Row, count, number, only, part, size
+from checkpoints.names.config_table import ABSENT, Draft, Part, Row, count, number, only, part, size, unread
 from checkpoints.names.expert_ops import GateUp
 from checkpoints.names.reader import Reader
 from checkpoints.names.rope import read_rope, write_rope
@@ -275,9 +276,20 @@ GEMMA4 = GEMMA3.but(
     ignorable=GEMMA3.ignorable | UNUSED,
     irrelevant=frozenset({"expert_intermediate_size"}),
 )
-FOLDER = TextInside.of(
-    GEMMA4, "gemma4_text", names=(moved(GEMMA4_NAMES, "model.", "model.language_model."),),
-    irrelevant=GEMMA4.irrelevant | {"vision_config", "audio_config", "eoa_token_index", "vision_soft_tokens_per_image"},
-    left_out=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+UNIFIED = GEMMA4.but(  # 12B, whose pictures and sound go through no tower: of its text model Gemma 4's plain kind
+    "gemma4_unified_text", "Gemma4UnifiedForCausalLM", missing={"max_position_embeddings": 262_144},
+    keys={
+        "layer_types": EndsFull(6, default=1024), "hidden_size_per_layer_input": only(0, None),
+        "vocab_size_per_layer_input": unread(ABSENT), "enable_moe_block": only(False, None),
+        "num_experts": only(None), "top_k_experts": only(None), "moe_intermediate_size": only(None),
+    },
 )
-FAMILIES = {"gemma4_text": GEMMA4, "gemma4": FOLDER}
+AROUND = GEMMA4.irrelevant | {"vision_config", "audio_config", "eoa_token_index", "vision_soft_tokens_per_image"}
+LEFT_OUT = tuple(f"model.{name}." for name in (
+    "vision_tower", "audio_tower", "vision_embedder", "embed_vision", "embed_audio"))
+INSIDE = (moved(GEMMA4_NAMES, "model.", "model.language_model."),)
+FAMILIES = {
+    "gemma4_text": GEMMA4, "gemma4_unified_text": UNIFIED,
+    "gemma4": TextInside.of(GEMMA4, "gemma4_text", names=INSIDE, irrelevant=AROUND, left_out=LEFT_OUT),
+    "gemma4_unified": TextInside.of(UNIFIED, "gemma4_unified_text", names=INSIDE, irrelevant=AROUND, left_out=LEFT_OUT),
+}
