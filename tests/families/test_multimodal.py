@@ -67,8 +67,8 @@ TEXT_CLASS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified"
               "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 INSIDE = ("model.", "model.language_model.")
 LANGUAGE = {  # how a text model's names begin, and how those of the folder do
-    "gemma3": ("", "language_model."), "gemma4": INSIDE, "gemma4_unified": INSIDE, "qwen2_vl": ("", ""), "qwen2_5_vl": ("", ""),
-    "qwen3_5": INSIDE, "qwen3_5_moe": INSIDE,
+    "gemma3": ("", "language_model."), "gemma4": INSIDE, "gemma4_unified": INSIDE,
+    "qwen2_vl": ("", ""), "qwen2_5_vl": ("", ""), "qwen3_5": INSIDE, "qwen3_5_moe": INSIDE,
 }
 MODULES = {"gemma3": (("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
                       ("multi_modal_projector.", "model.multi_modal_projector.")),
