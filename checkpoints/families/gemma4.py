@@ -97,8 +97,8 @@ class Borrowed(Kinds):
 
     def read(self, r: Reader, draft: Draft, key: str) -> None:
         """Raises ConfigError where there is none to keep them."""
-        count = whole(r, key, 0)
-        own, rest = draft.layers[: len(draft.layers) - count], draft.layers[len(draft.layers) - count :]
+        first = len(draft.layers) - whole(r, key, 0)
+        own, rest = draft.layers[: max(first, 0)], draft.layers[max(first, 0) :]
         windows = [layer.get("mixer.window") for layer in own]
         for layer in rest:
             if (window := layer.get("mixer.window")) not in windows:

@@ -4,8 +4,8 @@
     x ← s · x                                                   s: one learned number
 
 The first line is there where the config has inputs (Gemma 4 E2B and E4B). With the second the layers above read the
-whole stream louder or quieter, what the layers before have written included, which no gain of a branch can say. Gemma
-4, 2026, where s is kept from training.
+whole stream louder or quieter, what the layers before have written included, which no gain of a branch can say.
+Gemma 4, 2026. There s is a buffer, which no gradient reaches; here it is a parameter and trains like any other.
 
 Shapes: B batch, T tokens, D model width, P width of a layer's own vector.
 """
