@@ -54,7 +54,7 @@ GEMMA4_NAMES = override(
         f"model.layers.{{i}}.mlp.{theirs}", f"layers.{{i}}.ffn.{ours}", f"layers.{{i}}.ffn.shared.{ours}")),
     *under("model.layers.{i}", "layers.{i}.ffn", {
         "post_feedforward_layernorm_1": "post_shared", "pre_feedforward_layernorm_2": "pre_experts",
-        "post_feedforward_layernorm_2": "post_experts", "router.proj": "router", "router.scale": "router.scale",
+        "post_feedforward_layernorm_2": "post_experts", "router.proj": "router", "router.scale": "pre_router.scale",
         "router.per_expert_scale": "router.expert_scale", "experts.down_proj": "experts.down"}),
     rule("model.layers.{i}.experts.gate_up_proj", EXPERTS_GATE_UP, GateUp),
     rule("model.embed_tokens_per_layer.weight", "shared.per_layer.table"),

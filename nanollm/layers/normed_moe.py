@@ -23,18 +23,29 @@ from nanollm.layers.moe import MoE, Routed, Router
 from nanollm.layers.norm import build_norm
 
 
-class NormedRouter(Router):
-    """W_r, s and a."""
-    INIT = {**Router.INIT, "scale": one, "expert_scale": one}
+class RouterInput(nn.Module):
+    """x → r̂."""
+    INIT = {"scale": one}
+
+    def __init__(self, config: NormedMoEConfig, dim: int) -> None:
+        super().__init__()
+        self.norm = build_norm(Norm(eps=config.norm.eps, gain=False), dim)
+        self.scale = nn.Parameter(torch.empty(dim))                             # s
+
+    def forward(self, x: Tensor) -> Tensor:                     # (N, D) → (N, D)
+        return self.norm(x) * self.scale * x.shape[-1] ** -0.5
+
+
+class ScaledRouter(Router):
+    """W_r and a."""
+    INIT = {**Router.INIT, "expert_scale": one}
 
     def __init__(self, config: NormedMoEConfig, dim: int) -> None:
         super().__init__(config, dim)
-        self.norm = build_norm(Norm(eps=config.norm.eps, gain=False), dim)
-        self.scale = nn.Parameter(torch.empty(dim))                             # s
         self.expert_scale = nn.Parameter(torch.empty(config.experts))           # a
 
     def forward(self, x: Tensor) -> Routed:  # type: ignore[override]  # (N, D), as Router
-        routed = super().forward(self.norm(x) * self.scale * x.shape[-1] ** -0.5)
+        routed = super().forward(x)
         own = self.expert_scale.expand(len(x), -1).gather(-1, routed.chosen)    # (N, k)
         return routed._replace(weights=routed.weights * own)
 
@@ -45,13 +56,13 @@ class NormedMoE(MoE):
 
     def __init__(self, config: NormedMoEConfig, dim: int) -> None:
         super().__init__(config, dim)
-        self.router = NormedRouter(config, dim)
+        self.pre_router, self.router = RouterInput(config, dim), ScaledRouter(config, dim)
         self.pre_shared, self.post_shared = build_norm(config.norm, dim), build_norm(config.norm, dim)
         self.pre_experts, self.post_experts = build_norm(config.norm, dim), build_norm(config.norm, dim)
 
     def forward(self, x: Tensor) -> Tensor:                     # (B, T, D) → (B, T, D)
         assert self.shared is not None, "what the config demands"
         flat = x.flatten(0, -2)                                 # (N, D)
-        routed = self.router(flat)
+        routed = self.router(self.pre_router(flat))
         y = self.experts(self.pre_experts(flat), routed.weights, routed.chosen)
         return (self.post_shared(self.shared(self.pre_shared(flat))) + self.post_experts(y)).view_as(x)
