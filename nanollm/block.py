@@ -11,6 +11,7 @@
     pre and post  Gemma-2                                    post only   OLMo-2
     parallel      GPT-NeoX with two norms; with one (Phi), pre_ffn is None and the ffn reads what the mixer reads
     scaled        Granite: both branches times residual_scale before they are added
+    end           Gemma 4: the stream goes through layers/layer_end.py at last
 
 Shapes: B batch, T tokens, D model width.
 """
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from nanollm import config as c
 from nanollm.layers import MODULES
 from nanollm.layers.forward_context import ForwardContext
+from nanollm.layers.layer_end import LayerEnd
 from nanollm.layers.norm import build_norm, normed
 from nanollm.layers.state import State
 
@@ -36,6 +38,7 @@ class Block(nn.Module):
         self.pre_ffn = build_norm(config.pre_ffn, dim)
         self.ffn = None if config.ffn is None else MODULES[type(config.ffn)](config.ffn, dim)
         self.post_ffn = build_norm(config.post_ffn, dim)
+        self.end = None if config.end is None else LayerEnd(config.end, dim)
 
     def forward(self, x: Tensor, ctx: ForwardContext, state: State | None = None) -> Tensor:
         """x (B, T, D) → (B, T, D)."""
@@ -54,7 +57,8 @@ class Block(nn.Module):
         else:
             x, h = self.pre_ffn.add(x, mixed)
         out = self.scaled(normed(self.post_ffn, self.ffn(h.to(ctx.dtype))))
-        return x + out if not self.parallel else x + mixed + out
+        x = x + out if not self.parallel else x + mixed + out
+        return x if self.end is None else self.end(x, ctx)
 
     def scaled(self, branch: Tensor) -> Tensor:
         """What a branch adds to the stream."""

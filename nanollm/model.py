@@ -80,7 +80,7 @@ class Decoder(nn.Module):
         self.positions = build_positions(config.positions, config.dim)
         self.embed_norm = build_norm(config.embed_norm, config.dim)
         self.layers = nn.ModuleList(Block(layer, config.dim) for layer in config.layers)
-        self.shared = build_shared(config)                      # blocks that stand once and are used by many layers
+        self.shared = build_shared(config, self.layers)         # what stands once and is used by many layers
         self.norm = build_norm(config.final_norm, config.dim)
         self.head = Head(config)
         self.tie()
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         else:
             check_positions(positions)
         x = self.embedded(tokens, positions)
-        ctx = ForwardContext(positions, regular, x.dtype, cache, self.shared, x)
+        ctx = ForwardContext(positions, regular, x.dtype, cache, self.shared, x, tokens)
         if self.config.float32_residual:
             x = x.float()
         states = cache.states if cache is not None else [None] * len(self.layers)

@@ -58,8 +58,8 @@ our tables or our decoder.
 - measured: when, and on what.
 {measured}
 
-Folders that also see pictures (Gemma 3, Qwen2-VL, Qwen2.5-VL) have no row, since what is saved of them is a text model:
-`tests/families/test_multimodal.py` compares them with transformers' multimodal classes.
+Folders that also see pictures (Gemma 3 and 4, Qwen2-VL, Qwen2.5-VL) have no row, since what is saved of them is a text
+model: `tests/families/test_multimodal.py` compares them with transformers' multimodal classes.
 
 {summary}
 """

@@ -13,7 +13,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from nanollm import cli
-from nanollm.config import MLP, Attention, Layer, Mamba2, ModelConfig, Norm, Rope, SharedBlock, SharedBlockScan
+from nanollm.config import (
+    MLP,
+    Attention,
+    CrossLayerAttention,
+    Layer,
+    LayerEnd,
+    Mamba2,
+    ModelConfig,
+    Norm,
+    NormedValueAttention,
+    PerLayerInput,
+    Rope,
+    SharedBlock,
+    SharedBlockScan,
+)
 from nanollm.init import initial_values
 from nanollm.model import Decoder
 from nanollm.presets import preset
@@ -54,11 +68,16 @@ def losses(world: World, name: str | ModelConfig, dtype: str = "float32", steps:
 
 
 def shared(world: World) -> dict:
-    """Layers that use one block, beside which each has matrices of its own."""
+    """Layers that use one block, beside which each has matrices of its own; and layers that read keys of another, and
+    vectors that are made for all."""
     block = SharedBlock(0, Attention(4, 2, 32, Rope()), MLP(40), Norm())
     layer = Layer(SharedBlockScan(block, Mamba2(4, 16, 1, 8, 4), Norm(), 4), None, None, pre_ffn=None)
     config = dataclasses.replace(preset("mamba", 300, 32), dim=64, layers=(layer,) * 3)
-    return {how: losses(world, config, recompute=how) for how in ("none", "full")}
+    mixers = NormedValueAttention(4, 2, 16, Rope(), kept=True), CrossLayerAttention(4, 2, 16, Rope())
+    layers = tuple(Layer(mixer, MLP(40), end=LayerEnd(PerLayerInput(8), Norm())) for mixer in mixers)
+    keys = dataclasses.replace(preset("llama", 300, 32), dim=64, layers=layers)
+    found = {how: losses(world, config, recompute=how) for how in ("none", "full")}
+    return found | {f"keys {how}": losses(world, keys, recompute=how) for how in ("none", "full")}
 
 
 def initial(world: World) -> dict:

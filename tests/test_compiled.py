@@ -23,7 +23,7 @@ from tests.test_consistency import KINDS, tokens
 
 # which cannot be traced, by the name in KINDS, and how many kinds of layers in each: two experts that have a row each,
 # layers that read what others chose
-UNTRACED = {"chunked": 1, "sparse latent": 3, "shared": 3}
+UNTRACED = {"chunked": 1, "sparse latent": 3, "shared": 3, "keys of a layer before": 6}
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 

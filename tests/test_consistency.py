@@ -19,6 +19,7 @@ from nanollm.config import (
     Attention,
     ChunkedAttention,
     ClippedGLU,
+    CrossLayerAttention,
     DynamicNTK,
     ExpertGroups,
     FilteredAttention,
@@ -30,6 +31,7 @@ from nanollm.config import (
     LatentAttention,
     LatentExpert,
     Layer,
+    LayerEnd,
     LogLength,
     LogSteps,
     LogTokenSteps,
@@ -41,7 +43,11 @@ from nanollm.config import (
     MultiHeadMamba,
     NarrowValueAttention,
     Norm,
+    NormedMoE,
+    NormedValueAttention,
     ParallelMixer,
+    PerLayerInput,
+    Proportional,
     Rope,
     ScaledMLP,
     SharedBlock,
@@ -167,6 +173,17 @@ KINDS = {
         Layer(SharedBlockScan(shared(1), Mamba2(6, 8, 2, 5, 3), Norm(), qkv_rank=2), None, None, pre_ffn=None),
         Layer(SharedBlockScan(shared(0, rope=Rope()), MultiHeadMamba(48, 4, 3, 3, heads=2), Norm()), MLP(48), None),
     ),
+    "keys of a layer before": tuple(
+        Layer(mixer, MLP(48), end=LayerEnd(PerLayerInput(6), Norm())) for mixer in (
+            NormedValueAttention(4, 2, 8, Rope(), 7, Norm(), kept=True),
+            NormedValueAttention(4, 2, 8, Rope(scaling=Proportional(0.5)), values_are_keys=True, kept=True),
+            CrossLayerAttention(4, 2, 8, Rope(), 7, Norm()), CrossLayerAttention(4, 2, 8, Rope(), qk_norm=Norm()),
+            NormedValueAttention(2, 2, 8, Rope(), 7, kept=True), CrossLayerAttention(4, 2, 8, Rope(theta=1e3), 7))
+    ),
+    "experts between norms": (
+        Layer(NormedValueAttention(4, 2, 8, Rope()), NormedMoE(4, 2, MLP(20), True, MLP(12)), pre_ffn=None,
+              end=LayerEnd()),
+    ) * 2,
     "filtered": (
         Layer(FilteredAttention(attention(), 16), MLP(48)),
         Layer(FilteredAttention(Attention(3, 3, 8, Rope(scaling=DynamicNTK(2.0, 16))), 24), MLP(48)),

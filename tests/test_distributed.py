@@ -190,11 +190,13 @@ def test_recomputed_activations_change_no_bit(tmp_path):
 
 
 def test_a_block_that_layers_share_is_one_on_many_ranks(tmp_path):
-    """It is gathered at each use, and its gradients of all uses are summed."""
+    """It is gathered at each use, and its gradients of all uses are summed. So it is with keys of another layer."""
     one, two = case("shared", 1, tmp_path), case("shared", 2, tmp_path)
-    assert one["none"] == one["full"] and two["none"] == two["full"]
-    assert np.allclose(one["none"][::2], two["none"][::2], rtol=0, atol=1e-6)               # losses
-    assert np.allclose(one["none"][1::2], two["none"][1::2], rtol=2e-5, atol=0)             # gradient norms
+    for what in ("", "keys "):
+        none, full = f"{what}none", f"{what}full"
+        assert one[none] == one[full] and two[none] == two[full]
+        assert np.allclose(one[none][::2], two[none][::2], rtol=0, atol=1e-6)               # losses
+        assert np.allclose(one[none][1::2], two[none][1::2], rtol=2e-5, atol=0)             # gradient norms
 
 
 @pytest.mark.slow

@@ -82,7 +82,7 @@ def test_an_unknown_family_is_told_the_nearest_and_where_the_list_is():
 @pytest.mark.parametrize("kind, reason", [
     ("llava", "reads pictures or sound beside text"), ("qwen3_asr", "reads pictures or sound beside text"),
     ("mllama", "cross attention"), ("deepseek_v4", "several residual streams"),
-    ("gemma4", "keys and values from other layers"), ("phi3small", "block-sparse"), ("sparsellama", "FATReLU"),
+    ("phi3small", "block-sparse"), ("sparsellama", "FATReLU"),
     ("step3p7", "nothing could be compared"), (None, "no class in architectures .*--family MODEL_TYPE"),
 ])
 def test_what_is_no_relative_of_its_name_is_told_the_reason(kind, reason):

@@ -199,8 +199,13 @@ def test_activations_are_those_that_a_real_run_holds(name, context, recompute):
     assert plan.activations(model.config, 2, context, BF16, recompute)[0] == kept + tokens.nbytes
 
 
+def test_layers_that_read_what_others_make_are_refused():
+    with pytest.raises(InputError, match="here layers read keys of other layers"):
+        plan.activations(ModelConfig(97, 32, KINDS["keys of a layer before"]), 2, 8, BF16, "none")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", [name for name in KINDS if name != "keys of a layer before"])
 def test_activations_of_every_kind_of_layer(name):
     model, tokens = Decoder(ModelConfig(97, 32, KINDS[name])).to(BF16), torch.randint(97, (2, 8))
     with plan.Live() as live:

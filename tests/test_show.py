@@ -496,7 +496,7 @@ def test_every_field_that_is_no_size_has_its_words():
     special = {
         "Layer.pre_mixer", "Layer.post_mixer", "Layer.pre_ffn", "Layer.post_ffn", "ModelConfig.final_norm",
         "ModelConfig.embed_norm",
-        *(f"{kind}.{field}" for kind in ("Attention", "ChunkedAttention")
+        *(f"{kind}.{field}" for kind in ("Attention", "ChunkedAttention", "CrossLayerAttention", "NormedValueAttention")
           for field in ("qk_norm", "rope")),
     }  # said by of_norm and of_mixer
     kinds = [

@@ -25,7 +25,8 @@ from tests.test_consistency import BOUND, BY_LENGTH, KINDS, T, attention, tokens
 
 STATIC = {name: layers for name, layers in KINDS.items() if name not in BY_LENGTH}
 STATIC["filtered"] = (Layer(FilteredAttention(attention(), 16), MLP(48)),) * 2
-WAITING = {"softcap", "latent", "sinks", "chunked", "one branch"}  # experts whose definition reads from the device
+WAITING = {  # experts whose definition reads from the device
+    "softcap", "latent", "sinks", "chunked", "one branch", "experts between norms"}
 
 
 class Tape(TorchDispatchMode):

@@ -33,6 +33,7 @@ REFUSED = {
     "zamba-7b": "layer 0: MultiHeadMamba is not divided", "zamba-biases": "layer 0: SharedBlockScan is not divided",
     "zamba2-1.2b": "layer 1: SharedBlockScan is not", "zamba2-2.7b": "layer 1: SharedBlockScan is not",
     "zamba2-7b": "layer 0: SharedBlockScan is not divided",
+    "gemma4-26b-a4b": "layer 0: NormedMoE is not divided",
     # these miniatures have an odd number of heads
     "olmo-hybrid-7b": "layer 0: GatedDeltaNet.key_heads is 3, which 2 ranks cannot share out",
     "olmo-hybrid-rotates": "layer 1: GatedDeltaNet.key_heads is 3, which 2 ranks",

@@ -13,8 +13,6 @@ REPLACED = ("a decoder whose layers go on with what their norm gives, in place o
 SEES = ("a model that reads pictures or sound beside text, and whose folder is not read here, nor the text model "
         "inside it")
 CROSSED = "a decoder that reads pictures by cross attention, as no layer here does; transformers runs it"
-BORROWED = ("a decoder whose layers take keys and values from other layers or keys for values, and read an embedding "
-            "of their own or experts beside the MLP, as none does here; transformers runs it")
 BLOCKS = ("a decoder whose attention reads blocks of keys that depend on the head (block-sparse), and whose MLP clips "
           "its gate, as no layer here does; its own repository has the code")
 FATRELU = ("a Llama whose activation passes nothing below a threshold (FATReLU), as no feed-forward here has. Its own "
@@ -37,7 +35,6 @@ ELSEWHERE = {
         qwen2_audio qwen3_asr
     """.split(), SEES),
     "mllama": CROSSED,
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), BORROWED),
     "phi3small": BLOCKS, "sparsellama": FATRELU, "step3p7": UNCOMPARED,
     "deepseek_v4": STREAMS, "deepseek_ref": STREAMS,   # before transformers had it, V4 was uploaded so
     "whisper": "a model that writes down speech; transformers runs it",

@@ -25,7 +25,8 @@ from nanollm.model import Decoder
 
 ORDER = """norm scaling rope alibi positions frame state mask attention ssd scan recurrent delta mamba mamba2
            latent_attention gated_attention""".split()
-LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "shared_block", "block", "model"]
+LAST = ["linear", "mlp", "xielu", "scaled_mlp", "moe", "input_weighted_moe", "normed_moe", "shared_block", "block",
+        "model"]
 
 
 class File(Heads):

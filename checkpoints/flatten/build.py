@@ -13,7 +13,8 @@ from checkpoints.flatten.constants import Constants
 from checkpoints.flatten.sources import is_ours
 from checkpoints.flatten.values import World
 from checkpoints.flatten.write import Writer
-from nanollm.config import ModelConfig
+from nanollm.config import CrossLayerAttention, ModelConfig
+from nanollm.errors import ConfigError
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
 
@@ -57,6 +58,8 @@ def prepared(config: ModelConfig) -> Writer:
     """All that is left of the decoder of a config."""
     with recorded() as made, torch.device("meta"):
         model = Decoder(config)
+    if "per_layer" in model.shared or any(isinstance(layer.mixer, CrossLayerAttention) for layer in config.layers):
+        raise ConfigError("layers share keys and values, which a flattened file cannot write down yet")
     kinds = list(dict.fromkeys(config.layers))
     first = {kind: config.layers.index(kind) for kind in kinds}
     writer = Writer(model, [model.layers[first[kind]] for kind in kinds], made, Constants(config))

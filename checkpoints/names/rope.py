@@ -14,12 +14,13 @@ import math
 from typing import Any
 
 from checkpoints.names.reader import Reader, brief, is_number
-from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Rope, Scaling, Yarn
+from nanollm.config import DynamicNTK, Linear, Llama3, LongRope, Proportional, Rope, Scaling, Yarn
 from nanollm.errors import ConfigError
 
 ORIGINAL = "original_max_position_embeddings"
 SCALINGS = {  # our field → their key; a field that is not named follows from the context
     "linear": (Linear, {"factor": "factor"}),
+    "proportional": (Proportional, {"share": "partial_rotary_factor"}),
     "dynamic": (DynamicNTK, {"factor": "factor"}),
     "llama3": (Llama3, {"factor": "factor", "original": ORIGINAL,
                         "low": "low_freq_factor", "high": "high_freq_factor"}),
@@ -58,7 +59,9 @@ def read_rope(
         raise ConfigError(f"{r.where}: {inner.prefix}rope_type is {brief(kind)}; "
                           f"expected default, {', '.join(SCALINGS)}")
     scaling = None if kind == "default" else _read_scaling(inner, kind, context, original)
-    if whole:
+    if isinstance(scaling, Proportional):
+        turned = 1.0
+    elif whole:
         inner.must("partial_rotary_factor", 1.0)
     else:
         turned = inner.number("partial_rotary_factor", turned)
@@ -78,6 +81,8 @@ def _read_scaling(inner: Reader, kind: str, context: int, original: int | None) 
             values[field] = _numbers(inner, key)
         elif field in ("factor", "low", "high"):
             values[field] = inner.number(key)
+        elif field == "share":
+            values[field] = inner.number(key, 1.0)
         elif (value := inner.number(key, None)) is not None:     # beta_fast, beta_slow, attention_factor
             values[field] = value
     if cls is DynamicNTK:

@@ -34,6 +34,7 @@ LETTERS = {"heads": "H", "kv_heads": "K", "head_dim": "d", "hidden": "F", "exper
 ALWAYS = ("theta", "eps")                                   # said even at their default
 NORMS = {"rms": "RMSNorm", "rms_outer": "RMSNorm", "layer": "LayerNorm"}
 PARTS = ("pre_mixer", "mixer", "post_mixer", "pre_ffn", "ffn", "post_ffn")
+DRAWN = (*PARTS, "end")
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def kinds_of(config: ModelConfig) -> list[Kind]:
     counts = Counter(config.layers)
     with torch.device("meta"):
         model = Decoder(dataclasses.replace(config, layers=tuple(counts)))
-    around = {name: p for name, p in model.named_parameters() if not name.startswith("layers.")}
+        whole = Decoder(config) if "per_layer" in model.shared else model       # as wide as there are layers
+    around = {name: p for name, p in whole.named_parameters() if not name.startswith("layers.")}
     alike = zip(names(list(counts)), model.layers, counts.items(), strict=True)
     return [Kind(name, layer, count, dict(block.named_parameters()), around) for name, block, (layer, count) in alike]
 
@@ -107,7 +109,7 @@ def draw(config: ModelConfig, kinds: Sequence[Kind]) -> list[str]:
         size = f"{sum(p.numel() for p in kind.parameters.values()):,} parameters each"
         rows.append("┌─ " + f"{kind.count} × {kind.name} ".ljust(inner - len(size) - 3, "─") + f" {size} ─┐")
         body = wiring(kind.layer)
-        for part in PARTS:
+        for part in DRAWN:
             value = getattr(kind.layer, part)
             if value is not None:
                 body += _entry(part, brief(value), _of_part(part, kind.parameters), inner)
@@ -121,7 +123,11 @@ def _shared(config: ModelConfig, around: Mapping[str, Tensor]) -> list[str]:
     uses = Counter(layer.mixer.block for layer in config.layers if isinstance(layer.mixer, SharedBlockScan))
     entries = [(f"shared.{block.number}", f"{_title(block)}, used by {counted(count, 'layer')}")
                for block, count in uses.items()]
-    return [f"  {line}" for part, said in entries for line in _entry(part, said, _of_part(part, around), WIDTH - 2)]
+    inputs = next((layer.end.inputs for layer in config.layers if layer.end and layer.end.inputs), None)
+    if inputs is not None:
+        entries.append(("shared.per_layer", f"{_title(inputs)} as shared.per_layer, a vector a token for each layer"))
+    return [f"  {line}" for part, said in entries
+            for line in _entry(part.removesuffix(".per_layer"), said, _of_part(part, around), WIDTH - 2)]
 
 
 def _of_part(part: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -173,7 +179,8 @@ def wiring(layer: Layer) -> list[str]:
         top, bottom = "x ", "  "
         for branch in filter(None, (_chain(pre, mixer, post), _chain(pre_ffn, ffn, post_ffn))):
             top, bottom = f"{top}─┬→ {branch} → + ", f"{bottom} └{'─' * (len(branch) + 5)}┘ "
-        return [top + "→", bottom.rstrip()]
+        last = f"→ {_title(layer.end)} " if layer.end else ""
+        return [f"{top}{last}→", bottom.rstrip()]
     if layer.pre_mixer is not None and layer.pre_ffn is None:           # both read what one norm gives
         lead, upper, lower = f"x ─┬→ {pre} ─┬→ ", _chain(mixer, post), _chain(ffn, post_ffn)
         below = "   │".ljust(len(lead) - 3) + "└→ "

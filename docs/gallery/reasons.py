@@ -27,6 +27,9 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("More layers with a short window keep the cache small at long contexts; the norm of q and k "
          "replaces Gemma 2's soft caps.", "2503.19786"),
     ],
+    "gemma4_text": [
+        ("Layers that attend to the keys and values of a layer before have no cache of their own.", "2405.12981"),
+    ],
     "olmo": [
         ("Norms without parameters were judged the safest, and were the fastest of those tried.", "2402.00838"),
     ],

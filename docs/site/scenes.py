@@ -27,6 +27,7 @@ from nanollm.config import (
     Attention,
     ChunkedAttention,
     ClippedGLU,
+    CrossLayerAttention,
     DynamicNTK,
     ExpertGroups,
     FeedForward,
@@ -39,6 +40,7 @@ from nanollm.config import (
     LatentAttention,
     LatentExpert,
     Layer,
+    LayerEnd,
     Linear,
     Llama3,
     LogLength,
@@ -53,7 +55,11 @@ from nanollm.config import (
     MultiHeadMamba,
     NarrowValueAttention,
     Norm,
+    NormedMoE,
+    NormedValueAttention,
     ParallelMixer,
+    PerLayerInput,
+    Proportional,
     Rope,
     ScaledMLP,
     SharedBlock,
@@ -129,14 +135,15 @@ class Builder:
         """E experts, k of them for a token."""
         return MoE(self.s.E, self.s.k, expert or self.mlp, *(fields or [True]))
 
-    def decoder(self, *mixers: Mixer, ffn: FeedForward | None = None, parallel: bool = False, **fields: Any) -> Decoder:
+    def decoder(self, *mixers: Mixer, ffn: FeedForward | None = None, parallel: bool = False,
+                end: LayerEnd | None = None, **fields: Any) -> Decoder:
         """A layer for each mixer, with a feed-forward where its kind has one."""
         layers = []
         for mixer in mixers:
             alone = isinstance(mixer, (RWKV, Mamba, SharedBlockScan))
             layers.append(Layer(
                 mixer, None if alone else ffn or self.mlp, pre_mixer=None if isinstance(mixer, RWKV) else Norm(),
-                pre_ffn=None if alone else Norm(), parallel=parallel))
+                pre_ffn=None if alone else Norm(), parallel=parallel, end=end))
         return Decoder(ModelConfig(self.s.V, self.s.D, tuple(layers), **fields))
 
     def scene(self, name: str, *mixers: Mixer, sizes: dict[str, int] | None = None, **fields: Any) -> Scene:
@@ -214,11 +221,17 @@ def decoders(s: Sizes) -> list[Scene]:
         scene("no gate", attention(), ffn=MLP(s.F, "relu2", gated=False, bias=True), parallel=True, head_softcap=3.0),
         scene("xIELU", attention(), ffn=XIELU(s.F)),
         scene("a weight that goes in", attention(), ffn=InputWeightedMoE(s.E, s.k, build.mlp, False), sizes=moe),
+        scene("experts between norms", attention(), ffn=NormedMoE(s.E, s.k, build.mlp, True, MLP(s.F)), sizes=moe),
+        scene("values made of keys", NormedValueAttention(s.H, s.K, s.d, Rope(), values_are_keys=True)),
+        scene("keys of a layer before, and a vector for each layer",
+              NormedValueAttention(s.H, s.K, s.d, Rope(), 4, Norm(), kept=True),
+              CrossLayerAttention(s.H, s.K, s.d, Rope(), 4, Norm()),
+              end=LayerEnd(PerLayerInput(s.P), Norm()), sizes={"P": s.P, "L": 2}),
         scene("experts on a short vector", attention(), ffn=experts(expert=small), sizes=moe | {"L": s.R + 6}),
         scene("Phi's rule for experts", attention(), ffn=MoE(s.E, s.k, build.mlp, False, sparse=0.01), sizes=moe),
         scene("pairs side by side", attention(Rope(layout="interleaved", fraction=0.6)), sizes={"r": int(s.d * 0.6)}),
         *(scene(type(way).__name__, attention(Rope(scaling=way))) for way in (
-            Linear(2.0), Llama3(8.0, 8), Yarn(4.0, 8), long, DynamicNTK(2.0, 8), SteppedNTK(8))),
+            Linear(2.0), Proportional(0.5), Llama3(8.0, 8), Yarn(4.0, 8), long, DynamicNTK(2.0, 8), SteppedNTK(8))),
         *(scene(type(way).__name__, attention(growth=way)) for way in (
             LogLength(4), LogSteps(4, 0.1), LogTokenSteps(4, 0.1))),
     ]

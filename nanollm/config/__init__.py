@@ -21,9 +21,11 @@ from typing import Any
 
 from nanollm.config.checks import FeedForward, Mixer, Part, need, need_positive, need_sizes, present
 from nanollm.config.chunked import ChunkedAttention, InputWeightedMoE
+from nanollm.config.cross_layer import CrossLayerAttention, LayerEnd, NormedValueAttention, PerLayerInput, need_sources
 from nanollm.config.encoding import decoded, encoded
 from nanollm.config.gated import GatedAttention, GatedDeltaNet, NarrowValueAttention
 from nanollm.config.mixers import XIELU, ClippedGLU, ExpertGroups, FilteredAttention, LatentAttention, LatentExpert, MoE
+from nanollm.config.normed_moe import NormedMoE
 from nanollm.config.parallel import ParallelMixer, ScaledMLP
 from nanollm.config.parts import ACTIVATIONS, MLP, Activation, Alibi, Attention, Norm, Rope
 from nanollm.config.positions import Positions, Sines
@@ -35,6 +37,7 @@ from nanollm.config.scaling import (
     LogSteps,
     LogTokenSteps,
     LongRope,
+    Proportional,
     Scaling,
     SteppedNTK,
     Yarn,
@@ -45,12 +48,14 @@ from nanollm.config.sparse import Indexer, SparseLatentAttention
 from nanollm.errors import ConfigError
 
 __all__ = [
-    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "DynamicNTK", "ExpertGroups",
-    "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena", "Indexer", "InputWeightedMoE",
-    "LatentAttention", "LatentExpert", "Layer", "Linear", "Llama3", "LogLength", "LogSteps", "LogTokenSteps",
-    "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig", "MultiHeadMamba", "NarrowValueAttention",
-    "Norm", "ParallelMixer", "Part", "Positions", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling", "Sines",
-    "SharedBlock", "SharedBlockScan", "ShortConv", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN", "XIELU", "Yarn",
+    "ACTIVATIONS", "Activation", "Alibi", "Attention", "ChunkedAttention", "ClippedGLU", "CrossLayerAttention",
+    "DynamicNTK", "ExpertGroups", "FeedForward", "FilteredAttention", "GatedAttention", "GatedDeltaNet", "Hyena",
+    "Indexer", "InputWeightedMoE", "LatentAttention", "LatentExpert", "Layer", "LayerEnd", "Linear", "Llama3",
+    "LogLength", "LogSteps", "LogTokenSteps", "LongRope", "MLP", "Mamba", "Mamba2", "Mixer", "MoE", "ModelConfig",
+    "MultiHeadMamba", "NarrowValueAttention", "Norm", "NormedMoE", "NormedValueAttention", "ParallelMixer", "Part",
+    "PerLayerInput", "Positions", "Proportional", "RGLRU", "RWKV", "Rope", "SCANS", "ScaledMLP", "Scaling",
+    "SharedBlock", "SharedBlockScan", "ShortConv", "Sines", "SparseLatentAttention", "SteppedNTK", "WITH_SCAN",
+    "XIELU", "Yarn",
 ]
 
 
@@ -72,12 +77,14 @@ class Layer(Part):
     post_ffn: Norm | None = None            # as post_mixer
     parallel: bool = False                  # the feed-forward reads the same input as the mixer; GPT-NeoX
     residual_scale: float = 1.0             # times what mixer and feed-forward add to the stream; Granite 0.22
+    end: LayerEnd | None = None             # what is done with the stream at last; Gemma 4
 
     def __post_init__(self) -> None:
         need(self.mixer is None or isinstance(self.mixer, Mixer), self, "mixer", "Attention, another mixer, or None")
         need(self.ffn is None or isinstance(self.ffn, FeedForward), self, "ffn", "MLP, another feed-forward, or None")
         need_whole_vectors(self, "pre_mixer", "post_mixer", "pre_ffn", "post_ffn")
         need_positive(self, "residual_scale")
+        need(self.end is None or None not in (self.mixer, self.ffn), self, "end", "None where there is but one branch")
         alone = self.pre_ffn is None and self.post_ffn is None and not self.parallel
         expected = "a feed-forward, or pre_ffn None, post_ffn None and parallel False"
         need(self.ffn is not None or alone, self, "ffn", expected)
@@ -109,6 +116,7 @@ class ModelConfig(Part):
         need_positive(self, "embed_scale", "head_scale", *present(self, "head_softcap"))
         need_whole_vectors(self, "final_norm", "embed_norm")
         need(len(self.layers) > 0, self, "layers", "at least one")
+        need_sources(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values: each dataclass with its class name under "is", the layers as runs [count, layer]."""

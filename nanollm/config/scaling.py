@@ -19,6 +19,16 @@ class Linear(Part):
 
 
 @dataclass(frozen=True)
+class Proportional(Part):
+    """Of the pairs the fastest turn, at their angles among all; the others stand still."""
+    share: float                            # of all pairs; Gemma 4 0.25 in its layers without a window
+
+    def __post_init__(self) -> None:
+        need_positive(self, "share")
+        need(self.share <= 1, self, "share", "at most 1")
+
+
+@dataclass(frozen=True)
 class DynamicNTK(Part):
     """The base grows with the length of the sequence, once that is longer than the original context."""
     factor: float                           # how fast the base grows; InternLM2 2.0
@@ -110,5 +120,5 @@ class LogTokenSteps(LogSteps):
     rounded = False
 
 
-Scaling = Linear | DynamicNTK | SteppedNTK | Llama3 | Yarn | LongRope
+Scaling = Linear | Proportional | DynamicNTK | SteppedNTK | Llama3 | Yarn | LongRope
 Growth = LogLength | LogSteps | LogTokenSteps

@@ -237,7 +237,7 @@ def compile_step(block: CompiledBlock, places: list[tuple[dict[str, Any], str]],
 
     def step(*values: Tensor) -> tuple[Tensor]:
         """The block's forward pass with these values in the places of its own."""
-        if getattr(block.block.mixer, "HANDS_ON", False):
+        if any(getattr(part, "HANDS_ON", False) for part in (block.block.mixer, block.block.end)):
             raise InputError("they read what is no part of them")
         given, own = list(values[: len(tensors)]), values[len(tensors) :]
         x, positions = given[:2]

@@ -154,7 +154,7 @@ def side_by_side(model: Decoder) -> Iterator[nn.Module]:
     """Put q, k, v and gate, up side by side, in one Attention or MLP after the other, and hand each over."""
     for module in list(model.modules()):
         if isinstance(module, Attention):
-            _together(module, "q", "k", "v")
+            _together(module, *(name for name in ("q", "k", "v") if getattr(module, name) is not None))
             yield module
         elif isinstance(module, MLP):
             if module.gate is not None:

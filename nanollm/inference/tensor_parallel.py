@@ -105,6 +105,8 @@ def mamba2(one: c.Mamba2, ranks: int) -> c.Mamba2:
 SMALLER: dict[type, Smaller] = {
     c.Attention: attention,
     c.ChunkedAttention: attention,
+    c.NormedValueAttention: attention,
+    c.CrossLayerAttention: attention,
     c.GatedAttention: inside("attention"),
     c.NarrowValueAttention: inside("attention"),
     c.LatentAttention: by("heads"),

@@ -17,6 +17,7 @@ from typing import Any
 from nanollm import config as c
 from nanollm.layers.attention import Attention
 from nanollm.layers.chunked_attention import ChunkedAttention
+from nanollm.layers.cross_layer import CrossLayerAttention
 from nanollm.layers.filtered_attention import FilteredAttention
 from nanollm.layers.gated_attention import GatedAttention
 from nanollm.layers.gated_delta_net import GatedDeltaNet
@@ -30,6 +31,8 @@ from nanollm.layers.moe import MoE
 from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.narrow_values import NarrowValueAttention
 from nanollm.layers.no_mixer import NoMixer
+from nanollm.layers.normed_moe import NormedMoE
+from nanollm.layers.normed_values import NormedValueAttention
 from nanollm.layers.parallel_mixer import ParallelMixer
 from nanollm.layers.recurrent import RGLRU
 from nanollm.layers.rwkv import RWKV
@@ -42,6 +45,8 @@ from nanollm.layers.xielu import XIELU
 MODULES: dict[type, Any] = {
     c.Attention: Attention,
     c.ChunkedAttention: ChunkedAttention,
+    c.NormedValueAttention: NormedValueAttention,
+    c.CrossLayerAttention: CrossLayerAttention,
     c.LatentAttention: LatentAttention,
     c.SparseLatentAttention: SparseLatentAttention,
     c.FilteredAttention: FilteredAttention,
@@ -63,4 +68,5 @@ MODULES: dict[type, Any] = {
     c.MoE: MoE,
     c.XIELU: XIELU,
     c.InputWeightedMoE: InputWeightedMoE,
+    c.NormedMoE: NormedMoE,
 }

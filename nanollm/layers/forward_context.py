@@ -23,16 +23,22 @@ from nanollm.layers.state import KVCache, RowLengths, SlotMapping
 class ForwardContext:
     """positions (B, T) int64; regular: all rows have the same T consecutive positions, none is padding.
 
-    shared, embedding: blocks that several layers use, by number, and what the first layer reads (shared_block.py)."""
+    shared, embedding: modules that several layers use, by name, and what the first layer reads (shared_block.py).
+    tokens: (B, T), for those that each layer has a vector of (per_layer.py)."""
 
     def __init__(self, positions: Tensor, regular: bool, dtype: torch.dtype, cache: RowLengths | None = None,
-                 shared: nn.ModuleDict | None = None, embedding: Tensor | None = None) -> None:
+                 shared: nn.ModuleDict | None = None, embedding: Tensor | None = None,
+                 tokens: Tensor | None = None) -> None:
         self.positions, self.regular, self.dtype, self.cache = positions, regular, dtype, cache
         self.shared, self.embedding = shared, embedding if shared else None     # kept only where somebody reads it
         self.real = None if regular else positions >= 0                         # (B, T), False: padding
         self.begins = None if regular else positions == 0                       # (B, T), True: first of a document
         self.documents = None if regular or cache is not None else (positions == 0).cumsum(1)
         self.memo: dict[tuple, object] = {}
+        self.kept: dict[int | None, tuple[Tensor, Tensor, SlotMapping | None]] = {}     # cross_layer.py
+        # at once, not where it is first read: a layer that runs again for its gradient would not make it again
+        per_layer = shared["per_layer"] if shared and "per_layer" in shared else None
+        self.per_layer = None if per_layer is None or tokens is None else per_layer(tokens, embedding)
 
     def rotation(self, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:
         """cos and sin (B or 1, 1, T, r), rounded and in the dtype that the rope asks for, see rope.py."""

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from nanollm.config import Norm
-from nanollm.init import Draw, constant, one, zero
+from nanollm.init import Draw, constant, zero
+from nanollm.layers.head_norm import HeadNorm
 from nanollm.ops import accelerated
 
 
@@ -100,20 +101,6 @@ class LayerNorm(nn.Module):
         """x + y and its norm."""
         total = x + y
         return total, self(total)
-
-
-class HeadNorm(nn.Module):
-    """LayerNorm of each head of q or k by itself, with a gain of its own."""
-    INIT = {"gain": one}
-
-    def __init__(self, config: Norm, heads: int, head_dim: int) -> None:
-        super().__init__()
-        self.config = config
-        self.gain = nn.Parameter(torch.empty(heads, head_dim))
-
-    def forward(self, x: Tensor) -> Tensor:             # (B, T, H, d) → (B, T, H, d)
-        x_hat = F.layer_norm(x.float(), x.shape[-1:], eps=self.config.eps)
-        return (x_hat * self.gain.float()).to(x.dtype)
 
 
 class OuterNorm(RMSNorm):

@@ -1,6 +1,7 @@
 """RoPE for longer contexts: what becomes of the angles f_j = θ^(−2j/r) beyond the length a model was trained for.
 
     Linear       f_j / s                                       all alike
+    Proportional f_j for the first share of the pairs, else 0  a far key differs by what turns slowly, or not at all
     Llama3       fast pairs kept, slow ones divided by s       by how often a pair turns within the original context L
     Yarn         the same, by a ramp over j                    and a temperature on the scores
     LongRope     f_j / a searched divisor                      one list up to L, another beyond it
@@ -31,6 +32,7 @@ from nanollm.config import (
     LogSteps,
     LogTokenSteps,
     LongRope,
+    Proportional,
     Rope,
     Scaling,
     SteppedNTK,
@@ -44,6 +46,8 @@ def scaled_frequencies(scaling: Scaling, theta: float, r: int, exponents: Tensor
     match scaling:
         case Linear(factor):                                                    # Chen et al. 2023, arXiv 2306.15595
             return 1 / theta ** exponents / factor
+        case Proportional(share):
+            return 1 / theta ** exponents * (torch.arange(r // 2, device=exponents.device) < int(share * r // 2))
         case Llama3():
             return llama3(scaling, 1 / theta ** exponents)
         case Yarn():

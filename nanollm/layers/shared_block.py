@@ -37,6 +37,7 @@ from nanollm.layers.mamba2 import Mamba2
 from nanollm.layers.mlp import MLP, gated
 from nanollm.layers.multi_head_mamba import MultiHeadMamba
 from nanollm.layers.norm import build_norm
+from nanollm.layers.per_layer import build_per_layer
 from nanollm.layers.state import KVCache, ParallelState
 
 
@@ -147,7 +148,9 @@ class SharedBlockScan(nn.Module):
         return attention + MLP.multiply_adds(config.block.mlp, dim) + own
 
 
-def build_shared(config: ModelConfig) -> nn.ModuleDict:
-    """The blocks that layers share, by their numbers."""
+def build_shared(config: ModelConfig, layers: nn.ModuleList) -> nn.ModuleDict:
+    """The blocks that layers share, by their numbers, and as "per_layer" what makes a vector for each layer."""
     blocks = shared_blocks([layer.mixer for layer in config.layers])
-    return nn.ModuleDict({str(number): SharedBlock(block, config.dim) for number, block in sorted(blocks.items())})
+    found: dict[str, nn.Module] = {str(i): SharedBlock(block, config.dim) for i, block in sorted(blocks.items())}
+    per_layer = build_per_layer(config, layers)
+    return nn.ModuleDict(found if per_layer is None else {**found, "per_layer": per_layer})

@@ -21,6 +21,7 @@ import torch
 
 from nanollm import config as c
 from nanollm.layers import MODULES
+from nanollm.layers.layer_end import LayerEnd
 
 if TYPE_CHECKING:
     from nanollm.training.distributed import World  # imported, it would cost show.py a second
@@ -130,4 +131,5 @@ def _multiply_adds(config: c.ModelConfig, context: int) -> int:
     for layer, count in Counter(config.layers).items():
         layers += count * MODULES[type(layer.mixer)].multiply_adds(layer.mixer, config.dim, context)
         layers += count * MODULES[type(layer.ffn)].multiply_adds(layer.ffn, config.dim) if layer.ffn else 0
+        layers += count * LayerEnd.multiply_adds(layer.end, config.dim) if layer.end else 0
     return layers + config.dim * config.vocab

@@ -39,6 +39,7 @@ from nanollm.config import (
     Mixer,
     ModelConfig,
     NarrowValueAttention,
+    NormedValueAttention,
     ParallelMixer,
     Rope,
     Scaling,
@@ -136,10 +137,12 @@ def deeper(config: ModelConfig, count: int) -> ModelConfig:
 
 
 def copied(layer: Layer) -> Layer:
-    """The layer as its copy is. A copy ranks no keys: those that it chose would be what later layers read."""
-    if not isinstance(layer.mixer, SparseLatentAttention):
-        return layer
-    return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, indexer=None))
+    """The layer as its copy is. A copy ranks no keys and keeps none: those would be what later layers read."""
+    if isinstance(layer.mixer, SparseLatentAttention):
+        return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, indexer=None))
+    if isinstance(layer.mixer, NormedValueAttention):
+        return dataclasses.replace(layer, mixer=dataclasses.replace(layer.mixer, kept=False))
+    return layer
 
 
 def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int) -> tuple[ModelConfig, Values]:
@@ -155,11 +158,17 @@ def more_layers(model: Decoder, config: ModelConfig, values: Values, count: int)
             if place in new:
                 value = torch.full_like(value, silent[leaf]) if leaf in silent else value.clone()
             grown[f"layers.{place}.{leaf}"] = value
+    places = order(len(model.layers), count)
+    for name, dim in (("shared.per_layer.table", 1), ("shared.per_layer.linear.weight", 0)):    # a part for each layer
+        if name in grown:
+            grown[name] = grown[name].unflatten(dim, (len(model.layers), -1)).index_select(
+                dim, torch.tensor(places)).flatten(dim, dim + 1)
     return wanted, grown
 
 
 def silenced(block: nn.Module) -> dict[str, float]:
-    """The parameters of a block that decide what it adds to the residual stream, and the value with which that is 0.
+    """The parameters of a block that decide what it does to the residual stream, each with the value at which it does
+    nothing.
 
     They are the matrices that init.py calls residual, and their biases. Where a norm stands behind them it is the gain
     of that norm: the norm of 0 would have the gradient 1/√ε.
@@ -172,6 +181,9 @@ def silenced(block: nn.Module) -> dict[str, float]:
             found[f"post_{part}.bias"] = 0.0
         elif getattr(block, part) is not None:
             found |= dict.fromkeys(outputs(getattr(block, part), part), 0.0)
+    if block.end is not None:
+        found["end.scale"] = 1.0                                # what multiplies the stream
+        found["end.norm.gain"] = 0.0                            # of what is added before that
     return found
 
 
@@ -196,6 +208,9 @@ def more_tokens(config: ModelConfig, values: Values, options: argparse.Namespace
             warnings.warn(f"--grow-vocab: nothing grows, as the model's {config.vocab} rows are enough for the "
                           f"tokenizer's {size} tokens", stacklevel=2)
         return config, values
+    if "shared.per_layer.table" in values:
+        raise InputError(f"the tokenizer has {size} tokens and the model {config.vocab} rows; here none are added to a "
+                         "model whose layers have a vector a token each (per-layer embeddings)")
     like = None
     if options.grow_from is not None:
         like = tokenizer.load(options.init).encode(options.grow_from, bos=False)

@@ -107,7 +107,7 @@ def build(
             continue
         if id(p) in inside:
             matrices.append(p)
-        elif key in ("embed.weight", "positions.weight", "head.weight"):
+        elif key in ("embed.weight", "positions.weight", "head.weight", "shared.per_layer.table"):
             tables.append(p)
         else:
             rest.append(p)

@@ -110,6 +110,10 @@ def activations(config: c.ModelConfig, rows: int, context: int, dtype: torch.dty
     work adds at most. Each row is one document; packed ones need a mask (B, 1, T, T) in each attention. Experts get
     even shares. A scan in PyTorch keeps every step, and takes as many operations: it is traced at 128 and 256 tokens,
     and the straight line through both is followed to `context`."""
+    if any(isinstance(layer.mixer, c.CrossLayerAttention) or (layer.end and layer.end.inputs)
+           for layer in config.layers):
+        raise InputError("--plan adds up what each layer keeps by itself; here layers read keys of other layers, or "
+                         "vectors that are made for all at once (per-layer embeddings)")
     kinds = Counter(config.layers)
     with torch.device("meta"):
         model = adapt(Decoder(dataclasses.replace(config, layers=tuple(kinds))))

@@ -15,6 +15,8 @@ import checkpoints
 from checkpoints.families import read_config
 from nanollm.config import Attention, Linear, Rope, Yarn
 from nanollm.errors import ConfigError
+from tests.fixtures.gemma4 import BORROWING, GEMMA4, PER_LAYER, UNIFIED
+from tests.fixtures.gemma4 import EXPERTS as EXPERTS_BESIDE
 from tests.fixtures.qwen3_5 import MROPE
 from tests.fixtures.qwen3_next import EXPERTS, MIXERS
 from tests.oracles import difference, make_loud
@@ -39,6 +41,14 @@ MODELS = {
             hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
         ),
     ),
+    "gemma4": dict(
+        text_config=TEXT | GEMMA4 | PER_LAYER | BORROWING | EXPERTS_BESIDE, audio_config=None,
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           num_key_value_heads=2, head_dim=8, patch_size=4, position_embedding_size=16),
+    ),
+    "gemma4_unified": dict(
+        text_config=TEXT | UNIFIED, audio_config=None,
+        vision_config=dict(patch_size=4, mm_embed_dim=16, mm_posemb_size=16, output_proj_dims=64)),
     "qwen2_vl": TEXT | QWEN | IDS | dict(vision_config=dict(depth=1, embed_dim=16, hidden_size=64, num_heads=2)),
     "qwen2_5_vl": TEXT
     | QWEN
@@ -53,16 +63,18 @@ MODELS = {
     "qwen3_5_moe": IDS | dict(text_config=TEXT | QWEN3_5 | EXPERTS, vision_config=QWEN3_5_VISION),
 }
 GAIN = dict.fromkeys(("qwen3_5", "qwen3_5_moe"), 0.1)  # louder, three states in a row make of one rounding 1e-5
-TEXT_CLASS = {"gemma3": "gemma3_text", "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text",
-              "qwen3_5_moe": "qwen3_5_moe_text"}
+TEXT_CLASS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_unified_text",
+              "qwen2_vl": "qwen2", "qwen2_5_vl": "qwen2", "qwen3_5": "qwen3_5_text", "qwen3_5_moe": "qwen3_5_moe_text"}
 INSIDE = ("model.", "model.language_model.")
 LANGUAGE = {  # how a text model's names begin, and how those of the folder do
-    "gemma3": ("", "language_model."), "qwen2_vl": ("", ""), "qwen2_5_vl": ("", ""), "qwen3_5": INSIDE,
-    "qwen3_5_moe": INSIDE,
+    "gemma3": ("", "language_model."), "gemma4": INSIDE, "gemma4_unified": INSIDE,
+    "qwen2_vl": ("", ""), "qwen2_5_vl": ("", ""), "qwen3_5": INSIDE, "qwen3_5_moe": INSIDE,
 }
 MODULES = {"gemma3": (("language_model.model.", "model.language_model."), ("vision_tower.", "model.vision_tower."),
                       ("multi_modal_projector.", "model.multi_modal_projector.")),
            "qwen2_vl": (("model.", "model.language_model."), ("visual.", "model.visual."))}
+MODULES["gemma4"] = (INSIDE[1:] * 2, ("model.vision_tower.",) * 2, ("model.embed_vision.",) * 2)
+MODULES["gemma4_unified"] = (INSIDE[1:] * 2, ("model.vision_embedder.",) * 2, ("model.embed_vision.",) * 2)
 MODULES["qwen2_5_vl"] = MODULES["qwen2_vl"]
 MODULES["qwen3_5"] = MODULES["qwen3_5_moe"] = (INSIDE[1:] * 2, ("model.visual.",) * 2)  # on the hub as the modules
 
@@ -88,7 +100,7 @@ def load(folder, *towers):
     stored = load_file(folder / "model.safetensors")
     parts = [[tensor for name, tensor in stored.items() if name.startswith(tower)] for tower in towers]
     told = [
-        rf"{tower}… \({len(part)} tensors, {sum(tensor.nbytes for tensor in part):,} bytes\)"
+        rf"{tower}… \({len(part)} tensors?, {sum(tensor.nbytes for tensor in part):,} bytes\)"
         for tower, part in zip(towers, parts, strict=True)
     ]
     with pytest.warns(UserWarning, match="left out: " + ", ".join(told) + "$"):
