@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 import train  # first: it sets what torch reads when it comes
-from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm, Rope
+from nanollm.config import MLP, Attention, Layer, ModelConfig, Norm
 from nanollm.data.stream import Batch
 from nanollm.init import initial_values
 from nanollm.model import Decoder
@@ -42,11 +42,11 @@ from nanollm.training.tuning import Source
 
 
 def gpt(vocab: int, dim: int, layers: int, heads: int) -> ModelConfig:
-    """nanoGPT's shape: LayerNorm, GELU, a tied head. RoPE takes the place of its learned positions."""
+    """nanoGPT's shape: learned positions, LayerNorm, GELU, a tied head."""
     norm = Norm("layer", bias=False)
-    attention = Attention(heads, heads, dim // heads, Rope())
+    attention = Attention(heads, heads, dim // heads, rope=None)
     layer = Layer(attention, MLP(4 * dim, "gelu", gated=False), pre_mixer=norm, pre_ffn=norm)
-    return ModelConfig(vocab, dim, (layer,) * layers, norm, tied=True, context=1024)
+    return ModelConfig(vocab, dim, (layer,) * layers, norm, tied=True, context=1024, positions=1024)
 
 
 SHAPES = {              # name: config, rows, tokens a row, peer

@@ -34,11 +34,12 @@ class LinearCrossEntropy(torch.autograd.Function):
                 softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        d_weight: Tensor | None = None
         size, sums = max(1, PIECE // len(weight)), hidden.new_zeros(3, dtype=torch.float32)
         for first in range(0, len(hidden), size):
             x, y = hidden[first : first + size], targets[first : first + size]
-            logits, real = F.linear(x, weight).float(), (y >= 0).float()                # (m, V), (m,)
+            product, real = F.linear(x, weight), (y >= 0).float()                       # (m, V), (m,)
+            logits = product.float()                                                    # in float32 the same tensor
             if softcap is not None:
                 logits = logits.div_(softcap).tanh_().mul_(softcap)
             chosen, top = logits.gather(-1, y.clamp(min=0)[:, None])[:, 0], logits.amax(-1, keepdim=True)
@@ -52,13 +53,17 @@ class LinearCrossEntropy(torch.autograd.Function):
                 continue
             gradient = powers.mul_((real * (1 + 2 * z * log_z) / mass)[:, None])
             gradient.scatter_add_(-1, y.clamp(min=0)[:, None], -real[:, None])
-            gradient = (gradient if slope is None else gradient.mul_(slope)).to(hidden.dtype)
+            gradient = product.copy_(gradient if slope is None else gradient.mul_(slope))
             if d_hidden is not None:
                 torch.mm(gradient, weight, out=d_hidden[first : first + size])
-            if d_weight is not None and hidden.dtype == torch.float32:
+            if not wants_weight:
+                continue
+            if d_weight is None:
+                d_weight = gradient.T @ x                       # the whole of it, where there is one piece
+            elif hidden.dtype == torch.float32:
                 d_weight.addmm_(gradient.T, x)
-            elif d_weight is not None:
-                d_weight += gradient.T @ x
+            else:
+                d_weight = d_weight.float().add_(gradient.T @ x)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
         total, nats, squares = (one.clone() for one in sums)
