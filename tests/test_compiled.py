@@ -73,7 +73,7 @@ def test_what_is_traced_is_the_layer(uncompiled, kind):
 
 # kinds whose prompts are traced: those with keys in no ring, and a plain MLP
 PROMPTS = {"full", "window", "dynamic", "longrope", "alibi", "coarse alibi", "norms of heads", "log steps", "log n",
-           "latent dynamic", "sinks", "delta"}
+           "latent dynamic", "sinks", "delta", "narrow values"}
 
 
 @torch.inference_mode()

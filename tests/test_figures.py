@@ -88,6 +88,7 @@ def test_sizes_are_what_is_published():
         found = size(name, PUBLISHED[name][0])
         assert (found["parameters"], found["active"]) == (record[name]["parameters"], record[name]["active"]), name
     assert record["Llama-3.1-8B"]["token"] == 2 * 32 * 8 * 128 * 2      # k and v, layers, heads, width, bytes
+    assert record["gpt-oss-20b"]["token"] == 2 * 24 * 8 * 64 * 2        # before the windows of 128 keys are full
     assert record["DeepSeek-V3"]["token"] == 61 * (512 + 64) * 2        # one latent vector and a rotated key a layer
     assert {one["model_type"] for one in record.values()} <= FAMILIES.keys()
 

@@ -11,7 +11,8 @@ import generate as script
 from checkpoints import convert, load
 from checkpoints.parts import load_part
 from checkpoints.source import open_source
-from nanollm.errors import CheckpointError, NanollmError
+from nanollm.errors import CheckpointError, InputError, NanollmError
+from nanollm.training.distributed import world
 from tests import forked, tensor_ranks
 from tests.fixtures import FIXTURES, ONCE, ONE_OF_EACH
 from tests.oracles import write
@@ -134,3 +135,10 @@ def test_generate_py_says_on_ranks_what_it_says_alone(folder: Path, tmp_path: Pa
 def test_what_is_wrong_is_said_once(folder: Path, arguments: list[str], message: str) -> None:
     ended = cli(2, "--model", folder, *arguments)
     assert ended.said.count(message) == 1 and ended.out == "" and 0 not in ended.codes, ended.said
+
+
+def test_a_number_of_processes_without_a_rank_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE is 3 and RANK is not set"), world("cpu"):
+        pass

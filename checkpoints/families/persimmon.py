@@ -3,7 +3,7 @@
     x += dense(attention(norm(x)));  x += 4h_to_h(relu(h_to_4h(norm(x)))²)      LayerNorms and matrices all with bias
 
 As many key/value heads as heads; on disk q, k and v are one tensor, a head at a time. The base of RoPE is 25000.
-Untied, with the largest vocabulary of its time (262144), and 0.6 of dropout, for training only.
+Untied, with a vocabulary of 262144, and 0.6 of dropout, for training only.
 """
 
 from checkpoints.families.llama import EPS, LAYER_NORM, LLAMA_NAMES, LLAMA_SHAPE

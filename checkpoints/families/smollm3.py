@@ -1,4 +1,4 @@
-"""SmolLM3-3B: Llama in which every fourth layer does not rotate (NoPE, Kazemnejad et al. 2023, arXiv 2305.19466).
+"""SmolLM3-3B: Llama in which every fourth layer does not rotate (NoPE, Yang et al. 2025, arXiv 2501.18795).
 
     layer                           0  1  2  3  4  5  6  7 …
     no_rope_layers                  1  1  1  0  1  1  1  0        1: RoPE, 0: none, though the key's name says otherwise

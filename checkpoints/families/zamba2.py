@@ -1,4 +1,4 @@
-"""Zamba2: Mamba-2 layers, before some of which stands one of two transformer blocks that all of these share.
+"""Zamba2: Mamba-2 layers, before some of which stands a transformer block: all of these share one, or two in turn.
 
     linear_attention    x += mamba(norm(x))
     hybrid              x += mamba(norm(x + W block([x, e])))          e: the embedding

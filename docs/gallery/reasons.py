@@ -128,7 +128,7 @@ REASONS: dict[str, list[tuple[str, str]]] = {
         ("A search under the limits of given hardware chose what each layer keeps.", "2411.19146"),
     ],
     "smollm3": [
-        ("Decoders without positions did best on texts longer than those of training.", "2305.19466"),
+        ("Without rotation in every fourth layer long contexts went better, and short ones no worse.", "2501.18795"),
     ],
     "glm4_moe": [
         ("The norm of q and k is for the stability of its scores.", "2508.06471"),

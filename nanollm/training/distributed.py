@@ -100,10 +100,12 @@ class World:
 def world(device: str, replicas: int = 1) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one.
 
-    Raises InputError where `replicas` does not divide the number of processes.
+    Raises InputError where `replicas` does not divide the number of processes, or WORLD_SIZE stands without RANK.
     """
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if size > 1 and "RANK" not in os.environ:
+        raise InputError(f"WORLD_SIZE is {size} and RANK is not set: torchrun sets both; one process needs neither")
     if size % replicas:
         raise InputError(f"--replicas {replicas} does not divide the {size} process(es) of this run")
     here = torch.device(f"cuda:{local}" if device == "cuda" else device)
