@@ -1,4 +1,4 @@
-"""GPT-NeoX-20B and Pythia; Dolly 2, a Pythia trained on; RedPajama-INCITE, of the same shape; GPT-NeoX Japanese (ABEJA).
+"""GPT-NeoX-20B, Pythia; Dolly 2, a Pythia trained on; RedPajama-INCITE, of the same shape; GPT-NeoX Japanese (ABEJA).
 
     parallel      x + attention(norm1(x)) + mlp(norm2(x))        use_parallel_residual true: GPT-NeoX, Pythia, Dolly
     sequential    x += attention(norm1(x));  x += mlp(norm2(x))  false: RedPajama-INCITE
