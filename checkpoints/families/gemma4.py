@@ -195,7 +195,8 @@ class RopeOfEach(Row):
         """Both; what no layer has as the family's own."""
         ropes = dict(self.MEANT)
         for layer in draft.layers:
-            ropes[SLIDING if layer.get("mixer.window") else FULL] = layer.get("mixer.rope").build()
+            if (rope := layer.get("mixer.rope")) is not None:   # without one it is no Gemma 4, as reading shows
+                ropes[SLIDING if layer.get("mixer.window") else FULL] = rope.build()
         return {key: {kind: write_rope(rope)["rope_parameters"] for kind, rope in ropes.items()}}
 
 
