@@ -403,3 +403,14 @@ def test_a_kernel_that_is_not_what_it_was_is_not_used(bits, broken, monkeypatch)
         assert torch.allclose(found, expected, atol=1e-5)
     finally:
         cpu_products.has.cache_clear()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_compiled_model_measures_without_torchs_kernels(bits):
+    """Held-out loss of a model that trains with --compile: torch's compiler does not follow the trial of a kernel."""
+    weight = quantize_weight(torch.randn(32, 64), bits, 32)
+    module = QuantizedLinear(*(None if part is None else part.clone() for part in weight))
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        found = torch.compile(module, backend="eager", fullgraph=True)(x)
+    assert torch.equal(found, x @ dequantize(*weight).T)
