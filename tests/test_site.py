@@ -186,7 +186,8 @@ def test_no_link_is_broken(site):
             links += 1
             assert aim.is_file(), f"{path.relative_to(site.out)}: {target}"
             assert not anchor or anchor in ids[aim], f"{path.relative_to(site.out)}: {target}"
-    assert links > 20000
+        assert re.search(r'href="[./]*index.html"', text), f"no way back from {path}"
+    assert links > 20000 and 'href="docs/learn.md.html"' in (site.out / "index.html").read_text()
     papers = set(re.findall(r'href="(https://arxiv.org/abs/[^"]*)"', "".join(texts.values())))
     assert len(papers) > 80 and all(re.fullmatch(r".*/\d{4}\.\d{4,5}(v\d+)?", each) for each in papers)
 

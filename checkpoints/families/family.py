@@ -32,6 +32,7 @@ class Family:
                 is saved as FAMILIES[name]
     ahead       what predicts the token after the next one, and is left out: tensors, separated by spaces, where one is
                 stored its whole layer or module ({i}: of the layer behind the model's own); or prefixes, with the dot
+    about       what it is, in a line, where the first line of its file speaks of others
     """
     name: str  # the model_type it writes
     architecture: str  # transformers' class of it
@@ -45,6 +46,7 @@ class Family:
     irrelevant: frozenset[str] = frozenset()  # keys of this family that do not reach the logits
     left_out: tuple[str, ...] = ()
     ahead: str = ""
+    about: str = ""
 
     def but(
         self, name: str, architecture: str = "", *, keys: Keys | None = None, without: tuple[str, ...] = (),
@@ -57,14 +59,14 @@ class Family:
         missing          what missing keys mean: the same rows otherwise
         norm             what the final norm is, and those before the mixer and the feed-forward
         layer, model     other fields that no key says: path → value
-        more             any field of Family
+        more             any field of Family; `about` is of this one alone
         """
         around = ({"final_norm": norm} if norm else {}) | dict(model or {})
         inside = ({"pre_mixer": norm, "pre_ffn": norm} if norm else {}) | dict(layer or {})
         table = {key: row for key, row in self.keys.items() if key not in without} | (keys or {})
         table |= {key: table[key].where_missing(value) for key, value in (missing or {}).items()}
         return replace(self, name=name, architecture=architecture or self.architecture, keys=table,
-                       layer=self.layer.but(inside), model=self.model.but(around), **more)
+                       layer=self.layer.but(inside), model=self.model.but(around), **({"about": ""} | more))
 
     def tables(self, config: ModelConfig) -> tuple[Table, ...]:
         """The tables of tensor names for a model; the first is what is written."""

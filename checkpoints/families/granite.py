@@ -62,6 +62,7 @@ class BaseOfEach(RopeKeys):
 SINKS = rule("model.layers.{i}.self_attn.sinks", "layers.{i}.mixer.sinks")
 GRANITE_SWA = GRANITE.but(
     "granite_swa", "GraniteSWAForCausalLM", layer={"mixer.sinks": True}, names=(override(LLAMA_NAMES, SINKS),),
+    about="Granite Swash, dense: Granite 3 whose heads have sinks, with a window in three layers of four.",
     missing={"num_key_value_heads": 4, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
              "max_position_embeddings": 8192},
     keys={"layer_types": FirstOfFourFull(128), "rope_parameters": BaseOfEach()},
@@ -81,6 +82,7 @@ class UsualOrOther(Row):
 
 HYPERCLOVAX = GRANITE.but(
     "hyperclovax", "HyperCLOVAXForCausalLM",
+    about="HyperCLOVA X SEED Think 14B (Naver): Granite's factors, with norms behind both branches too.",
     names=(override(LLAMA_NAMES, *under("model.layers.{i}", "layers.{i}", {
         "post_norm1": "post_mixer", "post_norm2": "post_ffn"})),),
     keys={

@@ -73,6 +73,7 @@ SWA_NAMES = override(
 )
 GRANITE_MOE_SWA = GRANITE_MOE_SHARED.but(
     "granitemoe_swa", "GraniteMoeSWAForCausalLM", names=(SWA_NAMES,), layer={"mixer.sinks": True},
+    about="Granite Swash, 3B-A600M: Granite's experts, heads with sinks, and a window in three layers of four.",
     keys={"layer_types": FirstOfFourFull(128), "rope_parameters": BaseOfEach()},
 )
 FAMILIES = {"granitemoe": GRANITE_MOE, "granitemoeshared": GRANITE_MOE_SHARED, "granitemoe_swa": GRANITE_MOE_SWA}

@@ -76,6 +76,7 @@ LLAMA = LLAMA_SHAPE.but(
 )
 IQUESTCODER = LLAMA_SHAPE.but(
     "iquestcoder", "IQuestCoderForCausalLM",
+    about="IQuest-Coder: Llama with heads 128 wide whatever hidden_size is, and biases where two keys say so.",
     missing={"num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
     keys={
         "attention_bias": ATTENTION_BIAS, "mlp_bias": flag("ffn.bias", missing=False),

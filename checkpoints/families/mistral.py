@@ -30,5 +30,7 @@ MISTRAL = LLAMA_SHAPE.but(
     },
 )
 MINISTRAL = MISTRAL.but(
-    "ministral", "MinistralForCausalLM", keys={"layer_types": AllSlide(or_null=True)}, without=("sliding_window",))
+    "ministral", "MinistralForCausalLM",
+    about="Ministral 8B: Mistral with a window in the layers that layer_types names.",
+    keys={"layer_types": AllSlide(or_null=True)}, without=("sliding_window",))
 FAMILIES = {"mistral": MISTRAL, "ministral": MINISTRAL}

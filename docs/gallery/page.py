@@ -120,7 +120,7 @@ def card(alike: list[Family]) -> str:
     """Families that differ alike, drawn once."""
     first, towers = alike[0], with_towers()
     titles = ", ".join(named(one.model_type) for one in alike)
-    about = "".join(f"<br>{escape(headline(name))}" for name in dict.fromkeys(FILES[one.model_type] for one in alike))
+    about = "".join(f"<br>{escape(line)}" for line in dict.fromkeys(headline(one.model_type) for one in alike))
     beside = [named(kind) for one in alike for kind in towers.get(one.model_type, ())]
     seen = f"<br>Beside a tower for pictures, which is left out: {', '.join(beside)}" if beside else ""
     said: dict[tuple[str, str], list[str]] = {}             # (which layers, words) → places
@@ -146,9 +146,10 @@ def named(kind: str) -> str:
     return f'<span id="{kind}" class="of">{kind}</span>'
 
 
-def headline(name: str) -> str:
-    """What the file of a family begins with."""
-    return (importlib.import_module(f"checkpoints.families.{name}").__doc__ or "").split("\n")[0]
+def headline(kind: str) -> str:
+    """What a family says of itself: its own line, or that which its file begins with."""
+    file = importlib.import_module(f"checkpoints.families.{FILES[kind]}")
+    return FAMILIES[kind].about or (file.__doc__ or "").split("\n")[0]
 
 
 def item(where: str, places: str, words: list[str]) -> str:

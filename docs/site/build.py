@@ -236,7 +236,13 @@ class Site:
             self.put(out, f"{path}.html", titles[path], body, "guides")
         for path in self.pictures:
             (out / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self.root / path, out / path)
+            if path.endswith(".html"):
+                text = (self.root / path).read_text(encoding="utf-8")       # whole by itself; here with a way back
+                home = posixpath.relpath("index.html", posixpath.dirname(path))
+                back = f'<main>\n<a href="{home}">nanollm</a>'
+                (out / path).write_text(text.replace("<main>", back, 1), encoding="utf-8")
+            else:
+                shutil.copyfile(self.root / path, out / path)
         for path in sorted(self.wanted):
             self.put(out, f"{path}.html", path, self.plain(path), "source")
         self.put(out, "index.html", "Contents", self.front(titles), "front")

@@ -100,6 +100,8 @@ def front_page(order: Iterable[tuple[str, str, str]], guides: Iterable[tuple[str
 <p>Modern language-model decoders from scratch, in plain PyTorch. Here every file stands beside what it says of itself:
 equations first, then the code, with the shape of each tensor as it was measured, and names that lead to their
 definition.</p>
+<p class=learn>New to language models? <a href="docs/learn.md.html">Learn</a> goes from a token to a fork on 4 GPUs, in
+twelve steps.</p>
 </section>
 <section id=order><h2>Read a decoder in this order</h2><ol class=steps>{steps}</ol></section>
 <section><h2>The rooms</h2><figure class=map><img src="{picture}"

@@ -4,8 +4,10 @@
         └── y_proj ── gelu ────────────────────┘                De et al. 2024 (arXiv 2402.19427), §2.3, Figure 2c
 
     r_t = σ(W_a u_t + b_a)    i_t = σ(W_x u_t + b_x)            the real-gated linear recurrent unit, §2.4, eq. 1 … 4
-    a_t = a^(8 r_t),   a = exp(−softplus(Λ))
+    a_t = a^(8 r_t),   a = exp(−softplus(Λ)) = σ(−Λ)
     h_t = a_t ⊙ h_{t−1} + √(1 − a_t²) ⊙ (i_t ⊙ u_t)             u the convolved x; y = h, there is no C
+
+The paper has a = σ(Λ): Λ as the published weights store it, and as it is here, has the other sign.
 
 The first token of a document has nothing before it: there h_t = i_t ⊙ u_t, without the root. W_a and W_x are
 block-diagonal, a block a head, which is all that the heads are for. The convolution has no activation.

@@ -1,11 +1,11 @@
 """Rotary position embedding: turn pairs of channels by an angle that grows with position.
 
-    pair j of a head at position m turns by the angle  m·f_j,     f_j = θ^(−2j/d),  j = 0 … d/2 − 1
+    pair j of a head at position m turns by the angle  m·f_j,     f_j = θ^(−2j/r),  j = 0 … r/2 − 1
     (a, b) → (a cos − b sin, b cos + a sin)                       Su et al. 2021 (arXiv 2104.09864), eq. 34
 
 Two rotated vectors meet in a dot product that depends on the difference of their positions only.
 
-Which two channels make a pair is a convention, and mixing them up is the classic bug (shown for d = 8):
+Which two channels make a pair is a convention, and mixing them up is the classic bug (shown for r = 8):
 
     half          pairs (0,4) (1,5) (2,6) (3,7)       Hugging Face Llama, Mistral, Qwen, NeoX
     interleaved   pairs (0,1) (2,3) (4,5) (6,7)       Meta's Llama files, GPT-J, Cohere, GLM
