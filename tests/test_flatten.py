@@ -3,6 +3,8 @@
 The file of every fixture is made, run and compared; nothing of nanollm is imported by it.
 """
 
+import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -13,16 +15,17 @@ import pytest
 import torch
 
 import checkpoints
+from checkpoints.families import read_config
 from checkpoints.flatten import flatten
+from checkpoints.flatten.build import prepared
 from nanollm.cache import Cache
 from nanollm.errors import ConfigError, NanollmError
 from nanollm.inference.generation import generate
 from tests.fixtures import FIXTURES, slow_but
-from tests.oracles import tokens, write
+from tests.oracles import hf_config, tokens, write
 
 QUICK = ["llama-3.1", "mixtral-8x22b", "mamba-biases", "deepseek-v2", "gemma3-27b", "qwen3-next-mixed", "internlm-7b",
          "zamba2-2.7b"]
-REFUSED = ["gemma4-e2b"]            # layers share keys and values
 ALLOWED = {"math", "sys", "collections", "dataclasses", "pathlib", "typing", "torch", "safetensors", "tokenizers"}
 
 
@@ -33,7 +36,7 @@ def run(text: str) -> types.ModuleType:
     return module
 
 
-@pytest.fixture(scope="module", params=slow_but(QUICK, [name for name in FIXTURES if name not in REFUSED]))
+@pytest.fixture(scope="module", params=slow_but(QUICK, FIXTURES))
 def flat(request, tmp_path_factory):
     """(fixture, our model, the text of the file, the module, its model)"""
     fixture, folder = FIXTURES[request.param], tmp_path_factory.mktemp("flat")
@@ -94,8 +97,10 @@ def test_what_cannot_be_flattened_is_said(tmp_path):
     (tmp_path / "params.json").write_text("{}")
     with pytest.raises(NanollmError):
         flatten(tmp_path)
-    write(FIXTURES["gemma4-e2b"], tmp_path / "shared")
-    with pytest.raises(ConfigError, match="layers share keys and values"):
-        flatten(tmp_path / "shared")
+    config = read_config(json.loads(hf_config(FIXTURES["gemma4-e2b"]).to_json_string()))[1]
+    first, *rest = config.layers
+    mixed = dataclasses.replace(first, end=dataclasses.replace(first.end, inputs=None, norm=None)), *rest
+    with pytest.raises(ConfigError, match="some layers have a vector of their own and others none"):
+        prepared(dataclasses.replace(config, layers=mixed))
     with pytest.raises(ConfigError, match="no preset"):
         flatten("no-such-model")

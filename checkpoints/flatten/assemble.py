@@ -16,7 +16,7 @@ from checkpoints.flatten.plain import TEXT, chosen
 from checkpoints.flatten.prose import docstring, equations, legend, pruned
 from checkpoints.flatten.sources import Code, dedented, global_value, is_ours, parsed, source
 from checkpoints.flatten.training import drawing
-from checkpoints.flatten.write import Writer
+from checkpoints.flatten.write import PLACE, Writer
 from checkpoints.names.table import Table
 from nanollm.config import MLP
 from nanollm.layers import mask
@@ -126,7 +126,8 @@ class File(Heads):
         texts = list(dict.fromkeys(writer.construct(layer) for layer in writer.layers))
         if len(texts) == 1:
             return []
-        out = ["def layer(kind: str) -> Block:", '    """The kinds of layers."""']
+        place = f", {PLACE}: int" if writer.counts_layers else ""
+        out = [f"def layer(kind: str{place}) -> Block:", '    """The kinds of layers."""']
         for i, text in enumerate(texts[:-1]):
             out += [f'    if kind == "{"abcdefghijklmnopqrstuvwxyz"[i]}":', f"        return {text}"]
         return [*out, f"    return {texts[-1]}"]

@@ -12,8 +12,8 @@ from torch import nn
 from checkpoints.flatten.constants import Constants
 from checkpoints.flatten.sources import is_ours
 from checkpoints.flatten.values import World
-from checkpoints.flatten.write import Writer
-from nanollm.config import CrossLayerAttention, ModelConfig
+from checkpoints.flatten.write import PLACE, Writer
+from nanollm.config import ModelConfig
 from nanollm.errors import ConfigError
 from nanollm.layers.linear import Linear
 from nanollm.model import Decoder
@@ -58,11 +58,12 @@ def prepared(config: ModelConfig) -> Writer:
     """All that is left of the decoder of a config."""
     with recorded() as made, torch.device("meta"):
         model = Decoder(config)
-    if "per_layer" in model.shared or any(isinstance(layer.mixer, CrossLayerAttention) for layer in config.layers):
-        raise ConfigError("layers share keys and values, which a flattened file cannot write down yet")
     kinds = list(dict.fromkeys(config.layers))
     first = {kind: config.layers.index(kind) for kind in kinds}
     writer = Writer(model, [model.layers[first[kind]] for kind in kinds], made, Constants(config))
     writer.kind_of_layer = [kinds.index(layer) for layer in config.layers]
     writer.settle()
+    for index, layer in enumerate(model.layers):
+        if any(getattr(one, PLACE) != index for one in layer.modules() if writer.has_place(one)):
+            raise ConfigError("some layers have a vector of their own and others none; a flattened file counts all")
     return writer

@@ -254,7 +254,7 @@ def fitted(lines: list[str]) -> list[str]:
 def broken(line: str) -> list[str]:
     """A line in two, behind the last comma or before the last operator that fits, inside a bracket."""
     indent = len(line) - len(line.lstrip())
-    goes_on = line.count(")") > line.count("(")                 # with what a line above opened
+    goes_on = max(0, line.count(")") - line.count("("))         # brackets that a line above opened
     opened, best = [indent - 1] * goes_on, 0
     for i, letter in enumerate(line[:WIDTH]):
         if letter in "([{":

@@ -77,14 +77,17 @@ class ForwardContext:
     regular, real, begins, documents = True, None, None, None
 
     def __init__(self, positions: Tensor, regular: bool, dtype: torch.dtype, cache: Cache | None = None,
-                 shared: nn.ModuleDict | None = None, embedding: Tensor | None = None, rope: Rope | None = None,
-                 head_dim: int = 0) -> None:
+                 shared: nn.ModuleDict | None = None, embedding: Tensor | None = None, tokens: Tensor | None = None,
+                 rope: Rope | None = None, head_dim: int = 0) -> None:
         self.positions, self.dtype = positions, dtype                           # (1, T)
         self.start = 0 if cache is None else cache.length - positions.shape[1]
         if shared:
             self.shared, self.embedding = shared, embedding                     # blocks by name; (B, T, D)
         if rope is not None:
             self.rotation = rounded_tables(rope, head_dim, positions, dtype)    # cos and sin (1, 1, T, r)
+        if shared and "per_layer" in shared:
+            self.per_layer = shared["per_layer"](tokens, embedding)             # a vector a layer, (B, T, L, P)
+        self.kept: dict[int | None, Any] = {}                                   # window → what later layers read
         self.memo: dict[Any, Any] = {}
 
     def rotations(self, rope: Rope, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,8 @@ from nanollm.layers.linear import Linear
 from nanollm.layers.scaling import length_key
 from nanollm.model import Embedding, Head
 
+PLACE = "number"                        # the attribute of a module with HAS_PLACE, and the word for it in the file
+
 
 class InitWriter(Rewriter):
     """Writes the __init__ of a module class: attributes that are constants are left out, those that differ come as
@@ -84,7 +86,7 @@ class InitWriter(Rewriter):
             said = self.numbers(value, worlds)
             texts = {None if one is None else program.construct(one, said) for one in found}
             plain = all(type(one) in (nn.Linear, Linear) for one in found) and value is not None
-            if plain or len(texts) == 1:
+            if plain or (len(texts) == 1 and not any(program.has_place(one) for one in found)):
                 return [f"self.{name} = {self.expr(value, worlds) if plain and value else texts.pop()}"]
             program.note_lift(self.owner, name, "attribute")
             return [f"self.{name} = {name}"]
@@ -245,6 +247,9 @@ class Writer(SpecialCalls):
             kind = kind.removeprefix("base ")
             owner: Any = {"attribute": module, "field": getattr(module, "config", None), "read": given.get("config")}
             value = given.get(name) if kind == "given" else getattr(owner[kind], name)
+            if name == PLACE and self.has_place(module):        # it is told where its layer stands
+                args.append(f"{name}={PLACE}")
+                continue
             text = said[value] if said and type(value) is int and value in said else self.value_text(value)
             args.append(text if kind == "given" else f"{name}={text}")
         return f"{self.name(type(module))}({', '.join(args)})"
@@ -268,7 +273,18 @@ class Writer(SpecialCalls):
         """The layers: how many of which kind."""
         texts = [self.construct(self.layers[self.kind_of_layer[i]]) for i in range(len(self.model.layers))]
         if len(set(texts)) == 1:
-            return f"nn.ModuleList({texts[0]} for _ in range(LAYERS))"
+            return f"nn.ModuleList({texts[0]} for {PLACE if self.counts_layers else '_'} in range(LAYERS))"
+        if self.counts_layers:
+            return f"nn.ModuleList(layer(kind, {PLACE}) for {PLACE}, kind in enumerate(LAYERS))"
         return "nn.ModuleList(layer(kind) for kind in LAYERS)"
+
+    def has_place(self, module: nn.Module | None) -> bool:
+        """Whether a module reads which of the layers it stands in: no config says it, and alike layers differ in it."""
+        return getattr(type(module), "HAS_PLACE", False) and PLACE in self.init_parameters(type(module))
+
+    @property
+    def counts_layers(self) -> bool:
+        """Whether any does."""
+        return any(map(self.has_place, self.modules()))
 
     kind_of_layer: list[int]

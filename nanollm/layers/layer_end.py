@@ -24,6 +24,7 @@ from nanollm.layers.norm import build_norm, normed
 class LayerEnd(nn.Module):
     """The equations at the head of the file."""
     INIT = {"scale": one, "out.weight": residual}
+    HAS_PLACE = True                    # `number` follows from where the layer stands, not from its config
 
     def __init__(self, config: LayerEndConfig, dim: int) -> None:
         super().__init__()
@@ -32,7 +33,7 @@ class LayerEnd(nn.Module):
         self.gate = Linear(dim, config.inputs.width, bias=False) if config.inputs else None
         self.out = Linear(config.inputs.width, dim, bias=False) if config.inputs else None
         self.norm = build_norm(config.norm, dim)
-        self.number = 0                                         # which of the vectors is its own; build_per_layer
+        self.number = 0                                         # which of the vectors is its own
         self.scale = nn.Parameter(torch.empty(1))               # s
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:                # (B, T, D) → (B, T, D)

@@ -30,7 +30,7 @@ class NormedValueAttention(Attention):
     def __init__(self, config: NormedValueAttentionConfig, dim: int) -> None:
         super().__init__(config, dim)
         self.v_norm = build_norm(config.value_norm, config.head_dim)
-        self.kept = self.HANDS_ON = config.kept                 # HANDS_ON: layers above read what it leaves
+        self.kept = self.HANDS_ON = config.kept                 # layers above read what it leaves
         if config.values_are_keys:
             self.v = None  # type: ignore[assignment]
 
