@@ -97,6 +97,13 @@ def test_a_prompt_has_a_program_too(uncompiled, kind):
         assert difference(prompted(ready, n, n + 3), logits) < 1e-5
 
 
+def test_a_model_with_fewer_positions_than_such_a_prompt_is_compiled(uncompiled):
+    layer = Layer(Attention(4, 4, 8, None), MLP(48))
+    model = decoder((layer,) * 2, positions=40)
+    expected = stepwise(model, 20, 24)
+    assert difference(stepwise(compile_decoding(model), 20, 24), expected) < 1e-5
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_quantised_layers_are_traced_too(uncompiled, bits):
     mixer = Attention(4, 2, 16, Rope())

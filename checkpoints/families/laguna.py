@@ -11,10 +11,9 @@ Refused: a soft cap of the router, weights that go in (which transformers refuse
 
 from typing import Any
 
-from checkpoints.families.gemma import TwoRopes
 from checkpoints.families.glm_moe import NamedDense
 from checkpoints.families.llama import EPS, LLAMA_SHAPE
-from checkpoints.families.mellum import NoneSlides, dense_layers
+from checkpoints.families.mellum import NoneSlides, Ropes, dense_layers
 from checkpoints.families.qwen import QWEN3_NAMES
 from checkpoints.families.qwen_moe import SHARED, with_experts
 from checkpoints.names.config_rows import FULL, SLIDING
@@ -41,9 +40,8 @@ class HeadsOfEach(Row):
         return {key: draft["mixer.heads"], "num_attention_heads_per_layer": [*draft.each("mixer.heads")]}
 
 
-class Ropes(TwoRopes):
-    """One for the layers that slide, another for the full ones, in the new dialect alone."""
-    BASES = {SLIDING: ("rope_local_base_freq", 1e4), FULL: ("rope_theta", 5e5)}
+class OrPublished(Ropes):
+    """Mellum's two, and where nothing is said those that were published."""
     fraction = 1.0
     PUBLISHED = {FULL: {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 0.5},
                  SLIDING: {"rope_type": "default", "rope_theta": 1e4}}
@@ -53,9 +51,6 @@ class Ropes(TwoRopes):
         said = r if r.get(key, None) else r.of(r.values | {key: self.PUBLISHED})
         super().read(said, draft, key)
         r.seen |= said.seen
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: super().write(draft, key)[key]}
 
 
 def within(row: Row) -> Within:
@@ -80,7 +75,7 @@ LAGUNA = LLAMA_SHAPE.but(
                                       round_weights=True),
         "layer_types": within(NoneSlides(512)),
         "num_attention_heads": within(HeadsOfEach()), "head_dim": within(size("mixer.head_dim", missing=128)),
-        "num_key_value_heads": within(size("mixer.kv_heads", missing=8)), "rope_parameters": within(Ropes()),
+        "num_key_value_heads": within(size("mixer.kv_heads", missing=8)), "rope_parameters": within(OrPublished()),
         "gating": choice({True: "head", "per-head": "head", "per-element": "channel"}, "mixer.per", missing=True),
         "rms_norm_eps": number(*EPS, "mixer.attention.qk_norm.eps", missing=1e-6),
         "hidden_act": activation("ffn.activation", "ffn.expert.activation", "ffn.shared.activation", missing="silu"),

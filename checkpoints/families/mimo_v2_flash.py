@@ -13,13 +13,13 @@ What predicts ahead (model.mtp.…) is left out. Weights are 8-bit, as V3's. arX
 from typing import Any
 
 from checkpoints.families.deepseek import CORRECTION, V3_EXPERTS, V3_ROUTING, Groups
-from checkpoints.families.gemma import TwoRopes
 from checkpoints.families.glm_moe import NamedDense
+from checkpoints.families.laguna import within
 from checkpoints.families.llama import EPS, LLAMA_NAMES, LLAMA_SHAPE
+from checkpoints.families.mellum import Ropes
 from checkpoints.families.qwen_moe import with_experts
 from checkpoints.names.config_rows import FULL, SLIDING, Windows
 from checkpoints.names.config_table import Draft, Row, field, flag, number, only, part, size
-from checkpoints.names.layer_kinds import Within
 from checkpoints.names.reader import Reader
 from checkpoints.names.table import rule
 from nanollm.config import Attention, NarrowValueAttention, Rope
@@ -69,18 +69,10 @@ class TwiceWhereItSlides(Row):
         return {key: heads // 2 if window else heads}
 
 
-class Ropes(TwoRopes):
-    """One for the layers that slide, another for the full ones, in the new dialect alone."""
+class OwnRopes(Ropes):
+    """Mellum's two, of other bases, which a third of each head turns by."""
     BASES = {SLIDING: ("swa_rope_theta", 1e4), FULL: ("rope_theta", 5e6)}
     fraction = 0.334
-
-    def write(self, draft: Draft, key: str) -> dict[str, Any]:
-        return {key: super().write(draft, key)[key]}
-
-
-def within(row: Row) -> Within:
-    """A row for the attention inside."""
-    return Within("attention", row)
 
 
 MIMO_V2_FLASH = LLAMA_SHAPE.but(
@@ -94,7 +86,7 @@ MIMO_V2_FLASH = LLAMA_SHAPE.but(
         "num_attention_heads": within(size("mixer.heads")), "num_key_value_heads": within(TwiceWhereItSlides()),
         "head_dim": within(size("mixer.head_dim", missing=192)), "v_head_dim": size("mixer.value", missing=128),
         "attention_value_scale": number("mixer.value_scale", missing=0.707, null=1.0),
-        "attention_bias": within(flag("mixer.qkv_bias", missing=False)), "rope_parameters": within(Ropes()),
+        "attention_bias": within(flag("mixer.qkv_bias", missing=False)), "rope_parameters": within(OwnRopes()),
         "rms_norm_eps": number(*EPS, missing=1e-5, also=("layernorm_epsilon",)),
         "moe_intermediate_size": size("ffn.expert.hidden", missing=2048),
         "n_group": Groups(count=1, kept=1, best=2), "n_shared_experts": only(None),

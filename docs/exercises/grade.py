@@ -103,12 +103,12 @@ def small_numbers(exercise: Exercise, merged: Merged | None, lines: str) -> int:
 
 def the_tests(exercise: Exercise, merged: Merged | None) -> int:
     """The project's own tests that are named in the exercise."""
-    try:
-        import pytest
-        import transformers  # noqa: F401  what most of the tests compare with
-    except ImportError as missing:
-        print(f"  not graded further: {missing.name} is not installed; pip install -e '.[test]' in the repository")
+    missing = [name for name in ("pytest", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"  not graded further: {missing[0]} is not installed; pip install -e '.[test]' in the repository")
         return NOTHING
+    import pytest
+
     report, said = Report(exercise.name, merged), io.StringIO()
     os.chdir(ROOT)
     with redirect_stdout(said), redirect_stderr(said), report:

@@ -39,6 +39,7 @@ from torch.utils import _pytree as pytree
 
 from nanollm import ops
 from nanollm.config import MLP
+from nanollm.config.positions import places
 from nanollm.errors import InputError
 from nanollm.inference.prepare import head_product, linears, side_by_side, widen
 from nanollm.inference.quantize import QuantizedLinear
@@ -79,7 +80,8 @@ def compile_decoding(model: Decoder, head_bits: int | None = None, rows: Sequenc
         cache = RowCache(model, n, 8)
         for _ in range(4):
             cache.read_together(0, [[0]] * n)
-    RowCache(model, 1, LEAST_PROMPT + 1).read_together(0, [[0] * LEAST_PROMPT])
+    if (places(model.config.positions) or LEAST_PROMPT) >= LEAST_PROMPT:        # or no prompt is as long
+        RowCache(model, 1, LEAST_PROMPT + 1).read_together(0, [[0] * LEAST_PROMPT])
     return model
 
 

@@ -149,8 +149,9 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor, expert: int | None = None) -> Tensor:          # (…, K) → (…, N)
         bits = 8 if self.zero is None else 4
         bias = of(expert, self.bias)
-        plain = x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()  # which takes no kernel
-        if plain and cpu.fits(bits, self.outputs, self.inputs, self.group):
+        # torch.compile takes the definition: it does not follow how a kernel is tried
+        may = x.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if may and cpu.fits(bits, self.outputs, self.inputs, self.group):
             is_ordered = bits == 4 and self.ordered is not None                 # to put ours back takes longer
             if is_ordered or x.numel() <= cpu.few(x.dtype) * self.inputs:
                 y = self._rows(x.reshape(-1, self.inputs).contiguous(), expert).view(*x.shape[:-1], self.outputs)

@@ -42,7 +42,8 @@ class MultiHeadMamba(Mamba):
     def __init__(self, config: MultiHeadMambaConfig, dim: int) -> None:
         super().__init__(config, dim)
         width = config.dt_rank + 2 * config.state
-        self.x_proj = HeadLinear(config.heads, config.inner // config.heads, width)  # type: ignore[assignment]  # for Linear
+        inputs = config.inner // config.heads
+        self.x_proj = HeadLinear(config.heads, inputs, width)  # type: ignore[assignment]  # for a Linear
 
     def scanned(self, x: Tensor, z: Tensor, h: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
         """As in Mamba, one head after the other."""

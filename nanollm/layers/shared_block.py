@@ -143,8 +143,8 @@ class SharedBlockScan(nn.Module):
         inner, F = config.block.attention, config.block.mlp.hidden
         H, K, d = inner.heads, inner.kv_heads, inner.head_dim
         attention = Attention.multiply_adds(inner, 2 * dim, context) - dim * H * d      # o gives D, not 2 D
-        added = (config.qkv_rank or 0) * (3 * 2 * dim + (H + 2 * K) * d) + (config.mlp_rank or 0) * (dim + 2 * F)
-        own = dim * dim + added + scan_of(config.scan).multiply_adds(config.scan, dim, context)
+        adapters = (config.qkv_rank or 0) * (3 * 2 * dim + (H + 2 * K) * d) + (config.mlp_rank or 0) * (dim + 2 * F)
+        own = dim * dim + adapters + scan_of(config.scan).multiply_adds(config.scan, dim, context)
         return attention + MLP.multiply_adds(config.block.mlp, dim) + own
 
 
