@@ -214,3 +214,11 @@ def test_every_pre_tokenizer_cuts_as_llama_cpps(name, llama_cpp, tmp_path):
         if not (PRE[name].nfc and "\u0301" in text):      # llama.cpp does not compose
             ids = theirs.tokenize(text.encode(), add_bos=False, special=False)
             assert ours.encode(text, bos=False) == ids, text
+
+
+def test_the_page_of_what_fewer_bits_cost_is_written(path):
+    """By benchmarks/quantize.py, whose first column is the perplexity of PROSE."""
+    from benchmarks.quantize import table
+    rows = [row.strip("| ").split(" | ") for row in table(path, 40).splitlines()[2:]]
+    assert [row[0] for row in rows][:3] == ["bfloat16", "int8, a scale a row", "int4, groups of 32"]
+    assert float(rows[0][2]) == pytest.approx(17.8, abs=0.1) and float(rows[1][2]) < 1.03 * float(rows[0][2])
